@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vpruner.errors import UserError
+from vpruner.runtime.preprocess import CROP_MODES, INTERPOLATIONS, Preprocessing, load_image
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CARD = {
+    "mean": [0.4914, 0.4822, 0.4465],
+    "std": [0.247, 0.2435, 0.2616],
+    "size": [32, 32],
+    "scale": "pixel / 255 before mean and std",
+    "interpolation": "none (native 32x32)",
+}
+
+
+def noise(height: int, width: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    if mode == "RGBA":
+        image.putalpha(image.convert("L"))
+        return image
+    return image.convert(mode)
+
+
+def timm_pixels(preprocessing: Preprocessing, image: Image.Image) -> np.ndarray:
+    data = pytest.importorskip("timm.data")
+    transform = data.create_transform(
+        (3, *preprocessing.size),
+        is_training=False,
+        interpolation=preprocessing.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
+    )
+    return transform(image.convert("RGB")).numpy()
+
+
+sides = st.integers(1, 150)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    height=sides,
+    width=sides,
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)) | st.integers(1, 60).map(lambda side: (side, side)),
+    interpolation=st.sampled_from(INTERPOLATIONS),
+    crop_pct=st.sampled_from([1.0, 0.9, 0.875, 0.95, 0.5, 1.1]),
+    crop_mode=st.sampled_from(CROP_MODES),
+)
+@example(height=31, width=32, size=(32, 32), interpolation="bicubic", crop_pct=1.0, crop_mode="border")
+@example(height=32, width=32, size=(32, 32), interpolation="bicubic", crop_pct=1.0, crop_mode="center")
+@example(height=97, width=64, size=(24, 25), interpolation="bilinear", crop_pct=0.9, crop_mode="center")
+def test_equals_timm_transform(height, width, size, interpolation, crop_pct, crop_mode):
+    preprocessing = Preprocessing(**IMAGENET, size=size, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode)
+    image = noise(height, width, seed=height * 1000 + width)
+    try:
+        expected = timm_pixels(preprocessing, image)
+    except ValueError:  # a side rounded to zero, where timm stops
+        assert preprocessing(image).shape == (3, *size)
+        return
+    np.testing.assert_array_equal(preprocessing(image), expected)
+
+
+@pytest.mark.parametrize("crop_mode", CROP_MODES)
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
+def test_equals_timm_transform_at_photo_size(crop_mode, crop_pct):
+    preprocessing = Preprocessing(**IMAGENET, size=(224, 224), crop_pct=crop_pct, crop_mode=crop_mode)
+    image = noise(375, 500)
+    np.testing.assert_array_equal(preprocessing(image), timm_pixels(preprocessing, image))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
+def test_every_mode_becomes_rgb_as_in_timm(mode):
+    preprocessing = Preprocessing(**IMAGENET, size=(24, 24), crop_pct=0.9)
+    image = noise(41, 30, "I" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16))
+    result = preprocessing(image)
+    assert result.shape == (3, 24, 24) and result.dtype == np.float32 and result.flags["C_CONTIGUOUS"]
+    np.testing.assert_array_equal(result, timm_pixels(preprocessing, image))
+
+
+def test_exif_orientation_is_not_applied():
+    stream = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to view
+    noise(20, 40).save(stream, "PNG", exif=exif)
+    preprocessing = Preprocessing(**IMAGENET, size=(16, 16))
+    np.testing.assert_array_equal(preprocessing(Image.open(stream)), preprocessing(noise(20, 40)))
+
+
+def test_known_pixel():
+    preprocessing = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0), size=(1, 1))
+    image = Image.new("RGB", (1, 1), (255, 0, 51))
+    np.testing.assert_allclose(preprocessing(image)[:, 0, 0], [1.0, -2.0, -0.3], rtol=1e-6)
+
+
+def test_batch_stacks_and_may_be_empty():
+    preprocessing = Preprocessing(**IMAGENET, size=(8, 9))
+    assert preprocessing.batch([]).shape == (0, 3, 8, 9)
+    batch = preprocessing.batch([noise(10, 10), np.zeros((5, 5), np.uint8)])
+    assert batch.shape == (2, 3, 8, 9) and batch.dtype == np.float32
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    size=st.tuples(st.integers(1, 600), st.integers(1, 600)),
+    mean=st.tuples(*[st.floats(0, 1)] * 3),
+    std=st.tuples(*[st.floats(0.01, 1)] * 3),
+    interpolation=st.sampled_from(INTERPOLATIONS),
+    crop_pct=st.floats(0.1, 2),
+    crop_mode=st.sampled_from(CROP_MODES),
+)
+def test_json_round_trip(**values):
+    import json
+
+    preprocessing = Preprocessing(**values)
+    assert Preprocessing.from_json(json.loads(json.dumps(preprocessing.to_json()))) == preprocessing
+
+
+def test_model_card_at_native_size():
+    preprocessing = Preprocessing.from_json(CARD)
+    assert (preprocessing.interpolation, preprocessing.crop_pct, preprocessing.crop_mode) == ("bicubic", 1.0, "center")
+    image = noise(32, 32)
+    np.testing.assert_array_equal(np.asarray(preprocessing.crop(image)), np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"mean": [0.5, 0.5]}, "mean"),
+        ({"mean": [0.5, 0.5, float("nan")]}, "mean"),
+        ({"std": [0.5, 0.5, 0]}, "std"),
+        ({"size": [224]}, "size"),
+        ({"size": 224}, "size"),
+        ({"size": [224, 0]}, "size"),
+        ({"size": [224.5, 224]}, "size"),
+        ({"interpolation": "cubic"}, "bicubic"),
+        ({"interpolation": None}, "interpolation"),
+        ({"crop_pct": 0}, "crop_pct"),
+        ({"crop_pct": "0.9"}, "crop_pct"),
+        ({"crop_mode": "middle"}, "squash"),
+        ({"scale": "pixel - 128"}, "scale"),
+        ({"rotate": True}, "rotate"),
+    ],
+)
+def test_unusable_values_are_named(change, reason):
+    with pytest.raises(UserError, match=reason):
+        Preprocessing.from_json({**CARD, "interpolation": "bicubic", **change})
+
+
+def test_missing_key_is_named():
+    with pytest.raises(UserError, match="'std'"):
+        Preprocessing.from_json({name: v for name, v in CARD.items() if name != "std"})
+    with pytest.raises(UserError, match="found list"):
+        Preprocessing.from_json([])
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_load_image_from_path_pil_and_array(tmp_path):
+    image = noise(9, 7)
+    image.save(tmp_path / "a.png")
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), image, np.asarray(image)):
+        np.testing.assert_array_equal(np.asarray(load_image(source)), np.asarray(image))
+    assert load_image(np.zeros((4, 5), np.uint8)).mode == "L"
+
+
+def test_load_image_errors_name_the_file(tmp_path):
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    noise(64, 64).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:700])
+    noise(64, 64).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:700])
+    for name in ("missing.jpg", "text.jpg", "empty.jpg", "cut.jpg", "cut.png", "."):
+        with pytest.raises(UserError) as caught:
+            load_image(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="cut.jpg"):
+        load_image(Image.open(tmp_path / "cut.jpg"))
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4, 4), np.uint8), np.zeros((3, 4, 4), np.float32), np.zeros(5, np.uint8), np.zeros((0, 4), np.uint8)]
+)
+def test_load_image_refuses_other_arrays(array):
+    with pytest.raises(UserError, match="uint8"):
+        load_image(array)
+
+
+def test_load_image_refuses_other_things():
+    with pytest.raises(UserError, match="int"):
+        load_image(3)
