@@ -1,0 +1,141 @@
+"""What a pruned model loses: accuracy and agreement with the dense model, on the same images, with intervals.
+
+Two models are always compared image by image, so the interval of their difference is a paired one; it is much narrower
+than the two intervals of the accuracies suggest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+#: Two-sided 95 % quantile of the normal distribution.
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over images with its 95 % interval.
+
+    Attributes:
+        metric: ``top1``, ``top1_difference``, ``agreement``, ``kl`` (nats) or ``cosine``.
+        value, low, high: The estimate and its interval.
+        count: Images.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def row(self, label: str) -> dict[str, Any]:
+        return {"schema": 1, "kind": "accuracy", "label": label, **asdict(self)}
+
+
+def proportion(metric: str, hits: np.ndarray) -> Estimate:
+    """A share of images (bool [image]) with Wilson's score interval, which stays sensible near 0 and 1."""
+    n, share = len(hits), float(np.mean(hits))
+    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return Estimate(metric, share, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def mean(metric: str, values: np.ndarray) -> Estimate:
+    """A mean of float [image] with its normal interval."""
+    n, value = len(values), float(np.mean(values))
+    half = Z95 * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    return Estimate(metric, value, value - half, value + half, n)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Outputs of the compared models on the same images, in the same order.
+
+    Attributes:
+        of: label of the model -> float32 [image, output].
+        labels: int64 [image] or None.
+    """
+
+    of: dict[str, np.ndarray]
+    labels: np.ndarray | None
+
+
+def collect_outputs(
+    runners: dict[str, Callable[[np.ndarray], np.ndarray]],
+    batches: Iterable[tuple[Any, Any]],
+    *,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> Outputs:
+    """Run every model on every batch.
+
+    Args:
+        runners: label -> function from images float32 [batch, 3, height, width] to outputs float32 [batch, output].
+        batches: (images, labels or None) as torch tensors or arrays; read once.
+        on_batch: Called with the number of images after each batch.
+    """
+    collected: dict[str, list[np.ndarray]] = {label: [] for label in runners}
+    labels: list[np.ndarray] = []
+    for images, batch_labels in batches:
+        images = np.asarray(images)
+        for label, run in runners.items():
+            collected[label].append(np.asarray(run(images), np.float32))
+        if batch_labels is not None:
+            labels.append(np.asarray(batch_labels))
+        on_batch(len(images))
+    return Outputs(
+        {label: np.concatenate(parts) for label, parts in collected.items()}, np.concatenate(labels) if labels else None
+    )
+
+
+def compare(outputs: Outputs, *, baseline: str, output: str) -> dict[str, list[Estimate]]:
+    """Estimates for each model.
+
+    With labels: top-1, and for each model but the baseline the paired difference to it. Always: agreement of the top
+    class with the baseline and the KL divergence from the baseline's distribution, or for features the cosine.
+
+    Args:
+        outputs: From :func:`collect_outputs`.
+        baseline: The label of the dense model.
+        output: ``"logits"`` or ``"features"``.
+    """
+    reference = outputs.of[baseline]
+    result: dict[str, list[Estimate]] = {}
+    for label, values in outputs.of.items():
+        estimates: list[Estimate] = []
+        if output == "logits":
+            right = None
+            if outputs.labels is not None:
+                right = values.argmax(1) == outputs.labels
+                estimates.append(proportion("top1", right))
+            if label != baseline:
+                if right is not None:
+                    reference_right = reference.argmax(1) == outputs.labels
+                    estimates.append(mean("top1_difference", right.astype(float) - reference_right.astype(float)))
+                estimates.append(proportion("agreement", values.argmax(1) == reference.argmax(1)))
+                estimates.append(mean("kl", kl_divergence(reference, values)))
+        elif label != baseline:
+            estimates.append(mean("cosine", cosine(reference, values)))
+        result[label] = estimates
+    return result
+
+
+def kl_divergence(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """KL(softmax(reference) || softmax(logits)) in nats, float64 [image], from logits [image, class]."""
+    log_p, log_q = (_log_softmax(np.asarray(values, np.float64)) for values in (reference, logits))
+    return (np.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Cosine similarity, float64 [image], of features [image, channel]."""
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    return (one * other).sum(-1) / (np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)).clip(1e-30)
+
+
+def _log_softmax(values: np.ndarray) -> np.ndarray:
+    values = values - values.max(-1, keepdims=True)
+    return values - np.log(np.exp(values).sum(-1, keepdims=True))

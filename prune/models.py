@@ -1,0 +1,269 @@
+"""Opening models: a timm name with weights, a model card beside its weights, or the bundled reference."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import load_state_dict
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import nn
+
+from .. import bundled
+from ..errors import UserError
+from ..runtime.preprocess import Preprocessing
+from .vit import ViTAdapter, read_geometry, weights_sha256
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model, ready for pruning and export.
+
+    Attributes:
+        adapter: The model in evaluation mode, with its geometry.
+        preprocessing: How an image becomes its input.
+        classes: Name of each output, or None when unknown.
+        sha256: Identity of the weights, see :func:`~vpruner.prune.vit.weights_sha256`.
+        source: What the user wrote, for the commands in messages and reports.
+    """
+
+    adapter: ViTAdapter
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None
+    sha256: str
+    source: str
+
+    @property
+    def name(self) -> str:
+        return self.adapter.name
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.adapter.model.parameters())
+
+
+def open_model(
+    spec: str | None = None,
+    *,
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> LoadedModel:
+    """Open a model by what the user typed.
+
+    Args:
+        spec: A timm model name, the path of a model card (``.json``), or None for the bundled reference.
+        pretrained: Let timm download the weights.
+        weights: A local file instead: ``.safetensors``, ``.pth``, ``.pt`` or ``.bin``.
+        model_args: Extra keyword arguments for the model, such as ``img_size=384``.
+
+    Raises:
+        UserError: Unknown name, missing or unfit weights, an architecture that cannot be pruned.
+    """
+    if spec is None or str(spec).endswith(".json"):
+        if pretrained or weights:
+            raise UserError(
+                "a model card names its own weights", "leave out --pretrained and --weights, or give a timm model name"
+            )
+        return _open_card(Path(spec) if spec else bundled.reference_card(), dict(model_args or {}), spec or "")
+    if Path(spec).suffix in (".onnx", ".engine", ".safetensors", ".pth", ".pt", ".bin"):
+        raise UserError(
+            f"{spec} is a file, expected a timm model name or a model card (.json)",
+            "to prune weights in a file: vpruner run deit_small_patch16_224 --weights FILE",
+        )
+    name = str(spec).split(".")[0]
+    if not str(spec).startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "run: python -c 'import timm; print(timm.list_models())'"
+        raise UserError(f"timm {timm.__version__} has no model {spec!r}", hint)
+    if bool(pretrained) == bool(weights):
+        found = "both --pretrained and --weights" if pretrained else "no weights"
+        raise UserError(f"{found} given for {spec}", "give one of --weights FILE or --pretrained")
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"there is no weights file {weights}", "check the path after --weights")
+    return _open_timm(spec, pretrained, weights, dict(model_args or {}))
+
+
+def _open_timm(name: str, pretrained: bool, weights: str | Path | None, model_args: dict[str, Any]) -> LoadedModel:
+    try:
+        with _quiet_logging():
+            model = timm.create_model(name, pretrained=pretrained, **model_args)
+    except TypeError as error:
+        raise UserError(f"{name} does not take these arguments: {error}", "check --model-arg") from None
+    except Exception as error:
+        if not pretrained:
+            raise UserError(f"{name} could not be built: {_first_line(error)}", "check --model-arg") from error
+        raise UserError(
+            f"the pretrained weights of {name} could not be had: {_first_line(error)}",
+            "download them elsewhere and give the file: --weights FILE",
+        ) from error
+    read_geometry(model, name)  # Before the weights: "cannot be pruned" says more than "does not fit".
+    if weights is not None:
+        load_weights(model, weights, name)
+    return _ready(model, name, None, None, name)
+
+
+def _open_card(path: Path, model_args: dict[str, Any], source: str) -> LoadedModel:
+    card = read_card(path)
+    arguments = {**card["args"], **model_args}
+    try:
+        if "class" in card:
+            model = _card_class(path, card["class"])(**arguments)
+        else:
+            model = timm.create_model(card["name"], **arguments)
+    except (TypeError, RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"{path}: the model could not be built: {_first_line(error)}", "check 'args' in the card") from None
+    weights = path.parent / card["weights"]
+    if not weights.is_file():
+        raise UserError(f"{path} names the weights {card['weights']}, which are not beside it", "put the file there")
+    expected = card.get("sha256")
+    if expected and (found := hashlib.sha256(weights.read_bytes()).hexdigest()) != expected:
+        raise UserError(
+            f"{weights} has SHA-256 {found[:12]}, its card says {expected[:12]}",
+            f"get the matching weights, or correct sha256 in {path}",
+        )
+    load_weights(model, weights, path.stem)
+    preprocessing = Preprocessing.from_json(card["preprocessing"]) if "preprocessing" in card else None
+    return _ready(model, path.stem, preprocessing, card.get("classes"), source)
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """Read and check a model card: JSON with ``args``, ``weights`` and a timm ``class`` or ``name``."""
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the model card {path}: {error.strerror}", "check the path") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}", "a model card is JSON with class, args and weights") from None
+    if not isinstance(card, dict) or not isinstance(card.get("args"), dict) or not isinstance(card.get("weights"), str):
+        raise UserError(f"{path} is not a model card", "it needs 'args' (an object), 'weights' (a file name) and 'class' or 'name'")
+    if ("class" in card) == ("name" in card):
+        raise UserError(f"{path} must have one of 'class' (timm.…) and 'name' (a timm model name)")
+    if card.get("schema", 1) != 1:
+        raise UserError(f"{path} has schema {card['schema']!r}, this vpruner reads 1")
+    return card
+
+
+def _card_class(path: Path, dotted: str) -> type[nn.Module]:
+    module, _, name = dotted.rpartition(".")
+    # A card is data: it may pick a class of timm, not run code from anywhere.
+    if not module.startswith("timm."):
+        raise UserError(f"{path}: class {dotted!r} is not part of timm", "use a class such as timm.models.vision_transformer.VisionTransformer")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise UserError(f"{path}: timm {timm.__version__} has no {dotted}") from None
+    if not (inspect.isclass(found) and issubclass(found, nn.Module)):
+        raise UserError(f"{path}: {dotted} is not a model class")
+    return found
+
+
+def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
+    """Load a checkpoint strictly: every parameter is set from the file, or the file is refused.
+
+    Raises:
+        UserError: Unreadable, or made for another model; says how many tensors fit and names the first that does not.
+    """
+    try:
+        with _quiet_logging():
+            state = load_state_dict(str(path))
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as weights ({type(error).__name__})", "expected a .safetensors, .pth, .pt or .bin state dict"
+        ) from None
+    problem = _mismatch(model, state)
+    if problem:
+        # Checkpoints of the original code bases (DINOv2, CLIP, other image sizes) fit after timm's own conversion.
+        try:
+            with _quiet_logging():
+                state = checkpoint_filter_fn(dict(state), model)
+        except Exception:
+            state = {}
+        if _mismatch(model, state):
+            raise UserError(f"{path} does not fit {name}: {problem}", "check the model name, --model-arg and the weights file")
+    model.load_state_dict(state, strict=True)
+    if not all(torch.isfinite(value).all() for value in model.state_dict().values() if value.is_floating_point()):
+        raise UserError(f"{path} holds values that are not finite", "the file is damaged or the training diverged")
+
+
+def _mismatch(model: nn.Module, state: Mapping[str, Any]) -> str:
+    """Why ``state`` cannot be loaded strictly, in one line; empty when it can."""
+    expected = model.state_dict()
+    wrong_shape = [k for k, v in expected.items() if k in state and tuple(getattr(state[k], "shape", ())) != tuple(v.shape)]
+    missing = [k for k in expected if k not in state]
+    extra = [k for k in state if k not in expected]
+    if not (wrong_shape or missing or extra):
+        return ""
+    fitting = len(expected) - len(missing) - len(wrong_shape)
+    if wrong_shape:
+        key = wrong_shape[0]
+        example = f"{key} is {list(state[key].shape)} there, {list(expected[key].shape)} here"
+    else:
+        example = f"{missing[0]} is missing there" if missing else f"{extra[0]} is unknown here"
+    return f"{fitting} of {len(expected)} tensors fit; {example}"
+
+
+def _ready(
+    model: nn.Module, name: str, preprocessing: Preprocessing | None, classes: Sequence[str] | None, source: str
+) -> LoadedModel:
+    model.eval()
+    adapter = ViTAdapter(model, name)
+    geometry = adapter.geometry
+    if preprocessing is None:
+        config = timm.data.resolve_data_config({}, model=model)
+        preprocessing = Preprocessing(
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            # The model may have been built at another size than its default configuration names.
+            size=geometry.image_size,
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+        )
+    if tuple(preprocessing.size) != geometry.image_size:
+        raise UserError(
+            f"{name}: preprocessing gives {list(preprocessing.size)} pixels, the model takes {list(geometry.image_size)}",
+            "make the two agree in the model card",
+        )
+    if geometry.in_chans != 3:
+        raise UserError(f"{name} takes {geometry.in_chans} channels, expected 3 (RGB)", "only RGB models are supported")
+    if classes is None and geometry.outputs == 1000 and geometry.output == "logits":
+        classes = _imagenet_classes()
+    if classes is not None and (geometry.output != "logits" or len(classes) != geometry.outputs):
+        raise UserError(f"{name}: {len(classes)} class names for {geometry.outputs} outputs", "correct 'classes' in the card")
+    return LoadedModel(adapter, preprocessing, None if classes is None else tuple(classes), weights_sha256(model), source)
+
+
+def _imagenet_classes() -> list[str] | None:
+    try:
+        info = timm.data.ImageNetInfo()
+        return [info.index_to_description(index) for index in range(1000)]
+    except Exception:
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet_logging():
+    """timm and the hub client log progress and retries; the user gets one line of ours instead."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
