@@ -65,7 +65,8 @@ def test_card_names_its_weights_by_hash():
 
 def test_assets_are_listed_with_their_hashes_and_stay_small():
     files = {path.name: path for path in bundled.ASSETS.iterdir() if path.name != "README.md"}
-    listed = re.findall(r"^\| (\S+) \| .* \| ([\d,]+) \| `([0-9a-f]{64})` \|$", (bundled.ASSETS / "README.md").read_text(), re.M)
+    readme = (bundled.ASSETS / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (\S+) \| .* \| ([\d,]+) \| `([0-9a-f]{64})` \|$", readme, re.M)
     assert {name for name, _, _ in listed} == set(files)
     for name, size, digest in listed:
         assert files[name].stat().st_size == int(size.replace(",", ""))
