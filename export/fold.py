@@ -1,0 +1,323 @@
+"""Fold a token plan into the ONNX graph of a Vision Transformer: static shapes, one ``Gather`` per change of the tokens.
+
+Block l is entered by K = ``plan.key_counts[l]`` tokens and left by Q = ``plan.query_counts[l]``. Where Q = K it stays as
+it is, apart from the counts in its reshapes. Where Q < K, the K - Q dead tokens give keys and values only::
+
+    x [B, K, d] ---------- LayerNorm - W_kv -> keys, values [B, H, K, D] --+
+      |                                                                    attention [B, H, Q, D]
+      Gather -> x_Q ------ LayerNorm - W_q  -> queries      [B, H, Q, D] --+      |
+                 |                                                         projection
+                 +--------------------------------------------------------- Add -> norm, MLP -> [B, Q, d]
+
+Recognition comes first and refuses before anything is touched; rewriting follows what was recognised and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from ..errors import GraphError, UserError
+from ..prune.plan import TokenPlan
+from . import metadata
+from .clean import add_constant, add_node, add_shape, clean, split_sizes
+from .files import load_model, save_model
+from .metadata import GraphMetadata
+from .recognise import BlockSite, VitSite, integers, recognise
+
+
+@dataclass(frozen=True)
+class BlockCounts:
+    """What folding did to one block: tokens that enter and leave it, and the ``Gather`` nodes it now has."""
+
+    block: int
+    keys: int
+    queries: int
+    gathers: int
+    gated: bool
+
+
+@dataclass
+class FoldResult(ir.passes.PassResult):
+    """A pass result with per-block counts.
+
+    Attributes:
+        blocks: One entry for each block, in order.
+    """
+
+    blocks: tuple[BlockCounts, ...] = ()
+
+
+@dataclass(frozen=True)
+class FoldRecord:
+    """What :func:`fold_file` read and wrote.
+
+    Attributes:
+        plan: Digest of the plan.
+        modified: Whether the graph differs from the dense one (metadata aside).
+    """
+
+    dense_path: Path
+    output_path: Path
+    plan: str
+    modified: bool
+    blocks: tuple[BlockCounts, ...]
+
+
+def fold_file(
+    dense_path: str | os.PathLike, plan: TokenPlan, output_path: str | os.PathLike, *, identity_ok: bool = True
+) -> FoldRecord:
+    """Fold ``plan`` into the dense ONNX file that ``vpruner export`` wrote, and write the pruned file whole or not at all.
+
+    Args:
+        identity_ok: Accept a plan that drops nothing (a class-token model still loses its dead tokens).
+
+    Raises:
+        PlanError: The plan is for another geometry or other weights.
+        GraphError: The graph is not understood; the message names the node.
+        UserError: The file is missing, not ONNX, not ours, or pruned already.
+    """
+    dense_path, output_path = Path(dense_path), Path(output_path)
+    if plan.is_identity and not identity_ok:
+        raise UserError("the plan keeps every token", "make one that drops some with: vpruner prune MODEL --target 0.6")
+    model = load_model(dense_path)
+    about = GraphMetadata.from_props(model.metadata_props, str(dense_path))
+    if about.plan is not None:
+        raise _already_pruned(str(dense_path), about.plan)
+    plan.check_fits(about.model, about.geometry, about.weights_sha256)
+    result = fold(model, plan)
+    result.model.metadata_props.update(about.with_plan(plan))
+    save_model(result.model, output_path)
+    return FoldRecord(dense_path, output_path, plan.digest, result.modified, result.blocks)
+
+
+def fold(model: ir.Model, plan: TokenPlan) -> FoldResult:
+    """Fold ``plan`` into ``model``, in place; a graph that is refused is left as it was, apart from clean-up.
+
+    Raises:
+        GraphError: The graph is not a dense ViT of ``plan.geometry``; the message names the node.
+    """
+    return FoldTokens(plan)(model)
+
+
+class FoldTokens(ir.passes.InPlacePass):
+    """The pass behind :func:`fold`.
+
+    Precondition: no plan is folded in. Postcondition: every value has a known shape, static but for the batch axis, and
+    each block's shapes show its numbers of keys and queries.
+    """
+
+    def __init__(self, plan: TokenPlan):
+        super().__init__()
+        self.plan = plan
+
+    def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> FoldResult:
+        # The base class would wrap a GraphError from requires() in an error of its own, hiding the node from the user.
+        model = model_or_result.model if isinstance(model_or_result, ir.passes.PassResult) else model_or_result
+        if metadata.PLAN in model.metadata_props:
+            raise _already_pruned("the graph", model.metadata_props[metadata.PLAN])
+        return super().__call__(model)
+
+    def call(self, model: ir.Model) -> FoldResult:
+        plan, graph = self.plan, model.graph
+        modified = clean(model)
+        site = recognise(model, plan.geometry)
+        outputs = [value.shape for value in graph.outputs]
+
+        changed = _fold_entry(graph, site, plan)
+        blocks = []
+        for block in site.blocks:
+            gathers, touched = _fold_block(graph, block, plan)
+            gated = _fold_gates(graph, block, plan)
+            if block.index == 0:
+                gathers += changed
+            changed |= touched or gated
+            index = block.index
+            blocks.append(BlockCounts(index, plan.key_counts[index], plan.query_counts[index], int(gathers), gated))
+        changed |= _fold_head(graph, site, plan)
+
+        if changed:
+            passes.RemoveUnusedNodesPass()(model)
+            _infer_shapes(model, outputs)
+            _check_counts(site, plan)
+        return FoldResult(model, modified or changed, tuple(blocks))
+
+
+def _already_pruned(source: str, digest: str) -> GraphError:
+    return GraphError(
+        f"{source} holds plan {digest[:12]} already, expected a dense graph",
+        "fold into the dense.onnx that is written by: vpruner export MODEL",
+    )
+
+
+# -- rewriting --------------------------------------------------------------------------------------------------------
+
+
+def _gather(graph: ir.Graph, before: ir.Node, stream: ir.Value, rows: np.ndarray, name: str) -> ir.Value:
+    """[B, T, d] -> [B, len(rows), d]."""
+    indices = add_constant(graph, f"{name}.rows", np.asarray(rows, np.int64))
+    return add_node(before, "Gather", [stream, indices], name, {"axis": 1}).outputs[0]
+
+
+def _reshape_to(graph: ir.Graph, reshape: ir.Node, tokens: int) -> bool:
+    """Change the token count (axis 1) of this one reshape; the constant may be shared with other blocks."""
+    shape = integers(reshape, 1)
+    if shape[1] == tokens:
+        return False
+    reshape.replace_input_with(1, add_shape(graph, [shape[0], tokens, *shape[2:]]))
+    return True
+
+
+def _fold_entry(graph: ir.Graph, site: VitSite, plan: TokenPlan) -> bool:
+    """Drop the patches that do not even enter block 0."""
+    rows = plan.entry_rows(0)
+    if len(rows) == plan.geometry.tokens:
+        return False
+    readers = list(site.stream.uses())
+    gathered = _gather(graph, site.blocks[0].norm1, site.stream, rows, "vpruner.block.0.entry")
+    for node, position in readers:
+        node.replace_input_with(position, gathered)
+    return True
+
+
+def _fold_block(graph: ir.Graph, block: BlockSite, plan: TokenPlan) -> tuple[bool, bool]:
+    """Make one block take K tokens and give Q; returns whether it gathers, and whether anything changed."""
+    keys, queries = plan.key_counts[block.index], plan.query_counts[block.index]
+    if queries == keys:
+        changed = _reshape_to(graph, block.heads.reshape, keys)
+        changed |= _reshape_to(graph, block.merge, queries)
+        return False, changed
+
+    name = f"vpruner.block.{block.index}"
+    heads, head_dim = block.heads.heads, block.heads.head_dim
+    inner = heads * head_dim
+    # norm1 reads what enters the block now, which is not block.stream where an entry Gather stands before block 0.
+    stream = block.norm1.inputs[0]
+    selected = _gather(graph, block.norm1, stream, plan.query_rows(block.index), f"{name}.queries")
+    for position, value in enumerate(block.residual1.inputs):
+        if value is stream:
+            block.residual1.replace_input_with(position, selected)
+
+    before = block.heads.reshape
+    batch = integers(block.heads.reshape, 1)[0]
+    attributes = dict(block.heads.reshape.attributes)
+    # A second norm on Q rows, not a second Gather on the norm's K rows: one Gather per change of the token set.
+    norm = add_node(
+        before, "LayerNormalization", [selected, *block.norm1.inputs[1:]], f"{name}.norm_q", dict(block.norm1.attributes)
+    )
+    query = _linear(graph, before, norm.outputs[0], block, slice(0, inner), f"{name}.q")
+    query = add_node(
+        before, "Reshape", [query, add_shape(graph, [batch, queries, heads, head_dim])], f"{name}.q.rows", attributes
+    )
+    query = add_node(before, "Transpose", query.outputs, f"{name}.q.heads", {"perm": [0, 2, 1, 3]})
+
+    key_value = _linear(graph, before, block.norm1.outputs[0], block, slice(inner, 3 * inner), f"{name}.kv")
+    key_value = add_node(
+        before,
+        "Reshape",
+        [key_value, add_shape(graph, [batch, keys, 2 * heads, head_dim])],
+        f"{name}.kv.rows",
+        dict(attributes),
+    )
+    key_value = add_node(before, "Transpose", key_value.outputs, f"{name}.kv.heads", {"perm": [0, 2, 1, 3]})
+    key_value = add_node(
+        before, "Split", [key_value.outputs[0], split_sizes(graph, heads, 2)], f"{name}.kv.parts", {"axis": 1}, 2
+    )
+
+    for old, new in zip(block.heads.parts, (query.outputs[0], *key_value.outputs), strict=True):
+        ir.convenience.replace_all_uses_with(old, new)
+    graph.remove([*reversed(block.heads.nodes), *reversed(block.qkv.nodes)], safe=True)
+    _reshape_to(graph, block.merge, queries)
+    return True, True
+
+
+def _linear(
+    graph: ir.Graph, before: ir.Node, value: ir.Value, block: BlockSite, columns: slice, name: str
+) -> ir.Value:
+    """The columns [in, columns] of the block's fused projection, as a product of its own."""
+    weight = np.ascontiguousarray(block.qkv.weight.const_value.numpy()[:, columns])
+    output = add_node(before, "MatMul", [value, add_constant(graph, f"{name}.weight", weight)], f"{name}.product")
+    if block.qkv.bias is None:
+        return output.outputs[0]
+    bias = np.ascontiguousarray(block.qkv.bias.const_value.numpy()[columns])
+    return add_node(before, "Add", [output.outputs[0], add_constant(graph, f"{name}.bias", bias)], name).outputs[0]
+
+
+def _fold_gates(graph: ir.Graph, block: BlockSite, plan: TokenPlan) -> bool:
+    """Add log(gate) of each key to the attention logits [B, H, Q, K], if any gate of this block is not 1."""
+    gates = None if plan.gates is None else plan.gates[block.index]
+    if gates is None or all(gate == 1 for gate in gates):
+        return False
+    logits = block.softmax.inputs[0]
+    bias = np.concatenate([np.zeros(plan.geometry.prefix_tokens), np.log(np.asarray(gates, np.float64))])
+    bias = bias.astype(logits.dtype.numpy() if logits.dtype is not None else np.float32)[None, None, None]
+    name = f"vpruner.block.{block.index}.gates"
+    gated = add_node(block.softmax, "Add", [logits, add_constant(graph, f"{name}.log", bias)], name)
+    block.softmax.replace_input_with(0, gated.outputs[0])
+    return True
+
+
+def _fold_head(graph: ir.Graph, site: VitSite, plan: TokenPlan) -> bool:
+    """Rename the tokens that the head reads: positions among those that leave the last block."""
+    left = plan.token_positions(plan.geometry.depth)
+    changed = False
+    for select in site.head.selects:
+        token = integers(select, 1)[0]
+        row = int(np.searchsorted(left, token))
+        if row != token:
+            index = np.full(select.inputs[1].const_value.shape, row, np.int64)
+            select.replace_input_with(1, add_constant(graph, f"vpruner.head.{token}", index))
+            changed = True
+    patches = len(plan.kept[-1]) if plan.geometry.head_patches else 0
+    cut = site.head.slice
+    if cut is not None:
+        start, end = integers(cut, 1)[0], integers(cut, 2)[0]
+        row = int(np.searchsorted(left, start))
+        if row != start:
+            cut.replace_input_with(1, add_constant(graph, "vpruner.head.first_patch", np.asarray([row], np.int64)))
+            changed = True
+        if end == plan.geometry.tokens and end != len(left):
+            cut.replace_input_with(2, add_constant(graph, "vpruner.head.end", np.asarray([len(left)], np.int64)))
+            changed = True
+    if site.head.reshape is not None:
+        changed |= _reshape_to(graph, site.head.reshape, patches if cut is not None else len(left))
+    return changed
+
+
+# -- postconditions ---------------------------------------------------------------------------------------------------
+
+
+def _infer_shapes(model: ir.Model, outputs: Sequence[ir.Shape | None]) -> None:
+    """Forget every shape that was computed for the dense graph, infer them anew, and have the result checked by ONNX."""
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
+    passes.ShapeInferencePass()(model)
+    passes.CheckerPass(full_check=True)(model)
+    for value, shape in zip(model.graph.outputs, outputs, strict=True):
+        if value.shape != shape:
+            raise AssertionError(f"folding changed output {value.name!r} from {shape} to {value.shape}")
+    for node in model.graph:
+        for value in node.outputs:
+            dims = None if value.shape is None else list(value.shape)
+            if dims is None or any(not isinstance(dim, int) for dim in dims[1:]):
+                raise AssertionError(f"folding left value {value.name!r} with shape {value.shape}")
+
+
+def _check_counts(site: VitSite, plan: TokenPlan) -> None:
+    for block in site.blocks:
+        keys, queries = plan.key_counts[block.index], plan.query_counts[block.index]
+        logits, output = block.softmax.outputs[0].shape, block.output.shape
+        if (logits[2], logits[3], output[1]) != (queries, keys, queries):
+            raise AssertionError(
+                f"folding gave block {block.index} logits {logits} and output {output}, expected {queries} queries, {keys} keys"
+            )

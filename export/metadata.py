@@ -1,0 +1,123 @@
+"""What an ONNX file of ours says about itself, in its ``metadata_props``.
+
+The runtime reads the same keys without this module (it must work where onnx is not installed), so the names below are
+a file format: add keys, never rename one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import __version__
+from ..artifacts import canonical_json
+from ..errors import PlanError, UserError
+from ..prune.plan import Geometry, TokenPlan
+
+VERSION = "vpruner.version"
+MODEL = "vpruner.model"
+WEIGHTS_SHA256 = "vpruner.weights_sha256"
+GEOMETRY = "vpruner.geometry"
+PLAN = "vpruner.plan"
+KEPT = "vpruner.kept"
+PREPROCESSING = "vpruner.preprocessing"
+CLASSES = "vpruner.classes"
+OUTPUT = "vpruner.output"
+
+#: Every dense and every pruned file has these.
+REQUIRED = (VERSION, MODEL, WEIGHTS_SHA256, GEOMETRY, PREPROCESSING, OUTPUT)
+
+
+@dataclass(frozen=True)
+class GraphMetadata:
+    """The metadata of one ONNX file.
+
+    Attributes:
+        model: Name of the model.
+        weights_sha256: Hash of the trained weights that the graph holds.
+        geometry: Shape of the *unpruned* model, in pruned files too.
+        preprocessing: ``mean``, ``std``, ``size`` [height, width], ``interpolation``, ``crop_pct``, ``crop_mode``.
+        classes: Names of the outputs, or None when they are unknown.
+        plan: Digest of the plan that was folded in; None in a dense file.
+        kept: The patches that enter each block; None in a dense file.
+        version: The vpruner that wrote the file.
+    """
+
+    model: str
+    weights_sha256: str
+    geometry: Geometry
+    preprocessing: Mapping[str, Any]
+    classes: tuple[str, ...] | None = None
+    plan: str | None = None
+    kept: tuple[tuple[int, ...], ...] | None = None
+    version: str = __version__
+
+    @property
+    def output(self) -> str:
+        """``"logits"`` or ``"features"``."""
+        return self.geometry.output
+
+    def to_props(self) -> dict[str, str]:
+        """The key/value strings to write; keys of unknown things are absent."""
+        props = {
+            VERSION: self.version,
+            MODEL: self.model,
+            WEIGHTS_SHA256: self.weights_sha256,
+            GEOMETRY: canonical_json(self.geometry.to_json()),
+            PREPROCESSING: canonical_json(dict(self.preprocessing)),
+            OUTPUT: self.output,
+        }
+        if self.classes is not None:
+            props[CLASSES] = json.dumps(list(self.classes), ensure_ascii=False)
+        if self.plan is not None:
+            props[PLAN] = self.plan
+            props[KEPT] = canonical_json([list(indices) for indices in self.kept or ()])
+        return props
+
+    @classmethod
+    def from_props(cls, props: Mapping[str, str], source: str) -> GraphMetadata:
+        """Inverse of :meth:`to_props`.
+
+        Args:
+            props: All ``metadata_props`` of the file; keys of others are ignored.
+            source: What to call the file in messages.
+
+        Raises:
+            UserError: A required key is missing or malformed.
+        """
+        hint = "write the file with: vpruner export MODEL"
+        missing = [key for key in REQUIRED if key not in props]
+        if missing:
+            what = "not a graph that vpruner wrote" if len(missing) == len(REQUIRED) else "incomplete"
+            raise UserError(f"{source} is {what}: its metadata has no {missing[0]}", hint)
+        try:
+            return cls(
+                model=props[MODEL],
+                weights_sha256=props[WEIGHTS_SHA256],
+                geometry=Geometry.from_json(json.loads(props[GEOMETRY])),
+                preprocessing=json.loads(props[PREPROCESSING]),
+                classes=tuple(json.loads(props[CLASSES])) if CLASSES in props else None,
+                plan=props.get(PLAN),
+                kept=tuple(tuple(row) for row in json.loads(props[KEPT])) if KEPT in props else None,
+                version=props[VERSION],
+            )
+        except PlanError as error:
+            raise UserError(f"{source} has malformed metadata: {error.problem}", hint) from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{source} has malformed metadata: {error}", hint) from None
+
+    def with_plan(self, plan: TokenPlan) -> dict[str, str]:
+        """The key/value strings of the pruned file that folding ``plan`` into this one gives."""
+        kept: Sequence[Sequence[int]] = plan.kept
+        pruned = GraphMetadata(
+            self.model,
+            self.weights_sha256,
+            self.geometry,
+            self.preprocessing,
+            self.classes,
+            plan.digest,
+            tuple(tuple(indices) for indices in kept),
+        )
+        return pruned.to_props()
