@@ -1,0 +1,129 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vpruner.errors import UserError
+from vpruner.prune.cost import block_macs, dense_macs, macs_from_counts, plan_macs
+from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.prune.search import BUDGET_TOLERANCE, check_target, minimum_macs, search_mask
+
+
+def geometry(depth=6, grid=(6, 6), pooled=False, prefix=1) -> Geometry:
+    return Geometry(
+        depth=depth, embed_dim=64, num_heads=2, head_dim=32, grid=grid, prefix_tokens=prefix, image_size=(48, 48),
+        mlp_macs=2 * 64 * 256, stem_macs=36 * 192 * 64, head_macs=640, head_prefix=prefix if pooled else 1,
+        head_patches=pooled, outputs=10,
+    )  # fmt: skip
+
+
+def random_importance(shape: Geometry, seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    importance = np.zeros((shape.depth + 1, shape.patches))
+    steps = random.lognormal(sigma=2, size=(shape.depth, shape.patches))
+    importance[:-1] = np.cumsum(steps[::-1], 0)[::-1]
+    return importance
+
+
+def brute_force(importance: np.ndarray, shape: Geometry, target: float) -> float:
+    budget = int(target * dense_macs(shape))
+    best = np.inf
+    for exits in itertools.product(range(shape.depth + 1), repeat=shape.patches):
+        counts = [shape.prefix_tokens + sum(e > block for e in exits) for block in range(shape.depth)]
+        if counts[0] > shape.prefix_tokens and macs_from_counts(shape, counts) <= budget:
+            best = min(best, sum(importance[e, i] for i, e in enumerate(exits)))
+    return best
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 10**6), st.floats(0.2, 0.95), st.integers(1, 8), st.integers(4, 9), st.booleans(), st.integers(0, 5)
+)
+def test_budget_is_met_from_below_within_one_percent(seed, target, depth, side, pooled, prefix):
+    shape = geometry(depth, (side, side), pooled, prefix if pooled else max(1, prefix))
+    result = search_mask(random_importance(shape, seed), shape, max(target, minimum_macs(shape) / dense_macs(shape)))
+    plan = result.plan("m", shape)
+    assert plan_macs(plan) == result.macs <= result.budget
+    near = result.macs >= result.budget - BUDGET_TOLERANCE * dense_macs(shape)
+    # With 16 tokens one token is more than 1 %; whenever it misses, it says so, and that nothing closer is one step away.
+    assert near != bool(result.note)
+    if not near and not (plan.exits == depth).all():
+        counts = plan.key_counts
+        step = min(block_macs(shape, k, k) for k in counts) / max(counts)
+        assert step > 0.2 * BUDGET_TOLERANCE * dense_macs(shape)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("target", [0.5, 0.7])
+def test_close_to_the_best_plan_found_by_brute_force(seed, target):
+    shape = geometry(depth=3, grid=(2, 4))
+    importance = random_importance(shape, seed)
+    best = brute_force(importance, shape, target)
+    found = search_mask(importance, shape, target).importance_lost
+    assert best <= found * (1 + 1e-9)
+    # The relaxation is exact on the convex hull; eight tokens are the worst case for what lies between.
+    assert found <= best * 1.5 + 1e-12
+
+
+def test_on_a_realistic_size_the_relaxation_gap_is_small():
+    """A lower bound from duality: the search cannot be far above it."""
+    shape = geometry(depth=12, grid=(14, 14))
+    importance = random_importance(shape, 1)
+    result = search_mask(importance, shape, 0.6)
+    random = np.random.default_rng(0)
+    # No exchange of two tokens' exits (equal cost, exactly) may gain more than a hair.
+    tokens = np.arange(shape.patches)
+    for _ in range(2000):
+        i, j = random.choice(tokens, 2, replace=False)
+        a, b = result.exits[i], result.exits[j]
+        before = importance[a, i] + importance[b, j]
+        after = importance[b, i] + importance[a, j]
+        assert after >= before - 1e-3 * result.importance_lost
+
+
+def test_unimportant_tokens_leave_first():
+    shape = geometry()
+    importance = np.ones((shape.depth + 1, shape.patches))
+    importance[-1] = 0
+    importance[:-1, :10] = 1e-9
+    exits = search_mask(importance, shape, 0.7).exits
+    assert exits[:10].max() <= exits[10:].min()
+
+
+def test_a_budget_above_the_identity_plan_drops_nothing():
+    shape = geometry()
+    result = search_mask(random_importance(shape, 0), shape, 1.0)
+    assert (result.exits == shape.depth).all()
+    assert "nothing had to be dropped" in result.note
+    assert result.macs == plan_macs(TokenPlan.identity("m", shape))
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, 1.5, float("nan")])
+def test_a_target_that_is_no_fraction_is_refused(target):
+    with pytest.raises(UserError, match="expected a fraction"):
+        check_target(geometry(), target)
+
+
+def test_a_target_out_of_reach_names_the_cheapest():
+    shape = geometry()
+    floor = minimum_macs(shape) / dense_macs(shape)
+    with pytest.raises(UserError, match=f"the cheapest plan costs {floor:.4f}; use --target"):
+        search_mask(random_importance(shape, 0), shape, floor * 0.9)
+    result = search_mask(random_importance(shape, 0), shape, floor * 1.0001)
+    assert result.macs == minimum_macs(shape) and len(result.plan("m", shape).kept[0]) == 1
+
+
+def test_scores_that_are_not_numbers_are_refused():
+    shape = geometry()
+    importance = random_importance(shape, 0)
+    importance[2, 3] = np.nan
+    with pytest.raises(UserError, match="not finite"):
+        search_mask(importance, shape, 0.5)
+
+
+def test_all_equal_scores_still_use_the_budget():
+    shape = geometry(depth=12, grid=(14, 14))
+    result = search_mask(np.zeros((13, 196)), shape, 0.6)
+    assert not result.note and result.macs > result.budget - 0.01 * dense_macs(shape)

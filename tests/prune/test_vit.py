@@ -1,0 +1,180 @@
+"""The parity ladder in PyTorch, in float64, against unpatched timm models, for every kind of model."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from tiny_vits import KINDS, tiny
+from torch.utils.flop_counter import FlopCounterMode
+
+from vpruner.errors import PlanError, UserError
+from vpruner.prune.cost import cost_ratio, dense_macs, gathered_macs, plan_macs
+from vpruner.prune.plan import TokenPlan
+from vpruner.prune.vit import FORMS, ViTAdapter, weights_sha256
+
+TOLERANCE = 1e-10
+
+
+@pytest.fixture(params=KINDS)
+def adapter(request) -> ViTAdapter:
+    return ViTAdapter(tiny(request.param).double().requires_grad_(False), request.param)
+
+
+def random_plan(adapter: ViTAdapter, seed: int = 0, gates: bool = False) -> TokenPlan:
+    random = np.random.default_rng(seed)
+    geometry = adapter.geometry
+    exits = random.integers(0, geometry.depth + 1, geometry.patches)
+    exits[random.integers(geometry.patches)] = geometry.depth
+    plan = TokenPlan.from_exits(adapter.name, geometry, exits)
+    if gates:
+        plan = TokenPlan(adapter.name, geometry, plan.kept, [random.uniform(0.3, 3, len(k)).tolist() for k in plan.kept])
+    return plan
+
+
+def images_for(adapter: ViTAdapter, count: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 3, *adapter.geometry.image_size, dtype=torch.float64, generator=generator)
+
+
+def gathered_by_hand(model, plan: TokenPlan, images: torch.Tensor) -> torch.Tensor:
+    """The reference: timm's own modules in a loop, tokens selected away before each block, nothing of the adapter."""
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    left = np.arange(plan.geometry.tokens)
+    prefix = np.arange(plan.geometry.prefix_tokens)
+    for block, kept in zip(model.blocks, plan.kept, strict=True):
+        wanted = np.concatenate([prefix, plan.geometry.prefix_tokens + np.array(kept, dtype=int)])
+        x = x[:, [left.tolist().index(token) for token in wanted]]
+        left = wanted
+        x = block(x)
+    return model.forward_head(model.norm(x))
+
+
+def test_identity_plan_changes_nothing(adapter):
+    images = images_for(adapter)
+    expected = adapter.model(images)
+    plan = TokenPlan.identity(adapter.name, adapter.geometry)
+    for form in FORMS:
+        with adapter.applied(plan, form):
+            assert (adapter.model(images) - expected).abs().max() < TOLERANCE, form
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_all_forms_equal_gathering_by_hand(adapter, seed):
+    images, plan = images_for(adapter), random_plan(adapter, seed)
+    expected = gathered_by_hand(adapter.model, plan, images)
+    assert (expected - adapter.model(images)).abs().max() > 1e-6  # The plan does something.
+    for form in FORMS:
+        with adapter.applied(plan, form):
+            assert (adapter.model(images) - expected).abs().max() < TOLERANCE, form
+
+
+def test_fused_attention_gives_the_same(adapter):
+    images, plan = images_for(adapter), random_plan(adapter, gates=True)
+    results = []
+    for fused in (False, True):
+        for block in adapter.model.blocks:
+            block.attn.fused_attn = fused
+        for form in FORMS:
+            with adapter.applied(plan, form):
+                results.append(adapter.model(images))
+    for result in results[1:]:
+        assert (result - results[0]).abs().max() < TOLERANCE
+
+
+def test_gates_weigh_attention_keys(adapter):
+    """A gate of 2 on a key equals that key standing there twice; tested against a hand-made softmax in one block."""
+    geometry = adapter.geometry
+    kept = TokenPlan.identity(adapter.name, geometry).kept
+    gates = [[1.0] * geometry.patches for _ in kept]
+    gates[1][3] = 2.0
+    plan = TokenPlan(adapter.name, geometry, kept, gates)
+    block = adapter.model.blocks[1]
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(1, geometry.tokens, geometry.embed_dim, dtype=torch.float64, generator=generator)
+    token = geometry.prefix_tokens + 3
+    expected = block(torch.cat([x, x[:, token : token + 1]], 1))[:, : geometry.tokens]
+    with adapter.applied(plan, "gathered"):
+        assert (block(x) - expected).abs().max() < TOLERANCE
+
+
+def test_leaving_the_context_restores_the_model(adapter):
+    images, plan = images_for(adapter), random_plan(adapter, gates=True)
+    before = adapter.model(images)
+    hash_before = weights_sha256(adapter.model)
+    for form in FORMS:
+        with pytest.raises(KeyError), adapter.applied(plan, form):
+            raise KeyError
+        assert torch.equal(adapter.model(images), before)
+    with adapter.gated(2):
+        pass
+    assert torch.equal(adapter.model(images), before)
+    assert weights_sha256(adapter.model) == hash_before
+    for block in adapter.model.blocks:
+        assert not block._forward_pre_hooks and not block._forward_hooks and "forward" not in vars(block)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_closed_form_macs_equal_the_flop_counter(adapter, seed):
+    plan = TokenPlan.identity(adapter.name, adapter.geometry) if seed == 0 else random_plan(adapter, seed)
+    images = images_for(adapter, 1)
+
+    def counted() -> int:
+        with FlopCounterMode(display=False) as counter:
+            adapter.model(images)
+        flops = counter.get_total_flops()
+        assert flops % 2 == 0
+        return flops // 2
+
+    assert counted() == dense_macs(adapter.geometry)
+    with adapter.applied(plan, "dead"):
+        assert counted() == plan_macs(plan)
+    with adapter.applied(plan, "gathered"):
+        assert counted() == gathered_macs(plan)
+
+
+def test_identity_plan_saves_five_percent_of_deit_small():
+    model = timm.create_model("deit_small_patch16_224")
+    geometry = ViTAdapter(model, "deit_small_patch16_224").geometry
+    assert dense_macs(geometry) == pytest.approx(4.6e9, rel=0.01)  # The figure papers quote.
+    assert cost_ratio(TokenPlan.identity("deit_small_patch16_224", geometry)) < 0.95
+
+
+def test_one_plan_at_a_time_and_known_forms_only(adapter):
+    plan = TokenPlan.identity(adapter.name, adapter.geometry)
+    with adapter.applied(plan, "dead"), pytest.raises(RuntimeError, match="another plan"), adapter.applied(plan, "dead"):
+        pass
+    with pytest.raises(ValueError, match="expected one of masked, gathered, dead"), adapter.applied(plan, "dropped"):
+        pass
+
+
+def test_a_plan_of_another_geometry_is_refused(adapter):
+    other = ViTAdapter(tiny("class token", depth=2), "shallow")
+    with pytest.raises(PlanError, match="the plan is for shallow"), adapter.applied(
+        TokenPlan.identity("shallow", other.geometry), "dead"
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        ("resnet18", {}, "it is a ResNet, not a timm VisionTransformer"),
+        ("vit_tiny_patch16_224", {"global_pool": ""}, "it returns unpooled tokens"),
+        ("vit_tiny_patch16_224", {"global_pool": "max"}, "global_pool is 'max'"),
+        ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ResPostBlock}, "block 0 is a ResPostBlock"),
+        ("vit_tiny_r_s16_p8_224", {}, "its patch embedding is a HybridEmbed"),
+        ("swin_tiny_patch4_window7_224", {}, "it is a SwinTransformer"),
+    ],
+)
+def test_a_model_it_cannot_handle_is_refused_by_name(name, arguments, reason):
+    with pytest.raises(UserError, match=f"{name} cannot be pruned: .*{reason}"):
+        ViTAdapter(timm.create_model(name, **arguments), name)
+
+
+def test_weights_hash_sees_every_value():
+    model = tiny("class token")
+    before = weights_sha256(model)
+    assert weights_sha256(tiny("class token")) == before
+    with torch.no_grad():
+        model.blocks[2].mlp.fc2.bias[7] += 1e-3
+    assert weights_sha256(model) != before

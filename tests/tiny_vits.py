@@ -1,0 +1,40 @@
+"""Tiny random ViTs of every kind that the adapter handles, shared by the tests of the pruning stages."""
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+BASE = dict(img_size=(32, 48), patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
+
+KINDS = {
+    "class token": {},
+    "registers": dict(reg_tokens=4, no_embed_class=True),
+    "average pooling": dict(class_token=False, global_pool="avg"),
+    "average pooling beside a class token": dict(global_pool="avg"),
+    "average pooling before the norm": dict(global_pool="avg", fc_norm=False),
+    "average pooling with the class token in it": dict(global_pool="avg", pool_include_prefix=True),
+    "attention pooling": dict(class_token=False, global_pool="map"),
+    "attention pooling over the class token too": dict(global_pool="map", pool_include_prefix=True),
+    "layer scale": dict(init_values=0.1),
+    "qk-norm": dict(qk_norm=True),
+    "no qkv bias": dict(qkv_bias=False),
+    "pre-norm": dict(pre_norm=True),
+    "features": dict(num_classes=0),
+    "patch 16": dict(patch_size=16, img_size=(64, 32)),
+    "patch 14": dict(patch_size=14, img_size=(42, 56)),
+    "patch 32": dict(patch_size=32, img_size=(64, 96)),
+    "distilled": None,
+}
+
+
+def tiny(kind: str, seed: int = 0, **changes) -> nn.Module:
+    """A model of the kind with every parameter moved off its initial value, so that no bias or scale is trivially 0 or 1."""
+    torch.manual_seed(seed)
+    extra = KINDS[kind]
+    arguments = {**BASE, **(extra or {}), **changes}
+    model = VisionTransformerDistilled(**arguments) if extra is None else VisionTransformer(**arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
