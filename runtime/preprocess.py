@@ -1,9 +1,9 @@
 """From an image file to the tensor the model was trained on, with Pillow and numpy only.
 
-The arithmetic is that of timm's evaluation transform (``timm.data.create_transform(..., is_training=False)``, which sits
-on torchvision), down to the rounding of sizes and offsets, so that an accuracy measured with timm is the accuracy the
-application gets. As in timm, the EXIF orientation is *not* applied: a photo stored sideways is classified sideways. Call
-``PIL.ImageOps.exif_transpose`` first where that matters.
+The arithmetic is that of timm's evaluation transform (``timm.data.create_transform(..., is_training=False)``, which
+sits on torchvision), down to the rounding of sizes and offsets, so that an accuracy measured with timm is the accuracy
+the application gets. As in timm, the EXIF orientation is *not* applied: a photo stored sideways is classified sideways.
+Call ``PIL.ImageOps.exif_transpose`` first where that matters.
 """
 
 from __future__ import annotations
@@ -66,13 +66,16 @@ class Preprocessing:
         object.__setattr__(self, "size", (int(size[0]), int(size[1])))
         if self.interpolation not in INTERPOLATIONS:
             raise UserError(
-                f"preprocessing: interpolation is {self.interpolation!r}", f"expected one of {', '.join(INTERPOLATIONS)}"
+                f"preprocessing: interpolation is {self.interpolation!r}",
+                f"expected one of {', '.join(INTERPOLATIONS)}",
             )
         if not _is_number(self.crop_pct) or not 0.1 <= self.crop_pct <= 2:
             raise UserError(f"preprocessing: crop_pct is {self.crop_pct!r}, expected a share between 0.1 and 2")
         object.__setattr__(self, "crop_pct", float(self.crop_pct))
         if self.crop_mode not in CROP_MODES:
-            raise UserError(f"preprocessing: crop_mode is {self.crop_mode!r}", f"expected one of {', '.join(CROP_MODES)}")
+            raise UserError(
+                f"preprocessing: crop_mode is {self.crop_mode!r}", f"expected one of {', '.join(CROP_MODES)}"
+            )
 
     # -- JSON -----------------------------------------------------------------------------------------------------
 
@@ -144,7 +147,7 @@ class Preprocessing:
     def crop(self, image: Image.Image) -> Image.Image:
         """What the model sees, as an RGB image of :attr:`size`, before normalisation."""
         image = image.convert("RGB")
-        scale = tuple(math.floor(side / self.crop_pct) for side in self.size)
+        scale = tuple(max(1, math.floor(side / self.crop_pct)) for side in self.size)
         fill = (0, 0, 0)
         if self.crop_mode == "squash":
             target = scale
@@ -216,7 +219,8 @@ def _image_from_array(array: np.ndarray) -> Image.Image:
     shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
     if array.dtype != np.uint8 or not shape_fits or not array.size:
         raise UserError(
-            f"an image array is {array.dtype} {list(array.shape)}", "expected uint8 [height, width, 3] or [height, width]"
+            f"an image array is {array.dtype} {list(array.shape)}",
+            "expected uint8 [height, width, 3] or [height, width]",
         )
     return pillow.fromarray(np.ascontiguousarray(array))
 

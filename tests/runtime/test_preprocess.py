@@ -60,7 +60,9 @@ sides = st.integers(1, 150)
 @example(height=32, width=32, size=(32, 32), interpolation="bicubic", crop_pct=1.0, crop_mode="center")
 @example(height=97, width=64, size=(24, 25), interpolation="bilinear", crop_pct=0.9, crop_mode="center")
 def test_equals_timm_transform(height, width, size, interpolation, crop_pct, crop_mode):
-    preprocessing = Preprocessing(**IMAGENET, size=size, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode)
+    preprocessing = Preprocessing(
+        **IMAGENET, size=size, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode
+    )
     image = noise(height, width, seed=height * 1000 + width)
     try:
         expected = timm_pixels(preprocessing, image)
@@ -137,7 +139,7 @@ def test_model_card_at_native_size():
 
 
 @pytest.mark.parametrize(
-    "change, reason",
+    ("change", "reason"),
     [
         ({"mean": [0.5, 0.5]}, "mean"),
         ({"mean": [0.5, 0.5, float("nan")]}, "mean"),
@@ -194,7 +196,8 @@ def test_load_image_errors_name_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((4, 4, 4), np.uint8), np.zeros((3, 4, 4), np.float32), np.zeros(5, np.uint8), np.zeros((0, 4), np.uint8)]
+    "array",
+    [np.zeros((4, 4, 4), np.uint8), np.zeros((3, 4, 4), np.float32), np.zeros(5, np.uint8), np.zeros((0, 4), np.uint8)],
 )
 def test_load_image_refuses_other_arrays(array):
     with pytest.raises(UserError, match="uint8"):

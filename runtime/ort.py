@@ -1,0 +1,209 @@
+"""Run an exported model with onnxruntime.
+
+with vpruner.runtime.ort.OrtSession("pruned.onnx") as session:
+    for prediction in session.predict(["cat.jpg", "dog.png"], top=3):
+        print(prediction.scores)
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from os import PathLike
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..extras import require
+from .metadata import ModelMetadata
+from .session import Prediction, Score, Session, TensorSpec, open
+
+__all__ = ["OrtSession", "Prediction", "Score", "open", "provider_name", "short_provider"]
+
+#: Short names -> onnxruntime's. The full names are understood too.
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "directml": "DmlExecutionProvider",
+}
+#: What brings a provider that is missing.
+_INSTALL = {
+    "cpu": "pip install 'vpruner[cpu]'",
+    "cuda": "pip uninstall onnxruntime && pip install 'vpruner[gpu]', on a machine with an NVIDIA GPU",
+    "tensorrt": "pip uninstall onnxruntime && pip install 'vpruner[gpu]' and the TensorRT that it was built for",
+}
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+# onnxruntime's scale: 0 verbose, 1 info, 2 warning, 3 error, 4 fatal. What is an error arrives as an exception, and
+# becomes one line; on a CPU the log would say it a second time. For the other providers the log is the only place
+# that says why a library did not load, so there errors stay.
+_LOG_FATAL, _LOG_ERROR = 4, 3
+
+
+class OrtSession(Session):
+    """An ONNX file opened with onnxruntime.
+
+    Args:
+        path: The ONNX file; weights in external files are found beside it.
+        providers: Where to run, most wanted first: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, onnxruntime's own names, or
+            ``(name, options)`` pairs; one name or a list. None is the CPU. The CPU is always added at the end, for the
+            nodes that a GPU provider does not take.
+        threads: Threads inside one operator (intra-op); operators run one after another (inter-op 1). None leaves it to
+            onnxruntime: one thread per physical core, pinned.
+        spinning: Whether idle threads wait actively, as onnxruntime does by default. True: lowest latency. False: they
+            sleep; right for a process that shares its cores. ``"run"``: active inside a run, asleep between runs; what
+            several sessions that take turns need. Without effect on one thread.
+        batch_size, preprocessing, classes: See :class:`~vpruner.runtime.session.Session`.
+
+    Raises:
+        UserError: No such file, not an ONNX model, an unknown or unavailable provider, one that was asked for and not
+            obtained (onnxruntime would go on silently on the CPU), or onnxruntime is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike,
+        providers: str | Sequence[Any] | None = None,
+        threads: int | None = None,
+        *,
+        spinning: bool | str = True,
+        **options: Any,
+    ):
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise UserError(f"threads is {threads!r}, expected a whole number of at least 1, or None for the default")
+        if spinning not in (True, False, "run"):
+            raise UserError(f"spinning is {spinning!r}, expected True, False or 'run'")
+        self.threads, self.spinning = threads, spinning
+        self._session = None
+        self._asked = _provider_list(providers)
+        super().__init__(path, **options)
+
+    def _open(self) -> None:
+        ort = require("onnxruntime")
+        _check_available(ort, [name for name, _ in self._asked])
+        settings = ort.SessionOptions()
+        settings.log_severity_level = _LOG_FATAL if self._asked[0][0] == PROVIDERS["cpu"] else _LOG_ERROR
+        if self.threads is not None:
+            settings.intra_op_num_threads = self.threads
+            settings.inter_op_num_threads = 1
+        if self.spinning is False:
+            settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        elif self.spinning == "run":
+            settings.add_session_config_entry("session.force_spinning_stop", "1")
+        # enable_fallback=0: onnxruntime's Python layer would print, drop the provider and try again.
+        try:
+            session = ort.InferenceSession(
+                str(self.path),
+                settings,
+                providers=[name for name, _ in self._asked],
+                provider_options=[options for _, options in self._asked],
+                enable_fallback=0,
+            )
+        except Exception as error:
+            raise UserError(
+                f"{self.path}: onnxruntime cannot open it: {_reason(error, str(self.path))}",
+                "is it a complete ONNX file, with its weights beside it?",
+            ) from None
+        obtained = session.get_providers()
+        lost = [name for name, _ in self._asked if name not in obtained]
+        if lost:
+            raise UserError(
+                f"{short_provider(lost[0])} was asked for, onnxruntime runs on {_listed(obtained)}",
+                f"check the driver and libraries; {_INSTALL.get(short_provider(lost[0]), 'install its libraries')}; or "
+                "pass providers='cpu'",
+            )
+        self.providers: tuple[str, ...] = tuple(obtained)
+        self.inputs = tuple(map(_spec, session.get_inputs()))
+        self.outputs = tuple(map(_spec, session.get_outputs()))
+        self.metadata = ModelMetadata.from_props(session.get_modelmeta().custom_metadata_map, str(self.path))
+        self._session = session
+
+    def _run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        try:
+            return self._session.run(None, feeds)
+        except Exception as error:
+            raise UserError(f"{self.path}: onnxruntime failed to run it: {_reason(error, str(self.path))}") from None
+
+    def close(self) -> None:
+        self._session = None
+
+    @property
+    def closed(self) -> bool:
+        return self._session is None
+
+
+def provider_name(name: str) -> str:
+    """onnxruntime's name of a provider: ``"cuda"`` -> ``"CUDAExecutionProvider"``; full names stay."""
+    if name.lower() in PROVIDERS:
+        return PROVIDERS[name.lower()]
+    if name.endswith("ExecutionProvider"):
+        return name
+    raise UserError(f"there is no provider {name!r}", f"known are {', '.join(PROVIDERS)} and onnxruntime's own names")
+
+
+def short_provider(name: str) -> str:
+    """``"CUDAExecutionProvider"`` -> ``"cuda"``; unknown names stay."""
+    return next((short for short, full in PROVIDERS.items() if full == name), name)
+
+
+def _provider_list(providers: Any) -> list[tuple[str, dict[str, Any]]]:
+    """[(full name, options)] with the CPU last."""
+    if providers is None:
+        providers = ["cpu"]
+    elif isinstance(providers, str):
+        providers = [providers]
+    result: dict[str, dict[str, Any]] = {}
+    for item in providers:
+        name, options = item if isinstance(item, tuple) and len(item) == 2 else (item, {})
+        if not isinstance(name, str) or not isinstance(options, Mapping):
+            raise UserError(f"a provider is {item!r}", "expected a name such as 'cpu', or (name, options)")
+        result[provider_name(name)] = dict(options)
+    result.setdefault(PROVIDERS["cpu"], {})
+    return list(result.items())
+
+
+def _check_available(ort: ModuleType, names: Sequence[str]) -> None:
+    available = ort.get_available_providers()
+    for name in names:
+        if name not in available:
+            short = short_provider(name)
+            raise UserError(
+                f"the installed onnxruntime has no provider {short!r}, only {_listed(available)}",
+                _INSTALL.get(short, f"install an onnxruntime that was built with {name}"),
+            )
+    if PROVIDERS["cuda"] in names and hasattr(ort, "preload_dlls"):
+        # Finds the CUDA and cuDNN libraries that pip installed, which are on no library path. It prints what it does
+        # not find instead of raising; whether the provider came up is asked afterwards.
+        with redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(short_provider(name) for name in names)
+
+
+def _spec(argument: Any) -> TensorSpec:
+    shape = tuple(size if isinstance(size, (int, str)) else None for size in argument.shape)
+    return TensorSpec(argument.name, shape, _DTYPES.get(argument.type, argument.type))
+
+
+def _reason(error: Exception, path: str) -> str:
+    """onnxruntime's message in one line, without its code and without the path it repeats."""
+    text = " ".join(str(error).split())
+    # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from x.onnx failed:Protobuf parsing failed."
+    text = text.rpartition("[ONNXRuntimeError] : ")[2].split(" : ", 2)[-1]
+    return text.removeprefix(f"Load model from {path} failed:")[:300]
