@@ -59,8 +59,7 @@ def make_onnx(tmp_path) -> Callable[..., Path]:
         }
         if classes is not None:
             metadata["vpruner.classes"] = json.dumps(classes)
-        for key, value in (props or {}).items():
-            metadata[key] = value
+        metadata.update(props or {})
         helper.set_model_props(model, {key: value for key, value in metadata.items() if value is not None})
         onnx.save(model, tmp_path / name)
         return tmp_path / name

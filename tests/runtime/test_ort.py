@@ -27,7 +27,7 @@ def photos(count: int, seed: int = 0) -> list[np.ndarray]:
 
 def expected_logits(images, weight, preprocessing_json) -> np.ndarray:
     preprocessing = Preprocessing.from_json(preprocessing_json)
-    return preprocessing.batch(images).reshape(len(images), -1) @ weight
+    return preprocessing.batch(images).reshape(len(images), weight.shape[0]) @ weight
 
 
 # -- images in, labels out --------------------------------------------------------------------------------------------
