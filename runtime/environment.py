@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
     """A JSON object that travels with every measurement.
 
     Versions are read from the installed packages' metadata: nothing heavy is imported. What cannot be read is None.
-    ``load_average_1m`` is the machine's at this moment: read before measuring, it tells a quiet machine from a busy one.
+    ``load_average_1m`` is the machine's at this moment: read before measuring, it tells whether others used it.
     """
     return {
         "cpu": cpu_model(),

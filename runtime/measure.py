@@ -198,17 +198,14 @@ def measure(
 
     with _no_garbage_collection():
         warm: dict[str, list[float]] = {name: [] for name in names}
-        warm_rounds, stable, started = 0, False, clock()
+        warm_rounds, started = 0, clock()
         while warm_rounds < warmup_limit:
-            stable = all(is_stable(times) for times in warm.values())
-            in_time = seconds is None or clock() - started < seconds
-            if warm_rounds >= warmup and (stable or not in_time):
+            late = seconds is not None and clock() - started >= seconds
+            if warm_rounds >= warmup and (late or all(map(is_stable, warm.values()))):
                 break
             for name, value in run_round().items():
                 warm[name].append(value)
             warm_rounds += 1
-        else:
-            stable = all(is_stable(times) for times in warm.values())
 
         samples: dict[str, list[float]] = {name: [] for name in names}
         done, started = 0, clock()
@@ -227,12 +224,12 @@ def measure(
         seconds=times,
         protocol={
             "warmup_rounds": warm_rounds,
-            "warmup_stable": stable,
+            "warmup_stable": all(map(is_stable, warm.values())),
             "rounds": done,
             "rounds_asked": rounds,
             "seconds_limit": seconds,
             "order": f"interleaved, shuffled each round, seed {seed}",
-            "interleaved_with": [name for name in names],
+            "interleaved_with": names,
             "percentiles": "nearest rank",
             "interval": "95 % of the median, binomial order statistics",
             "outliers_dropped": 0,

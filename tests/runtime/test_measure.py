@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import gc
+import json
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vpruner.errors import UserError
+from vpruner.runtime import measure as module
+from vpruner.runtime.measure import (
+    MIN_ROUNDS,
+    Latency,
+    Ratio,
+    is_stable,
+    measure,
+    median_interval,
+    nearest_rank,
+    profile_onnx,
+    random_images,
+)
+
+
+class FakeTime:
+    """A clock that only moves when a candidate does; ``log`` lists who ran."""
+
+    def __init__(self):
+        self.now, self.log = 100.0, []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def candidate(self, name, *seconds):
+        calls = iter(range(10**9))
+
+        def call():
+            self.log.append(name)
+            self.now += seconds[min(next(calls), len(seconds) - 1)]
+
+        return call
+
+
+# -- statistics with known answers ------------------------------------------------------------------------------------
+
+
+def test_latency_of_one_to_hundred_milliseconds():
+    latency = Latency.from_seconds(np.random.default_rng(0).permutation(np.arange(1, 101)) / 1e3, batch=4)
+    assert latency.count == 100
+    assert latency.mean_ms == pytest.approx(50.5)
+    assert (latency.p50_ms, latency.p90_ms, latency.p99_ms) == pytest.approx((50, 90, 99))
+    assert (latency.min_ms, latency.max_ms) == pytest.approx((1, 100))
+    assert latency.std_ms == pytest.approx((100 * 101 / 12) ** 0.5)  # n (n + 1) / 12 for 1..n
+    assert latency.images_per_s == pytest.approx(4 / 0.0505)
+    assert set(latency.to_json()) >= {"p50_ms", "p99_ms", "images_per_s"}
+
+
+def test_an_outlier_stays_in():
+    latency = Latency.from_seconds([0.001] * 9 + [1.0])
+    assert latency.p50_ms == pytest.approx(1) and latency.p99_ms == latency.max_ms == pytest.approx(1000)
+    assert latency.mean_ms == pytest.approx(100.9)
+
+
+def test_one_sample():
+    latency = Latency.from_seconds([0.002])
+    assert latency.p50_ms == latency.p99_ms == latency.min_ms == pytest.approx(2) and latency.std_ms == 0
+
+
+@given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=200), st.integers(1, 100))
+def test_nearest_rank_is_numpys_inverted_cdf(values, percent):
+    assert nearest_rank(np.asarray(values), percent) == np.percentile(values, percent, method="inverted_cdf")
+
+
+@pytest.mark.parametrize(
+    ("count", "rank"), [(1, 1), (5, 1), (6, 1), (9, 2), (10, 2), (20, 6), (50, 18), (100, 40), (1000, 469)]
+)
+def test_median_interval_has_the_tabulated_ranks(count, rank):
+    # Ranks of the 95 % interval of a median from the usual tables of the binomial distribution.
+    values = np.random.default_rng(count).permutation(np.arange(1.0, count + 1))
+    assert median_interval(values) == (rank, count + 1 - rank)
+
+
+def test_median_interval_holds_its_coverage():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(1000):
+        low, high = median_interval(rng.exponential(size=41))
+        hits += low <= np.log(2) <= high
+    assert hits >= 940  # at least 95 % by construction; 1,000 trials have a standard error of 0.7 %
+
+
+def test_median_interval_of_many_values_follows_the_normal_approximation():
+    low, _ = median_interval(np.arange(100_000.0))
+    assert low == pytest.approx(50_000 - NormalDist().inv_cdf(0.975) * 100_000**0.5 / 2, abs=2)
+
+
+def test_ratio_pairs_rounds():
+    # The machine slows down threefold half way; every single round has the ratio 0.5.
+    drift = np.concatenate([np.full(50, 1.0), np.full(50, 3.0)])
+    ratio = Ratio.from_seconds(0.5 * drift, drift)
+    assert set(ratio.to_json().values()) == {0.5}
+    ratio = Ratio.from_seconds(np.arange(1.0, 101), np.full(100, 100.0))
+    assert ratio.ratio == pytest.approx(0.505)
+    assert (ratio.ratio_low, ratio.ratio_high) == pytest.approx((0.40, 0.61))
+    assert (ratio.ratio_p10, ratio.ratio_p90) == pytest.approx((0.10, 0.90))
+
+
+@pytest.mark.parametrize("times", [[], [0.0, 1.0], [-1.0], [float("nan")], [[1.0]]])
+def test_times_that_cannot_be_are_refused(times):
+    with pytest.raises(ValueError):
+        Latency.from_seconds(times)
+
+
+def test_unpaired_rounds_are_refused():
+    with pytest.raises(ValueError, match="3 and 1"):
+        Ratio.from_seconds([1.0, 1.0, 1.0], [1.0])
+
+
+def test_stability():
+    assert not is_stable([1.0] * 9)
+    assert is_stable([1.0] * 10) and is_stable([9.0, *[1.0] * 5, *[1.04] * 5])
+    assert not is_stable([1.0] * 5 + [1.1] * 5)
+
+
+# -- the protocol, on a fake clock ------------------------------------------------------------------------------------
+
+
+def test_known_candidates():
+    clock = FakeTime()
+    result = measure(
+        {"dense": clock.candidate("dense", 0.010), "pruned": clock.candidate("pruned", 0.006)},
+        rounds=200,
+        seconds=None,
+        clock=clock,
+        batch=2,
+        protocol={"threads": 1},
+    )
+    assert result.baseline == "dense"
+    assert result.latencies["dense"].p50_ms == pytest.approx(10) and result.latencies["dense"].count == 200
+    assert result.latencies["pruned"].images_per_s == pytest.approx(2 / 0.006)
+    assert result.ratios["pruned"].ratio == pytest.approx(0.6)
+    assert result.ratios["dense"].to_json() == dict.fromkeys(result.ratios["dense"].to_json(), 1.0)
+    assert result.protocol["rounds"] == 200 and result.protocol["threads"] == 1 and result.protocol["batch"] == 2
+    assert result.protocol["outliers_dropped"] == 0
+    row = result.row("pruned")
+    assert row["ratio_to"] == "dense" and row["ratio"] == pytest.approx(0.6)
+    json.dumps([row, result.protocol])
+
+
+def test_rounds_are_interleaved_in_a_shuffled_reproducible_order():
+    def order(seed):
+        clock = FakeTime()
+        names = ["a", "b", "c"]
+        measure(
+            {n: clock.candidate(n, 0.01) for n in names}, warmup=0, warmup_limit=0, rounds=60, seed=seed, clock=clock
+        )
+        return [tuple(clock.log[i : i + 3]) for i in range(0, len(clock.log), 3)]
+
+    rounds = order(0)
+    assert len(rounds) == 60 and all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len(set(rounds)) == 6  # every order occurs
+    assert order(0) == rounds != order(1)
+
+
+def test_warm_up_goes_on_until_stable_and_is_not_counted():
+    clock = FakeTime()
+    # 20 calls, each faster than the last; then steady.
+    falling = [0.1 - 0.004 * step for step in range(20)]
+    result = measure({"a": clock.candidate("a", *falling, 0.01)}, warmup=3, rounds=50, seconds=None, clock=clock)
+    assert 20 <= result.protocol["warmup_rounds"] <= 30 and result.protocol["warmup_stable"]
+    assert result.latencies["a"].max_ms == pytest.approx(10)
+
+
+def test_warm_up_has_a_floor_and_two_caps():
+    clock = FakeTime()
+    steady = measure({"a": clock.candidate("a", 0.01)}, warmup=25, rounds=10, clock=clock)
+    assert steady.protocol["warmup_rounds"] == 25
+    never = [0.01, 0.02, 0.03, 0.04, 0.05] * 100
+    growing = [0.01 * 1.2**step for step in range(60)]
+    capped = measure({"a": clock.candidate("a", *growing)}, warmup_limit=40, rounds=10, seconds=None, clock=clock)
+    assert capped.protocol["warmup_rounds"] == 40 and not capped.protocol["warmup_stable"]
+    late = measure({"a": clock.candidate("a", *growing)}, warmup_limit=40, rounds=10, seconds=1.0, clock=clock)
+    assert 10 <= late.protocol["warmup_rounds"] < 40
+    # Periodic times are stable: the windows have the same median.
+    assert measure({"a": clock.candidate("a", *never)}, rounds=10, clock=clock).protocol["warmup_stable"]
+
+
+def test_time_limit_and_its_floor():
+    clock = FakeTime()
+    limited = measure({"a": clock.candidate("a", 0.25), "b": clock.candidate("b", 0.25)}, seconds=20.0, clock=clock)
+    assert limited.protocol["rounds"] == 40
+    slow = measure({"a": clock.candidate("a", 60.0)}, warmup=0, seconds=1.0, clock=clock)
+    assert slow.protocol["rounds"] == MIN_ROUNDS
+    assert measure({"a": clock.candidate("a", 60.0)}, rounds=3, seconds=1.0, clock=clock).protocol["rounds"] == 3
+
+
+def test_rounds_are_bounded_without_a_limit_that_acts(monkeypatch):
+    monkeypatch.setattr(module, "MAX_ROUNDS", 500)
+    clock = FakeTime()
+    assert measure({"a": clock.candidate("a", 1e-9)}, clock=clock).protocol["rounds"] == 500
+
+
+def test_garbage_collector_is_off_inside_and_back_on_after():
+    seen = []
+
+    def call():
+        seen.append(gc.isenabled())
+        if len(seen) == 5:
+            raise RuntimeError("broken model")
+
+    with pytest.raises(RuntimeError, match="broken model"):
+        measure({"a": call})
+    assert seen == [False] * 5 and gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rounds": 0},
+        {"rounds": None, "seconds": None},
+        {"seconds": 0},
+        {"warmup": -1},
+        {"warmup_limit": 1},
+        {"batch": 0},
+    ],
+)
+def test_a_protocol_that_is_none(options):
+    with pytest.raises(ValueError):
+        measure({"a": lambda: None}, **options)
+    with pytest.raises(ValueError):
+        measure({})
+
+
+# -- ONNX files -------------------------------------------------------------------------------------------------------
+
+
+def test_profile_rows(make_onnx):
+    paths = {
+        "dense": make_onnx("dense.onnx", batch=2, repeat=60),
+        "pruned": make_onnx("pruned.onnx", batch="batch", props={"vpruner.plan": "cd" * 32}),
+    }
+    rows = profile_onnx(paths, batch=2, threads=1, warmup=2, rounds=30)
+    assert [row["label"] for row in rows] == ["dense", "pruned"]
+    dense, pruned = rows
+    assert dense["ratio"] == dense["ratio_low"] == 1 and dense["ratio_to"] == pruned["ratio_to"] == "dense"
+    assert dense["plan"] is None and pruned["plan"] == "cd" * 32 and pruned["model"] == "tiny"
+    # 60 products of a 144 x 144 matrix against none: a factor of several, on however busy a machine.
+    assert pruned["ratio"] < 0.8 and pruned["ratio_low"] <= pruned["ratio"] <= pruned["ratio_high"]
+    for row in rows:
+        assert (row["schema"], row["kind"], row["runtime"], row["provider"]) == (1, "latency", "onnxruntime", "cpu")
+        assert (row["precision"], row["batch"], row["threads"], row["count"]) == ("fp32", 2, 1, 30)
+        assert 0 < row["min_ms"] <= row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"] <= row["max_ms"]
+        assert len(row["file_sha256"]) == 64 and row["environment"]["packages"]["onnxruntime"]
+        assert row["protocol"]["intra_op_threads"] == 1
+    json.dumps(rows)
+
+
+def test_profile_makes_threads_explicit(make_onnx):
+    (row,) = profile_onnx({"a": make_onnx()}, rounds=3, warmup=0, warmup_limit=0)
+    assert row["threads"] >= 1 and row["protocol"]["rounds"] == 3
+
+
+def test_profile_refuses_what_cannot_be_compared(make_onnx, preprocessing_json):
+    static = make_onnx("static.onnx", batch=1)
+    with pytest.raises(UserError, match=r"static batch 1, asked for 8.*batch 8"):
+        profile_onnx({"dense": static}, batch=8)
+    with pytest.raises(UserError, match="at least one"):
+        profile_onnx({})
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(static)
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 6
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 8
+    onnx.save(model, static.with_name("other.onnx"))
+    with pytest.raises(UserError, match=r"dense takes images \[3, 8, 6\] and other \[3, 6, 8\]"):
+        profile_onnx({"dense": static, "other": static.with_name("other.onnx")})
+
+
+def test_random_images_are_seeded_and_normal_sized():
+    images = random_images(2, (3, 33, 50))
+    assert images.shape == (2, 3, 33, 50) and images.dtype == np.float32
+    np.testing.assert_array_equal(images, random_images(2, (3, 33, 50)))
+    assert not np.array_equal(images, random_images(2, (3, 33, 50), seed=1))
+    assert abs(images.mean()) < 0.3 and 0.3 < images.std() < 1 and np.abs(images).max() <= 1
