@@ -1,0 +1,517 @@
+"""The ``vpruner`` command: a thin layer over the library; heavy packages load only when a command needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import ParityError, UserError
+
+
+class _Reported(click.ClickException):
+    """A user's mistake: one line, exit code 2."""
+
+    exit_code = 2
+
+
+class Commands(click.Group):
+    """Turns the library's errors into one line on stderr. ``VPRUNER_DEBUG=1`` shows the traceback instead."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            if os.environ.get("VPRUNER_DEBUG"):
+                raise
+            raise _Reported(" ".join(str(error).split())) from None
+        except ParityError as error:
+            if os.environ.get("VPRUNER_DEBUG"):
+                raise
+            failure = click.ClickException(
+                f"{error}. Nothing was written. This is a defect of vpruner, not of your input: please report it with "
+                "the model's name and the versions of torch, timm and onnxruntime"
+            )
+            raise failure from None
+        except OSError as error:
+            if os.environ.get("VPRUNER_DEBUG") or error.filename is None:
+                raise
+            raise _Reported(f"{error.filename}: {error.strerror}") from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="vpruner")
+def main() -> None:
+    """Learn which tokens a Vision Transformer can do without, fold that into a static ONNX graph, and measure the gain.
+
+    \b
+    The whole job on the bundled model and images:
+      vpruner run --target 0.65 -o runs/demo
+    On your own:
+      vpruner run deit_small_patch16_224 --weights deit_small.safetensors --data images/ --target 0.65
+    """
+
+
+# -- options that several commands share ------------------------------------------------------------------------------
+
+
+def _options(*decorators: Callable) -> Callable:
+    def decorate(command: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+def _key_values(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """``("img_size=384", "qk_norm=true")`` -> {"img_size": 384, "qk_norm": True}; values are JSON where they parse as it."""
+    result = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        if not equals or not key.isidentifier():
+            raise click.BadParameter(f"{value!r} is not key=value, as in --model-arg img_size=384")
+        try:
+            result[key] = json.loads(text)
+        except ValueError:
+            result[key] = text
+    return result
+
+
+model_options = _options(
+    click.argument("model", required=False),
+    click.option("--pretrained", is_flag=True, help="Let timm download the weights of MODEL."),
+    click.option("--weights", metavar="FILE", help="Weights of MODEL: .safetensors, .pth, .pt or .bin."),
+    click.option(
+        "--model-arg",
+        "model_args",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=_key_values,
+        help="Argument for the model, such as img_size=384; may be repeated.",
+    ),
+)
+calibration_options = _options(
+    click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...)."),
+    click.option("--images", default=1024, show_default=True, type=click.IntRange(1), help="Calibration images to use."),
+    click.option(
+        "--loss",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "labels", "self", "features"]),
+        help="What the gradients are of: labels, the model's own distribution, or its features.",
+    ),
+    click.option("--seed", default=0, show_default=True, help="Of the choice of images and random directions."),
+    click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
+)
+eval_data_option = click.option("--eval-data", metavar="PATH", help="Images to report on; none of them is used to prune.")
+eval_images_option = click.option(
+    "--eval-images", default=2000, show_default=True, type=click.IntRange(1), help="Images to report on, at most."
+)
+target_option = click.option(
+    "--target", default=0.65, show_default=True, type=float, help="Budget as a fraction of the dense model's MACs."
+)
+export_options = _options(
+    click.option("--opset", default=20, show_default=True, type=click.IntRange(17, 23), help="ONNX opset."),
+    click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open."),
+    click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Batch size of the graph."),
+)
+runtime_options = _options(
+    click.option("--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, tensorrt."),
+    click.option("--threads", type=click.IntRange(1), help="Threads; by default onnxruntime's choice."),
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1))
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """One aligned table on stdout; the first column reads, the others are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for position, name in enumerate(columns):
+        table.add_column(name, justify="left" if position == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # A table that wraps cannot be read; where the output is no terminal, it takes the width it needs.
+    console = Console(highlight=False)
+    Console(highlight=False, width=max(console.width, 100)).print(table)
+
+
+def _format_estimate(row: dict[str, Any]) -> str:
+    if row["metric"] in ("top1", "agreement", "top1_difference"):
+        signed = "+.2f" if row["metric"] == "top1_difference" else ".2f"
+        unit = " pp" if row["metric"] == "top1_difference" else " %"
+        value, low, high = (format(100 * row[key], signed) for key in ("value", "low", "high"))
+        return f"{value}{unit} [{low}, {high}]"
+    return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+
+
+METRIC_NAMES = {
+    "top1": "top-1",
+    "top1_difference": "top-1, paired difference",
+    "agreement": "same class as dense",
+    "kl": "KL to dense (nats)",
+    "cosine": "cosine to dense features",
+}
+
+
+# -- run --------------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@model_options
+@calibration_options
+@eval_data_option
+@eval_images_option
+@target_option
+@export_options
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement.")
+@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0.1), help="Time to measure latency for.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write  [default: runs/MODEL]")
+@click.option("--force", is_flag=True, help="Replace an earlier run in that folder.")
+@json_option
+@quiet_option
+def run(model, pretrained, weights, model_args, output, force, as_json, quiet, **options) -> None:
+    """Prune, export, prove and measure: everything, in one folder.
+
+    MODEL is a timm name (with --weights or --pretrained), a model card (.json), or nothing for the bundled reference.
+    The folder holds plan.json, dense.onnx, pruned.onnx, results.jsonl and report.html when all of it has succeeded.
+
+    \b
+    Example:
+      vpruner run --target 0.65 -o runs/demo
+      vpruner run vit_base_patch16_224 --pretrained --data train/ --eval-data val/ --target 0.5 -o runs/vit_base
+    """
+    from .pipeline import RunOptions
+    from .pipeline import run as run_pipeline
+    from .progress import Reporter
+
+    output = output or Path("runs") / (Path(model).stem if model else "reference")
+    everything = RunOptions(
+        model=model,
+        pretrained=pretrained,
+        weights=weights,
+        model_args=model_args,
+        command=shlex.join(["vpruner", *sys.argv[1:]]),
+        **options,
+    )
+    result = run_pipeline(everything, output, Reporter(quiet=quiet), force=force)
+    if as_json:
+        _print_json(result)
+        return
+    _print_run(result["rows"])
+    for path in result["files"].values():
+        click.echo(path)
+
+
+def _print_run(rows: list[dict[str, Any]]) -> None:
+    run_row = next(row for row in rows if row["kind"] == "run")
+    cost = {row["label"]: row for row in rows if row["kind"] == "cost"}
+    accuracy = {(row["label"], row["metric"]): row for row in rows if row["kind"] == "accuracy"}
+    latency = {row["label"]: row for row in rows if row["kind"] == "latency"}
+    dense, pruned = cost["dense"], cost["pruned"]
+    table = []
+    for metric, title in METRIC_NAMES.items():
+        both = [accuracy.get((label, metric)) for label in ("dense", "pruned")]
+        if any(both):
+            count = next(row for row in both if row)["count"]
+            table.append([f"{title}, {count} images", *(_format_estimate(row) if row else "" for row in both), ""])
+    table.append(["MACs", _short(dense["macs"]), _short(pruned["macs"]), f"{pruned['ratio']:.3f}"])
+    table.append(["parameters", _short(dense["parameters"]), _short(pruned["parameters"]), "1.000"])
+    one, other = latency["dense"], latency["pruned"]
+    threads = "1 thread" if one["threads"] == 1 else f"{one['threads'] or 'default'} threads"
+    table.append(
+        [
+            f"ORT {one['provider']} p50, batch {one['batch']}, {threads}",
+            f"{one['p50_ms']:.2f} ms",
+            f"{other['p50_ms']:.2f} ms",
+            f"{other['ratio']:.3f} [{other['ratio_low']:.3f}, {other['ratio_high']:.3f}]",
+        ]
+    )
+    _table(
+        f"{run_row['model']} at {run_row['target']:g} of its MACs", ["", "dense", "pruned", "ratio"], table
+    )
+
+
+def _short(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@model_options
+@calibration_options
+@target_option
+@click.option("--output", "-o", default="plan.json", show_default=True, type=click.Path(path_type=Path), help="Plan to write.")
+@json_option
+@quiet_option
+def prune(model, pretrained, weights, model_args, output, target, images, loss, as_json, quiet, **data) -> None:
+    """Learn a token plan: which patch tokens enter each block.
+
+    \b
+    Example:
+      vpruner prune --target 0.65 -o plan.json
+      vpruner prune deit_small_patch16_224 --weights deit_small.pth --data images/ -o plan.json
+    """
+    from . import pipeline
+    from .progress import Reporter
+    from .prune.learn import learn_plan
+    from .prune.models import open_model
+
+    reporter = Reporter(quiet=quiet)
+    loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
+    calibration = pipeline.calibration_images(
+        pipeline.RunOptions(model=model, images=images, **data), loaded, reporter
+    )
+    plan = learn_plan(loaded, calibration, target=target, loss=loss, seed=data["seed"], reporter=reporter)
+    plan.save(output)
+    if as_json:
+        _print_json({"plan": str(output), **plan.to_json()})
+        return
+    _print_plan(plan)
+    click.echo(output)
+
+
+def _print_plan(plan) -> None:
+    from .prune.cost import cost_ratio, dense_macs, plan_macs
+
+    macs, dense = plan_macs(plan), dense_macs(plan.geometry)
+    _table(
+        f"{plan.model}: {_short(macs)} of {_short(dense)} MACs ({cost_ratio(plan):.4f})",
+        ["block", "patches", "tokens in (keys)", "tokens out (queries)"],
+        [
+            [str(block), f"{len(kept)} of {plan.geometry.patches}", str(keys), str(queries)]
+            for block, (kept, keys, queries) in enumerate(
+                zip(plan.kept, plan.key_counts, plan.query_counts, strict=True)
+            )
+        ],
+    )
+
+
+@main.command()
+@model_options
+@click.option("--plan", "plan_path", metavar="FILE", help="Export the model pruned by this plan, parity checked.")
+@export_options
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="File to write  [default: dense.onnx, or pruned.onnx]")
+@json_option
+@quiet_option
+def export(model, pretrained, weights, model_args, plan_path, output, as_json, quiet, **options) -> None:
+    """Export a model to ONNX, whole or pruned, and check that the file computes the same.
+
+    \b
+    Example:
+      vpruner export deit_small_patch16_224 --weights deit_small.pth -o dense.onnx
+      vpruner export --plan plan.json -o pruned.onnx
+    """
+    from . import pipeline
+    from .progress import Reporter
+    from .prune.models import open_model
+    from .prune.plan import TokenPlan
+
+    plan = TokenPlan.load(plan_path) if plan_path else None
+    loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
+    output = output or Path("pruned.onnx" if plan else "dense.onnx")
+    rungs = pipeline.export_checked(loaded, output, plan=plan, reporter=Reporter(quiet=quiet), **options)
+    _print_rungs(rungs, output, as_json)
+
+
+def _print_rungs(rungs, output: Path, as_json: bool, **more: Any) -> None:
+    from .pipeline import parity_row
+
+    if as_json:
+        _print_json({"file": str(output), "parity": [parity_row(rung) for rung in rungs], **more})
+        return
+    _table(
+        "parity",
+        ["rung", "difference", "tolerance", "images"],
+        [[r.name, f"{r.difference:.1e}", f"{r.tolerance:.0e}", str(r.compared)] for r in rungs],
+    )
+    click.echo(output)
+
+
+@main.command()
+@click.argument("dense", type=click.Path(path_type=Path))
+@click.option("--plan", "plan_path", metavar="FILE", help="The token plan to fold in.")
+@click.option("--identity", is_flag=True, help="Drop no token, only what nothing reads: exact, and free.")
+@click.option("--output", "-o", default="pruned.onnx", show_default=True, type=click.Path(path_type=Path), help="File to write.")
+@json_option
+@quiet_option
+def fold(dense, plan_path, identity, output, as_json, quiet) -> None:
+    """Fold a token plan into a dense ONNX graph written by vpruner export; needs no PyTorch.
+
+    \b
+    Example:
+      vpruner fold dense.onnx --plan plan.json -o pruned.onnx
+      vpruner fold dense.onnx --identity -o lean.onnx
+    """
+    from . import pipeline
+    from .progress import Reporter
+    from .prune.plan import TokenPlan
+
+    if bool(plan_path) == identity:
+        raise UserError("fold takes one of --plan FILE and --identity", "make a plan with: vpruner prune MODEL")
+    plan = TokenPlan.load(plan_path) if plan_path else None
+    record, rungs = pipeline.fold_checked(dense, plan, output, Reporter(quiet=quiet))
+    _print_rungs(rungs, output, as_json, modified=record.modified)
+
+
+@main.command()
+@model_options
+@click.option("--plan", "plan_path", metavar="FILE", help="With a PyTorch model: compare it with itself pruned by this plan.")
+@click.option("--against", metavar="DENSE.ONNX", help="With an ONNX file: the file to compare it with.")
+@click.option("--data", metavar="PATH", hidden=True)
+@eval_data_option
+@eval_images_option
+@click.option("--seed", default=0, show_default=True, help="Of the choice of images.")
+@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl.")
+@json_option
+@quiet_option
+def evaluate(as_json, quiet, results, **options) -> None:
+    """Accuracy of a pruned model and what it lost, with paired 95 % intervals.
+
+    MODEL is an ONNX file, or whatever prune takes together with --plan. Models without classes are compared by the
+    cosine of their features.
+
+    \b
+    Example:
+      vpruner evaluate runs/demo/pruned.onnx --against runs/demo/dense.onnx
+      vpruner evaluate deit_small_patch16_224 --weights deit_small.pth --plan plan.json --eval-data val/
+    """
+    from . import pipeline
+    from .artifacts import append_rows
+    from .progress import Reporter
+
+    rows = pipeline.evaluate(reporter=Reporter(quiet=quiet), **options)
+    if results:
+        append_rows(results, rows)
+    if as_json:
+        _print_json(rows)
+        return
+    _table(
+        f"{rows[0]['count']} images" if rows else "nothing to compare: give --against or --plan",
+        ["model", "metric", "value [95 %]"],
+        [[row["label"], METRIC_NAMES[row["metric"]], _format_estimate(row)] for row in rows],
+    )
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--against", metavar="DENSE.ONNX", type=click.Path(path_type=Path), help="Baseline, measured in turns with MODEL.")
+@click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Images per run.")
+@runtime_options
+@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0.1), help="Time to measure for.")
+@click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl.")
+@json_option
+@quiet_option
+def profile(model, against, batch_size, provider, threads, seconds, results, as_json, quiet) -> None:
+    """Latency of an ONNX file in onnxruntime, and its ratio to a baseline measured in turns with it.
+
+    \b
+    Example:
+      vpruner profile runs/demo/pruned.onnx --against runs/demo/dense.onnx --threads 1
+    """
+    from .artifacts import append_rows
+    from .progress import Reporter
+    from .runtime.measure import profile_onnx
+
+    paths = {"dense": against, "pruned": model} if against else {model.stem: model}
+    if against and against.resolve() == model.resolve():
+        raise UserError(f"{model} against itself", "give the dense file after --against")
+    with Reporter(quiet=quiet).stage("Measuring latency"):
+        rows = profile_onnx(paths, batch=batch_size, threads=threads, providers=[provider], seconds=seconds)
+    if results:
+        append_rows(results, rows)
+    if as_json:
+        _print_json(rows)
+        return
+    _table(
+        f"onnxruntime {provider}, batch {batch_size}, threads {threads or 'default'}",
+        ["", "p50 ms", "p90 ms", "p99 ms", "images/s", "ratio [95 %]"],
+        [
+            [
+                row["label"],
+                *(f"{row[key]:.3f}" for key in ("p50_ms", "p90_ms", "p99_ms")),
+                f"{row['throughput_per_s']:.1f}",
+                f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+                if row.get("ratio_to") and row["ratio_to"] != row["label"]
+                else "",
+            ]
+            for row in rows
+        ],
+    )
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes per image.")
+@runtime_options
+@json_option
+def predict(model, images, top, provider, threads, as_json) -> None:
+    """Classify image files with an exported model; needs onnxruntime, not PyTorch.
+
+    \b
+    Example:
+      vpruner predict runs/demo/pruned.onnx cat.jpg dog.png --top 3
+    """
+    from .runtime.ort import open as open_session
+
+    with open_session(model, providers=[provider], threads=threads) as session:
+        predictions = session.predict(list(images), top=top)
+    if as_json:
+        _print_json([{"image": image, **p.to_json()} for image, p in zip(images, predictions, strict=True)])
+        return
+    for image, prediction in zip(images, predictions, strict=True):
+        click.echo(image)
+        if prediction.features is not None:
+            shown = ", ".join(f"{value:.4f}" for value in prediction.features[:6])
+            click.echo(f"  features [{len(prediction.features)}]: {shown}, ...")
+        for score in prediction.scores:
+            click.echo(f"  {score.score:7.2%}  {score.label}")
+
+
+@main.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--image", metavar="FILE", help="Image to draw on  [default: one of the bundled ones]")
+@click.option("--output", "-o", default="tokens.png", show_default=True, type=click.Path(path_type=Path), help="PNG to write.")
+@json_option
+def show(plan, image, output, as_json) -> None:
+    """Draw the tokens that each block keeps on an image.
+
+    PLAN is a plan.json or a pruned.onnx.
+
+    \b
+    Example:
+      vpruner show runs/demo/plan.json --image cat.jpg -o tokens.png
+    """
+    from . import pipeline
+
+    plan_object = pipeline.show(plan, image, output)
+    if as_json:
+        _print_json({"file": str(output), "model": plan_object.model, "kept": [len(k) for k in plan_object.kept]})
+        return
+    _print_plan(plan_object)
+    click.echo(output)
+
+
+if __name__ == "__main__":
+    main()

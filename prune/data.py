@@ -209,11 +209,6 @@ def choose_images(
         raise UserError("--eval-data without --data", "give calibration images with --data, not the evaluation images")
     source = ImageSource(data, split="train")
     label_map = map_labels(source, classes, outputs, remarks)
-    random = np.random.default_rng(seed)
-
-    def pick(pool: np.ndarray, count: int) -> list[int]:
-        return sorted(random.permutation(pool)[:count].tolist())
-
     if eval_data is not None and _same_place(data, eval_data):
         eval_data = None
     if eval_data is None:
@@ -221,7 +216,7 @@ def choose_images(
             raise UserError(f"{data} is a stream and cannot be split", "give evaluation images with --eval-data")
         if len(source) < 2:
             raise UserError(f"{data} holds one image", "give at least two, or more with --eval-data")
-        shuffled = random.permutation(len(source))
+        shuffled = np.random.default_rng(seed).permutation(len(source))
         put_aside = min(evaluation, max(1, len(source) // 4))
         calibration_set = ImageSet(source, sorted(shuffled[put_aside:][:calibration].tolist()), label_map, strict)
         evaluation_set = ImageSet(source, sorted(shuffled[:put_aside].tolist()), label_map, strict)
@@ -231,9 +226,15 @@ def choose_images(
     eval_map = map_labels(eval_source, classes, outputs, remarks)
     sets = []
     for one, mapping, count in ((source, label_map, calibration), (eval_source, eval_map, evaluation)):
-        indices = range(count) if one.streams else pick(np.arange(len(one)), count)
-        sets.append(ImageSet(one, indices, mapping, strict))
+        sets.append(ImageSet(one, choose_indices(one, count, seed), mapping, strict))
     return sets[0], sets[1], remarks
+
+
+def choose_indices(source: ImageSource, count: int, seed: int) -> Sequence[int]:
+    """At most ``count`` positions of a source, drawn without replacement, ascending; of a stream the first ones."""
+    if source.streams:
+        return range(count)
+    return sorted(np.random.default_rng(seed).permutation(len(source))[:count].tolist())
 
 
 def map_labels(

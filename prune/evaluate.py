@@ -66,7 +66,7 @@ class Outputs:
 
 
 def collect_outputs(
-    runners: dict[str, Callable[[np.ndarray], np.ndarray]],
+    runners: dict[str, Callable[[Any], np.ndarray]],
     batches: Iterable[tuple[Any, Any]],
     *,
     on_batch: Callable[[int], None] = lambda count: None,
@@ -74,14 +74,13 @@ def collect_outputs(
     """Run every model on every batch.
 
     Args:
-        runners: label -> function from images float32 [batch, 3, height, width] to outputs float32 [batch, output].
-        batches: (images, labels or None) as torch tensors or arrays; read once.
+        runners: label -> function from a batch of images to outputs float32 [batch, output].
+        batches: (images, labels or None); images in whatever form the runners take, as long as it has a length.
         on_batch: Called with the number of images after each batch.
     """
     collected: dict[str, list[np.ndarray]] = {label: [] for label in runners}
     labels: list[np.ndarray] = []
     for images, batch_labels in batches:
-        images = np.asarray(images)
         for label, run in runners.items():
             collected[label].append(np.asarray(run(images), np.float32))
         if batch_labels is not None:

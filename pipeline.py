@@ -1,0 +1,585 @@
+"""The main job end to end: a trained ViT and images in, a folder with plan, graphs, measurements and report out."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .artifacts import append_rows
+from .errors import UserError
+from .prune.cost import cost_ratio, dense_macs, plan_macs
+from .prune.plan import Geometry, TokenPlan
+from .progress import Reporter
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .export.fold import FoldRecord
+    from .export.parity import Rung
+    from .prune.data import ImageSet
+    from .prune.evaluate import Estimate
+    from .prune.models import LoadedModel
+
+#: Images that the parity ladder runs through PyTorch and onnxruntime.
+PARITY_IMAGES = 16
+#: Images that the report draws the plan on.
+EXAMPLE_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Everything ``vpruner run`` can be told; see the command's help for the meaning."""
+
+    target: float = 0.65
+    model: str | None = None
+    pretrained: bool = False
+    weights: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    eval_data: str | None = None
+    images: int = 1024
+    eval_images: int = 2000
+    loss: str = "auto"
+    seed: int = 0
+    strict: bool = False
+    opset: int = 20
+    dynamic_batch: bool = False
+    batch_size: int = 1
+    threads: int | None = 1
+    seconds: float = 10.0
+    command: str = ""
+
+
+def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = False) -> dict[str, Any]:
+    """Prune, export, prove, measure, report.
+
+    The folder appears only when everything in it is finished and every rung of the parity ladder held.
+
+    Returns:
+        JSON-able summary: the rows of results.jsonl and the paths of the files.
+
+    Raises:
+        UserError: Something the user gave cannot be used.
+        ParityError: Two forms of the pruned model disagree.
+    """
+    from .extras import require
+
+    for package in ("torch", "timm", "onnx", "onnxruntime"):  # Missing extras are said now, not after ten minutes.
+        require(package)
+    from .export.dense import export_dense
+    from .export.fold import fold_file
+    from .export.parity import check_ladder
+    from .prune.learn import learn_plan
+    from .prune.models import open_model
+    from .prune.search import check_target
+    from .report import write_report
+    from .runtime.measure import profile_onnx
+
+    with finished_folder(output, force=force) as folder:
+        with reporter.stage("Opening model and images"):
+            loaded = open_model(
+                options.model, pretrained=options.pretrained, weights=options.weights, model_args=options.model_args
+            )
+            geometry = loaded.adapter.geometry
+            check_target(geometry, options.target)
+            calibration, evaluation = choose(options, loaded, reporter)
+
+        plan = learn_plan(
+            loaded, calibration, target=options.target, loss=options.loss, seed=options.seed, reporter=reporter
+        )
+        plan.save(folder / "plan.json")
+        dense, pruned = folder / "dense.onnx", folder / "pruned.onnx"
+        with reporter.stage("Exporting dense.onnx"):
+            export_dense(
+                loaded.adapter.model,
+                dense,
+                name=loaded.name,
+                geometry=geometry,
+                preprocessing=loaded.preprocessing.to_json(),
+                classes=loaded.classes,
+                weights_sha256=loaded.sha256,
+                opset=options.opset,
+                dynamic_batch=options.dynamic_batch,
+                batch_size=options.batch_size,
+            )
+        with reporter.stage("Folding the plan into pruned.onnx"):
+            fold_file(dense, plan, pruned)
+        with reporter.stage("Parity ladder"):
+            rungs = check_ladder(loaded.adapter, plan, dense, pruned, first_images(calibration, loaded, PARITY_IMAGES))
+
+        parameters, preprocessing, name = loaded.parameters, loaded.preprocessing, loaded.name
+        del loaded  # From here on the graphs speak for themselves; a large model's weights need not lie in memory twice.
+        gc.collect()
+        with reporter.stage("Evaluating both graphs", len(evaluation.indices)) as advance:
+            estimates, examples = evaluate_graphs({"dense": dense, "pruned": pruned}, evaluation, geometry, advance)
+        if evaluation.skipped:
+            example = next(iter(evaluation.skipped.values()))
+            reporter.remark(f"{len(evaluation.skipped)} evaluation images could not be read and were skipped, such as {example}")
+        with reporter.stage("Measuring latency"):
+            latency = profile_onnx(
+                {"dense": dense, "pruned": pruned},
+                batch=options.batch_size,
+                threads=options.threads,
+                seconds=options.seconds,
+            )
+
+        rows = [
+            run_row(options, name, plan, calibration, evaluation, reporter),
+            *cost_rows(plan, parameters, {"dense": dense, "pruned": pruned}),
+            *map(parity_row, rungs),
+            *(estimate.row(label) for label, values in estimates.items() for estimate in values),
+            *latency,
+        ]
+        append_rows(folder / "results.jsonl", rows)
+        with reporter.stage("Writing the report"):
+            write_report(folder, plan=plan, rows=rows, examples=[cropped(image, preprocessing) for image in examples])
+    files = {path.name: str(path) for path in sorted(output.iterdir()) if path.is_file()}
+    return {"rows": rows, "files": files, "remarks": reporter.remarks}
+
+
+@contextmanager
+def finished_folder(output: Path, *, force: bool) -> Iterator[Path]:
+    """Yield a scratch folder that becomes ``output`` when the block succeeds and vanishes when it does not.
+
+    Raises:
+        UserError: ``output`` exists and is not empty (without ``force``), or cannot be made.
+    """
+    occupied = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if occupied and (not force or not output.is_dir()):
+        raise UserError(
+            f"{output} exists already" if output.is_dir() else f"{output} is a file",
+            "choose another folder with -o, or replace it with --force" if output.is_dir() else "choose another with -o",
+        )
+    if occupied and not is_run_folder(output):
+        # --force replaces results, never a folder of something else.
+        raise UserError(f"{output} is not a folder that vpruner wrote (it has no plan.json)", "choose another with -o")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise UserError(f"cannot write to {output.parent}: {error.strerror}", "choose another folder with -o") from None
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if output.exists():
+            shutil.rmtree(output)
+        scratch.replace(output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def is_run_folder(folder: Path) -> bool:
+    return (folder / "plan.json").is_file()
+
+
+def choose(options: RunOptions, loaded: LoadedModel, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
+    """Calibration and evaluation images as the options say, with the remarks passed on."""
+    from .prune.data import choose_images
+
+    geometry = loaded.adapter.geometry
+    bundled_images = options.data is None and options.eval_data is None
+    calibration, evaluation, remarks = choose_images(
+        options.data,
+        options.eval_data,
+        calibration=options.images,
+        evaluation=options.eval_images,
+        classes=loaded.classes,
+        outputs=geometry.outputs if geometry.output == "logits" else None,
+        seed=options.seed,
+        strict=options.strict,
+    )
+    if bundled_images and options.model is not None:
+        reporter.remark("no --data: the bundled CIFAR-10 images calibrate; give images like those the model will see")
+    for remark in remarks:
+        reporter.remark(remark)
+    return calibration, evaluation
+
+
+def first_images(images: ImageSet, loaded: LoadedModel, count: int):
+    """The first readable images, preprocessed: float32 [image, 3, height, width]."""
+    batch, _ = next(images.batches(loaded.preprocessing, count))
+    return batch
+
+
+def evaluate_graphs(
+    paths: Mapping[str, Path], images: ImageSet, geometry: Geometry, on_batch=lambda count: None, **session_options: Any
+) -> tuple[dict[str, list[Estimate]], list[Image.Image]]:
+    """Accuracy of ONNX files through the very session an application uses, preprocessing included.
+
+    Args:
+        paths: label -> file; the first is the baseline.
+        images: Evaluation images; none may have been used to make the plan.
+        geometry: For the kind of output.
+        on_batch: Called with the number of images after each batch.
+
+    Returns:
+        label -> estimates, and a few of the images for the report.
+    """
+    from contextlib import ExitStack
+
+    from .prune.evaluate import collect_outputs, compare
+    from .runtime.ort import OrtSession
+
+    examples: list[Image.Image] = []
+
+    def batches(size: int = 16):
+        stream = images.images()
+        while chunk := list(itertools.islice(stream, size)):
+            if len(examples) < EXAMPLE_IMAGES:
+                examples.append(chunk[0][0])
+            labels = [label for _, label in chunk] if images.labelled else None
+            yield [image for image, _ in chunk], labels
+
+    with ExitStack() as stack:
+        # spinning="run": the sessions take turns, and an idle one must not burn the core the other runs on.
+        sessions = {
+            label: stack.enter_context(OrtSession(path, spinning="run", **session_options)) for label, path in paths.items()
+        }
+        stream = batches()
+        first = next(stream, None)
+        images.require_any()
+        outputs = collect_outputs(
+            {label: session.logits for label, session in sessions.items()},
+            itertools.chain([first], stream),
+            on_batch=on_batch,
+        )
+    return compare(outputs, baseline=next(iter(paths)), output=geometry.output), examples
+
+
+def cropped(image: Image.Image, preprocessing) -> Image.Image:
+    """The part of an image that the model sees, at the model's size."""
+    import numpy as np
+    from PIL import Image as pillow
+
+    array = preprocessing(image).transpose(1, 2, 0) * np.array(preprocessing.std) + np.array(preprocessing.mean)
+    return pillow.fromarray((array * 255).round().clip(0, 255).astype(np.uint8))
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def run_row(
+    options: RunOptions, name: str, plan: TokenPlan, calibration: ImageSet, evaluation: ImageSet, reporter: Reporter
+) -> dict[str, Any]:
+    from .runtime.environment import environment
+
+    def described(images: ImageSet) -> dict[str, Any]:
+        return {
+            "name": Path(images.source.spec).name,
+            "count": images.count,
+            "labels": images.labelled,
+            "skipped": len(images.skipped),
+            "sha256": images.sha256,
+        }
+
+    return {
+        "schema": 1,
+        "kind": "run",
+        "model": name,
+        "target": options.target,
+        "target_kind": "macs",
+        "loss": plan.provenance["loss"],
+        "seed": options.seed,
+        "seconds": {stage: round(value, 3) for stage, value in reporter.seconds.items()},
+        "peak_memory_bytes": {"process": peak_memory_bytes()},
+        "command": options.command,
+        "data": {"calibration": described(calibration), "evaluation": described(evaluation)},
+        "note": list(reporter.remarks),
+        "environment": environment(),
+    }
+
+
+def cost_rows(plan: TokenPlan, parameters: int, files: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """MACs, parameters and file sizes of dense, dead-token-free and pruned model."""
+    geometry = plan.geometry
+    identity = TokenPlan.identity(plan.model, geometry)
+    rows = []
+    for label, macs, ratio in (
+        ("dense", dense_macs(geometry), 1.0),
+        ("identity", plan_macs(identity), cost_ratio(identity)),
+        ("pruned", plan_macs(plan), cost_ratio(plan)),
+    ):
+        row = {"schema": 1, "kind": "cost", "label": label, "macs": macs, "ratio": round(ratio, 6), "parameters": parameters}
+        if label in files:
+            row["file_bytes"] = model_bytes(files[label])
+        rows.append(row)
+    return rows
+
+
+def parity_row(rung: Rung) -> dict[str, Any]:
+    values = asdict(rung)
+    return {"schema": 1, "kind": "parity", "rung": values.pop("name"), **values}
+
+
+def model_bytes(path: Path) -> int:
+    """Size of an ONNX file and, where its weights lie outside, of the file beside it."""
+    return sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# -- single stages, as the commands run them --------------------------------------------------------------------------
+
+
+def calibration_images(options: RunOptions, loaded: LoadedModel, reporter: Reporter) -> ImageSet:
+    """Calibration images for ``vpruner prune``, which reports on nothing and so puts nothing aside."""
+    from . import bundled
+    from .prune.data import ImageSet, ImageSource, choose_indices, map_labels
+
+    source = ImageSource(options.data or bundled.calibration_data(), split="train")
+    remarks: list[str] = []
+    geometry = loaded.adapter.geometry
+    label_map = map_labels(source, loaded.classes, geometry.outputs if geometry.output == "logits" else None, remarks)
+    for remark in remarks:
+        reporter.remark(remark)
+    return ImageSet(source, choose_indices(source, options.images, options.seed), label_map, options.strict)
+
+
+def export_checked(
+    loaded: LoadedModel,
+    output: Path,
+    *,
+    plan: TokenPlan | None,
+    reporter: Reporter,
+    opset: int = 20,
+    dynamic_batch: bool = False,
+    batch_size: int = 1,
+) -> list[Rung]:
+    """Export a model, whole or pruned; the file appears only when its parity holds.
+
+    Raises:
+        PlanError: The plan is for another model.
+        ParityError: The graph does not compute what the model does.
+    """
+    from .export.dense import export_dense
+    from .export.fold import fold_file
+    from .export.parity import check_dense, check_ladder
+
+    geometry = loaded.adapter.geometry
+    if plan is not None:
+        plan.check_fits(loaded.name, geometry, loaded.sha256)
+    with scratch_beside(output) as scratch:
+        dense, pruned = scratch / "dense.onnx", scratch / "pruned.onnx"
+        with reporter.stage(f"Exporting {loaded.name}"):
+            export_dense(
+                loaded.adapter.model,
+                dense,
+                name=loaded.name,
+                geometry=geometry,
+                preprocessing=loaded.preprocessing.to_json(),
+                classes=loaded.classes,
+                weights_sha256=loaded.sha256,
+                opset=opset,
+                dynamic_batch=dynamic_batch,
+                batch_size=batch_size,
+            )
+        if plan is not None:
+            with reporter.stage("Folding the plan"):
+                fold_file(dense, plan, pruned)
+        with reporter.stage("Checking parity"):
+            images = noise_images(geometry)
+            if plan is None:
+                rungs = check_dense(loaded.adapter, dense, images)
+            else:
+                rungs = check_ladder(loaded.adapter, plan, dense, pruned, images)
+        move_model(pruned if plan is not None else dense, output)
+    return rungs
+
+
+def fold_checked(
+    dense: Path, plan: TokenPlan | None, output: Path, reporter: Reporter
+) -> tuple[FoldRecord, list[Rung]]:
+    """Fold a plan (None: the identity plan) into a dense file and check the result in onnxruntime, without PyTorch."""
+    from .export.fold import fold_file
+    from .export.parity import check_fold
+    from .runtime.ort import OrtSession
+
+    with OrtSession(dense) as session:
+        metadata = session.metadata
+    if metadata.geometry is None:
+        raise UserError(f"{dense} does not say what model it is (no vpruner.geometry)", "write it with: vpruner export MODEL")
+    if plan is None:
+        plan = TokenPlan.identity(metadata.model or dense.stem, metadata.geometry, weights_sha256=metadata.weights_sha256)
+    with scratch_beside(output) as scratch:
+        with reporter.stage(f"Folding the plan into {output.name}"):
+            record = fold_file(dense, plan, scratch / "pruned.onnx")
+        with reporter.stage("Checking parity"):
+            rungs = check_fold(plan, dense, scratch / "pruned.onnx", noise_images(plan.geometry))
+        move_model(scratch / "pruned.onnx", output)
+    return record, rungs
+
+
+def evaluate(
+    *,
+    model: str | None,
+    pretrained: bool,
+    weights: str | None,
+    model_args: Mapping[str, Any],
+    plan_path: str | None,
+    against: str | None,
+    data: str | None,
+    eval_data: str | None,
+    eval_images: int,
+    seed: int,
+    strict: bool,
+    reporter: Reporter,
+) -> list[dict[str, Any]]:
+    """Rows of ``vpruner evaluate``: ONNX files through the application's session, or a timm model in PyTorch."""
+    from . import bundled
+    from .prune.data import ImageSet, ImageSource, choose_indices, map_labels
+
+    def images_for(classes, geometry) -> ImageSet:
+        source = ImageSource(eval_data or data or bundled.evaluation_data(), split="validation")
+        remarks: list[str] = []
+        label_map = map_labels(source, classes, geometry.outputs if geometry.output == "logits" else None, remarks)
+        for remark in remarks:
+            reporter.remark(remark)
+        return ImageSet(source, choose_indices(source, eval_images, seed), label_map, strict)
+
+    if model is not None and model.endswith(".onnx"):
+        if plan_path or pretrained or weights or model_args:
+            raise UserError(f"{model} is an ONNX file: --plan, --weights and such go with a PyTorch model", "use --against")
+        from .runtime.ort import OrtSession
+
+        paths = {"dense": Path(against), "pruned": Path(model)} if against else {"model": Path(model)}
+        seen = {}
+        for label, path in paths.items():
+            with OrtSession(path) as session:
+                seen[label] = session.metadata
+        metadata = next(iter(seen.values()))
+        if metadata.geometry is None:
+            raise UserError(f"{model} does not say what model it is (no vpruner.geometry)", "write it with: vpruner export")
+        if against and metadata.weights_sha256 != seen["pruned"].weights_sha256:
+            raise UserError(
+                f"{against} has weights {str(metadata.weights_sha256)[:12]}, {model} {str(seen['pruned'].weights_sha256)[:12]}",
+                "compare files that come from the same model",
+            )
+        images = images_for(metadata.classes, metadata.geometry)
+        with reporter.stage("Evaluating", len(images.indices)) as advance:
+            estimates, _ = evaluate_graphs(paths, images, metadata.geometry, advance)
+    else:
+        if against:
+            raise UserError("--against goes with an ONNX file", "for a PyTorch model give --plan")
+        estimates, images = _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_for, reporter)
+    if images.skipped:
+        reporter.remark(f"{len(images.skipped)} images could not be read and were skipped")
+    return [estimate.row(label) for label, values in estimates.items() for estimate in values]
+
+
+def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_for, reporter):
+    import torch
+
+    from .prune.evaluate import collect_outputs, compare
+    from .prune.fisher import batch_size_for
+    from .prune.models import open_model
+
+    plan = TokenPlan.load(plan_path) if plan_path else None
+    loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
+    adapter = loaded.adapter
+    if plan is not None:
+        plan.check_fits(loaded.name, adapter.geometry, loaded.sha256)
+    images = images_for(loaded.classes, adapter.geometry)
+
+    def dense(batch):
+        with torch.inference_mode():
+            return adapter.model(batch).numpy()
+
+    def pruned(batch):
+        with adapter.applied(plan, "dead"):
+            return dense(batch)
+
+    runners = {"dense": dense} if plan is None else {"dense": dense, "pruned": pruned}
+    with reporter.stage("Evaluating", len(images.indices)) as advance:
+        stream = images.batches(loaded.preprocessing, batch_size_for(adapter.geometry, most=64))
+        first = next(stream, None)
+        images.require_any()
+        outputs = collect_outputs(runners, itertools.chain([first], stream), on_batch=advance)
+    return compare(outputs, baseline="dense", output=adapter.geometry.output), images
+
+
+def show(source: Path, image: str | None, output: Path) -> TokenPlan:
+    """Draw the kept tokens of a plan.json or pruned.onnx on an image; returns the plan."""
+    from .artifacts import atomic_path
+    from .draw import draw_kept_tokens
+    from .runtime.preprocess import Preprocessing, load_image
+
+    if output.suffix.lower() != ".png":
+        raise UserError(f"{output} does not end in .png", "show writes PNG pictures")
+    if source.suffix == ".onnx":
+        from .runtime.ort import OrtSession
+
+        with OrtSession(source) as session:
+            metadata = session.metadata
+        if metadata.kept is None or metadata.geometry is None:
+            raise UserError(f"{source} holds no token plan", "give a pruned.onnx or a plan.json")
+        plan = TokenPlan(metadata.model or source.stem, metadata.geometry, metadata.kept)
+        preprocessing = metadata.preprocessing
+    else:
+        plan = TokenPlan.load(source)
+        described = plan.provenance.get("preprocessing")
+        preprocessing = Preprocessing.from_json(described) if described else None
+    picture = load_image(image) if image else bundled_image()
+    if preprocessing is not None:
+        picture = cropped(picture, preprocessing)
+    with atomic_path(output) as temporary:
+        draw_kept_tokens(picture, plan).save(temporary, format="PNG")
+    return plan
+
+
+def bundled_image() -> Image.Image:
+    """One of the bundled evaluation images, read without the packages that data sets need."""
+    import io
+    import tarfile
+
+    from PIL import Image as pillow
+
+    from . import bundled
+
+    with tarfile.open(bundled.evaluation_data()) as archive:
+        member = next(member for member in archive if member.isfile() and member.name.startswith("dog/"))
+        return pillow.open(io.BytesIO(archive.extractfile(member).read())).convert("RGB")
+
+
+def noise_images(geometry: Geometry, count: int = PARITY_IMAGES, seed: int = 0):
+    """Seeded inputs where a command has no images: float32 [image, channel, height, width], standard normal."""
+    import numpy as np
+
+    shape = (count, geometry.in_chans, *geometry.image_size)
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+@contextmanager
+def scratch_beside(output: Path) -> Iterator[Path]:
+    """A temporary folder on the file system of ``output``, so that what is finished can be renamed into place."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise UserError(f"cannot write to {output.parent}: {error.strerror}", "choose another place with -o") from None
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def move_model(source: Path, target: Path) -> None:
+    """Rename an ONNX file into place. With weights in a second file it is rewritten there, since it names that file."""
+    if len(list(source.parent.glob(f"{source.name}*"))) == 1:
+        source.replace(target)
+        return
+    from .export.files import load_model, save_model
+
+    save_model(load_model(source), target)
