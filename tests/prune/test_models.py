@@ -1,0 +1,148 @@
+import hashlib
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from vpruner import bundled
+from vpruner.errors import UserError
+from vpruner.prune.models import open_model
+
+NAME = "vit_tiny_patch16_224"
+SMALL = {"img_size": 64, "depth": 2}
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    torch.manual_seed(0)
+    return timm.create_model(NAME, **SMALL)
+
+
+@pytest.fixture
+def weights(small_model, tmp_path):
+    save_file(small_model.state_dict(), tmp_path / "w.safetensors")
+    return tmp_path / "w.safetensors"
+
+
+def write_card(tmp_path, **changes):
+    card = json.loads(bundled.reference_card().read_text())
+    shutil.copy(bundled.reference_card().parent / card["weights"], tmp_path)
+    card.update(changes)
+    (tmp_path / "card.json").write_text(json.dumps({k: v for k, v in card.items() if v is not None}))
+    return str(tmp_path / "card.json")
+
+
+def test_the_bundled_reference_opens():
+    loaded = open_model()
+    assert loaded.name == "reference" and len(loaded.classes) == 10
+    assert loaded.adapter.geometry.image_size == loaded.preprocessing.size == (32, 32)
+    assert not loaded.adapter.model.training
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}])
+def test_weights_from_pth(small_model, tmp_path, wrap):
+    torch.save(wrap(small_model.state_dict()), tmp_path / "w.pth")
+    loaded = open_model(NAME, weights=tmp_path / "w.pth", model_args=SMALL)
+    assert torch.equal(loaded.adapter.model.blocks[1].mlp.fc1.weight, small_model.blocks[1].mlp.fc1.weight)
+    assert loaded.preprocessing.size == (64, 64) and loaded.preprocessing.interpolation == "bicubic"
+    assert loaded.preprocessing.crop_pct == 0.9
+    assert loaded.classes[0].startswith("tench")
+
+
+def test_weights_of_another_image_size_are_resampled_as_timm_does(small_model, weights):
+    loaded = open_model(NAME, weights=weights, model_args={**SMALL, "img_size": 96})
+    assert loaded.adapter.geometry.grid == (6, 6)
+    assert torch.equal(loaded.adapter.model.head.weight, small_model.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (dict(spec="deit_smal_patch16_224", weights="x"), "no model 'deit_smal_patch16_224'; did you mean deit_small_patch16_224"),
+        (dict(spec=NAME), f"no weights given for {NAME}; give one of --weights FILE or --pretrained"),
+        (dict(spec=NAME, weights="w", pretrained=True), "both --pretrained and --weights"),
+        (dict(spec=NAME, weights="/nowhere.pth"), "there is no weights file /nowhere.pth"),
+        (dict(spec=None, weights="w"), "a model card names its own weights"),
+        (dict(spec="dense.onnx", weights="w"), "expected a timm model name or a model card"),
+        (dict(spec="nowhere.json"), "cannot read the model card nowhere.json"),
+    ],
+)
+def test_what_cannot_be_opened(arguments, reason):
+    with pytest.raises(UserError, match=reason):
+        open_model(**arguments)
+
+
+def test_weights_of_another_model_are_refused_with_the_first_misfit(weights):
+    with pytest.raises(UserError, match=r"does not fit vit_small_patch16_224: \d+ of \d+ tensors fit; .* is \[.*192.*\] there"):
+        open_model("vit_small_patch16_224", weights=weights)
+    with pytest.raises(UserError, match=r"does not fit .*missing there"):
+        open_model(NAME, weights=weights, model_args={"img_size": 64, "depth": 3})
+    with pytest.raises(UserError, match=r"resnet18 cannot be pruned"):
+        open_model("resnet18", weights=weights)
+
+
+def test_damaged_weights(small_model, weights, tmp_path):
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        open_model(NAME, weights=weights, model_args=SMALL)
+    state = dict(small_model.state_dict())
+    state["head.bias"] = torch.full_like(state["head.bias"], torch.nan)
+    save_file(state, tmp_path / "nan.safetensors")
+    with pytest.raises(UserError, match="not finite"):
+        open_model(NAME, weights=tmp_path / "nan.safetensors", model_args=SMALL)
+
+
+def test_unknown_model_arguments(weights):
+    with pytest.raises(UserError, match="does not take these arguments: .*colour"):
+        open_model(NAME, weights=weights, model_args={"colour": 1})
+
+
+def test_pretrained_goes_to_the_hub_and_fails_in_one_line(monkeypatch):
+    """The download itself cannot be tested offline; that timm is asked for it, and what a failure says, can."""
+    asked = []
+
+    def create(name, pretrained, **arguments):
+        asked.append((name, pretrained, arguments))
+        raise OSError("We couldn't connect to the hub\nlong traceback")
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(UserError, match="could not be had: We couldn't connect to the hub; download them elsewhere"):
+        open_model(NAME, pretrained=True, model_args={"img_size": 64})
+    assert asked == [(NAME, True, {"img_size": 64})]
+
+
+def test_a_card_with_a_timm_name_and_classes(small_model, weights, tmp_path):
+    card = {"name": NAME, "args": {**SMALL}, "weights": weights.name}
+    (tmp_path / "mine.json").write_text(json.dumps(card))
+    loaded = open_model(str(tmp_path / "mine.json"))
+    assert loaded.name == "mine" and torch.equal(loaded.adapter.model.head.weight, small_model.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"sha256": "0" * 64}, "its card says 000000000000"),
+        ({"class": "os.system"}, "'os.system' is not part of timm"),
+        ({"class": "timm.models.vision_transformer.NoSuch"}, "has no timm.models.vision_transformer.NoSuch"),
+        ({"class": "timm.models.vision_transformer.checkpoint_filter_fn"}, "is not a model class"),
+        ({"weights": "elsewhere.safetensors"}, "are not beside it"),
+        ({"classes": ["one"]}, "1 class names for 10 outputs"),
+        ({"args": {"img_size": 32, "colour": 1}}, "the model could not be built"),
+        ({"args": None}, "is not a model card"),
+        ({"class": None}, "must have one of 'class'"),
+        ({"schema": 7}, "has schema 7"),
+    ],
+)
+def test_a_bad_card_is_refused(tmp_path, changes, reason):
+    with pytest.raises(UserError, match=reason):
+        open_model(write_card(tmp_path, **changes))
+
+
+def test_a_card_that_agrees_with_its_weights(tmp_path):
+    card = bundled.reference_card()
+    weights = card.parent / json.loads(card.read_text())["weights"]
+    loaded = open_model(write_card(tmp_path, sha256=hashlib.sha256(weights.read_bytes()).hexdigest()))
+    assert loaded.name == "card" and loaded.sha256 == open_model().sha256
