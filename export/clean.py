@@ -110,7 +110,7 @@ class SplitHeadsOnce(ir.passes.InPlacePass):
             "Reshape",
             [reshape.inputs[0], add_shape(graph, [batch, tokens, count * heads, width])],
             f"{name}.rows",
-            {name: attribute for name, attribute in reshape.attributes.items()},
+            dict(reshape.attributes),
         )
         by_head = add_node(reshape, "Transpose", merged.outputs, f"{name}.heads", {"perm": [0, 2, 1, 3]})
         split = add_node(reshape, "Split", [by_head.outputs[0], split_sizes(graph, heads, count)], f"{name}.parts",
@@ -135,10 +135,10 @@ class DropBareOutputs(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in model.graph:
-            if node.op_type == "LayerNormalization" and len(node.outputs) > 1:
-                if not any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
-                    node.resize_outputs(1)
-                    modified = True
+            extra = node.outputs[1:] if node.op_type == "LayerNormalization" else ()
+            if extra and not any(value.uses() or value.is_graph_output() for value in extra):
+                node.resize_outputs(1)
+                modified = True
         return ir.passes.PassResult(model, modified)
 
 

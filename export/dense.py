@@ -59,7 +59,7 @@ def export_dense(
         UserError: Opset or batch out of range, weights that are not float32, or a model that cannot be exported.
     """
     if opset not in OPSETS:
-        raise UserError(f"opset is {opset}, expected {OPSETS.start} to {OPSETS.stop - 1}", "--opset 20 suits most runtimes")
+        raise UserError(f"opset is {opset}, expected {OPSETS.start} to {OPSETS.stop - 1}", "choose --opset 20")
     if batch_size < 1:
         raise UserError(f"batch size is {batch_size}, expected at least 1")
     if classes is not None and geometry.output == "logits" and len(classes) != geometry.outputs:
@@ -142,7 +142,11 @@ def _quiet() -> Iterator[None]:
     """Keep the exporter's progress, warnings and logs from the user's terminal."""
     noisy = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in noisy]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         for logger in noisy:
             logger.setLevel(logging.CRITICAL)

@@ -43,11 +43,13 @@ def load_model(path: str | os.PathLike) -> ir.Model:
 def save_model(model: ir.Model, path: str | os.PathLike) -> Path:
     """Write ``model`` to ``path``; weights beyond :data:`INLINE_LIMIT` go to one file beside it.
 
-    That file carries a hash in its name, so that the graph at ``path`` always refers to its own weights, even if writing
-    a new one over it is interrupted.
+    That file carries a hash in its name, so that the graph at ``path`` always refers to its own weights, even if
+    writing a new one over it is interrupted.
     """
     path = Path(path)
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    weights = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+    )
     if weights <= INLINE_LIMIT:
         with atomic_path(path) as temporary:
             ir.save(_inlined(model), temporary)

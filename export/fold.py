@@ -1,7 +1,7 @@
-"""Fold a token plan into the ONNX graph of a Vision Transformer: static shapes, one ``Gather`` per change of the tokens.
+"""Fold a token plan into the ONNX graph of a Vision Transformer: static shapes, one ``Gather`` per change of tokens.
 
-Block l is entered by K = ``plan.key_counts[l]`` tokens and left by Q = ``plan.query_counts[l]``. Where Q = K it stays as
-it is, apart from the counts in its reshapes. Where Q < K, the K - Q dead tokens give keys and values only::
+Block l is entered by K = ``plan.key_counts[l]`` tokens and left by Q = ``plan.query_counts[l]``. Where Q = K it stays
+as it is, apart from the counts in its reshapes. Where Q < K, the K - Q dead tokens give keys and values only::
 
     x [B, K, d] ---------- LayerNorm - W_kv -> keys, values [B, H, K, D] --+
       |                                                                    attention [B, H, Q, D]
@@ -14,8 +14,6 @@ Recognition comes first and refuses before anything is touched; rewriting follow
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +73,7 @@ class FoldRecord:
 def fold_file(
     dense_path: str | os.PathLike, plan: TokenPlan, output_path: str | os.PathLike, *, identity_ok: bool = True
 ) -> FoldRecord:
-    """Fold ``plan`` into the dense ONNX file that ``vpruner export`` wrote, and write the pruned file whole or not at all.
+    """Fold ``plan`` into the dense ONNX file that ``vpruner export`` wrote; write the pruned file whole or not at all.
 
     Args:
         identity_ok: Accept a plan that drops nothing (a class-token model still loses its dead tokens).
@@ -211,7 +209,11 @@ def _fold_block(graph: ir.Graph, block: BlockSite, plan: TokenPlan) -> tuple[boo
     attributes = dict(block.heads.reshape.attributes)
     # A second norm on Q rows, not a second Gather on the norm's K rows: one Gather per change of the token set.
     norm = add_node(
-        before, "LayerNormalization", [selected, *block.norm1.inputs[1:]], f"{name}.norm_q", dict(block.norm1.attributes)
+        before,
+        "LayerNormalization",
+        [selected, *block.norm1.inputs[1:]],
+        f"{name}.norm_q",
+        dict(block.norm1.attributes),
     )
     query = _linear(graph, before, norm.outputs[0], block, slice(0, inner), f"{name}.q")
     query = add_node(
@@ -239,9 +241,7 @@ def _fold_block(graph: ir.Graph, block: BlockSite, plan: TokenPlan) -> tuple[boo
     return True, True
 
 
-def _linear(
-    graph: ir.Graph, before: ir.Node, value: ir.Value, block: BlockSite, columns: slice, name: str
-) -> ir.Value:
+def _linear(graph: ir.Graph, before: ir.Node, value: ir.Value, block: BlockSite, columns: slice, name: str) -> ir.Value:
     """The columns [in, columns] of the block's fused projection, as a product of its own."""
     weight = np.ascontiguousarray(block.qkv.weight.const_value.numpy()[:, columns])
     output = add_node(before, "MatMul", [value, add_constant(graph, f"{name}.weight", weight)], f"{name}.product")
@@ -296,7 +296,7 @@ def _fold_head(graph: ir.Graph, site: VitSite, plan: TokenPlan) -> bool:
 
 
 def _infer_shapes(model: ir.Model, outputs: Sequence[ir.Shape | None]) -> None:
-    """Forget every shape that was computed for the dense graph, infer them anew, and have the result checked by ONNX."""
+    """Forget every shape computed for the dense graph, infer them anew, and have the result checked by ONNX."""
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():
@@ -319,5 +319,6 @@ def _check_counts(site: VitSite, plan: TokenPlan) -> None:
         logits, output = block.softmax.outputs[0].shape, block.output.shape
         if (logits[2], logits[3], output[1]) != (queries, keys, queries):
             raise AssertionError(
-                f"folding gave block {block.index} logits {logits} and output {output}, expected {queries} queries, {keys} keys"
+                f"folding gave block {block.index} logits {logits} and output {output}, "
+                f"expected {queries} queries and {keys} keys"
             )

@@ -147,7 +147,7 @@ def refuse(node: ir.Node | ir.Value | None, expected: str) -> GraphError:
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
-    """The numbers of a constant value, or None if the value is computed. For small ones: weights are not copied here."""
+    """The numbers of a constant value, or None if the value is computed."""
     if value is None or value.const_value is None:
         return None
     return value.const_value.numpy()
@@ -223,7 +223,9 @@ def _is_norm(node: ir.Node | None, rank: int) -> bool:
     )
 
 
-def _match_head_split(value: ir.Value, parts: int, tokens: int, geometry_heads: tuple[int, int], what: str) -> HeadSplit:
+def _match_head_split(
+    value: ir.Value, parts: int, tokens: int, geometry_heads: tuple[int, int], what: str
+) -> HeadSplit:
     heads, head_dim = geometry_heads
     reshape = _sole_reader(value, "Reshape", f"the split of {what} into heads")
     shape = integers(reshape, 1)
@@ -479,7 +481,9 @@ def _match_head(stream: ir.Value, geometry: Geometry) -> HeadSite:
             if token is None or cut is not None:
                 raise refuse(node, f"the selection of a prefix token (Gather, axis 1) {where}")
         if sorted(selected) != list(range(geometry.head_prefix)):
-            raise refuse(readers[0], f"prefix tokens 0..{geometry.head_prefix - 1} to be read, found {sorted(selected)}")
+            raise refuse(
+                readers[0], f"prefix tokens 0..{geometry.head_prefix - 1} to be read, found {sorted(selected)}"
+            )
         return HeadSite(stream, selects=tuple(readers))
 
     node = readers[0]

@@ -1,0 +1,209 @@
+"""The parity ladder: from the untouched timm model to the pruned ONNX file, one comparison per step.
+
+Run on the user's own model after every export. A rung that fails says *where* the forms part: in the plan's PyTorch
+form, in removing dead tokens, in the exporter, or in folding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import ParityError
+from ..extras import require
+from ..prune.plan import TokenPlan
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..prune.vit import ViTAdapter
+
+#: In float64 a wrong softmax shows at 1e-7 against 1e-14 for rounding; in float32 it would hide in rounding.
+EXACT = 1e-10
+#: Float64 is slow and doubles the weights in memory; two images differ in everything that a token set can break.
+_EXACT_IMAGES = 2
+#: Images per forward pass: bounds the activations in memory.
+_CHUNK = 8
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One comparison.
+
+    Attributes:
+        name: What was compared.
+        difference: Largest over images of max |candidate - reference| / max |reference|.
+        tolerance: The largest difference that passes.
+        compared: Number of images.
+        passed: Difference within tolerance, and no top-1 changed.
+        top1_changed: Images whose largest logit moved, near-ties aside; None where it is not looked at.
+    """
+
+    name: str
+    difference: float
+    tolerance: float
+    compared: int
+    passed: bool
+    top1_changed: int | None = None
+
+
+def check_ladder(
+    adapter: ViTAdapter,
+    plan: TokenPlan,
+    dense_path: str | os.PathLike,
+    pruned_path: str | os.PathLike,
+    images: torch.Tensor,
+    *,
+    tolerance: float = 1e-4,
+) -> list[Rung]:
+    """Climb the ladder on preprocessed ``images`` [image, channel, height, width], float32.
+
+    Every reference is computed by the timm model as it came: unpatched, or, for the gathered form, with tokens selected
+    away between its own blocks.
+
+    Args:
+        tolerance: Relative difference allowed between PyTorch and onnxruntime, both float32.
+
+    Returns:
+        The rungs, all of them passed.
+
+    Raises:
+        ParityError: The first rung that fails, with its numbers. The model is as it was, in that case too.
+    """
+    torch = require("torch")
+    model = adapter.model
+    rungs = []
+    with _evaluating(model), torch.no_grad():
+        few = images[:_EXACT_IMAGES]
+        with _in_float64(model):
+            untouched = _run_model(model, few.double())
+            identity = TokenPlan.identity(plan.model, plan.geometry)
+            forms = [_run_form(adapter, identity, form, few.double()) for form in ("masked", "gathered", "dead")]
+            worst = max(forms, key=lambda outputs: _sortable(_difference(untouched, outputs)))
+            rungs.append(_exact("identity plan changes nothing", untouched, worst))
+            masked, gathered, dead = (
+                _run_form(adapter, plan, form, few.double()) for form in ("masked", "gathered", "dead")
+            )
+            rungs.append(_exact("masked equals gathered", masked, gathered))
+            rungs.append(_exact("gathered equals dead tokens removed", gathered, dead))
+        dense_reference = _run_model(model, images)
+        pruned_reference = _run_form(adapter, plan, "gathered", images)
+    classifies = plan.geometry.output == "logits"
+    for name, path, reference in (
+        ("dense.onnx equals the timm model", dense_path, dense_reference),
+        ("pruned.onnx equals the gathered model", pruned_path, pruned_reference),
+    ):
+        rungs.append(compare(name, reference, run_onnx(path, images.cpu().numpy()), tolerance, top1=classifies))
+    return rungs
+
+
+def compare(name: str, reference: np.ndarray, candidate: np.ndarray, tolerance: float, *, top1: bool) -> Rung:
+    """Compare outputs [image, output] and return a passed rung.
+
+    Args:
+        top1: Also require the same largest output per image, unless the reference's two largest are within
+            ``tolerance`` of each other (relative to its largest magnitude): rounding may order those either way.
+
+    Raises:
+        ParityError: Shapes or values differ.
+    """
+    if reference.shape != candidate.shape:
+        raise ParityError(f"{name}: outputs have shapes {reference.shape} and {candidate.shape}")
+    difference = _difference(reference, candidate)
+    changed = _top1_changed(reference, candidate, tolerance) if top1 else None
+    passed = difference <= tolerance and not changed
+    rung = Rung(name, difference, tolerance, len(reference), bool(passed), changed)
+    if not passed:
+        top1_text = "" if changed is None else f", top-1 changed on {changed} images"
+        raise ParityError(
+            f"not so: {name}: relative difference {difference:.3g}, tolerance {tolerance:.3g}, "
+            f"{len(reference)} images{top1_text}"
+        )
+    return rung
+
+
+def run_onnx(path: str | os.PathLike, images: np.ndarray) -> np.ndarray:
+    """Run an ONNX file in onnxruntime on the CPU: float32 [image, channel, height, width] -> [image, output].
+
+    A static batch is filled by repeating the last image; its outputs are dropped.
+    """
+    onnxruntime = require("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # One pass over a few images gains nothing from the arena, and a large model's would stay allocated.
+    options.enable_cpu_mem_arena = False
+    options.intra_op_num_threads = require("torch").get_num_threads()
+    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    (graph_input,) = session.get_inputs()
+    batch = graph_input.shape[0] if isinstance(graph_input.shape[0], int) else min(_CHUNK, len(images))
+    outputs = []
+    for start in range(0, len(images), batch):
+        chunk = images[start : start + batch]
+        filled = np.concatenate([chunk, np.repeat(chunk[-1:], batch - len(chunk), axis=0)])
+        outputs.append(session.run(None, {graph_input.name: filled})[0][: len(chunk)])
+    return np.concatenate(outputs)
+
+
+def _exact(name: str, reference: np.ndarray, candidate: np.ndarray) -> Rung:
+    return compare(name, reference, candidate, EXACT, top1=False)
+
+
+def _difference(reference: np.ndarray, candidate: np.ndarray) -> float:
+    rows = reference.reshape(len(reference), -1)
+    scale = np.abs(rows).max(1)
+    gap = np.abs(candidate.reshape(rows.shape) - rows).max(1)
+    # max() passes NaN on, and NaN passes no tolerance.
+    return float(np.max(gap / np.where(scale == 0, 1, scale)))
+
+
+def _sortable(difference: float) -> float:
+    return float("inf") if np.isnan(difference) else difference
+
+
+def _top1_changed(reference: np.ndarray, candidate: np.ndarray, tolerance: float) -> int:
+    moved = reference.argmax(1) != candidate.argmax(1)
+    if reference.shape[1] > 1:
+        second, first = np.partition(reference, -2, axis=1)[:, -2:].T
+        moved &= first - second > tolerance * np.abs(reference).max(1)
+    return int(moved.sum())
+
+
+def _run_form(adapter: ViTAdapter, plan: TokenPlan, form: str, images: torch.Tensor) -> np.ndarray:
+    with adapter.applied(plan, form):
+        return _run_model(adapter.model, images)
+
+
+def _run_model(model: torch.nn.Module, images: torch.Tensor) -> np.ndarray:
+    device = next(model.parameters()).device
+    return np.concatenate([model(chunk.to(device)).cpu().numpy() for chunk in images.split(_CHUNK)])
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _in_float64(model: torch.nn.Module) -> Iterator[None]:
+    """Widen the weights in place and narrow them back, which is exact: a copy would not fit beside a large model."""
+    tensors = [tensor for tensor in chain(model.parameters(), model.buffers()) if tensor.is_floating_point()]
+    dtypes = [tensor.dtype for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.double()
+        yield
+    finally:
+        for tensor, dtype in zip(tensors, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)

@@ -1,0 +1,105 @@
+"""What the tests of export share: a reference of their own, plans, and ways to run and look at ONNX models."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import nn
+
+from vpruner.prune.plan import Geometry, TokenPlan
+
+PREPROCESSING = {
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "size": [32, 48],
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    model: nn.Module
+    geometry: Geometry
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return "tiny"
+
+    def images(self, count: int = 1, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(count, self.geometry.in_chans, *self.geometry.image_size, generator=generator)
+
+
+def random_plan(geometry: Geometry, seed: int, *, gates: bool = False, enter: float = 1.0) -> TokenPlan:
+    """A nested plan with random exits; one random patch stays to the end.
+
+    Args:
+        enter: Probability of a patch to enter block 0 at all.
+    """
+    random = np.random.default_rng(seed)
+    exits = random.integers(1, geometry.depth + 1, geometry.patches)
+    exits[random.random(geometry.patches) >= enter] = 0
+    exits[random.integers(geometry.patches)] = geometry.depth
+    plan = TokenPlan.from_exits("tiny", geometry, exits)
+    if gates:
+        rows = [random.uniform(0.2, 3.0, len(indices)).tolist() for indices in plan.kept]
+        plan = TokenPlan("tiny", geometry, plan.kept, rows)
+    return plan
+
+
+def gathered_reference(model: nn.Module, plan: TokenPlan, images: torch.Tensor) -> np.ndarray:
+    """What the pruned graph must give: timm's own blocks, with tokens selected away before each of them.
+
+    Written out here, without the adapter and without the plan's row arithmetic, so that the test has its own opinion.
+    """
+    prefix = plan.geometry.prefix_tokens
+    with torch.no_grad():
+        tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+        present = list(range(tokens.shape[1]))
+        for index, block in enumerate(model.blocks):
+            wanted = [*range(prefix), *(prefix + patch for patch in plan.kept[index])]
+            tokens = tokens.index_select(1, torch.tensor([present.index(token) for token in wanted]))
+            present = wanted
+            bias = None
+            if plan.gates is not None:
+                bias = torch.tensor([1.0] * prefix + list(plan.gates[index])).log()[None, None, None]
+            tokens = block(tokens, attn_mask=bias)
+        return model.forward_head(model.norm(tokens)).numpy()
+
+
+def relative_difference(candidate: np.ndarray, reference: np.ndarray) -> float:
+    assert candidate.shape == reference.shape
+    return float(np.abs(candidate - reference).max() / np.abs(reference).max())
+
+
+def run(model, images) -> np.ndarray:
+    """Outputs of an ONNX file, or of an onnx-ir model, in onnxruntime."""
+    source = ir.to_proto(model).SerializeToString() if isinstance(model, ir.Model) else str(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"image": np.asarray(images)})[0]
+
+
+def nodes(model: ir.Model, op_type: str) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == op_type]
+
+
+def token_gathers(model: ir.Model) -> list[ir.Node]:
+    """``Gather`` nodes that select tokens; those of the head pick a single one by a scalar."""
+    return [node for node in nodes(model, "Gather") if len(node.inputs[1].shape) == 1]
+
+
+def only(items):
+    (item,) = items
+    return item
+
+
+def dims(value: ir.Value) -> list:
+    return [dim if isinstance(dim, int) else str(dim) for dim in value.shape]

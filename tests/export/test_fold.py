@@ -1,0 +1,321 @@
+"""Folding a plan into a graph: right numbers for every kind of model, right nodes, honest reports."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from export_tools import dims, gathered_reference, nodes, only, random_plan, relative_difference, run, token_gathers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from timm.layers import SwiGLU
+from tiny_vits import KINDS
+
+from vpruner.errors import PlanError, UserError
+from vpruner.export.files import load_model
+from vpruner.export.fold import fold, fold_file
+from vpruner.export.recognise import recognise
+from vpruner.prune.plan import TokenPlan
+
+#: Float32 rounding of these models is near 1e-6; a wrong token shows above 1e-3 (see test_a_wrong_token_is_seen).
+TOLERANCE = 2e-5
+
+
+def assert_folds(exported, plan, images, model=None):
+    """Fold ``plan``, compare with the hand-written reference, and return the folded model and its result."""
+    loaded = load_model(exported.path)
+    result = fold(loaded, plan)
+    reference = gathered_reference(exported.model, plan, images)
+    assert relative_difference(run(result.model, images), reference) < TOLERANCE
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pruned_onnx_equals_the_gathered_model(exported, kind):
+    dense = exported(kind)
+    images = dense.images()
+    untouched = dense.model(images).detach().numpy()
+    assert relative_difference(run(dense.path, images), untouched) < TOLERANCE
+    for seed in range(3):
+        plan = random_plan(dense.geometry, seed, enter=1.0 if seed else 0.8, gates=seed == 2)
+        result = assert_folds(dense, plan, images)
+        assert result.modified
+        assert [(b.keys, b.queries) for b in result.blocks] == list(
+            zip(plan.key_counts, plan.query_counts, strict=True)
+        )
+        for node in result.model.graph:
+            assert node.op_type not in ("ScatterND", "ScatterElements", "NonZero", "GatherND", "Shape")
+
+
+@pytest.mark.parametrize("opset", range(17, 24))
+@pytest.mark.parametrize("kind", ["class token", "average pooling"])
+def test_every_opset(exported, kind, opset):
+    dense = exported(kind, opset=opset)
+    result = assert_folds(dense, random_plan(dense.geometry, opset, gates=True), dense.images())
+    assert result.model.opset_imports == {"": opset}
+
+
+@pytest.mark.parametrize("kind", ["class token", "distilled", "registers", "attention pooling", "average pooling"])
+def test_dynamic_batch(exported, kind):
+    dense = exported(kind, dynamic_batch=True)
+    plan = random_plan(dense.geometry, 5, gates=True)
+    for count in (1, 3):
+        result = assert_folds(dense, plan, dense.images(count))
+    assert dims(result.model.graph.inputs[0])[0] == "batch" == dims(result.model.graph.outputs[0])[0]
+
+
+@pytest.mark.parametrize("kind", ["class token", "attention pooling"])
+def test_static_batch_of_more_than_one(exported, kind):
+    dense = exported(kind, batch_size=3)
+    result = assert_folds(dense, random_plan(dense.geometry, 6), dense.images(3))
+    for node in result.model.graph:
+        for value in node.outputs:
+            assert all(isinstance(dim, int) for dim in value.shape), value
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mlp_layer": SwiGLU},
+        {"act_layer": torch.nn.SiLU},
+        {"attn_drop_rate": 0.1, "proj_drop_rate": 0.1},
+        {"embed_dim": 48, "num_heads": 3},
+        {"init_values": 0.1, "qk_norm": True, "qkv_bias": False, "pre_norm": True, "reg_tokens": 2},
+        {"scale_attn_norm": True, "scale_mlp_norm": True},
+        {"depth": 1},
+        {"in_chans": 1},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_other_block_contents(exported, changes):
+    dense = exported("class token", **changes)
+    for seed in range(2):
+        assert_folds(dense, random_plan(dense.geometry, seed, enter=0.7), dense.images())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_nested_plan(exported, data):
+    kind, changes = data.draw(
+        st.sampled_from(
+            [
+                ("class token", {}),
+                ("registers", {"img_size": (24, 16), "depth": 3}),
+                ("average pooling", {"img_size": (16, 40), "depth": 2}),
+            ]
+        )
+    )
+    dense = exported(kind, **changes)
+    geometry = dense.geometry
+    patch_exits = st.lists(st.integers(0, geometry.depth), min_size=geometry.patches, max_size=geometry.patches)
+    exits = np.array(data.draw(patch_exits))
+    if geometry.head_patches or not geometry.prefix_tokens:
+        exits[data.draw(st.integers(0, geometry.patches - 1))] = geometry.depth
+    assert_folds(dense, TokenPlan.from_exits("tiny", geometry, exits), dense.images())
+
+
+def test_a_wrong_token_is_seen(exported):
+    """The comparisons above are sharp enough to see one patch taken for its neighbour, in any block."""
+    dense = exported("class token")
+    images = dense.images()
+    everything = tuple(range(dense.geometry.patches))
+    right, wrong = (0, 3, 7, 9), (0, 3, 8, 9)
+    for block in range(1, dense.geometry.depth):
+        plan, other = (
+            TokenPlan("tiny", dense.geometry, (everything,) * block + (kept,) * (dense.geometry.depth - block))
+            for kept in (right, wrong)
+        )
+        folded = run(fold(load_model(dense.path), other).model, images)
+        assert relative_difference(folded, gathered_reference(dense.model, plan, images)) > 5 * TOLERANCE
+
+
+# -- which nodes ------------------------------------------------------------------------------------------------------
+
+
+def test_dead_tokens_give_keys_and_values_only(exported):
+    dense = exported("class token")
+    geometry = dense.geometry
+    kept = (tuple(range(24)), (0, 5, 6, 11, 20), (0, 5, 6, 11, 20), (5,))
+    plan = TokenPlan("tiny", geometry, kept)
+    original = load_model(dense.path)
+    site = recognise(original, geometry)
+    whole_weights = [block.qkv.weight.const_value.numpy() for block in site.blocks]
+    result = fold(original, plan)
+    graph = original.graph
+
+    gathers = token_gathers(result.model)
+    assert [node.name for node in gathers] == [f"vpruner.block.{block}.queries" for block in (0, 2, 3)]
+    assert [node.inputs[1].const_value.numpy().tolist() for node in gathers] == [[0, 1, 6, 7, 12, 21], [0, 2], [0]]
+    for node in gathers:
+        assert node.attributes["axis"].as_int() == 1
+        assert node.inputs[1].const_value.numpy().dtype == np.int64
+    assert [block.gathers for block in result.blocks] == [1, 0, 1, 1]
+
+    # Block 0: the gathered stream feeds the residual and the second norm; the whole stream feeds keys and values alone.
+    block, gather = site.blocks[0], gathers[0]
+    assert gather.inputs[0] is block.stream
+    assert {usage.node.name for usage in gather.outputs[0].uses()} == {
+        "vpruner.block.0.norm_q",
+        block.residual1.name,
+    }
+    assert {usage.node for usage in block.stream.uses()} == {block.norm1, gather}
+    query = only(node for node in graph if node.name == "vpruner.block.0.q.product")
+    key_value = only(node for node in graph if node.name == "vpruner.block.0.kv.product")
+    assert dims(query.inputs[0]) == [1, 6, 32] and dims(query.outputs[0]) == [1, 6, 32]
+    assert dims(key_value.inputs[0]) == [1, 25, 32] and dims(key_value.outputs[0]) == [1, 25, 64]
+    np.testing.assert_array_equal(query.inputs[1].const_value.numpy(), whole_weights[0][:, :32])
+    np.testing.assert_array_equal(key_value.inputs[1].const_value.numpy(), whole_weights[0][:, 32:])
+    assert dims(block.softmax.outputs[0]) == [1, 2, 6, 25]
+    assert dims(block.merge.outputs[0]) == [1, 6, 32]
+    assert dims(block.output) == [1, 6, 32]
+
+    # Block 1 has no dead tokens: its own nodes, with 6 for 25.
+    block = site.blocks[1]
+    assert list(block.qkv.matmul.outputs[0].shape) == [1, 6, 96]
+    assert dims(block.softmax.outputs[0]) == [1, 2, 6, 6]
+
+    # The last block computes the class token only.
+    assert dims(site.blocks[3].softmax.outputs[0]) == [1, 2, 1, 2]
+    assert dims(site.blocks[3].output) == [1, 1, 32]
+
+    # The fused weights of split blocks are gone; those of block 1 are still there.
+    left = {id(value) for value in graph.initializers.values()}
+    assert [id(block.qkv.weight) in left for block in site.blocks] == [False, True, False, False]
+
+
+def test_patches_that_never_enter_are_gathered_out_before_block_0(exported):
+    dense = exported("average pooling")
+    kept = (1, 4, 5, 23)
+    result = fold(load_model(dense.path), TokenPlan("tiny", dense.geometry, (kept,) * 4))
+    gather = only(token_gathers(result.model))
+    assert gather.name == "vpruner.block.0.entry"
+    assert gather.inputs[1].const_value.numpy().tolist() == list(kept)
+    assert [node.op_type for node in (usage.node for usage in gather.outputs[0].uses())].count("Add") == 1
+    assert {block.gathers for block in result.blocks[1:]} == {0} and result.blocks[0].gathers == 1
+    assert not [node for node in result.model.graph if node.name.endswith(".q.product")]
+
+
+def test_identity_plan_on_average_pooling_changes_nothing(exported):
+    for kind in ("average pooling", "attention pooling", "average pooling beside a class token"):
+        dense = exported(kind)
+        model = load_model(dense.path)
+        before = model.graph, [node.name for node in model.graph], onnx.load(dense.path)
+        result = fold(model, TokenPlan.identity("tiny", dense.geometry))
+        assert not result.modified
+        assert [node.name for node in model.graph] == before[1]
+        assert all(b.gathers == 0 and b.keys == b.queries for b in result.blocks)
+
+
+def test_identity_plan_drops_dead_tokens_of_a_class_token_model(exported):
+    dense = exported("distilled")
+    plan = TokenPlan.identity("tiny", dense.geometry)
+    result = assert_folds(dense, plan, dense.images())
+    assert result.modified
+    assert [block.gathers for block in result.blocks] == [0, 0, 0, 1]
+    assert only(token_gathers(result.model)).inputs[1].const_value.numpy().tolist() == [0, 1]
+    images = dense.images()
+    assert relative_difference(run(result.model, images), dense.model(images).detach().numpy()) < TOLERANCE
+
+
+def test_gates_add_one_bias_where_a_gate_is_not_1(exported):
+    dense = exported("registers")
+    everything = TokenPlan.identity("tiny", dense.geometry)
+    ones = (1.0,) * dense.geometry.patches
+    halves = (0.5, *ones[1:])
+    plan = TokenPlan("tiny", dense.geometry, everything.kept, (ones, halves, ones, ones))
+    result = assert_folds(dense, plan, dense.images())
+    assert [block.gated for block in result.blocks] == [False, True, False, False]
+    gate = only(node for node in nodes(result.model, "Add") if node.name.endswith(".gates"))
+    bias = gate.inputs[1].const_value.numpy()
+    assert bias.shape == (1, 1, 1, 5 + 24) and bias.dtype == np.float32
+    assert np.flatnonzero(bias).tolist() == [5]
+    assert bias[0, 0, 0, 5] == pytest.approx(np.log(0.5))
+    assert gate.outputs[0].uses()[0].node.op_type == "Softmax"
+    without = TokenPlan("tiny", dense.geometry, everything.kept, (ones,) * 4)
+    assert not any(block.gated for block in fold(load_model(dense.path), without).blocks)
+
+
+def test_weights_are_not_stored_twice(exported, tmp_path):
+    dense = exported("class token")
+    path = tmp_path / "pruned.onnx"
+    fold_file(dense.path, random_plan(dense.geometry, 3), path)
+    assert path.stat().st_size < 1.25 * dense.path.stat().st_size
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_fold_file_carries_metadata_and_names_the_plan(exported, tmp_path):
+    dense = exported("class token")
+    plan = random_plan(dense.geometry, 1)
+    record = fold_file(dense.path, plan, tmp_path / "pruned.onnx")
+    before, after = (
+        {prop.key: prop.value for prop in onnx.load(path).metadata_props} for path in (dense.path, record.output_path)
+    )
+    assert record.plan == plan.digest == after.pop("vpruner.plan")
+    assert [tuple(row) for row in json.loads(after.pop("vpruner.kept"))] == list(plan.kept)
+    assert after == before
+    assert record.modified and record.dense_path == dense.path
+    onnx.checker.check_model(record.output_path, full_check=True)
+    assert list(tmp_path.iterdir()) == [record.output_path]
+    images = dense.images()
+    folded = run(record.output_path, images)
+    assert relative_difference(folded, gathered_reference(dense.model, plan, images)) < TOLERANCE
+
+
+def test_fold_file_refuses_what_does_not_fit(exported, tmp_path):
+    dense, other = exported("class token"), exported("registers")
+    plan, path = random_plan(dense.geometry, 1), tmp_path / "pruned.onnx"
+    with pytest.raises(PlanError, match="prefix_tokens 1 != 5"):
+        fold_file(other.path, plan, path)
+    with pytest.raises(PlanError, match="weights"):
+        fold_file(dense.path, plan.with_provenance(weights_sha256="0" * 64), path)
+    with pytest.raises(UserError, match="keeps every token"):
+        fold_file(dense.path, TokenPlan.identity("tiny", dense.geometry), path, identity_ok=False)
+    assert not path.exists()
+
+
+def test_a_pruned_file_is_not_pruned_again(exported, tmp_path):
+    dense = exported("class token")
+    plan, path = random_plan(dense.geometry, 1), tmp_path / "pruned.onnx"
+    fold_file(dense.path, plan, path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=rf"pruned.onnx holds plan {plan.digest[:12]} already.*vpruner export"):
+        fold_file(path, plan, path)
+    with pytest.raises(UserError, match="already"):
+        fold(load_model(path), plan)
+    assert path.read_bytes() == before
+
+
+def test_a_failed_fold_leaves_no_file(exported, tmp_path, monkeypatch):
+    dense = exported("class token")
+    monkeypatch.setattr("onnx_ir.save", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("disk on fire")))
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        fold_file(dense.path, random_plan(dense.geometry, 1), tmp_path / "pruned.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("length", [0, 100, 5000, -200])
+def test_a_truncated_file_is_refused_in_one_line(exported, tmp_path, length):
+    dense = exported("class token")
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(dense.path.read_bytes()[:length])
+    with pytest.raises(UserError) as raised:
+        fold_file(path, random_plan(dense.geometry, 1), tmp_path / "pruned.onnx")
+    assert "\n" not in str(raised.value) and "cut.onnx" in str(raised.value) and "vpruner export" in str(raised.value)
+    assert not (tmp_path / "pruned.onnx").exists()
+
+
+def test_a_missing_file_is_refused(exported, tmp_path):
+    with pytest.raises(UserError, match="cannot read .*nowhere.onnx"):
+        fold_file(tmp_path / "nowhere.onnx", random_plan(exported().geometry, 1), tmp_path / "pruned.onnx")
+
+
+def test_a_foreign_onnx_file_is_refused(exported, tmp_path):
+    path = tmp_path / "foreign.onnx"
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3]) for name in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "relu", value[:1], value[1:])
+    onnx.save(onnx.helper.make_model(graph), path)
+    with pytest.raises(UserError, match="not a graph that vpruner wrote"):
+        fold_file(path, random_plan(exported().geometry, 1), tmp_path / "pruned.onnx")
