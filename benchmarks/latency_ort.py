@@ -1,0 +1,195 @@
+"""What does pruning bring in onnxruntime? Dense, dead-token-free and pruned graphs, timed interleaved.
+
+    python benchmarks/latency_ort.py --threads 1 --batch 1 --target 0.65
+    python benchmarks/latency_ort.py --models runs/demo/model.json --plan runs/demo/plan.json
+
+For each model four files are measured against each other (see :mod:`vpruner.runtime.measure` for the protocol):
+
+* ``dense``: the exported model;
+* ``dense again``: the same file in a second session. Its ratio should be 1; how far it is off is what the machine and
+  the protocol add to every other ratio;
+* ``dead-token-free``: the identity plan folded in, which changes no output;
+* ``pruned``: a plan at ``--target`` of the dense MACs.
+
+A timm model gets random weights unless ``--weights`` says otherwise: latency does not depend on their values. Random
+weights have no meaningful importance either, so without ``--plan`` the plan is drawn, not learned: see
+:func:`linear_plan`. Its latency is that of any plan with the same counts; its accuracy is none. Rows are appended to
+``-o``.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vpruner.artifacts import append_rows
+from vpruner.errors import UserError
+from vpruner.prune.cost import cost_ratio, dense_macs, macs_from_counts
+from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.runtime.measure import profile_onnx
+
+DEFAULT_MODELS = ("deit_small_patch16_224", "vit_base_patch16_224")
+
+
+def linear_counts(geometry: Geometry, target: float) -> list[int]:
+    """Patches entering each block, falling linearly from all of them, at most ``target`` of the dense MACs.
+
+    Block l of L gets round(start + (end - start) * l / (L - 1)) patches, with start = N and the largest whole ``end``
+    that fits. Where not even end = 1 does, the start falls too. What is left of the budget then goes, one patch at a
+    time, to the last block that can take one and stay nested.
+    """
+    budget, patches, steps = target * dense_macs(geometry), geometry.patches, max(geometry.depth - 1, 1)
+
+    def fits(counts: list[int]) -> bool:
+        return macs_from_counts(geometry, [geometry.prefix_tokens + count for count in counts]) <= budget
+
+    lines = [(patches, end) for end in range(patches, 0, -1)] + [(start, 1) for start in range(patches - 1, 0, -1)]
+    for start, end in lines:
+        counts = [round(start + (end - start) * block / steps) for block in range(geometry.depth)]
+        if fits(counts):
+            break
+    else:
+        raise UserError(f"one patch per block costs more than {target} of the dense MACs", "choose a higher target")
+    block = geometry.depth - 1
+    while block >= 0:
+        more = [*counts[:block], counts[block] + 1, *counts[block + 1 :]]
+        limit = counts[block - 1] if block else patches
+        if more[block] <= limit and fits(more):
+            counts = more
+        else:
+            block -= 1
+    return counts
+
+
+def linear_plan(model: str, geometry: Geometry, target: float, seed: int) -> TokenPlan:
+    """A plan with :func:`linear_counts` at random positions: each block keeps the first ones of one shuffled list."""
+    order = np.random.default_rng(seed).permutation(geometry.patches)
+    kept = [sorted(order[:count].tolist()) for count in linear_counts(geometry, target)]
+    return TokenPlan(model, geometry, kept, provenance={"schedule": "linear counts, random positions", "seed": seed})
+
+
+def open_dense(spec: str, weights: str | None, seed: int):
+    """The model as a :class:`vpruner.prune.models.LoadedModel`, with random weights where none are named."""
+    from vpruner.prune.models import open_model
+
+    if weights or spec.endswith(".json"):
+        return open_model(spec, weights=weights)
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "random.safetensors")
+        state = timm.create_model(spec, pretrained=False).state_dict()
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+        return open_model(spec, weights=path)
+
+
+def measure_model(spec: str, plan: TokenPlan | None, folder: Path, options: dict) -> list[dict]:
+    """Export, fold and time one model; rows as :func:`profile_onnx` makes them, with the MACs of each file."""
+    from vpruner.export.dense import export_dense
+    from vpruner.export.fold import fold_file
+
+    loaded = open_dense(spec, options["weights"], options["seed"])
+    geometry, random_weights = loaded.adapter.geometry, not (options["weights"] or spec.endswith(".json"))
+    drawn = plan is None
+    plan = plan or linear_plan(loaded.name, geometry, options["target"], options["seed"])
+    dense, dead, pruned = folder / "dense.onnx", folder / "dead.onnx", folder / "pruned.onnx"
+    export_dense(
+        loaded.adapter.model,
+        dense,
+        name=loaded.name,
+        geometry=geometry,
+        preprocessing=loaded.preprocessing.to_json(),
+        classes=loaded.classes,
+        weights_sha256=loaded.sha256,
+        opset=options["opset"],
+        batch_size=options["batch"],
+    )
+    identity = TokenPlan.identity(loaded.name, geometry)
+    fold_file(dense, identity, dead)
+    fold_file(dense, plan, pruned)
+    paths = {"dense": dense, "dense again": dense, "dead-token-free": dead, "pruned": pruned}
+    macs = {"dense": 1.0, "dense again": 1.0, "dead-token-free": cost_ratio(identity), "pruned": cost_ratio(plan)}
+    rows = profile_onnx(
+        paths,
+        batch=options["batch"],
+        threads=options["threads"],
+        rounds=options["rounds"],
+        seconds=options["seconds"],
+        seed=options["seed"],
+    )
+    for row in rows:
+        row.update(
+            macs_ratio=macs[row["label"]],
+            opset=options["opset"],
+            weights="random" if random_weights else "trained",
+            schedule=None if row["label"] != "pruned" else "linear" if drawn else "learned",
+        )
+    return rows
+
+
+def results_table(rows: list[dict]) -> Table:
+    table = Table(title=f"onnxruntime, fp32, batch {rows[0]['batch']}, {rows[0]['threads']} thread(s)")
+    for name in ("model", "graph", "MACs", "p50 ms", "p99 ms", "images/s", "latency ratio", "95 % interval", "rounds"):
+        table.add_column(name, justify="left" if name in ("model", "graph") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["model"],
+            row["label"],
+            f"{row['macs_ratio']:.3f}",
+            f"{row['p50_ms']:.2f}",
+            f"{row['p99_ms']:.2f}",
+            f"{row['images_per_s']:.1f}",
+            f"{row['ratio']:.3f}",
+            f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
+            str(row["count"]),
+            end_section=row["label"] == "pruned",
+        )
+    return table
+
+
+@click.command(help=__doc__.split("\n\n")[0])
+@click.option("--models", multiple=True, default=DEFAULT_MODELS, show_default=True, help="timm names or model cards.")
+@click.option("--target", type=click.FloatRange(0, 1, min_open=True), default=0.65, show_default=True)
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="A learned plan, for one model.")
+@click.option("--weights", help="Trained weights of the one model, instead of random ones.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="Per model.")
+@click.option("--rounds", type=click.IntRange(1), help="Timed rounds; default: as many as fit in --seconds.")
+@click.option("--opset", type=int, default=20, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("benchmarks/results/latency_ort.jsonl"),
+    show_default=True,
+)
+def main(models, plan_path, output, **options):
+    if (plan_path or options["weights"]) and len(models) != 1:
+        raise click.UsageError("--plan and --weights belong to one model: give it with --models")
+    console, rows = Console(width=None if sys.stdout.isatty() else 150), []
+    try:
+        plan = TokenPlan.load(plan_path) if plan_path else None
+        for spec in models:
+            click.echo(f"measuring {spec}", err=True)
+            with tempfile.TemporaryDirectory() as folder:
+                found = measure_model(spec, plan, Path(folder), options)
+            append_rows(output, found)
+            rows += found
+    except UserError as error:
+        raise click.ClickException(str(error)) from None
+    console.print(results_table(rows))
+
+
+if __name__ == "__main__":
+    main()
