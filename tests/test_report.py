@@ -1,0 +1,334 @@
+"""The report says what the rows say, says what is missing, and lets no text of the user become markup."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpruner import report
+from vpruner.errors import UserError
+from vpruner.prune.cost import cost_ratio, dense_macs, plan_macs
+from vpruner.prune.plan import Geometry, TokenPlan
+
+pytest.importorskip("matplotlib")
+
+
+def make_plan(model="tiny_vit", output="logits", **provenance):
+    geometry = Geometry(
+        depth=4, embed_dim=64, num_heads=2, head_dim=32, grid=(4, 6), prefix_tokens=1, image_size=(16, 24),
+        mlp_macs=2 * 64 * 256, stem_macs=64 * 48 * 24, head_macs=640, outputs=10, output=output,
+    )  # fmt: skip
+    return TokenPlan.from_exits(model, geometry, np.arange(24) % 5, seed=7, weights_sha256="cd" * 32, **provenance)
+
+
+def estimate(label, metric, value, low, high):
+    return {
+        "kind": "accuracy",
+        "label": label,
+        "metric": metric,
+        "value": value,
+        "low": low,
+        "high": high,
+        "count": 2000,
+    }
+
+
+def timing(label, p50, ratio, **spread):
+    values = {"p50_ms": p50, "p90_ms": 1.2 * p50, "p99_ms": 2 * p50, "throughput_per_s": 1000 / p50, "ratio": ratio}
+    setting = {"batch": 1, "threads": 1, "provider": "cpu"}
+    protocol = {"warmup": 20, "iterations": 300, "clock": {"source": "perf_counter_ns"}}
+    described = {"protocol": protocol, "environment": {"cpu": "Example 9000"}}
+    return {"kind": "latency", "label": label, **values, **spread, **setting, **described}
+
+
+def rung(name, difference, tolerance):
+    compared = {"compared": "64 images", "passed": True}
+    return {"kind": "parity", "rung": name, "difference": difference, "tolerance": tolerance, **compared}
+
+
+def make_rows(**changes):
+    """Rows of a complete run; ``changes`` replace values of rows by kind, metric, or kind_label."""
+    size = {"parameters": 1_600_000, "file_bytes": 6_500_000}
+    run = {
+        "kind": "run",
+        "model": "tiny_vit",
+        "target": 0.65,
+        "target_kind": "macs",
+        "seconds": {"score": 12.34, "export": 2},
+        "peak_memory_bytes": {"score": 812_000_000},
+        "command": "vpruner run --target 0.65",
+        "loss": "labels",
+        "data": {"calibration": {"name": "calibration.tar", "count": 1024, "labels": True, "skipped": 0}},
+        "note": [],
+    }
+    rows = [
+        run,
+        {"kind": "cost", "label": "dense", "macs": 1, "ratio": 1, **size},
+        {"kind": "cost", "label": "pruned", "macs": 1, "ratio": 0.6, **size},
+        estimate("dense", "top1", 0.781, 0.762, 0.799),
+        estimate("pruned", "top1", 0.773, 0.754, 0.791),
+        estimate("pruned", "top1_difference", -0.008, -0.0151, -0.0009),
+        estimate("pruned", "kl", 0.0331, 0.029, 0.0372),
+        timing("dense", 1.213, 1.0),
+        timing("pruned", 0.842, 0.694, ratio_low=0.68, ratio_high=0.71),
+        rung("masked = gathered", 3.1e-15, 1e-10),
+        rung("PyTorch = pruned.onnx", 4.4e-6, 1e-4),
+    ]
+    for name, values in changes.items():
+        for row in rows:
+            if name in (row["kind"], row.get("metric"), f"{row['kind']}_{row.get('label')}"):
+                row.update(values)
+    return rows
+
+
+def written(folder, rows, plan=None, examples=()):
+    html_path, markdown_path = report.write_report(folder, plan=plan or make_plan(), rows=rows, examples=examples)
+    return html_path.read_text(encoding="utf-8"), markdown_path.read_text(encoding="utf-8").replace("\\", "")
+
+
+def notes(markdown):
+    return markdown.split("## Notes")[1].split("\n## ")[0]
+
+
+class Outline(HTMLParser):
+    """Tags opened and not closed, and every address that the page would load."""
+
+    VOID = frozenset({"meta", "img", "br", "path", "use"})
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.addresses, self.tags = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_headline_says_what_was_gained_and_what_it_cost(tmp_path):
+    page, markdown = written(tmp_path, make_rows())
+    percent = round(100 * (1 - cost_ratio(make_plan())))
+    sentence = (
+        f"tiny_vit takes {percent} % fewer multiply-adds and 31 % less time per image (cpu, 1 thread) than the dense "
+        "model; "
+        "top-1 falls from 78.1 % to 77.3 % (−0.8 points, paired 95 % interval −1.5 to −0.1) on 2,000 unseen images."
+    )
+    assert sentence in page and sentence in markdown
+
+
+def test_tables_hold_the_measurements(tmp_path):
+    _, markdown = written(tmp_path, make_rows())
+    plan = make_plan()
+    lines = {line.split(" | ")[0].lstrip("| "): line for line in markdown.splitlines() if line.startswith("|")}
+    assert "78.1 % (76.2 to 79.9) | 77.3 % (75.4 to 79.1) | −0.8 points (−1.5 to −0.1)" in lines["Top-1 accuracy"]
+    assert f"{plan_macs(plan) / dense_macs(plan.geometry):.3f}×" in lines["Multiply-adds (MACs)"]
+    assert "1.21 ms | 0.842 ms | 0.694× (0.680 to 0.710)" in lines["Latency p50 per image (cpu, 1 thread)"]
+    assert "6.50 MB | 6.50 MB | 1.000×" in lines["File size"]
+    assert "4.4e-06 | 1.0e-04 | 64 images | passed" in lines["PyTorch = pruned.onnx"]
+    assert "perf_counter_ns" in lines["clock.source"] and "Example 9000" in lines["cpu"]
+    assert plan.digest in lines["plan"] and "cd" * 32 in lines["plan.weights_sha256"] and "7" in lines["plan.seed"]
+    assert "12.3 s | 812 MB" in lines["score"]
+    # Block 1 of exits 0..4 over 24 patches: 14 of 24 stay, 5 leave; one prefix token more as keys.
+    assert lines["1"].split(" | ")[1:5] == ["14 of 24", "5", "15", "10"]
+
+
+def test_page_is_one_well_formed_file_that_loads_nothing(tmp_path):
+    page, _ = written(tmp_path, make_rows(), examples=[Image.new("RGB", (24, 16), "teal")] * 2)
+    outline = Outline(page)
+    assert outline.open == []
+    assert outline.tags.count("img") == 3 and outline.tags.count("svg") == 1
+    assert all(address.startswith(("data:image/", "#")) for address in outline.addresses)
+    assert "<script" not in page and "@import" not in page and not re.search(r"url\((?!#)", page)
+    assert "prefers-color-scheme: dark" in page
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        written(tmp_path / name, make_rows(), examples=[Image.new("RGB", (24, 16), "teal")])
+    for name in ("report.html", "report.md"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize("missing", ["run", "cost", "accuracy", "latency", "parity"])
+def test_a_missing_kind_of_row_is_said_and_does_no_harm(tmp_path, missing):
+    page, markdown = written(tmp_path, [row for row in make_rows() if row["kind"] != missing])
+    Outline(page)
+    said = {
+        "run": "was not recorded beyond what the plan holds", "cost": "Multiply-adds", "accuracy": "Accuracy: not measured",
+        "latency": "Latency: not measured", "parity": "was not compared with the model",
+    }  # fmt: skip
+    assert said[missing] in page and said[missing] in markdown
+
+
+def test_no_rows_at_all(tmp_path):
+    page, markdown = written(tmp_path, [])
+    assert "what that costs in quality was not measured" in markdown and "exported no pruned.onnx yet" in page
+
+
+@pytest.mark.parametrize("value", [None, "fast", float("nan"), float("inf"), True, [], {}])
+def test_values_that_are_no_numbers_are_not_measured(tmp_path, monkeypatch, value):
+    monkeypatch.setattr(report, "_tokens_chart", lambda plan: "")  # depends on no row, and is slow
+    keys = {key for row in make_rows() for key in row} - {"kind", "label", "metric", "rung", "provider"}
+    for key in sorted(keys):
+        page, _ = written(tmp_path, [{**row, key: value} if key in row else row for row in make_rows()])
+        results = page.split("<section>")[1]
+        assert not re.search(r"\b(nan|inf)\b", results), key
+
+
+def test_text_of_the_user_never_becomes_markup(tmp_path):
+    evil = "<script>alert(1)</script> | `x` & **b** [l](http://e)"
+    rows = make_rows(run={"note": [evil], "command": evil}, latency={"provider": evil}, parity={"rung": evil})
+    page, markdown = written(tmp_path, rows, plan=make_plan(model=evil, data=evil))
+    assert "<script" not in page and "&lt;script&gt;" in page
+    raw = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in raw.replace("\\<", "") and not re.search(r"(?<!\\)\*\*b", raw)
+    widths = {
+        len(re.findall(r"(?<!\\)\|", line))
+        for line in raw.splitlines()
+        if line.startswith("| <") or "Latency p50" in line
+    }
+    assert widths <= {5}, "a bar in a name must not open a new column"
+    assert evil in markdown
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"run": {"target": 0.1}}, "budget was not reached: asked for 0.1000"),
+        ({"run": {"target": 0.9}}, "budget is met: asked for 0.9000"),
+        ({"run": {"loss": "self"}}, "There were no labels"),
+        ({"run": {"loss": "features"}}, "no classifier"),
+        ({"run": {"note": ["kept the Fisher plan"]}}, "kept the Fisher plan"),
+        ({"run": {"data": {"evaluation": {"skipped": 3}}}}, "3 files of the evaluation data"),
+        ({"latency_pruned": {"ratio": 1.2}}, "not faster here"),
+        ({"latency_pruned": {"ratio_high": 1.01}}, "interval of the latency ratio includes 1"),
+        ({"parity": {"passed": False}}, "Parity failed at: masked = gathered, PyTorch = pruned.onnx"),
+        ({"top1_difference": {"high": 0.002}}, "includes 0"),
+        ({"top1": {"metric": "agreement"}}, "Top-1 accuracy was not measured"),
+    ],
+)
+def test_notes_are_honest(tmp_path, changes, said):
+    _, markdown = written(tmp_path, make_rows(**changes))
+    assert said in notes(markdown)
+
+
+def test_a_clean_run_has_no_warnings(tmp_path):
+    _, markdown = written(tmp_path, make_rows())
+    assert not re.search(r"not reached|failed|not faster|includes|skipped|no labels", notes(markdown))
+
+
+def test_failed_parity_is_visible_at_the_top(tmp_path):
+    page, markdown = written(tmp_path, make_rows(parity={"passed": False}))
+    assert 'class="tile bad"' in page and "0 of 2" in page and "FAILED" in markdown
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "said"),
+    [
+        ("agreement", 0.931, "it gives the dense model's class for 93.1 % of the images on 500 unseen images"),
+        ("cosine", 0.9871, "its features have a 0.9871 cosine similarity to the dense model's on 500 unseen images"),
+        ("kl", 0.02, "its outputs diverge from the dense model's by 0.0200 nats on 500 unseen images"),
+    ],
+)
+def test_headline_without_labels(tmp_path, metric, value, said):
+    rows = [row for row in make_rows() if row["kind"] != "accuracy"]
+    rows.append({"kind": "accuracy", "label": "pruned", "metric": metric, "value": value, "count": 500})
+    _, markdown = written(tmp_path, rows)
+    assert said in markdown
+
+
+@pytest.mark.parametrize(
+    ("points", "said"), [(0.004, "top-1 rises"), (0.0, "top-1 stays (±0.0 points"), (-0.01, "top-1 falls")]
+)
+def test_headline_tells_the_direction(tmp_path, points, said):
+    _, markdown = written(tmp_path, make_rows(top1_difference={"value": points}))
+    assert said in markdown
+
+
+def test_slower_is_called_more_time(tmp_path):
+    _, markdown = written(tmp_path, make_rows(latency_pruned={"ratio": 1.2}))
+    assert "20 % more time per image" in markdown
+
+
+def test_the_last_of_repeated_rows_counts(tmp_path):
+    rows = make_rows()
+    old = [{**row, "value": 0.5} if row["kind"] == "accuracy" else row for row in rows]
+    assert written(tmp_path, old + rows)[1] == written(tmp_path, rows)[1]
+
+
+def test_batch_one_is_what_the_headline_is_about(tmp_path):
+    rows = make_rows()
+    batched = [{**row, "batch": 32, "ratio": 0.5} for row in rows if row["kind"] == "latency"]
+    _, markdown = written(tmp_path, batched + rows)
+    assert "31 % less time per image" in markdown and "0.500×" in markdown
+
+
+def test_plan_and_rows_are_read_from_the_folder(tmp_path):
+    make_plan().save(tmp_path / "plan.json")
+    lines = [json.dumps(row) for row in make_rows()]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    html_path, _ = report.write_report(tmp_path)
+    assert "falls from 78.1 %" in html_path.read_text(encoding="utf-8")
+
+
+def test_a_folder_without_a_plan_is_the_users_to_mend(tmp_path):
+    with pytest.raises(UserError, match="vpruner prune"):
+        report.write_report(tmp_path)
+
+
+def test_usage_fits_the_model(tmp_path):
+    (tmp_path / "pruned.onnx").write_bytes(b"graph")
+    page, _ = written(tmp_path, [], plan=make_plan(output="features"))
+    assert "prediction.features" in page and "exported no" not in page
+    page, markdown = written(tmp_path, [])
+    assert "prediction.label" in page
+    snippet = markdown.split("```python\n")[1].split("```")[0]
+    compile(snippet, "snippet", "exec")
+
+
+def test_a_failure_leaves_the_old_report(tmp_path, monkeypatch):
+    written(tmp_path, make_rows())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(report, "to_markdown", fail)
+    with pytest.raises(RuntimeError):
+        written(tmp_path, [])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"vpruner\[prune\]"):
+        written(tmp_path, make_rows())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_pictures_stay_small_in_the_file(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (512, 768, 3), np.uint8))
+    plan = TokenPlan.identity("big", Geometry(12, 8, 2, 4, (32, 48), 1, (512, 768)))
+    page, _ = written(tmp_path, [], plan=plan, examples=[noise])
+    assert "data:image/jpeg" in page and "data:image/png" in page
+
+
+def test_no_more_examples_than_a_page_takes(tmp_path):
+    page, _ = written(tmp_path, [], examples=[Image.new("RGB", (24, 16))] * 9)
+    assert page.count("<img") == 1 + report.MOST_EXAMPLES
