@@ -61,7 +61,7 @@ def linear_counts(geometry: Geometry, target: float) -> list[int]:
         more = [*counts[:block], counts[block] + 1, *counts[block + 1 :]]
         limit = counts[block - 1] if block else patches
         if more[block] <= limit and fits(more):
-            counts = more
+            counts, block = more, geometry.depth - 1  # raising a block may make room for one behind it
         else:
             block -= 1
     return counts
