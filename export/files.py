@@ -15,6 +15,8 @@ from ..errors import UserError
 
 #: Bytes of weights up to which they stay inside the file. Protobuf's limit is 2 GiB; the rest is room for the graph.
 INLINE_LIMIT = (1 << 31) - (1 << 25)
+#: Bytes up to which a weight from a file beside the graph is read at once.
+_SMALL = 1 << 14
 
 
 def load_model(path: str | os.PathLike) -> ir.Model:
@@ -35,8 +37,13 @@ def load_model(path: str | os.PathLike) -> ir.Model:
         raise UserError(f"{path} holds an empty graph, expected an ONNX model", hint)
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and not Path(tensor.path).is_file():
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        if not Path(tensor.path).is_file():
             raise UserError(f"{path} needs its weights file {tensor.location}, which is not beside it", hint)
+        if tensor.nbytes <= _SMALL:
+            # ONNX's checker and shape inference get small tensors as they are, and look for this file in the wrong place.
+            value.const_value = ir.Tensor(tensor.numpy().copy(), name=value.name)
     return model
 
 
