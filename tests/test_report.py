@@ -170,8 +170,9 @@ def test_a_missing_kind_of_row_is_said_and_does_no_harm(tmp_path, missing):
     page, markdown = written(tmp_path, [row for row in make_rows() if row["kind"] != missing])
     Outline(page)
     said = {
-        "run": "was not recorded beyond what the plan holds", "cost": "Multiply-adds", "accuracy": "Accuracy: not measured",
-        "latency": "Latency: not measured", "parity": "was not compared with the model",
+        "run": "was not recorded beyond what the plan holds", "cost": "Multiply-adds",
+        "accuracy": "Accuracy: not measured", "latency": "Latency: not measured",
+        "parity": "was not compared with the model",
     }  # fmt: skip
     assert said[missing] in page and said[missing] in markdown
 
