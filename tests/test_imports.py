@@ -132,9 +132,9 @@ def run_command(*arguments):
 
 def test_a_plan_can_be_shown_without_any_extra(tmp_path):
     make_plan().save(tmp_path / "plan.json")
-    done = run_command("show", tmp_path / "plan.json")
+    done = run_command("show", tmp_path / "plan.json", "-o", tmp_path / "tokens.png")
     assert done.returncode == 0, done.stderr
-    assert "tiny" in done.stdout
+    assert "tiny" in done.stdout and (tmp_path / "tokens.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
