@@ -306,6 +306,7 @@ def profile_onnx(
     threads: int | None = None,
     providers: Any = None,
     precision: str | None = None,
+    spinning: bool | str = False,
     warmup: int = 10,
     warmup_limit: int = 100,
     rounds: int | None = None,
@@ -315,15 +316,18 @@ def profile_onnx(
     """Time ONNX files in onnxruntime, interleaved, on the same input.
 
     The clock covers ``InferenceSession.run`` on a float array in host memory: no preprocessing; on a GPU provider the
-    copies there and back. All sessions have the same number of threads, which stop waiting actively when a run ends
-    (``session.force_spinning_stop``): otherwise the idle sessions' threads would take the cores from the one that is
-    timed.
+    copies there and back. All sessions have the same number of threads, and these sleep while they wait: actively
+    waiting threads of the idle sessions would take the cores from the one that is timed, and with any other load on the
+    machine those of the timed session hinder each other. DeiT-Ti on two threads of two busy cores: 84 ms with active
+    waiting inside the run (``"run"``), 44 ms asleep; the fastest run of each, when the cores were free: 26 and 28 ms.
 
     Args:
         paths: ONNX files by label; the first is the baseline.
         batch: Images per run. A file with a static batch can only be timed at its own.
         threads: Per session; None: every core this process may use. Always set explicitly, and recorded.
         providers: As in :class:`~vpruner.runtime.ort.OrtSession`, the same for all files.
+        spinning: As in :class:`~vpruner.runtime.ort.OrtSession`; ``"run"`` comes closest to one session with default
+            settings on a machine of its own. No effect on one thread.
         precision: What to record; None: what the file says, else the type of its input.
         warmup, warmup_limit, rounds, seconds, seed: As in :func:`measure`; the seed draws the input too.
 
@@ -341,7 +345,7 @@ def profile_onnx(
     before = environment()  # first, so that the load average is not our own
     with ExitStack() as stack:
         sessions = {
-            label: stack.enter_context(OrtSession(path, providers, threads, spinning="run"))
+            label: stack.enter_context(OrtSession(path, providers, threads, spinning=spinning))
             for label, path in paths.items()
         }
         shape = _common_image_shape(sessions, batch)
@@ -366,7 +370,7 @@ def profile_onnx(
                 "input": f"smooth random images, seed {seed}, the same for all",
                 "intra_op_threads": threads,
                 "inter_op_threads": 1,
-                "spinning": "within a run only",
+                "spinning": {False: "off", True: "on", "run": "within a run only"}[spinning],
                 "graph_optimization": "all",
             },
         )

@@ -259,7 +259,7 @@ def test_profile_rows(make_onnx):
 
 def test_profile_makes_threads_explicit(make_onnx):
     (row,) = profile_onnx({"a": make_onnx()}, rounds=3, warmup=0, warmup_limit=0)
-    assert row["threads"] >= 1 and row["protocol"]["rounds"] == 3
+    assert row["protocol"]["spinning"] == "off" and row["threads"] >= 1 and row["protocol"]["rounds"] == 3
 
 
 def test_profile_refuses_what_cannot_be_compared(make_onnx, preprocessing_json):
