@@ -110,10 +110,10 @@ class Results:
 
     @property
     def latencies(self) -> dict[tuple, dict[str, Row]]:
-        """``{(provider, batch, threads): {label: row}}`` in the order of first appearance."""
+        """``{setting: {label: row}}``, what was timed the same way together, in the order of first appearance."""
         groups: dict[tuple, dict[str, Row]] = {}
         for row in self.all("latency"):
-            setting = tuple(str(row.get(name, "")) for name in ("provider", "batch", "threads"))
+            setting = tuple(str(row.get(name, "")) for name in ("runtime", "provider", "precision", "batch", "threads"))
             groups.setdefault(setting, {})[str(row.get("label"))] = row
         return groups
 
@@ -193,7 +193,7 @@ def headline(plan: TokenPlan, results: Results) -> str:
     ratio = _latency_ratio(pair)
     if ratio is not None:
         gained.append(f"{_change(ratio, 'time', 'less', 'more')} per {_what_was_timed(pair['pruned'])}")
-    sentence = f"{plan.model} takes {' and '.join(gained)} than the dense model"
+    sentence = f"The pruned {plan.model} takes {' and '.join(gained)} than the dense model"
     return f"{sentence}; {_quality_sentence(results)}."
 
 
@@ -360,6 +360,12 @@ def notes_section(plan: TokenPlan, results: Results) -> Section:
             notes.append(
                 "The interval of the latency ratio includes 1: this run does not show that the pruned model is faster."
             )
+        environment = pair["pruned"].get("environment")
+        load, cores = _number(environment, "load_average_1m"), _number(environment, "cores_usable")
+        if load is not None and cores and load > cores:
+            notes.append(
+                f"The machine was busy while it was timed: load average {load:.3g} on {cores:.0f} usable cores."
+            )
         notes.append("Latency holds for the machine and setting below. Measure on the device that you deploy to.")
     failed = [str(row.get("rung")) for row in results.parity if not row.get("passed")]
     if failed:
@@ -474,7 +480,7 @@ def parity_section(results: Results) -> Section:
             Text(
                 "Each form of the pruned model is compared with one that is trusted, step by step, on the same inputs."
             ),
-            Table(("step", "largest difference", "tolerance", "compared", ""), rows, wordy=True),
+            Table(("step", "largest difference", "tolerance", "inputs", ""), rows, wordy=True),
         ],
     )
 
@@ -488,10 +494,10 @@ def latency_section(results: Results) -> Section:
     for pair in results.latencies.values():
         for label, row in pair.items():
             milliseconds = [_ms(_number(row, key)) for key in ("p50_ms", "p90_ms", "p99_ms")]
-            rate = _number(row, "throughput_per_s")
+            rate = _number(row, "images_per_s")
             lines.append(
                 (
-                    label, str(row.get("provider", "")), str(row.get("batch", "")), str(row.get("threads", "")),
+                    label, _runtime(row), str(row.get("batch", "")), str(row.get("threads", "")),
                     *milliseconds, NOT_MEASURED if rate is None else f"{rate:,.4g}",
                     "1" if label == "dense" else _ratio_with_spread({"pruned": row, "dense": pair.get("dense", {})}),
                 )
@@ -499,7 +505,7 @@ def latency_section(results: Results) -> Section:
             described = tuple(_flat(row.get("protocol"))), tuple(_flat(row.get("environment")))
             if any(described):
                 protocols.setdefault(described, []).append(label)
-    header = ("model", "provider", "batch", "threads", "p50", "p90", "p99", "images/s", "time / dense")
+    header = ("model", "runtime", "batch", "threads", "p50", "p90", "p99", "images/s", "time / dense")
     section.blocks.append(Table(header, tuple(lines)))
     for number, (protocol, environment) in enumerate(protocols, 1):
         which = f" {number}" if len(protocols) > 1 else ""
@@ -653,9 +659,9 @@ def _ms(value: float | None) -> str:
 
 
 def _signed(value: float) -> str:
-    """One decimal with a sign, and no minus zero."""
-    text = f"{value:+.1f}"
-    return "±0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+    """Percentage points: two decimals, the grain of a few thousand images, with a sign and no minus zero."""
+    text = f"{value:+.2f}"
+    return "±0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
 
 
 def _scientific(value: float | None) -> str:
@@ -666,7 +672,7 @@ def _value(row: Row, metric: str) -> str:
     value = _number(row, "value")
     if value is None:
         return NOT_MEASURED
-    return f"{value:.1%}".replace("%", " %") if metric in ("top1", "agreement") else f"{value:.4f}"
+    return f"{100 * value:.2f} %" if metric in ("top1", "agreement") else f"{value:.4f}"
 
 
 def _estimate(row: Row, metric: str) -> str:
@@ -674,7 +680,7 @@ def _estimate(row: Row, metric: str) -> str:
     if not row:
         return ""
     percent = metric in ("top1", "agreement")
-    spread = _spread(row, lambda v: f"{100 * v:.1f}" if percent else f"{v:.4f}")
+    spread = _spread(row, lambda v: f"{100 * v:.2f}" if percent else f"{v:.4f}")
     return _value(row, metric) + (f" ({spread})" if spread else "")
 
 
@@ -714,10 +720,15 @@ def _ratio_with_spread(pair: Mapping[str, Row]) -> str:
 def _what_was_timed(row: Row) -> str:
     batch, threads = _number(row, "batch"), _number(row, "threads")
     what = "run" if not batch else "image" if batch == 1 else f"batch of {batch:.0f}"
-    where = [str(row["provider"])] if row.get("provider") else []
+    where = [_runtime(row)] if _runtime(row) else []
     if threads:
         where.append(f"{threads:.0f} thread{'' if threads == 1 else 's'}")
     return what + (f" ({', '.join(where)})" if where else "")
+
+
+def _runtime(row: Row) -> str:
+    """``"onnxruntime cpu fp32"``, as much of it as the row tells."""
+    return " ".join(str(row[name]) for name in ("runtime", "provider", "precision") if row.get(name))
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -729,9 +740,15 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(item, Mapping):
             lines += _flat(item, f"{prefix}{key}.")
         elif item is not None:
-            text = ", ".join(map(str, item)) if isinstance(item, (list, tuple)) else str(item)
-            lines.append((f"{prefix}{key}", {"True": "yes", "False": "no"}.get(text, text)))
+            items = item if isinstance(item, (list, tuple)) else [item]
+            lines.append((f"{prefix}{key}", ", ".join(map(_plain, items)) or "none"))
     return lines
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 # -- rendering --------------------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ def estimate(label, metric, value, low, high):
 
 
 def timing(label, p50, ratio, **spread):
-    values = {"p50_ms": p50, "p90_ms": 1.2 * p50, "p99_ms": 2 * p50, "throughput_per_s": 1000 / p50, "ratio": ratio}
-    setting = {"batch": 1, "threads": 1, "provider": "cpu"}
+    values = {"p50_ms": p50, "p90_ms": 1.2 * p50, "p99_ms": 2 * p50, "images_per_s": 1000 / p50, "ratio": ratio}
+    setting = {"batch": 1, "threads": 1, "runtime": "onnxruntime", "provider": "cpu", "precision": "fp32"}
     protocol = {"warmup": 20, "iterations": 300, "clock": {"source": "perf_counter_ns"}}
     described = {"protocol": protocol, "environment": {"cpu": "Example 9000"}}
     return {"kind": "latency", "label": label, **values, **spread, **setting, **described}
@@ -123,9 +123,9 @@ def test_headline_says_what_was_gained_and_what_it_cost(tmp_path):
     page, markdown = written(tmp_path, make_rows())
     percent = round(100 * (1 - cost_ratio(make_plan())))
     sentence = (
-        f"tiny_vit takes {percent} % fewer multiply-adds and 31 % less time per image (cpu, 1 thread) than the dense "
-        "model; "
-        "top-1 falls from 78.1 % to 77.3 % (−0.8 points, paired 95 % interval −1.5 to −0.1) on 2,000 unseen images."
+        f"The pruned tiny_vit takes {percent} % fewer multiply-adds and 31 % less time per image (onnxruntime cpu fp32, "
+        "1 thread) than the dense model; top-1 falls from 78.10 % to 77.30 % (−0.80 points, paired 95 % interval −1.51 to "
+        "−0.09) on 2,000 unseen images."
     )
     assert sentence in page and sentence in markdown
 
@@ -134,9 +134,14 @@ def test_tables_hold_the_measurements(tmp_path):
     _, markdown = written(tmp_path, make_rows())
     plan = make_plan()
     lines = {line.split(" | ")[0].lstrip("| "): line for line in markdown.splitlines() if line.startswith("|")}
-    assert "78.1 % (76.2 to 79.9) | 77.3 % (75.4 to 79.1) | −0.8 points (−1.5 to −0.1)" in lines["Top-1 accuracy"]
+    assert (
+        "78.10 % (76.20 to 79.90) | 77.30 % (75.40 to 79.10) | −0.80 points (−1.51 to −0.09)" in lines["Top-1 accuracy"]
+    )
     assert f"{plan_macs(plan) / dense_macs(plan.geometry):.3f}×" in lines["Multiply-adds (MACs)"]
-    assert "1.21 ms | 0.842 ms | 0.694× (0.680 to 0.710)" in lines["Latency p50 per image (cpu, 1 thread)"]
+    assert (
+        "1.21 ms | 0.842 ms | 0.694× (0.680 to 0.710)"
+        in lines["Latency p50 per image (onnxruntime cpu fp32, 1 thread)"]
+    )
     assert "6.50 MB | 6.50 MB | 1.000×" in lines["File size"]
     assert "4.4e-06 | 1.0e-04 | 64 images | passed" in lines["PyTorch = pruned.onnx"]
     assert "perf_counter_ns" in lines["clock.source"] and "Example 9000" in lines["cpu"]
@@ -185,7 +190,11 @@ def test_no_rows_at_all(tmp_path):
 @pytest.mark.parametrize("value", [None, "fast", float("nan"), float("inf"), True, [], {}])
 def test_values_that_are_no_numbers_are_not_measured(tmp_path, monkeypatch, value):
     monkeypatch.setattr(report, "_tokens_chart", lambda plan: "")  # depends on no row, and is slow
-    keys = {key for row in make_rows() for key in row} - {"kind", "label", "metric", "rung", "provider"}
+    keys = (
+        {key for row in make_rows() for key in row}
+        - {"kind", "label", "metric", "rung"}
+        - {"runtime", "provider", "precision"}
+    )
     for key in sorted(keys):
         page, _ = written(tmp_path, [{**row, key: value} if key in row else row for row in make_rows()])
         results = page.split("<section>")[1]
@@ -219,6 +228,7 @@ def test_text_of_the_user_never_becomes_markup(tmp_path):
         ({"run": {"data": {"evaluation": {"skipped": 3}}}}, "3 files of the evaluation data"),
         ({"latency_pruned": {"ratio": 1.2}}, "not faster here"),
         ({"latency_pruned": {"ratio_high": 1.01}}, "interval of the latency ratio includes 1"),
+        ({"latency": {"environment": {"load_average_1m": 5.83, "cores_usable": 2}}}, "load average 5.83 on 2 usable"),
         ({"parity": {"passed": False}}, "Parity failed at: masked = gathered, PyTorch = pruned.onnx"),
         ({"top1_difference": {"high": 0.002}}, "includes 0"),
         ({"top1": {"metric": "agreement"}}, "Top-1 accuracy was not measured"),
@@ -231,7 +241,7 @@ def test_notes_are_honest(tmp_path, changes, said):
 
 def test_a_clean_run_has_no_warnings(tmp_path):
     _, markdown = written(tmp_path, make_rows())
-    assert not re.search(r"not reached|failed|not faster|includes|skipped|no labels", notes(markdown))
+    assert not re.search(r"not reached|failed|not faster|includes|skipped|no labels|busy", notes(markdown))
 
 
 def test_failed_parity_is_visible_at_the_top(tmp_path):
@@ -242,7 +252,7 @@ def test_failed_parity_is_visible_at_the_top(tmp_path):
 @pytest.mark.parametrize(
     ("metric", "value", "said"),
     [
-        ("agreement", 0.931, "it gives the dense model's class for 93.1 % of the images on 500 unseen images"),
+        ("agreement", 0.931, "it gives the dense model's class for 93.10 % of the images on 500 unseen images"),
         ("cosine", 0.9871, "its features have a 0.9871 cosine similarity to the dense model's on 500 unseen images"),
         ("kl", 0.02, "its outputs diverge from the dense model's by 0.0200 nats on 500 unseen images"),
     ],
@@ -255,7 +265,7 @@ def test_headline_without_labels(tmp_path, metric, value, said):
 
 
 @pytest.mark.parametrize(
-    ("points", "said"), [(0.004, "top-1 rises"), (0.0, "top-1 stays (±0.0 points"), (-0.01, "top-1 falls")]
+    ("points", "said"), [(0.004, "top-1 rises"), (0.0, "top-1 stays (±0.00 points"), (-0.01, "top-1 falls")]
 )
 def test_headline_tells_the_direction(tmp_path, points, said):
     _, markdown = written(tmp_path, make_rows(top1_difference={"value": points}))
@@ -285,7 +295,7 @@ def test_plan_and_rows_are_read_from_the_folder(tmp_path):
     lines = [json.dumps(row) for row in make_rows()]
     (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     html_path, _ = report.write_report(tmp_path)
-    assert "falls from 78.1 %" in html_path.read_text(encoding="utf-8")
+    assert "falls from 78.10 %" in html_path.read_text(encoding="utf-8")
 
 
 def test_a_folder_without_a_plan_is_the_users_to_mend(tmp_path):
