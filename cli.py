@@ -145,9 +145,10 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(name, justify="left" if position == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    # A table that wraps cannot be read; where the output is no terminal, it takes the width it needs.
+    # A cell that is cut off is worse than a long line, so the table takes the width it needs.
     console = Console(highlight=False)
-    Console(highlight=False, width=max(console.width, 100)).print(table)
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    Console(highlight=False, width=max(console.width, needed)).print(table)
 
 
 def _format_estimate(row: dict[str, Any]) -> str:
@@ -450,7 +451,7 @@ def profile(model, against, batch_size, provider, threads, seconds, results, as_
             [
                 row["label"],
                 *(f"{row[key]:.3f}" for key in ("p50_ms", "p90_ms", "p99_ms")),
-                f"{row['throughput_per_s']:.1f}",
+                f"{row['images_per_s']:.1f}",
                 f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
                 if row.get("ratio_to") and row["ratio_to"] != row["label"]
                 else "",

@@ -40,7 +40,9 @@ def load_images(source: str, size: int) -> tuple[torch.Tensor, torch.Tensor, lis
         if image.size != (size, size):
             image = image.resize((size, size), 3)  # 3: bicubic
         images[position], labels[position] = np.asarray(image).transpose(2, 0, 1), label
-    names = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
+    # timm's folder reader and its tar reader name this table differently.
+    index = getattr(dataset.reader, "class_to_idx", None) or dataset.reader.class_name_to_idx
+    names = sorted(index, key=index.get)
     return torch.from_numpy(images), torch.from_numpy(labels), names
 
 
