@@ -123,9 +123,9 @@ def test_headline_says_what_was_gained_and_what_it_cost(tmp_path):
     page, markdown = written(tmp_path, make_rows())
     percent = round(100 * (1 - cost_ratio(make_plan())))
     sentence = (
-        f"The pruned tiny_vit takes {percent} % fewer multiply-adds and 31 % less time per image (onnxruntime cpu fp32, "
-        "1 thread) than the dense model; top-1 falls from 78.10 % to 77.30 % (−0.80 points, paired 95 % interval −1.51 to "
-        "−0.09) on 2,000 unseen images."
+        f"The pruned tiny_vit takes {percent} % fewer multiply-adds and 31 % less time per image "
+        "(onnxruntime cpu fp32, 1 thread) than the dense model; top-1 falls from 78.10 % to 77.30 % "
+        "(−0.80 points, paired 95 % interval −1.51 to −0.09) on 2,000 unseen images."
     )
     assert sentence in page and sentence in markdown
 
