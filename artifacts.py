@@ -42,7 +42,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def append_rows(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
-    """Add measurement rows to a ``results.jsonl``; each line is written in one call, so a reader never sees half a row."""
+    """Add measurement rows to a ``results.jsonl``; each is written in one call, so no reader sees half a row."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:

@@ -14,6 +14,7 @@ import click
 
 from . import __version__
 from .errors import ParityError, UserError
+from .extras import missing_extra
 
 
 class _Reported(click.ClickException):
@@ -40,6 +41,11 @@ class Commands(click.Group):
                 "the model's name and the versions of torch, timm and onnxruntime"
             )
             raise failure from None
+        except ImportError as error:
+            missing = missing_extra(error)
+            if missing is None or os.environ.get("VPRUNER_DEBUG"):
+                raise
+            raise _Reported(str(missing)) from None
         except OSError as error:
             if os.environ.get("VPRUNER_DEBUG") or error.filename is None:
                 raise
@@ -72,7 +78,7 @@ def _options(*decorators: Callable) -> Callable:
 
 
 def _key_values(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    """``("img_size=384", "qk_norm=true")`` -> {"img_size": 384, "qk_norm": True}; values are JSON where they parse as it."""
+    """``("img_size=384", "qk_norm=true")`` -> {"img_size": 384, "qk_norm": True}; values are JSON where they parse."""
     result = {}
     for value in values:
         key, equals, text = value.partition("=")
@@ -100,7 +106,9 @@ model_options = _options(
 )
 calibration_options = _options(
     click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...)."),
-    click.option("--images", default=1024, show_default=True, type=click.IntRange(1), help="Calibration images to use."),
+    click.option(
+        "--images", default=1024, show_default=True, type=click.IntRange(1), help="Calibration images to use."
+    ),
     click.option(
         "--loss",
         default="auto",
@@ -111,7 +119,9 @@ calibration_options = _options(
     click.option("--seed", default=0, show_default=True, help="Of the choice of images and random directions."),
     click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
 )
-eval_data_option = click.option("--eval-data", metavar="PATH", help="Images to report on; none of them is used to prune.")
+eval_data_option = click.option(
+    "--eval-data", metavar="PATH", help="Images to report on; none of them is used to prune."
+)
 eval_images_option = click.option(
     "--eval-images", default=2000, show_default=True, type=click.IntRange(1), help="Images to report on, at most."
 )
@@ -179,8 +189,12 @@ METRIC_NAMES = {
 @eval_images_option
 @target_option
 @export_options
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement.")
-@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0.1), help="Time to measure latency for.")
+@click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement."
+)
+@click.option(
+    "--seconds", default=10.0, show_default=True, type=click.FloatRange(0.1), help="Time to measure latency for."
+)
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write  [default: runs/MODEL]")
 @click.option("--force", is_flag=True, help="Replace an earlier run in that folder.")
 @json_option
@@ -242,9 +256,7 @@ def _print_run(rows: list[dict[str, Any]]) -> None:
             f"{other['ratio']:.3f} [{other['ratio_low']:.3f}, {other['ratio_high']:.3f}]",
         ]
     )
-    _table(
-        f"{run_row['model']} at {run_row['target']:g} of its MACs", ["", "dense", "pruned", "ratio"], table
-    )
+    _table(f"{run_row['model']} at {run_row['target']:g} of its MACs", ["", "dense", "pruned", "ratio"], table)
 
 
 def _short(number: float) -> str:
@@ -261,7 +273,9 @@ def _short(number: float) -> str:
 @model_options
 @calibration_options
 @target_option
-@click.option("--output", "-o", default="plan.json", show_default=True, type=click.Path(path_type=Path), help="Plan to write.")
+@click.option(
+    "--output", "-o", default="plan.json", show_default=True, type=click.Path(path_type=Path), help="Plan to write."
+)
 @json_option
 @quiet_option
 def prune(model, pretrained, weights, model_args, output, target, images, loss, as_json, quiet, **data) -> None:
@@ -279,9 +293,7 @@ def prune(model, pretrained, weights, model_args, output, target, images, loss, 
 
     reporter = Reporter(quiet=quiet)
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
-    calibration = pipeline.calibration_images(
-        pipeline.RunOptions(model=model, images=images, **data), loaded, reporter
-    )
+    calibration = pipeline.calibration_images(pipeline.RunOptions(model=model, images=images, **data), loaded, reporter)
     plan = learn_plan(loaded, calibration, target=target, loss=loss, seed=data["seed"], reporter=reporter)
     plan.save(output)
     if as_json:
@@ -311,7 +323,9 @@ def _print_plan(plan) -> None:
 @model_options
 @click.option("--plan", "plan_path", metavar="FILE", help="Export the model pruned by this plan, parity checked.")
 @export_options
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="File to write  [default: dense.onnx, or pruned.onnx]")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), help="File to write  [default: dense.onnx, or pruned.onnx]"
+)
 @json_option
 @quiet_option
 def export(model, pretrained, weights, model_args, plan_path, output, as_json, quiet, **options) -> None:
@@ -352,7 +366,9 @@ def _print_rungs(rungs, output: Path, as_json: bool, **more: Any) -> None:
 @click.argument("dense", type=click.Path(path_type=Path))
 @click.option("--plan", "plan_path", metavar="FILE", help="The token plan to fold in.")
 @click.option("--identity", is_flag=True, help="Drop no token, only what nothing reads: exact, and free.")
-@click.option("--output", "-o", default="pruned.onnx", show_default=True, type=click.Path(path_type=Path), help="File to write.")
+@click.option(
+    "--output", "-o", default="pruned.onnx", show_default=True, type=click.Path(path_type=Path), help="File to write."
+)
 @json_option
 @quiet_option
 def fold(dense, plan_path, identity, output, as_json, quiet) -> None:
@@ -376,7 +392,9 @@ def fold(dense, plan_path, identity, output, as_json, quiet) -> None:
 
 @main.command()
 @model_options
-@click.option("--plan", "plan_path", metavar="FILE", help="With a PyTorch model: compare it with itself pruned by this plan.")
+@click.option(
+    "--plan", "plan_path", metavar="FILE", help="With a PyTorch model: compare it with itself pruned by this plan."
+)
 @click.option("--against", metavar="DENSE.ONNX", help="With an ONNX file: the file to compare it with.")
 @click.option("--data", metavar="PATH", hidden=True)
 @eval_data_option
@@ -416,7 +434,9 @@ def evaluate(as_json, quiet, results, **options) -> None:
 
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--against", metavar="DENSE.ONNX", type=click.Path(path_type=Path), help="Baseline, measured in turns with MODEL.")
+@click.option(
+    "--against", metavar="DENSE.ONNX", type=click.Path(path_type=Path), help="Baseline, measured in turns with MODEL."
+)
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Images per run.")
 @runtime_options
 @click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0.1), help="Time to measure for.")
@@ -493,7 +513,9 @@ def predict(model, images, top, provider, threads, as_json) -> None:
 @main.command()
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--image", metavar="FILE", help="Image to draw on  [default: one of the bundled ones]")
-@click.option("--output", "-o", default="tokens.png", show_default=True, type=click.Path(path_type=Path), help="PNG to write.")
+@click.option(
+    "--output", "-o", default="tokens.png", show_default=True, type=click.Path(path_type=Path), help="PNG to write."
+)
 @json_option
 def show(plan, image, output, as_json) -> None:
     """Draw the tokens that each block keeps on an image.

@@ -28,11 +28,16 @@ def require(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.partition(".")[0]
-        if package not in EXTRA_OF or (error.name or package).partition(".")[0] != package:
-            raise
-        extra = EXTRA_OF[package]
-        alternative = " (or vpruner[gpu] on an NVIDIA GPU)" if extra == "cpu" else ""
-        raise UserError(
-            f"this needs the package {package!r}, which is not installed", f"pip install 'vpruner[{extra}]'{alternative}"
-        ) from None
+        raise missing_extra(error) or error from None
+
+
+def missing_extra(error: ImportError) -> UserError | None:
+    """What to tell the user about a failed import: the extra to install, or None when no extra brings that package."""
+    package = (error.name or "").partition(".")[0]
+    extra = EXTRA_OF.get(package)
+    if extra is None:
+        return None
+    alternative = " (or vpruner[gpu] on an NVIDIA GPU)" if extra == "cpu" else ""
+    return UserError(
+        f"this needs the package {package!r}, which is not installed", f"pip install 'vpruner[{extra}]'{alternative}"
+    )

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from .artifacts import append_rows
 from .errors import UserError
+from .progress import Reporter
 from .prune.cost import cost_ratio, dense_macs, plan_macs
 from .prune.plan import Geometry, TokenPlan
-from .progress import Reporter
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -117,13 +117,17 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             rungs = check_ladder(loaded.adapter, plan, dense, pruned, first_images(calibration, loaded, PARITY_IMAGES))
 
         parameters, preprocessing, name = loaded.parameters, loaded.preprocessing, loaded.name
-        del loaded  # From here on the graphs speak for themselves; a large model's weights need not lie in memory twice.
+        del (
+            loaded
+        )  # From here on the graphs speak for themselves; a large model's weights need not lie in memory twice.
         gc.collect()
         with reporter.stage("Evaluating both graphs", len(evaluation.indices)) as advance:
             estimates, examples = evaluate_graphs({"dense": dense, "pruned": pruned}, evaluation, geometry, advance)
         if evaluation.skipped:
             example = next(iter(evaluation.skipped.values()))
-            reporter.remark(f"{len(evaluation.skipped)} evaluation images could not be read and were skipped, such as {example}")
+            reporter.remark(
+                f"{len(evaluation.skipped)} evaluation images could not be read and were skipped, such as {example}"
+            )
         with reporter.stage("Measuring latency"):
             latency = profile_onnx(
                 {"dense": dense, "pruned": pruned},
@@ -141,7 +145,7 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         ]
         append_rows(folder / "results.jsonl", rows)
         with reporter.stage("Writing the report"):
-            write_report(folder, plan=plan, rows=rows, examples=[cropped(image, preprocessing) for image in examples])
+            write_report(folder, plan=plan, rows=rows, examples=[preprocessing.crop(image) for image in examples])
     files = {path.name: str(path) for path in sorted(output.iterdir()) if path.is_file()}
     return {"rows": rows, "files": files, "remarks": reporter.remarks}
 
@@ -157,7 +161,9 @@ def finished_folder(output: Path, *, force: bool) -> Iterator[Path]:
     if occupied and (not force or not output.is_dir()):
         raise UserError(
             f"{output} exists already" if output.is_dir() else f"{output} is a file",
-            "choose another folder with -o, or replace it with --force" if output.is_dir() else "choose another with -o",
+            "choose another folder with -o, or replace it with --force"
+            if output.is_dir()
+            else "choose another with -o",
         )
     if occupied and not is_run_folder(output):
         # --force replaces results, never a folder of something else.
@@ -230,19 +236,22 @@ def evaluate_graphs(
     from .runtime.ort import OrtSession
 
     examples: list[Image.Image] = []
+    # Spread over the set: folders are sorted by class, and four airplanes in a row show little.
+    shown = {int((k + 0.5) * len(images.indices) / EXAMPLE_IMAGES) for k in range(EXAMPLE_IMAGES)}
 
     def batches(size: int = 16):
-        stream = images.images()
-        while chunk := list(itertools.islice(stream, size)):
-            if len(examples) < EXAMPLE_IMAGES:
-                examples.append(chunk[0][0])
+        stream = enumerate(images.images())
+        while numbered := list(itertools.islice(stream, size)):
+            chunk = [item for _, item in numbered]
+            examples.extend(item[0] for number, item in numbered if number in shown)
             labels = [label for _, label in chunk] if images.labelled else None
             yield [image for image, _ in chunk], labels
 
     with ExitStack() as stack:
         # spinning="run": the sessions take turns, and an idle one must not burn the core the other runs on.
         sessions = {
-            label: stack.enter_context(OrtSession(path, spinning="run", **session_options)) for label, path in paths.items()
+            label: stack.enter_context(OrtSession(path, spinning="run", **session_options))
+            for label, path in paths.items()
         }
         stream = batches()
         first = next(stream, None)
@@ -253,15 +262,6 @@ def evaluate_graphs(
             on_batch=on_batch,
         )
     return compare(outputs, baseline=next(iter(paths)), output=geometry.output), examples
-
-
-def cropped(image: Image.Image, preprocessing) -> Image.Image:
-    """The part of an image that the model sees, at the model's size."""
-    import numpy as np
-    from PIL import Image as pillow
-
-    array = preprocessing(image).transpose(1, 2, 0) * np.array(preprocessing.std) + np.array(preprocessing.mean)
-    return pillow.fromarray((array * 255).round().clip(0, 255).astype(np.uint8))
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -308,7 +308,14 @@ def cost_rows(plan: TokenPlan, parameters: int, files: Mapping[str, Path]) -> li
         ("identity", plan_macs(identity), cost_ratio(identity)),
         ("pruned", plan_macs(plan), cost_ratio(plan)),
     ):
-        row = {"schema": 1, "kind": "cost", "label": label, "macs": macs, "ratio": round(ratio, 6), "parameters": parameters}
+        row = {
+            "schema": 1,
+            "kind": "cost",
+            "label": label,
+            "macs": macs,
+            "ratio": round(ratio, 6),
+            "parameters": parameters,
+        }
         if label in files:
             row["file_bytes"] = model_bytes(files[label])
         rows.append(row)
@@ -364,6 +371,8 @@ def export_checked(
         PlanError: The plan is for another model.
         ParityError: The graph does not compute what the model does.
     """
+    import torch
+
     from .export.dense import export_dense
     from .export.fold import fold_file
     from .export.parity import check_dense, check_ladder
@@ -390,7 +399,7 @@ def export_checked(
             with reporter.stage("Folding the plan"):
                 fold_file(dense, plan, pruned)
         with reporter.stage("Checking parity"):
-            images = noise_images(geometry)
+            images = torch.from_numpy(noise_images(geometry))
             if plan is None:
                 rungs = check_dense(loaded.adapter, dense, images)
             else:
@@ -410,9 +419,13 @@ def fold_checked(
     with OrtSession(dense) as session:
         metadata = session.metadata
     if metadata.geometry is None:
-        raise UserError(f"{dense} does not say what model it is (no vpruner.geometry)", "write it with: vpruner export MODEL")
+        raise UserError(
+            f"{dense} does not say what model it is (no vpruner.geometry)", "write it with: vpruner export MODEL"
+        )
     if plan is None:
-        plan = TokenPlan.identity(metadata.model or dense.stem, metadata.geometry, weights_sha256=metadata.weights_sha256)
+        plan = TokenPlan.identity(
+            metadata.model or dense.stem, metadata.geometry, weights_sha256=metadata.weights_sha256
+        )
     with scratch_beside(output) as scratch:
         with reporter.stage(f"Folding the plan into {output.name}"):
             record = fold_file(dense, plan, scratch / "pruned.onnx")
@@ -451,7 +464,9 @@ def evaluate(
 
     if model is not None and model.endswith(".onnx"):
         if plan_path or pretrained or weights or model_args:
-            raise UserError(f"{model} is an ONNX file: --plan, --weights and such go with a PyTorch model", "use --against")
+            raise UserError(
+                f"{model} is an ONNX file: --plan, --weights and such go with a PyTorch model", "use --against"
+            )
         from .runtime.ort import OrtSession
 
         paths = {"dense": Path(against), "pruned": Path(model)} if against else {"model": Path(model)}
@@ -461,10 +476,13 @@ def evaluate(
                 seen[label] = session.metadata
         metadata = next(iter(seen.values()))
         if metadata.geometry is None:
-            raise UserError(f"{model} does not say what model it is (no vpruner.geometry)", "write it with: vpruner export")
+            raise UserError(
+                f"{model} does not say what model it is (no vpruner.geometry)", "write it with: vpruner export"
+            )
         if against and metadata.weights_sha256 != seen["pruned"].weights_sha256:
             raise UserError(
-                f"{against} has weights {str(metadata.weights_sha256)[:12]}, {model} {str(seen['pruned'].weights_sha256)[:12]}",
+                f"{against} has weights {str(metadata.weights_sha256)[:12]}, "
+                f"{model} {str(seen['pruned'].weights_sha256)[:12]}",
                 "compare files that come from the same model",
             )
         images = images_for(metadata.classes, metadata.geometry)
@@ -533,7 +551,7 @@ def show(source: Path, image: str | None, output: Path) -> TokenPlan:
         preprocessing = Preprocessing.from_json(described) if described else None
     picture = load_image(image) if image else bundled_image()
     if preprocessing is not None:
-        picture = cropped(picture, preprocessing)
+        picture = preprocessing.crop(picture)
     with atomic_path(output) as temporary:
         draw_kept_tokens(picture, plan).save(temporary, format="PNG")
     return plan

@@ -38,9 +38,7 @@ class Reporter:
         columns = [SpinnerColumn(), TextColumn("{task.description}")]
         if total is not None:
             columns += [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        with Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
-        ) as progress:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(escape(title), total=total)
             yield lambda count: progress.advance(task, count)
         self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - started

@@ -1,8 +1,8 @@
 """Closed-form cost of a token plan in multiply-adds (MACs), from the key and query counts of each block.
 
 Counted are the matrix products (linear layers, the patch convolution, both attention products), 1 multiply-add as 1, as
-papers do: twice this is what ``torch.utils.flop_counter.FlopCounterMode`` reports for the pruned module. Norms, softmax,
-biases and activations are not counted, there or here.
+papers do: twice this is what ``torch.utils.flop_counter.FlopCounterMode`` reports for the pruned module. Norms,
+softmax, biases and activations are not counted, there or here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def block_macs(geometry: Geometry, keys: int, queries: int) -> int:
 
 
 def macs_from_counts(geometry: Geometry, key_counts: Sequence[int]) -> int:
-    """MACs of the pruned model with ``key_counts[l]`` tokens (prefix included) entering block l, dead tokens removed."""
+    """MACs of the pruned model with ``key_counts[l]`` tokens (prefix included) entering block l, no dead tokens."""
     blocks = zip(key_counts, query_counts(geometry, key_counts), strict=True)
     head_tokens = key_counts[-1] - geometry.prefix_tokens if geometry.head_patches else 0
     return (

@@ -41,7 +41,9 @@ class ImageSource:
         self.spec = str(spec)
         name, root = (self.spec, None) if self.spec.lower().startswith(_REMOTE) else ("", self.spec)
         if root is not None and not Path(root).exists():
-            raise UserError(f"there is no folder or tar file {root}", "give images with --data FOLDER, a .tar, or hfds/NAME")
+            raise UserError(
+                f"there is no folder or tar file {root}", "give images with --data FOLDER, a .tar, or hfds/NAME"
+            )
         if root is not None and Path(root).is_file() and Path(root).suffix != ".tar":
             raise UserError(f"{root} is neither a folder nor a .tar file", "give a folder of images")
         try:
@@ -50,15 +52,17 @@ class ImageSource:
             raise
         except Exception as error:
             if root is None:
-                raise UserError(f"the data set {spec} could not be opened: {_first_line(error)}", "check its name") from error
-            raise UserError(f"no images found in {root} ({_first_line(error)})", "give a folder or tar with images") from None
+                raise UserError(
+                    f"the data set {spec} could not be opened: {_first_line(error)}", "check its name"
+                ) from error
+            raise UserError(
+                f"no images found in {root} ({_first_line(error)})", "give a folder or tar with images"
+            ) from None
         self.streams = isinstance(self.dataset, torch.utils.data.IterableDataset)
         if not self.streams and len(self.dataset) == 0:
             raise UserError(f"no images found in {self.spec}", "give a folder or tar with images")
         reader = getattr(self.dataset, "reader", self.dataset)
-        index = (
-            getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-        )
+        index = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
         names = sorted(index, key=index.get)
         # A flat folder reads as one class without a name: that is no label.
         self.class_names: tuple[str, ...] | None = tuple(names) if len(names) > 1 or any(names) else None
@@ -130,9 +134,7 @@ class ImageSet:
         if self._sha256 is None:
             self._sha256 = digest.hexdigest()
 
-    def batches(
-        self, preprocessing: Preprocessing, batch_size: int
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def batches(self, preprocessing: Preprocessing, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Preprocessed batches: images float32 [batch, 3, height, width], labels int64 [batch] or None."""
         stream = self.images()
         while chunk := list(itertools.islice(stream, batch_size)):
@@ -150,7 +152,9 @@ class ImageSet:
     def require_any(self) -> None:
         """Raise :class:`UserError` when not one of the images could be read."""
         if self.count == 0:
-            raise UserError(f"none of the {len(self.indices)} images of {self.source.spec} can be read", "check the files")
+            raise UserError(
+                f"none of the {len(self.indices)} images of {self.source.spec} can be read", "check the files"
+            )
 
     def _raw(self) -> Iterator[tuple[Image.Image, int]]:
         if self.source.streams:
@@ -265,8 +269,8 @@ def map_labels(
     if classes is None and len(names) == outputs:
         return {label: label for label in range(outputs)}
     remarks.append(
-        f"the {len(names)} folder names of {Path(source.spec).name} ({', '.join(names[:3])}, ...) are not classes of the model: "
-        "its images are used without labels"
+        f"the {len(names)} folder names of {Path(source.spec).name} ({', '.join(names[:3])}, ...) are not classes "
+        "of the model: its images are used without labels"
     )
     return None
 

@@ -1,8 +1,8 @@
 """Stage 1a: per-sample gradients of the loss with respect to the token gates, and Fisher scores from them.
 
-The gate of patch i in block l is an additive bias on the attention logits of key i (V-Pruner, AAAI 2026; Fisher masks as
-in Kwon et al. 2022, arXiv 2204.09656, there for heads and filters). One backward pass per image gives its whole row of
-the gradient matrix, because every image gets gates of its own.
+The gate of patch i in block l is an additive bias on the attention logits of key i (V-Pruner, AAAI 2026; Fisher masks
+as in Kwon et al. 2022, arXiv 2204.09656, there for heads and filters). One backward pass per image gives its whole row
+of the gradient matrix, because every image gets gates of its own.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class GateGradients:
         return np.flip(np.cumsum(np.flip(self.values, 1), axis=1), 1)
 
     def importance(self, depth: int) -> np.ndarray:
-        """F[l, i] = mean over x of h[x, l, i]^2, float64 [block L + 1, patch N]; the last row, never leaving, is zero."""
+        """F[l, i] = mean over x of h[x, l, i]^2, float64 [block L + 1, patch N]; the last row (never leaves) is 0."""
         scores = np.zeros((depth + 1, self.values.shape[2]))
         scores[:depth] = np.square(self.exit_gradients()[:, :depth], dtype=np.float64).mean(0)
         return scores
 
     def quadratic_estimate(self, plan: TokenPlan) -> float:
-        """0.5 * mean over x of (sum over dropped gates of g)^2: the second-order loss estimate, interactions included."""
+        """0.5 * mean over x of (sum over dropped gates of g)^2: second-order loss, interactions included."""
         open_gates = plan.mask
         if self.values.shape[1] > len(open_gates):  # The head reads what the last block kept.
             open_gates = np.concatenate([open_gates, open_gates[-1:]])
@@ -80,7 +80,7 @@ def gate_gradients(
     generator = torch.Generator().manual_seed(seed)
     parameters = [p for p in adapter.model.parameters() if p.requires_grad]
     rows = []
-    # Without weight gradients autograd need not keep the inputs of the linear layers: less memory and a third less time.
+    # Without weight gradients autograd need not keep the inputs of the linear layers: less memory, a third less time.
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
@@ -129,5 +129,5 @@ def activation_bytes(geometry: Geometry, *, backward: bool = False) -> int:
 
 
 def batch_size_for(geometry: Geometry, *, backward: bool = False, memory_bytes: int = 3 << 29, most: int = 128) -> int:
-    """Images per batch such that activations stay within ``memory_bytes`` (1.5 GiB): beyond that, batches only cost memory."""
+    """Images per batch such that activations stay within ``memory_bytes`` (1.5 GiB): larger ones only cost memory."""
     return max(1, min(most, memory_bytes // activation_bytes(geometry, backward=backward)))

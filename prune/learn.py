@@ -42,7 +42,7 @@ def learn_plan(
         UserError: The budget cannot be reached, no image can be read, or the loss does not fit model and data.
     """
     reporter = reporter or Reporter(quiet=True)
-    adapter, geometry = loaded.adapter, loaded.adapter.geometry
+    geometry = loaded.adapter.geometry
     check_target(geometry, target)
     loss = choose_loss(loss, geometry.output, calibration.labelled)
     batch_size = batch_size or batch_size_for(geometry, backward=True)
@@ -53,7 +53,9 @@ def learn_plan(
         plan = found.plan(loaded.name, geometry)
     if calibration.skipped:
         example = next(iter(calibration.skipped.values()))
-        reporter.remark(f"{len(calibration.skipped)} calibration images could not be read and were skipped, such as {example}")
+        reporter.remark(
+            f"{len(calibration.skipped)} calibration images could not be read and were skipped, such as {example}"
+        )
     reporter.remark(found.note)
     dense = dense_macs(geometry)
     return plan.with_provenance(

@@ -85,7 +85,9 @@ def open_model(
     name = str(spec).split(".")[0]
     if not str(spec).startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "run: python -c 'import timm; print(timm.list_models())'"
+        hint = (
+            f"did you mean {' or '.join(near)}?" if near else "run: python -c 'import timm; print(timm.list_models())'"
+        )
         raise UserError(f"timm {timm.__version__} has no model {spec!r}", hint)
     if bool(pretrained) == bool(weights):
         found = "both --pretrained and --weights" if pretrained else "no weights"
@@ -123,7 +125,9 @@ def _open_card(path: Path, model_args: dict[str, Any], source: str) -> LoadedMod
         else:
             model = timm.create_model(card["name"], **arguments)
     except (TypeError, RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"{path}: the model could not be built: {_first_line(error)}", "check 'args' in the card") from None
+        raise UserError(
+            f"{path}: the model could not be built: {_first_line(error)}", "check 'args' in the card"
+        ) from None
     weights = path.parent / card["weights"]
     if not weights.is_file():
         raise UserError(f"{path} names the weights {card['weights']}, which are not beside it", "put the file there")
@@ -147,7 +151,9 @@ def read_card(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}", "a model card is JSON with class, args and weights") from None
     if not isinstance(card, dict) or not isinstance(card.get("args"), dict) or not isinstance(card.get("weights"), str):
-        raise UserError(f"{path} is not a model card", "it needs 'args' (an object), 'weights' (a file name) and 'class' or 'name'")
+        raise UserError(
+            f"{path} is not a model card", "it needs 'args' (an object), 'weights' (a file name) and 'class' or 'name'"
+        )
     if ("class" in card) == ("name" in card):
         raise UserError(f"{path} must have one of 'class' (timm.…) and 'name' (a timm model name)")
     if card.get("schema", 1) != 1:
@@ -159,7 +165,10 @@ def _card_class(path: Path, dotted: str) -> type[nn.Module]:
     module, _, name = dotted.rpartition(".")
     # A card is data: it may pick a class of timm, not run code from anywhere.
     if not module.startswith("timm."):
-        raise UserError(f"{path}: class {dotted!r} is not part of timm", "use a class such as timm.models.vision_transformer.VisionTransformer")
+        raise UserError(
+            f"{path}: class {dotted!r} is not part of timm",
+            "use a class such as timm.models.vision_transformer.VisionTransformer",
+        )
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
@@ -180,7 +189,8 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
             state = load_state_dict(str(path))
     except Exception as error:
         raise UserError(
-            f"{path} cannot be read as weights ({type(error).__name__})", "expected a .safetensors, .pth, .pt or .bin state dict"
+            f"{path} cannot be read as weights ({type(error).__name__})",
+            "expected a .safetensors, .pth, .pt or .bin state dict",
         ) from None
     problem = _mismatch(model, state)
     if problem:
@@ -191,7 +201,9 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
         except Exception:
             state = {}
         if _mismatch(model, state):
-            raise UserError(f"{path} does not fit {name}: {problem}", "check the model name, --model-arg and the weights file")
+            raise UserError(
+                f"{path} does not fit {name}: {problem}", "check the model name, --model-arg and the weights file"
+            )
     model.load_state_dict(state, strict=True)
     if not all(torch.isfinite(value).all() for value in model.state_dict().values() if value.is_floating_point()):
         raise UserError(f"{path} holds values that are not finite", "the file is damaged or the training diverged")
@@ -200,7 +212,9 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
 def _mismatch(model: nn.Module, state: Mapping[str, Any]) -> str:
     """Why ``state`` cannot be loaded strictly, in one line; empty when it can."""
     expected = model.state_dict()
-    wrong_shape = [k for k, v in expected.items() if k in state and tuple(getattr(state[k], "shape", ())) != tuple(v.shape)]
+    wrong_shape = [
+        k for k, v in expected.items() if k in state and tuple(getattr(state[k], "shape", ())) != tuple(v.shape)
+    ]
     missing = [k for k in expected if k not in state]
     extra = [k for k in state if k not in expected]
     if not (wrong_shape or missing or extra):
@@ -233,7 +247,8 @@ def _ready(
         )
     if tuple(preprocessing.size) != geometry.image_size:
         raise UserError(
-            f"{name}: preprocessing gives {list(preprocessing.size)} pixels, the model takes {list(geometry.image_size)}",
+            f"{name}: preprocessing gives {list(preprocessing.size)} pixels, "
+            f"the model takes {list(geometry.image_size)}",
             "make the two agree in the model card",
         )
     if geometry.in_chans != 3:
@@ -241,8 +256,12 @@ def _ready(
     if classes is None and geometry.outputs == 1000 and geometry.output == "logits":
         classes = _imagenet_classes()
     if classes is not None and (geometry.output != "logits" or len(classes) != geometry.outputs):
-        raise UserError(f"{name}: {len(classes)} class names for {geometry.outputs} outputs", "correct 'classes' in the card")
-    return LoadedModel(adapter, preprocessing, None if classes is None else tuple(classes), weights_sha256(model), source)
+        raise UserError(
+            f"{name}: {len(classes)} class names for {geometry.outputs} outputs", "correct 'classes' in the card"
+        )
+    return LoadedModel(
+        adapter, preprocessing, None if classes is None else tuple(classes), weights_sha256(model), source
+    )
 
 
 def _imagenet_classes() -> list[str] | None:

@@ -1,7 +1,8 @@
 """Token plans: which patch tokens enter each block of a Vision Transformer, the same for every image.
 
-A plan is decided first and applied later, by PyTorch hooks (:mod:`vpruner.prune.vit`) or by folding it into an ONNX graph
-(:mod:`vpruner.export.fold`). This module needs the standard library and numpy only, so that the runtime can read plans.
+A plan is decided first and applied later, by PyTorch hooks (:mod:`vpruner.prune.vit`) or by folding it into an ONNX
+graph (:mod:`vpruner.export.fold`). This module needs the standard library and numpy only, so that the runtime can read
+plans.
 
 Vocabulary, used everywhere in the package:
 
@@ -227,14 +228,16 @@ class TokenPlan:
             prefix, patches = geometry.prefix_tokens, self.kept[block]
         else:
             prefix, patches = geometry.head_prefix, self.kept[-1] if geometry.head_patches else ()
-        return np.concatenate([np.arange(prefix), geometry.prefix_tokens + np.asarray(patches, np.int64)]).astype(np.int64)
+        return np.concatenate([np.arange(prefix), geometry.prefix_tokens + np.asarray(patches, np.int64)]).astype(
+            np.int64
+        )
 
     def query_rows(self, block: int) -> np.ndarray:
         """int64 [query]: which rows of the tokens entering ``block`` are read after it."""
         return np.searchsorted(self.token_positions(block), self.token_positions(block + 1))
 
     def entry_rows(self, block: int) -> np.ndarray:
-        """int64 [token]: which rows of the tokens entering ``block - 1`` (or of the full sequence, for block 0) enter ``block``."""
+        """int64 [token]: which rows of the tokens entering ``block - 1`` (block 0: of the full sequence) enter it."""
         positions = self.token_positions(block)
         return positions if block == 0 else np.searchsorted(self.token_positions(block - 1), positions)
 
@@ -246,7 +249,9 @@ class TokenPlan:
     def digest(self) -> str:
         """SHA-256 of what the plan *does* (model, geometry, kept, gates), not of how it came about."""
         content = self.to_json()
-        return json_sha256({name: content[name] for name in ("model", "grid", "prefix_tokens", "geometry", "kept", "gates")})
+        return json_sha256(
+            {name: content[name] for name in ("model", "grid", "prefix_tokens", "geometry", "kept", "gates")}
+        )
 
     def check_fits(self, model: str, geometry: Geometry, weights_sha256: str | None = None) -> None:
         """Refuse a plan that was made for another model.
@@ -285,7 +290,7 @@ class TokenPlan:
 
     @classmethod
     def from_json(cls, value: Any) -> TokenPlan:
-        """Inverse of :meth:`to_json`; unknown top-level keys are refused, since ignoring one could change the meaning."""
+        """Inverse of :meth:`to_json`; unknown top-level keys are refused: ignoring one could change the meaning."""
         if not isinstance(value, Mapping):
             raise PlanError(f"a plan is a JSON object, found {type(value).__name__}")
         schema = value.get("schema")
@@ -322,7 +327,9 @@ class TokenPlan:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise PlanError(f"cannot read the plan {path}: {error.strerror}", "make one with: vpruner prune MODEL") from None
+            raise PlanError(
+                f"cannot read the plan {path}: {error.strerror}", "make one with: vpruner prune MODEL"
+            ) from None
         except ValueError as error:
             raise PlanError(f"{path} is not JSON: {error}", "make a plan with: vpruner prune MODEL") from None
         try:

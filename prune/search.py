@@ -6,8 +6,8 @@ leaves at block l, and cost(counts) in closed form, it solves
     minimise  sum_i F[exit_i, i]   subject to   cost(counts(exit)) <= budget
 
 by Lagrangian relaxation: for a price per MAC every token chooses alone, and bisection finds the price that meets the
-budget. Attention makes the cost of one token depend on how many others there are, so the marginal costs are taken at the
-counts of the previous solution and the whole is repeated until it settles; cost is always judged exactly. What the
+budget. Attention makes the cost of one token depend on how many others there are, so the marginal costs are taken at
+the counts of the previous solution and the whole is repeated; cost is always judged exactly. What the
 relaxation leaves of the budget (it can only land on the convex hull) is then filled token by token.
 """
 
@@ -107,7 +107,7 @@ def check_target(geometry: Geometry, target: float) -> None:
 
 
 def minimum_macs(geometry: Geometry) -> int:
-    """Cost of the cheapest plan that still sees the image: one patch, to the end where the head or the blocks need it."""
+    """Cost of the cheapest plan that still sees the image: one patch, to the end if head or blocks need it."""
     stays = geometry.head_patches or geometry.prefix_tokens == 0
     exits = np.zeros(geometry.patches, np.int64)
     exits[0] = geometry.depth if stays else 1
@@ -115,7 +115,7 @@ def minimum_macs(geometry: Geometry) -> int:
 
 
 def _anchor_token(importance: np.ndarray, geometry: Geometry) -> tuple[int, int]:
-    """(token, earliest exit): one token must see the image into the model, or to the end where the head pools patches."""
+    """(token, earliest exit): one token must bring the image in, or stay to the end where the head pools."""
     if geometry.head_patches or geometry.prefix_tokens == 0:
         return int(importance[0].argmax()), geometry.depth
     return int(importance[0].argmax()), 1
@@ -185,7 +185,7 @@ def _fill(geometry: Geometry, importance: np.ndarray, exits: np.ndarray, budget:
         with np.errstate(divide="ignore", invalid="ignore"):
             # Ties and zero gains still spend budget: a later exit cannot hurt, and the budget is there to be used.
             worth = np.where((price > 0) & (gain >= 0), gain / price, -1.0)
-        # The marginal cost is the exact one up to second-order terms, so every pick is judged exactly before it is kept.
+        # The marginal cost is exact up to second-order terms, so every pick is judged exactly before it is kept.
         worth[price > room] = -1.0
         for flat in np.argsort(-worth, axis=None, kind="stable"):
             later, token = np.unravel_index(flat, worth.shape)

@@ -129,14 +129,14 @@ class ViTAdapter:
                     def pool_hook(module, args, kwargs):
                         return args, {**kwargs, "attn_mask": key_bias(-1, pooled_prefix)}
 
-                    undo.callback(
-                        self.model.attn_pool.register_forward_pre_hook(pool_hook, with_kwargs=True).remove
-                    )
+                    undo.callback(self.model.attn_pool.register_forward_pre_hook(pool_hook, with_kwargs=True).remove)
                 else:
 
                     def mean_hook(module, args, output):
                         weights = F.pad(gates[:, -1], (pooled_prefix, 0)).softmax(-1)
-                        weights = F.pad(weights * weights.shape[-1], (geometry.prefix_tokens - pooled_prefix, 0), value=1.0)
+                        weights = F.pad(
+                            weights * weights.shape[-1], (geometry.prefix_tokens - pooled_prefix, 0), value=1.0
+                        )
                         return output * weights[..., None]
 
                     undo.callback(self.model.norm.register_forward_hook(mean_hook).remove)

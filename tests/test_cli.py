@@ -112,7 +112,16 @@ def test_the_files_know_where_they_come_from(finished):
 def test_an_existing_folder_is_kept_unless_forced(finished, card, images):
     output, _ = finished
     before = (output / "plan.json").read_bytes()
-    fails("run", card, "--data", images, "-o", output, "-q", says=f"{output} exists already; choose another folder with -o")
+    fails(
+        "run",
+        card,
+        "--data",
+        images,
+        "-o",
+        output,
+        "-q",
+        says=f"{output} exists already; choose another folder with -o",
+    )
     assert (output / "plan.json").read_bytes() == before
     call("run", card, "--data", images, "--target", 0.7, "-o", output, "--seconds", 0.2, "--force", "-q")
     assert (output / "plan.json").read_bytes() != before
@@ -125,7 +134,9 @@ def test_force_never_replaces_a_folder_of_something_else(card, images, tmp_path)
 
 
 def test_run_as_json(card, images, tmp_path):
-    result = call("run", card, "--data", images, "--target", 0.7, "-o", tmp_path / "o", "--seconds", 0.2, "--json", "-q")
+    result = call(
+        "run", card, "--data", images, "--target", 0.7, "-o", tmp_path / "o", "--seconds", 0.2, "--json", "-q"
+    )
     value = json.loads(result.stdout)
     assert value["files"]["pruned.onnx"] == str(tmp_path / "o" / "pruned.onnx")
     assert result.stderr == ""
@@ -135,7 +146,9 @@ def test_stage_by_stage_equals_the_run(finished, card, images, tmp_path):
     call("prune", card, "--data", images, "--target", 0.6, "-o", tmp_path / "plan.json", "-q")
     plan = TokenPlan.load(tmp_path / "plan.json")
     call("export", card, "-o", tmp_path / "dense.onnx", "-q")
-    result = call("fold", tmp_path / "dense.onnx", "--plan", tmp_path / "plan.json", "-o", tmp_path / "a.onnx", "--json")
+    result = call(
+        "fold", tmp_path / "dense.onnx", "--plan", tmp_path / "plan.json", "-o", tmp_path / "a.onnx", "--json"
+    )
     value = json.loads(result.stdout)
     assert value["modified"] and all(row["passed"] for row in value["parity"])
     call("export", card, "--plan", tmp_path / "plan.json", "-o", tmp_path / "b.onnx", "-q")
@@ -197,7 +210,8 @@ def test_bad_input_is_one_line_and_exit_code_2(card, images, finished, tmp_path)
     fails(*run, "--data", images, "--target", 0.01, says="cannot be reached: the cheapest plan costs 0.")
     fails(*run, "--data", images, "--target", 1.5, says="expected a fraction of the dense MACs")
     fails(*run, "--data", images, "--loss", "features", says="loss 'features' for a model of logits")
-    fails("run", "deit_tiny_patch16_224", "-o", out, "--weights", bundled.reference_card().with_name("reference.safetensors"),
+    other = bundled.reference_card().with_name("reference.safetensors")
+    fails("run", "deit_tiny_patch16_224", "-o", out, "--weights", other,
           says="does not fit deit_tiny_patch16_224: 0 of ")  # fmt: skip
     fails("run", "resnet18", "--weights", card, "-o", out, says="resnet18 cannot be pruned: it is a ResNet")
     fails("run", "deit_tiny_patch16_224", "-o", out, says="no weights given")
@@ -268,7 +282,9 @@ def test_features_model_reports_cosine(images, tmp_path):
     )
     assert "cosine to dense features" in result.stdout and "top-1" not in result.stdout
     assert TokenPlan.load(tmp_path / "o" / "plan.json").provenance["loss"] == "features"
-    (prediction,) = json.loads(call("predict", tmp_path / "o" / "pruned.onnx", images / "cat" / "0.png", "--json").stdout)
+    (prediction,) = json.loads(
+        call("predict", tmp_path / "o" / "pruned.onnx", images / "cat" / "0.png", "--json").stdout
+    )
     assert len(prediction["features"]) == 48
 
 

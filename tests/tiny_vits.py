@@ -29,7 +29,7 @@ KINDS = {
 
 
 def tiny(kind: str, seed: int = 0, **changes) -> nn.Module:
-    """A model of the kind with every parameter moved off its initial value, so that no bias or scale is trivially 0 or 1."""
+    """A model of the kind with every parameter moved off its start, so that no bias or scale is trivially 0 or 1."""
     torch.manual_seed(seed)
     extra = KINDS[kind]
     arguments = {**BASE, **(extra or {}), **changes}

@@ -102,7 +102,9 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
     parser.add_argument("--mix-probability", type=float, default=0.5, help="share of batches with mixup or cutmix")
-    parser.add_argument("--ema-steps", type=int, default=1000, help="time constant of the averaged weights that are kept")
+    parser.add_argument(
+        "--ema-steps", type=int, default=1000, help="time constant of the averaged weights that are kept"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--no-compile", action="store_true")
@@ -173,7 +175,9 @@ def main() -> None:
                 "scale": "pixel / 255 before mean and std",
                 "interpolation": "bicubic",
             },
-            "recipe": {k: v for k, v in vars(args).items() if k not in ("data", "eval_data", "output", "init", "threads")}
+            "recipe": {
+                k: v for k, v in vars(args).items() if k not in ("data", "eval_data", "output", "init", "threads")
+            }
             | {"warm_start": bool(args.init), "epochs_done": epochs_done, "seconds": round(seconds)},
             "top1": {Path(args.eval_data).name: round(accuracy, 4)},
         }

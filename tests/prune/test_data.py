@@ -116,7 +116,7 @@ def test_two_sources(tmp_path):
 
 
 def test_bundled_images_when_none_are_given():
-    classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     calibration, evaluation, remarks = pick(None, classes=classes, outputs=10, calibration=5000, evaluation=5000)
     assert (len(calibration.indices), len(evaluation.indices), remarks) == (1024, 2000, [])
     assert calibration.labelled

@@ -19,7 +19,11 @@ def test_normal_interval_of_a_mean():
     values = np.array([1.0, 2.0, 3.0, 4.0])
     result = mean("kl", values)
     half = 1.96 * math.sqrt(5 / 3) / 2
-    assert (result.value, result.low, result.high) == (2.5, pytest.approx(2.5 - half, rel=1e-3), pytest.approx(2.5 + half, rel=1e-3))
+    assert (result.value, result.low, result.high) == (
+        2.5,
+        pytest.approx(2.5 - half, rel=1e-3),
+        pytest.approx(2.5 + half, rel=1e-3),
+    )
     assert mean("kl", np.array([1.0])).high == math.inf
 
 
@@ -46,7 +50,9 @@ def by_metric(estimates):
 def test_comparison_is_paired_and_counts_right_answers():
     logits = np.eye(4, dtype=np.float32)[[0, 1, 2, 3]] * 5
     changed = logits[[0, 1, 2, 0]]
-    result = compare(Outputs({"dense": logits, "pruned": changed}, np.array([0, 1, 3, 3])), baseline="dense", output="logits")
+    result = compare(
+        Outputs({"dense": logits, "pruned": changed}, np.array([0, 1, 3, 3])), baseline="dense", output="logits"
+    )
     assert by_metric(result["dense"])["top1"].value == 0.75
     assert set(by_metric(result["dense"])) == {"top1"}
     pruned = by_metric(result["pruned"])
@@ -54,7 +60,9 @@ def test_comparison_is_paired_and_counts_right_answers():
     assert pruned["top1_difference"].value == -0.25
     assert pruned["agreement"].value == 0.75
     assert pruned["kl"].value > 0
-    same = compare(Outputs({"dense": logits, "pruned": logits}, np.array([0, 1, 3, 3])), baseline="dense", output="logits")
+    same = compare(
+        Outputs({"dense": logits, "pruned": logits}, np.array([0, 1, 3, 3])), baseline="dense", output="logits"
+    )
     difference = by_metric(same["pruned"])["top1_difference"]
     assert (difference.value, difference.low, difference.high) == (0, 0, 0)  # Paired: no spread where nothing differs.
 

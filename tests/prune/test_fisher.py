@@ -9,7 +9,8 @@ from vpruner.prune.plan import TokenPlan
 from vpruner.prune.vit import ViTAdapter
 
 POOLS = ["class token", "registers", "average pooling", "average pooling before the norm", "attention pooling",
-         "average pooling with the class token in it", "attention pooling over the class token too", "distilled"]  # fmt: skip
+         "average pooling with the class token in it", "attention pooling over the class token too",
+         "distilled"]  # fmt: skip
 
 
 @pytest.fixture(params=POOLS)
@@ -81,7 +82,9 @@ def test_self_loss_estimates_the_curvature_of_the_kl():
     assert np.corrcoef(found, expected)[0, 1] > 0.95
 
 
-@pytest.mark.parametrize(("kind", "loss"), [("features", "features"), ("class token", "self"), ("class token", "labels")])
+@pytest.mark.parametrize(
+    ("kind", "loss"), [("features", "features"), ("class token", "self"), ("class token", "labels")]
+)
 def test_losses_are_seeded_and_not_trivial(kind, loss):
     adapter = ViTAdapter(tiny(kind), kind)
     images, labels = batch(ViTAdapter(tiny("class token"), "labels"))

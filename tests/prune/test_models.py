@@ -42,7 +42,9 @@ def test_the_bundled_reference_opens():
     assert not loaded.adapter.model.training
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}])
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}]
+)
 def test_weights_from_pth(small_model, tmp_path, wrap):
     torch.save(wrap(small_model.state_dict()), tmp_path / "w.pth")
     loaded = open_model(NAME, weights=tmp_path / "w.pth", model_args=SMALL)
@@ -61,7 +63,10 @@ def test_weights_of_another_image_size_are_resampled_as_timm_does(small_model, w
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (dict(spec="deit_smal_patch16_224", weights="x"), "no model 'deit_smal_patch16_224'; did you mean deit_small_patch16_224"),
+        (
+            dict(spec="deit_smal_patch16_224", weights="x"),
+            "no model 'deit_smal_patch16_224'; did you mean deit_small_patch16_224",
+        ),
         (dict(spec=NAME), f"no weights given for {NAME}; give one of --weights FILE or --pretrained"),
         (dict(spec=NAME, weights="w", pretrained=True), "both --pretrained and --weights"),
         (dict(spec=NAME, weights="/nowhere.pth"), "there is no weights file /nowhere.pth"),
@@ -76,7 +81,9 @@ def test_what_cannot_be_opened(arguments, reason):
 
 
 def test_weights_of_another_model_are_refused_with_the_first_misfit(weights):
-    with pytest.raises(UserError, match=r"does not fit vit_small_patch16_224: \d+ of \d+ tensors fit; .* is \[.*192.*\] there"):
+    with pytest.raises(
+        UserError, match=r"does not fit vit_small_patch16_224: \d+ of \d+ tensors fit; .* is \[.*192.*\] there"
+    ):
         open_model("vit_small_patch16_224", weights=weights)
     with pytest.raises(UserError, match=r"does not fit .*missing there"):
         open_model(NAME, weights=weights, model_args={"img_size": 64, "depth": 3})

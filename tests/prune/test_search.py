@@ -47,7 +47,7 @@ def test_budget_is_met_from_below_within_one_percent(seed, target, depth, side, 
     plan = result.plan("m", shape)
     assert plan_macs(plan) == result.macs <= result.budget
     near = result.macs >= result.budget - BUDGET_TOLERANCE * dense_macs(shape)
-    # With 16 tokens one token is more than 1 %; whenever it misses, it says so, and that nothing closer is one step away.
+    # With 16 tokens one token is more than 1 %; whenever it misses, it says so, and no single step is closer.
     assert near != bool(result.note)
     if not near and not (plan.exits == depth).all():
         counts = plan.key_counts

@@ -27,7 +27,9 @@ def random_plan(adapter: ViTAdapter, seed: int = 0, gates: bool = False) -> Toke
     exits[random.integers(geometry.patches)] = geometry.depth
     plan = TokenPlan.from_exits(adapter.name, geometry, exits)
     if gates:
-        plan = TokenPlan(adapter.name, geometry, plan.kept, [random.uniform(0.3, 3, len(k)).tolist() for k in plan.kept])
+        plan = TokenPlan(
+            adapter.name, geometry, plan.kept, [random.uniform(0.3, 3, len(k)).tolist() for k in plan.kept]
+        )
     return plan
 
 
@@ -141,7 +143,11 @@ def test_identity_plan_saves_five_percent_of_deit_small():
 
 def test_one_plan_at_a_time_and_known_forms_only(adapter):
     plan = TokenPlan.identity(adapter.name, adapter.geometry)
-    with adapter.applied(plan, "dead"), pytest.raises(RuntimeError, match="another plan"), adapter.applied(plan, "dead"):
+    with (
+        adapter.applied(plan, "dead"),
+        pytest.raises(RuntimeError, match="another plan"),
+        adapter.applied(plan, "dead"),
+    ):
         pass
     with pytest.raises(ValueError, match="expected one of masked, gathered, dead"), adapter.applied(plan, "dropped"):
         pass
@@ -149,8 +155,9 @@ def test_one_plan_at_a_time_and_known_forms_only(adapter):
 
 def test_a_plan_of_another_geometry_is_refused(adapter):
     other = ViTAdapter(tiny("class token", depth=2), "shallow")
-    with pytest.raises(PlanError, match="the plan is for shallow"), adapter.applied(
-        TokenPlan.identity("shallow", other.geometry), "dead"
+    with (
+        pytest.raises(PlanError, match="the plan is for shallow"),
+        adapter.applied(TokenPlan.identity("shallow", other.geometry), "dead"),
     ):
         pass
 
@@ -161,7 +168,11 @@ def test_a_plan_of_another_geometry_is_refused(adapter):
         ("resnet18", {}, "it is a ResNet, not a timm VisionTransformer"),
         ("vit_tiny_patch16_224", {"global_pool": ""}, "it returns unpooled tokens"),
         ("vit_tiny_patch16_224", {"global_pool": "max"}, "global_pool is 'max'"),
-        ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ResPostBlock}, "block 0 is a ResPostBlock"),
+        (
+            "vit_tiny_patch16_224",
+            {"block_fn": timm.models.vision_transformer.ResPostBlock},
+            "block 0 is a ResPostBlock",
+        ),
         ("vit_tiny_r_s16_p8_224", {}, "its patch embedding is a HybridEmbed"),
         ("swin_tiny_patch4_window7_224", {}, "it is a SwinTransformer"),
     ],
