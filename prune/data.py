@@ -46,18 +46,7 @@ class ImageSource:
             )
         if root is not None and Path(root).is_file() and Path(root).suffix != ".tar":
             raise UserError(f"{root} is neither a folder nor a .tar file", "give a folder of images")
-        try:
-            self.dataset = timm.data.create_dataset(name, root=root, split=split)
-        except UserError:
-            raise
-        except Exception as error:
-            if root is None:
-                raise UserError(
-                    f"the data set {spec} could not be opened: {_first_line(error)}", "check its name"
-                ) from error
-            raise UserError(
-                f"no images found in {root} ({_first_line(error)})", "give a folder or tar with images"
-            ) from None
+        self.dataset = self._open(name, root, split)
         self.streams = isinstance(self.dataset, torch.utils.data.IterableDataset)
         if not self.streams and len(self.dataset) == 0:
             raise UserError(f"no images found in {self.spec}", "give a folder or tar with images")
@@ -68,6 +57,29 @@ class ImageSource:
         self.class_names: tuple[str, ...] | None = tuple(names) if len(names) > 1 or any(names) else None
         if not index:
             self.class_names = None
+
+    def _open(self, name: str, root: str | None, split: str):
+        # Data sets on hubs call their held-out split by one of these names; for a folder or tar the split means nothing.
+        others = {"validation": ("val", "test"), "train": ()}.get(split, ())
+        first: Exception | None = None
+        # timm descends into a folder named like the split. That is right for imagenet/{train,val}, and wrong for a folder
+        # of classes one of which happens to be "train".
+        folders = (
+            {entry.name for entry in Path(root).iterdir() if entry.is_dir()} if root and Path(root).is_dir() else set()
+        )
+        search = bool(folders) and folders <= {"train", "training", "val", "valid", "validation", "eval", "test"}
+        for candidate in (split, *others) if root is None else (split,):
+            try:
+                return timm.data.create_dataset(name, root=root, split=candidate, search_split=search)
+            except Exception as error:
+                first = first or error
+        if root is None:
+            raise UserError(
+                f"the data set {self.spec} could not be opened: {_first_line(first)}", "check its name"
+            ) from first
+        raise UserError(
+            f"no images found in {root} ({_first_line(first)})", "give a folder or tar with images"
+        ) from None
 
     def __len__(self) -> int:
         if self.streams:
@@ -130,7 +142,7 @@ class ImageSet:
             if self._sha256 is None:
                 digest.update(f"{image.size} {label}\n".encode())
                 digest.update(image.tobytes())
-            yield image, None if self.label_map is None else self.label_map[label]
+            yield image, None if self.label_map is None else self._output_of(label)
         if self._sha256 is None:
             self._sha256 = digest.hexdigest()
 
@@ -140,6 +152,14 @@ class ImageSet:
         while chunk := list(itertools.islice(stream, batch_size)):
             images = torch.from_numpy(np.stack([preprocessing(image) for image, _ in chunk]))
             yield images, torch.tensor([label for _, label in chunk]) if self.labelled else None
+
+    def _output_of(self, label: int) -> int:
+        if label not in self.label_map:
+            raise UserError(
+                f"{self.source.spec} has an image with label {label}, the model's classes are 0..{max(self.label_map)}",
+                "use data with the model's classes, or images without labels",
+            )
+        return self.label_map[label]
 
     @property
     def sha256(self) -> str:

@@ -115,6 +115,15 @@ def test_two_sources(tmp_path):
         pick(None, tmp_path / "b")
 
 
+def test_split_folders_are_found_and_classes_are_not_taken_for_them(tmp_path):
+    make_folder(tmp_path / "imagenet" / "train", per_class=3), make_folder(tmp_path / "imagenet" / "val", per_class=2)
+    assert len(ImageSource(tmp_path / "imagenet", split="train")) == 6
+    assert len(ImageSource(tmp_path / "imagenet", split="validation")) == 4
+    make_folder(tmp_path / "vehicles", classes=("plane", "train"))
+    source = ImageSource(tmp_path / "vehicles", split="train")
+    assert len(source) == 8 and source.class_names == ("plane", "train")
+
+
 def test_bundled_images_when_none_are_given():
     classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     calibration, evaluation, remarks = pick(None, classes=classes, outputs=10, calibration=5000, evaluation=5000)
@@ -148,3 +157,6 @@ def test_a_stream_is_read_from_its_start(tmp_path):
     assert [label for _, label in images.images()] == [0, 1, 0, 1]
     with pytest.raises(TypeError):
         len(source)
+    wrong = ImageSet(source, choose_indices(source, 4, 0), {0: 0})
+    with pytest.raises(UserError, match=r"an image with label 1, the model's classes are 0\.\.0"):
+        list(wrong.images())
