@@ -42,7 +42,7 @@ def load_model(path: str | os.PathLike) -> ir.Model:
         if not Path(tensor.path).is_file():
             raise UserError(f"{path} needs its weights file {tensor.location}, which is not beside it", hint)
         if tensor.nbytes <= _SMALL:
-            # ONNX's checker and shape inference get small tensors as they are, and look for this file in the wrong place.
+            # ONNX's checker is handed small tensors as they are, and looks for this file in the wrong place.
             value.const_value = ir.Tensor(tensor.numpy().copy(), name=value.name)
     return model
 

@@ -279,13 +279,11 @@ def _fold_head(graph: ir.Graph, site: VitSite, plan: TokenPlan) -> bool:
     patches = len(plan.kept[-1]) if plan.geometry.head_patches else 0
     cut = site.head.slice
     if cut is not None:
-        start, end = integers(cut, 1)[0], integers(cut, 2)[0]
+        # Its end lies at or past the last token already, and may stay there.
+        start = integers(cut, 1)[0]
         row = int(np.searchsorted(left, start))
         if row != start:
             cut.replace_input_with(1, add_constant(graph, "vpruner.head.first_patch", np.asarray([row], np.int64)))
-            changed = True
-        if end == plan.geometry.tokens and end != len(left):
-            cut.replace_input_with(2, add_constant(graph, "vpruner.head.end", np.asarray([len(left)], np.int64)))
             changed = True
     if site.head.reshape is not None:
         changed |= _reshape_to(graph, site.head.reshape, patches if cut is not None else len(left))

@@ -9,7 +9,7 @@ import torch
 from export_tools import dims, gathered_reference, nodes, only, random_plan, relative_difference, run, token_gathers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from timm.layers import SwiGLU
+from timm.layers import SwiGLU, SwiGLUPacked
 from tiny_vits import KINDS
 
 from vpruner.errors import PlanError, UserError
@@ -78,6 +78,10 @@ def test_static_batch_of_more_than_one(exported, kind):
     "changes",
     [
         {"mlp_layer": SwiGLU},
+        {"mlp_layer": SwiGLUPacked},
+        {"mlp_layer": SwiGLUPacked, "opset": 17, "dynamic_batch": True},
+        {"act_layer": "gelu_tanh", "opset": 18},
+        {"act_layer": "quick_gelu", "opset": 17},
         {"act_layer": torch.nn.SiLU},
         {"attn_drop_rate": 0.1, "proj_drop_rate": 0.1},
         {"embed_dim": 48, "num_heads": 3},

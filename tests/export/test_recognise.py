@@ -103,6 +103,43 @@ def test_a_second_reader_of_an_inner_value_is_refused(dense, model):
     assert "'spy' (ReduceMax)" in refusal(model, dense.geometry)
 
 
+def test_a_second_reader_of_the_same_type_is_refused(dense, model):
+    block = recognise(model, dense.geometry).blocks[1]
+    twin = ir.node("Reshape", [block.qkv.output, block.heads.reshape.inputs[1]], name="twin")
+    twin.outputs[0].name = "twin"
+    model.graph.insert_after(block.heads.reshape, twin)
+    spy = ir.node("Neg", [twin.outputs[0]], name="spy")
+    model.graph.insert_after(twin, spy)
+    spy.outputs[0].name = "spied"
+    model.graph.outputs.append(spy.outputs[0])
+    assert "one output" in refusal(model, dense.geometry)
+    model.graph.outputs.pop()
+    (output,) = model.graph.outputs
+    tail = output.producer()
+    total = ir.node("Add", [tail.inputs[0], spy.outputs[0]], name="total")
+    total.outputs[0].name = "total"
+    model.graph.insert_before(tail, total)
+    tail.replace_input_with(0, total.outputs[0])
+    assert "no second reader of" in refusal(model, dense.geometry)
+
+
+def test_swapped_operands_of_the_logits_are_refused(dense, model):
+    logits = recognise(model, dense.geometry).blocks[2].softmax.inputs[0].producer()
+    query, key = logits.inputs
+    logits.replace_input_with(0, key)
+    logits.replace_input_with(1, query)
+    assert f"{logits.name!r} (MatMul)" in refusal(model, dense.geometry)
+
+
+def test_a_head_that_reads_a_patch_is_refused(dense, model):
+    select = recognise(model, dense.geometry).head.selects[0]
+    index = ir.Value(name="third", const_value=ir.tensor(np.asarray(3, np.int64), name="third"))
+    model.graph.register_initializer(index)
+    select.replace_input_with(1, index)
+    message = refusal(model, dense.geometry)
+    assert f"{select.name!r} (Gather)" in message and "found [3]" in message
+
+
 def test_tokens_mixed_in_the_mlp_are_refused(dense, model):
     """A constant with a token axis is not the same for every token, so its rows would go to the wrong ones."""
     block = recognise(model, dense.geometry).blocks[0]
