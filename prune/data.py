@@ -59,14 +59,13 @@ class ImageSource:
             self.class_names = None
 
     def _open(self, name: str, root: str | None, split: str):
-        # Data sets on hubs call their held-out split by one of these names; for a folder or tar the split means nothing.
+        # Data sets on hubs call their held-out split by one of these names; a folder or tar has no splits.
         others = {"validation": ("val", "test"), "train": ()}.get(split, ())
         first: Exception | None = None
-        # timm descends into a folder named like the split. That is right for imagenet/{train,val}, and wrong for a folder
-        # of classes one of which happens to be "train".
-        folders = (
-            {entry.name for entry in Path(root).iterdir() if entry.is_dir()} if root and Path(root).is_dir() else set()
-        )
+        # timm descends into a folder named like the split. That is right for imagenet/{train,val}, and wrong for a
+        # folder of classes one of which happens to be "train".
+        inside = Path(root).iterdir() if root is not None and Path(root).is_dir() else ()
+        folders = {entry.name for entry in inside if entry.is_dir()}
         search = bool(folders) and folders <= {"train", "training", "val", "valid", "validation", "eval", "test"}
         for candidate in (split, *others) if root is None else (split,):
             try:
