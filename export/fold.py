@@ -140,7 +140,7 @@ class FoldTokens(ir.passes.InPlacePass):
             changed |= touched or gated
             index = block.index
             blocks.append(BlockCounts(index, plan.key_counts[index], plan.query_counts[index], int(gathers), gated))
-        changed |= _fold_head(graph, site, plan)
+        changed |= fold_head(graph, site, plan)
 
         if changed:
             passes.RemoveUnusedNodesPass()(model)
@@ -265,7 +265,7 @@ def _fold_gates(graph: ir.Graph, block: BlockSite, plan: TokenPlan) -> bool:
     return True
 
 
-def _fold_head(graph: ir.Graph, site: VitSite, plan: TokenPlan) -> bool:
+def fold_head(graph: ir.Graph, site: VitSite, plan: TokenPlan) -> bool:
     """Rename the tokens that the head reads: positions among those that leave the last block."""
     left = plan.token_positions(plan.geometry.depth)
     changed = False

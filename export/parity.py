@@ -7,10 +7,12 @@ form, in removing dead tokens, in the exporter, or in folding.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +20,8 @@ import numpy as np
 from ..errors import ParityError
 from ..extras import require
 from ..prune.plan import TokenPlan
+from .files import load_model, save_model
+from .mask import mask_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +107,47 @@ def check_ladder(
     return rungs
 
 
+def check_dense(
+    adapter: ViTAdapter, dense_path: str | os.PathLike, images: torch.Tensor, *, tolerance: float = 1e-4
+) -> list[Rung]:
+    """The one rung of an export without a plan: ``dense.onnx`` computes what the untouched timm model does.
+
+    Args, Returns, Raises: as for :func:`check_ladder`.
+    """
+    with _evaluating(adapter.model), require("torch").no_grad():
+        reference = _run_model(adapter.model, images)
+    name, top1 = "dense.onnx equals the timm model", adapter.geometry.output == "logits"
+    return [compare(name, reference, run_onnx(dense_path, images.cpu().numpy()), tolerance, top1=top1)]
+
+
+def check_fold(
+    plan: TokenPlan,
+    dense_path: str | os.PathLike,
+    pruned_path: str | os.PathLike,
+    images: np.ndarray,
+    *,
+    tolerance: float = 1e-4,
+) -> list[Rung]:
+    """Check a fold without PyTorch: the pruned file against the dense file with masked attention.
+
+    Args:
+        images: float32 [image, channel, height, width].
+
+    Raises:
+        ParityError: The two disagree.
+    """
+    top1 = plan.geometry.output == "logits"
+    with tempfile.TemporaryDirectory() as folder:
+        masked_path = Path(folder) / "masked.onnx"
+        save_model(mask_tokens(load_model(dense_path), plan), masked_path)
+        reference = run_onnx(masked_path, images)
+    return [
+        compare(
+            "pruned.onnx equals the masked dense.onnx", reference, run_onnx(pruned_path, images), tolerance, top1=top1
+        )
+    ]
+
+
 def compare(name: str, reference: np.ndarray, candidate: np.ndarray, tolerance: float, *, top1: bool) -> Rung:
     """Compare outputs [image, output] and return a passed rung.
 
@@ -138,7 +183,6 @@ def run_onnx(path: str | os.PathLike, images: np.ndarray) -> np.ndarray:
     options.log_severity_level = 3
     # One pass over a few images gains nothing from the arena, and a large model's would stay allocated.
     options.enable_cpu_mem_arena = False
-    options.intra_op_num_threads = require("torch").get_num_threads()
     session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     (graph_input,) = session.get_inputs()
     batch = graph_input.shape[0] if isinstance(graph_input.shape[0], int) else min(_CHUNK, len(images))

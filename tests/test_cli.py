@@ -219,7 +219,15 @@ def test_bad_input_is_one_line_and_exit_code_2(card, images, finished, tmp_path)
     fails("export", "--plan", output / "plan.json", "-o", out, says="the plan is for tiny, this is reference")
     fails("prune", tmp_path / "no.json", "-o", out, says="cannot read the model card")
     fails("fold", output / "dense.onnx", "-o", out, says="one of --plan FILE and --identity")
-    fails("fold", output / "pruned.onnx", "--plan", output / "plan.json", "-o", out, says="pruned already")
+    fails(
+        "fold",
+        output / "pruned.onnx",
+        "--plan",
+        output / "plan.json",
+        "-o",
+        out,
+        says="already, expected a dense",
+    )
     fails("fold", tmp_path / "no.onnx", "--identity", "-o", out, says="no.onnx")
     broken = tmp_path / "broken.onnx"
     broken.write_bytes((output / "dense.onnx").read_bytes()[:-2000])
