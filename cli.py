@@ -145,6 +145,17 @@ def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1))
 
 
+def _emit_rows(rows: list[dict[str, Any]], results: Path | None, as_json: bool) -> bool:
+    """Append rows to a results.jsonl if one is named; print them if JSON is wanted, and say whether that was done."""
+    from .artifacts import append_rows
+
+    if results:
+        append_rows(results, rows)
+    if as_json:
+        _print_json(rows)
+    return as_json
+
+
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """One aligned table on stdout; the first column reads, the others are numbers."""
     from rich.console import Console
@@ -416,14 +427,10 @@ def evaluate(as_json, quiet, results, **options) -> None:
       vpruner evaluate deit_small_patch16_224 --weights deit_small.pth --plan plan.json --eval-data val/
     """
     from . import pipeline
-    from .artifacts import append_rows
     from .progress import Reporter
 
     rows = pipeline.evaluate(reporter=Reporter(quiet=quiet), **options)
-    if results:
-        append_rows(results, rows)
-    if as_json:
-        _print_json(rows)
+    if _emit_rows(rows, results, as_json):
         return
     _table(
         f"{rows[0]['count']} images" if rows else "nothing to compare: give --against or --plan",
@@ -450,7 +457,6 @@ def profile(model, against, batch_size, provider, threads, seconds, results, as_
     Example:
       vpruner profile runs/demo/pruned.onnx --against runs/demo/dense.onnx --threads 1
     """
-    from .artifacts import append_rows
     from .progress import Reporter
     from .runtime.measure import profile_onnx
 
@@ -459,10 +465,7 @@ def profile(model, against, batch_size, provider, threads, seconds, results, as_
         raise UserError(f"{model} against itself", "give the dense file after --against")
     with Reporter(quiet=quiet).stage("Measuring latency"):
         rows = profile_onnx(paths, batch=batch_size, threads=threads, providers=[provider], seconds=seconds)
-    if results:
-        append_rows(results, rows)
-    if as_json:
-        _print_json(rows)
+    if _emit_rows(rows, results, as_json):
         return
     _table(
         f"onnxruntime {provider}, batch {batch_size}, threads {threads or 'default'}",

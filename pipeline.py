@@ -75,7 +75,6 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
 
     for package in ("torch", "timm", "onnx", "onnxruntime"):  # Missing extras are said now, not after ten minutes.
         require(package)
-    from .export.dense import export_dense
     from .export.fold import fold_file
     from .export.parity import check_ladder
     from .prune.learn import learn_plan
@@ -99,14 +98,9 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         plan.save(folder / "plan.json")
         dense, pruned = folder / "dense.onnx", folder / "pruned.onnx"
         with reporter.stage("Exporting dense.onnx"):
-            export_dense(
-                loaded.adapter.model,
+            write_dense(
+                loaded,
                 dense,
-                name=loaded.name,
-                geometry=geometry,
-                preprocessing=loaded.preprocessing.to_json(),
-                classes=loaded.classes,
-                weights_sha256=loaded.sha256,
                 opset=options.opset,
                 dynamic_batch=options.dynamic_batch,
                 batch_size=options.batch_size,
@@ -168,19 +162,15 @@ def finished_folder(output: Path, *, force: bool) -> Iterator[Path]:
     if occupied and not is_run_folder(output):
         # --force replaces results, never a folder of something else.
         raise UserError(f"{output} is not a folder that vpruner wrote (it has no plan.json)", "choose another with -o")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise UserError(f"cannot write to {output.parent}: {error.strerror}", "choose another folder with -o") from None
-    try:
+    with scratch_beside(output) as scratch:
         yield scratch
-        scratch.chmod(0o755)
+        scratch.chmod(0o755)  # mkdtemp makes private folders.
+        # The old folder steps aside until the new one stands: nothing that fails in between loses both.
+        aside = scratch.with_name(f"{scratch.name}.old")
         if output.exists():
-            shutil.rmtree(output)
+            output.rename(aside)
         scratch.replace(output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -341,6 +331,24 @@ def peak_memory_bytes() -> int:
 # -- single stages, as the commands run them --------------------------------------------------------------------------
 
 
+def write_dense(loaded: LoadedModel, path: Path, *, opset: int, dynamic_batch: bool, batch_size: int) -> None:
+    """Export an opened model with everything the file should know about itself."""
+    from .export.dense import export_dense
+
+    export_dense(
+        loaded.adapter.model,
+        path,
+        name=loaded.name,
+        geometry=loaded.adapter.geometry,
+        preprocessing=loaded.preprocessing.to_json(),
+        classes=loaded.classes,
+        weights_sha256=loaded.sha256,
+        opset=opset,
+        dynamic_batch=dynamic_batch,
+        batch_size=batch_size,
+    )
+
+
 def calibration_images(options: RunOptions, loaded: LoadedModel, reporter: Reporter) -> ImageSet:
     """Calibration images for ``vpruner prune``, which reports on nothing and so puts nothing aside."""
     from . import bundled
@@ -373,7 +381,6 @@ def export_checked(
     """
     import torch
 
-    from .export.dense import export_dense
     from .export.fold import fold_file
     from .export.parity import check_dense, check_ladder
 
@@ -383,18 +390,7 @@ def export_checked(
     with scratch_beside(output) as scratch:
         dense, pruned = scratch / "dense.onnx", scratch / "pruned.onnx"
         with reporter.stage(f"Exporting {loaded.name}"):
-            export_dense(
-                loaded.adapter.model,
-                dense,
-                name=loaded.name,
-                geometry=geometry,
-                preprocessing=loaded.preprocessing.to_json(),
-                classes=loaded.classes,
-                weights_sha256=loaded.sha256,
-                opset=opset,
-                dynamic_batch=dynamic_batch,
-                batch_size=batch_size,
-            )
+            write_dense(loaded, dense, opset=opset, dynamic_batch=dynamic_batch, batch_size=batch_size)
         if plan is not None:
             with reporter.stage("Folding the plan"):
                 fold_file(dense, plan, pruned)

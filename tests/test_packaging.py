@@ -115,7 +115,9 @@ def test_changelog_and_citation_name_this_version(repository):
 def test_make_lists_its_targets(repository):
     if not shutil.which("make"):
         pytest.skip("make is not installed")
-    done = subprocess.run(["make", "--no-print-directory", "help"], cwd=repository, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=repository, capture_output=True, text=True, check=True
+    )
     targets = [line.split()[1] for line in done.stdout.splitlines()]
     assert targets == ["help", "demo", "test", "lint", "wheel", "clean"]
 
