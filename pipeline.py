@@ -238,9 +238,9 @@ def evaluate_graphs(
             yield [image for image, _ in chunk], labels
 
     with ExitStack() as stack:
-        # spinning="run": the sessions take turns, and an idle one must not burn the core the other runs on.
+        # The sessions take turns, and the threads of an idle one must not burn the cores the other runs on.
         sessions = {
-            label: stack.enter_context(OrtSession(path, spinning="run", **session_options))
+            label: stack.enter_context(OrtSession(path, spinning=False, **session_options))
             for label, path in paths.items()
         }
         stream = batches()
