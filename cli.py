@@ -116,7 +116,18 @@ calibration_options = _options(
         type=click.Choice(["auto", "labels", "self", "features"]),
         help="What the gradients are of: labels, the model's own distribution, or its features.",
     ),
-    click.option("--seed", default=0, show_default=True, help="Of the choice of images and random directions."),
+    click.option(
+        "--rounds",
+        type=click.IntRange(1),
+        help="Rounds of scoring and searching; by default up to 8, 1 is plain Fisher.",
+    ),
+    click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0),
+        help="Of the choice of images and random directions.",
+    ),
     click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
 )
 eval_data_option = click.option(
@@ -289,7 +300,7 @@ def _short(number: float) -> str:
 )
 @json_option
 @quiet_option
-def prune(model, pretrained, weights, model_args, output, target, images, loss, as_json, quiet, **data) -> None:
+def prune(model, pretrained, weights, model_args, output, target, images, loss, rounds, as_json, quiet, **data) -> None:
     """Learn a token plan: which patch tokens enter each block.
 
     \b
@@ -305,7 +316,9 @@ def prune(model, pretrained, weights, model_args, output, target, images, loss, 
     reporter = Reporter(quiet=quiet)
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
     calibration = pipeline.calibration_images(pipeline.RunOptions(model=model, images=images, **data), loaded, reporter)
-    plan = learn_plan(loaded, calibration, target=target, loss=loss, seed=data["seed"], reporter=reporter)
+    plan = learn_plan(
+        loaded, calibration, target=target, loss=loss, rounds=rounds, seed=data["seed"], reporter=reporter
+    )
     plan.save(output)
     if as_json:
         _print_json({"plan": str(output), **plan.to_json()})
@@ -410,7 +423,7 @@ def fold(dense, plan_path, identity, output, as_json, quiet) -> None:
 @click.option("--data", metavar="PATH", hidden=True)
 @eval_data_option
 @eval_images_option
-@click.option("--seed", default=0, show_default=True, help="Of the choice of images.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the choice of images.")
 @click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
 @click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl.")
 @json_option

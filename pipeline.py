@@ -49,6 +49,7 @@ class RunOptions:
     images: int = 1024
     eval_images: int = 2000
     loss: str = "auto"
+    rounds: int | None = None
     seed: int = 0
     strict: bool = False
     opset: int = 20
@@ -93,7 +94,13 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             calibration, evaluation = choose(options, loaded, reporter)
 
         plan = learn_plan(
-            loaded, calibration, target=options.target, loss=options.loss, seed=options.seed, reporter=reporter
+            loaded,
+            calibration,
+            target=options.target,
+            loss=options.loss,
+            rounds=options.rounds,
+            seed=options.seed,
+            reporter=reporter,
         )
         plan.save(folder / "plan.json")
         dense, pruned = folder / "dense.onnx", folder / "pruned.onnx"
@@ -226,14 +233,11 @@ def evaluate_graphs(
     from .runtime.ort import OrtSession
 
     examples: list[Image.Image] = []
-    # Spread over the set: folders are sorted by class, and four airplanes in a row show little.
-    shown = {int((k + 0.5) * len(images.indices) / EXAMPLE_IMAGES) for k in range(EXAMPLE_IMAGES)}
 
     def batches(size: int = 16):
-        stream = enumerate(images.images())
-        while numbered := list(itertools.islice(stream, size)):
-            chunk = [item for _, item in numbered]
-            examples.extend(item[0] for number, item in numbered if number in shown)
+        stream = images.images()
+        while chunk := list(itertools.islice(stream, size)):
+            examples.extend(image for image, _ in chunk[: EXAMPLE_IMAGES - len(examples)])
             labels = [label for _, label in chunk] if images.labelled else None
             yield [image for image, _ in chunk], labels
 

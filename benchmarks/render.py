@@ -65,7 +65,31 @@ def demo(rows: list[dict]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[list[dict]], str]] = {"demo": demo, "latency_ort": latency_ort}
+def fisher_rounds(rows: list[dict]) -> str:
+    """Means over the seeds: top-1 lost in points, and KL."""
+    groups: dict[tuple[float, int], dict[str, list[float]]] = {}
+    for row in rows:
+        group = groups.setdefault((row["target"], row["rounds"]), {})
+        group.setdefault(row["metric"], []).append(row["value"])
+    rounds = sorted({key[1] for key in groups})
+    heads = [f"{n} round{'s' if n > 1 else ''}" for n in rounds]
+    lines = [f"| MACs | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(rounds)}"]
+    for target in sorted({key[0] for key in groups}, reverse=True):
+        cells = []
+        for number in rounds:
+            values = groups[target, number]
+            lost, divergence = (sum(values[k]) / len(values[k]) for k in ("top1_difference", "kl"))
+            cells.append(f"{100 * lost:+.2f} pp, KL {divergence:.3f}")
+        lines.append(f"| {target:g} | {' | '.join(cells)} |")
+    seeds, images = len({row["seed"] for row in rows}), rows[0]["count"]
+    return "\n".join([*lines, "", f"Mean of {seeds} seeds, {images:,} images."])
+
+
+TABLES: dict[str, Callable[[list[dict]], str]] = {
+    "demo": demo,
+    "fisher_rounds": fisher_rounds,
+    "latency_ort": latency_ort,
+}
 
 
 def render(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,7 +110,7 @@ class ImageSet:
 
     Attributes:
         source: Where they come from.
-        indices: Positions in the source; grows while a stream is read.
+        indices: Positions in the source, in the order they are read.
         label_map: Model output for each label of the source, or None without usable labels.
         skipped: File names of images that could not be read.
     """
@@ -145,9 +145,18 @@ class ImageSet:
         if self._sha256 is None:
             self._sha256 = digest.hexdigest()
 
-    def batches(self, preprocessing: Preprocessing, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Preprocessed batches: images float32 [batch, 3, height, width], labels int64 [batch] or None."""
-        stream = self.images()
+    def batches(
+        self,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        stream: Iterable[tuple[Image.Image, int | None]] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Preprocessed batches: images float32 [batch, 3, height, width], labels int64 [batch] or None.
+
+        Args:
+            stream: A part of :meth:`images`; None for all of it.
+        """
+        stream = iter(self.images() if stream is None else stream)
         while chunk := list(itertools.islice(stream, batch_size)):
             images = torch.from_numpy(np.stack([preprocessing(image) for image, _ in chunk]))
             yield images, torch.tensor([label for _, label in chunk]) if self.labelled else None
@@ -241,8 +250,8 @@ def choose_images(
             raise UserError(f"{data} holds one image", "give at least two, or more with --eval-data")
         shuffled = np.random.default_rng(seed).permutation(len(source))
         put_aside = min(evaluation, max(1, len(source) // 4))
-        calibration_set = ImageSet(source, sorted(shuffled[put_aside:][:calibration].tolist()), label_map, strict)
-        evaluation_set = ImageSet(source, sorted(shuffled[:put_aside].tolist()), label_map, strict)
+        calibration_set = ImageSet(source, shuffled[put_aside:][:calibration].tolist(), label_map, strict)
+        evaluation_set = ImageSet(source, shuffled[:put_aside].tolist(), label_map, strict)
         remarks.append(f"no --eval-data: {put_aside} images of {Path(str(data)).name} were put aside for evaluation")
         return calibration_set, evaluation_set, remarks
     eval_source = ImageSource(eval_data, split="validation")
@@ -254,10 +263,10 @@ def choose_images(
 
 
 def choose_indices(source: ImageSource, count: int, seed: int) -> Sequence[int]:
-    """At most ``count`` positions of a source, drawn without replacement, ascending; of a stream the first ones."""
+    """At most ``count`` positions in random order, so that any part is a fair sample; of a stream its start."""
     if source.streams:
         return range(count)
-    return sorted(np.random.default_rng(seed).permutation(len(source))[:count].tolist())
+    return np.random.default_rng(seed).permutation(len(source))[:count].tolist()
 
 
 def map_labels(

@@ -58,6 +58,7 @@ def gate_gradients(
     batches: Iterable[tuple[Tensor, Tensor | None]],
     loss: str,
     *,
+    plan: TokenPlan | None = None,
     seed: int = 0,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> GateGradients:
@@ -69,7 +70,9 @@ def gate_gradients(
             with the number of images is the gradient matrix alone.
         loss: ``"labels"``: cross-entropy. ``"self"``: the dense model's own distribution, see :func:`_self_loss`.
             ``"features"``: directions of the embedding, see :func:`_feature_loss`.
-        seed: For the random directions of the last two.
+        plan: Tokens that have left already; the gradients are those of the model pruned by it, and zero for its closed
+            gates. None: of the dense model.
+        seed: For the random directions of the last two losses.
         on_batch: Called with the number of images after each batch.
 
     Raises:
@@ -77,7 +80,8 @@ def gate_gradients(
     """
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}, expected one of {', '.join(LOSSES)}")
-    generator = torch.Generator().manual_seed(seed)
+    # numpy's stream of normals does not depend on how it is cut into batches; torch's does.
+    random = np.random.default_rng(seed)
     parameters = [p for p in adapter.model.parameters() if p.requires_grad]
     rows = []
     # Without weight gradients autograd need not keep the inputs of the linear layers: less memory, a third less time.
@@ -87,12 +91,12 @@ def gate_gradients(
         for images, labels in batches:
             if loss == "labels" and labels is None:
                 raise ValueError("loss 'labels' needs labels")
-            with adapter.gated(len(images)) as gates, torch.enable_grad():
+            with adapter.gated(len(images), plan) as gates, torch.enable_grad():
                 output = adapter.model(images.to(gates.device, gates.dtype)).float()
                 if loss == "labels":
                     value = F.cross_entropy(output, labels.to(output.device), reduction="sum")
                 else:
-                    value = (_self_loss if loss == "self" else _feature_loss)(output, generator)
+                    value = (_self_loss if loss == "self" else _feature_loss)(output, random)
                 (gradient,) = torch.autograd.grad(value, gates)
             rows.append(gradient.float().cpu().numpy())
             on_batch(len(images))
@@ -102,7 +106,7 @@ def gate_gradients(
     return GateGradients(np.concatenate(rows), loss)
 
 
-def _self_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+def _self_loss(logits: Tensor, random: np.random.Generator) -> Tensor:
     """A random direction per image whose squared gradient is, in the mean, the curvature of the KL to the dense model.
 
     The KL between the dense distribution p and the pruned one has Hessian J^T (diag(p) - p p^T) J at zero pruning. With
@@ -110,15 +114,18 @@ def _self_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     Drawing a label from p instead has the same mean, but a rare label then gives one huge gradient.
     """
     root = logits.detach().softmax(-1).sqrt()
-    noise = torch.randn(logits.shape, generator=generator).to(logits.device)
+    noise = _normal(logits, random)
     direction = root * (noise - root * (root * noise).sum(-1, keepdim=True))
     return (logits * direction).sum()
 
 
-def _feature_loss(features: Tensor, generator: torch.Generator) -> Tensor:
+def _feature_loss(features: Tensor, random: np.random.Generator) -> Tensor:
     """A random direction per image; squared gradients estimate the curvature of 1 - cosine to the dense embedding."""
-    direction = torch.randn(features.shape, generator=generator).to(features.device)
-    return (F.normalize(features, dim=-1) * direction).sum()
+    return (F.normalize(features, dim=-1) * _normal(features, random)).sum()
+
+
+def _normal(like: Tensor, random: np.random.Generator) -> Tensor:
+    return torch.from_numpy(random.standard_normal(like.shape, dtype=np.float32)).to(like)
 
 
 def activation_bytes(geometry: Geometry, *, backward: bool = False) -> int:

@@ -241,6 +241,11 @@ class TokenPlan:
         positions = self.token_positions(block)
         return positions if block == 0 else np.searchsorted(self.token_positions(block - 1), positions)
 
+    def drops_before(self, block: int) -> bool:
+        """Whether fewer patches enter ``block`` than the one before it (for block 0: than the grid has)."""
+        before = self.geometry.patches if block == 0 else len(self.kept[block - 1])
+        return len(self.kept[block]) < before
+
     @property
     def is_identity(self) -> bool:
         return self.gates is None and all(len(indices) == self.geometry.patches for indices in self.kept)

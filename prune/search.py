@@ -47,12 +47,16 @@ class SearchResult:
         return TokenPlan.from_exits(model, geometry, self.exits, **provenance)
 
 
-def search_mask(importance: np.ndarray, geometry: Geometry, target: float) -> SearchResult:
+def search_mask(
+    importance: np.ndarray, geometry: Geometry, target: float, latest: np.ndarray | None = None
+) -> SearchResult:
     """Find the mask that loses least importance at no more than ``target`` of the dense MACs.
 
     Args:
         importance: float [block L + 1, patch N]: loss when a token leaves at each block; the last row (never) is zero.
         target: Budget as a fraction of the dense model's MACs.
+        latest: int [patch N]: the block at which each token leaves at the latest, because an earlier round has
+            decided so. None: no token has left.
 
     Returns:
         The best mask found; it never costs more than the budget.
@@ -71,12 +75,11 @@ def search_mask(importance: np.ndarray, geometry: Geometry, target: float) -> Se
     dense = dense_macs(geometry)
     check_target(geometry, target)
     budget = int(target * dense)
-    everything = np.full(patches, depth)
-    if _macs(geometry, everything) <= budget:
-        return _result(geometry, importance, everything, budget, dense)
-
-    # Leaving later never loses more in truth; where noise in the scores says otherwise, the cheaper exit is no worse.
-    anchor = _anchor_token(importance, geometry)
+    latest = np.full(patches, depth) if latest is None else np.asarray(latest)
+    if _macs(geometry, latest) <= budget:
+        return _result(geometry, importance, latest, budget, dense)
+    importance = np.where(np.arange(depth + 1)[:, None] <= latest, importance, np.inf)
+    anchor = _anchor_token(importance, geometry, latest)
     best = None
     counts = np.full(depth, geometry.tokens, np.float64)
     for _ in range(8):
@@ -114,11 +117,10 @@ def minimum_macs(geometry: Geometry) -> int:
     return _macs(geometry, exits)
 
 
-def _anchor_token(importance: np.ndarray, geometry: Geometry) -> tuple[int, int]:
+def _anchor_token(importance: np.ndarray, geometry: Geometry, latest: np.ndarray) -> tuple[int, int]:
     """(token, earliest exit): one token must bring the image in, or stay to the end where the head pools."""
-    if geometry.head_patches or geometry.prefix_tokens == 0:
-        return int(importance[0].argmax()), geometry.depth
-    return int(importance[0].argmax()), 1
+    exit_block = geometry.depth if geometry.head_patches or geometry.prefix_tokens == 0 else 1
+    return int(np.where(latest >= exit_block, importance[0], -1.0).argmax()), exit_block
 
 
 def _key_counts(geometry: Geometry, exits: np.ndarray) -> np.ndarray:
@@ -157,7 +159,7 @@ def _bisect_price(
 
     # Scores span many orders of magnitude, so the price is bisected on a logarithmic scale, from one that drops
     # everything down to one that drops nothing.
-    positive = importance[importance > 0]
+    positive = importance[(importance > 0) & np.isfinite(importance)]
     unit = 1.0 / survival_cost[-1]
     low = np.log((positive.min() if positive.size else 1.0) * unit) - 20
     high = np.log((positive.max() if positive.size else 1.0) * unit) + np.log(survival_cost[-1] / survival_cost[1]) + 20

@@ -70,12 +70,10 @@ class ViTAdapter:
         with self._exclusive() as undo:
             for block_index, block in enumerate(self.model.blocks):
                 bias = _key_bias(plan, block_index, masked=form == "masked")
-                if form != "masked":
+                # In the dead form the block before has selected already.
+                if plan.drops_before(block_index) and (form == "gathered" or (form == "dead" and block_index == 0)):
                     rows = plan.entry_rows(block_index)
-                    before = plan.geometry.tokens if block_index == 0 else plan.key_counts[block_index - 1]
-                    already_selected = form == "dead" and block_index > 0
-                    if len(rows) < before and not already_selected:
-                        undo.callback(block.register_forward_pre_hook(_select_input(rows)).remove)
+                    undo.callback(block.register_forward_pre_hook(_select_input(rows)).remove)
                 queries = plan.query_rows(block_index)
                 if form == "dead" and len(queries) < plan.key_counts[block_index]:
                     block.forward = _forward_without_dead_tokens(block, queries, bias)
@@ -89,8 +87,13 @@ class ViTAdapter:
             yield self.model
 
     @contextmanager
-    def gated(self, batch_size: int) -> Iterator[Tensor]:
-        """Run the dense model with a differentiable gate on every patch as a key, separately for each image.
+    def gated(self, batch_size: int, plan: TokenPlan | None = None) -> Iterator[Tensor]:
+        """Run the model with a differentiable gate on every patch as a key, separately for each image.
+
+        Args:
+            batch_size: Images per forward pass, B.
+            plan: Tokens that have left already: they are gathered out, and their gates get zero gradient. None: all
+                gates are open.
 
         Yields:
             gates [batch B, gate G, patch N], zeros with ``requires_grad``: additive biases on the attention logits, the
@@ -99,19 +102,22 @@ class ViTAdapter:
             respect to the bias equals the one with respect to the mask m = exp(bias) = 1.
         """
         geometry = self.geometry
-        weight = self.model.blocks[0].norm1.weight if hasattr(self.model.blocks[0].norm1, "weight") else None
-        reference = weight if weight is not None else next(self.model.parameters())
+        plan = TokenPlan.identity(self.name, geometry) if plan is None else plan
+        parameter = next(self.model.parameters())
         gates = torch.zeros(
             batch_size,
             geometry.depth + geometry.head_patches,
             geometry.patches,
-            dtype=reference.dtype,
-            device=reference.device,
+            dtype=parameter.dtype,
+            device=parameter.device,
             requires_grad=True,
         )
+        kept = [torch.tensor(indices, dtype=torch.int64, device=parameter.device) for indices in plan.kept]
 
         def key_bias(index: int, prefix: int) -> Tensor:
-            return F.pad(gates[:, index], (prefix, 0))[:, None, None, :]
+            """[batch, 1, 1, key] of gate ``index``; the head's gate, the last, is on what the last block kept."""
+            chosen = gates[:, index].index_select(1, kept[min(index, geometry.depth - 1)])
+            return F.pad(chosen, (prefix, 0))[:, None, None, :]
 
         def block_hook(index: int):
             def hook(module, args, kwargs):
@@ -121,21 +127,23 @@ class ViTAdapter:
 
         with self._exclusive() as undo:
             for index, block in enumerate(self.model.blocks):
+                if plan.drops_before(index):
+                    undo.callback(block.register_forward_pre_hook(_select_input(plan.entry_rows(index))).remove)
                 undo.callback(block.register_forward_pre_hook(block_hook(index), with_kwargs=True).remove)
             if geometry.head_patches:
-                pooled_prefix = geometry.prefix_tokens if self.model.pool_include_prefix else 0
+                head_prefix = geometry.prefix_tokens if self.model.pool_include_prefix else 0
                 if self.model.attn_pool is not None:
 
                     def pool_hook(module, args, kwargs):
-                        return args, {**kwargs, "attn_mask": key_bias(-1, pooled_prefix)}
+                        return args, {**kwargs, "attn_mask": key_bias(geometry.depth, head_prefix)}
 
                     undo.callback(self.model.attn_pool.register_forward_pre_hook(pool_hook, with_kwargs=True).remove)
                 else:
 
                     def mean_hook(module, args, output):
-                        weights = F.pad(gates[:, -1], (pooled_prefix, 0)).softmax(-1)
+                        weights = key_bias(geometry.depth, head_prefix)[:, 0, 0].softmax(-1)
                         weights = F.pad(
-                            weights * weights.shape[-1], (geometry.prefix_tokens - pooled_prefix, 0), value=1.0
+                            weights * weights.shape[-1], (geometry.prefix_tokens - head_prefix, 0), value=1.0
                         )
                         return output * weights[..., None]
 

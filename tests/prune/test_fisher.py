@@ -94,6 +94,17 @@ def test_losses_are_seeded_and_not_trivial(kind, loss):
     assert np.array_equal(one, other) == (loss == "labels")
 
 
+@pytest.mark.parametrize(
+    ("kind", "loss"), [("features", "features"), ("class token", "self"), ("class token", "labels")]
+)
+def test_batches_change_nothing(kind, loss):
+    adapter = ViTAdapter(tiny(kind).double(), kind)
+    images, labels = batch(ViTAdapter(tiny("class token"), "labels"), 20)
+    whole = gate_gradients(adapter, [(images, labels)], loss).values
+    parts = gate_gradients(adapter, list(zip(images.split(7), labels.split(7), strict=True)), loss).values
+    assert np.abs(whole - parts).max() <= 1e-6 * np.abs(whole).max()
+
+
 def test_unknown_loss_and_missing_labels():
     adapter = ViTAdapter(tiny("class token"), "m")
     images = torch.zeros(1, 3, 32, 48)
@@ -140,3 +151,35 @@ def test_batches_shrink_with_the_model():
     assert batch_size_for(small) == 128
     assert batch_size_for(small, backward=True, memory_bytes=activation_bytes(small, backward=True) * 3 + 1) == 3
     assert batch_size_for(small, memory_bytes=1) == 1
+
+
+def half_plan(adapter: ViTAdapter) -> TokenPlan:
+    geometry = adapter.geometry
+    exits = np.random.default_rng(4).integers(0, geometry.depth + 1, geometry.patches)
+    exits[3] = geometry.depth
+    return TokenPlan.from_exits("m", geometry, exits)
+
+
+def test_gates_of_a_pruned_model(adapter):
+    """With a plan, open gates have the gradients of the pruned model and closed ones none."""
+    images, labels = batch(adapter, 2)
+    plan = half_plan(adapter)
+    geometry = adapter.geometry
+    with torch.no_grad():
+        with adapter.applied(plan, "masked"):
+            expected = adapter.model(images)
+        with adapter.gated(2, plan):
+            assert (adapter.model(images) - expected).abs().max() < 1e-10
+    gradients = gate_gradients(adapter, [(images, labels)], "labels", plan=plan).values
+    open_gates = plan.mask if not geometry.head_patches else np.concatenate([plan.mask, plan.mask[-1:]])
+    assert (gradients[:, ~open_gates] == 0).all()
+    assert np.abs(gradients[:, open_gates]).max() > 0
+    step = 1e-5
+    with torch.no_grad(), adapter.gated(2, plan) as gates:
+        for gate in range(gradients.shape[1]):
+            sides = []
+            for sign in (1, -1):
+                gates[1, gate, 3] = sign * step
+                sides.append(F.cross_entropy(adapter.model(images), labels, reduction="none")[1])
+            gates[1, gate, 3] = 0
+            assert float(sides[0] - sides[1]) / (2 * step) == pytest.approx(gradients[1, gate, 3], rel=1e-3, abs=1e-7)

@@ -127,3 +127,30 @@ def test_all_equal_scores_still_use_the_budget():
     shape = geometry(depth=12, grid=(14, 14))
     result = search_mask(np.zeros((13, 196)), shape, 0.6)
     assert not result.note and result.macs > result.budget - 0.01 * dense_macs(shape)
+
+
+def test_a_later_round_never_brings_a_token_back():
+    shape = geometry(depth=12, grid=(14, 14))
+    first = search_mask(random_importance(shape, 1), shape, 0.8)
+    second = search_mask(random_importance(shape, 2), shape, 0.6, latest=first.exits)
+    assert (second.exits <= first.exits).all()
+    assert not second.note and second.macs <= second.budget
+    free = search_mask(random_importance(shape, 2), shape, 0.6)
+    assert (free.exits > first.exits).any()  # Without the limit it would have.
+
+
+def test_a_round_that_has_nothing_to_do_returns_what_there_is():
+    shape = geometry()
+    first = search_mask(random_importance(shape, 1), shape, 0.6)
+    again = search_mask(random_importance(shape, 2), shape, 0.7, latest=first.exits)
+    assert (again.exits == first.exits).all()
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_the_cheapest_plan_is_reached_from_any_round(pooled):
+    shape = geometry(pooled=pooled)
+    first = search_mask(random_importance(shape, 1), shape, 0.5)
+    floor = minimum_macs(shape) / dense_macs(shape)
+    last = search_mask(random_importance(shape, 3), shape, floor * 1.0001, latest=first.exits)
+    assert last.macs == minimum_macs(shape)
+    last.plan("m", shape)  # A valid one: the token that is left is one that was still there.
