@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,8 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _terminated_cleanly():
+                return super().invoke(ctx)
         except UserError as error:
             if os.environ.get("VPRUNER_DEBUG"):
                 raise
@@ -46,10 +51,39 @@ class Commands(click.Group):
             if missing is None or os.environ.get("VPRUNER_DEBUG"):
                 raise
             raise _Reported(str(missing)) from None
+        except BrokenPipeError:
+            raise
         except OSError as error:
-            if os.environ.get("VPRUNER_DEBUG") or error.filename is None:
+            if os.environ.get("VPRUNER_DEBUG"):
                 raise
-            raise _Reported(f"{error.filename}: {error.strerror}") from None
+            where = f"{error.filename}: " if error.filename else ""
+            raise _Reported(f"{where}{error.strerror or error}") from None
+
+
+@contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind like Ctrl-C does, so that scratch folders go; restored on the way out."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        names = []  # Only the main thread may set handlers.
+    before = {
+        name: signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number)) for name in names
+    }
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+class _Seconds(click.FloatRange):
+    """A finite time; FloatRange alone lets NaN through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a time in seconds", param, ctx)
+        return number
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -125,7 +159,7 @@ calibration_options = _options(
         "--seed",
         default=0,
         show_default=True,
-        type=click.IntRange(0),
+        type=click.IntRange(0, 2**63 - 1),
         help="Of the choice of images and random directions.",
     ),
     click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
@@ -146,14 +180,14 @@ export_options = _options(
 )
 runtime_options = _options(
     click.option("--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, tensorrt."),
-    click.option("--threads", type=click.IntRange(1), help="Threads; by default onnxruntime's choice."),
+    click.option("--threads", type=click.IntRange(1), help="Threads; by default all cores."),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1))
+    click.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
 def _emit_rows(rows: list[dict[str, Any]], results: Path | None, as_json: bool) -> bool:
@@ -184,6 +218,8 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def _format_estimate(row: dict[str, Any]) -> str:
+    if row["low"] is None:
+        row = {**row, "low": math.nan, "high": math.nan}  # One image has no interval.
     if row["metric"] in ("top1", "agreement", "top1_difference"):
         signed = "+.2f" if row["metric"] == "top1_difference" else ".2f"
         unit = " pp" if row["metric"] == "top1_difference" else " %"
@@ -214,9 +250,7 @@ METRIC_NAMES = {
 @click.option(
     "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement."
 )
-@click.option(
-    "--seconds", default=10.0, show_default=True, type=click.FloatRange(0.1), help="Time to measure latency for."
-)
+@click.option("--seconds", default=10.0, show_default=True, type=_Seconds(0.1), help="Time to measure latency for.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write  [default: runs/MODEL]")
 @click.option("--force", is_flag=True, help="Replace an earlier run in that folder.")
 @json_option
@@ -300,7 +334,9 @@ def _short(number: float) -> str:
 )
 @json_option
 @quiet_option
-def prune(model, pretrained, weights, model_args, output, target, images, loss, rounds, as_json, quiet, **data) -> None:
+def prune(
+    model, pretrained, weights, model_args, output, target, data, images, loss, rounds, seed, strict, as_json, quiet
+) -> None:
     """Learn a token plan: which patch tokens enter each block.
 
     \b
@@ -314,11 +350,12 @@ def prune(model, pretrained, weights, model_args, output, target, images, loss, 
     from .prune.models import open_model
 
     reporter = Reporter(quiet=quiet)
+    pipeline.check_output(output, ".json", model, weights)
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
-    calibration = pipeline.calibration_images(pipeline.RunOptions(model=model, images=images, **data), loaded, reporter)
-    plan = learn_plan(
-        loaded, calibration, target=target, loss=loss, rounds=rounds, seed=data["seed"], reporter=reporter
+    calibration = pipeline.one_set(
+        loaded.classes, loaded.adapter.geometry, data, images, "calibration", reporter, seed=seed, strict=strict
     )
+    plan = learn_plan(loaded, calibration, target=target, loss=loss, rounds=rounds, seed=seed, reporter=reporter)
     plan.save(output)
     if as_json:
         _print_json({"plan": str(output), **plan.to_json()})
@@ -365,9 +402,10 @@ def export(model, pretrained, weights, model_args, plan_path, output, as_json, q
     from .prune.models import open_model
     from .prune.plan import TokenPlan
 
+    output = output or Path("pruned.onnx" if plan_path else "dense.onnx")
+    pipeline.check_output(output, ".onnx", model, weights, plan_path)
     plan = TokenPlan.load(plan_path) if plan_path else None
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
-    output = output or Path("pruned.onnx" if plan else "dense.onnx")
     rungs = pipeline.export_checked(loaded, output, plan=plan, reporter=Reporter(quiet=quiet), **options)
     _print_rungs(rungs, output, as_json)
 
@@ -409,6 +447,7 @@ def fold(dense, plan_path, identity, output, as_json, quiet) -> None:
 
     if bool(plan_path) == identity:
         raise UserError("fold takes one of --plan FILE and --identity", "make a plan with: vpruner prune MODEL")
+    pipeline.check_output(output, ".onnx", dense, plan_path)
     plan = TokenPlan.load(plan_path) if plan_path else None
     record, rungs = pipeline.fold_checked(dense, plan, output, Reporter(quiet=quiet))
     _print_rungs(rungs, output, as_json, modified=record.modified)
@@ -420,10 +459,11 @@ def fold(dense, plan_path, identity, output, as_json, quiet) -> None:
     "--plan", "plan_path", metavar="FILE", help="With a PyTorch model: compare it with itself pruned by this plan."
 )
 @click.option("--against", metavar="DENSE.ONNX", help="With an ONNX file: the file to compare it with.")
-@click.option("--data", metavar="PATH", hidden=True)
 @eval_data_option
 @eval_images_option
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the choice of images.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the choice of images."
+)
 @click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
 @click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl.")
 @json_option
@@ -442,11 +482,13 @@ def evaluate(as_json, quiet, results, **options) -> None:
     from . import pipeline
     from .progress import Reporter
 
+    if results:
+        pipeline.check_output(results, ".jsonl")
     rows = pipeline.evaluate(reporter=Reporter(quiet=quiet), **options)
     if _emit_rows(rows, results, as_json):
         return
     _table(
-        f"{rows[0]['count']} images" if rows else "nothing to compare: give --against or --plan",
+        f"{rows[0]['count']} images",
         ["model", "metric", "value [95 %]"],
         [[row["label"], METRIC_NAMES[row["metric"]], _format_estimate(row)] for row in rows],
     )
@@ -459,7 +501,7 @@ def evaluate(as_json, quiet, results, **options) -> None:
 )
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Images per run.")
 @runtime_options
-@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0.1), help="Time to measure for.")
+@click.option("--seconds", default=10.0, show_default=True, type=_Seconds(0.1), help="Time to measure for.")
 @click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl.")
 @json_option
 @quiet_option
@@ -470,18 +512,21 @@ def profile(model, against, batch_size, provider, threads, seconds, results, as_
     Example:
       vpruner profile runs/demo/pruned.onnx --against runs/demo/dense.onnx --threads 1
     """
+    from . import pipeline
     from .progress import Reporter
     from .runtime.measure import profile_onnx
 
     paths = {"dense": against, "pruned": model} if against else {model.stem: model}
-    if against and against.resolve() == model.resolve():
-        raise UserError(f"{model} against itself", "give the dense file after --against")
+    if against:
+        pipeline.check_against(model, against)
+    if results:
+        pipeline.check_output(results, ".jsonl", model, against)
     with Reporter(quiet=quiet).stage("Measuring latency"):
         rows = profile_onnx(paths, batch=batch_size, threads=threads, providers=[provider], seconds=seconds)
     if _emit_rows(rows, results, as_json):
         return
     _table(
-        f"onnxruntime {provider}, batch {batch_size}, threads {threads or 'default'}",
+        f"onnxruntime {provider}, batch {batch_size}, {rows[0]['threads']} thread(s)",
         ["", "p50 ms", "p90 ms", "p99 ms", "images/s", "ratio [95 %]"],
         [
             [

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
+import re
 import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +31,12 @@ if TYPE_CHECKING:
     from .prune.evaluate import Estimate
     from .prune.models import LoadedModel
 
+#: What a whole run imports at one point or another.
+PACKAGES = ("torch", "timm", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "matplotlib")
+#: What a run writes; ``--force`` replaces a folder that holds nothing else.
+RUN_FILES = re.compile(
+    r"(plan\.json|(dense|pruned)\.onnx(\.\w+\.data)?|model\.safetensors|results\.jsonl|report\.(html|md))"
+)
 #: Images that the parity ladder runs through PyTorch and onnxruntime.
 PARITY_IMAGES = 16
 #: Images that the report draws the plan on.
@@ -74,10 +82,11 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
     """
     from .extras import require
 
-    for package in ("torch", "timm", "onnx", "onnxruntime"):  # Missing extras are said now, not after ten minutes.
+    for package in PACKAGES:  # Missing extras are said now, not after ten minutes.
         require(package)
     from .export.fold import fold_file
     from .export.parity import check_ladder
+    from .prune.data import overlap
     from .prune.learn import learn_plan
     from .prune.models import open_model
     from .prune.search import check_target
@@ -129,6 +138,11 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             reporter.remark(
                 f"{len(evaluation.skipped)} evaluation images could not be read and were skipped, such as {example}"
             )
+        if seen_before := overlap(calibration, evaluation):
+            reporter.remark(
+                f"{seen_before} of the {evaluation.count} evaluation images are also calibration images: "
+                "the accuracy reported is not on unseen images alone"
+            )
         with reporter.stage("Measuring latency"):
             latency = profile_onnx(
                 {"dense": dense, "pruned": pruned},
@@ -156,21 +170,16 @@ def finished_folder(output: Path, *, force: bool) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``output`` when the block succeeds and vanishes when it does not.
 
     Raises:
-        UserError: ``output`` exists and is not empty (without ``force``), or cannot be made.
+        UserError: ``output`` holds something (without ``force``) or something that no run writes (with it), is the
+            current folder, or cannot be made.
     """
-    occupied = output.exists() and (not output.is_dir() or any(output.iterdir()))
-    if occupied and (not force or not output.is_dir()):
-        raise UserError(
-            f"{output} exists already" if output.is_dir() else f"{output} is a file",
-            "choose another folder with -o, or replace it with --force"
-            if output.is_dir()
-            else "choose another with -o",
-        )
-    if occupied and not is_run_folder(output):
-        # --force replaces results, never a folder of something else.
-        raise UserError(f"{output} is not a folder that vpruner wrote (it has no plan.json)", "choose another with -o")
+    output = output.resolve()  # A link stays a link: what it points to is replaced.
+    if Path.cwd().is_relative_to(output):
+        raise UserError(f"{output} is the folder you are in", "choose a folder of its own with -o, such as runs/mine")
+    check_free(output, force=force)
     with scratch_beside(output) as scratch:
         yield scratch
+        check_free(output, force=force)  # Again: another run may have finished there in the meantime.
         scratch.chmod(0o755)  # mkdtemp makes private folders.
         # The old folder steps aside until the new one stands: nothing that fails in between loses both.
         aside = scratch.with_name(f"{scratch.name}.old")
@@ -180,8 +189,43 @@ def finished_folder(output: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def is_run_folder(folder: Path) -> bool:
-    return (folder / "plan.json").is_file()
+def check_free(output: Path, *, force: bool) -> None:
+    """Refuse an output folder that would cost the user anything."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"{output} is a file", "choose another folder with -o")
+    found = sorted(path.name for path in output.iterdir())
+    if found and not force:
+        raise UserError(f"{output} exists already", "choose another folder with -o, or replace it with --force")
+    foreign = [name for name in found if not RUN_FILES.fullmatch(name)]
+    if foreign:
+        raise UserError(
+            f"{output} holds {foreign[0]}, which is not of a run", "choose another folder with -o, or move that away"
+        )
+
+
+def check_output(output: Path, suffix: str, *inputs: str | Path | None) -> None:
+    """Refuse, before any work, a file that cannot be written or that the command still needs.
+
+    Args:
+        output: The file to write.
+        suffix: What its name must end in.
+        inputs: Files the command reads; None for those not given.
+
+    Raises:
+        UserError: Says which.
+    """
+    if output.suffix.lower() != suffix:
+        raise UserError(f"{output} does not end in {suffix}", f"name a {suffix} file with -o")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder", f"name a {suffix} file with -o")
+    for path in inputs:
+        if path is not None and Path(path).exists() and output.exists() and output.samefile(path):
+            raise UserError(f"{output} is read by this command", "choose another name with -o")
+    place = next(parent for parent in output.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {place}", "choose another place with -o")
 
 
 def choose(options: RunOptions, loaded: LoadedModel, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
@@ -353,18 +397,32 @@ def write_dense(loaded: LoadedModel, path: Path, *, opset: int, dynamic_batch: b
     )
 
 
-def calibration_images(options: RunOptions, loaded: LoadedModel, reporter: Reporter) -> ImageSet:
-    """Calibration images for ``vpruner prune``, which reports on nothing and so puts nothing aside."""
+def one_set(
+    classes: Sequence[str] | None,
+    geometry: Geometry,
+    spec: str | None,
+    count: int,
+    role: str,
+    reporter: Reporter,
+    *,
+    seed: int,
+    strict: bool,
+) -> ImageSet:
+    """Images for a command that reads a single source: ``role`` is ``"calibration"`` or ``"evaluation"``."""
     from . import bundled
     from .prune.data import ImageSet, ImageSource, choose_indices, map_labels
 
-    source = ImageSource(options.data or bundled.calibration_data(), split="train")
+    learns = role == "calibration"
+    if spec is None:
+        reporter.remark(f"no {'--data' if learns else '--eval-data'}: the bundled CIFAR-10 images serve for {role}")
+        spec = str(bundled.calibration_data() if learns else bundled.evaluation_data())
+    source = ImageSource(spec, split="train" if learns else "validation")
     remarks: list[str] = []
-    geometry = loaded.adapter.geometry
-    label_map = map_labels(source, loaded.classes, geometry.outputs if geometry.output == "logits" else None, remarks)
+    outputs = geometry.outputs if geometry.output == "logits" else None
+    label_map = map_labels(source, classes, outputs, remarks)
     for remark in remarks:
         reporter.remark(remark)
-    return ImageSet(source, choose_indices(source, options.images, options.seed), label_map, options.strict)
+    return ImageSet(source, choose_indices(source, count, seed), label_map, strict)
 
 
 def export_checked(
@@ -443,7 +501,6 @@ def evaluate(
     model_args: Mapping[str, Any],
     plan_path: str | None,
     against: str | None,
-    data: str | None,
     eval_data: str | None,
     eval_images: int,
     seed: int,
@@ -451,25 +508,27 @@ def evaluate(
     reporter: Reporter,
 ) -> list[dict[str, Any]]:
     """Rows of ``vpruner evaluate``: ONNX files through the application's session, or a timm model in PyTorch."""
-    from . import bundled
-    from .prune.data import ImageSet, ImageSource, choose_indices, map_labels
 
-    def images_for(classes, geometry) -> ImageSet:
-        source = ImageSource(eval_data or data or bundled.evaluation_data(), split="validation")
-        remarks: list[str] = []
-        label_map = map_labels(source, classes, geometry.outputs if geometry.output == "logits" else None, remarks)
-        for remark in remarks:
-            reporter.remark(remark)
-        return ImageSet(source, choose_indices(source, eval_images, seed), label_map, strict)
+    def images_for(classes, geometry, compares: bool) -> ImageSet:
+        images = one_set(classes, geometry, eval_data, eval_images, "evaluation", reporter, seed=seed, strict=strict)
+        if not compares and not images.labelled:
+            raise UserError(
+                "nothing to measure: no labels, and nothing to compare with",
+                "give the dense model with --against DENSE.ONNX, or a plan with --plan for a PyTorch model",
+            )
+        return images
 
-    if model is not None and model.endswith(".onnx"):
+    if model is not None and model.lower().endswith(".onnx"):
         if plan_path or pretrained or weights or model_args:
             raise UserError(
                 f"{model} is an ONNX file: --plan, --weights and such go with a PyTorch model", "use --against"
             )
         from .runtime.ort import OrtSession
 
-        paths = {"dense": Path(against), "pruned": Path(model)} if against else {"model": Path(model)}
+        paths = {"model": Path(model)}
+        if against:
+            check_against(Path(model), Path(against))
+            paths = {"dense": Path(against), "pruned": Path(model)}
         seen = {}
         for label, path in paths.items():
             with OrtSession(path) as session:
@@ -485,7 +544,7 @@ def evaluate(
                 f"{model} {str(seen['pruned'].weights_sha256)[:12]}",
                 "compare files that come from the same model",
             )
-        images = images_for(metadata.classes, metadata.geometry)
+        images = images_for(metadata.classes, metadata.geometry, bool(against))
         with reporter.stage("Evaluating", len(images.indices)) as advance:
             estimates, _ = evaluate_graphs(paths, images, metadata.geometry, advance)
     else:
@@ -509,7 +568,7 @@ def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_fo
     adapter = loaded.adapter
     if plan is not None:
         plan.check_fits(loaded.name, adapter.geometry, loaded.sha256)
-    images = images_for(loaded.classes, adapter.geometry)
+    images = images_for(loaded.classes, adapter.geometry, plan is not None)
 
     def dense(batch):
         with torch.inference_mode():
@@ -528,15 +587,31 @@ def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_fo
     return compare(outputs, baseline="dense", output=adapter.geometry.output), images
 
 
+def check_against(model: Path, against: Path) -> None:
+    """Refuse a baseline that is none: the same file, or one that is pruned itself.
+
+    Raises:
+        UserError: Also when one of the files cannot be opened.
+    """
+    from .runtime.ort import OrtSession
+
+    if model.exists() and against.exists() and model.samefile(against):
+        raise UserError(f"{model} against itself", "give the dense file after --against")
+    with OrtSession(against) as session:
+        plan, kept, geometry = session.metadata.plan, session.metadata.kept, session.metadata.geometry
+    # The identity plan drops nothing: a file without dead tokens is a fair baseline too.
+    if plan and not (kept and geometry and all(len(indices) == geometry.patches for indices in kept)):
+        raise UserError(f"{against} is a pruned file (plan {plan[:12]})", "give the dense file after --against")
+
+
 def show(source: Path, image: str | None, output: Path) -> TokenPlan:
     """Draw the kept tokens of a plan.json or pruned.onnx on an image; returns the plan."""
     from .artifacts import atomic_path
     from .draw import draw_kept_tokens
     from .runtime.preprocess import Preprocessing, load_image
 
-    if output.suffix.lower() != ".png":
-        raise UserError(f"{output} does not end in .png", "show writes PNG pictures")
-    if source.suffix == ".onnx":
+    check_output(output, ".png", source, image)
+    if source.suffix.lower() == ".onnx":
         from .runtime.ort import OrtSession
 
         with OrtSession(source) as session:

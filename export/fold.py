@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..errors import GraphError, UserError
+from ..errors import GraphError
 from ..prune.plan import TokenPlan
 from . import metadata
 from .clean import add_constant, add_node, add_shape, clean, split_sizes
@@ -70,13 +70,11 @@ class FoldRecord:
     blocks: tuple[BlockCounts, ...]
 
 
-def fold_file(
-    dense_path: str | os.PathLike, plan: TokenPlan, output_path: str | os.PathLike, *, identity_ok: bool = True
-) -> FoldRecord:
+def fold_file(dense_path: str | os.PathLike, plan: TokenPlan, output_path: str | os.PathLike) -> FoldRecord:
     """Fold ``plan`` into the dense ONNX file that ``vpruner export`` wrote; write the pruned file whole or not at all.
 
     Args:
-        identity_ok: Accept a plan that drops nothing (a class-token model still loses its dead tokens).
+        plan: One that drops nothing is fine: a class-token model still loses its dead tokens.
 
     Raises:
         PlanError: The plan is for another geometry or other weights.
@@ -84,8 +82,6 @@ def fold_file(
         UserError: The file is missing, not ONNX, not ours, or pruned already.
     """
     dense_path, output_path = Path(dense_path), Path(output_path)
-    if plan.is_identity and not identity_ok:
-        raise UserError("the plan keeps every token", "make one that drops some with: vpruner prune MODEL --target 0.6")
     model = load_model(dense_path)
     about = GraphMetadata.from_props(model.metadata_props, str(dense_path))
     if about.plan is not None:

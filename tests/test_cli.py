@@ -2,6 +2,10 @@
 
 import json
 import shlex
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import onnx
@@ -127,10 +131,120 @@ def test_an_existing_folder_is_kept_unless_forced(finished, card, images):
     assert (output / "plan.json").read_bytes() != before
 
 
-def test_force_never_replaces_a_folder_of_something_else(card, images, tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    fails("run", card, "--data", images, "-o", tmp_path, "--force", says="is not a folder that vpruner wrote")
+@pytest.mark.parametrize("beside", [(), ("plan.json",)])
+def test_force_never_replaces_a_folder_of_something_else(card, images, tmp_path, beside):
+    for name in ("thesis.tex", *beside):
+        (tmp_path / name).write_text("years of work")
+    fails("run", card, "--data", images, "-o", tmp_path, "--force", says="holds thesis.tex, which is not of a run")
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_the_current_folder_is_no_output(card, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails("run", card, "--data", images, "-o", ".", says="is the folder you are in")
+
+
+def test_a_link_stays_a_link_and_its_target_gets_the_run(card, images, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    call("run", card, "--data", images, "--target", 0.7, "-o", tmp_path / "link", "--seconds", 0.1, "-q")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "plan.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
+
+
+def test_a_run_that_finished_first_is_not_replaced(card, images, tmp_path, monkeypatch):
+    """Two runs into one folder: the later one to finish loses, not the earlier one's results."""
+
+    def meanwhile(*arguments, **options):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "plan.json").write_text("the other run")
+
+    monkeypatch.setattr("vpruner.report.write_report", meanwhile)
+    fails(
+        "run",
+        card,
+        "--data",
+        images,
+        "--target",
+        0.7,
+        "-o",
+        tmp_path / "out",
+        "--seconds",
+        0.1,
+        "-q",
+        says="exists already",
+    )
+    assert (tmp_path / "out" / "plan.json").read_text() == "the other run"
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_termination_leaves_nothing(card, images, tmp_path):
+    """SIGTERM in the middle of a run: the scratch folder goes, as with Ctrl-C."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vpruner.cli", "run", card, "--data", images, "--seconds", "60", "-o", tmp_path / "out"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.*/dense.onnx")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inputs_are_never_overwritten(finished, card, tmp_path):
+    output, _ = finished
+    copies = {name: tmp_path / name for name in ("plan.json", "dense.onnx")}
+    for name, path in copies.items():
+        path.write_bytes((output / name).read_bytes())
+    before = {name: path.read_bytes() for name, path in copies.items()}
+    dense, plan = copies["dense.onnx"], copies["plan.json"]
+    fails("fold", dense, "--plan", plan, "-o", dense, says="dense.onnx is read by this command")
+    fails("fold", dense, "--plan", plan, "-o", plan, says="plan.json does not end in .onnx")
+    fails("export", card, "--plan", plan, "-o", plan, says="does not end in .onnx")
+    fails("prune", card, "-o", card, says="tiny.json is read by this command")
+    fails("show", plan, "-o", plan, says="does not end in .png")
+    (tmp_path / "folder.onnx").mkdir()
+    fails("export", card, "-o", tmp_path / "folder.onnx", says="is a folder")
+    assert before == {name: path.read_bytes() for name, path in copies.items()}
+
+
+def test_a_baseline_must_be_one(finished, images):
+    output, _ = finished
+    pruned, dense = output / "pruned.onnx", output / "dense.onnx"
+    for command, more in (("profile", ("--seconds", 0.1)), ("evaluate", ("--eval-data", images))):
+        fails(command, dense, "--against", pruned, *more, says="pruned.onnx is a pruned file")
+        fails(command, pruned, "--against", pruned, *more, says="against itself")
+
+
+def test_nothing_to_measure_is_said_before_measuring(finished, tmp_path):
+    output, _ = finished
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    fails("evaluate", output / "dense.onnx", "--eval-data", tmp_path, says="no labels, and nothing to compare with")
+
+
+def test_json_is_json_even_for_one_image(finished, images):
+    output, _ = finished
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    both = (output / "pruned.onnx", "--against", output / "dense.onnx")
+    result = call("evaluate", *both, "--eval-data", images, "--eval-images", 1, "--json", "-q")
+    rows = json.loads(result.stdout, parse_constant=refuse)
+    assert {row["count"] for row in rows} == {1}
+
+
+@pytest.mark.parametrize(
+    "option", [("--seed", -1), ("--seed", 10**20), ("--seconds", "nan"), ("--images", 0), ("--target", "nan")]
+)
+def test_numbers_out_of_range(card, images, tmp_path, option):
+    result = CliRunner().invoke(
+        main, ["run", str(card), "--data", str(images), "-o", str(tmp_path / "o"), *map(str, option)]
+    )
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_run_as_json(card, images, tmp_path):
@@ -202,7 +316,7 @@ def test_bad_input_is_one_line_and_exit_code_2(card, images, finished, tmp_path)
     output, _ = finished
     here = tmp_path / "untouched"
     here.mkdir()
-    out = here / "out"
+    out, onnx_out, json_out = here / "out", here / "out.onnx", here / "out.json"
     run = ("run", card, "-o", out, "-q")
     fails(*run, "--data", tmp_path / "nowhere", says="there is no folder or tar file")
     (tmp_path / "empty").mkdir()
@@ -216,9 +330,9 @@ def test_bad_input_is_one_line_and_exit_code_2(card, images, finished, tmp_path)
     fails("run", "resnet18", "--weights", card, "-o", out, says="resnet18 cannot be pruned: it is a ResNet")
     fails("run", "deit_tiny_patch16_224", "-o", out, says="no weights given")
     fails("run", card, "--model-arg", "img_size", "-o", out, says="is not key=value")
-    fails("export", "--plan", output / "plan.json", "-o", out, says="the plan is for tiny, this is reference")
-    fails("prune", tmp_path / "no.json", "-o", out, says="cannot read the model card")
-    fails("fold", output / "dense.onnx", "-o", out, says="one of --plan FILE and --identity")
+    fails("export", "--plan", output / "plan.json", "-o", onnx_out, says="the plan is for tiny, this is reference")
+    fails("prune", tmp_path / "no.json", "-o", json_out, says="cannot read the model card")
+    fails("fold", output / "dense.onnx", "-o", onnx_out, says="one of --plan FILE and --identity")
     fails(
         "fold",
         output / "pruned.onnx",
@@ -228,10 +342,10 @@ def test_bad_input_is_one_line_and_exit_code_2(card, images, finished, tmp_path)
         out,
         says="already, expected a dense",
     )
-    fails("fold", tmp_path / "no.onnx", "--identity", "-o", out, says="no.onnx")
+    fails("fold", tmp_path / "no.onnx", "--identity", "-o", onnx_out, says="no.onnx")
     broken = tmp_path / "broken.onnx"
     broken.write_bytes((output / "dense.onnx").read_bytes()[:-2000])
-    for arguments in (("fold", broken, "--identity", "-o", out), ("predict", broken, images / "cat" / "0.png"),
+    for arguments in (("fold", broken, "--identity", "-o", onnx_out), ("predict", broken, images / "cat" / "0.png"),
                       ("profile", broken), ("evaluate", broken)):  # fmt: skip
         fails(*arguments, says="broken.onnx")
     fails("predict", output / "pruned.onnx", tmp_path / "no.jpg", says="no.jpg")
@@ -241,7 +355,7 @@ def test_bad_input_is_one_line_and_exit_code_2(card, images, finished, tmp_path)
     fails("evaluate", card, "--against", output / "dense.onnx", says="goes with an ONNX file")
     fails("show", output / "dense.onnx", "-o", here / "x.png", says="holds no token plan")
     fails("show", output / "plan.json", "-o", here / "x.jpg", says="does not end in .png")
-    fails("show", output / "plan.json", "-o", "/proc/x/y.png", says="cannot write")
+    fails("show", output / "plan.json", "-o", "/proc/x/y.png", says="cannot write to /proc")
     fails("run", card, "--data", images, "-o", "/proc/nothing/out", says="cannot write to /proc/nothing")
     assert list(here.iterdir()) == []
 

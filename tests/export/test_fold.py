@@ -275,8 +275,6 @@ def test_fold_file_refuses_what_does_not_fit(exported, tmp_path):
         fold_file(other.path, plan, path)
     with pytest.raises(PlanError, match="weights"):
         fold_file(dense.path, plan.with_provenance(weights_sha256="0" * 64), path)
-    with pytest.raises(UserError, match="keeps every token"):
-        fold_file(dense.path, TokenPlan.identity("tiny", dense.geometry), path, identity_ok=False)
     assert not path.exists()
 
 
