@@ -16,11 +16,13 @@ Vocabulary, used everywhere in the package:
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from reprlib import Repr
 from types import MappingProxyType
 from typing import Any
 
@@ -32,6 +34,28 @@ from ..errors import PlanError
 
 #: Version of the JSON layout. Raise it when an older reader would misread a newer file.
 SCHEMA = 1
+#: More tokens than any ViT has; a typing error in a grid must not fill the memory before it is noticed.
+MOST_TOKENS = 1_000_000
+#: Levels of lists and objects in a provenance: writing JSON and making the report are recursive.
+MOST_NESTING = 50
+
+#: Field of :class:`Geometry` -> smallest and largest value. Pairs (height, width) are checked number by number.
+_RANGES = {
+    "depth": (1, 10_000),
+    "embed_dim": (1, 10**6),
+    "num_heads": (1, 10**6),
+    "head_dim": (1, 10**6),
+    "grid": (1, 10**6),
+    "prefix_tokens": (0, MOST_TOKENS),
+    "image_size": (1, 10**6),
+    "in_chans": (1, 10**6),
+    "mlp_macs": (0, 10**18),
+    "stem_macs": (0, 10**18),
+    "head_macs": (0, 10**18),
+    "head_macs_per_token": (0, 10**18),
+    "head_prefix": (0, MOST_TOKENS),
+    "outputs": (0, 10**9),
+}
 
 
 @dataclass(frozen=True)
@@ -75,20 +99,27 @@ class Geometry:
     output: str = "logits"
 
     def __post_init__(self):
-        for name in ("grid", "image_size"):
-            value = tuple(int(v) for v in getattr(self, name))
-            if len(value) != 2 or min(value) < 1:
-                raise PlanError(f"{name} is {list(value)}, expected two positive numbers (height, width)")
-            object.__setattr__(self, name, value)
-        for name in ("depth", "embed_dim", "num_heads", "head_dim", "in_chans"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name, (least, most) in _RANGES.items():
+            value, pair = getattr(self, name), name in ("grid", "image_size")
+            parts = value if pair and isinstance(value, (tuple, list)) else [value]
+            if len(parts) != 1 + pair or not all(_is_whole(part) and least <= part <= most for part in parts):
+                what = "two whole numbers (height, width)" if pair else "a whole number"
+                raise PlanError(f"{name} is {_shown(value)}, expected {what}, at least {least} and at most {most}")
+            numbers = tuple(int(part) for part in parts)
+            object.__setattr__(self, name, numbers if pair else numbers[0])
+        if self.tokens > MOST_TOKENS:
+            raise PlanError(
+                f"grid {self.grid[0]}x{self.grid[1]} with {self.prefix_tokens} prefix tokens has {self.tokens} tokens, "
+                f"expected at most {MOST_TOKENS}"
+            )
+        if not isinstance(self.head_patches, bool):
+            raise PlanError(f"head_patches is {_shown(self.head_patches)}, expected true or false")
         if not 0 <= self.head_prefix <= self.prefix_tokens:
             raise PlanError(f"the head reads {self.head_prefix} prefix tokens, the model has {self.prefix_tokens}")
         if not self.head_prefix and not self.head_patches:
             raise PlanError("the head reads no token at all")
         if self.output not in ("logits", "features"):
-            raise PlanError(f"output is {self.output!r}, expected 'logits' or 'features'")
+            raise PlanError(f"output is {_shown(self.output)}, expected 'logits' or 'features'")
 
     @property
     def patches(self) -> int:
@@ -105,14 +136,13 @@ class Geometry:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Geometry:
+        if not isinstance(value, Mapping):
+            raise PlanError(f"the geometry is {_shown(value)}, expected a JSON object")
         known = {f.name for f in fields(cls)}
         missing = {"depth", "embed_dim", "num_heads", "head_dim", "grid", "prefix_tokens", "image_size"} - set(value)
         if missing:
             raise PlanError(f"the geometry lacks {', '.join(sorted(missing))}")
-        try:
-            return cls(**{name: v for name, v in value.items() if name in known})
-        except TypeError as error:
-            raise PlanError(f"the geometry is malformed: {error}") from None
+        return cls(**{name: v for name, v in value.items() if name in known})
 
     def differences(self, other: Geometry) -> list[str]:
         """``"depth 12 != 24"`` for each field that differs."""
@@ -146,6 +176,8 @@ class TokenPlan:
 
     def __post_init__(self):
         geometry = self.geometry
+        if not isinstance(self.model, str) or not self.model:
+            raise PlanError(f"model is {_shown(self.model)}, expected its name")
         if isinstance(self.kept, str) or not isinstance(self.kept, Sequence):
             raise PlanError(f"kept is a {type(self.kept).__name__}, expected one list of patch indices per block")
         kept = tuple(_whole_numbers(indices, block) for block, indices in enumerate(self.kept))
@@ -155,7 +187,9 @@ class TokenPlan:
         for block, indices in enumerate(kept):
             unsorted = next((b for a, b in zip(indices, indices[1:], strict=False) if a >= b), None)
             if unsorted is not None:
-                raise PlanError(f"block {block}: patch {unsorted} is repeated or out of order; indices must ascend")
+                raise PlanError(
+                    f"block {block}: patch {_shown(unsorted)} is repeated or out of order; indices must ascend"
+                )
             extra = set(indices) - allowed
             if extra:
                 where = (
@@ -163,14 +197,14 @@ class TokenPlan:
                     if block == 0
                     else f"block {block - 1} had already dropped it (plans are nested)"
                 )
-                raise PlanError(f"block {block} keeps patch {min(extra)}, but {where}")
+                raise PlanError(f"block {block} keeps patch {_shown(min(extra))}, but {where}")
             if not indices and (geometry.prefix_tokens == 0 or (geometry.head_patches and block == geometry.depth - 1)):
                 raise PlanError(f"block {block} keeps no token at all")
             allowed = set(indices)
         object.__setattr__(self, "kept", kept)
         if self.gates is not None:
             object.__setattr__(self, "gates", _checked_gates(self.gates, kept))
-        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+        object.__setattr__(self, "provenance", MappingProxyType(_checked_provenance(self.provenance)))
 
     # -- making one -----------------------------------------------------------------------------------------------
 
@@ -299,19 +333,24 @@ class TokenPlan:
         if not isinstance(value, Mapping):
             raise PlanError(f"a plan is a JSON object, found {type(value).__name__}")
         schema = value.get("schema")
-        if schema != SCHEMA:
-            raise PlanError(f"the plan has schema {schema!r}, this vpruner reads {SCHEMA}", "run: vpruner prune MODEL")
+        if isinstance(schema, bool) or schema != SCHEMA:
+            raise PlanError(
+                f"the plan has schema {_shown(schema)}, this vpruner reads {SCHEMA}", "run: vpruner prune MODEL"
+            )
         known = {"schema", "vpruner", "model", "grid", "prefix_tokens", "geometry", "kept", "gates", "provenance"}
         unknown, missing = set(value) - known, {"model", "grid", "prefix_tokens", "geometry", "kept"} - set(value)
         if unknown or missing:
-            what = f"unknown key {min(unknown)!r}" if unknown else f"no key {min(missing)!r}"
+            what = f"unknown key {_shown(min(unknown, key=str))}" if unknown else f"no key {min(missing)!r}"
             raise PlanError(f"the plan has {what}", "run: vpruner prune MODEL")
         if not isinstance(value["geometry"], Mapping) or not isinstance(value["kept"], list):
             raise PlanError("'geometry' must be an object and 'kept' a list of lists")
+        provenance = value.get("provenance")
         geometry = Geometry.from_json(
             {**value["geometry"], "grid": value["grid"], "prefix_tokens": value["prefix_tokens"]}
         )
-        return cls(value["model"], geometry, value["kept"], value.get("gates"), value.get("provenance") or {})
+        return cls(
+            value["model"], geometry, value["kept"], value.get("gates"), {} if provenance is None else provenance
+        )
 
     def save(self, path: str | PathLike) -> None:
         """Write JSON, one block's list per line so that a plan can be read and compared by eye."""
@@ -337,6 +376,11 @@ class TokenPlan:
             ) from None
         except ValueError as error:
             raise PlanError(f"{path} is not JSON: {error}", "make a plan with: vpruner prune MODEL") from None
+        except RecursionError:
+            raise PlanError(
+                f"{path} is not a plan: its lists or objects are nested too deeply to be read",
+                "make a plan with: vpruner prune MODEL",
+            ) from None
         try:
             return cls.from_json(value)
         except PlanError as error:
@@ -349,27 +393,62 @@ def query_counts(geometry: Geometry, key_counts: Sequence[int]) -> tuple[int, ..
     return (*key_counts[1:], last)
 
 
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+
+
+def _shown(value: Any) -> str:
+    """``repr`` that fits a line, whatever a file may hold: long texts, long numbers, deep nesting."""
+    return _SHORT.repr(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def _whole_numbers(indices: Any, block: int) -> tuple[int, ...]:
     if isinstance(indices, str) or not isinstance(indices, (Sequence, np.ndarray)):
         raise PlanError(f"block {block}: kept is a {type(indices).__name__}, expected a list of patch indices")
     for value in indices:
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise PlanError(f"block {block}: {value!r} is not a patch index (a whole number)")
+        if not _is_whole(value):
+            raise PlanError(f"block {block}: {_shown(value)} is not a patch index (a whole number)")
     return tuple(int(value) for value in indices)
 
 
 def _checked_gates(gates: Any, kept: tuple[tuple[int, ...], ...]) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(gates, (Sequence, np.ndarray)) or isinstance(gates, str):
+        raise PlanError(f"gates is {_shown(gates)}, expected one list of numbers per block")
     if len(gates) != len(kept):
         raise PlanError(f"gates has {len(gates)} lists, kept has {len(kept)}")
     result = []
     for block, (values, indices) in enumerate(zip(gates, kept, strict=True)):
+        if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, str):
+            raise PlanError(f"block {block}: gates is {_shown(values)}, expected a list of numbers")
         if len(values) != len(indices):
             raise PlanError(f"block {block}: {len(values)} gates for {len(indices)} kept patches")
-        try:
-            numbers = tuple(float(value) for value in values)
-        except (TypeError, ValueError):
-            raise PlanError(f"block {block}: gates must be numbers") from None
-        if not all(0 < value < float("inf") for value in numbers):
-            raise PlanError(f"block {block}: gates must be positive and finite; a token to drop is left out of kept")
-        result.append(numbers)
+        for value in values:
+            if not (_is_whole(value) or isinstance(value, (float, np.floating))):
+                raise PlanError(f"block {block}: gates must be numbers, found {_shown(value)}")
+            # No float is larger than this; a whole number in JSON may be.
+            if not 0 < value <= sys.float_info.max:
+                raise PlanError(
+                    f"block {block}: gates must be positive and finite, found {_shown(value)}; "
+                    "a token to drop is left out of kept"
+                )
+        result.append(tuple(float(value) for value in values))
     return tuple(result)
+
+
+def _checked_provenance(provenance: Any) -> dict[str, Any]:
+    if not isinstance(provenance, Mapping):
+        raise PlanError(f"provenance is {_shown(provenance)}, expected a JSON object")
+    sha256 = provenance.get("weights_sha256")
+    if sha256 is not None and not isinstance(sha256, str):
+        raise PlanError(f"provenance.weights_sha256 is {_shown(sha256)}, expected the hash as text")
+    level: list[Any] = [provenance]
+    for _ in range(MOST_NESTING):
+        parts = [part.values() if isinstance(part, Mapping) else part for part in level]
+        level = [item for part in parts for item in part if isinstance(item, (Mapping, list, tuple))]
+        if not level:
+            return dict(provenance)
+    raise PlanError(f"provenance is nested more than {MOST_NESTING} levels deep")

@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import numpy as np
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpruner.errors import PlanError
+from vpruner.prune.cost import dense_macs, plan_macs
 from vpruner.prune.plan import Geometry, TokenPlan
 
 
@@ -150,6 +152,24 @@ def test_file_round_trip_and_layout(tmp_path):
         ({"kept": None}, "'kept' a list of lists"),
         ({"grid": [0, 3]}, "grid is"),
         ({"geometry": {}}, "geometry lacks"),
+        ({"geometry": 5}, "'geometry' must be an object"),
+        ({"gates": 5}, "gates is 5, expected one list of numbers per block"),
+        ({"gates": [5, [1], [1]]}, "block 0: gates is 5, expected a list of numbers"),
+        ({"gates": [[True] * 6] * 3}, "block 0: gates must be numbers, found True"),
+        ({"gates": [[10**400] * 6] * 3}, "block 0: gates must be positive and finite"),
+        ({"provenance": [1]}, r"provenance is \[1\], expected a JSON object"),
+        ({"provenance": ""}, "provenance is '', expected a JSON object"),
+        ({"provenance": {"weights_sha256": 5}}, "provenance.weights_sha256 is 5, expected the hash as text"),
+        ({"model": 5}, "model is 5, expected its name"),
+        ({"model": ""}, "model is '', expected its name"),
+        ({"schema": True}, "schema True"),
+        ({"grid": ["x", 3]}, r"grid is \['x', 3\], expected two whole numbers \(height, width\), at least 1"),
+        ({"grid": [float("nan"), 3]}, r"grid is \[nan, 3\], expected two whole numbers"),
+        ({"grid": [2]}, r"grid is \[2\], expected two whole numbers"),
+        ({"grid": 2}, "grid is 2, expected two whole numbers"),
+        ({"grid": [100_000, 100_000]}, "grid 100000x100000 with 1 prefix tokens has 10000000001 tokens"),
+        ({"prefix_tokens": -1}, "prefix_tokens is -1, expected a whole number, at least 0"),
+        ({"prefix_tokens": 10**9}, "prefix_tokens is 1000000000, expected a whole number, at least 0 and at most"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_name(tmp_path, change, reason):
@@ -158,6 +178,95 @@ def test_a_bad_file_is_refused_with_its_name(tmp_path, change, reason):
     with pytest.raises(PlanError, match=reason) as caught:
         TokenPlan.load(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_size", ["x", 24]),
+        ("image_size", [float("inf"), 24]),
+        ("image_size", "24"),
+        ("image_size", None),
+        *[(name, "5") for name in ("mlp_macs", "stem_macs", "head_macs", "head_macs_per_token", "outputs", "depth")],
+        ("mlp_macs", True),
+        ("mlp_macs", -1),
+        ("mlp_macs", 2.5),
+        ("outputs", None),
+        ("embed_dim", 10**400),
+        ("head_patches", 1),
+        ("head_patches", "no"),
+        ("output", ["logits"]),
+    ],
+)
+def test_a_geometry_of_wrong_types_is_refused(name, value):
+    content = TokenPlan.identity("m", geometry()).to_json()
+    content["geometry"][name] = value
+    with pytest.raises(PlanError, match=f"^{name} is .*, expected ") as caught:
+        TokenPlan.from_json(content)
+    assert len(str(caught.value)) < 200
+
+
+def test_deep_nesting_is_refused(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(PlanError, match="nested too deeply to be read"):
+        TokenPlan.load(path)
+    deep = {}
+    for _ in range(300):
+        deep = {"deeper": [deep]}
+    with pytest.raises(PlanError, match="provenance is nested more than 50 levels deep"):
+        TokenPlan("m", geometry(), [[0]] * 3, provenance=deep)
+    for name in ("schema", "model", "grid", "kept", "gates"):
+        with pytest.raises(PlanError):
+            TokenPlan.from_json({**TokenPlan.identity("m", geometry()).to_json(), name: [deep] * 3})
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 10),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=3),
+    st.sampled_from([10**30, -(10**400), [], {}, [[]], {"": None}, [1, "x"], [100_000, 100_000], [[0], [0], [0]]]),
+)
+
+
+def places(value, path=()):
+    """Every place in a JSON value, the whole left out."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+@settings(deadline=None, max_examples=400)
+@given(plans(max_depth=3), st.data())
+def test_a_damaged_plan_is_refused_or_valid(plan, data):
+    """Nothing that an editor may leave in a plan ends in another error than ours, there or in first use."""
+    plan = plan.with_provenance(weights_sha256="a" * 64, note="", rounds=[{"images": 3}])
+    content = json.loads(json.dumps(plan.to_json()))
+    for _ in range(data.draw(st.integers(1, 3))):
+        *parents, last = data.draw(st.sampled_from(list(places(content))))
+        parent = content
+        for key in parents:
+            parent = parent[key]
+        if data.draw(st.integers(0, 4)):
+            parent[last] = data.draw(JUNK)
+        else:
+            del parent[last]
+    damaged = None
+    with contextlib.suppress(PlanError):
+        damaged = TokenPlan.from_json(content)
+    if damaged is None:
+        return
+    again = TokenPlan.from_json(json.loads(json.dumps(damaged.to_json())))
+    assert again.digest == damaged.digest and len(damaged.query_counts) == damaged.geometry.depth
+    assert len(damaged.exits) == damaged.geometry.patches and plan_macs(damaged) <= dense_macs(damaged.geometry)
+    for block in range(damaged.geometry.depth):
+        assert len(damaged.query_rows(block)) == damaged.query_counts[block]
+    with contextlib.suppress(PlanError):
+        damaged.check_fits("m", plan.geometry, "b" * 64)
 
 
 def test_unreadable_files_are_refused(tmp_path):
