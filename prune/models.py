@@ -8,6 +8,9 @@ import importlib
 import inspect
 import json
 import logging
+import pickle
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,10 +113,12 @@ def _open_timm(name: str, pretrained: bool, weights: str | Path | None, model_ar
             f"the pretrained weights of {name} could not be had: {_first_line(error)}",
             "download them elsewhere and give the file: --weights FILE",
         ) from error
-    read_geometry(model, name)  # Before the weights: "cannot be pruned" says more than "does not fit".
+    geometry = read_geometry(model, name)  # Before the weights: "cannot be pruned" says more than "does not fit".
     if weights is not None:
         load_weights(model, weights, name)
-    return _ready(model, name, None, None, name)
+    # 1000 outputs of a timm model are those of ImageNet; a card can say what its outputs are, or that it does not know.
+    imagenet = geometry.outputs == 1000 and geometry.output == "logits"
+    return _ready(model, name, None, _imagenet_classes() if imagenet else None, name)
 
 
 def _open_card(path: Path, model_args: dict[str, Any], source: str) -> LoadedModel:
@@ -143,12 +148,18 @@ def _open_card(path: Path, model_args: dict[str, Any], source: str) -> LoadedMod
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """Read and check a model card: JSON with ``args``, ``weights`` and a timm ``class`` or ``name``."""
+    """Read and check a model card: JSON with ``args``, ``weights`` and a timm ``class`` or ``name``.
+
+    Optional are ``sha256`` of the weights file, ``classes`` (names of the outputs, each once) and ``preprocessing``.
+
+    Raises:
+        UserError: Unreadable, or an entry is missing or of the wrong type; the message names it.
+    """
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the model card {path}: {error.strerror}", "check the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}", "a model card is JSON with class, args and weights") from None
     if not isinstance(card, dict) or not isinstance(card.get("args"), dict) or not isinstance(card.get("weights"), str):
         raise UserError(
@@ -158,7 +169,25 @@ def read_card(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} must have one of 'class' (timm.…) and 'name' (a timm model name)")
     if card.get("schema", 1) != 1:
         raise UserError(f"{path} has schema {card['schema']!r}, this vpruner reads 1")
+    for key in ("class", "name", "sha256"):
+        if key in card and not (isinstance(card[key], str) and card[key]):
+            raise UserError(f"{path}: {key} is {_shown(card[key])}, expected text", f"correct {key!r} in the card")
+    _check_classes(path, card.get("classes"))
     return card
+
+
+def _check_classes(path: Path, classes: Any) -> None:
+    if classes is None:
+        return
+    hint = "correct 'classes' in the card, or leave it out"
+    if not isinstance(classes, list):
+        raise UserError(f"{path}: classes is {_shown(classes)}, expected a list of names, one for each output", hint)
+    for index, name in enumerate(classes):
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{path}: class {index} is {_shown(name)}, expected its name", hint)
+    if len(set(classes)) < len(classes):
+        twice = next(name for index, name in enumerate(classes) if name in classes[:index])
+        raise UserError(f"{path}: class {_shown(twice)} stands twice in classes, expected each name once", hint)
 
 
 def _card_class(path: Path, dotted: str) -> type[nn.Module]:
@@ -188,10 +217,8 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
         with _quiet_logging():
             state = load_state_dict(str(path))
     except Exception as error:
-        raise UserError(
-            f"{path} cannot be read as weights ({type(error).__name__})",
-            "expected a .safetensors, .pth, .pt or .bin state dict",
-        ) from None
+        reason, hint = _why_unreadable(error)
+        raise UserError(f"{path} cannot be read as weights: {reason}", hint) from None
     problem = _mismatch(model, state)
     if problem:
         # Checkpoints of the original code bases (DINOv2, CLIP, other image sizes) fit after timm's own conversion.
@@ -209,12 +236,22 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
         raise UserError(f"{path} holds values that are not finite", "the file is damaged or the training diverged")
 
 
+def _why_unreadable(error: Exception) -> tuple[str, str]:
+    """(reason, hint) for a failure of timm's ``load_state_dict``."""
+    cause = error if isinstance(error, pickle.UnpicklingError) else error.__cause__
+    if isinstance(cause, pickle.UnpicklingError):
+        # PyTorch runs no code of a checkpoint, so a pickled module or trainer object is refused by its class.
+        refused = re.search(r"GLOBAL ([\w.]+)", str(cause))
+        reason = f"it holds more than tensors ({refused[1]})" if refused else "its pickle is damaged or holds objects"
+        return reason, "save the tensors alone with torch.save(model.state_dict(), FILE)"
+    reason = _first_line(error).split(". ")[0]
+    return f"{reason} ({type(error).__name__})", "expected a .safetensors, .pth, .pt or .bin state dict"
+
+
 def _mismatch(model: nn.Module, state: Mapping[str, Any]) -> str:
     """Why ``state`` cannot be loaded strictly, in one line; empty when it can."""
     expected = model.state_dict()
-    wrong_shape = [
-        k for k, v in expected.items() if k in state and tuple(getattr(state[k], "shape", ())) != tuple(v.shape)
-    ]
+    wrong_shape = [k for k, v in expected.items() if k in state and getattr(state[k], "shape", None) != v.shape]
     missing = [k for k in expected if k not in state]
     extra = [k for k in state if k not in expected]
     if not (wrong_shape or missing or extra):
@@ -222,7 +259,8 @@ def _mismatch(model: nn.Module, state: Mapping[str, Any]) -> str:
     fitting = len(expected) - len(missing) - len(wrong_shape)
     if wrong_shape:
         key = wrong_shape[0]
-        example = f"{key} is {list(state[key].shape)} there, {list(expected[key].shape)} here"
+        found = list(state[key].shape) if hasattr(state[key], "shape") else f"of type {type(state[key]).__name__}"
+        example = f"{key} is {found} there, {list(expected[key].shape)} here"
     else:
         example = f"{missing[0]} is missing there" if missing else f"{extra[0]} is unknown here"
     return f"{fitting} of {len(expected)} tensors fit; {example}"
@@ -253,8 +291,6 @@ def _ready(
         )
     if geometry.in_chans != 3:
         raise UserError(f"{name} takes {geometry.in_chans} channels, expected 3 (RGB)", "only RGB models are supported")
-    if classes is None and geometry.outputs == 1000 and geometry.output == "logits":
-        classes = _imagenet_classes()
     if classes is not None and (geometry.output != "logits" or len(classes) != geometry.outputs):
         raise UserError(
             f"{name}: {len(classes)} class names for {geometry.outputs} outputs", "correct 'classes' in the card"
@@ -270,6 +306,11 @@ def _imagenet_classes() -> list[str] | None:
         return [info.index_to_description(index) for index in range(1000)]
     except Exception:
         return None
+
+
+def _shown(value: Any) -> str:
+    """``repr`` that fits a line, however long or deep the value of a card is."""
+    return reprlib.repr(value)
 
 
 def _first_line(error: BaseException) -> str:

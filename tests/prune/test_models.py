@@ -93,13 +93,32 @@ def test_weights_of_another_model_are_refused_with_the_first_misfit(weights):
 
 def test_damaged_weights(small_model, weights, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be read as weights"):
+    with pytest.raises(UserError, match=r"cannot be read as weights: .+ \(SafetensorError\); expected a"):
         open_model(NAME, weights=weights, model_args=SMALL)
+    torch.save(small_model.state_dict(), tmp_path / "half.pth")
+    (tmp_path / "half.pth").write_bytes((tmp_path / "half.pth").read_bytes()[:1000])
+    with pytest.raises(UserError, match="PytorchStreamReader failed .* [(]RuntimeError[)]; expected a"):
+        open_model(NAME, weights=tmp_path / "half.pth", model_args=SMALL)
     state = dict(small_model.state_dict())
     state["head.bias"] = torch.full_like(state["head.bias"], torch.nan)
     save_file(state, tmp_path / "nan.safetensors")
     with pytest.raises(UserError, match="not finite"):
         open_model(NAME, weights=tmp_path / "nan.safetensors", model_args=SMALL)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: {"model": model}])
+def test_a_pickled_module_is_refused_with_what_to_save_instead(small_model, tmp_path, wrap):
+    torch.save(wrap(small_model), tmp_path / "whole.pth")
+    with pytest.raises(
+        UserError, match=r"holds more than tensors \(timm[\w.]+\); .*torch.save\(model.state_dict\(\), FILE\)"
+    ):
+        open_model(NAME, weights=tmp_path / "whole.pth", model_args=SMALL)
+
+
+def test_a_state_dict_with_something_else_than_a_tensor(small_model, tmp_path):
+    torch.save({**small_model.state_dict(), "head.bias": 5}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="head.bias is of type int there"):
+        open_model(NAME, weights=tmp_path / "w.pth", model_args=SMALL)
 
 
 def test_unknown_model_arguments(weights):
@@ -126,6 +145,10 @@ def test_a_card_with_a_timm_name_and_classes(small_model, weights, tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps(card))
     loaded = open_model(str(tmp_path / "mine.json"))
     assert loaded.name == "mine" and torch.equal(loaded.adapter.model.head.weight, small_model.head.weight)
+    assert loaded.classes is None  # A thousand outputs need not be those of ImageNet; a card can say that they are.
+    card["classes"] = [f"kind {index}" for index in range(1000)]
+    (tmp_path / "mine.json").write_text(json.dumps(card))
+    assert open_model(str(tmp_path / "mine.json")).classes[-1] == "kind 999"
 
 
 @pytest.mark.parametrize(
@@ -141,6 +164,16 @@ def test_a_card_with_a_timm_name_and_classes(small_model, weights, tmp_path):
         ({"args": None}, "is not a model card"),
         ({"class": None}, "must have one of 'class'"),
         ({"schema": 7}, "has schema 7"),
+        ({"class": 5}, "class is 5, expected text"),
+        ({"class": None, "name": 5}, "name is 5, expected text"),
+        ({"sha256": 5}, "sha256 is 5, expected text"),
+        ({"weights": 5}, "is not a model card"),
+        ({"classes": 5}, "classes is 5, expected a list of names"),
+        ({"classes": "abcdefghij"}, "classes is 'abcdefghij', expected a list"),
+        ({"classes": ["a", 5]}, "class 1 is 5, expected its name"),
+        ({"classes": ["a", ""]}, "class 1 is '', expected its name"),
+        ({"classes": [*"abcdefgha"]}, "class 'a' stands twice"),
+        ({"preprocessing": 5}, "preprocessing is a JSON object, found int"),
     ],
 )
 def test_a_bad_card_is_refused(tmp_path, changes, reason):
