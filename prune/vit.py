@@ -185,6 +185,8 @@ def read_geometry(model: nn.Module, name: str) -> Geometry:
         raise refuse(f"its patch embedding is a {type(model.patch_embed).__name__}, not a plain PatchEmbed")
     if model.patch_embed.img_size is None or model.patch_embed.grid_size is None:
         raise refuse("its image size is not fixed")
+    if model.dynamic_img_size:
+        raise refuse("dynamic_img_size lets the image size vary, and a plan is for one; build it without")
 
     shapes = set()
     for index, block in enumerate(model.blocks):
@@ -194,6 +196,10 @@ def read_geometry(model: nn.Module, name: str) -> Geometry:
             raise refuse(f"the attention of block {index} is a {type(block.attn).__name__}, not the plain Attention")
         if block.attn.gate is not None:
             raise refuse(f"the attention of block {index} is gated")
+        for part in ("norm1", "norm2"):
+            if not isinstance(getattr(block, part), nn.LayerNorm):
+                kind = type(getattr(block, part)).__name__
+                raise refuse(f"{part} of block {index} is a {kind}, not a LayerNorm")
         mlp = sum(m.in_features * m.out_features for m in block.mlp.modules() if isinstance(m, nn.Linear))
         shapes.add((block.attn.num_heads, block.attn.head_dim, mlp))
     if not shapes:
@@ -201,6 +207,10 @@ def read_geometry(model: nn.Module, name: str) -> Geometry:
     if len(shapes) > 1:
         raise refuse("its blocks differ in shape")
     ((num_heads, head_dim, mlp_macs),) = shapes
+
+    # timm puts the norm behind the pooling, or leaves it out, by an Identity here.
+    if not isinstance(model.norm, (nn.LayerNorm, nn.Identity)):
+        raise refuse(f"its final norm is a {type(model.norm).__name__}, not a LayerNorm")
 
     pool = "map" if model.attn_pool is not None else model.global_pool
     if pool not in ("token", "avg", "map"):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers import LayerNormFp32, RmsNorm
 from tiny_vits import KINDS, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -175,11 +176,50 @@ def test_a_plan_of_another_geometry_is_refused(adapter):
         ),
         ("vit_tiny_r_s16_p8_224", {}, "its patch embedding is a HybridEmbed"),
         ("swin_tiny_patch4_window7_224", {}, "it is a SwinTransformer"),
+        ("vit_tiny_patch16_224", {"depth": 2, "dynamic_img_size": True}, "dynamic_img_size lets the image size vary"),
+        ("vit_tiny_patch16_224", {"depth": 2, "norm_layer": RmsNorm}, "norm1 of block 0 is a RmsNorm, not a LayerNorm"),
     ],
 )
 def test_a_model_it_cannot_handle_is_refused_by_name(name, arguments, reason):
     with pytest.raises(UserError, match=f"{name} cannot be pruned: .*{reason}"):
         ViTAdapter(timm.create_model(name, **arguments), name)
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ("blocks.1.norm1", "norm1 of block 1 is a RmsNorm"),
+        ("blocks.1.norm2", "norm2 of block 1 is a Identity"),
+        ("norm", "its final norm is a RmsNorm"),
+    ],
+)
+def test_other_norms_are_refused_where_they_stand(part, reason):
+    model = tiny("class token")
+    model.set_submodule(part, torch.nn.Identity() if "Identity" in reason else RmsNorm(32))
+    with pytest.raises(UserError, match=f"tiny cannot be pruned: {reason}, not a LayerNorm"):
+        ViTAdapter(model, "tiny")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_base_patch16_siglip_224",
+        "vit_base_patch16_clip_224",
+        "vit_base_patch16_clip_quickgelu_224",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_medium_patch16_reg4_gap_256",
+        "deit3_small_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+    ],
+)
+def test_well_known_models_are_handled(name):
+    geometry = ViTAdapter(timm.create_model(name, depth=2), name).geometry
+    assert geometry.depth == 2 and geometry.patches == geometry.grid[0] * geometry.grid[1] > 100
+
+
+@pytest.mark.parametrize("changes", [{"norm_layer": LayerNormFp32}, {"final_norm": False}])
+def test_norms_that_timm_puts_in_place_of_a_plain_layer_norm(changes):
+    assert ViTAdapter(tiny("class token", **changes), "tiny").geometry.depth == 4
 
 
 def test_weights_hash_sees_every_value():
