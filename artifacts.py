@@ -42,12 +42,17 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def append_rows(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
-    """Add measurement rows to a ``results.jsonl``; each is written in one call, so no reader sees half a row."""
+    """Add measurement rows to a ``results.jsonl``; each is written in one call, so no reader sees half a row.
+
+    Raises:
+        ValueError: A value is not finite (JSON has no word for it); nothing is written then.
+    """
     path = Path(path)
+    lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row) + "\n")
+        for line in lines:
+            stream.write(line)
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:

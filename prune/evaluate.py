@@ -23,14 +23,15 @@ class Estimate:
 
     Attributes:
         metric: ``top1``, ``top1_difference``, ``agreement``, ``kl`` (nats) or ``cosine``.
-        value, low, high: The estimate and its interval.
+        value: The estimate.
+        low, high: Its interval; both None where the images are too few to have one.
         count: Images.
     """
 
     metric: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     count: int
 
     def row(self, label: str) -> dict[str, Any]:
@@ -45,11 +46,55 @@ def proportion(metric: str, hits: np.ndarray) -> Estimate:
     return Estimate(metric, share, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
-def mean(metric: str, values: np.ndarray) -> Estimate:
-    """A mean of float [image] with its normal interval."""
+def mean(metric: str, values: np.ndarray, *, least: float = -math.inf, most: float = math.inf) -> Estimate:
+    """A mean of float [image] with its normal interval, clipped to what the quantity can be at ``least`` and ``most``.
+
+    One image has no spread, so its mean has no interval.
+    """
+    values = np.clip(values, least, most)  # Rounding can leave the range: a cosine of 1 + 1e-16.
     n, value = len(values), float(np.mean(values))
-    half = Z95 * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-    return Estimate(metric, value, value - half, value + half, n)
+    if n < 2:
+        return Estimate(metric, value, None, None, n)
+    half = Z95 * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Estimate(metric, value, max(value - half, least), min(value + half, most), n)
+
+
+def paired_difference(metric: str, hits: np.ndarray, reference: np.ndarray) -> Estimate:
+    """Share of ``hits`` less share of ``reference`` (both bool [image]) with Tango's score interval for paired shares.
+
+    Only images on which the two disagree move the estimate; with none of them in n images, the normal interval is a
+    point, and this one is +- z^2 / (n + z^2), the Wilson limit of 0 in n.
+
+    Source: Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample
+    design", Statistics in Medicine 17 (1998) 891-908.
+    """
+    n = len(hits)
+    gained, lost = int(np.sum(hits & ~reference)), int(np.sum(~hits & reference))
+    value = (gained - lost) / n
+
+    def is_inside(difference: float) -> bool:
+        """Whether the score test at the 5 % level does not reject this difference."""
+        # Share of lost images, of highest likelihood under it: the larger root of 2 n q^2 + b q + c = 0.
+        b = (2 * n + lost - gained) * difference - gained - lost
+        c = -lost * difference * (1 - difference)
+        share = (math.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
+        variance = n * (2 * share + difference * (1 - difference))
+        return (gained - lost - n * difference) ** 2 <= Z95**2 * max(variance, 0.0)
+
+    return Estimate(metric, value, _edge(is_inside, value, -1.0), _edge(is_inside, value, 1.0), n)
+
+
+def _edge(is_inside: Callable[[float], bool], inside: float, outside: float) -> float:
+    """Bisect to where ``is_inside`` ends between the two; ``outside`` itself where it does not."""
+    if is_inside(outside):
+        return outside
+    for _ in range(60):
+        middle = 0.5 * (inside + outside)
+        if is_inside(middle):
+            inside = middle
+        else:
+            outside = middle
+    return inside
 
 
 @dataclass(frozen=True)
@@ -95,7 +140,8 @@ def compare(outputs: Outputs, *, baseline: str, output: str) -> dict[str, list[E
     """Estimates for each model.
 
     With labels: top-1, and for each model but the baseline the paired difference to it. Always: agreement of the top
-    class with the baseline and the KL divergence from the baseline's distribution, or for features the cosine.
+    class with the baseline and the KL divergence from the baseline's distribution, or for features the cosine. The
+    intervals of KL and cosine end where the quantities do: at 0, and at -1 and 1.
 
     Args:
         outputs: From :func:`collect_outputs`.
@@ -114,11 +160,11 @@ def compare(outputs: Outputs, *, baseline: str, output: str) -> dict[str, list[E
             if label != baseline:
                 if right is not None:
                     reference_right = reference.argmax(1) == outputs.labels
-                    estimates.append(mean("top1_difference", right.astype(float) - reference_right.astype(float)))
+                    estimates.append(paired_difference("top1_difference", right, reference_right))
                 estimates.append(proportion("agreement", values.argmax(1) == reference.argmax(1)))
-                estimates.append(mean("kl", kl_divergence(reference, values)))
+                estimates.append(mean("kl", kl_divergence(reference, values), least=0.0))
         elif label != baseline:
-            estimates.append(mean("cosine", cosine(reference, values)))
+            estimates.append(mean("cosine", cosine(reference, values), least=-1.0, most=1.0))
         result[label] = estimates
     return result
 

@@ -1,9 +1,20 @@
+import json
 import math
 
 import numpy as np
 import pytest
 
-from vpruner.prune.evaluate import Outputs, collect_outputs, compare, cosine, kl_divergence, mean, proportion
+from vpruner.artifacts import append_rows, read_rows
+from vpruner.prune.evaluate import (
+    Outputs,
+    collect_outputs,
+    compare,
+    cosine,
+    kl_divergence,
+    mean,
+    paired_difference,
+    proportion,
+)
 
 
 def test_wilson_interval_of_known_values():
@@ -24,7 +35,105 @@ def test_normal_interval_of_a_mean():
         pytest.approx(2.5 - half, rel=1e-3),
         pytest.approx(2.5 + half, rel=1e-3),
     )
-    assert mean("kl", np.array([1.0])).high == math.inf
+
+
+def test_one_image_has_a_mean_and_no_interval():
+    row = mean("kl", np.array([1.0])).row("pruned")
+    assert (row["value"], row["low"], row["high"], row["count"]) == (1.0, None, None, 1)
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+def test_intervals_end_where_the_quantity_does():
+    skewed = np.array([0.0, 0.0, 0.0, 1.0])
+    assert mean("kl", skewed).low < 0
+    assert mean("kl", skewed, least=0.0).low == 0
+    assert mean("cosine", 1 - skewed, most=1.0).high == 1
+    assert mean("cosine", np.full(3, 1 + 1e-9), most=1.0).value == 1
+    logits = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    changed = logits.copy()
+    changed[0] += [9, 0, 0]
+    kl = by_metric(compare(Outputs({"d": logits, "p": changed}, None), baseline="d", output="logits")["p"])["kl"]
+    assert kl.low == 0 < kl.value < kl.high
+    cos = by_metric(compare(Outputs({"d": logits, "p": changed}, None), baseline="d", output="features")["p"])["cosine"]
+    assert cos.high == 1 > cos.value > cos.low
+
+
+def pairs(gained, lost, count):
+    """bool [image] hits and reference with these numbers of images that only one of them got right."""
+    hits, reference = np.arange(count) % 2 == 0, np.arange(count) % 2 == 0
+    hits[: gained + lost] = np.arange(gained + lost) < gained
+    reference[: gained + lost] = np.arange(gained + lost) >= gained
+    return hits, reference
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "count", "low", "high", "digits"),
+    [
+        # Fagerland, Lydersen, Laake (2017), "Statistical Analysis of Contingency Tables", chapter 8: airway
+        # hyper-responsiveness (Bentur et al. 2009) and complete response (Cavo et al. 2012).
+        (1, 7, 21, -0.517, -0.026, 3),
+        (6, 16, 161, -0.1240, -0.0054, 4),
+    ],
+)
+def test_paired_interval_of_published_examples(gained, lost, count, low, high, digits):
+    result = paired_difference("top1_difference", *pairs(gained, lost, count))
+    assert result.value == pytest.approx((gained - lost) / count)
+    assert (round(result.low, digits), round(result.high, digits)) == (low, high)
+    mirrored = paired_difference("top1_difference", *pairs(lost, gained, count))
+    assert (mirrored.low, mirrored.high) == (pytest.approx(-result.high), pytest.approx(-result.low))
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "count"), [(0, 0, 50), (3, 0, 40), (0, 3, 40), (5, 9, 300), (20, 0, 20), (2, 2, 4)]
+)
+def test_paired_interval_ends_where_the_score_test_rejects(gained, lost, count):
+    """The score test from scratch: the likelihood is maximised on a grid, with no closed form."""
+    result = paired_difference("top1_difference", *pairs(gained, lost, count))
+
+    def score(difference):
+        shares = np.linspace(max(0, -difference), (1 - difference) / 2, 200_001)[1:-1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            likelihood = (
+                gained * np.log(shares + difference)
+                + lost * np.log(shares)
+                + (count - gained - lost) * np.log(1 - 2 * shares - difference)
+            )
+        share = shares[np.nanargmax(likelihood)]
+        return abs(gained - lost - count * difference) / math.sqrt(
+            count * (2 * share + difference - difference * difference)
+        )
+
+    for limit, end in ((result.low, -1), (result.high, 1)):
+        if limit == end:
+            assert (gained - lost) / count == end
+        else:
+            assert score(limit) == pytest.approx(1.96, abs=5e-3)
+
+
+@pytest.mark.parametrize("count", [1, 20, 2000])
+def test_models_that_never_disagree_still_have_an_interval(count):
+    result = paired_difference("top1_difference", *pairs(0, 0, count))
+    width = 1.96**2 / (count + 1.96**2)
+    assert (result.value, result.low, result.high) == (0, pytest.approx(-width, 1e-3), pytest.approx(width, 1e-3))
+
+
+def test_paired_interval_covers_what_it_claims():
+    random = np.random.default_rng(0)
+    counts = random.multinomial(150, [0.03, 0.05, 0.92], size=1000)
+    inside = [
+        result.low <= -0.02 <= result.high
+        for gained, lost, _ in counts
+        for result in [paired_difference("top1_difference", *pairs(gained, lost, 150))]
+    ]
+    assert 0.93 <= np.mean(inside) <= 0.98
+
+
+def test_rows_that_json_cannot_hold_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        append_rows(tmp_path / "results.jsonl", [{"value": 1.0}, {"value": math.inf}])
+    assert not (tmp_path / "results.jsonl").exists()
+    append_rows(tmp_path / "results.jsonl", iter([{"value": 1.0}, {"low": None}]))
+    assert read_rows(tmp_path / "results.jsonl") == [{"value": 1.0}, {"low": None}]
 
 
 def test_kl_against_a_loop_and_at_extreme_logits():
@@ -64,7 +173,7 @@ def test_comparison_is_paired_and_counts_right_answers():
         Outputs({"dense": logits, "pruned": logits}, np.array([0, 1, 3, 3])), baseline="dense", output="logits"
     )
     difference = by_metric(same["pruned"])["top1_difference"]
-    assert (difference.value, difference.low, difference.high) == (0, 0, 0)  # Paired: no spread where nothing differs.
+    assert difference.value == 0 and difference.low < 0 < difference.high
 
 
 def test_without_labels_and_for_features():
