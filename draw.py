@@ -13,6 +13,7 @@ import numpy as np
 
 from .prune.cost import cost_ratio
 from .prune.plan import TokenPlan
+from .runtime.preprocess import to_rgb
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -60,7 +61,7 @@ def draw_kept_tokens(
     scale = _default_scale(height, width) if scale is None else scale
     panel_w = max(geometry.grid[1], round(width * scale * density))
     panel_h = max(geometry.grid[0], round(height * scale * density))
-    picture = image.convert("RGB")
+    picture = to_rgb(image)
     if picture.size != (width, height):
         picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
     enlarge = Image.Resampling.NEAREST if panel_w > width else Image.Resampling.LANCZOS

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..extras import require
+from .environment import usable_cores
 from .metadata import ModelMetadata
 from .session import Prediction, Score, Session, TensorSpec, open
 
@@ -52,6 +53,8 @@ _DTYPES = {
 # becomes one line; on a CPU the log would say it a second time. For the other providers the log is the only place
 # that says why a library did not load, so there errors stay.
 _LOG_FATAL, _LOG_ERROR = 4, 3
+#: More threads than this per usable core are a slip of the keyboard: idle ones spin, and thousands hang the machine.
+THREADS_PER_CORE = 4
 
 
 class OrtSession(Session):
@@ -63,7 +66,7 @@ class OrtSession(Session):
             ``(name, options)`` pairs; one name or a list. None is the CPU. The CPU is always added at the end, for the
             nodes that a GPU provider does not take.
         threads: Threads inside one operator (intra-op); operators run one after another (inter-op 1). None leaves it to
-            onnxruntime: one thread per physical core, pinned.
+            onnxruntime: one thread per physical core, pinned. At most :data:`THREADS_PER_CORE` per usable core.
         spinning: Whether idle threads wait actively, as onnxruntime does by default. True: lowest latency. False: they
             sleep; right for a process that shares its cores. ``"run"``: active inside a run, asleep between runs; what
             several sessions that take turns need. Without effect on one thread.
@@ -85,6 +88,11 @@ class OrtSession(Session):
     ):
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise UserError(f"threads is {threads!r}, expected a whole number of at least 1, or None for the default")
+        if threads is not None and threads > THREADS_PER_CORE * (cores := usable_cores()):
+            raise UserError(
+                f"threads is {threads}, this machine has {cores} usable cores",
+                f"expected 1 to {THREADS_PER_CORE * cores}; the default is right for most models",
+            )
         if spinning not in (True, False, "run"):
             raise UserError(f"spinning is {spinning!r}, expected True, False or 'run'")
         self.threads, self.spinning = threads, spinning

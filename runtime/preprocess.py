@@ -4,12 +4,17 @@ The arithmetic is that of timm's evaluation transform (``timm.data.create_transf
 sits on torchvision), down to the rounding of sizes and offsets, so that an accuracy measured with timm is the accuracy
 the application gets. As in timm, the EXIF orientation is *not* applied: a photo stored sideways is classified sideways.
 Call ``PIL.ImageOps.exif_transpose`` first where that matters.
+
+One thing is not as in timm: images of 16 bits per pixel are scaled to 8 (:func:`to_rgb`), where Pillow's own conversion
+clips them to white.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -146,7 +151,7 @@ class Preprocessing:
 
     def crop(self, image: Image.Image) -> Image.Image:
         """What the model sees, as an RGB image of :attr:`size`, before normalisation."""
-        image = image.convert("RGB")
+        image = to_rgb(image)
         scale = tuple(max(1, math.floor(side / self.crop_pct)) for side in self.size)
         fill = (0, 0, 0)
         if self.crop_mode == "squash":
@@ -171,21 +176,21 @@ class Preprocessing:
 
 
 def load_image(source: str | PathLike | Image.Image | np.ndarray) -> Image.Image:
-    """A decoded image from a file, a Pillow image, or an array of pixels.
+    """A decoded RGB image from a file, a Pillow image, or an array of pixels.
 
     Args:
         source: A path, a PIL image, or uint8 [height, width, 3] (RGB) or uint8 [height, width] (grey).
 
     Raises:
-        UserError: The file is missing, is no image or is cut short (the message names it); an array of another shape or
-            type.
+        UserError: The file is missing, is no image, is cut short or has pixels that are no colours (the message names
+            it); an array of another shape or type.
     """
     from PIL import Image as pillow
 
     if isinstance(source, pillow.Image):
         return _decoded(source, getattr(source, "filename", "") or "the image")
     if isinstance(source, np.ndarray):
-        return _image_from_array(source)
+        return to_rgb(_image_from_array(source))
     if not isinstance(source, (str, PathLike)):
         raise UserError(
             f"an image is a {type(source).__name__}", "expected a path, a PIL image or a uint8 array [height, width, 3]"
@@ -193,14 +198,59 @@ def load_image(source: str | PathLike | Image.Image | np.ndarray) -> Image.Image
     path = Path(source)
     if not path.is_file():
         raise UserError(f"{path}: {'is not a file' if path.exists() else 'no such file'}", "expected an image")
+    with large_images():
+        try:
+            image = pillow.open(path)
+        except pillow.UnidentifiedImageError:
+            raise UserError(
+                f"{path}: not an image that Pillow can read", "expected JPEG, PNG, WebP or the like"
+            ) from None
+        except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
+            raise UserError(f"{path}: cannot read the image: {_one_line(error)}") from None
+        with image:
+            return _decoded(image, path)
+
+
+def to_rgb(image: Image.Image, name: Any = None) -> Image.Image:
+    """A new RGB image; equal to Pillow's conversion but for what that clips to white without a word.
+
+    * 16-bit grey (``I;16`` and its byte orders) is divided by 257, rounded;
+    * ``I`` likewise where it comes from a PNG (which has no 32-bit pixels) or goes beyond 255.
+
+    Args:
+        name: How messages call the image; by default its file name.
+
+    Raises:
+        UserError: Float pixels, which have no agreed range; integers below 0 or beyond 65535; a mode without a way to
+            RGB.
+    """
+    name, hint = name or getattr(image, "filename", "") or "the image", "save it as 8-bit RGB"
+    if image.mode == "F":
+        raise UserError(f"{name}: float image (mode F)", hint)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        from PIL import Image as pillow
+
+        values = np.asarray(image).astype(np.int64)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535:
+            raise UserError(f"{name}: pixels from {low} to {high} (mode {image.mode}), expected 0 to 65535", hint)
+        if image.mode != "I" or image.format == "PNG" or high > 255:
+            values = (values + 128) // 257
+        image = pillow.fromarray(values.astype(np.uint8))
     try:
-        image = pillow.open(path)
-    except pillow.UnidentifiedImageError:
-        raise UserError(f"{path}: not an image that Pillow can read", "expected JPEG, PNG, WebP or the like") from None
-    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot read the image: {_one_line(error)}") from None
-    with image:
-        return _decoded(image, path).copy()
+        return image.convert("RGB")
+    except ValueError:
+        raise UserError(f"{name}: an image of mode {image.mode} cannot be turned into RGB", hint) from None
+
+
+@contextmanager
+def large_images() -> Iterator[None]:
+    """Without Pillow's warning about large images: a photo of 100 megapixels is fine, and one of 180 is an error."""
+    from PIL import Image as pillow
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pillow.DecompressionBombWarning)
+        yield
 
 
 def _decoded(image: Image.Image, name: Any) -> Image.Image:
@@ -210,7 +260,7 @@ def _decoded(image: Image.Image, name: Any) -> Image.Image:
         raise UserError(f"{name}: cannot decode the image: {_one_line(error)}", "is the file complete?") from None
     if not image.width or not image.height:
         raise UserError(f"{name}: the image has no pixels")
-    return image
+    return to_rgb(image, name)
 
 
 def _image_from_array(array: np.ndarray) -> Image.Image:

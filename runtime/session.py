@@ -203,7 +203,8 @@ class Session(ABC):
         costs what 8 cost. With a dynamic batch the last run is just shorter.
 
         Args:
-            images: One image or an iterable of them; read lazily, one batch in memory at a time.
+            images: One image or an iterable of them; read lazily, one batch in memory at a time. An array is one image
+                (uint8 [height, width, 3], or [height, width] for grey) or many (uint8 [image, height, width, 3]).
 
         Returns:
             float32 [image, output]; an FP16 output is widened.
@@ -271,7 +272,8 @@ class Session(ABC):
         if self.preprocessing is None:
             raise UserError(
                 f"{self.path}: does not say how images are prepared (no vpruner.preprocessing in its metadata)",
-                "pass preprocessing={'mean': ..., 'std': ..., 'size': [h, w], 'interpolation': 'bicubic'} or use run()",
+                "write the file with vpruner export, or in Python pass preprocessing={'mean': ..., 'std': ..., "
+                "'size': [h, w], 'interpolation': 'bicubic'} or use run()",
             )
         spec, preprocessing = self.inputs[0], self.preprocessing
         wanted = (3, *preprocessing.size)
@@ -314,10 +316,16 @@ def _as_images(images: Any) -> Iterator[Any]:
     """One image alone is a batch of one: iterating a path would give its letters."""
     from PIL import Image as pillow
 
-    single = isinstance(images, (str, PathLike, pillow.Image)) or (
-        # uint8 [height, width] or [height, width, 3]; [image, height, width, 3] is many images.
-        isinstance(images, np.ndarray) and images.ndim in (2, 3) and (images.ndim == 2 or images.shape[2] == 3)
-    )
+    single = isinstance(images, (str, PathLike, pillow.Image))
+    if isinstance(images, np.ndarray) and not (images.ndim == 1 and images.dtype.kind in "OU"):
+        # Never guessed: [height, width, 4] or [3, height, width] would pass for many grey images.
+        single = images.ndim == 2 or (images.ndim == 3 and images.shape[2] == 3)
+        many = images.ndim == 4 and images.shape[3] == 3
+        if images.dtype != np.uint8 or not (single or many):
+            raise UserError(
+                f"the images are an array of {images.dtype} {list(images.shape)}",
+                "expected uint8 [height, width], [height, width, 3] or [image, height, width, 3]",
+            )
     if single:
         images = [images]
     if not isinstance(images, Iterable):

@@ -85,6 +85,38 @@ def test_predict_takes_paths_pil_and_arrays_alike(make_onnx, tmp_path):
             session.predict(5)
 
 
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((32, 32, 4), np.uint8),  # RGBA, not 32 grey images
+        np.zeros((3, 32, 32), np.uint8),  # channels first, not 3 grey images
+        np.zeros((2, 3, 32, 32), np.uint8),
+        np.zeros((2, 32, 32, 1), np.uint8),
+        np.zeros((1, 2, 32, 32, 3), np.uint8),
+        np.zeros(3, np.uint8),
+        np.zeros((32, 32, 3), np.float32),
+        np.zeros((2, 32, 32, 3), np.float32),
+    ],
+)
+def test_arrays_of_other_shapes_are_not_guessed_at(make_onnx, array):
+    with OrtSession(make_onnx()) as session, pytest.raises(UserError) as caught:
+        session.predict(array)
+    assert f"{array.dtype} {list(array.shape)}" in str(caught.value)
+    assert "[height, width], [height, width, 3] or [image, height, width, 3]" in str(caught.value)
+
+
+def test_arrays_of_one_or_many_images(make_onnx, tmp_path):
+    colour = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
+    Image.fromarray(colour[0]).save(tmp_path / "a.png")
+    with OrtSession(make_onnx()) as session:
+        assert session.logits(colour[:0]).shape == (0, 7)
+        many = session.logits(colour)
+        np.testing.assert_array_equal(many[:1], session.logits(colour[0]))
+        np.testing.assert_array_equal(many, session.logits(list(colour)))
+        assert session.logits(colour[0, :, :, 0]).shape == (1, 7)
+        np.testing.assert_array_equal(session.logits(np.array([str(tmp_path / "a.png")])), many[:1])
+
+
 def test_top_is_capped_and_checked(make_onnx):
     with OrtSession(make_onnx()) as session:
         scores = session.predict(photos(1), top=99)[0].scores
@@ -179,7 +211,7 @@ def test_a_file_without_preprocessing_runs_but_does_not_predict(make_onnx, prepr
     path = make_onnx(props=dict.fromkeys(["vpruner.preprocessing", "vpruner.version", "vpruner.model"]))
     with OrtSession(path) as session:
         assert session.run({"image": np.zeros((1, 3, 8, 6), np.float32)})["logits"].shape == (1, 7)
-        with pytest.raises(UserError, match=r"vpruner\.preprocessing.*preprocessing="):
+        with pytest.raises(UserError, match=r"vpruner\.preprocessing.*vpruner export, or in Python.*preprocessing="):
             session.predict(photos(1))
     for given in (preprocessing_json, Preprocessing.from_json(preprocessing_json)):
         with OrtSession(path, preprocessing=given, classes=CLASSES) as session:
@@ -210,6 +242,13 @@ def test_malformed_metadata_names_the_file(make_onnx, key, text):
     with pytest.raises(UserError, match=r"model\.onnx") as caught:
         OrtSession(path)
     assert "\n" not in str(caught.value)
+
+
+def test_threads_far_beyond_the_cores_are_refused(make_onnx, monkeypatch):
+    monkeypatch.setattr("vpruner.runtime.ort.usable_cores", lambda: 2)
+    with pytest.raises(UserError, match="threads is 9, this machine has 2 usable cores; expected 1 to 8"):
+        OrtSession(make_onnx(), threads=9)
+    OrtSession(make_onnx(), threads=8).close()
 
 
 def test_wrong_number_of_class_names(make_onnx):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vpruner.errors import UserError
-from vpruner.runtime.preprocess import CROP_MODES, INTERPOLATIONS, Preprocessing, load_image
+from vpruner.runtime.preprocess import CROP_MODES, INTERPOLATIONS, Preprocessing, load_image, to_rgb
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CARD = {
@@ -80,15 +81,61 @@ def test_equals_timm_transform_at_photo_size(crop_mode, crop_pct):
     np.testing.assert_array_equal(preprocessing(image), timm_pixels(preprocessing, image))
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
-def test_every_mode_becomes_rgb_as_in_timm(mode):
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "YCbCr", "I"])
+def test_modes_of_eight_bits_become_rgb_as_in_timm(mode):
     preprocessing = Preprocessing(**IMAGENET, size=(24, 24), crop_pct=0.9)
-    image = noise(41, 30, "I" if mode == "I;16" else mode)
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(image).astype(np.uint16))
+    image = noise(41, 30, mode)
     result = preprocessing(image)
     assert result.shape == (3, 24, 24) and result.dtype == np.float32 and result.flags["C_CONTIGUOUS"]
     np.testing.assert_array_equal(result, timm_pixels(preprocessing, image))
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "int32"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, dtype):
+    """Pillow's own conversion clips: whatever is brighter than 255 of 65535 would be white."""
+    values = np.array([[0, 128, 129, 257], [32768, 65406, 65407, 65535]])
+    expected = np.repeat(np.array([[0, 0, 1, 1], [128, 254, 255, 255]], np.uint8)[..., None], 3, axis=2)
+    image = Image.fromarray(values.astype(dtype))
+    np.testing.assert_array_equal(np.asarray(to_rgb(image)), expected)
+    native = Preprocessing(mean=(0,) * 3, std=(1,) * 3, size=(2, 4))
+    np.testing.assert_array_equal(np.asarray(native.crop(image)), expected)
+    image.save(tmp_path / "deep.tiff")
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "deep.png")
+    for name in ("deep.tiff", "deep.png"):
+        np.testing.assert_array_equal(np.asarray(load_image(tmp_path / name)), expected)
+
+
+def test_a_dark_png_of_sixteen_bits_stays_dark():
+    """Older Pillow opens it in mode I, where small values alone would look like eight bits."""
+    image = Image.fromarray(np.full((2, 2), 200, np.int32))
+    assert to_rgb(image).getpixel((0, 0)) == (200,) * 3
+    image.format = "PNG"
+    assert to_rgb(image).getpixel((0, 0)) == (1,) * 3
+
+
+def test_pixels_that_are_no_colours_are_refused(tmp_path):
+    preprocessing = Preprocessing(**IMAGENET, size=(4, 4))
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "depth.tiff")
+    with pytest.raises(UserError, match=r"depth\.tiff: float image \(mode F\); save it as 8-bit RGB"):
+        load_image(tmp_path / "depth.tiff")
+    with pytest.raises(UserError, match=r"the image: float image \(mode F\)"):
+        preprocessing(Image.new("F", (4, 4)))
+    for value in (-1, 65536):
+        with pytest.raises(UserError, match=rf"pixels from {value} to {value} \(mode I\)"):
+            preprocessing(Image.new("I", (4, 4), value))
+    with pytest.raises(UserError, match="mode La cannot be turned into RGB"):
+        preprocessing(Image.new("La", (4, 4)))
+
+
+def test_large_images_are_read_without_a_warning(tmp_path, monkeypatch):
+    noise(20, 20).save(tmp_path / "large.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+        assert load_image(tmp_path / "large.png").size == (20, 20)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(UserError, match=r"large\.png: cannot read the image"):
+            load_image(tmp_path / "large.png")
 
 
 def test_exif_orientation_is_not_applied():
@@ -177,7 +224,8 @@ def test_load_image_from_path_pil_and_array(tmp_path):
     image.save(tmp_path / "a.png")
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), image, np.asarray(image)):
         np.testing.assert_array_equal(np.asarray(load_image(source)), np.asarray(image))
-    assert load_image(np.zeros((4, 5), np.uint8)).mode == "L"
+    grey = load_image(np.full((4, 5), 7, np.uint8))
+    assert (grey.mode, grey.size, grey.getpixel((0, 0))) == ("RGB", (5, 4), (7, 7, 7))
 
 
 def test_load_image_errors_name_the_file(tmp_path):
