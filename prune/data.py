@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import io
 import itertools
 import logging
+import struct
+import tarfile
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm.data
@@ -17,29 +25,51 @@ from torch import Tensor
 
 from .. import bundled
 from ..errors import UserError
-from ..runtime.preprocess import Preprocessing
+from ..runtime.preprocess import Preprocessing, large_images, to_rgb
 
-#: Prefixes of ``create_dataset`` names that are not paths.
-_REMOTE = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
+#: Prefixes of ``create_dataset`` names that are not paths -> module and distribution that read them.
+_REMOTE = {
+    "hfds": ("datasets", "datasets"),
+    "hfids": ("datasets", "datasets"),
+    "tfds": ("tensorflow_datasets", "tensorflow-datasets"),
+    "wds": ("webdataset", "webdataset"),
+}
+#: timm alone looks for png and jpg; these are what ``vpruner predict`` is given too.
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".jp2", ".avif"),
+)
+#: What decoders raise for a bad file.
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, SyntaxError, struct.error, zlib.error, tarfile.TarError),
+    *(Image.DecompressionBombError, UserError),
+)
 
 
 class ImageSource:
     """A data set, opened by what the user typed after ``--data``.
 
     Args:
-        spec: Folder, tar file, or a timm data set name such as ``hfds/cifar10``.
+        spec: Folder, tar file, or a timm data set name such as ``hfds/cifar10``. ``wds/FOLDER`` for web data sets:
+            timm itself leaves out their undecodable items, which are neither counted nor a matter of ``strict``.
         split: For data sets that have splits.
 
     Attributes:
+        folder: The folder or tar file that is read (of ``imagenet/`` the one of the split); None for other data sets.
         class_names: Class of each label, None when the source has no classes (a flat folder).
 
     Raises:
-        UserError: Nothing there, or no images in it.
+        UserError: Nothing there, no images in it, or a package that reads it is not installed.
     """
 
     def __init__(self, spec: str | Path, *, split: str = "validation"):
         self.spec = str(spec)
-        name, root = (self.spec, None) if self.spec.lower().startswith(_REMOTE) else ("", self.spec)
+        prefix = self.spec.partition("/")[0].lower() if "/" in self.spec else ""
+        if prefix == "torch":
+            raise UserError(f"torch/ data sets are not supported, found {self.spec}", "download it and give the folder")
+        if prefix in _REMOTE:
+            _require_reader(prefix)
+        name, root = (self.spec, None) if prefix in _REMOTE else ("", self.spec)
         if root is not None and not Path(root).exists():
             raise UserError(
                 f"there is no folder or tar file {root}", "give images with --data FOLDER, a .tar, or hfds/NAME"
@@ -51,6 +81,7 @@ class ImageSource:
         if not self.streams and len(self.dataset) == 0:
             raise UserError(f"no images found in {self.spec}", "give a folder or tar with images")
         reader = getattr(self.dataset, "reader", self.dataset)
+        self.folder: Path | None = None if root is None else Path(reader.root).resolve()
         index = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
         names = sorted(index, key=index.get)
         # A flat folder reads as one class without a name: that is no label.
@@ -67,12 +98,24 @@ class ImageSource:
         inside = Path(root).iterdir() if root is not None and Path(root).is_dir() else ()
         folders = {entry.name for entry in inside if entry.is_dir()}
         search = bool(folders) and folders <= {"train", "training", "val", "valid", "validation", "eval", "test"}
-        for candidate in (split, *others) if root is None else (split,):
+        # Streams convert images themselves; "" stops that, as their conversion to RGB clips 16-bit images to white.
+        options: dict[str, Any] = dict(search_split=search, input_img_mode="")
+        prefix, _, rest = name.partition("/")
+        if prefix.lower() == "wds":
+            name, root, options["num_samples"] = "wds/", rest, 1
+        elif prefix.lower() == "hfids":
+            # Needed for training schedules only, and many data sets do not say it.
+            options["num_samples"] = 1
+        for candidate in (split, *others) if name else (split,):
             try:
-                return timm.data.create_dataset(name, root=root, split=candidate, search_split=search)
+                with _all_image_suffixes():
+                    dataset = timm.data.create_dataset(name, root=root, split=candidate, **options)
+                if prefix.lower() == "hfids":
+                    _leave_decoding_to_us(dataset.reader)
+                return dataset
             except Exception as error:
                 first = first or error
-        if root is None:
+        if name:
             raise UserError(
                 f"the data set {self.spec} could not be opened: {_first_line(first)}", "check its name"
             ) from first
@@ -91,17 +134,14 @@ class ImageSource:
         except Exception:
             return f"{self.spec} number {index}"
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Decode one image completely, so that a truncated file fails here. Raises OSError and kin on a bad file."""
-        reader = getattr(self.dataset, "reader", None)
-        if reader is None:
-            return self.dataset[index]
+    def read(self, index: int) -> tuple[Image.Image, Any]:
+        """One RGB image and its label as the source gives it.
+
+        Decoded completely, so that a truncated file fails here: :class:`UserError`, OSError and kin on a bad file.
+        """
         # Not through the data set itself: timm replaces an unreadable image by its neighbour without saying so.
-        stream, label, *_ = reader[index]
-        with stream if hasattr(stream, "read") else open(stream, "rb") as handle:
-            image = Image.open(handle)
-            image.load()
-        return image.convert("RGB"), -1 if label is None else int(label)
+        found, label, *_ = self.dataset.reader[index]
+        return _decoded(found), label
 
 
 @dataclass
@@ -110,9 +150,11 @@ class ImageSet:
 
     Attributes:
         source: Where they come from.
-        indices: Positions in the source, in the order they are read.
+        indices: Positions in the source, in the order they are read. Of a stream ``range(n)``, its first ``n`` items;
+            it may end before (see :attr:`count`).
         label_map: Model output for each label of the source, or None without usable labels.
-        skipped: File names of images that could not be read.
+        strict: Fail on the first unreadable image instead of skipping it.
+        skipped: File names of images that could not be read, by position.
     """
 
     source: ImageSource
@@ -121,6 +163,9 @@ class ImageSet:
     strict: bool = False
     skipped: dict[int, str] = field(default_factory=dict)
     _sha256: str | None = field(default=None, repr=False)
+    _image_hashes: set[bytes] | None = field(default=None, repr=False)
+    #: Of a stream: where it ended, once that has been seen.
+    _end: int | None = field(default=None, repr=False)
 
     @property
     def labelled(self) -> bool:
@@ -128,22 +173,33 @@ class ImageSet:
 
     @property
     def count(self) -> int:
-        return len(self.indices) - len(self.skipped)
+        """Readable images: exact after a whole pass; before, an upper bound."""
+        return (len(self.indices) if self._end is None else self._end) - len(self.skipped)
 
     def images(self) -> Iterator[tuple[Image.Image, int | None]]:
         """Each readable image with its label in the model's numbering (None without labels).
 
         Raises:
-            UserError: An image cannot be read and ``strict`` is set.
+            UserError: An image cannot be read and ``strict`` is set; a stream breaks off; a label is not the model's.
         """
-        digest = hashlib.sha256()
-        for image, label in self._raw():
-            if self._sha256 is None:
+        gather = self._sha256 is None
+        digest, hashes = hashlib.sha256(), set()
+        raw = self._raw()
+        following = next(raw, None)
+        while following is not None:
+            (image, label), following = following, next(raw, None)
+            label = _label_number(label)
+            if gather:
+                pixels = image.tobytes()
                 digest.update(f"{image.size} {label}\n".encode())
-                digest.update(image.tobytes())
+                digest.update(pixels)
+                hashes.add(hashlib.sha256(f"{image.mode} {image.size}\n".encode() + pixels).digest())
+                # With the last image, not after it: who asks for exactly as many as there are never gets further.
+                if following is None:
+                    self._sha256, self._image_hashes = digest.hexdigest(), hashes
             yield image, None if self.label_map is None else self._output_of(label)
-        if self._sha256 is None:
-            self._sha256 = digest.hexdigest()
+        if gather and not hashes:
+            self._sha256, self._image_hashes = digest.hexdigest(), hashes
 
     def batches(
         self,
@@ -177,31 +233,74 @@ class ImageSet:
                 pass
         return self._sha256
 
+    @property
+    def image_hashes(self) -> set[bytes]:
+        """SHA-256 of each image's mode, size and pixels, gathered like :attr:`sha256`."""
+        if self._image_hashes is None:
+            for _ in self.images():
+                pass
+        return self._image_hashes
+
     def require_any(self) -> None:
-        """Raise :class:`UserError` when not one of the images could be read."""
+        """Raise :class:`UserError` when not one of the images could be read (known after a pass)."""
+        if self._end == 0:
+            raise UserError(f"{self.source.spec} holds no images", "check its name and its split")
         if self.count == 0:
             raise UserError(
-                f"none of the {len(self.indices)} images of {self.source.spec} can be read", "check the files"
+                f"none of the {len(self.skipped)} images of {self.source.spec} can be read", "check the files"
             )
 
-    def _raw(self) -> Iterator[tuple[Image.Image, int]]:
+    def _raw(self) -> Iterator[tuple[Image.Image, Any]]:
         if self.source.streams:
-            for image, label, *_ in itertools.islice(iter(self.source.dataset), len(self.indices)):
-                yield image, int(label)
+            yield from self._raw_stream()
             return
         for index in self.indices:
             if index in self.skipped:
                 continue
             try:
                 yield self.source.read(index)
-            except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-                name = self.source.file_name(index)
-                if self.strict:
+            except _UNREADABLE as error:
+                self._skip(index, self.source.file_name(index), error)
+
+    def _raw_stream(self) -> Iterator[tuple[Image.Image, Any]]:
+        items = iter(self.source.dataset)
+        failed: Exception | None = None
+        for position in self.indices:
+            try:
+                found, label, *_ = next(items)
+            except StopIteration:
+                if failed is not None:
+                    # A generator that raised is over: what it had yet to give is lost, which is not "skipped".
                     raise UserError(
-                        f"{name} in {self.source.spec} is not a readable image ({_first_line(error)})",
-                        "remove it, or leave out --strict to skip it",
+                        f"{self.source.spec} breaks off after {position - 1} items ({_first_line(failed)})",
+                        f"try again, or ask for {position - 1} images" if position > 1 else "check the data set",
                     ) from None
-                self.skipped[index] = name
+                self._end = position
+                return
+            except Exception as error:
+                failed = error
+                self._skip(position, f"item {position}", error)
+                continue
+            failed = None
+            try:
+                image = _decoded(found)
+            except _UNREADABLE as error:
+                self._skip(position, f"item {position}", error)
+                continue
+            yield image, label
+
+    def _skip(self, position: int, name: str, error: Exception) -> None:
+        if self.strict:
+            raise UserError(
+                f"{name} in {self.source.spec} is not a readable image ({_first_line(error)})",
+                "remove it, or leave out --strict to skip it",
+            ) from None
+        self.skipped[position] = name
+
+
+def overlap(calibration: ImageSet, evaluation: ImageSet) -> int:
+    """How many different images are in both sets, pixel for pixel. Cheap once both have been read."""
+    return len(calibration.image_hashes & evaluation.image_hashes)
 
 
 def choose_images(
@@ -215,7 +314,7 @@ def choose_images(
     seed: int = 0,
     strict: bool = False,
 ) -> tuple[ImageSet, ImageSet, list[str]]:
-    """Pick calibration and evaluation images, never the same one twice.
+    """Pick calibration and evaluation images, never the same file twice (:func:`overlap` finds copies).
 
     With one source for both, a quarter (at most ``evaluation``) is put aside for evaluation first. With neither, the
     bundled images serve.
@@ -232,7 +331,7 @@ def choose_images(
         calibration set, evaluation set, remarks for the user.
 
     Raises:
-        UserError: A source cannot be opened or is too small.
+        UserError: A source cannot be opened, is too small, or lies inside the other.
     """
     remarks: list[str] = []
     if data is None and eval_data is None:
@@ -241,20 +340,27 @@ def choose_images(
         raise UserError("--eval-data without --data", "give calibration images with --data, not the evaluation images")
     source = ImageSource(data, split="train")
     label_map = map_labels(source, classes, outputs, remarks)
-    if eval_data is not None and _same_place(data, eval_data):
-        eval_data = None
-    if eval_data is None:
+    eval_source = None
+    if eval_data is not None and not _same_place(data, eval_data):
+        eval_source = ImageSource(eval_data, split="validation")
+        _check_apart(source, eval_source)
+        if source.folder is not None and source.folder == eval_source.folder:
+            eval_source = None
+    if eval_source is None:
         if source.streams:
-            raise UserError(f"{data} is a stream and cannot be split", "give evaluation images with --eval-data")
+            raise UserError(f"{data} is a stream and cannot be split", "give other images with --eval-data")
         if len(source) < 2:
             raise UserError(f"{data} holds one image", "give at least two, or more with --eval-data")
         shuffled = np.random.default_rng(seed).permutation(len(source))
         put_aside = min(evaluation, max(1, len(source) // 4))
         calibration_set = ImageSet(source, shuffled[put_aside:][:calibration].tolist(), label_map, strict)
         evaluation_set = ImageSet(source, shuffled[:put_aside].tolist(), label_map, strict)
-        remarks.append(f"no --eval-data: {put_aside} images of {Path(str(data)).name} were put aside for evaluation")
+        place = _shown(source)
+        reason = "no --eval-data" if eval_data is None else f"--data and --eval-data are both {place}"
+        images = "1 image" if put_aside == 1 else f"{put_aside} images"
+        of_it = f"of {place} " if eval_data is None else ""
+        remarks.append(f"{reason}: {images} {of_it}{'was' if put_aside == 1 else 'were'} put aside for evaluation")
         return calibration_set, evaluation_set, remarks
-    eval_source = ImageSource(eval_data, split="validation")
     eval_map = map_labels(eval_source, classes, outputs, remarks)
     sets = []
     for one, mapping, count in ((source, label_map, calibration), (eval_source, eval_map, evaluation)):
@@ -263,7 +369,10 @@ def choose_images(
 
 
 def choose_indices(source: ImageSource, count: int, seed: int) -> Sequence[int]:
-    """At most ``count`` positions in random order, so that any part is a fair sample; of a stream its start."""
+    """At most ``count`` positions in random order, so that any part is a fair sample; of a stream its start.
+
+    A stream's length is not known: it may end before ``range(count)`` does.
+    """
     if source.streams:
         return range(count)
     return np.random.default_rng(seed).permutation(len(source))[:count].tolist()
@@ -276,7 +385,8 @@ def map_labels(
 
     By class name where the folder names are class names or ImageNet synsets of the model; by position where the numbers
     of classes agree and there are no names to compare. Anything else would count right answers as wrong ones, so such
-    data counts as unlabelled, and the user is told.
+    data counts as unlabelled, and the user is told. That goes for a name that two outputs bear, too (in ImageNet
+    "crane" is a bird and a machine).
     """
     if outputs is None:
         return None
@@ -285,21 +395,34 @@ def map_labels(
         if source.streams or not hasattr(getattr(source.dataset, "reader", None), "samples"):
             return {index: index for index in range(outputs)}
         return None
-    if classes is not None:
-        position = {name: index for index, name in enumerate(classes)}
-        if all(name in position for name in names):
-            return {label: position[name] for label, name in enumerate(names)}
-    if outputs == 1000:
-        synsets = timm.data.ImageNetInfo().label_names()
-        position = {name: index for index, name in enumerate(synsets)}
-        if all(name in position for name in names):
-            return {label: position[name] for label, name in enumerate(names)}
+    synsets = timm.data.ImageNetInfo().label_names() if outputs == 1000 else None
+    for outputs_named in (classes, synsets):
+        if outputs_named is None or not set(names) <= set(outputs_named):
+            continue
+        bearers = Counter(outputs_named)
+        ambiguous = [name for name in names if bearers[name] > 1]
+        if ambiguous:
+            remarks.append(
+                f"{bearers[ambiguous[0]]} classes of the model are called {ambiguous[0]!r}, like a folder of "
+                f"{_shown(source)}: its images are used without labels"
+            )
+            return None
+        position = {name: index for index, name in enumerate(outputs_named)}
+        return {label: position[name] for label, name in enumerate(names)}
     if classes is None and len(names) == outputs:
         return {label: label for label in range(outputs)}
-    remarks.append(
-        f"the {len(names)} folder names of {Path(source.spec).name} ({', '.join(names[:3])}, ...) are not classes "
-        "of the model: its images are used without labels"
-    )
+    known = set(classes or synsets or ())
+    unknown = [name for name in names if name not in known]
+    if not known:
+        reason = f"{_shown(source)} has {len(names)} classes ({_some(names)}), the model {outputs} without names"
+    elif len(unknown) == len(names):
+        reason = f"the {len(names)} folder names of {_shown(source)} ({_some(names)}) are not classes of the model"
+    else:
+        reason = (
+            f"{len(unknown)} of the {len(names)} folder names of {_shown(source)} ({_some(unknown)}) "
+            f"{'is not a class' if len(unknown) == 1 else 'are not classes'} of the model"
+        )
+    remarks.append(f"{reason}: its images are used without labels")
     return None
 
 
@@ -307,6 +430,93 @@ def _same_place(one: str | Path, other: str | Path) -> bool:
     return str(one) == str(other) or (
         Path(one).exists() and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three; images that lie beside the class folders form a class without a name."""
+    shown = [name or "images in no folder" for name in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _shown(source: ImageSource) -> str:
+    """What remarks call a source: the folder's own name, also for ``--data .``, or the data set's."""
+    return source.spec if source.folder is None else Path(source.spec).resolve().name or source.spec
+
+
+def _check_apart(source: ImageSource, eval_source: ImageSource) -> None:
+    """Refuse a folder inside the other: a folder is read with all that lies below it."""
+    outer, inner = source.folder, eval_source.folder
+    if outer is None or inner is None or outer == inner or not (outer.is_dir() and inner.is_dir()):
+        return
+    if inner.is_relative_to(outer):
+        raise UserError(
+            f"--eval-data {eval_source.spec} lies inside --data {source.spec}: its images would be calibrated on",
+            "give separate folders",
+        )
+    if outer.is_relative_to(inner):
+        raise UserError(
+            f"--data {source.spec} lies inside --eval-data {eval_source.spec}: its images would be evaluated on",
+            "give separate folders",
+        )
+
+
+def _require_reader(prefix: str) -> None:
+    module, distribution = _REMOTE[prefix]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == module:
+            raise UserError(
+                f"this needs the package {distribution!r}, which is not installed", f"pip install {distribution}"
+            ) from None
+        raise UserError(
+            f"the package {distribution!r} cannot be imported ({_first_line(error)})",
+            f"pip install --upgrade {distribution}",
+        ) from error
+
+
+@contextmanager
+def _all_image_suffixes() -> Iterator[None]:
+    """timm keeps one list per process of what an image file is called; the folder and tar readers ask it once."""
+    before = timm.data.get_img_extensions()
+    timm.data.set_img_extensions(dict.fromkeys((*before, *IMAGE_SUFFIXES)))
+    try:
+        yield
+    finally:
+        timm.data.set_img_extensions(before)
+
+
+def _leave_decoding_to_us(reader: Any) -> None:
+    """Otherwise one bad image ends a ``hfids/`` stream: the generator that decodes it raises, and is over."""
+    import datasets
+
+    reader._lazy_init()
+    reader.ds = reader.ds.cast_column(reader.input_key, datasets.Image(decode=False))
+
+
+def _decoded(found: Any) -> Image.Image:
+    """RGB from what readers give: an open file, a path, a Pillow image, or the ``bytes`` and ``path`` of a hub item."""
+    if isinstance(found, dict):
+        found = io.BytesIO(found["bytes"]) if found.get("bytes") else found["path"]
+    with large_images():
+        if isinstance(found, Image.Image):
+            found.load()
+            return to_rgb(found)
+        with found if hasattr(found, "read") else open(found, "rb") as handle:
+            image = Image.open(handle)
+            image.load()
+            return to_rgb(image)
+
+
+def _label_number(label: Any) -> int:
+    if label is None:
+        return -1
+    try:
+        return int(label)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"a label is {str(label)[:40]!r}, expected a class number", "use data with class labels"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,7 @@
+import io
+import sys
 import tarfile
+import warnings
 
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from vpruner.errors import UserError
-from vpruner.prune.data import ImageSet, ImageSource, choose_images, choose_indices, map_labels
+from vpruner.prune.data import ImageSet, ImageSource, choose_images, choose_indices, map_labels, overlap
 from vpruner.runtime.preprocess import Preprocessing
 
 PREPROCESSING = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, size=(16, 16))
@@ -84,7 +87,7 @@ def test_no_readable_image_at_all(tmp_path):
         (lambda path: path, "no images found"),
         (lambda path: path / "note.txt", "neither a folder nor a .tar"),
         (lambda path: path / "broken.tar", "no images found"),
-        (lambda path: "hfds/no-such-data-set-anywhere", "could not be opened"),
+        (lambda path: "torch/cifar10", "torch/ data sets are not supported.*download it and give the folder"),
     ],
 )
 def test_a_source_that_is_none(tmp_path, make, reason):
@@ -94,17 +97,119 @@ def test_a_source_that_is_none(tmp_path, make, reason):
         ImageSource(make(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("spec", "module", "package"),
+    [
+        ("hfds/cifar10", "datasets", "datasets"),
+        ("HFIDS/cifar10", "datasets", "datasets"),
+        ("tfds/cifar10", "tensorflow_datasets", "tensorflow-datasets"),
+        ("wds/shards", "webdataset", "webdataset"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(monkeypatch, capsys, spec, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError) as caught:
+        ImageSource(spec)
+    assert str(caught.value) == f"this needs the package '{package}', which is not installed; pip install {package}"
+    assert capsys.readouterr().out == ""  # timm prints a line of its own there, into the JSON of a command
+
+
+def test_images_of_every_common_kind_are_read(tmp_path):
+    folder, kinds = tmp_path / "images", ("png", "JPG", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
+    before = timm.data.get_img_extensions()
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for index, kind in enumerate(kinds):
+            Image.new("RGB", (8, 8), (index * 20, 0, 0)).save(folder / name / f"{index}.{kind}")
+        (folder / name / "notes.txt").write_text("no image")
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(folder, ".")
+    for path in (folder, tmp_path / "images.tar"):
+        source = ImageSource(path)
+        images = ImageSet(source, range(len(source)), {0: 0, 1: 1})
+        assert len(list(images.images())) == 2 * len(kinds) and not images.skipped
+        assert images.sha256
+    assert timm.data.get_img_extensions() == before
+
+
+def test_deep_and_float_images(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(tmp_path / "a" / "deep.png")
+    Image.new("F", (8, 8), 0.5).save(tmp_path / "a" / "float.tiff")
+    images = ImageSet(ImageSource(tmp_path), range(2))
+    assert [image.getpixel((0, 0)) for image, _ in images.images()] == [(128,) * 3]
+    assert images.count == 1 and "float.tiff" in images.skipped[1]
+    with pytest.raises(UserError, match=r"float\.tiff .*float image"):
+        list(ImageSet(images.source, range(2), strict=True).images())
+
+
+def test_large_images_are_read_without_a_warning(tmp_path, monkeypatch):
+    make_folder(tmp_path, per_class=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 * 24 - 1)
+        images = ImageSet(ImageSource(tmp_path), range(2))
+        assert len(list(images.images())) == 2
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        assert list(images.images()) == [] and images.count == 0
+
+
 def test_one_source_is_split_without_overlap(tmp_path):
     make_folder(tmp_path, per_class=10)
     calibration, evaluation, remarks = pick(tmp_path)
     assert len(evaluation.indices) == 5 and len(calibration.indices) == 15
     assert not set(calibration.indices) & set(evaluation.indices)
-    assert "put aside for evaluation" in remarks[0]
+    assert remarks == [f"no --eval-data: 5 images of {tmp_path.name} were put aside for evaluation"]
+    assert overlap(calibration, evaluation) == 0
     again, _, _ = pick(tmp_path)
     other, _, _ = pick(tmp_path, seed=1)
     assert again.indices == calibration.indices != other.indices
-    same, held, _ = pick(tmp_path, tmp_path / ".")
+    same, held, remarks = pick(tmp_path, tmp_path / ".")
     assert not set(same.indices) & set(held.indices)
+    place = tmp_path.name
+    assert remarks == [f"--data and --eval-data are both {place}: 5 images were put aside for evaluation"]
+    assert pick(tmp_path, evaluation=1)[2] == [f"no --eval-data: 1 image of {place} was put aside for evaluation"]
+
+
+def test_the_current_folder_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_folder(tmp_path / "pets"))
+    assert pick(".")[2] == ["no --eval-data: 2 images of pets were put aside for evaluation"]
+
+
+def test_a_folder_inside_the_other_is_refused(tmp_path):
+    make_folder(tmp_path / "all"), make_folder(tmp_path / "all" / "held")
+    with pytest.raises(UserError, match="--eval-data .*held lies inside --data .*all: .*calibrated on; give separate"):
+        pick(tmp_path / "all", tmp_path / "all" / "held")
+    with pytest.raises(UserError, match="--data .*held lies inside --eval-data .*all: .*evaluated on; give separate"):
+        pick(tmp_path / "all" / "held", tmp_path / "all")
+    (tmp_path / "link").symlink_to(tmp_path / "all" / "held")
+    with pytest.raises(UserError, match="lies inside"):
+        pick(tmp_path / "all", tmp_path / "link")
+    make_folder(tmp_path / "imagenet" / "train"), make_folder(tmp_path / "imagenet" / "val", seed=1)
+    # Of imagenet/ the calibration images are those in train/.
+    calibration, evaluation, remarks = pick(tmp_path / "imagenet", tmp_path / "imagenet" / "val")
+    assert (len(calibration.indices), len(evaluation.indices), remarks) == (8, 8, [])
+    _, _, remarks = pick(tmp_path / "imagenet", tmp_path / "imagenet" / "train")
+    assert "are both imagenet: 2 images were put aside" in remarks[0]
+
+
+def test_copies_in_both_sets_are_counted(tmp_path):
+    make_folder(tmp_path / "a"), make_folder(tmp_path / "b", seed=1)
+    for index in range(3):
+        copy = tmp_path / "b" / "dog" / f"copy{index}.bmp"  # other bytes, the same pixels
+        Image.open(tmp_path / "a" / "cat" / f"{index}.png").save(copy)
+    calibration, evaluation, _ = pick(tmp_path / "a", tmp_path / "b")
+    assert overlap(calibration, evaluation) == 3
+    assert len(calibration.image_hashes) == 8 and len(evaluation.image_hashes) == 11
+
+
+def test_hashes_come_with_the_first_pass(tmp_path, monkeypatch):
+    images = ImageSet(ImageSource(make_folder(tmp_path)), range(8))
+    stream = images.images()
+    for _ in range(8):  # as the rounds of the search do: exactly as many as there are
+        next(stream)
+    monkeypatch.setattr(images, "_raw", lambda: pytest.fail("a second pass"))
+    assert len(images.image_hashes) == 8 and images.sha256
 
 
 def test_two_sources(tmp_path):
@@ -144,14 +249,116 @@ def test_labels_are_mapped_by_name_or_not_used(tmp_path):
     assert map_labels(some, None, 1000, []) == {0: 7, 1: 300}
 
 
-def test_a_stream_is_read_from_its_start(tmp_path):
+def test_remarks_name_what_does_not_fit(tmp_path):
+    def remark(source, classes, outputs=9):
+        remarks = []
+        assert map_labels(source, classes, outputs, remarks) is None
+        return remarks[0].removesuffix(": its images are used without labels")
+
+    three = ImageSource(make_folder(tmp_path / "pets", classes=("cat", "dog", "weird")))
+    assert remark(three, ("ant", "bee")) == (
+        "the 3 folder names of pets (cat, dog, weird) are not classes of the model"
+    )
+    assert remark(three, ("cat", "dog")) == "1 of the 3 folder names of pets (weird) is not a class of the model"
+    assert remark(three, None) == "pets has 3 classes (cat, dog, weird), the model 9 without names"
+    five = ImageSource(make_folder(tmp_path / "zoo", classes=tuple("abcde")))
+    assert "of zoo (a, b, c and 2 more) are not classes" in remark(five, ("ant",))
+    Image.new("RGB", (8, 8)).save(tmp_path / "pets" / "stray.png")
+    stray = ImageSource(tmp_path / "pets")
+    assert "1 of the 4 folder names of pets (images in no folder) is not a class" in remark(
+        stray, ("cat", "dog", "weird")
+    )
+
+
+def test_a_name_that_two_classes_bear_is_no_label(tmp_path):
+    classes = ("crane", "heron", "crane", "tractor")
+    remarks = []
+    birds = ImageSource(make_folder(tmp_path / "birds", classes=("crane", "heron")))
+    assert map_labels(birds, classes, 4, remarks) is None
+    assert remarks == [
+        "2 classes of the model are called 'crane', like a folder of birds: its images are used without labels"
+    ]
+    others = ImageSource(make_folder(tmp_path / "others", classes=("heron", "tractor")))
+    assert map_labels(others, classes, 4, []) == {0: 1, 1: 3}
+
+
+def stream_source(root, items) -> ImageSource:
+    """A source that streams what ``items()`` gives."""
+
     class Stream(IterableDataset):
         def __iter__(self):
-            for index in range(10):
-                yield Image.new("RGB", (16, 16), (index, 0, 0)), index % 2
+            return iter(items())
 
-    source = ImageSource(make_folder(tmp_path))
+    source = ImageSource(make_folder(root))
     source.dataset, source.streams, source.class_names = Stream(), True, None
+    return source
+
+
+def test_a_stream_shorter_than_asked_counts_what_was_read(tmp_path):
+    source = stream_source(tmp_path, lambda: ((Image.new("RGB", (4, 4), (i, 0, 0)), None) for i in range(3)))
+    images = ImageSet(source, choose_indices(source, 10, 0))
+    assert len(list(images.images())) == images.count == len(images.image_hashes) == 3
+    images.require_any()
+
+
+def test_an_empty_stream_is_refused(tmp_path):
+    images = ImageSet(stream_source(tmp_path, list), range(10))
+    assert list(images.images()) == [] and images.count == 0
+    with pytest.raises(UserError, match="holds no images"):
+        images.require_any()
+
+
+def test_bad_items_of_a_stream_are_skipped_or_refused(tmp_path):
+    def items():
+        whole = io.BytesIO()
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(whole, "PNG")
+        yield {"bytes": whole.getvalue(), "path": None}, 0
+        yield Image.open(io.BytesIO(whole.getvalue()[:900])), 1
+        yield {"bytes": b"no image", "path": None}, 1
+        yield Image.new("F", (8, 8)), 0
+        yield Image.fromarray(np.full((8, 8), 65535, np.uint16)), 1
+
+    source = stream_source(tmp_path, items)
+    images = ImageSet(source, range(10), {0: 0, 1: 1})
+    for _ in range(2):
+        assert [label for _, label in images.images()] == [0, 1]
+        assert images.count == 2 and list(images.skipped) == [1, 2, 3]
+    with pytest.raises(UserError, match="item 1 in .* is not a readable image .* leave out --strict"):
+        list(ImageSet(source, range(10), strict=True).images())
+
+
+def test_a_stream_that_raises_goes_on_or_breaks_off(tmp_path):
+    class Survives:
+        def __init__(self):
+            self.left = iter([1, 0, 1])
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if not next(self.left):
+                raise OSError("bad shard")
+            return Image.new("RGB", (4, 4)), 0
+
+    images = ImageSet(stream_source(tmp_path, Survives), range(3))
+    assert len(list(images.images())) == images.count == 2
+
+    def breaks():
+        yield Image.new("RGB", (4, 4)), 0
+        raise ConnectionError("the line is down")
+
+    with pytest.raises(UserError, match=r"breaks off after 1 items \(the line is down\)"):
+        list(ImageSet(stream_source(tmp_path, breaks), range(3)).images())
+
+
+def test_labels_that_are_no_numbers(tmp_path):
+    source = stream_source(tmp_path, lambda: [(Image.new("RGB", (4, 4)), "cat")])
+    with pytest.raises(UserError, match="a label is 'cat', expected a class number"):
+        list(ImageSet(source, range(3)).images())
+
+
+def test_a_stream_is_read_from_its_start(tmp_path):
+    source = stream_source(tmp_path, lambda: ((Image.new("RGB", (16, 16), (i, 0, 0)), i % 2) for i in range(10)))
     assert list(choose_indices(source, 4, 0)) == [0, 1, 2, 3]
     images = ImageSet(source, choose_indices(source, 4, 0), {0: 0, 1: 1})
     assert [label for _, label in images.images()] == [0, 1, 0, 1]
