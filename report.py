@@ -188,13 +188,24 @@ def write_report(
 
 def headline(plan: TokenPlan, results: Results) -> str:
     """What was gained, what it cost, on what: one sentence."""
-    gained = [_change(cost_ratio(plan), "multiply-adds", "fewer", "more")]
     pair = results.headline_latency
-    ratio = _latency_ratio(pair)
-    if ratio is not None:
-        gained.append(f"{_change(ratio, 'time', 'less', 'more')} per {_what_was_timed(pair['pruned'])}")
-    sentence = f"The pruned {plan.model} takes {' and '.join(gained)} than the dense model"
-    return f"{sentence}; {_quality_sentence(results)}."
+    quantities = [(cost_ratio(plan), "multiply-adds", "many", "fewer")]
+    if (ratio := _latency_ratio(pair)) is not None:
+        quantities.append((ratio, f"time per {_what_was_timed(pair['pruned'])}", "much", "less"))
+    changed, same = [], []
+    for ratio, what, much, less in quantities:
+        if percent := round(100 * (ratio - 1)):
+            changed.append(f"{abs(percent)} % {less if percent < 0 else 'more'} {what}")
+        else:
+            same.append(f"about as {much} {what}")
+    takes = f"{' and '.join(changed)} than the dense model" if changed else ""
+    if same:
+        takes += (" and " if changed else "") + " and ".join(same) + ("" if changed else " as the dense model")
+    subject = f"The pruned {plan.model}"
+    if plan.is_identity:
+        removed = " and only tokens that nothing reads removed" if cost_ratio(plan) < 1 else ""
+        subject = f"{plan.model}, with every patch kept{removed},"
+    return f"{subject} takes {takes}; {_quality_sentence(results)}."
 
 
 def _quality_sentence(results: Results) -> str:
@@ -202,7 +213,8 @@ def _quality_sentence(results: Results) -> str:
     if metric is None:
         return "what that costs in quality was not measured"
     row = results.last("accuracy", label="pruned", metric=metric)
-    on = _images(row.get("count"))
+    images = _images(row)
+    on = f" on {images}" if images else ""
     value = _value(row, metric)
     difference = results.last("accuracy", metric="top1_difference", label="pruned")
     points = _number(difference, "value")
@@ -212,17 +224,14 @@ def _quality_sentence(results: Results) -> str:
         spread = _spread(difference, lambda v: f"{_signed(100 * v)}")
         spread = f", paired 95 % interval {spread}" if spread else ""
         verb = "stays" if abs(points) < 5e-5 else "falls" if points < 0 else "rises"
-        change = "" if verb == "stays" else f" {before}to {value}"
+        change = f" at {value}" if verb == "stays" else f" {before}to {value}"
         return f"top-1 {verb}{change} ({_signed(100 * points)} points{spread}){on}"
-    names = {
-        "top1": "its top-1 is",
-        "agreement": "it gives the dense model's class for",
-        "cosine": "its features have a",
-    }
-    tails = {"agreement": " of the images", "cosine": " cosine similarity to the dense model's"}
-    if metric == "kl":
-        return f"its outputs diverge from the dense model's by {value} nats{on}"
-    return f"{names[metric]} {value}{tails.get(metric, '')}{on}"
+    return {
+        "top1": f"its top-1 is {value}{on}",
+        "agreement": f"it gives the dense model's class for {value} of {images or 'the images'}",
+        "cosine": f"its features have a {value} cosine similarity to the dense model's{on}",
+        "kl": f"its outputs diverge from the dense model's by {value} nats{on}",
+    }[metric]
 
 
 def headline_tiles(plan: TokenPlan, results: Results) -> list[Tile]:
@@ -252,9 +261,8 @@ def headline_tiles(plan: TokenPlan, results: Results) -> list[Tile]:
         detail = f"{_value(dense_row, 'top1')} → {_value(row, 'top1')}" if dense_row else _value(row, "top1")
         tiles.append(Tile("Top-1, points", _signed(100 * _number(difference, "value")), detail))
     elif metric:
-        tiles.append(
-            Tile(METRICS[metric], _value(row, metric), _images(row.get("count")).strip() or "dense: reference")
-        )
+        images = _images(row)
+        tiles.append(Tile(METRICS[metric], _value(row, metric), f"on {images}" if images else "dense: reference"))
     else:
         tiles.append(Tile("Accuracy", NOT_MEASURED, "not measured"))
     rungs = results.parity
@@ -303,8 +311,9 @@ def results_section(plan: TokenPlan, results: Results) -> Section:
     remarks = []
     counts = sorted({int(n) for row in results.all("accuracy") if (n := _number(row, "count")) is not None})
     if counts:
+        images = "image" if counts == [1] else "images"
         remarks.append(
-            f"Quality is measured on {' and '.join(f'{n:,}' for n in counts)} images that no stage has learned from; "
+            f"Quality is measured on {' and '.join(f'{n:,}' for n in counts)} {images} that no stage has learned from; "
             "brackets hold 95 % intervals, for the change that of the paired difference."
         )
     else:
@@ -333,21 +342,29 @@ def notes_section(plan: TokenPlan, results: Results) -> Section:
             notes.append(f"The budget was not reached: asked for {target:.4f} {taken}.")
     if plan.is_identity:
         notes.append("This plan keeps every patch in every block; only tokens that nothing reads were removed.")
-    loss = {
-        "self": "There were no labels: tokens were chosen to preserve the dense model's own predictions.",
-        "features": "The model has no classifier: tokens were chosen to preserve its features.",
-    }.get(str(run.get("loss")))
-    if loss:
-        notes.append(loss)
-    if results.metric not in (None, "top1"):
+    data = run.get("data") if isinstance(run.get("data"), Mapping) else {}
+    if run.get("loss") == "self":
+        calibration = data.get("calibration")
+        labels = calibration.get("labels") if isinstance(calibration, Mapping) else None
+        why = ""
+        if isinstance(labels, bool):
+            why = " The labels of the calibration images were not used." if labels else " There were no labels."
+        notes.append(f"Tokens were chosen to preserve the dense model's own predictions.{why}")
+    elif run.get("loss") == "features":
+        notes.append("The model has no classifier: tokens were chosen to preserve its features.")
+    if results.metric in ("agreement", "kl"):
         notes.append(
             "Top-1 accuracy was not measured; agreement with the dense model says nothing about which of them is right."
         )
-    data = run.get("data")
-    for name, part in data.items() if isinstance(data, Mapping) else ():
+    elif results.metric == "cosine":
+        notes.append(
+            "Similarity to the dense model's features is not accuracy: test the pruned model in the task they are for."
+        )
+    for name, part in data.items():
         skipped = _number(part if isinstance(part, Mapping) else {}, "skipped")
         if skipped:
-            notes.append(f"{skipped:,.0f} files of the {name} data could not be read and were skipped.")
+            files, were = ("file", "was") if skipped == 1 else ("files", "were")
+            notes.append(f"{skipped:,.0f} {files} of the {name} data could not be read and {were} skipped.")
     pair = results.headline_latency
     timed = _latency_ratio(pair)
     if timed is not None:
@@ -364,7 +381,8 @@ def notes_section(plan: TokenPlan, results: Results) -> Section:
         load, cores = _number(environment, "load_average_1m"), _number(environment, "cores_usable")
         if load is not None and cores and load > cores:
             notes.append(
-                f"The machine was busy while it was timed: load average {load:.3g} on {cores:.0f} usable cores."
+                f"The machine was busy while it was timed: load average {load:.3g} on {cores:.0f} usable "
+                f"core{'' if cores == 1 else 's'}."
             )
         notes.append("Latency holds for the machine and setting below. Measure on the device that you deploy to.")
     failed = [str(row.get("rung")) for row in results.parity if not row.get("passed")]
@@ -372,7 +390,8 @@ def notes_section(plan: TokenPlan, results: Results) -> Section:
         notes.append(f"Parity failed at: {', '.join(failed)}. Do not ship the exported file.")
     difference = results.last("accuracy", label="pruned", metric="top1_difference")
     low, high = _number(difference, "low"), _number(difference, "high")
-    if low is not None and high is not None and low < 0 < high:
+    # A plan that keeps every patch computes the same: there is no better model of the two to be found.
+    if low is not None and high is not None and low < 0 < high and not plan.is_identity:
         notes.append(
             "The interval of the change in top-1 includes 0: more images are needed to tell which model is better."
         )
@@ -523,8 +542,13 @@ def provenance_section(folder: Path, plan: TokenPlan, results: Results) -> Secti
     names = ("command", "model", "target", "target_kind", "loss")
     lines += [(name, str(run[name])) for name in names if run.get(name) is not None]
     lines += [(f"data.{name}", value) for name, value in _flat(run.get("data"))]
-    lines += [(f"plan.{name}", value) for name, value in _flat(plan.provenance)]
+    rounds = _rounds_sentence(run.get("rounds")) or _rounds_sentence(plan.provenance.get("rounds"))
+    told = {"rounds"} if rounds else set()
+    facts = {name: value for name, value in plan.provenance.items() if name not in told}
+    lines += [(f"plan.{name}", value) for name, value in _flat(facts)]
     blocks: list[Text | Table] = [Table(("what", "value"), tuple(lines), wordy=True)]
+    if rounds:
+        blocks.append(Text(rounds))
     stages = _timings(run)
     if stages:
         blocks.append(stages)
@@ -536,6 +560,18 @@ def provenance_section(folder: Path, plan: TokenPlan, results: Results) -> Secti
     if not run:
         blocks.append(Text("How the run was made was not recorded beyond what the plan holds."))
     return Section("Provenance", blocks)
+
+
+def _rounds_sentence(rounds: Any) -> str:
+    """How the search was spread over the images, from its list of rounds; empty where that is not recorded."""
+    sizes = [_number(step, "images") for step in rounds] if isinstance(rounds, (list, tuple)) else []
+    if not sizes or None in sizes:
+        return ""
+    least, most = min(sizes), max(sizes)
+    images = f"{most:,.0f} image{'' if most == 1 else 's'}"
+    if len(sizes) == 1:
+        return f"Searched in 1 round on {images}."
+    return f"Searched in {len(sizes)} rounds on {images if least == most else f'{least:,.0f} to {images}'} each."
 
 
 def _timings(run: Row) -> Table | None:
@@ -676,9 +712,14 @@ def _value(row: Row, metric: str) -> str:
 
 
 def _estimate(row: Row, metric: str) -> str:
-    """Value and interval; empty where there is no such row."""
+    """Value and interval; empty where there is no such row.
+
+    A row that says of its interval that there is none (one image has no spread) is told from one that says nothing.
+    """
     if not row:
         return ""
+    if "low" in row and row["low"] is None and _number(row, "value") is not None:
+        return f"{_value(row, metric)} (no interval)"
     percent = metric in ("top1", "agreement")
     spread = _spread(row, lambda v: f"{100 * v:.2f}" if percent else f"{v:.4f}")
     return _value(row, metric) + (f" ({spread})" if spread else "")
@@ -689,17 +730,10 @@ def _spread(row: Row, show) -> str:
     return "" if low is None or high is None else f"{show(low)} to {show(high)}"
 
 
-def _change(ratio: float, what: str, less: str, more: str) -> str:
-    percent = round(100 * (ratio - 1))
-    return (
-        f"as {'many' if less == 'fewer' else 'much'} {what}"
-        if percent == 0
-        else f"{abs(percent)} % {less if percent < 0 else more} {what}"
-    )
-
-
-def _images(count: Any) -> str:
-    return f" on {count:,} unseen images" if isinstance(count, int) and not isinstance(count, bool) else ""
+def _images(row: Row) -> str:
+    """``"2,000 unseen images"``; empty where the row does not say how many."""
+    count = _number(row, "count")
+    return "" if count is None else f"{count:,.0f} unseen image{'' if count == 1 else 's'}"
 
 
 def _latency_ratio(pair: Mapping[str, Row]) -> float | None:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -222,16 +223,30 @@ def test_text_of_the_user_never_becomes_markup(tmp_path):
     [
         ({"run": {"target": 0.1}}, "budget was not reached: asked for 0.1000"),
         ({"run": {"target": 0.9}}, "budget is met: asked for 0.9000"),
-        ({"run": {"loss": "self"}}, "There were no labels"),
+        ({"run": {"loss": "self"}}, "own predictions. The labels of the calibration images were not used."),
+        (
+            {"run": {"loss": "self", "data": {"calibration": {"labels": False}}}},
+            "own predictions. There were no labels.",
+        ),
+        (
+            {"run": {"loss": "self", "data": None}},
+            "- Tokens were chosen to preserve the dense model's own predictions.\n",
+        ),
         ({"run": {"loss": "features"}}, "no classifier"),
         ({"run": {"note": ["kept the Fisher plan"]}}, "kept the Fisher plan"),
-        ({"run": {"data": {"evaluation": {"skipped": 3}}}}, "3 files of the evaluation data"),
+        (
+            {"run": {"data": {"evaluation": {"skipped": 3}}}},
+            "3 files of the evaluation data could not be read and were",
+        ),
+        ({"run": {"data": {"evaluation": {"skipped": 1}}}}, "1 file of the evaluation data could not be read and was"),
         ({"latency_pruned": {"ratio": 1.2}}, "not faster here"),
         ({"latency_pruned": {"ratio_high": 1.01}}, "interval of the latency ratio includes 1"),
         ({"latency": {"environment": {"load_average_1m": 5.83, "cores_usable": 2}}}, "load average 5.83 on 2 usable"),
         ({"parity": {"passed": False}}, "Parity failed at: masked = gathered, PyTorch = pruned.onnx"),
         ({"top1_difference": {"high": 0.002}}, "includes 0"),
-        ({"top1": {"metric": "agreement"}}, "Top-1 accuracy was not measured"),
+        ({"top1": {"metric": "agreement"}}, "Top-1 accuracy was not measured; agreement with the dense model says"),
+        ({"top1": {"metric": "kl"}}, "Top-1 accuracy was not measured; agreement with the dense model says"),
+        ({"top1": {"metric": "cosine"}}, "Similarity to the dense model's features is not accuracy"),
     ],
 )
 def test_notes_are_honest(tmp_path, changes, said):
@@ -241,7 +256,14 @@ def test_notes_are_honest(tmp_path, changes, said):
 
 def test_a_clean_run_has_no_warnings(tmp_path):
     _, markdown = written(tmp_path, make_rows())
-    assert not re.search(r"not reached|failed|not faster|includes|skipped|no labels|busy", notes(markdown))
+    assert not re.search(r"not reached|failed|not faster|includes|skipped|no labels|busy|agreement", notes(markdown))
+
+
+def test_features_are_not_said_to_agree(tmp_path):
+    rows = [row for row in make_rows(run={"loss": "features"}) if row["kind"] != "accuracy"]
+    rows.append(estimate("pruned", "cosine", 0.98, 0.97, 0.99))
+    _, markdown = written(tmp_path, rows, plan=make_plan(output="features"))
+    assert "no classifier" in notes(markdown) and "which of them is right" not in markdown
 
 
 def test_failed_parity_is_visible_at_the_top(tmp_path):
@@ -252,7 +274,7 @@ def test_failed_parity_is_visible_at_the_top(tmp_path):
 @pytest.mark.parametrize(
     ("metric", "value", "said"),
     [
-        ("agreement", 0.931, "it gives the dense model's class for 93.10 % of the images on 500 unseen images"),
+        ("agreement", 0.931, "it gives the dense model's class for 93.10 % of 500 unseen images."),
         ("cosine", 0.9871, "its features have a 0.9871 cosine similarity to the dense model's on 500 unseen images"),
         ("kl", 0.02, "its outputs diverge from the dense model's by 0.0200 nats on 500 unseen images"),
     ],
@@ -265,11 +287,65 @@ def test_headline_without_labels(tmp_path, metric, value, said):
 
 
 @pytest.mark.parametrize(
-    ("points", "said"), [(0.004, "top-1 rises"), (0.0, "top-1 stays (±0.00 points"), (-0.01, "top-1 falls")]
+    ("points", "said"), [(0.004, "top-1 rises"), (0.0, "top-1 stays at 77.30 % (±0.00 points"), (-0.01, "top-1 falls")]
 )
 def test_headline_tells_the_direction(tmp_path, points, said):
     _, markdown = written(tmp_path, make_rows(top1_difference={"value": points}))
     assert said in markdown
+
+
+def test_one_image_is_one_image(tmp_path):
+    rows = [row for row in make_rows() if row["kind"] != "accuracy"]
+    rows += [
+        {**estimate("pruned", "agreement", 1.0, 0.2065, 1.0), "count": 1},
+        {**estimate("pruned", "kl", 0.02, None, None), "count": 1},
+    ]
+    page, markdown = written(tmp_path, rows)
+    assert "class for 100.00 % of 1 unseen image." in markdown and "on 1 unseen image<" in page
+    assert "measured on 1 image that no stage" in markdown
+    assert "| KL divergence from dense (nats) | the reference | 0.0200 (no interval) |" in markdown
+    assert "None" not in markdown.split("## Notes")[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ([128] * 8, "Searched in 8 rounds on 128 images each."),
+        ([16, 16, 15], "Searched in 3 rounds on 15 to 16 images each."),
+        ([1024], "Searched in 1 round on 1,024 images."),
+        ([1, 1], "Searched in 2 rounds on 1 image each."),
+    ],
+)
+def test_rounds_are_one_sentence(tmp_path, sizes, said):
+    steps = [{"images": n, "ratio": 0.8, "importance_lost": 0.1, "quadratic_estimate": 0.2} for n in sizes]
+    _, markdown = written(tmp_path, make_rows(), plan=make_plan(rounds=steps))
+    assert said in markdown.split("## Provenance")[1] and "importance_lost" not in markdown
+    _, markdown = written(tmp_path, make_rows(run={"rounds": steps}))
+    assert said in markdown.split("## Provenance")[1]
+
+
+@pytest.mark.parametrize("rounds", [8, [], [5], [{"images": "x"}], "abc", [{}]])
+def test_rounds_of_another_form_do_no_harm(tmp_path, rounds):
+    _, markdown = written(tmp_path, make_rows(), plan=make_plan(rounds=rounds))
+    assert "Searched in" not in markdown and "plan.rounds" in markdown
+
+
+def test_a_plan_that_keeps_everything_is_not_called_pruned(tmp_path):
+    shape = make_plan().geometry
+    rows = make_rows(top1_difference={"value": 0.0, "low": -0.0019, "high": 0.0019}, run={"target": 1.0})
+    _, markdown = written(tmp_path, rows, plan=TokenPlan.identity("tiny_vit", shape))
+    percent = round(100 * (1 - cost_ratio(TokenPlan.identity("tiny_vit", shape))))
+    assert (
+        "tiny_vit, with every patch kept and only tokens that nothing reads removed, takes "
+        f"{percent} % fewer multiply-adds and 31 % less time per image" in markdown
+    )
+    assert "budget is met" in notes(markdown) and "includes 0" not in notes(markdown)
+    pooled = TokenPlan.identity("tiny_vit", replace(shape, head_patches=True))
+    _, markdown = written(tmp_path, make_rows(latency_pruned={"ratio": 1.001}), plan=pooled)
+    sentence = "tiny_vit, with every patch kept, takes about as many multiply-adds and about as much time per image (on"
+    assert sentence in markdown and "1 thread) as the dense model; top-1" in markdown
+    _, markdown = written(tmp_path, make_rows(), plan=pooled)
+    assert "1 thread) than the dense model and about as many multiply-adds; top-1" in markdown
 
 
 def test_slower_is_called_more_time(tmp_path):
