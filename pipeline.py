@@ -133,11 +133,7 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         gc.collect()
         with reporter.stage("Evaluating both graphs", len(evaluation.indices)) as advance:
             estimates, examples = evaluate_graphs({"dense": dense, "pruned": pruned}, evaluation, geometry, advance)
-        if evaluation.skipped:
-            example = next(iter(evaluation.skipped.values()))
-            reporter.remark(
-                f"{len(evaluation.skipped)} evaluation images could not be read and were skipped, such as {example}"
-            )
+        reporter.remark(evaluation.skipped_remark("evaluation"))
         if seen_before := overlap(calibration, evaluation):
             reporter.remark(
                 f"{seen_before} of the {evaluation.count} evaluation images are also calibration images: "
@@ -551,8 +547,7 @@ def evaluate(
         if against:
             raise UserError("--against goes with an ONNX file", "for a PyTorch model give --plan")
         estimates, images = _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_for, reporter)
-    if images.skipped:
-        reporter.remark(f"{len(images.skipped)} images could not be read and were skipped")
+    reporter.remark(images.skipped_remark("evaluation"))
     return [estimate.row(label) for label, values in estimates.items() for estimate in values]
 
 

@@ -241,6 +241,15 @@ class ImageSet:
                 pass
         return self._image_hashes
 
+    def skipped_remark(self, what: str) -> str:
+        """One line for the user about images that could not be read; empty when all could. ``what``: "calibration"."""
+        if not self.skipped:
+            return ""
+        example = next(iter(self.skipped.values()))
+        if len(self.skipped) == 1:
+            return f"1 {what} image could not be read and was skipped: {example}"
+        return f"{len(self.skipped)} {what} images could not be read and were skipped, such as {example}"
+
     def require_any(self) -> None:
         """Raise :class:`UserError` when not one of the images could be read (known after a pass)."""
         if self._end == 0:

@@ -90,11 +90,7 @@ def learn_plan(
                 }
             )
     calibration.require_any()
-    if calibration.skipped:
-        example = next(iter(calibration.skipped.values()))
-        reporter.remark(
-            f"{len(calibration.skipped)} calibration images could not be read and were skipped, such as {example}"
-        )
+    reporter.remark(calibration.skipped_remark("calibration"))
     reporter.remark(found.note)
     return plan.with_provenance(
         method="fisher",

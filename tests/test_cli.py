@@ -333,15 +333,8 @@ def test_bad_input_is_one_line_and_exit_code_2(card, images, finished, tmp_path)
     fails("export", "--plan", output / "plan.json", "-o", onnx_out, says="the plan is for tiny, this is reference")
     fails("prune", tmp_path / "no.json", "-o", json_out, says="cannot read the model card")
     fails("fold", output / "dense.onnx", "-o", onnx_out, says="one of --plan FILE and --identity")
-    fails(
-        "fold",
-        output / "pruned.onnx",
-        "--plan",
-        output / "plan.json",
-        "-o",
-        out,
-        says="already, expected a dense",
-    )
+    again = ("fold", output / "pruned.onnx", "--plan", output / "plan.json", "-o", onnx_out)
+    fails(*again, says="already, expected a dense graph")
     fails("fold", tmp_path / "no.onnx", "--identity", "-o", onnx_out, says="no.onnx")
     broken = tmp_path / "broken.onnx"
     broken.write_bytes((output / "dense.onnx").read_bytes()[:-2000])
@@ -355,7 +348,7 @@ def test_bad_input_is_one_line_and_exit_code_2(card, images, finished, tmp_path)
     fails("evaluate", card, "--against", output / "dense.onnx", says="goes with an ONNX file")
     fails("show", output / "dense.onnx", "-o", here / "x.png", says="holds no token plan")
     fails("show", output / "plan.json", "-o", here / "x.jpg", says="does not end in .png")
-    fails("show", output / "plan.json", "-o", "/proc/x/y.png", says="cannot write to /proc")
+    fails("show", output / "plan.json", "-o", "/proc/x/y.png", says="cannot write")
     fails("run", card, "--data", images, "-o", "/proc/nothing/out", says="cannot write to /proc/nothing")
     assert list(here.iterdir()) == []
 
@@ -376,7 +369,7 @@ def test_corrupt_images_are_counted_or_refused(card, tmp_path):
         Image.fromarray(random.integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path / f"{index}.png")
     (tmp_path / "3.png").write_bytes(b"oops")
     result = call("prune", card, "--data", tmp_path, "--target", 0.7, "-o", tmp_path / "plan.json")
-    assert "1 calibration images could not be read and were skipped, such as 3.png" in result.stderr
+    assert "1 calibration image could not be read and was skipped: 3.png" in result.stderr
     plan = TokenPlan.load(tmp_path / "plan.json")
     assert plan.provenance["loss"] == "self" and plan.provenance["calibration"]["skipped"] == 1
     fails("prune", card, "--data", tmp_path, "--strict", "-q", "-o", tmp_path / "other.json", says="3.png")
