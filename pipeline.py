@@ -652,6 +652,9 @@ def noise_images(geometry: Geometry, count: int = PARITY_IMAGES, seed: int = 0):
 @contextmanager
 def scratch_beside(output: Path) -> Iterator[Path]:
     """A temporary folder on the file system of ``output``, so that what is finished can be renamed into place."""
+    blocking = next((parent for parent in output.absolute().parents if parent.is_file()), None)
+    if blocking is not None:
+        raise UserError(f"cannot write {output}: {blocking} is a file", "choose another place with -o")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))

@@ -349,6 +349,7 @@ def test_bad_input_is_one_line_and_exit_code_2(card, images, finished, tmp_path)
     fails("show", output / "dense.onnx", "-o", here / "x.png", says="holds no token plan")
     fails("show", output / "plan.json", "-o", here / "x.jpg", says="does not end in .png")
     fails("show", output / "plan.json", "-o", "/proc/x/y.png", says="cannot write")
+    fails("run", card, "--data", images, "-o", broken / "out", says="broken.onnx is a file")
     fails("run", card, "--data", images, "-o", "/proc/nothing/out", says="cannot write to /proc/nothing")
     assert list(here.iterdir()) == []
 
