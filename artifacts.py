@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,24 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_beside(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder on the file system of ``path``, so that what is finished can be renamed into place."""
+    path = Path(path)
+    blocking = next((parent for parent in path.absolute().parents if parent.is_file()), None)
+    if blocking is not None:
+        raise UserError(f"cannot write {path}: {blocking} is a file", "choose another place with -o")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror}", "choose another place with -o") from None
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -9,14 +9,13 @@ import re
 import resource
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .artifacts import append_rows
+from .artifacts import append_rows, scratch_beside
 from .errors import UserError
 from .progress import Reporter
 from .prune.cost import cost_ratio, dense_macs, plan_macs
@@ -647,23 +646,6 @@ def noise_images(geometry: Geometry, count: int = PARITY_IMAGES, seed: int = 0):
 
     shape = (count, geometry.in_chans, *geometry.image_size)
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-
-
-@contextmanager
-def scratch_beside(output: Path) -> Iterator[Path]:
-    """A temporary folder on the file system of ``output``, so that what is finished can be renamed into place."""
-    blocking = next((parent for parent in output.absolute().parents if parent.is_file()), None)
-    if blocking is not None:
-        raise UserError(f"cannot write {output}: {blocking} is a file", "choose another place with -o")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise UserError(f"cannot write to {output.parent}: {error.strerror}", "choose another place with -o") from None
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def move_model(source: Path, target: Path) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 import onnx_ir as ir
 
-from ..artifacts import atomic_path, json_sha256
+from ..artifacts import atomic_path, json_sha256, scratch_beside
 from ..errors import UserError
 
 #: Bytes of weights up to which they stay inside the file. Protobuf's limit is 2 GiB; the rest is room for the graph.
@@ -63,17 +61,10 @@ def save_model(model: ir.Model, path: str | os.PathLike) -> Path:
         _remove_stale_data(path, keep=None)
         return path
     data_name = f"{path.name}.{json_sha256(dict(model.metadata_props))[:12]}.data"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}", "choose another output path") from None
-    try:
+    with scratch_beside(path) as folder:
         ir.save(model, folder / path.name, external_data=data_name)
         (folder / data_name).replace(path.with_name(data_name))
         (folder / path.name).replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     _remove_stale_data(path, keep=data_name)
     return path
 
