@@ -21,6 +21,12 @@ class UserError(Exception):
         self.hint = hint
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of another package's message, for a message of ours; the type's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__
+
+
 class PlanError(UserError, ValueError):
     """A token plan that cannot exist, or that belongs to another model."""
 

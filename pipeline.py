@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .prune.data import ImageSet
     from .prune.evaluate import Estimate
     from .prune.models import LoadedModel
+    from .runtime.metadata import ModelMetadata
+    from .runtime.ort import OrtSession
 
 #: What a whole run imports at one point or another.
 PACKAGES = ("torch", "timm", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "matplotlib")
@@ -126,12 +128,14 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             rungs = check_ladder(loaded.adapter, plan, dense, pruned, first_images(calibration, loaded, PARITY_IMAGES))
 
         parameters, preprocessing, name = loaded.parameters, loaded.preprocessing, loaded.name
-        del (
-            loaded
-        )  # From here on the graphs speak for themselves; a large model's weights need not lie in memory twice.
+        # From here on the graphs speak for themselves; a large model's weights need not lie in memory twice.
+        del loaded
         gc.collect()
-        with reporter.stage("Evaluating both graphs", len(evaluation.indices)) as advance:
-            estimates, examples = evaluate_graphs({"dense": dense, "pruned": pruned}, evaluation, geometry, advance)
+        with (
+            reporter.stage("Evaluating both graphs", len(evaluation.indices)) as advance,
+            open_graphs({"dense": dense, "pruned": pruned}) as sessions,
+        ):
+            estimates, examples = evaluate_graphs(sessions, evaluation, geometry, advance)
         reporter.remark(evaluation.skipped_remark("evaluation"))
         if seen_before := overlap(calibration, evaluation):
             reporter.remark(
@@ -235,7 +239,7 @@ def choose(options: RunOptions, loaded: LoadedModel, reporter: Reporter) -> tupl
         calibration=options.images,
         evaluation=options.eval_images,
         classes=loaded.classes,
-        outputs=geometry.outputs if geometry.output == "logits" else None,
+        outputs=geometry.class_count,
         seed=options.seed,
         strict=options.strict,
     )
@@ -252,13 +256,30 @@ def first_images(images: ImageSet, loaded: LoadedModel, count: int):
     return batch
 
 
+@contextmanager
+def open_graphs(paths: Mapping[str, Path]) -> Iterator[dict[str, OrtSession]]:
+    """The application's session of each file, by label, open until the context is left."""
+    from .runtime.ort import OrtSession
+
+    with ExitStack() as stack:
+        # The sessions take turns, and the threads of an idle one must not burn the cores the other runs on.
+        yield {label: stack.enter_context(OrtSession(path, spinning=False)) for label, path in paths.items()}
+
+
+def at_least_one(batches: Iterator[Any], images: ImageSet) -> Iterator[Any]:
+    """``batches`` of ``images``, or :class:`UserError` when not one image could be read."""
+    first = next(batches, None)
+    images.require_any()
+    return itertools.chain([first], batches)
+
+
 def evaluate_graphs(
-    paths: Mapping[str, Path], images: ImageSet, geometry: Geometry, on_batch=lambda count: None, **session_options: Any
+    sessions: Mapping[str, OrtSession], images: ImageSet, geometry: Geometry, on_batch=lambda count: None
 ) -> tuple[dict[str, list[Estimate]], list[Image.Image]]:
     """Accuracy of ONNX files through the very session an application uses, preprocessing included.
 
     Args:
-        paths: label -> file; the first is the baseline.
+        sessions: label -> opened file; the first is the baseline.
         images: Evaluation images; none may have been used to make the plan.
         geometry: For the kind of output.
         on_batch: Called with the number of images after each batch.
@@ -266,10 +287,7 @@ def evaluate_graphs(
     Returns:
         label -> estimates, and a few of the images for the report.
     """
-    from contextlib import ExitStack
-
     from .prune.evaluate import collect_outputs, compare
-    from .runtime.ort import OrtSession
 
     examples: list[Image.Image] = []
 
@@ -280,21 +298,12 @@ def evaluate_graphs(
             labels = [label for _, label in chunk] if images.labelled else None
             yield [image for image, _ in chunk], labels
 
-    with ExitStack() as stack:
-        # The sessions take turns, and the threads of an idle one must not burn the cores the other runs on.
-        sessions = {
-            label: stack.enter_context(OrtSession(path, spinning=False, **session_options))
-            for label, path in paths.items()
-        }
-        stream = batches()
-        first = next(stream, None)
-        images.require_any()
-        outputs = collect_outputs(
-            {label: session.logits for label, session in sessions.items()},
-            itertools.chain([first], stream),
-            on_batch=on_batch,
-        )
-    return compare(outputs, baseline=next(iter(paths)), output=geometry.output), examples
+    outputs = collect_outputs(
+        {label: session.logits for label, session in sessions.items()},
+        at_least_one(batches(), images),
+        on_batch=on_batch,
+    )
+    return compare(outputs, baseline=next(iter(sessions)), output=geometry.output), examples
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -413,8 +422,7 @@ def one_set(
         spec = str(bundled.calibration_data() if learns else bundled.evaluation_data())
     source = ImageSource(spec, split="train" if learns else "validation")
     remarks: list[str] = []
-    outputs = geometry.outputs if geometry.output == "logits" else None
-    label_map = map_labels(source, classes, outputs, remarks)
+    label_map = map_labels(source, classes, geometry.class_count, remarks)
     for remark in remarks:
         reporter.remark(remark)
     return ImageSet(source, choose_indices(source, count, seed), label_map, strict)
@@ -518,30 +526,26 @@ def evaluate(
             raise UserError(
                 f"{model} is an ONNX file: --plan, --weights and such go with a PyTorch model", "use --against"
             )
-        from .runtime.ort import OrtSession
-
         paths = {"model": Path(model)}
         if against:
-            check_against(Path(model), Path(against))
+            refuse_same(Path(model), Path(against))
             paths = {"dense": Path(against), "pruned": Path(model)}
-        seen = {}
-        for label, path in paths.items():
-            with OrtSession(path) as session:
-                seen[label] = session.metadata
-        metadata = next(iter(seen.values()))
-        if metadata.geometry is None:
-            raise UserError(
-                f"{model} does not say what model it is (no vpruner.geometry)", "write it with: vpruner export"
-            )
-        if against and metadata.weights_sha256 != seen["pruned"].weights_sha256:
-            raise UserError(
-                f"{against} has weights {str(metadata.weights_sha256)[:12]}, "
-                f"{model} {str(seen['pruned'].weights_sha256)[:12]}",
-                "compare files that come from the same model",
-            )
-        images = images_for(metadata.classes, metadata.geometry, bool(against))
-        with reporter.stage("Evaluating", len(images.indices)) as advance:
-            estimates, _ = evaluate_graphs(paths, images, metadata.geometry, advance)
+        with open_graphs(paths) as sessions:
+            metadata = next(iter(sessions.values())).metadata
+            if against:
+                refuse_pruned(Path(against), metadata)
+            if metadata.geometry is None:
+                raise UserError(
+                    f"{model} does not say what model it is (no vpruner.geometry)", "write it with: vpruner export"
+                )
+            if against and metadata.weights_sha256 != (other := sessions["pruned"].metadata.weights_sha256):
+                raise UserError(
+                    f"{against} has weights {str(metadata.weights_sha256)[:12]}, {model} {str(other)[:12]}",
+                    "compare files that come from the same model",
+                )
+            images = images_for(metadata.classes, metadata.geometry, bool(against))
+            with reporter.stage("Evaluating", len(images.indices)) as advance:
+                estimates, _ = evaluate_graphs(sessions, images, metadata.geometry, advance)
     else:
         if against:
             raise UserError("--against goes with an ONNX file", "for a PyTorch model give --plan")
@@ -575,9 +579,7 @@ def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_fo
     runners = {"dense": dense} if plan is None else {"dense": dense, "pruned": pruned}
     with reporter.stage("Evaluating", len(images.indices)) as advance:
         stream = images.batches(loaded.preprocessing, batch_size_for(adapter.geometry, most=64))
-        first = next(stream, None)
-        images.require_any()
-        outputs = collect_outputs(runners, itertools.chain([first], stream), on_batch=advance)
+        outputs = collect_outputs(runners, at_least_one(stream, images), on_batch=advance)
     return compare(outputs, baseline="dense", output=adapter.geometry.output), images
 
 
@@ -585,15 +587,23 @@ def check_against(model: Path, against: Path) -> None:
     """Refuse a baseline that is none: the same file, or one that is pruned itself.
 
     Raises:
-        UserError: Also when one of the files cannot be opened.
+        UserError: Also when the baseline cannot be opened.
     """
     from .runtime.ort import OrtSession
 
+    refuse_same(model, against)
+    with OrtSession(against) as session:
+        refuse_pruned(against, session.metadata)
+
+
+def refuse_same(model: Path, against: Path) -> None:
     if model.exists() and against.exists() and model.samefile(against):
         raise UserError(f"{model} against itself", "give the dense file after --against")
-    with OrtSession(against) as session:
-        plan, kept, geometry = session.metadata.plan, session.metadata.kept, session.metadata.geometry
+
+
+def refuse_pruned(against: Path, metadata: ModelMetadata) -> None:
     # The identity plan drops nothing: a file without dead tokens is a fair baseline too.
+    plan, kept, geometry = metadata.plan, metadata.kept, metadata.geometry
     if plan and not (kept and geometry and all(len(indices) == geometry.patches for indices in kept)):
         raise UserError(f"{against} is a pruned file (plan {plan[:12]})", "give the dense file after --against")
 

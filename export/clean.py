@@ -67,6 +67,15 @@ def add_shape(graph: ir.Graph, dims: Sequence[int]) -> ir.Value:
     return add_constant(graph, f"vpruner.shape.{text}", np.asarray(dims, np.int64))
 
 
+def infer_shapes_anew(model: ir.Model) -> None:
+    """Forget the shape of every value but the graph's outputs, and infer them from the graph as it is now."""
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
+    passes.ShapeInferencePass()(model)
+
+
 class SplitHeadsOnce(ir.passes.InPlacePass):
     """Split queries, keys and values by one ``Split`` in place of timm's ``unbind``.
 

@@ -26,7 +26,7 @@ from onnx_ir.passes import common as passes
 from ..errors import GraphError
 from ..prune.plan import TokenPlan
 from . import metadata
-from .clean import add_constant, add_node, add_shape, clean, split_sizes
+from .clean import add_constant, add_node, add_shape, clean, infer_shapes_anew, split_sizes
 from .files import load_model, save_model
 from .metadata import GraphMetadata
 from .recognise import BlockSite, VitSite, integers, recognise
@@ -291,11 +291,7 @@ def fold_head(graph: ir.Graph, site: VitSite, plan: TokenPlan) -> bool:
 
 def _infer_shapes(model: ir.Model, outputs: Sequence[ir.Shape | None]) -> None:
     """Forget every shape computed for the dense graph, infer them anew, and have the result checked by ONNX."""
-    for node in model.graph:
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = None
-    passes.ShapeInferencePass()(model)
+    infer_shapes_anew(model)
     passes.CheckerPass(full_check=True)(model)
     for value, shape in zip(model.graph.outputs, outputs, strict=True):
         if value.shape != shape:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
 
 from ..prune.plan import TokenPlan
-from .clean import add_constant, add_node, clean
+from .clean import add_constant, add_node, clean, infer_shapes_anew
 from .fold import fold_head
 from .recognise import recognise
 
@@ -48,9 +47,5 @@ def mask_tokens(model: ir.Model, plan: TokenPlan) -> ir.Model:
         for node, position in readers:
             node.replace_input_with(position, selected.outputs[0])
         fold_head(graph, site, plan)
-    for node in graph:
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = None
-    passes.ShapeInferencePass()(model)
+    infer_shapes_anew(model)
     return model

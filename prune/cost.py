@@ -22,13 +22,17 @@ def block_macs(geometry: Geometry, keys: int, queries: int) -> int:
     return 2 * keys * width * inner + queries * (2 * width * inner + 2 * keys * inner + geometry.mlp_macs)
 
 
-def macs_from_counts(geometry: Geometry, key_counts: Sequence[int]) -> int:
-    """MACs of the pruned model with ``key_counts[l]`` tokens (prefix included) entering block l, no dead tokens."""
-    blocks = zip(key_counts, query_counts(geometry, key_counts), strict=True)
+def macs_from_counts(geometry: Geometry, key_counts: Sequence[int], *, dead_tokens: bool = False) -> int:
+    """MACs of the pruned model with ``key_counts[l]`` tokens (prefix included) entering block l.
+
+    Args:
+        dead_tokens: Every block still computes all tokens that enter it, as without their removal.
+    """
+    queries = key_counts if dead_tokens else query_counts(geometry, key_counts)
     head_tokens = key_counts[-1] - geometry.prefix_tokens if geometry.head_patches else 0
     return (
         geometry.stem_macs
-        + sum(block_macs(geometry, keys, queries) for keys, queries in blocks)
+        + sum(block_macs(geometry, *counts) for counts in zip(key_counts, queries, strict=True))
         + geometry.head_macs
         + geometry.head_macs_per_token * head_tokens
     )
@@ -41,19 +45,12 @@ def plan_macs(plan: TokenPlan) -> int:
 
 def gathered_macs(plan: TokenPlan) -> int:
     """MACs when tokens are gathered out but every block still computes all tokens that enter it."""
-    geometry = plan.geometry
-    head_tokens = plan.key_counts[-1] - geometry.prefix_tokens if geometry.head_patches else 0
-    return (
-        geometry.stem_macs
-        + sum(block_macs(geometry, keys, keys) for keys in plan.key_counts)
-        + geometry.head_macs
-        + geometry.head_macs_per_token * head_tokens
-    )
+    return macs_from_counts(plan.geometry, plan.key_counts, dead_tokens=True)
 
 
 def dense_macs(geometry: Geometry) -> int:
     """MACs of the untouched model, dead tokens and all: the 1.0 that budgets are fractions of."""
-    return gathered_macs(TokenPlan.identity("dense", geometry))
+    return macs_from_counts(geometry, [geometry.tokens] * geometry.depth, dead_tokens=True)
 
 
 def cost_ratio(plan: TokenPlan) -> float:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import bundled
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..runtime.preprocess import Preprocessing, large_images, to_rgb
 
 #: Prefixes of ``create_dataset`` names that are not paths -> module and distribution that read them.
@@ -117,10 +117,10 @@ class ImageSource:
                 first = first or error
         if name:
             raise UserError(
-                f"the data set {self.spec} could not be opened: {_first_line(first)}", "check its name"
+                f"the data set {self.spec} could not be opened: {first_line(first, 160)}", "check its name"
             ) from first
         raise UserError(
-            f"no images found in {root} ({_first_line(first)})", "give a folder or tar with images"
+            f"no images found in {root} ({first_line(first, 160)})", "give a folder or tar with images"
         ) from None
 
     def __len__(self) -> int:
@@ -281,7 +281,7 @@ class ImageSet:
                 if failed is not None:
                     # A generator that raised is over: what it had yet to give is lost, which is not "skipped".
                     raise UserError(
-                        f"{self.source.spec} breaks off after {position - 1} items ({_first_line(failed)})",
+                        f"{self.source.spec} breaks off after {position - 1} items ({first_line(failed, 160)})",
                         f"try again, or ask for {position - 1} images" if position > 1 else "check the data set",
                     ) from None
                 self._end = position
@@ -301,7 +301,7 @@ class ImageSet:
     def _skip(self, position: int, name: str, error: Exception) -> None:
         if self.strict:
             raise UserError(
-                f"{name} in {self.source.spec} is not a readable image ({_first_line(error)})",
+                f"{name} in {self.source.spec} is not a readable image ({first_line(error, 160)})",
                 "remove it, or leave out --strict to skip it",
             ) from None
         self.skipped[position] = name
@@ -479,7 +479,7 @@ def _require_reader(prefix: str) -> None:
                 f"this needs the package {distribution!r}, which is not installed", f"pip install {distribution}"
             ) from None
         raise UserError(
-            f"the package {distribution!r} cannot be imported ({_first_line(error)})",
+            f"the package {distribution!r} cannot be imported ({first_line(error, 160)})",
             f"pip install --upgrade {distribution}",
         ) from error
 
@@ -526,11 +526,6 @@ def _label_number(label: Any) -> int:
         raise UserError(
             f"a label is {str(label)[:40]!r}, expected a class number", "use data with class labels"
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
 
 
 logging.getLogger("timm.data").setLevel(logging.ERROR)

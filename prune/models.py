@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import inspect
 import json
@@ -24,7 +23,8 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from .. import bundled
-from ..errors import UserError
+from ..artifacts import file_sha256
+from ..errors import UserError, first_line
 from ..runtime.preprocess import Preprocessing
 from .vit import ViTAdapter, read_geometry, weights_sha256
 
@@ -38,14 +38,12 @@ class LoadedModel:
         preprocessing: How an image becomes its input.
         classes: Name of each output, or None when unknown.
         sha256: Identity of the weights, see :func:`~vpruner.prune.vit.weights_sha256`.
-        source: What the user wrote, for the commands in messages and reports.
     """
 
     adapter: ViTAdapter
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None
     sha256: str
-    source: str
 
     @property
     def name(self) -> str:
@@ -79,7 +77,7 @@ def open_model(
             raise UserError(
                 "a model card names its own weights", "leave out --pretrained and --weights, or give a timm model name"
             )
-        return _open_card(Path(spec) if spec else bundled.reference_card(), dict(model_args or {}), spec or "")
+        return _open_card(Path(spec) if spec else bundled.reference_card(), dict(model_args or {}))
     if Path(spec).suffix in (".onnx", ".engine", ".safetensors", ".pth", ".pt", ".bin"):
         raise UserError(
             f"{spec} is a file, expected a timm model name or a model card (.json)",
@@ -108,9 +106,9 @@ def _open_timm(name: str, pretrained: bool, weights: str | Path | None, model_ar
         raise UserError(f"{name} does not take these arguments: {error}", "check --model-arg") from None
     except Exception as error:
         if not pretrained:
-            raise UserError(f"{name} could not be built: {_first_line(error)}", "check --model-arg") from error
+            raise UserError(f"{name} could not be built: {first_line(error)}", "check --model-arg") from error
         raise UserError(
-            f"the pretrained weights of {name} could not be had: {_first_line(error)}",
+            f"the pretrained weights of {name} could not be had: {first_line(error)}",
             "download them elsewhere and give the file: --weights FILE",
         ) from error
     geometry = read_geometry(model, name)  # Before the weights: "cannot be pruned" says more than "does not fit".
@@ -118,10 +116,10 @@ def _open_timm(name: str, pretrained: bool, weights: str | Path | None, model_ar
         load_weights(model, weights, name)
     # 1000 outputs of a timm model are those of ImageNet; a card can say what its outputs are, or that it does not know.
     imagenet = geometry.outputs == 1000 and geometry.output == "logits"
-    return _ready(model, name, None, _imagenet_classes() if imagenet else None, name)
+    return _ready(model, name, None, _imagenet_classes() if imagenet else None)
 
 
-def _open_card(path: Path, model_args: dict[str, Any], source: str) -> LoadedModel:
+def _open_card(path: Path, model_args: dict[str, Any]) -> LoadedModel:
     card = read_card(path)
     arguments = {**card["args"], **model_args}
     try:
@@ -131,20 +129,20 @@ def _open_card(path: Path, model_args: dict[str, Any], source: str) -> LoadedMod
             model = timm.create_model(card["name"], **arguments)
     except (TypeError, RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
-            f"{path}: the model could not be built: {_first_line(error)}", "check 'args' in the card"
+            f"{path}: the model could not be built: {first_line(error)}", "check 'args' in the card"
         ) from None
     weights = path.parent / card["weights"]
     if not weights.is_file():
         raise UserError(f"{path} names the weights {card['weights']}, which are not beside it", "put the file there")
     expected = card.get("sha256")
-    if expected and (found := hashlib.sha256(weights.read_bytes()).hexdigest()) != expected:
+    if expected and (found := file_sha256(weights)) != expected:
         raise UserError(
             f"{weights} has SHA-256 {found[:12]}, its card says {expected[:12]}",
             f"get the matching weights, or correct sha256 in {path}",
         )
     load_weights(model, weights, path.stem)
     preprocessing = Preprocessing.from_json(card["preprocessing"]) if "preprocessing" in card else None
-    return _ready(model, path.stem, preprocessing, card.get("classes"), source)
+    return _ready(model, path.stem, preprocessing, card.get("classes"))
 
 
 def read_card(path: Path) -> dict[str, Any]:
@@ -244,7 +242,7 @@ def _why_unreadable(error: Exception) -> tuple[str, str]:
         refused = re.search(r"GLOBAL ([\w.]+)", str(cause))
         reason = f"it holds more than tensors ({refused[1]})" if refused else "its pickle is damaged or holds objects"
         return reason, "save the tensors alone with torch.save(model.state_dict(), FILE)"
-    reason = _first_line(error).split(". ")[0]
+    reason = first_line(error).split(". ")[0]
     return f"{reason} ({type(error).__name__})", "expected a .safetensors, .pth, .pt or .bin state dict"
 
 
@@ -267,7 +265,7 @@ def _mismatch(model: nn.Module, state: Mapping[str, Any]) -> str:
 
 
 def _ready(
-    model: nn.Module, name: str, preprocessing: Preprocessing | None, classes: Sequence[str] | None, source: str
+    model: nn.Module, name: str, preprocessing: Preprocessing | None, classes: Sequence[str] | None
 ) -> LoadedModel:
     model.eval()
     adapter = ViTAdapter(model, name)
@@ -295,9 +293,7 @@ def _ready(
         raise UserError(
             f"{name}: {len(classes)} class names for {geometry.outputs} outputs", "correct 'classes' in the card"
         )
-    return LoadedModel(
-        adapter, preprocessing, None if classes is None else tuple(classes), weights_sha256(model), source
-    )
+    return LoadedModel(adapter, preprocessing, None if classes is None else tuple(classes), weights_sha256(model))
 
 
 def _imagenet_classes() -> list[str] | None:
@@ -311,11 +307,6 @@ def _imagenet_classes() -> list[str] | None:
 def _shown(value: Any) -> str:
     """``repr`` that fits a line, however long or deep the value of a card is."""
     return reprlib.repr(value)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 @contextmanager

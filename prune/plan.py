@@ -131,6 +131,11 @@ class Geometry:
         """P + N."""
         return self.prefix_tokens + self.patches
 
+    @property
+    def class_count(self) -> int | None:
+        """Number of classes; None for a model of features."""
+        return self.outputs if self.output == "logits" else None
+
     def to_json(self) -> dict[str, Any]:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 

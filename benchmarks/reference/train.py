@@ -12,7 +12,6 @@ cores a per-image pipeline costs more than the model. The evaluation images choo
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -26,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_dataset
 from timm.layers import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
+
+from vpruner.artifacts import file_sha256
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -166,7 +167,7 @@ def main() -> None:
             "class": "timm.models.vision_transformer.VisionTransformer",
             "args": architecture,
             "weights": weights.name,
-            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "sha256": file_sha256(weights),
             "classes": classes,
             "preprocessing": {
                 "mean": MEAN,

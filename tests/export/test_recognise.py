@@ -30,6 +30,16 @@ def model(dense):
     return load_model(dense.path)
 
 
+def add_to_output(model, value):
+    """Let ``value`` reach the output: clean-up would remove it otherwise."""
+    (output,) = model.graph.outputs
+    tail = output.producer()
+    total = ir.node("Add", [tail.inputs[0], value], name="total")
+    total.outputs[0].name = "total"
+    model.graph.insert_before(tail, total)
+    tail.replace_input_with(0, total.outputs[0])
+
+
 def test_recognises_every_block(dense, model):
     site = recognise(model, dense.geometry)
     assert [block.index for block in site.blocks] == [0, 1, 2, 3]
@@ -92,14 +102,8 @@ def test_a_second_reader_of_an_inner_value_is_refused(dense, model):
     value = block.qkv.output
     spy = ir.node("ReduceMax", [value], {"keepdims": 0}, name="spy")
     model.graph.insert_after(value.producer(), spy)
-    # Its result must reach the output, or clean-up would remove it.
     spy.outputs[0].name = "spied"
-    (output,) = model.graph.outputs
-    tail = output.producer()
-    total = ir.node("Add", [tail.inputs[0], spy.outputs[0]], name="total")
-    total.outputs[0].name = "total"
-    model.graph.insert_before(tail, total)
-    tail.replace_input_with(0, total.outputs[0])
+    add_to_output(model, spy.outputs[0])
     assert "'spy' (ReduceMax)" in refusal(model, dense.geometry)
 
 
@@ -114,12 +118,7 @@ def test_a_second_reader_of_the_same_type_is_refused(dense, model):
     model.graph.outputs.append(spy.outputs[0])
     assert "one output" in refusal(model, dense.geometry)
     model.graph.outputs.pop()
-    (output,) = model.graph.outputs
-    tail = output.producer()
-    total = ir.node("Add", [tail.inputs[0], spy.outputs[0]], name="total")
-    total.outputs[0].name = "total"
-    model.graph.insert_before(tail, total)
-    tail.replace_input_with(0, total.outputs[0])
+    add_to_output(model, spy.outputs[0])
     assert "no second reader of" in refusal(model, dense.geometry)
 
 

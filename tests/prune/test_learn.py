@@ -27,7 +27,7 @@ def images(tmp_path_factory):
 def loaded(kind="class token") -> LoadedModel:
     model = tiny(kind)
     preprocessing = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, size=(32, 48))
-    return LoadedModel(ViTAdapter(model, "tiny"), preprocessing, None, weights_sha256(model), "tiny")
+    return LoadedModel(ViTAdapter(model, "tiny"), preprocessing, None, weights_sha256(model))
 
 
 def calibration(images, count=24, **options) -> ImageSet:
