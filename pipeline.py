@@ -473,20 +473,14 @@ def fold_checked(
     dense: Path, plan: TokenPlan | None, output: Path, reporter: Reporter
 ) -> tuple[FoldRecord, list[Rung]]:
     """Fold a plan (None: the identity plan) into a dense file and check the result in onnxruntime, without PyTorch."""
+    from .export.files import load_model
     from .export.fold import fold_file
+    from .export.metadata import GraphMetadata
     from .export.parity import check_fold
-    from .runtime.ort import OrtSession
 
-    with OrtSession(dense) as session:
-        metadata = session.metadata
-    if metadata.geometry is None:
-        raise UserError(
-            f"{dense} does not say what model it is (no vpruner.geometry)", "write it with: vpruner export MODEL"
-        )
     if plan is None:
-        plan = TokenPlan.identity(
-            metadata.model or dense.stem, metadata.geometry, weights_sha256=metadata.weights_sha256
-        )
+        about = GraphMetadata.from_props(load_model(dense).metadata_props, str(dense))
+        plan = TokenPlan.identity(about.model, about.geometry, weights_sha256=about.weights_sha256)
     with scratch_beside(output) as scratch:
         with reporter.stage(f"Folding the plan into {output.name}"):
             record = fold_file(dense, plan, scratch / "pruned.onnx")

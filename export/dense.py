@@ -121,20 +121,29 @@ def _trace(
 
 
 @contextlib.contextmanager
-def _ready_for_export(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and written-out attention, both put back afterwards."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and every module's own mode put back afterwards."""
     modes = {module: module.training for module in model.modules()}
-    fused = {module: module.fused_attn for module in modes if hasattr(module, "fused_attn")}
     try:
         model.eval()
-        for module in fused:
-            module.fused_attn = False
         yield
     finally:
         for module, training in modes.items():
             module.training = training
-        for module, value in fused.items():
-            module.fused_attn = value
+
+
+@contextlib.contextmanager
+def _ready_for_export(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and written-out attention, both put back afterwards."""
+    fused = {module: module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")}
+    with evaluating(model):
+        try:
+            for module in fused:
+                module.fused_attn = False
+            yield
+        finally:
+            for module, value in fused.items():
+                module.fused_attn = value
 
 
 @contextlib.contextmanager

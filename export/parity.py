@@ -20,6 +20,7 @@ import numpy as np
 from ..errors import ParityError
 from ..extras import require
 from ..prune.plan import TokenPlan
+from .dense import evaluating
 from .files import load_model, save_model
 from .mask import mask_tokens
 
@@ -83,7 +84,7 @@ def check_ladder(
     torch = require("torch")
     model = adapter.model
     rungs = []
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         few = images[:_EXACT_IMAGES]
         with _in_float64(model):
             untouched = _run_model(model, few.double())
@@ -114,7 +115,7 @@ def check_dense(
 
     Args, Returns, Raises: as for :func:`check_ladder`.
     """
-    with _evaluating(adapter.model), require("torch").no_grad():
+    with evaluating(adapter.model), require("torch").no_grad():
         reference = _run_model(adapter.model, images)
     name, top1 = "dense.onnx equals the timm model", adapter.geometry.output == "logits"
     return [compare(name, reference, run_onnx(dense_path, images.cpu().numpy()), tolerance, top1=top1)]
@@ -222,17 +223,6 @@ def _run_form(adapter: ViTAdapter, plan: TokenPlan, form: str, images: torch.Ten
 def _run_model(model: torch.nn.Module, images: torch.Tensor) -> np.ndarray:
     device = next(model.parameters()).device
     return np.concatenate([model(chunk.to(device)).cpu().numpy() for chunk in images.split(_CHUNK)])
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager
