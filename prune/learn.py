@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..progress import Reporter
-from .cost import cost_ratio, dense_macs, plan_macs
+from .cost import Cost, MacsCost, dense_macs, plan_macs
 from .data import ImageSet
 from .fisher import batch_size_for, gate_gradients
 from .models import LoadedModel
@@ -39,6 +39,7 @@ def learn_plan(
     rounds: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    cost: Cost | None = None,
     reporter: Reporter | None = None,
 ) -> TokenPlan:
     """Stage 1, token mask search: Fisher importance of every gate, then the mask that loses least of it.
@@ -46,12 +47,13 @@ def learn_plan(
     Args:
         loaded: The trained model.
         calibration: Images that the plan may be fitted to.
-        target: Budget as a fraction of the dense model's MACs, dead tokens removed.
+        target: Budget as a fraction of the dense model's cost, dead tokens removed.
         loss: ``"auto"``: features for a model without classes, else labels where there are any, else the dense model's
             own distribution. Or one of :data:`~vpruner.prune.fisher.LOSSES`.
         rounds: How often importance is estimated anew; 1 is the plain Fisher search. None: up to :data:`ROUNDS`.
         seed: Recorded, and used by the losses that draw random directions.
         batch_size: Images per backward pass; None picks one that keeps activations within 1.5 GiB.
+        cost: What the budget is of; None: MACs.
         reporter: Where progress goes.
 
     Raises:
@@ -59,12 +61,13 @@ def learn_plan(
     """
     reporter = reporter or Reporter(quiet=True)
     geometry = loaded.adapter.geometry
-    check_target(geometry, target)
+    cost = cost or MacsCost(geometry)
+    check_target(geometry, target, cost)
     loss = choose_loss(loss, geometry.output, calibration.labelled)
     batch_size = batch_size or batch_size_for(geometry, backward=True)
     sizes = round_sizes(len(calibration.indices), rounds)
     plan, gradients = TokenPlan.identity(loaded.name, geometry), None
-    start = cost_ratio(plan)
+    start = cost.ratio(plan)
     steps: list[dict[str, Any]] = []
     stream = calibration.images()
     with reporter.stage(f"Fisher token mask search of {loaded.name}", len(calibration.indices)) as advance:
@@ -77,14 +80,14 @@ def learn_plan(
                 )
             if gradients is None:
                 continue
-            # Equal steps in MACs. Where unreadable images left a round without any, it goes by the gradients before.
+            # Equal steps in cost. Where unreadable images left a round without any, it goes by the gradients before.
             step = target if number == len(sizes) else max(target, start - (start - target) * number / len(sizes))
-            found = search_mask(gradients.importance(geometry.depth), geometry, step, latest=plan.exits)
+            found = search_mask(gradients.importance(geometry.depth), geometry, step, plan.exits, cost)
             plan = found.plan(loaded.name, geometry)
             steps.append(
                 {
                     "images": len(gradients.values),
-                    "ratio": round(cost_ratio(plan), 6),
+                    "ratio": round(cost.ratio(plan), 6),
                     "importance_lost": found.importance_lost,
                     "quadratic_estimate": gradients.quadratic_estimate(plan),
                 }
@@ -96,10 +99,11 @@ def learn_plan(
         method="fisher",
         loss=loss,
         target=target,
-        target_kind="macs",
+        target_kind=cost.kind,
+        cost=cost.to_json(plan),
         macs=plan_macs(plan),
         dense_macs=dense_macs(geometry),
-        ratio=round(cost_ratio(plan), 6),
+        ratio=round(cost.ratio(plan), 6),
         rounds=steps,
         seed=seed,
         calibration={

@@ -45,8 +45,8 @@ def test_budget_is_met_from_below_within_one_percent(seed, target, depth, side, 
     shape = geometry(depth, (side, side), pooled, prefix if pooled else max(1, prefix))
     result = search_mask(random_importance(shape, seed), shape, max(target, minimum_macs(shape) / dense_macs(shape)))
     plan = result.plan("m", shape)
-    assert plan_macs(plan) == result.macs <= result.budget
-    near = result.macs >= result.budget - BUDGET_TOLERANCE * dense_macs(shape)
+    assert plan_macs(plan) == result.cost <= result.budget
+    near = result.cost >= result.budget - BUDGET_TOLERANCE * dense_macs(shape)
     # With 16 tokens one token is more than 1 %; whenever it misses, it says so, and no single step is closer.
     assert near != bool(result.note)
     if not near and not (plan.exits == depth).all():
@@ -97,7 +97,7 @@ def test_a_budget_above_the_identity_plan_drops_nothing():
     result = search_mask(random_importance(shape, 0), shape, 1.0)
     assert (result.exits == shape.depth).all()
     assert "nothing had to be dropped" in result.note
-    assert result.macs == plan_macs(TokenPlan.identity("m", shape))
+    assert result.cost == plan_macs(TokenPlan.identity("m", shape))
 
 
 @pytest.mark.parametrize("target", [0.0, -1.0, 1.5, float("nan")])
@@ -112,7 +112,7 @@ def test_a_target_out_of_reach_names_the_cheapest():
     with pytest.raises(UserError, match=f"the cheapest plan costs {floor:.4f}; use --target"):
         search_mask(random_importance(shape, 0), shape, floor * 0.9)
     result = search_mask(random_importance(shape, 0), shape, floor * 1.0001)
-    assert result.macs == minimum_macs(shape) and len(result.plan("m", shape).kept[0]) == 1
+    assert result.cost == minimum_macs(shape) and len(result.plan("m", shape).kept[0]) == 1
 
 
 def test_scores_that_are_not_numbers_are_refused():
@@ -126,7 +126,7 @@ def test_scores_that_are_not_numbers_are_refused():
 def test_all_equal_scores_still_use_the_budget():
     shape = geometry(depth=12, grid=(14, 14))
     result = search_mask(np.zeros((13, 196)), shape, 0.6)
-    assert not result.note and result.macs > result.budget - 0.01 * dense_macs(shape)
+    assert not result.note and result.cost > result.budget - 0.01 * dense_macs(shape)
 
 
 def test_a_later_round_never_brings_a_token_back():
@@ -134,7 +134,7 @@ def test_a_later_round_never_brings_a_token_back():
     first = search_mask(random_importance(shape, 1), shape, 0.8)
     second = search_mask(random_importance(shape, 2), shape, 0.6, latest=first.exits)
     assert (second.exits <= first.exits).all()
-    assert not second.note and second.macs <= second.budget
+    assert not second.note and second.cost <= second.budget
     free = search_mask(random_importance(shape, 2), shape, 0.6)
     assert (free.exits > first.exits).any()  # Without the limit it would have.
 
@@ -152,5 +152,5 @@ def test_the_cheapest_plan_is_reached_from_any_round(pooled):
     first = search_mask(random_importance(shape, 1), shape, 0.5)
     floor = minimum_macs(shape) / dense_macs(shape)
     last = search_mask(random_importance(shape, 3), shape, floor * 1.0001, latest=first.exits)
-    assert last.macs == minimum_macs(shape)
+    assert last.cost == minimum_macs(shape)
     last.plan("m", shape)  # A valid one: the token that is left is one that was still there.
