@@ -170,8 +170,17 @@ eval_data_option = click.option(
 eval_images_option = click.option(
     "--eval-images", default=2000, show_default=True, type=click.IntRange(1), help="Images to report on, at most."
 )
-target_option = click.option(
-    "--target", default=0.65, show_default=True, type=float, help="Budget as a fraction of the dense model's MACs."
+target_option = _options(
+    click.option(
+        "--target", default=0.65, show_default=True, type=float, help="Budget as a fraction of the dense model's cost."
+    ),
+    click.option(
+        "--cost",
+        default="macs",
+        show_default=True,
+        metavar="macs|latency:TABLE.json",
+        help="What the budget is of: MACs, or milliseconds by a table that vpruner table measured.",
+    ),
 )
 export_options = _options(
     click.option("--opset", default=20, show_default=True, type=click.IntRange(17, 23), help="ONNX opset."),
@@ -335,7 +344,21 @@ def _short(number: float) -> str:
 @json_option
 @quiet_option
 def prune(
-    model, pretrained, weights, model_args, output, target, data, images, loss, rounds, seed, strict, as_json, quiet
+    model,
+    pretrained,
+    weights,
+    model_args,
+    output,
+    target,
+    cost,
+    data,
+    images,
+    loss,
+    rounds,
+    seed,
+    strict,
+    as_json,
+    quiet,
 ) -> None:
     """Learn a token plan: which patch tokens enter each block.
 
@@ -352,10 +375,13 @@ def prune(
     reporter = Reporter(quiet=quiet)
     pipeline.check_output(output, ".json", model, weights)
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
+    cost = pipeline.open_cost(cost, loaded.name, loaded.adapter.geometry, reporter)
     calibration = pipeline.one_set(
         loaded.classes, loaded.adapter.geometry, data, images, "calibration", reporter, seed=seed, strict=strict
     )
-    plan = learn_plan(loaded, calibration, target=target, loss=loss, rounds=rounds, seed=seed, reporter=reporter)
+    plan = learn_plan(
+        loaded, calibration, target=target, loss=loss, rounds=rounds, seed=seed, cost=cost, reporter=reporter
+    )
     plan.save(output)
     if as_json:
         _print_json({"plan": str(output), **plan.to_json()})
@@ -540,6 +566,64 @@ def profile(model, against, batch_size, provider, threads, seconds, results, as_
             for row in rows
         ],
     )
+
+
+@main.command()
+@model_options
+@click.option("--opset", type=click.IntRange(17, 23), help="ONNX opset of the graphs  [default: 20]")
+@click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Images per run.")
+@runtime_options
+@click.option("--seconds", default=60.0, show_default=True, type=_Seconds(0.1), help="Time to measure for, about.")
+@click.option(
+    "--output", "-o", default="table.json", show_default=True, type=click.Path(path_type=Path), help="Table to write."
+)
+@json_option
+@quiet_option
+def table(output, as_json, quiet, **options) -> None:
+    """Measure a latency table: the time of one block by its tokens, for a search that aims at time instead of MACs.
+
+    MODEL is whatever prune takes, or the dense.onnx of one. The table holds for the machine, provider, threads and
+    batch size it was measured with; give it to run or prune as --cost latency:TABLE.json.
+
+    \b
+    Example:
+      vpruner table --threads 1 -o table.json
+      vpruner table dense.onnx --threads 4 --batch-size 8 --seconds 120 -o table.json
+    """
+    from . import pipeline
+    from .progress import Reporter
+
+    pipeline.check_output(output, ".json", options["model"], options["weights"])
+    measured = pipeline.make_table(output, reporter=Reporter(quiet=quiet), **options)
+    if as_json:
+        _print_json({"table": str(output), **measured.to_json()})
+        return
+    _print_latency_table(measured)
+    click.echo(output)
+
+
+def _print_latency_table(measured) -> None:
+    prefix = measured.geometry.prefix_tokens
+    _table(
+        f"{measured.model}, ms of a block: {measured.runtime} {measured.provider} {measured.precision}, batch "
+        f"{measured.batch}, {measured.threads} thread(s)",
+        ["tokens in (keys)", "patches", "all stay", "half stay", "one stays"],
+        [
+            [
+                str(keys),
+                str(keys - prefix),
+                f"{whole:.4f}",
+                *(f"{float(measured.split_ms(keys, left)):.4f}" for left in (keys / 2, 1)),
+            ]
+            for keys, whole in zip(measured.keys, measured.whole, strict=True)
+        ],
+    )
+    click.echo(f"besides blocks {measured.fixed_ms:.4f} ms, dense model {measured.dense_ms:.4f} ms")
+    errors = ", ".join(
+        f"{row['label']} {row['predicted_ms']:.3f} of {row['measured_ms']:.3f} ms ({100 * row['error']:+.1f} %)"
+        for row in measured.validation
+    )
+    click.echo(f"predicted of measured for plans kept out: {errors}")
 
 
 @main.command()

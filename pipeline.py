@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 
     from .export.fold import FoldRecord
     from .export.parity import Rung
+    from .prune.cost import Cost
     from .prune.data import ImageSet
     from .prune.evaluate import Estimate
     from .prune.models import LoadedModel
     from .runtime.metadata import ModelMetadata
     from .runtime.ort import OrtSession
+    from .runtime.table import LatencyTable
 
 #: What a whole run imports at one point or another.
 PACKAGES = ("torch", "timm", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "matplotlib")
@@ -49,6 +51,7 @@ class RunOptions:
     """Everything ``vpruner run`` can be told; see the command's help for the meaning."""
 
     target: float = 0.65
+    cost: str = "macs"
     model: str | None = None
     pretrained: bool = False
     weights: str | None = None
@@ -100,7 +103,10 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
                 options.model, pretrained=options.pretrained, weights=options.weights, model_args=options.model_args
             )
             geometry = loaded.adapter.geometry
-            check_target(geometry, options.target)
+            cost = open_cost(
+                options.cost, loaded.name, geometry, reporter, threads=options.threads, batch=options.batch_size
+            )
+            check_target(geometry, options.target, cost)
             calibration, evaluation = choose(options, loaded, reporter)
 
         plan = learn_plan(
@@ -110,6 +116,7 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             loss=options.loss,
             rounds=options.rounds,
             seed=options.seed,
+            cost=cost,
             reporter=reporter,
         )
         plan.save(folder / "plan.json")
@@ -328,7 +335,7 @@ def run_row(
         "kind": "run",
         "model": name,
         "target": options.target,
-        "target_kind": "macs",
+        "target_kind": plan.provenance["target_kind"],
         "loss": plan.provenance["loss"],
         "seed": options.seed,
         "seconds": {stage: round(value, 3) for stage, value in reporter.seconds.items()},
@@ -399,6 +406,95 @@ def write_dense(loaded: LoadedModel, path: Path, *, opset: int, dynamic_batch: b
         dynamic_batch=dynamic_batch,
         batch_size=batch_size,
     )
+
+
+def open_cost(
+    spec: str,
+    name: str,
+    geometry: Geometry,
+    reporter: Reporter,
+    *,
+    threads: int | None = None,
+    batch: int | None = None,
+) -> Cost:
+    """What a budget is of: ``"macs"``, or ``"latency:TABLE.json"`` for milliseconds by a table of this model.
+
+    Args:
+        threads, batch: What the plan is made for, where that is known; a table measured with others is remarked on.
+
+    Raises:
+        UserError: Neither of the two, or a table that cannot be read or is of another model.
+    """
+    from .prune.cost import LatencyCost, MacsCost
+    from .runtime.table import LatencyTable
+
+    if spec == "macs":
+        return MacsCost(geometry)
+    kind, _, path = spec.partition(":")
+    if kind != "latency" or not path:
+        raise UserError(
+            f"the cost is {spec!r}, expected macs or latency:TABLE.json",
+            "measure a table with: vpruner table MODEL -o table.json",
+        )
+    table = LatencyTable.load(path)
+    cost = LatencyCost(table, geometry)
+    for remark in table.remarks(threads=threads, batch=batch, model=name):
+        reporter.remark(remark)
+    return cost
+
+
+def make_table(
+    output: Path,
+    *,
+    model: str | None,
+    pretrained: bool,
+    weights: str | None,
+    model_args: Mapping[str, Any],
+    opset: int | None,
+    batch_size: int,
+    provider: str,
+    threads: int | None,
+    seconds: float,
+    reporter: Reporter,
+) -> LatencyTable:
+    """Measure the latency table of a model, or of the dense ONNX file of one, and write it.
+
+    Raises:
+        UserError: The model or file cannot be used; nothing is written then.
+    """
+    from .extras import require
+
+    for package in ("onnx", "onnx_ir", "onnxruntime"):
+        require(package)
+    from .export.blocks import OrtGraphs
+    from .runtime.environment import usable_cores
+    from .runtime.table import measure_table
+
+    with scratch_beside(output) as scratch:
+        if model is not None and model.lower().endswith(".onnx"):
+            if pretrained or weights or model_args or opset:
+                raise UserError(
+                    f"{model} is an ONNX file: --weights, --opset and such go with a PyTorch model",
+                    "leave them out, or name the model instead of the file",
+                )
+            dense = Path(model)
+        else:
+            from .prune.models import open_model
+
+            dense = scratch / "dense.onnx"
+            with reporter.stage("Exporting the dense model"):
+                loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
+                write_dense(loaded, dense, opset=opset or 20, dynamic_batch=False, batch_size=batch_size)
+                del loaded
+                gc.collect()  # A large model's weights need not lie in memory while others are measured.
+        threads = usable_cores() if threads is None else threads
+        graphs = OrtGraphs(dense, scratch, threads=threads, batch=batch_size, provider=provider)
+        with reporter.stage(f"Measuring blocks of {graphs.name}") as advance:
+            table = measure_table(
+                graphs, graphs.name, graphs.geometry, seconds=seconds, on_group=lambda done, groups: advance(1)
+            )
+        table.save(output)
+    return table
 
 
 def one_set(

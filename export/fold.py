@@ -85,7 +85,7 @@ def fold_file(dense_path: str | os.PathLike, plan: TokenPlan, output_path: str |
     model = load_model(dense_path)
     about = GraphMetadata.from_props(model.metadata_props, str(dense_path))
     if about.plan is not None:
-        raise _already_pruned(str(dense_path), about.plan)
+        raise already_pruned(str(dense_path), about.plan)
     plan.check_fits(about.model, about.geometry, about.weights_sha256)
     result = fold(model, plan)
     result.model.metadata_props.update(about.with_plan(plan))
@@ -117,7 +117,7 @@ class FoldTokens(ir.passes.InPlacePass):
         # The base class would wrap a GraphError from requires() in an error of its own, hiding the node from the user.
         model = model_or_result.model if isinstance(model_or_result, ir.passes.PassResult) else model_or_result
         if metadata.PLAN in model.metadata_props:
-            raise _already_pruned("the graph", model.metadata_props[metadata.PLAN])
+            raise already_pruned("the graph", model.metadata_props[metadata.PLAN])
         return super().__call__(model)
 
     def call(self, model: ir.Model) -> FoldResult:
@@ -126,10 +126,10 @@ class FoldTokens(ir.passes.InPlacePass):
         site = recognise(model, plan.geometry)
         outputs = [value.shape for value in graph.outputs]
 
-        changed = _fold_entry(graph, site, plan)
+        changed = fold_entry(graph, site, plan)
         blocks = []
         for block in site.blocks:
-            gathers, touched = _fold_block(graph, block, plan)
+            gathers, touched = fold_block(graph, block, plan)
             gated = _fold_gates(graph, block, plan)
             if block.index == 0:
                 gathers += changed
@@ -140,12 +140,12 @@ class FoldTokens(ir.passes.InPlacePass):
 
         if changed:
             passes.RemoveUnusedNodesPass()(model)
-            _infer_shapes(model, outputs)
+            infer_static_shapes(model, outputs)
             _check_counts(site, plan)
         return FoldResult(model, modified or changed, tuple(blocks))
 
 
-def _already_pruned(source: str, digest: str) -> GraphError:
+def already_pruned(source: str, digest: str) -> GraphError:
     return GraphError(
         f"{source} holds plan {digest[:12]} already, expected a dense graph",
         "fold into the dense.onnx that is written by: vpruner export MODEL",
@@ -155,7 +155,7 @@ def _already_pruned(source: str, digest: str) -> GraphError:
 # -- rewriting --------------------------------------------------------------------------------------------------------
 
 
-def _gather(graph: ir.Graph, before: ir.Node, stream: ir.Value, rows: np.ndarray, name: str) -> ir.Value:
+def gather_rows(graph: ir.Graph, before: ir.Node, stream: ir.Value, rows: np.ndarray, name: str) -> ir.Value:
     """[B, T, d] -> [B, len(rows), d]."""
     indices = add_constant(graph, f"{name}.rows", np.asarray(rows, np.int64))
     return add_node(before, "Gather", [stream, indices], name, {"axis": 1}).outputs[0]
@@ -170,19 +170,19 @@ def _reshape_to(graph: ir.Graph, reshape: ir.Node, tokens: int) -> bool:
     return True
 
 
-def _fold_entry(graph: ir.Graph, site: VitSite, plan: TokenPlan) -> bool:
+def fold_entry(graph: ir.Graph, site: VitSite, plan: TokenPlan) -> bool:
     """Drop the patches that do not even enter block 0."""
     rows = plan.entry_rows(0)
     if len(rows) == plan.geometry.tokens:
         return False
     readers = list(site.stream.uses())
-    gathered = _gather(graph, site.blocks[0].norm1, site.stream, rows, "vpruner.block.0.entry")
+    gathered = gather_rows(graph, site.blocks[0].norm1, site.stream, rows, "vpruner.block.0.entry")
     for node, position in readers:
         node.replace_input_with(position, gathered)
     return True
 
 
-def _fold_block(graph: ir.Graph, block: BlockSite, plan: TokenPlan) -> tuple[bool, bool]:
+def fold_block(graph: ir.Graph, block: BlockSite, plan: TokenPlan) -> tuple[bool, bool]:
     """Make one block take K tokens and give Q; returns whether it gathers, and whether anything changed."""
     keys, queries = plan.key_counts[block.index], plan.query_counts[block.index]
     if queries == keys:
@@ -195,7 +195,7 @@ def _fold_block(graph: ir.Graph, block: BlockSite, plan: TokenPlan) -> tuple[boo
     inner = heads * head_dim
     # norm1 reads what enters the block now, which is not block.stream where an entry Gather stands before block 0.
     stream = block.norm1.inputs[0]
-    selected = _gather(graph, block.norm1, stream, plan.query_rows(block.index), f"{name}.queries")
+    selected = gather_rows(graph, block.norm1, stream, plan.query_rows(block.index), f"{name}.queries")
     for position, value in enumerate(block.residual1.inputs):
         if value is stream:
             block.residual1.replace_input_with(position, selected)
@@ -289,7 +289,7 @@ def fold_head(graph: ir.Graph, site: VitSite, plan: TokenPlan) -> bool:
 # -- postconditions ---------------------------------------------------------------------------------------------------
 
 
-def _infer_shapes(model: ir.Model, outputs: Sequence[ir.Shape | None]) -> None:
+def infer_static_shapes(model: ir.Model, outputs: Sequence[ir.Shape | None]) -> None:
     """Forget every shape computed for the dense graph, infer them anew, and have the result checked by ONNX."""
     infer_shapes_anew(model)
     passes.CheckerPass(full_check=True)(model)

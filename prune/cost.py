@@ -223,16 +223,20 @@ class LatencyCost(Cost):
 
     def _totals(self, key_counts: np.ndarray) -> np.ndarray:
         """float64 [..., block L] -> float64 [...]."""
-        return self.table.predict(key_counts, _query_counts(self.geometry, key_counts))
+        return self.table.predict(key_counts)
 
     def marginal(self, key_counts: np.ndarray) -> Marginal:
+        table, most = self.table, self.geometry.tokens
         keys = np.asarray(key_counts, np.float64)
-        queries = np.minimum(_query_counts(self.geometry, keys), keys)
-        # Each window stays where the table knows anything: queries <= keys <= all tokens.
-        fewer, more = np.maximum(keys - self._window, queries), np.minimum(keys + self._window, self.geometry.tokens)
-        as_key = self._slope(self.table.block_ms(more, queries) - self.table.block_ms(fewer, queries), more - fewer)
+        queries = np.clip(table.query_counts(keys), 1, keys)
+        # Slopes of blocks that drop tokens, even where none is dropped yet: the step between the two kinds of block is
+        # no slope. Each window stays where the table knows anything: queries <= keys <= all tokens; where all tokens
+        # stay there is none for keys alone, and the slope is that of fewer queries.
+        fewer, more = np.maximum(keys - self._window, 1), np.minimum(keys + self._window, most)
+        rows = np.minimum(queries, fewer)
+        as_key = self._slope(table.split_ms(more, rows) - table.split_ms(fewer, rows), more - fewer)
         fewer, more = np.maximum(queries - self._window, 1), np.minimum(queries + self._window, keys)
-        as_query = self._slope(self.table.block_ms(keys, more) - self.table.block_ms(keys, fewer), more - fewer)
+        as_query = self._slope(table.split_ms(keys, more) - table.split_ms(keys, fewer), more - fewer)
         return Marginal(as_key, as_query, self.table.head_token_ms if self.geometry.head_patches else 0.0)
 
     def _slope(self, rise: np.ndarray, run: np.ndarray) -> np.ndarray:
@@ -258,9 +262,3 @@ class LatencyCost(Cost):
             "plan": round(self.total(plan.key_counts), 6),
             **self.table.summary(),
         }
-
-
-def _query_counts(geometry: Geometry, key_counts: np.ndarray) -> np.ndarray:
-    """:func:`~vpruner.prune.plan.query_counts` along the last axis: float64 [..., block L]."""
-    last = geometry.head_prefix + (key_counts[..., -1:] - geometry.prefix_tokens if geometry.head_patches else 0)
-    return np.concatenate([key_counts[..., 1:], np.broadcast_to(last, (*key_counts.shape[:-1], 1))], axis=-1)
