@@ -30,6 +30,8 @@ WINDOW, WINDOW_SHARE = 4, 16
 #: Slope below which a table's is not believed, as a fraction of its mean slope: at no price may a token seem free to
 #: the relaxation, or no price would drop it.
 LEAST_SLOPE = 0.01
+#: What dropping a token at all must add to a block's time before the search reckons with it.
+EXTRA = 0.01
 #: Differences of cost below this fraction of the dense cost are rounding.
 ROUNDING = 1e-12
 
@@ -105,11 +107,13 @@ class Cost(ABC):
         kind: ``"macs"`` or ``"latency"``.
         unit: ``"MACs"`` or ``"ms"``.
         noun: The unit in a sentence: "0.65 of the dense MACs".
+        drops_cost_extra: Whether a block that drops one token costs notably more than one that drops none.
     """
 
     kind: str
     unit: str
     noun: str
+    drops_cost_extra: bool = False
 
     def __init__(self, geometry: Geometry):
         self.geometry = geometry
@@ -209,6 +213,9 @@ class LatencyCost(Cost):
         super().__init__(geometry)
         table.check_fits(geometry)
         self.table = table
+        self.drops_cost_extra = any(
+            row[-1] > (1 + EXTRA) * whole for row, whole in zip(table.split, table.whole, strict=True)
+        )
         self._window = max(WINDOW, geometry.tokens // WINDOW_SHARE)
         everything = float(table.block_ms(geometry.tokens, geometry.tokens))
         # A table whose blocks cost nothing at all must not make the floor zero.

@@ -14,6 +14,7 @@ often a staircase; there the filling takes first what costs nothing, so that eve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,15 +88,15 @@ def search_mask(
     importance = np.where(np.arange(depth + 1)[:, None] <= latest, importance, np.inf)
     anchor = _anchor_token(importance, geometry, latest)
     best = None
-    counts = np.full(depth, geometry.tokens, np.float64)
-    for _ in range(8):
-        exits = _bisect_price(cost, importance, cost.survival(counts), budget, anchor)
-        exits = _fill(cost, importance, exits, budget)
-        candidate = _result(cost, importance, exits, budget)
-        if best is None or candidate.importance_lost < best.importance_lost:
-            best = candidate
-        # Half a step: full steps can swing between two solutions.
-        counts = 0.5 * counts + 0.5 * _key_counts(geometry, exits)
+    for choices in _exit_choices(cost, importance, latest):
+        counts = np.full(depth, geometry.tokens, np.float64)
+        for _ in range(8):
+            exits = _fill(cost, choices, _bisect_price(cost, choices, cost.survival(counts), budget, anchor), budget)
+            candidate = _result(cost, importance, exits, budget)
+            if best is None or candidate.importance_lost < best.importance_lost:
+                best = candidate
+            # Half a step: full steps can swing between two solutions.
+            counts = 0.5 * counts + 0.5 * _key_counts(geometry, exits)
     return best
 
 
@@ -132,6 +133,23 @@ def minimum_cost(cost: Cost) -> float:
 
 def minimum_macs(geometry: Geometry) -> int:
     return minimum_cost(MacsCost(geometry))
+
+
+def _exit_choices(cost: Cost, importance: np.ndarray, latest: np.ndarray) -> Iterator[np.ndarray]:
+    """The importance to search with: as it is, and with the exits left out that a plan may do better without.
+
+    Where a block costs more because tokens leave after it at all, plans in which they leave at every second block can
+    be better than any found one token at a time: that cost goes only with the last of them.
+    """
+    yield importance
+    if cost.drops_cost_extra:
+        depth = cost.geometry.depth
+        # No token, one block and the end stay possible, and so does what earlier rounds have decided.
+        needed = np.isin(np.arange(depth + 1), [0, 1, depth, *latest])
+        for first in (0, 1):
+            chosen = needed | (np.arange(depth + 1) % 2 == first)
+            if not chosen.all():
+                yield np.where(chosen[:, None], importance, np.inf)
 
 
 def _anchor_token(importance: np.ndarray, geometry: Geometry, latest: np.ndarray) -> tuple[int, int]:

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latency_tables import make_table, stairs
 
 from vpruner.errors import UserError
-from vpruner.prune.cost import block_macs, dense_macs, macs_from_counts, plan_macs
+from vpruner.prune.cost import LatencyCost, MacsCost, block_macs, dense_macs, macs_from_counts, plan_macs
 from vpruner.prune.plan import Geometry, TokenPlan
-from vpruner.prune.search import BUDGET_TOLERANCE, check_target, minimum_macs, search_mask
+from vpruner.prune.search import BUDGET_TOLERANCE, check_target, minimum_cost, minimum_macs, search_mask
 
 
 def geometry(depth=6, grid=(6, 6), pooled=False, prefix=1) -> Geometry:
@@ -154,3 +155,102 @@ def test_the_cheapest_plan_is_reached_from_any_round(pooled):
     last = search_mask(random_importance(shape, 3), shape, floor * 1.0001, latest=first.exits)
     assert last.cost == minimum_macs(shape)
     last.plan("m", shape)  # A valid one: the token that is left is one that was still there.
+
+
+# -- measured time ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("target", [0.45, 0.7])
+def test_a_table_that_equals_macs_gives_the_plan_of_macs(pooled, target):
+    shape = geometry(pooled=pooled)
+    table = make_table(
+        shape, lambda k, q: block_macs(shape, k, q), fixed_ms=shape.stem_macs + shape.head_macs,
+        head_token_ms=shape.head_macs_per_token,
+    )  # fmt: skip
+    for seed in range(4):
+        importance = random_importance(shape, seed)
+        by_macs = search_mask(importance, shape, target, cost=MacsCost(shape))
+        by_table = search_mask(importance, shape, target, cost=LatencyCost(table, shape))
+        assert by_table.cost == pytest.approx(by_macs.cost, rel=0.005)
+        assert by_table.importance_lost == pytest.approx(by_macs.importance_lost, rel=0.02)
+        # Only tokens that are worth about the same may change places.
+        assert (by_table.exits != by_macs.exits).mean() < 0.12
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("target", [0.5, 0.7, 0.9])
+def test_on_a_staircase_every_block_ends_at_the_edge_of_a_step(seed, target):
+    shape = geometry(depth=8, grid=(9, 9))
+    cost = LatencyCost(make_table(shape, stairs(8)), shape)
+    importance = random_importance(shape, seed)
+    result = search_mask(importance, shape, target, cost=cost)
+    counts = result.plan("m", shape).key_counts
+    assert cost.total(counts) == result.cost <= result.budget == target * cost.dense
+    assert all(count % 8 == 0 or count == shape.tokens for count in counts), counts
+    # The same steps, and tokens thrown away between them: never better.
+    by_macs = search_mask(importance, shape, target)
+    if cost.total(by_macs.plan("m", shape).key_counts) <= result.budget:
+        assert result.importance_lost <= by_macs.importance_lost * 1.001
+
+
+def test_a_plateau_is_filled_with_the_tokens_that_gain_most():
+    shape = geometry(depth=2, grid=(3, 3))
+    importance = np.zeros((3, 9))
+    importance[0], importance[1] = np.arange(9, 0, -1) + 100, np.arange(9, 0, -1)
+    # Block 1 costs the same for 2 to 6 tokens; the budget is what 2 cost.
+    cost = LatencyCost(make_table(shape, lambda k, q: 1.0 + (q > 1) + 3 * (q > 6)), shape)
+    counts = (10, 2)
+    result = search_mask(importance, shape, cost.ratio_from_counts(counts) + 1e-9, cost=cost)
+    assert (np.flatnonzero(result.exits == 2) == np.arange(5)).all()
+
+
+def test_where_dropping_at_all_costs_fewer_blocks_drop():
+    shape = geometry(depth=8, grid=(6, 6))
+    dear = make_table(shape, lambda k, q: 0.15 + 0.01 * k + 0.03 * q, whole=lambda k: 0.04 * k)
+    drops, lost = [], []
+    for reckons in (False, True):
+        cost = LatencyCost(dear, shape)
+        assert cost.drops_cost_extra
+        cost.drops_cost_extra = reckons
+        results = [search_mask(random_importance(shape, seed), shape, 0.7, cost=cost) for seed in range(4)]
+        assert all(result.cost <= result.budget for result in results)
+        counts = [result.plan("m", shape).key_counts for result in results]
+        drops.append(sum(a > b for row in counts for a, b in zip(row, row[1:], strict=False)))
+        lost.append(np.array([result.importance_lost for result in results]))
+    assert drops[1] < drops[0]
+    assert (lost[1] <= lost[0]).all() and lost[1].sum() < 0.99 * lost[0].sum()
+
+
+def test_rounds_of_measured_time_never_bring_a_token_back():
+    shape = geometry(depth=8, grid=(6, 6))
+    cost = LatencyCost(make_table(shape, lambda k, q: 0.1 + 0.01 * k + 0.03 * q, whole=lambda k: 0.04 * k), shape)
+    first = search_mask(random_importance(shape, 1), shape, 0.8, cost=cost)
+    second = search_mask(random_importance(shape, 2), shape, 0.6, first.exits, cost)
+    assert (second.exits <= first.exits).all() and second.cost <= second.budget
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10**6), st.floats(0.3, 0.95), st.integers(1, 16), st.booleans())
+def test_measured_budgets_are_met_from_below(seed, target, step, pooled):
+    shape = geometry(depth=4, grid=(5, 5), pooled=pooled)
+    cost = LatencyCost(make_table(shape, stairs(step)), shape)
+    target = max(target, minimum_cost(cost) / cost.dense)
+    result = search_mask(random_importance(shape, seed), shape, target, cost=cost)
+    plan = result.plan("m", shape)
+    assert cost.total(plan.key_counts) == result.cost <= result.budget
+    # Nothing that is free is left lying.
+    prices = cost.stay_prices(np.array(plan.key_counts, float))
+    for token in np.flatnonzero(plan.exits < shape.depth):
+        assert (prices[plan.exits[token] + 1 :, plan.exits[token]] > 0).all()
+    assert (result.cost < result.budget - BUDGET_TOLERANCE * cost.dense) == bool(result.note)
+
+
+def test_messages_speak_of_time_where_the_budget_is_time():
+    shape = geometry()
+    cost = LatencyCost(make_table(shape, stairs(4)), shape)
+    with pytest.raises(UserError, match="of the dense milliseconds cannot be reached: the cheapest plan costs 0"):
+        search_mask(random_importance(shape, 0), shape, 0.01, cost=cost)
+    with pytest.raises(UserError, match="a fraction of the dense milliseconds"):
+        check_target(shape, 2, cost)
+    assert "of its milliseconds" in search_mask(random_importance(shape, 0), shape, 1.0, cost=cost).note
