@@ -1,0 +1,171 @@
+"""Calibration images as the stages share them: decoded once, split once, with the dense model's outputs as the target.
+
+Every stage fits on ``fit`` and is judged on ``held_out``, which no stage fits to. What "better" means is the same
+everywhere: a lower :func:`divergence` from the dense model, which needs no labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..runtime.preprocess import Preprocessing
+from .data import ImageSet
+from .fisher import batch_size_for
+from .plan import TokenPlan
+from .vit import ViTAdapter
+
+#: Share of the calibration images that no stage fits to, and the most of them: 512 tell apart plans whose divergence
+#: differs by a few per cent, because both are judged on the same images.
+HELD_OUT_SHARE, MOST_HELD_OUT = 0.25, 512
+
+
+@dataclass(eq=False)
+class Calibration:
+    """Preprocessed images in memory, 3 bytes per pixel.
+
+    Attributes:
+        pixels: uint8 [image, height, width, channel], cropped and resized for the model, not normalised.
+        labels: int64 [image], or None without usable labels.
+        preprocessing: Turns pixels into the model's input.
+        held_out_count: How many of the last images are held out.
+        dense: float32 [image, output]: the dense model's outputs, once :meth:`remember_dense` has run.
+    """
+
+    pixels: np.ndarray
+    labels: Tensor | None
+    preprocessing: Preprocessing
+    held_out_count: int = 0
+    dense: Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def load(
+        cls,
+        images: ImageSet,
+        preprocessing: Preprocessing,
+        *,
+        held_out: float = HELD_OUT_SHARE,
+        on_batch: Callable[[int], None] = lambda count: None,
+    ) -> Calibration:
+        """Decode every readable image of ``images``, which come in random order.
+
+        Raises:
+            UserError: No image can be read.
+        """
+        crops, labels = [], []
+        for image, label in images.images():
+            crops.append(np.asarray(preprocessing.crop(image), np.uint8))
+            labels.append(label)
+            on_batch(1)
+        images.require_any()
+        count = min(int(len(crops) * held_out), MOST_HELD_OUT)
+        return cls(np.stack(crops), torch.tensor(labels) if images.labelled else None, preprocessing, count)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def fit(self) -> np.ndarray:
+        """int64 [image]: the images that stages may fit to."""
+        return np.arange(len(self) - self.held_out_count)
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """int64 [image]: the images that stages are judged on."""
+        return np.arange(len(self) - self.held_out_count, len(self))
+
+    def images(self, indices: Sequence[int] | np.ndarray) -> Tensor:
+        """float32 [image, channel, height, width] of those images, exactly as ``preprocessing`` makes them."""
+        values = torch.from_numpy(self.pixels[np.asarray(indices)]).permute(0, 3, 1, 2).float() / 255
+        mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in self._statistics)
+        return ((values - mean) / std).contiguous()
+
+    def batches(self, indices: Sequence[int] | np.ndarray, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(images float32 [batch, channel, height, width], labels int64 [batch] or None), in the order given."""
+        indices = np.asarray(indices)
+        for start in range(0, len(indices), size):
+            chunk = indices[start : start + size]
+            yield self.images(chunk), None if self.labels is None else self.labels[torch.from_numpy(chunk)]
+
+    def remember_dense(self, adapter: ViTAdapter, on_batch: Callable[[int], None] = lambda count: None) -> Tensor:
+        """Run the dense model over all images once; later calls return what is remembered."""
+        if self.dense is None:
+            self.dense = self.outputs(adapter, None, np.arange(len(self)), on_batch)
+        return self.dense
+
+    def outputs(
+        self,
+        adapter: ViTAdapter,
+        plan: TokenPlan | None,
+        indices: Sequence[int] | np.ndarray,
+        on_batch: Callable[[int], None] = lambda count: None,
+    ) -> Tensor:
+        """float32 [image, output] on the CPU: the model pruned by ``plan`` (None: dense) on those images."""
+        device = next(adapter.model.parameters()).device
+        plan = TokenPlan.identity(adapter.name, adapter.geometry) if plan is None else plan
+        rows = []
+        with adapter.applied(plan, "dead"), torch.inference_mode():
+            for images, _ in self.batches(indices, batch_size_for(adapter.geometry)):
+                rows.append(adapter.model(images.to(device)).float().cpu())
+                on_batch(len(images))
+        return torch.cat(rows).clone()
+
+    def divergence(self, adapter: ViTAdapter, plan: TokenPlan, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float64 [image]: :func:`divergence` of the pruned model from the dense one on those images."""
+        dense = self.remember_dense(adapter)[torch.as_tensor(np.asarray(indices))]
+        return divergence(dense, self.outputs(adapter, plan, indices), adapter.geometry.output).double().numpy()
+
+    @property
+    def _statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        return self.preprocessing.mean, self.preprocessing.std
+
+
+def divergence(dense: Tensor, pruned: Tensor, output: str) -> Tensor:
+    """[image]: how far the pruned model's output is from the dense one's; 0 when they agree; differentiable.
+
+    Args:
+        dense, pruned: [image, output].
+        output: ``"logits"``: the KL divergence of the two distributions, in nats. ``"features"``: 1 - cosine.
+    """
+    if output == "features":
+        return 1 - F.cosine_similarity(dense.float(), pruned.float(), dim=-1)
+    dense, pruned = dense.float().log_softmax(-1), pruned.float().log_softmax(-1)
+    return (dense.exp() * (dense - pruned)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Two plans (or models) on the same held-out images.
+
+    Attributes:
+        before, after: Mean divergence from the dense model.
+        error: Standard error of the mean paired difference.
+        images: How many.
+    """
+
+    before: float
+    after: float
+    error: float
+    images: int
+
+    @classmethod
+    def of(cls, before: np.ndarray, after: np.ndarray) -> Judgement:
+        """Args:
+        before, after: float [image], of the same images.
+        """
+        difference = np.asarray(after, np.float64) - np.asarray(before, np.float64)
+        error = float(difference.std(ddof=1) / len(difference) ** 0.5) if len(difference) > 1 else float("inf")
+        return cls(float(np.mean(before)), float(np.mean(after)), error, len(difference))
+
+    @property
+    def better(self) -> bool:
+        """Whether the second is better by more than chance explains: by at least one standard error."""
+        return bool(self.after < self.before - self.error)
+
+    def to_json(self) -> dict[str, float | int]:
+        return {"before": self.before, "after": self.after, "error": self.error, "images": self.images}
