@@ -1,0 +1,135 @@
+"""Chains: right shapes, really runnable, and made of the model's own blocks."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from export_tools import dims, nodes, relative_difference, run, token_gathers
+
+from vpruner.errors import UserError
+from vpruner.export.blocks import OrtGraphs, cut_to_blocks, make_chain
+from vpruner.export.files import load_model
+from vpruner.export.fold import fold, fold_file
+from vpruner.export.recognise import recognise
+from vpruner.prune.plan import TokenPlan
+from vpruner.runtime.table import Graphs, measure_table
+
+KINDS = ["class token", "registers", "average pooling", "attention pooling", "distilled", "layer scale", "qk-norm"]
+
+
+def chain_reference(dense, images, keys: int, queries: int) -> np.ndarray:
+    """What a chain computes, written out: each block on the first Q of K rows, which then repeat."""
+    with torch.no_grad():
+        model = dense.model
+        tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))[:, :keys]
+        rows = torch.arange(keys) % queries
+        for block in model.blocks:
+            tokens = block(tokens)[:, rows]
+        return model.forward_head(model.norm(tokens)).numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [(1.0, 1.0), (1.0, 0.5), (0.6, 0.6), (0.6, 0.2), (0.0, 0.0)], ids=str)
+def test_a_chain_has_the_shapes_it_says_and_computes_what_its_blocks_do(exported, kind, share):
+    dense = exported(kind)
+    shape = dense.geometry
+    keys = max(shape.prefix_tokens + 1, round(share[0] * shape.tokens))
+    queries = keys if share[0] == share[1] else max(1, round(share[1] * shape.tokens))
+    model = load_model(dense.path)
+    make_chain(model, shape, keys, queries)
+    softmax = [node for node in nodes(model, "Softmax") if len(node.inputs[0].shape) == 4][: shape.depth]
+    assert [dims(node.outputs[0])[2:] for node in softmax] == [[queries, keys]] * shape.depth
+    # One Gather selects the queries of each block and one brings back the keys, where these differ.
+    assert len(token_gathers(model)) == (2 * shape.depth if queries < keys else 0) + (keys < shape.tokens)
+    images = dense.images()
+    assert relative_difference(run(model, images), chain_reference(dense, images, keys, queries)) < 1e-4
+
+
+def test_refilling_changes_nothing_but_the_number_of_gathers(exported):
+    dense = exported()
+    plain, refilled = load_model(dense.path), load_model(dense.path)
+    make_chain(plain, dense.geometry, 20, 20)
+    make_chain(refilled, dense.geometry, 20, 20, refill=True)
+    assert len(token_gathers(refilled)) - len(token_gathers(plain)) == dense.geometry.depth
+    images = dense.images()
+    # onnxruntime fuses a residual Add and the next norm, not across a Gather: the last bit may differ.
+    assert relative_difference(run(refilled, images), run(plain, images)) < 1e-5
+
+
+def test_all_tokens_through_all_blocks_is_the_dense_model(exported):
+    dense = exported()
+    model = load_model(dense.path)
+    make_chain(model, dense.geometry, dense.geometry.tokens, dense.geometry.tokens)
+    assert np.array_equal(run(model, dense.images()), run(dense.path, dense.images()))
+
+
+@pytest.mark.parametrize("kind", ["class token", "attention pooling"])
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_cutting_keeps_the_first_blocks_and_the_head(exported, kind, blocks):
+    dense = exported(kind)
+    model = load_model(dense.path)
+    shape = cut_to_blocks(model, dense.geometry, blocks)
+    assert shape == replace(dense.geometry, depth=blocks)
+    assert len(recognise(model, shape).blocks) == blocks
+    images = dense.images()
+    with torch.no_grad():
+        whole = dense.model
+        tokens = whole.norm_pre(whole._pos_embed(whole.patch_embed(images)))
+        expected = whole.forward_head(whole.norm(whole.blocks[:blocks](tokens))).numpy()
+    assert relative_difference(run(model, images), expected) < 1e-4
+    fold(model, TokenPlan.identity("tiny", shape))  # It is a model like any other.
+
+
+def test_impossible_chains(exported):
+    dense = exported("registers")
+    for keys, queries in ((5, 5), (30, 20), (20, 21), (20, 0)):
+        with pytest.raises(ValueError, match="no chain of"):
+            make_chain(load_model(dense.path), dense.geometry, keys, queries)
+    for blocks in (0, 5):
+        with pytest.raises(ValueError, match="of 4 blocks"):
+            cut_to_blocks(load_model(dense.path), dense.geometry, blocks)
+
+
+def test_graphs_run_and_leave_nothing_behind(exported, tmp_path):
+    dense = exported()
+    graphs: Graphs = OrtGraphs(dense.path, tmp_path, threads=1)
+    assert graphs.about == {"runtime": "onnxruntime", "provider": "cpu", "precision": "fp32", "threads": 1, "batch": 1,
+                            "opset": 20}  # fmt: skip
+    assert graphs.weight_bytes > 4 * 4 * 12 * 32 * 32
+    # Two at once, of the same name on the disk.
+    with graphs.chain(4, 20, 10, True) as one, graphs.chain(4, 25, 25, False) as other:
+        (first,), (second,) = one(), other()
+        assert first.shape == second.shape == (1, 5) and not np.array_equal(first, second)
+    with graphs.model(None) as call, graphs.model(TokenPlan.identity("tiny", dense.geometry)) as lean:
+        assert np.allclose(call()[0], lean()[0], atol=1e-5)
+    assert list(tmp_path.iterdir()) == []
+    with graphs.chain(2, 25, 25, False) as call:
+        assert call()[0].shape == (1, 5)
+    # The cut model stays for the next chain; the folder is the caller's to remove.
+    assert [path.name for path in tmp_path.iterdir()] == ["dense-2.onnx"]
+    assert dense.path.exists()
+
+
+def test_batches(exported, tmp_path):
+    with OrtGraphs(exported(dynamic_batch=True).path, tmp_path, threads=1, batch=3).model(None) as call:
+        assert call()[0].shape == (3, 5)
+    with pytest.raises(UserError, match="its own batch size 1, asked for 2; measure with --batch-size 1"):
+        OrtGraphs(exported().path, tmp_path, threads=1, batch=2)
+
+
+def test_only_dense_files(exported, tmp_path):
+    dense = exported()
+    fold_file(dense.path, TokenPlan.identity("tiny", dense.geometry), tmp_path / "pruned.onnx")
+    with pytest.raises(UserError, match=r"pruned.onnx holds plan .* already"):
+        OrtGraphs(tmp_path / "pruned.onnx", tmp_path, threads=1)
+    with pytest.raises(UserError, match="cannot read"):
+        OrtGraphs(tmp_path / "nothing.onnx", tmp_path, threads=1)
+
+
+@pytest.mark.parametrize("kind", ["registers", "attention pooling"])
+def test_a_table_of_real_graphs(exported, tmp_path, kind):
+    dense = exported(kind)
+    table = measure_table(OrtGraphs(dense.path, tmp_path, threads=1), "tiny", dense.geometry, seconds=0.05)
+    assert table.keys[-1] == dense.geometry.tokens and table.dense_ms > 0 and len(table.validation) == 3
+    assert (table.head_token_ms > 0) == (kind == "attention pooling")
