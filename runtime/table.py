@@ -26,6 +26,7 @@ is not counted.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, fields
@@ -48,7 +49,8 @@ SCHEMA = 1
 HINT = "measure one with: vpruner table MODEL -o table.json"
 #: Weights of a chain, in bytes: past the last-level cache of common processors, so that every run streams them anew.
 CHAIN_BYTES = 128 << 20
-#: Memory for sessions that are open at the same time. A session holds its weights about twice, once packed.
+#: Memory for sessions that are open at the same time, but never more than half of the machine's. A session holds its
+#: weights about twice, once packed.
 SESSION_BYTES, SESSION_COPIES = 6 << 30, 2.5
 #: (key counts, query counts below each) of the grids to choose from, by how many rounds the time allows.
 GRIDS = ((10, 4), (8, 3), (6, 3), (4, 2))
@@ -474,7 +476,7 @@ def measure_table(
     geometry: Geometry,
     *,
     seconds: float = 60.0,
-    memory: int = SESSION_BYTES,
+    memory: int | None = None,
     seed: int = 0,
     on_group: Callable[[int, int], object] = lambda done, groups: None,
 ) -> LatencyTable:
@@ -486,7 +488,8 @@ def measure_table(
         geometry: Its shape.
         seconds: Time to measure for, about: making the graphs comes on top, and a large model gets its few rounds even
             where they take longer.
-        memory: Bytes that open graphs may take; graphs are timed in groups that fit, but never fewer than two at once.
+        memory: Bytes that open graphs may take; None: :data:`SESSION_BYTES`, or half of what there is where
+            that is less. Graphs are timed in groups that fit, but never fewer than two at once.
         seed: Of the order in the rounds.
         on_group: Called with the number of groups done and of all of them, first with 0 done.
 
@@ -494,6 +497,8 @@ def measure_table(
         UserError: The graphs cannot be made or run.
     """
     before = environment()  # first, so that the load average is not our own
+    if memory is None:
+        memory = min(SESSION_BYTES, int((before["memory_gib"] or 8) * 2**29))
     blocks = chain_blocks(geometry, graphs.weight_bytes)
     dense = Sample("dense", geometry.depth)
     with dense.open(graphs) as call:
@@ -587,6 +592,8 @@ def time_samples(
         ms of each sample by label, and the protocol.
     """
     reference, *others = samples
+    # In any order, so that what sets one group apart from another does not look like an effect of token counts.
+    random.Random(seed).shuffle(others)
 
     def size(sample: Sample) -> float:
         return SESSION_COPIES * graphs.weight_bytes * sample.blocks / geometry.depth
@@ -677,17 +684,13 @@ def fit_table(
             whole[sample.keys] = time
     keys = sorted(whole)
 
-    # Outside of the blocks: two lengths of the same chain. A single block cannot be told from the rest but by its MACs.
+    # Outside of the blocks: two lengths of the same chain. Noise in their difference must not leave stem and head with
+    # less than their share of the MACs, nor with most of the time; for a single block that share is all there is.
     (short, few), (long, many) = min(lengths.items()), max(lengths.items())
-    if long > short:
-        block = (many - few) / (long - short)
-    else:
-        inner = geometry.num_heads * geometry.head_dim
-        macs = everything * (4 * geometry.embed_dim * inner + 2 * everything * inner + geometry.mlp_macs)
-        block = few / depth * macs / (macs + (geometry.stem_macs + geometry.head_macs) / depth)
-    # A chain that is not explained by blocks alone keeps something for each; noise must not turn that round.
-    block = min(max(block, 0.5 * whole[everything] / blocks), whole[everything] / blocks)
     token_macs = 4 * geometry.embed_dim * geometry.num_heads * geometry.head_dim + geometry.mlp_macs
+    macs = everything * (token_macs + 2 * everything * geometry.num_heads * geometry.head_dim)
+    most = whole[everything] * macs / (blocks * macs + geometry.stem_macs + geometry.head_macs)
+    block = min(max((many - few) / (long - short), 0.5 * most), most) if long > short else most
     head_token = block / everything * geometry.head_macs_per_token / token_macs if geometry.head_patches else 0.0
 
     def head(tokens: int) -> float:
