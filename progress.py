@@ -28,11 +28,11 @@ class Reporter:
         self.remarks: list[str] = []
 
     @contextmanager
-    def stage(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    def stage(self, title: str, total: int | None = None, *, unit: str = "images") -> Iterator[Callable[..., None]]:
         """Show a bar (or a spinner without ``total``) while the block runs; then one line with the time it took.
 
         Yields:
-            A function to call with the number of items just done.
+            A function to call with the number of items just done, and if there is one, the best result so far as text.
         """
         started = time.perf_counter()
         columns = [SpinnerColumn(), TextColumn("{task.description}")]
@@ -40,10 +40,19 @@ class Reporter:
             columns += [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(escape(title), total=total)
-            yield lambda count: progress.advance(task, count)
+            done = 0
+
+            def advance(count: int, best: str = "") -> None:
+                nonlocal done
+                done += count
+                description = f"{title}: {best}" if best else title
+                progress.update(task, advance=count, description=escape(description))
+
+            yield advance
         self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - started
-        done = f" ({total} images)" if total is not None else ""
-        self.console.print(f"[green]✓[/] {escape(title)}{done}: {self.seconds[title]:.1f} s")
+        # What was done, not what was planned: a stage may stop early.
+        shown = f" ({done} {unit})" if total is not None else ""
+        self.console.print(f"[green]✓[/] {escape(title)}{shown}: {self.seconds[title]:.1f} s")
 
     def remark(self, text: str) -> None:
         """Tell the user something that is not an error; repeated remarks are said once."""

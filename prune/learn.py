@@ -1,4 +1,10 @@
-"""From a model and calibration images to a token plan: score and search in rounds, and write down how it came about.
+"""From a model and calibration images to a token plan and what goes with it: the three stages of V-Pruner, in a row.
+
+1. *Search* (:func:`learn_plan`): Fisher importance of every gate, and the mask within budget that loses least of it.
+2. *Rearrangement* (:mod:`vpruner.prune.rearrange`): PPO moves tokens so that the model as pruned agrees better.
+3. *Tuning* (:mod:`vpruner.prune.tune`): weights or gates are refitted to restore the dense model's behaviour.
+
+Each stage is judged on calibration images that no stage fits to, and undone where it does not help there.
 
 Gradients at the dense model say what the *first* tokens to leave cost; once they are gone, others carry what they
 carried. So the mask is searched in rounds: each takes a share of the way from the dead-token-free model to the target,
@@ -9,25 +15,213 @@ model, on images kept out, by 20 to 30 % at budgets of 0.65 and less (``benchmar
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from ..errors import UserError
 from ..progress import Reporter
+from .calibration import Calibration, Judgement
 from .cost import Cost, MacsCost, dense_macs, plan_macs
 from .data import ImageSet
 from .fisher import batch_size_for, gate_gradients
 from .models import LoadedModel
 from .plan import TokenPlan
+from .rearrange import RearrangeSettings, World, rearrange, swap_greedily
 from .search import check_target, search_mask
+from .tune import TUNINGS, tune
 
 #: Rounds of scoring and searching, when there are images enough.
 ROUNDS = 8
 #: Fewer images than this do not tell tokens apart; with a small calibration set there are fewer rounds instead.
 IMAGES_PER_ROUND = 32
+
+
+#: What ``--rearrange`` accepts.
+REARRANGEMENTS = ("ppo", "greedy", "none")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage as it went.
+
+    Attributes:
+        name: ``"search"``, ``"rearrange"`` or ``"tune"``.
+        method: Such as ``"fisher"``, ``"ppo"``, ``"weights"``.
+        plan: The plan after it.
+        weights: State-dict name -> tensor, where weights differ from the model's; else None.
+        kept: Whether the stage changed anything; it is undone where it does not help on held-out images.
+        seconds: Wall-clock time.
+        judgement: Divergence from the dense model on held-out images, before and after; None without such images.
+        note: One sentence for the report, or empty.
+        details: JSON values.
+    """
+
+    name: str
+    method: str
+    plan: TokenPlan
+    weights: Mapping[str, Tensor] | None
+    kept: bool
+    seconds: float
+    judgement: Judgement | None
+    note: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What provenance and result rows say of it."""
+        return {
+            "stage": self.name,
+            "method": self.method,
+            "kept": self.kept,
+            "seconds": round(self.seconds, 2),
+            "held_out": None if self.judgement is None else self.judgement.to_json(),
+            "note": self.note,
+            **self.details,
+        }
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What :func:`learn` hands back.
+
+    Attributes:
+        plan: The plan to ship, with provenance.
+        weights: State-dict name -> tensor for the weights that tuning changed; None when none did.
+        stages: What each stage did, in order.
+    """
+
+    plan: TokenPlan
+    weights: Mapping[str, Tensor] | None
+    stages: tuple[Stage, ...]
+
+
+def learn(
+    loaded: LoadedModel,
+    images: ImageSet,
+    *,
+    target: float,
+    cost: Cost | None = None,
+    loss: str = "auto",
+    rounds: int | None = None,
+    rearrangement: str = "ppo",
+    tuning: str = "weights",
+    settings: RearrangeSettings | None = None,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> Learned:
+    """The whole method: search, rearrangement, tuning.
+
+    Args:
+        loaded: The trained model; its weights are as before when this returns.
+        images: Calibration images; a part of them is held out of every fit (:class:`Calibration`).
+        target: Budget as a fraction of the dense model's cost, dead tokens removed.
+        cost: What the budget is of; None: MACs.
+        loss, rounds: Of the search, see :func:`learn_plan`.
+        rearrangement: One of :data:`REARRANGEMENTS`.
+        tuning: One of :data:`~vpruner.prune.tune.TUNINGS`.
+        settings: How much the rearrangement plays.
+        checkpoint: File that the rearrangement resumes from and writes.
+        seed: Of everything random.
+        reporter: Where progress goes.
+
+    Raises:
+        UserError: The budget cannot be reached, no image can be read, or options do not fit.
+    """
+    if rearrangement not in REARRANGEMENTS or tuning not in TUNINGS:
+        raise ValueError(f"unknown stage: {rearrangement!r} or {tuning!r}")
+    reporter = reporter or Reporter(quiet=True)
+    adapter, geometry = loaded.adapter, loaded.adapter.geometry
+    cost = cost or MacsCost(geometry)
+    check_target(geometry, target, cost)
+    choose_loss(loss, geometry.output, images.labelled)
+    with reporter.stage("Reading calibration images", len(images.indices)) as advance:
+        calibration = Calibration.load(images, loaded.preprocessing, on_batch=advance)
+    stages = []
+
+    def judged(plan: TokenPlan) -> np.ndarray | None:
+        return calibration.divergence(adapter, plan, calibration.held_out) if len(calibration.held_out) else None
+
+    started = time.perf_counter()
+    plan, importance = _search(loaded, images, calibration, target, loss, rounds, seed, None, cost, reporter)
+    seconds = time.perf_counter() - started
+    drops = not plan.is_identity
+    if drops and len(calibration.held_out):
+        with reporter.stage("Running the dense model for comparison", len(calibration)) as advance:
+            calibration.remember_dense(adapter, advance)
+    after = judged(plan) if drops else None
+    stages.append(
+        Stage(
+            "search",
+            "fisher",
+            plan,
+            None,
+            drops,
+            seconds,
+            None if after is None else Judgement.of(np.zeros_like(after), after),
+            plan.provenance["note"],
+            {"rounds": len(plan.provenance["rounds"])},
+        )
+    )
+    if drops and not len(calibration.held_out):
+        reporter.remark(
+            f"{len(calibration)} calibration images are too few to hold any out: "
+            "rearrangement and tuning, which are judged on those, were left out"
+        )
+        rearrangement = tuning = "none"
+    if drops and rearrangement != "none":
+        started = time.perf_counter()
+        settings = settings or RearrangeSettings()
+        world = World(adapter, calibration)
+        if rearrangement == "ppo":
+            with reporter.stage("Token mask rearrangement (PPO)", settings.episodes, unit="episodes") as advance:
+                found = rearrange(
+                    world,
+                    plan,
+                    target=target,
+                    cost=cost,
+                    importance=importance,
+                    settings=settings,
+                    seed=seed,
+                    checkpoint=checkpoint,
+                    on_batch=lambda count, gain: advance(count, f"divergence {-gain:+.0%}"),
+                )
+        else:
+            with reporter.stage("Token mask rearrangement (greedy)"):
+                found = swap_greedily(world, plan, target=target, cost=cost, seed=seed)
+        reporter.remark(found.note)
+        details = {**found.details, "history": found.history}
+        plan = found.plan.with_provenance(**plan.provenance)
+        seconds = time.perf_counter() - started
+        stages.append(
+            Stage("rearrange", rearrangement, plan, None, found.kept, seconds, found.judgement, found.note, details)
+        )
+    weights = None
+    if drops and tuning != "none":
+        started = time.perf_counter()
+        with reporter.stage(f"Token mask tuning ({tuning})", geometry.depth, unit="steps") as advance:
+            tuned = tune(adapter, plan, calibration, tuning, seed=seed, on_step=advance)
+        reporter.remark(tuned.note)
+        plan, weights = tuned.plan.with_provenance(**plan.provenance), tuned.weights
+        seconds = time.perf_counter() - started
+        stages.append(
+            Stage("tune", tuning, plan, weights, tuned.kept, seconds, tuned.judgement, tuned.note, tuned.details)
+        )
+    plan = plan.with_provenance(
+        method="v-pruner" if len(stages) > 1 else "fisher",
+        macs=plan_macs(plan),
+        cost=cost.to_json(plan),
+        ratio=round(cost.ratio(plan), 6),
+        stages=[{k: v for k, v in stage.to_json().items() if k != "history"} for stage in stages],
+    )
+    return Learned(plan, weights, tuple(stages))
 
 
 def learn_plan(
@@ -42,7 +236,7 @@ def learn_plan(
     cost: Cost | None = None,
     reporter: Reporter | None = None,
 ) -> TokenPlan:
-    """Stage 1, token mask search: Fisher importance of every gate, then the mask that loses least of it.
+    """Stage 1 alone, token mask search: Fisher importance of every gate, then the mask that loses least of it.
 
     Args:
         loaded: The trained model.
@@ -59,30 +253,51 @@ def learn_plan(
     Raises:
         UserError: The budget cannot be reached, no image can be read, or the loss does not fit model and data.
     """
+    cost = cost or MacsCost(loaded.adapter.geometry)
+    check_target(loaded.adapter.geometry, target, cost)
+    choose_loss(loss, loaded.adapter.geometry.output, calibration.labelled)
+    images = Calibration.load(calibration, loaded.preprocessing, held_out=0)
     reporter = reporter or Reporter(quiet=True)
+    return _search(loaded, calibration, images, target, loss, rounds, seed, batch_size, cost, reporter)[0]
+
+
+def _search(
+    loaded: LoadedModel,
+    images: ImageSet,
+    calibration: Calibration,
+    target: float,
+    loss: str,
+    rounds: int | None,
+    seed: int,
+    batch_size: int | None,
+    cost: Cost,
+    reporter: Reporter,
+) -> tuple[TokenPlan, np.ndarray]:
+    """The plan, and the Fisher importance [exit 0..L, patch N] at the dense model that the first round found."""
     geometry = loaded.adapter.geometry
-    cost = cost or MacsCost(geometry)
-    check_target(geometry, target, cost)
-    loss = choose_loss(loss, geometry.output, calibration.labelled)
+    loss = choose_loss(loss, geometry.output, images.labelled)
     batch_size = batch_size or batch_size_for(geometry, backward=True)
-    sizes = round_sizes(len(calibration.indices), rounds)
-    plan, gradients = TokenPlan.identity(loaded.name, geometry), None
+    plan = TokenPlan.identity(loaded.name, geometry)
     start = cost.ratio(plan)
     steps: list[dict[str, Any]] = []
-    stream = calibration.images()
-    with reporter.stage(f"Fisher token mask search of {loaded.name}", len(calibration.indices)) as advance:
-        for number, size in enumerate(sizes, 1):
-            batches = calibration.batches(loaded.preprocessing, batch_size, islice(stream, size))
-            first = next(batches, None)
-            if first is not None:
-                gradients = gate_gradients(
-                    loaded.adapter, chain([first], batches), loss, plan=plan, seed=seed + number, on_batch=advance
-                )
-            if gradients is None:
-                continue
-            # Equal steps in cost. Where unreadable images left a round without any, it goes by the gradients before.
+    sizes = round_sizes(len(calibration.fit), rounds)
+    ends = np.cumsum(sizes)
+    dense_importance = None
+    with reporter.stage(f"Fisher token mask search of {loaded.name}", len(calibration.fit)) as advance:
+        for number, (end, size) in enumerate(zip(ends, sizes, strict=True), 1):
+            gradients = gate_gradients(
+                loaded.adapter,
+                calibration.batches(calibration.fit[end - size : end], batch_size),
+                loss,
+                plan=plan,
+                seed=seed + number,
+                on_batch=advance,
+            )
+            importance = gradients.importance(geometry.depth)
+            dense_importance = importance if dense_importance is None else dense_importance
+            # Equal steps in cost.
             step = target if number == len(sizes) else max(target, start - (start - target) * number / len(sizes))
-            found = search_mask(gradients.importance(geometry.depth), geometry, step, plan.exits, cost)
+            found = search_mask(importance, geometry, step, plan.exits, cost)
             plan = found.plan(loaded.name, geometry)
             steps.append(
                 {
@@ -92,10 +307,9 @@ def learn_plan(
                     "quadratic_estimate": gradients.quadratic_estimate(plan),
                 }
             )
-    calibration.require_any()
-    reporter.remark(calibration.skipped_remark("calibration"))
+    reporter.remark(images.skipped_remark("calibration"))
     reporter.remark(found.note)
-    return plan.with_provenance(
+    plan = plan.with_provenance(
         method="fisher",
         loss=loss,
         target=target,
@@ -107,10 +321,11 @@ def learn_plan(
         rounds=steps,
         seed=seed,
         calibration={
-            "source": Path(calibration.source.spec).name,
-            "images": calibration.count,
-            "skipped": len(calibration.skipped),
-            "sha256": calibration.sha256,
+            "source": Path(images.source.spec).name,
+            "images": images.count,
+            "held_out": len(calibration.held_out),
+            "skipped": len(images.skipped),
+            "sha256": images.sha256,
         },
         weights_sha256=loaded.sha256,
         preprocessing=loaded.preprocessing.to_json(),
@@ -118,6 +333,7 @@ def learn_plan(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={name: version(name) for name in ("torch", "timm", "numpy")},
     )
+    return plan, dense_importance
 
 
 def round_sizes(count: int, rounds: int | None) -> list[int]:

@@ -13,9 +13,11 @@ Everything goes through timm's own seams: forward hooks, ``Block.forward(x, attn
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 from timm.layers import AttentionPoolLatent, PatchEmbed
 from timm.layers.attention import Attention
@@ -28,6 +30,9 @@ from ..errors import UserError
 from .plan import Geometry, TokenPlan
 
 FORMS = ("masked", "gathered", "dead")
+#: The gate of a token that has left, where its gradient is wanted: small enough that a thousand such tokens change
+#: nothing, large enough for float32 to resolve (a softmax weight of 1e-7 has all its digits).
+ALMOST_CLOSED = 1e-7
 
 
 class ViTAdapter:
@@ -87,13 +92,15 @@ class ViTAdapter:
             yield self.model
 
     @contextmanager
-    def gated(self, batch_size: int, plan: TokenPlan | None = None) -> Iterator[Tensor]:
+    def gated(self, batch_size: int, plan: TokenPlan | None = None, *, reopen: bool = False) -> Iterator[Tensor]:
         """Run the model with a differentiable gate on every patch as a key, separately for each image.
 
         Args:
             batch_size: Images per forward pass, B.
             plan: Tokens that have left already: they are gathered out, and their gates get zero gradient. None: all
                 gates are open.
+            reopen: Keep those tokens as masked ones instead, so that closed gates get gradients too: with respect to m
+                at m = 0, what letting the token back in would change. :data:`ALMOST_CLOSED` stands for 0.
 
         Yields:
             gates [batch B, gate G, patch N], zeros with ``requires_grad``: additive biases on the attention logits, the
@@ -113,10 +120,17 @@ class ViTAdapter:
             requires_grad=True,
         )
         kept = [torch.tensor(indices, dtype=torch.int64, device=parameter.device) for indices in plan.kept]
+        closed = torch.from_numpy(~plan.mask).to(gates)
 
         def key_bias(index: int, prefix: int) -> Tensor:
             """[batch, 1, 1, key] of gate ``index``; the head's gate, the last, is on what the last block kept."""
-            chosen = gates[:, index].index_select(1, kept[min(index, geometry.depth - 1)])
+            row = min(index, geometry.depth - 1)
+            if reopen:
+                # Scaled so that the gradient is the one with respect to m = exp(bias), at m = ALMOST_CLOSED.
+                scale = 1 + closed[row] * (1 / ALMOST_CLOSED - 1)
+                chosen = gates[:, index] * scale + closed[row] * math.log(ALMOST_CLOSED)
+            else:
+                chosen = gates[:, index].index_select(1, kept[row])
             return F.pad(chosen, (prefix, 0))[:, None, None, :]
 
         def block_hook(index: int):
@@ -127,7 +141,7 @@ class ViTAdapter:
 
         with self._exclusive() as undo:
             for index, block in enumerate(self.model.blocks):
-                if plan.drops_before(index):
+                if plan.drops_before(index) and not reopen:
                     undo.callback(block.register_forward_pre_hook(_select_input(plan.entry_rows(index))).remove)
                 undo.callback(block.register_forward_pre_hook(block_hook(index), with_kwargs=True).remove)
             if geometry.head_patches:
@@ -269,6 +283,21 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+# -- pieces, for walking the blocks one by one ------------------------------------------------------------------------
+
+
+def embed_images(model: VisionTransformer, images: Tensor) -> Tensor:
+    """What enters block 0: [image, channel, height, width] -> [image, token, embed_dim]; as ``forward_features``."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+
+def block_outputs(block: Block, stream: Tensor, rows: np.ndarray) -> Tensor:
+    """Run one block on [image, key, channel] and return its output [image, query, channel] for ``rows`` only."""
+    if len(rows) == stream.shape[1]:
+        return block(stream)
+    return _forward_without_dead_tokens(block, rows, None)(stream)
+
+
 # -- hooks ------------------------------------------------------------------------------------------------------------
 
 
@@ -333,17 +362,26 @@ def _forward_without_dead_tokens(block: Block, rows, bias: Tensor | None):
 
 def _cross_attention(attn: Attention, queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     """timm's ``Attention`` with queries from a subset of the tokens: [batch, query, channel] -> the same shape."""
+    return attn.proj_drop(attn.proj(attended_values(attn, queries, keys, bias)))
+
+
+def attended_values(attn: Attention, queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    """What the projection of ``attn`` reads: [batch, query, head * head_dim]; arguments as in the forward pass."""
+    query, key, value = query_key_value(attn, queries, keys)
+    if attn.fused_attn:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    else:
+        logits = (query * attn.scale) @ key.transpose(-2, -1)
+        out = (logits if bias is None else logits + bias).softmax(-1) @ value
+    return attn.norm(out.transpose(1, 2).flatten(2))
+
+
+def query_key_value(attn: Attention, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[batch, query, channel] and [batch, key, channel] -> [batch, head, query, head_dim], and twice with keys."""
     inner = attn.attn_dim
     weight, qkv_bias = attn.qkv.weight, attn.qkv.bias
     query = F.linear(queries, weight[:inner], None if qkv_bias is None else qkv_bias[:inner])
     key_value = F.linear(keys, weight[inner:], None if qkv_bias is None else qkv_bias[inner:])
     query = query.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
     key, value = key_value.unflatten(-1, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-    query, key = attn.q_norm(query), attn.k_norm(key)
-    if attn.fused_attn:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    else:
-        logits = (query * attn.scale) @ key.transpose(-2, -1)
-        out = (logits if bias is None else logits + bias).softmax(-1) @ value
-    out = attn.norm(out.transpose(1, 2).flatten(2))
-    return attn.proj_drop(attn.proj(out))
+    return attn.q_norm(query), attn.k_norm(key), value

@@ -1,0 +1,756 @@
+"""Stage 2, token mask rearrangement: move tokens within the budget so that the pruned model agrees better.
+
+The Fisher search adds up what each token costs alone; which of two similar tokens stays, and how a budget is best spread
+over the blocks, only shows when the pruned model is run. So pruning is played as a game, one episode per plan:
+
+* *state* at block l: which tokens are left, where each stands against the best plan so far (the *incumbent*), what its
+  gate's gradients promise, the Fisher prior, its neighbours, and how much of the budget is spoken for;
+* *action*: how many tokens enter the block (an offset from the incumbent's number; numbers that the budget cannot bear
+  are masked out), and which ones leave, drawn without replacement (Plackett-Luce);
+* *reward*, at the end: the relative drop in divergence from the dense model against the incumbent on the same images,
+  minus the weighted cost over budget.
+
+The policy is trained by clipped PPO (:mod:`vpruner.prune.ppo`). It starts at the Fisher plan: its first logits say "as
+the incumbent does", with just enough noise for a few tokens to move, and those rather that the gradients point at. When
+an episode beats the incumbent on images that did not choose it, it becomes the incumbent. What is returned is the best
+incumbent on images that no reward was ever computed on, or the plan it started from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..artifacts import atomic_path
+from ..errors import UserError, first_line
+from .calibration import Calibration, Judgement, divergence
+from .cost import Cost, MacsCost
+from .fisher import batch_size_for, gate_gradients
+from .plan import Geometry, TokenPlan
+from .ppo import PPOSettings, update
+from .rollouts import evaluate_plans
+from .vit import ViTAdapter
+
+#: Version of the checkpoint file.
+CHECKPOINT_SCHEMA = 1
+#: Tokens that enter a block, relative to the incumbent's number; times one per 64 patches. Further goes in more steps.
+OFFSETS = (-2, -1, 0, 1, 2)
+#: Logit of offset 0 at the start: three blocks of four keep the incumbent's number.
+STAY = 2.5
+#: Tokens that leave at another block than in the incumbent, in an average first episode. Fewer are lost in the noise of
+#: a small batch of images, more cancel each other.
+MOVES = 6.0
+#: Episodes are played at temperatures log-uniform in this range, so that small and large changes are tried throughout.
+TEMPERATURES = (0.6, 1.3)
+#: How far the budget may be overspoken at block 0, as a fraction of it; falls to 0 at the last block. Without it no
+#: early block could gain a token that a later one gives up for it.
+SLACK = 0.04
+#: Reward lost per unit of cost over budget. Divergence falls by less than 1 in relative terms for each 10 % of cost, so
+#: at 20 no plan is worth being over budget; action masks leave little to punish anyway.
+OVER_BUDGET_WEIGHT = 20.0
+GUIDANCE = (1.0, 0.25)
+#: Hidden units of policy and value networks.
+HIDDEN = 32
+TOKEN_FEATURES, BLOCK_FEATURES = 9, 6
+
+
+@dataclass(frozen=True)
+class RearrangeSettings:
+    """How much is played.
+
+    Attributes:
+        episodes: Plans that are run on images, at most.
+        time_limit: Seconds, at most; checked after every batch of episodes.
+        batch: Episodes per update of the policy: all are judged on the same images.
+        screened: Episodes sampled for each that is run; the quadratic estimate picks.
+        images: Images that a batch of episodes is judged on, drawn anew each time.
+        effect_images: Images of a gradient pass at an incumbent.
+        finalists: Episodes of a batch that are judged on twice as many other images before one becomes the incumbent.
+    """
+
+    episodes: int = 640
+    time_limit: float = 600.0
+    batch: int = 16
+    screened: int = 4
+    images: int = 128
+    effect_images: int = 128
+    finalists: int = 3
+
+
+@dataclass(frozen=True)
+class Rearranged:
+    """What the stage found.
+
+    Attributes:
+        plan: The best plan on held-out images; the one it started from when none was better.
+        judgement: Divergence of start and result on the held-out images.
+        kept: Whether ``plan`` is another than the start.
+        note: One sentence when it is not, or when the stage was cut short; else empty.
+        details: JSON values: episodes played, incumbents, seconds, settings.
+        history: One entry for each batch of episodes.
+    """
+
+    plan: TokenPlan
+    judgement: Judgement
+    kept: bool
+    note: str
+    details: dict[str, Any]
+    history: list[dict[str, float]] = field(default_factory=list, repr=False)
+
+
+# -- the world that episodes are played in ------------------------------------------------------------------------------
+
+
+class World:
+    """The model as episodes see it: what a plan does on some images, and what each gate would change.
+
+    Tests replace it by worlds whose best plan is known.
+
+    Attributes:
+        images: int64 [image]: those that may give rewards.
+        held_out: int64 [image]: those that may not.
+    """
+
+    def __init__(self, adapter: ViTAdapter, calibration: Calibration):
+        self.adapter, self.calibration = adapter, calibration
+        self.geometry, self.name = adapter.geometry, adapter.name
+        self.images, self.held_out = calibration.fit, calibration.held_out
+        calibration.remember_dense(adapter)
+        # One chain of activations per level of the tree is alive at a time.
+        self._chunk = max(1, batch_size_for(self.geometry, backward=True))
+
+    def divergences(self, plans: Sequence[TokenPlan], indices: np.ndarray) -> np.ndarray:
+        """float64 [plan, image]: :func:`~vpruner.prune.calibration.divergence` from the dense model."""
+        parts = []
+        for start in range(0, len(indices), self._chunk):
+            chunk = indices[start : start + self._chunk]
+            outputs = evaluate_plans(self.adapter, plans, self.calibration.images(chunk))
+            dense = self.calibration.dense[torch.from_numpy(chunk)]
+            parts.append(divergence(dense.expand_as(outputs), outputs, self.geometry.output).double().numpy())
+        return np.concatenate(parts, axis=1)
+
+    def curvature(self, indices: np.ndarray, seed: int) -> np.ndarray:
+        """float32 [image, block L, patch N]: gate gradients at the dense model whose squares are its Fisher scores."""
+        loss = "features" if self.geometry.output == "features" else "self"
+        size = batch_size_for(self.geometry, backward=True)
+        values = gate_gradients(self.adapter, self.calibration.batches(indices, size), loss, seed=seed).values
+        return values[:, : self.geometry.depth]
+
+    def effects(self, plan: TokenPlan, indices: np.ndarray) -> np.ndarray:
+        """float32 [image, block L, patch N]: gradient of the divergence with respect to each gate, at ``plan``.
+
+        For a kept token it is taken at m = 1, for a dropped one at m = 0. Where the head pools the patches, what a
+        token changes there is counted with the last block.
+        """
+        model = self.adapter.model
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        rows = []
+        size = batch_size_for(self.geometry, backward=True)
+        try:
+            for start in range(0, len(indices), size):
+                chunk = indices[start : start + size]
+                with self.adapter.gated(len(chunk), plan, reopen=True) as gates, torch.enable_grad():
+                    output = model(self.calibration.images(chunk).to(gates.device, gates.dtype)).float()
+                    dense = self.calibration.dense[torch.from_numpy(chunk)].to(output.device)
+                    value = divergence(dense, output, self.geometry.output).sum()
+                    (gradient,) = torch.autograd.grad(value, gates)
+                rows.append(gradient.float().cpu().numpy())
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+        values = np.concatenate(rows)
+        if values.shape[1] > self.geometry.depth:
+            values[:, -2] += values[:, -1]
+        return values[:, : self.geometry.depth]
+
+
+@dataclass(frozen=True, eq=False)
+class Prospect:
+    """What gradients at an incumbent promise for other plans.
+
+    Attributes:
+        exits: int64 [patch N] of the incumbent.
+        moves: float32 [image, exit 0..L, patch N]: first-order change of the divergence when a token leaves there.
+        first: float64 [exit 0..L, patch N]: its mean.
+        second: float64 [exit 0..L, patch N]: half its mean square, the Fisher term.
+        unit: Typical size of a one-block move; features are in this unit.
+    """
+
+    exits: np.ndarray
+    moves: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    unit: float
+
+    @classmethod
+    def at(cls, exits: np.ndarray, effects: np.ndarray) -> Prospect:
+        if not np.isfinite(effects).all():
+            effects = np.nan_to_num(effects, nan=0.0, posinf=0.0, neginf=0.0)
+        images, depth, patches = effects.shape
+        reach = np.concatenate([np.zeros((images, 1, patches), effects.dtype), np.cumsum(effects, axis=1)], axis=1)
+        moves = reach - np.take_along_axis(reach, np.broadcast_to(exits, (images, 1, patches)), axis=1)
+        first = moves.mean(0, dtype=np.float64)
+        second = 0.5 * np.square(moves, dtype=np.float32).mean(0, dtype=np.float64)
+        return cls(exits, moves, first, second, float(np.abs(effects.mean(0)).mean()) + 1e-12)
+
+    def estimate(self, exits: np.ndarray) -> float:
+        """Second-order estimate of the change of divergence from the incumbent to ``exits``, interactions included."""
+        tokens = np.flatnonzero(exits != self.exits)
+        change = self.moves[:, exits[tokens], tokens].sum(1, dtype=np.float64)
+        return float(change.mean() + 0.5 * np.square(change).mean())
+
+
+# -- the policy ---------------------------------------------------------------------------------------------------------
+
+
+class Policy(nn.Module):
+    """Scores tokens for leaving, numbers of tokens, and states.
+
+    A linear part that starts at "as the incumbent does", and small networks beside it that start at zero.
+
+    Args:
+        attachment: First weight of the incumbent's own choice; see :func:`_attachment`.
+    """
+
+    def __init__(self, attachment: float):
+        super().__init__()
+
+        def network(inputs: int, outputs: int) -> nn.Sequential:
+            last = nn.Linear(HIDDEN, outputs)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            return nn.Sequential(nn.Linear(inputs, HIDDEN), nn.Tanh(), last)
+
+        self.leave = nn.Linear(TOKEN_FEATURES, 1, bias=False)
+        self.leave_network = network(TOKEN_FEATURES + BLOCK_FEATURES, 1)
+        self.count = network(BLOCK_FEATURES, len(OFFSETS))
+        self.value = network(BLOCK_FEATURES, 1)
+        with torch.no_grad():
+            self.leave.weight.zero_()
+            self.leave.weight[0, :3] = torch.tensor([attachment, *GUIDANCE])
+            self.count[-1].bias[OFFSETS.index(0)] = STAY
+
+    def leave_scores(self, tokens: Tensor, blocks: Tensor) -> Tensor:
+        """[..., patch] from tokens [..., patch, feature] and blocks [..., feature]."""
+        wide = blocks.unsqueeze(-2).expand(*tokens.shape[:-1], -1)
+        return self.leave(tokens)[..., 0] + self.leave_network(torch.cat([tokens, wide], -1))[..., 0]
+
+
+@dataclass(eq=False)
+class Episodes:
+    """Recorded episodes; axes are [episode, block, ...].
+
+    Attributes:
+        tokens: float32 [.., patch, feature].
+        blocks: float32 [.., feature].
+        order: int64 [.., patch]: tokens in the order drawn: those that leave first, then the rest, then those gone.
+        leaving: int64 [..]: how many of ``order`` leave here.
+        alive: int64 [..]: how many of ``order`` were left.
+        offsets: int64 [..]: index of the number chosen.
+        allowed: bool [.., offset].
+        temperature: float32 [episode].
+        exits: int64 [episode, patch].
+    """
+
+    tokens: Tensor
+    blocks: Tensor
+    order: Tensor
+    leaving: Tensor
+    alive: Tensor
+    offsets: Tensor
+    allowed: Tensor
+    temperature: Tensor
+    exits: np.ndarray
+
+    def select(self, rows: Sequence[int]) -> Episodes:
+        index = torch.as_tensor(list(rows))
+        parts = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Episodes(**parts, exits=self.exits[list(rows)])
+
+    def score(self, policy: Policy) -> tuple[Tensor, Tensor, Tensor]:
+        """(log-probabilities, entropies, values), each [episode, block], under ``policy``."""
+        temperature = self.temperature[:, None]
+        counts = (policy.count(self.blocks) / temperature[..., None]).masked_fill(~self.allowed, -torch.inf)
+        counts = counts.log_softmax(-1)
+        log_probs = counts.gather(-1, self.offsets[..., None])[..., 0]
+        scores = policy.leave_scores(self.tokens, self.blocks) / temperature[..., None]
+        drawn, first = plackett_luce(scores.gather(-1, self.order), self.leaving, self.alive)
+        entropies = -(counts.exp() * counts.clamp(min=-1e4)).sum(-1) + first
+        return log_probs + drawn, entropies, policy.value(self.blocks)[..., 0]
+
+
+def plackett_luce(scores: Tensor, drawn: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of drawing without replacement, each draw by softmax over what is left.
+
+    Args:
+        scores: float [..., item], items in the order drawn, then those left over, then those that could not be drawn.
+        drawn: int [...]: how many were drawn.
+        alive: int [...]: how many could be.
+
+    Returns:
+        log-probability [...], and the entropy [...] of the first draw (0 where nothing is drawn).
+    """
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    # Finite, not -inf: logcumsumexp of nothing but -inf has no gradient.
+    scores = torch.where(place < alive[..., None], scores, scores.new_tensor(-1e4))
+    remaining = scores.flip(-1).logcumsumexp(-1).flip(-1)
+    log_prob = torch.where(place < drawn[..., None], scores - remaining, 0.0).sum(-1)
+    first = scores - remaining[..., :1]
+    entropy = -(first.exp() * first).sum(-1)
+    return log_prob, torch.where(drawn > 0, entropy, 0.0)
+
+
+# -- playing ------------------------------------------------------------------------------------------------------------
+
+
+class Game:
+    """Plays episodes around an incumbent within a budget."""
+
+    def __init__(self, geometry: Geometry, cost: Cost, budget: float, importance: np.ndarray | None):
+        self.geometry, self.cost, self.budget = geometry, cost, budget
+        depth, patches = geometry.depth, geometry.patches
+        prior = np.zeros((depth, patches)) if importance is None else importance[:depth]
+        prior = np.log(prior + 1e-30)
+        self.prior = ((prior - prior.mean()) / (prior.std() + 1e-9)).astype(np.float32)
+        self.step = max(1, round(patches / 64))
+        rows, columns = np.divmod(np.arange(patches), geometry.grid[1])
+        self.centre = np.stack(
+            [2 * rows / max(1, geometry.grid[0] - 1) - 1, 2 * columns / max(1, geometry.grid[1] - 1) - 1]
+        ).astype(np.float32)
+        #: The image must get in, and where the head pools or there is no prefix, it must stay.
+        stays = geometry.head_patches or geometry.prefix_tokens == 0
+        self.fewest = np.array([1 if stays or block == 0 else 0 for block in range(depth)])
+
+    def play(
+        self,
+        policy: Policy,
+        prospect: Prospect,
+        temperature: np.ndarray,
+        random: np.random.Generator,
+        opening: int = 0,
+    ) -> Episodes:
+        """Play one episode per entry of ``temperature`` [episode]; the blocks before ``opening`` as the incumbent."""
+        geometry, depth, patches = self.geometry, self.geometry.depth, self.geometry.patches
+        episodes = len(temperature)
+        numbers = (prospect.exits > np.arange(depth)[:, None]).sum(1)
+        alive = np.ones((episodes, patches), bool)
+        kept = np.zeros((episodes, depth), np.int64)
+        exits = np.full((episodes, patches), depth)
+        moved = np.zeros(episodes, np.float32)
+        records: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("tokens", "blocks", "order", "leaving", "alive", "offsets", "allowed")
+        }
+        heat = temperature[:, None].astype(np.float32)
+        if opening:
+            exits[:, prospect.exits < opening] = prospect.exits[prospect.exits < opening]
+            alive &= prospect.exits >= opening
+            kept[:, :opening] = numbers[:opening]
+        for block in range(opening, depth):
+            tokens = self._token_features(block, alive, prospect)
+            left = alive.sum(1)
+            projected = np.array([self._projected(kept[e], block, left[e], numbers) for e in range(episodes)])
+            blocks = np.stack(
+                [
+                    np.full(episodes, block / depth),
+                    (projected / self.budget - 1) * 20,
+                    (left - (numbers[block - 1] if block else patches)) / self.step,
+                    moved / (10 * prospect.unit),
+                    np.where(alive, tokens[..., 1], 0).max(1, initial=0) * 0.2,
+                    np.full(episodes, (numbers[block] + 1) / patches),
+                ],
+                axis=1,
+            ).astype(np.float32)
+            wanted = np.clip(numbers[block] + self.step * np.asarray(OFFSETS)[None], self.fewest[block], left[:, None])
+            allowed = self._allowed(kept, block, wanted, numbers)
+            with torch.no_grad():
+                logits = policy.count(torch.from_numpy(blocks)).numpy() / heat
+                scores = policy.leave_scores(torch.from_numpy(tokens), torch.from_numpy(blocks)).numpy() / heat
+            # Gumbel noise turns argmax and sort into draws from the softmax, without replacement.
+            logits = np.where(allowed, logits + random.gumbel(size=logits.shape), -np.inf)
+            offsets = logits.argmax(1)
+            keep = wanted[np.arange(episodes), offsets]
+            noisy = np.where(alive, scores + random.gumbel(size=scores.shape), -np.inf)
+            order = np.argsort(-noisy, axis=1, kind="stable")
+            leaving = left - keep
+            leaves = np.zeros_like(alive)
+            np.put_along_axis(leaves, order, np.arange(patches) < leaving[:, None], axis=1)
+            exits[leaves] = block
+            moved += np.where(leaves & (prospect.exits > block), prospect.first[block], 0).sum(1).astype(np.float32)
+            alive &= ~leaves
+            kept[:, block] = keep
+            values = (tokens, blocks, order, leaving, left, offsets, allowed)
+            for name, value in zip(records, values, strict=True):
+                records[name].append(value)
+        stacked = {name: torch.from_numpy(np.stack(values, axis=1)) for name, values in records.items()}
+        return Episodes(**stacked, temperature=torch.from_numpy(temperature.astype(np.float32)), exits=exits)
+
+    def total(self, exits: np.ndarray) -> float:
+        counts = self.geometry.prefix_tokens + (exits > np.arange(self.geometry.depth)[:, None]).sum(1)
+        return self.cost.total(counts.tolist())
+
+    def _token_features(self, block: int, alive: np.ndarray, prospect: Prospect) -> np.ndarray:
+        """float32 [episode, patch, feature]; see the comments for each feature."""
+        episodes, depth = len(alive), self.geometry.depth
+        due = prospect.exits <= block
+        # Gain of leaving now: for a token that would stay, what leaving promises; for one that is due, what staying
+        # one block longer would cost.
+        first = np.where(due, prospect.first[block + 1] - prospect.first[block], -prospect.first[block])
+        second = np.where(due, prospect.second[block + 1], -prospect.second[block])
+        grid = np.pad(alive.reshape(episodes, *self.geometry.grid), ((0, 0), (1, 1), (1, 1))).astype(np.float32)
+        height, width = self.geometry.grid
+        around = sum(
+            grid[:, 1 + y : 1 + y + height, 1 + x : 1 + x + width] for y in (-1, 0, 1) for x in (-1, 0, 1) if x or y
+        )
+        shared = np.stack(
+            [
+                np.where(due, 1.0, -1.0),  # What the incumbent does.
+                np.clip(first / prospect.unit, -8, 8) / 4,  # What the gradients promise, to first order ...
+                np.clip(second / prospect.unit, -8, 8) / 4,  # ... and the Fisher term.
+                (block - prospect.exits) / depth,  # How overdue, or how early.
+                -self.prior[block],  # Fisher importance at the dense model.
+                *self.centre,  # Where it is.
+                self.centre.max(0) - self.centre.min(0),  # And how far from the diagonal, a cheap nonlinearity.
+            ],
+            axis=-1,
+        ).astype(np.float32)
+        wide = np.broadcast_to(shared, (episodes, *shared.shape))
+        # The share of neighbours that are left: tokens say much the same as those beside them.
+        return np.concatenate([wide, around.reshape(episodes, -1, 1) / 8], axis=-1)
+
+    def _projected(self, kept: np.ndarray, block: int, left: int, numbers: np.ndarray) -> float:
+        """Cost when the rest is played as the incumbent does."""
+        rest = np.minimum(numbers[block:], left)
+        return self.cost.total((self.geometry.prefix_tokens + np.concatenate([kept[:block], rest])).tolist())
+
+    def _allowed(self, kept: np.ndarray, block: int, wanted: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """bool [episode, offset]: numbers that the budget can bear; the smallest where none can."""
+        depth = self.geometry.depth
+        limit = self.budget * (1 + SLACK * (1 - (block + 1) / depth))
+        allowed = np.zeros(wanted.shape, bool)
+        cache: dict[bytes, float] = {}
+        for episode in range(len(wanted)):
+            for choice, number in enumerate(wanted[episode]):
+                rest = np.minimum(numbers[block + 1 :], number)
+                counts = self.geometry.prefix_tokens + np.concatenate([kept[episode, :block], [number], rest])
+                key = counts.tobytes()
+                if key not in cache:
+                    cache[key] = self.cost.total(counts.tolist())
+                allowed[episode, choice] = cache[key] <= limit
+        allowed[~allowed.any(1), 0] = True
+        return allowed
+
+
+def _attachment(game: Game, prospect: Prospect, random: np.random.Generator) -> float:
+    """The weight of the incumbent's choice at which about :data:`MOVES` tokens move in an episode, by bisection."""
+    low, high = 0.0, 12.0
+    for _ in range(8):
+        middle = 0.5 * (low + high)
+        played = game.play(Policy(middle), prospect, np.ones(8), random)
+        if (played.exits != prospect.exits).sum(1).mean() > MOVES:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+# -- the stage ----------------------------------------------------------------------------------------------------------
+
+
+def rearrange(
+    world: World,
+    plan: TokenPlan,
+    *,
+    target: float,
+    cost: Cost | None = None,
+    importance: np.ndarray | None = None,
+    settings: RearrangeSettings | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    on_batch: Callable[[int, float], None] = lambda episodes, best: None,
+) -> Rearranged:
+    """Improve ``plan`` by PPO at no more than ``target`` of the dense model's cost.
+
+    Args:
+        world: The model and the images.
+        plan: Where to start: the Fisher plan.
+        cost: What the budget is of; None: MACs.
+        importance: float [exit 0..L, patch N]: Fisher importance, a feature of the policy; None: no prior.
+        checkpoint: A file to resume from, where it exists, and to write after every few batches of episodes.
+        on_batch: Called with the number of episodes just played and the relative improvement of the incumbent so far.
+
+    Returns:
+        Never a plan that is worse than ``plan`` on held-out images. Ctrl-C ends the stage early, not the program.
+
+    Raises:
+        UserError: The checkpoint is of another run, or cannot be read.
+    """
+    settings = settings or RearrangeSettings()
+    cost = cost or MacsCost(world.geometry)
+    started = time.monotonic()
+    run = _Run(world, plan, target, cost, importance, settings, seed)
+    if checkpoint is not None:
+        run.resume(Path(checkpoint))
+    interrupted = ""
+    try:
+        while run.played < settings.episodes and time.monotonic() - started < settings.time_limit:
+            before = run.played
+            run.batch()
+            on_batch(run.played - before, run.improvement)
+            if checkpoint is not None and run.batches % 5 == 0:
+                run.save(Path(checkpoint))
+    except KeyboardInterrupt:
+        interrupted = f"rearrangement was interrupted after {run.played} episodes; the best plan so far was kept"
+    if checkpoint is not None:
+        run.save(Path(checkpoint))
+    judgement = Judgement.of(run.held_out_start, run.held_out_best)
+    kept = judgement.better and run.best is not plan
+    note = interrupted
+    if not kept:
+        note = (
+            f"rearrangement found nothing better than the Fisher plan on {judgement.images} held-out images"
+            f" ({run.played} episodes); the Fisher plan was kept"
+        )
+    elif not interrupted and run.played < settings.episodes:
+        note = f"rearrangement stopped at its time limit after {run.played} of {settings.episodes} episodes"
+    details = {
+        "episodes": run.played,
+        "incumbents": run.incumbents,
+        "seconds": round(time.monotonic() - started, 3),
+        "settings": asdict(settings),
+        "seed": seed,
+    }
+    return Rearranged(run.best if kept else plan, judgement, kept, note, details, run.history)
+
+
+class _Run:
+    """The state of one rearrangement between batches of episodes: all that a checkpoint holds."""
+
+    def __init__(self, world, plan, target, cost, importance, settings, seed):
+        self.world, self.plan, self.settings = world, plan, settings
+        self.random = np.random.default_rng([seed, 2])
+        self.identity = {"plan": plan.digest, "target": target, "cost": cost.kind, "seed": seed}
+        # A plan may be a little over its target (a table re-measured); rearranging must not make that an excuse.
+        self.game = Game(world.geometry, cost, max(target * cost.dense, cost.total(plan.key_counts)), importance)
+        self.played = self.batches = self.incumbents = 0
+        self.improvement = 0.0
+        self.history: list[dict[str, float]] = []
+        self.incumbent = self.best = plan
+        self.held_out_start = self.held_out_best = world.divergences([plan], world.held_out)[0]
+        self.prospect = self._look_around()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.policy = Policy(_attachment(self.game, self.prospect, np.random.default_rng([seed, 3])))
+        self.ppo = PPOSettings()
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=self.ppo.learning_rate)
+
+    def batch(self) -> None:
+        """One batch of episodes: sample, screen, run, learn, and let the best challenge the incumbent."""
+        settings, world = self.settings, self.world
+        low, high = np.log(TEMPERATURES)
+        temperature = np.exp(self.random.uniform(low, high, settings.batch * settings.screened))
+        # Episodes of a batch open alike, as the incumbent does: what they share is run once.
+        opening = int(self.random.integers(0, world.geometry.depth))
+        sampled = self.game.play(self.policy, self.prospect, temperature, self.random, opening)
+        rows = self._screen(sampled)
+        self.batches += 1
+        self.played += max(1, len(rows))
+        if not rows:
+            return
+        episodes = sampled.select(rows)
+        plans = [TokenPlan.from_exits(world.name, world.geometry, exits) for exits in episodes.exits]
+        chosen = self.random.permutation(world.images)
+        images = chosen[: min(settings.images, max(1, len(chosen) // 3))]
+        divergences = world.divergences([self.incumbent, *plans], np.sort(images))
+        rewards = self._rewards(divergences, plans)
+        with torch.no_grad():
+            old_log_probs = episodes.score(self.policy)[0]
+        ends = torch.zeros_like(old_log_probs)
+        ends[:, -1] = torch.from_numpy(rewards).float()
+        report = update(lambda: episodes.score(self.policy), self.optimizer, old_log_probs, ends, self.ppo)
+        others = chosen[len(images) : 3 * len(images)]
+        accepted = self._challenge(plans, rewards, divergences, np.sort(others))
+        moved = (episodes.exits != self.prospect.exits).sum(1).mean()
+        if accepted or self.batches % 4 == 0:
+            self.prospect = self._look_around()
+        self.history.append(
+            {
+                "episodes": self.played,
+                "mean_reward": float(rewards.mean()),
+                "best_reward": float(rewards.max()),
+                "moved": float(moved),
+                "improvement": self.improvement,
+                "incumbents": self.incumbents,
+                **report,
+            }
+        )
+
+    def _look_around(self) -> Prospect:
+        images = self.random.permutation(self.world.images)[: self.settings.effect_images]
+        return Prospect.at(self.incumbent.exits, self.world.effects(self.incumbent, np.sort(images)))
+
+    def _screen(self, sampled: Episodes) -> list[int]:
+        """The rows worth running: within budget, distinct, and best by the quadratic estimate."""
+        seen = {self.incumbent.exits.tobytes()}
+        estimates = []
+        for row, exits in enumerate(sampled.exits):
+            if exits.tobytes() not in seen:
+                seen.add(exits.tobytes())
+                estimates.append((self.prospect.estimate(exits), row))
+        return [row for _, row in sorted(estimates)[: self.settings.batch]]
+
+    def _rewards(self, divergences: np.ndarray, plans: Sequence[TokenPlan]) -> np.ndarray:
+        """float64 [plan]; ``divergences`` [1 + plan, image] starts with the incumbent's."""
+        means = divergences.mean(1)
+        over = np.array([self.game.total(plan.exits) / self.game.budget - 1 for plan in plans])
+        rewards = (means[0] - means[1:]) / max(abs(means[0]), 1e-9) - OVER_BUDGET_WEIGHT * np.maximum(over, 0)
+        return np.nan_to_num(rewards, nan=-1.0, posinf=-1.0, neginf=-1.0)
+
+    def _challenge(self, plans, rewards, divergences, images) -> bool:
+        """Judge the best episodes on images that did not choose them; the winner replaces the incumbent."""
+        affordable = [row for row in np.argsort(-rewards) if self.game.total(plans[row].exits) <= self.game.budget]
+        finalists = [row for row in affordable[: self.settings.finalists] if rewards[row] > 0]
+        if not finalists or not len(images):
+            return False
+        again = self.world.divergences([self.incumbent, *(plans[row] for row in finalists)], images)
+        winner = 1 + int(again[1:].mean(1).argmin())
+        verdict = Judgement.of(again[0], again[winner])
+        if not verdict.better:
+            return False
+        row = finalists[winner - 1]
+        both = Judgement.of(
+            np.concatenate([divergences[0], again[0]]), np.concatenate([divergences[1 + row], again[winner]])
+        )
+        self.improvement = 1 - (1 - self.improvement) * both.after / max(both.before, 1e-12)
+        self.incumbent = plans[row]
+        self.incumbents += 1
+        held_out = self.world.divergences([self.incumbent], self.world.held_out)[0]
+        if held_out.mean() < self.held_out_best.mean():
+            self.best, self.held_out_best = self.incumbent, held_out
+        return True
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        state = {
+            "schema": CHECKPOINT_SCHEMA,
+            "identity": self.identity,
+            "played": self.played,
+            "batches": self.batches,
+            "incumbents": self.incumbents,
+            "improvement": self.improvement,
+            "history": self.history,
+            "incumbent": self.incumbent.exits.tolist(),
+            "best": self.best.exits.tolist(),
+            "held_out_best": torch.from_numpy(self.held_out_best),
+            "random": self.random.bit_generator.state,
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "moves": torch.from_numpy(self.prospect.moves),
+            "unit": self.prospect.unit,
+        }
+        with atomic_path(path) as temporary:
+            torch.save(state, temporary)
+
+    def resume(self, path: Path) -> None:
+        if not path.exists():
+            return
+        try:
+            state = torch.load(path, weights_only=True)
+            if state["schema"] != CHECKPOINT_SCHEMA:
+                raise ValueError(f"schema {state['schema']}")
+            different = [name for name, value in self.identity.items() if state["identity"].get(name) != value]
+        except Exception as error:
+            raise UserError(
+                f"{path} is not a checkpoint of a rearrangement: {first_line(error, 120)}",
+                "name another file with --checkpoint, or delete this one",
+            ) from None
+        if different:
+            raise UserError(
+                f"{path} is the checkpoint of another run: its {different[0]} is "
+                f"{state['identity'].get(different[0])}, here it is {self.identity[different[0]]}",
+                "name another file with --checkpoint, or delete this one",
+            )
+        geometry, name = self.world.geometry, self.world.name
+        self.played, self.batches = state["played"], state["batches"]
+        self.incumbents, self.improvement = state["incumbents"], state["improvement"]
+        self.history = state["history"]
+        if self.incumbents:
+            self.incumbent = TokenPlan.from_exits(name, geometry, np.array(state["incumbent"]))
+            self.best = self.plan
+            if state["best"] != self.plan.exits.tolist():
+                self.best = TokenPlan.from_exits(name, geometry, np.array(state["best"]))
+        self.held_out_best = state["held_out_best"].numpy()
+        self.random.bit_generator.state = state["random"]
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        first = state["moves"].numpy().mean(0, dtype=np.float64)
+        second = 0.5 * np.square(state["moves"].numpy()).mean(0, dtype=np.float64)
+        self.prospect = Prospect(self.incumbent.exits, state["moves"].numpy(), first, second, state["unit"])
+
+
+# -- the baseline -------------------------------------------------------------------------------------------------------
+
+
+def swap_greedily(
+    world: World,
+    plan: TokenPlan,
+    *,
+    target: float,
+    cost: Cost | None = None,
+    seed: int = 0,
+    images: int = 512,
+    most_swaps: int = 1000,
+) -> Rearranged:
+    """Greedy swapping on the quadratic Fisher estimate, as Kwon et al. 2022 (arXiv 2204.09656, section 5.2) rearrange.
+
+    The dense model's gate gradients are kept per image; again and again the swap of two tokens' exits (or the move of
+    one, where the budget allows) that lowers 0.5 * mean over images of (sum over closed gates of g)^2 most is made. The
+    model is never run, except to judge the result.
+
+    Args, Returns: as :func:`rearrange`; ``images`` give the gradients.
+    """
+    started = time.monotonic()
+    cost = cost or MacsCost(world.geometry)
+    game = Game(world.geometry, cost, max(target * cost.dense, cost.total(plan.key_counts)), None)
+    gates = world.curvature(np.sort(np.random.default_rng([seed, 4]).permutation(world.images)[:images]), seed)
+    depth, patches = world.geometry.depth, world.geometry.patches
+    # sums[x, e, i]: gradient of all the gates that token i closes when it leaves at block e.
+    sums = np.concatenate([np.flip(np.cumsum(np.flip(gates, 1), 1), 1), np.zeros_like(gates[:, :1])], axis=1)
+    exits = plan.exits.copy()
+    tokens = np.arange(patches)
+    total = sums[:, exits, tokens].sum(1, dtype=np.float64)
+    swaps = 0
+    for _ in range(most_swaps):
+        # Change of the sum when token i leaves where token j does now: [image, token i, token j].
+        own = sums[:, exits, tokens]
+        best, pair = np.square(total).mean() * (1 - 1e-6), None
+        for token in range(patches):
+            after = total[:, None] + (sums[:, exits, token] - own[:, token, None]) + (sums[:, exits[token], :] - own)
+            value = np.square(after).mean(0)
+            other = int(value.argmin())
+            if exits[other] != exits[token] and value[other] < best:
+                best, pair = value[other], (token, other)
+        if pair is None:
+            break
+        one, other = pair
+        trial = exits.copy()
+        trial[one], trial[other] = exits[other], exits[one]
+        if game.total(trial) > game.budget:  # A swap leaves the counts as they are; only a rounding error gets here.
+            break
+        exits, swaps = trial, swaps + 1
+        total = sums[:, exits, tokens].sum(1, dtype=np.float64)
+    found = TokenPlan.from_exits(world.name, world.geometry, exits)
+    judgement = Judgement.of(*world.divergences([plan, found], world.held_out))
+    kept = judgement.better
+    note = "" if kept else "greedy swapping did not help on held-out images; the Fisher plan was kept"
+    details = {"swaps": swaps, "seconds": round(time.monotonic() - started, 3), "depth": depth}
+    return Rearranged(found if kept else plan, judgement, kept, note, details)
