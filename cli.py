@@ -128,7 +128,11 @@ def _key_values(ctx: click.Context, parameter: click.Parameter, values: tuple[st
 model_options = _options(
     click.argument("model", required=False),
     click.option("--pretrained", is_flag=True, help="Let timm download the weights of MODEL."),
-    click.option("--weights", metavar="FILE", help="Weights of MODEL: .safetensors, .pth, .pt or .bin."),
+    click.option(
+        "--weights",
+        metavar="FILE",
+        help="Weights of MODEL: .safetensors, .pth, .pt or .bin; a card's or the reference's own are then not read.",
+    ),
     click.option(
         "--model-arg",
         "model_args",
@@ -180,6 +184,48 @@ target_option = _options(
         show_default=True,
         metavar="macs|latency:TABLE.json",
         help="What the budget is of: MACs, or milliseconds by a table that vpruner table measured.",
+    ),
+)
+#: What ``--rearrange`` and ``--tune`` take, and the defaults of the settings: written here because the modules that
+#: know them load PyTorch, and help must not. A test compares them.
+REARRANGEMENTS = ("ppo", "greedy", "none")
+TUNINGS = ("weights", "gates", "gates-distill", "none")
+EPISODES, TIME_LIMIT = 640, 600.0
+stage_options = _options(
+    click.option(
+        "--rearrange",
+        default="ppo",
+        show_default=True,
+        type=click.Choice(REARRANGEMENTS),
+        help="Move tokens within the budget: by reinforcement learning, by greedy swaps, or not.",
+    ),
+    click.option(
+        "--tune",
+        default="weights",
+        show_default=True,
+        type=click.Choice(TUNINGS),
+        help="What to refit to the tokens that are left: weights are free at run time, gates are not.",
+    ),
+    click.option(
+        "--episodes",
+        default=EPISODES,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Plans that --rearrange ppo tries, at most; Ctrl-C ends it early with the best one so far.",
+    ),
+    click.option(
+        "--time-limit",
+        default=TIME_LIMIT,
+        show_default=True,
+        metavar="SECONDS",
+        type=_Seconds(0.1),
+        help="Time for --rearrange ppo, at most.",
+    ),
+    click.option(
+        "--checkpoint",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Save the state of --rearrange ppo there, and go on from it where it exists.",
     ),
 )
 export_options = _options(
@@ -255,6 +301,7 @@ METRIC_NAMES = {
 @eval_data_option
 @eval_images_option
 @target_option
+@stage_options
 @export_options
 @click.option(
     "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement."
@@ -268,7 +315,8 @@ def run(model, pretrained, weights, model_args, output, force, as_json, quiet, *
     """Prune, export, prove and measure: everything, in one folder.
 
     MODEL is a timm name (with --weights or --pretrained), a model card (.json), or nothing for the bundled reference.
-    The folder holds plan.json, dense.onnx, pruned.onnx, results.jsonl and report.html when all of it has succeeded.
+    The folder holds plan.json, dense.onnx, pruned.onnx, results.jsonl and report.html when all of it has succeeded, and
+    model.safetensors where tuning changed weights.
 
     \b
     Example:
@@ -303,6 +351,27 @@ def _print_run(rows: list[dict[str, Any]]) -> None:
     accuracy = {(row["label"], row["metric"]): row for row in rows if row["kind"] == "accuracy"}
     latency = {row["label"]: row for row in rows if row["kind"] == "latency"}
     dense, pruned = cost["dense"], cost["pruned"]
+    stages = [row for row in rows if row["kind"] == "stage"]
+    if stages:
+        quality = [metric for metric in ("top1", "kl", "cosine") if ("pruned", metric) in accuracy]
+        _table(
+            "what each stage made of it, on the same images",
+            ["stage", *(METRIC_NAMES[metric] for metric in quality), "seconds", ""],
+            [
+                [
+                    _stage_name(stage),
+                    *(
+                        _format_estimate(accuracy[stage["label"], metric])
+                        if stage["kept"] and (stage["label"], metric) in accuracy
+                        else ""
+                        for metric in quality
+                    ),
+                    f"{stage['seconds']:.1f}",
+                    _stage_outcome(stage),
+                ]
+                for stage in stages
+            ],
+        )
     table = []
     for metric, title in METRIC_NAMES.items():
         both = [accuracy.get((label, metric)) for label in ("dense", "pruned")]
@@ -321,7 +390,24 @@ def _print_run(rows: list[dict[str, Any]]) -> None:
             f"{other['ratio']:.3f} [{other['ratio_low']:.3f}, {other['ratio_high']:.3f}]",
         ]
     )
-    _table(f"{run_row['model']} at {run_row['target']:g} of its MACs", ["", "dense", "pruned", "ratio"], table)
+    others = {row["kind"]: row for row in rows}
+    if row := others.get("prediction"):
+        title = f"predicted by the table (ratio {100 * row['error_ratio']:+.1f} %)"
+        values = (f"{row[name]:.2f} ms" for name in ("predicted_dense_ms", "predicted_ms"))
+        table.append([title, *values, f"{row['predicted_ratio']:.3f}"])
+    if row := others.get("gates"):
+        title = f"gate constants: {row['ungated_p50_ms']:.2f} ms without them"
+        table.append([title, "", f"{row['p50_ms']:.2f} ms", f"{row['ratio']:.3f}"])
+    of = "milliseconds" if run_row["target_kind"] == "latency" else "MACs"
+    _table(f"{run_row['model']} at {run_row['target']:g} of its {of}", ["", "dense", "pruned", "ratio"], table)
+
+
+def _stage_name(stage: dict[str, Any]) -> str:
+    return f"{stage['stage']} ({stage['method']})"
+
+
+def _stage_outcome(stage: dict[str, Any]) -> str:
+    return "kept" if stage["kept"] else "nothing to drop" if stage["stage"] == "search" else "undone"
 
 
 def _short(number: float) -> str:
@@ -338,6 +424,7 @@ def _short(number: float) -> str:
 @model_options
 @calibration_options
 @target_option
+@stage_options
 @click.option(
     "--output", "-o", default="plan.json", show_default=True, type=click.Path(path_type=Path), help="Plan to write."
 )
@@ -357,10 +444,17 @@ def prune(
     rounds,
     seed,
     strict,
+    rearrange,
+    tune,
+    episodes,
+    time_limit,
+    checkpoint,
     as_json,
     quiet,
 ) -> None:
-    """Learn a token plan: which patch tokens enter each block.
+    """Learn a token plan: which patch tokens enter each block. Search, rearrangement and tuning, in a row.
+
+    Where tuning changes weights, the model with them is written beside the plan, as .safetensors of the same name.
 
     \b
     Example:
@@ -369,33 +463,71 @@ def prune(
     """
     from . import pipeline
     from .progress import Reporter
-    from .prune.learn import learn_plan
+    from .prune.learn import learn
     from .prune.models import open_model
 
     reporter = Reporter(quiet=quiet)
     pipeline.check_output(output, ".json", model, weights)
+    tuned = output.with_suffix(".safetensors")
+    pipeline.check_checkpoint(checkpoint, rearrange, model, weights, output, tuned)
+    if tune == "weights":
+        pipeline.check_output(tuned, ".safetensors", model, weights)
+        pipeline.check_tuned_output(tuned)
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
     cost = pipeline.open_cost(cost, loaded.name, loaded.adapter.geometry, reporter)
     calibration = pipeline.one_set(
         loaded.classes, loaded.adapter.geometry, data, images, "calibration", reporter, seed=seed, strict=strict
     )
-    plan = learn_plan(
-        loaded, calibration, target=target, loss=loss, rounds=rounds, seed=seed, cost=cost, reporter=reporter
+    learned = learn(
+        loaded,
+        calibration,
+        target=target,
+        cost=cost,
+        loss=loss,
+        rounds=rounds,
+        rearrangement=rearrange,
+        tuning=tune,
+        settings=pipeline.rearrange_settings(episodes, time_limit),
+        checkpoint=checkpoint,
+        seed=seed,
+        reporter=reporter,
     )
-    plan.save(output)
+    plan = pipeline.save_learned(loaded, learned, output, tuned)
     if as_json:
-        _print_json({"plan": str(output), **plan.to_json()})
+        _print_json({"plan": str(output), "weights": str(tuned) if learned.weights else None, **plan.to_json()})
         return
+    _print_stages([stage.to_json() for stage in learned.stages])
     _print_plan(plan)
-    click.echo(output)
+    for path in [output, tuned] if learned.weights else [output]:
+        click.echo(path)
+
+
+def _print_stages(stages: list[dict[str, Any]]) -> None:
+    rows = []
+    for stage in stages:
+        judged = stage["held_out"]
+        values = ["", "", ""]
+        if judged is not None:
+            values = [f"{judged['before']:.4f}", f"{judged['after']:.4f}", str(judged["images"])]
+        rows.append([_stage_name(stage), *values, f"{stage['seconds']:.1f}", _stage_outcome(stage)])
+    _table(
+        "divergence from the dense model, on held-out calibration images",
+        ["stage", "before", "after", "images", "seconds", ""],
+        rows,
+    )
 
 
 def _print_plan(plan) -> None:
     from .prune.cost import cost_ratio, dense_macs, plan_macs
 
     macs, dense = plan_macs(plan), dense_macs(plan.geometry)
+    costs = f"{_short(macs)} of {_short(dense)} MACs ({cost_ratio(plan):.4f})"
+    cost = plan.provenance.get("cost")
+    if isinstance(cost, dict) and cost.get("kind") == "latency":
+        ratio = f"({cost['plan'] / cost['dense']:.4f})"
+        costs = f"{cost['plan']:.3f} of {cost['dense']:.3f} ms by the latency table {ratio}, {costs}"
     _table(
-        f"{plan.model}: {_short(macs)} of {_short(dense)} MACs ({cost_ratio(plan):.4f})",
+        f"{plan.model}: {costs}",
         ["block", "patches", "tokens in (keys)", "tokens out (queries)"],
         [
             [str(block), f"{len(kept)} of {plan.geometry.patches}", str(keys), str(queries)]

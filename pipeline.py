@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,16 @@ from .prune.plan import Geometry, TokenPlan
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from .export.fold import FoldRecord
     from .export.parity import Rung
     from .prune.cost import Cost
     from .prune.data import ImageSet
     from .prune.evaluate import Estimate
+    from .prune.learn import Learned
     from .prune.models import LoadedModel
+    from .prune.rearrange import RearrangeSettings
     from .runtime.metadata import ModelMetadata
     from .runtime.ort import OrtSession
     from .runtime.table import LatencyTable
@@ -48,7 +51,10 @@ EXAMPLE_IMAGES = 4
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Everything ``vpruner run`` can be told; see the command's help for the meaning."""
+    """Everything ``vpruner run`` can be told; see the command's help for the meaning.
+
+    Where ``episodes`` or ``time_limit`` is None, it is that of :class:`~vpruner.prune.rearrange.RearrangeSettings`.
+    """
 
     target: float = 0.65
     cost: str = "macs"
@@ -62,6 +68,11 @@ class RunOptions:
     eval_images: int = 2000
     loss: str = "auto"
     rounds: int | None = None
+    rearrange: str = "ppo"
+    tune: str = "weights"
+    episodes: int | None = None
+    time_limit: float | None = None
+    checkpoint: Path | None = None
     seed: int = 0
     strict: bool = False
     opset: int = 20
@@ -91,13 +102,19 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
     from .export.fold import fold_file
     from .export.parity import check_ladder
     from .prune.data import overlap
-    from .prune.learn import learn_plan
+    from .prune.learn import learn
     from .prune.models import open_model
     from .prune.search import check_target
+    from .prune.tune import with_weights
     from .report import write_report
     from .runtime.measure import profile_onnx
 
-    with finished_folder(output, force=force) as folder:
+    check_checkpoint(options.checkpoint, options.rearrange, options.model, options.weights)
+    if options.checkpoint is not None and options.checkpoint.resolve().is_relative_to(output.resolve()):
+        raise UserError(
+            f"{options.checkpoint} lies in the folder that the run makes", "choose another place with --checkpoint"
+        )
+    with finished_folder(output, force=force) as folder, ExitStack() as stack:
         with reporter.stage("Opening model and images"):
             loaded = open_model(
                 options.model, pretrained=options.pretrained, weights=options.weights, model_args=options.model_args
@@ -109,38 +126,62 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             check_target(geometry, options.target, cost)
             calibration, evaluation = choose(options, loaded, reporter)
 
-        plan = learn_plan(
+        learned = learn(
             loaded,
             calibration,
             target=options.target,
+            cost=cost,
             loss=options.loss,
             rounds=options.rounds,
+            rearrangement=options.rearrange,
+            tuning=options.tune,
+            settings=rearrange_settings(options.episodes, options.time_limit),
+            checkpoint=options.checkpoint,
             seed=options.seed,
-            cost=cost,
             reporter=reporter,
         )
-        plan.save(folder / "plan.json")
+        plan = save_learned(loaded, learned, folder / "plan.json", folder / "model.safetensors")
         dense, pruned = folder / "dense.onnx", folder / "pruned.onnx"
+        as_asked = {
+            "opset": options.opset,
+            "dynamic_batch": options.dynamic_batch,
+            "batch_size": options.batch_size,
+        }
+        # Graphs that are measured and not kept.
+        scratch = stack.enter_context(scratch_beside(folder / "graphs"))
         with reporter.stage("Exporting dense.onnx"):
-            write_dense(
-                loaded,
-                dense,
-                opset=options.opset,
-                dynamic_batch=options.dynamic_batch,
-                batch_size=options.batch_size,
-            )
+            write_dense(loaded, dense, **as_asked)
+        tuned = dense
+        if learned.weights:
+            tuned = scratch / "tuned.onnx"
+            with reporter.stage("Exporting the tuned model"), with_weights(loaded.adapter.model, learned.weights):
+                sha256 = plan.provenance["tuned_weights_sha256"]
+                write_dense(replace(loaded, sha256=sha256), tuned, **as_asked)
         with reporter.stage("Folding the plan into pruned.onnx"):
-            fold_file(dense, plan, pruned)
+            fold_file(tuned, plan, pruned)
         with reporter.stage("Parity ladder"):
-            rungs = check_ladder(loaded.adapter, plan, dense, pruned, first_images(calibration, loaded, PARITY_IMAGES))
+            images = first_images(calibration, loaded, PARITY_IMAGES)
+            rungs = check_ladder(loaded.adapter, plan, dense, pruned, images, weights=learned.weights)
+        labels = stage_labels(learned)
+        graphs = {"dense": dense}
+        for stage, label in zip(learned.stages, labels, strict=True):
+            if label != "pruned" and label not in graphs:
+                graphs[label] = scratch / f"{label}.onnx"
+                fold_file(dense, stage.plan, graphs[label])
+        graphs["pruned"] = pruned
+        timed = {"dense": dense, "pruned": pruned}
+        if plan.gates is not None:
+            timed["ungated"] = scratch / "ungated.onnx"
+            fold_file(tuned, replace(plan, gates=None), timed["ungated"])
+        stages = stage_rows(learned, labels)
 
         parameters, preprocessing, name = loaded.parameters, loaded.preprocessing, loaded.name
         # From here on the graphs speak for themselves; a large model's weights need not lie in memory twice.
-        del loaded
+        del loaded, learned
         gc.collect()
         with (
-            reporter.stage("Evaluating both graphs", len(evaluation.indices)) as advance,
-            open_graphs({"dense": dense, "pruned": pruned}) as sessions,
+            reporter.stage("Evaluating the graphs", len(evaluation.indices)) as advance,
+            open_graphs(graphs) as sessions,
         ):
             estimates, examples = evaluate_graphs(sessions, evaluation, geometry, advance)
         reporter.remark(evaluation.skipped_remark("evaluation"))
@@ -151,7 +192,7 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             )
         with reporter.stage("Measuring latency"):
             latency = profile_onnx(
-                {"dense": dense, "pruned": pruned},
+                timed,
                 batch=options.batch_size,
                 threads=options.threads,
                 seconds=options.seconds,
@@ -160,9 +201,12 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         rows = [
             run_row(options, name, plan, calibration, evaluation, reporter),
             *cost_rows(plan, parameters, {"dense": dense, "pruned": pruned}),
+            *stages,
             *map(parity_row, rungs),
             *(estimate.row(label) for label, values in estimates.items() for estimate in values),
             *latency,
+            *gate_rows(latency),
+            *prediction_rows(plan, latency),
         ]
         append_rows(folder / "results.jsonl", rows)
         with reporter.stage("Writing the report"):
@@ -211,27 +255,51 @@ def check_free(output: Path, *, force: bool) -> None:
         )
 
 
-def check_output(output: Path, suffix: str, *inputs: str | Path | None) -> None:
+def check_output(output: Path, suffix: str, *inputs: str | Path | None, option: str = "-o") -> None:
     """Refuse, before any work, a file that cannot be written or that the command still needs.
 
     Args:
         output: The file to write.
-        suffix: What its name must end in.
+        suffix: What its name must end in; empty: whatever the user likes.
         inputs: Files the command reads; None for those not given.
+        option: What the user named it with.
 
     Raises:
         UserError: Says which.
     """
-    if output.suffix.lower() != suffix:
-        raise UserError(f"{output} does not end in {suffix}", f"name a {suffix} file with -o")
+    file = f"a {suffix} file" if suffix else "a file"
+    if suffix and output.suffix.lower() != suffix:
+        raise UserError(f"{output} does not end in {suffix}", f"name {file} with {option}")
     if output.is_dir():
-        raise UserError(f"{output} is a folder", f"name a {suffix} file with -o")
+        raise UserError(f"{output} is a folder", f"name {file} with {option}")
     for path in inputs:
         if path is not None and Path(path).exists() and output.exists() and output.samefile(path):
-            raise UserError(f"{output} is read by this command", "choose another name with -o")
+            raise UserError(f"{output} is read by this command", f"choose another name with {option}")
     place = next(parent for parent in output.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {place}", "choose another place with -o")
+        raise UserError(f"cannot write to {place}", f"choose another place with {option}")
+
+
+def check_checkpoint(checkpoint: Path | None, rearrange: str, *others: str | Path | None) -> None:
+    """Refuse, before any work, a checkpoint that cannot be written or would not be.
+
+    Args:
+        others: Files that the command reads or writes besides.
+    """
+    if checkpoint is None:
+        return
+    if rearrange != "ppo":
+        raise UserError(f"--checkpoint goes with --rearrange ppo, not with {rearrange}", "leave it out")
+    check_output(checkpoint, "", *others, option="--checkpoint")
+    if any(other is not None and Path(other).resolve() == checkpoint.resolve() for other in others):
+        raise UserError(f"{checkpoint} is written by this command", "choose another name with --checkpoint")
+
+
+def rearrange_settings(episodes: int | None, time_limit: float | None) -> RearrangeSettings:
+    from .prune.rearrange import RearrangeSettings
+
+    given = {"episodes": episodes, "time_limit": time_limit}
+    return RearrangeSettings(**{name: value for name, value in given.items() if value is not None})
 
 
 def choose(options: RunOptions, loaded: LoadedModel, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
@@ -313,6 +381,79 @@ def evaluate_graphs(
     return compare(outputs, baseline=next(iter(sessions)), output=geometry.output), examples
 
 
+# -- what was learned -------------------------------------------------------------------------------------------------
+
+
+def check_tuned_output(path: Path) -> None:
+    """Refuse a file for tuned weights whose place is taken by something else: weights are not had again for nothing."""
+    if path.is_dir() or (path.exists() and not _is_tuned(path)):
+        raise UserError(
+            f"the tuned weights would go to {path}, which holds something else", "choose another name with -o"
+        )
+
+
+def _is_tuned(path: Path) -> bool:
+    """Whether a file holds tuned weights that vpruner wrote."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return "vpruner.tuned_for_plan" in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
+def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights_path: Path) -> TokenPlan:
+    """Write the plan, and beside it the whole model with tuned weights where there are any; returns the plan written.
+
+    The plan comes last: where it stands, what it speaks of does.
+    """
+    from .prune.tune import with_weights
+    from .prune.vit import weights_sha256
+
+    plan, model = learned.plan, loaded.adapter.model
+    if learned.weights:
+        with with_weights(model, learned.weights):
+            plan = plan.with_provenance(
+                tuned_weights_sha256=weights_sha256(model), tuned_weights_file=weights_path.name
+            )
+            metadata = {"vpruner.tuned_for_plan": plan.digest, "vpruner.weights_sha256": loaded.sha256}
+            save_weights(model.state_dict(), weights_path, metadata)
+    plan.save(plan_path)
+    return plan
+
+
+def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    from .artifacts import atomic_path
+
+    with atomic_path(path) as temporary:
+        # The format marker is what loaders other than timm look for.
+        save_file({name: value.contiguous() for name, value in state.items()}, temporary, {"format": "pt", **metadata})
+
+
+def remark_untuned(plan: TokenPlan, sha256: str, reporter: Reporter) -> None:
+    """Say that a plan goes with tuned weights, where the model has those it was learned on."""
+    tuned = plan.provenance.get("tuned_weights_sha256")
+    if tuned and sha256 != tuned:
+        name = plan.provenance.get("tuned_weights_file") or "model.safetensors"
+        reporter.remark(
+            f"the model has its weights from before tuning; those tuned for this plan are in {name}, written beside "
+            f"it, to be given as in: vpruner export MODEL --weights {name} --plan PLAN"
+        )
+
+
+def stage_labels(learned: Learned) -> list[str]:
+    """For each stage the label of the graph that shows the model after it: ``"pruned"`` where that is the final one."""
+
+    def state(plan: TokenPlan, weights: Mapping[str, Tensor] | None) -> tuple[str, bool]:
+        return plan.digest, bool(weights)
+
+    names = {state(learned.plan, learned.weights): "pruned"}
+    return [names.setdefault(state(stage.plan, stage.weights), stage.name) for stage in learned.stages]
+
+
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +510,62 @@ def cost_rows(plan: TokenPlan, parameters: int, files: Mapping[str, Path]) -> li
             row["file_bytes"] = model_bytes(files[label])
         rows.append(row)
     return rows
+
+
+def stage_rows(learned: Learned, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """One row per stage; ``label`` says which accuracy rows show the model after it."""
+    rows = []
+    for stage, label in zip(learned.stages, labels, strict=True):
+        row = {**stage.to_json(), "schema": 1, "kind": "stage", "label": label}
+        row.update(macs=plan_macs(stage.plan), ratio=round(cost_ratio(stage.plan), 6))
+        if stage.name == "search":
+            row["exits"] = stage.plan.exits.tolist()
+        rows.append(row)
+    return rows
+
+
+def gate_rows(latency: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the gate constants cost: the pruned graph against the same one without gates, timed in turns."""
+    timed = {row["label"]: row for row in latency}
+    if "ungated" not in timed:
+        return []
+    pruned, ungated = timed["pruned"], timed["ungated"]
+    return [
+        {
+            "schema": 1,
+            "kind": "gates",
+            "p50_ms": pruned["p50_ms"],
+            "ungated_p50_ms": ungated["p50_ms"],
+            # Of paired ratios, not of medians: what disturbed one graph disturbed the other.
+            "ratio": round(pruned["ratio"] / ungated["ratio"], 6),
+        }
+    ]
+
+
+def prediction_rows(plan: TokenPlan, latency: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Milliseconds that the latency table promised beside those measured; nothing where the budget was of MACs."""
+    cost = plan.provenance.get("cost", {})
+    if cost.get("kind") != "latency":
+        return []
+    timed = {row["label"]: row for row in latency}
+    dense, pruned = timed["dense"], timed["pruned"]
+    predicted = cost["plan"] / cost["dense"]
+    return [
+        {
+            "schema": 1,
+            "kind": "prediction",
+            "label": "pruned",
+            "predicted_ms": cost["plan"],
+            "predicted_dense_ms": cost["dense"],
+            "predicted_ratio": round(predicted, 6),
+            "measured_ms": pruned["p50_ms"],
+            "measured_dense_ms": dense["p50_ms"],
+            "measured_ratio": pruned["ratio"],
+            "error_ms": round(cost["plan"] / pruned["p50_ms"] - 1, 6),
+            "error_ratio": round(predicted / pruned["ratio"] - 1, 6),
+            "table_sha256": cost["table_sha256"],
+        }
+    ]
 
 
 def parity_row(rung: Rung) -> dict[str, Any]:
@@ -548,6 +745,7 @@ def export_checked(
     geometry = loaded.adapter.geometry
     if plan is not None:
         plan.check_fits(loaded.name, geometry, loaded.sha256)
+        remark_untuned(plan, loaded.sha256, reporter)
     with scratch_beside(output) as scratch:
         dense, pruned = scratch / "dense.onnx", scratch / "pruned.onnx"
         with reporter.stage(f"Exporting {loaded.name}"):
@@ -574,12 +772,16 @@ def fold_checked(
     from .export.metadata import GraphMetadata
     from .export.parity import check_fold
 
-    if plan is None:
+    about = None
+    if plan is None or plan.provenance.get("tuned_weights_sha256"):
         about = GraphMetadata.from_props(load_model(dense).metadata_props, str(dense))
+    if plan is None:
         plan = TokenPlan.identity(about.model, about.geometry, weights_sha256=about.weights_sha256)
     with scratch_beside(output) as scratch:
         with reporter.stage(f"Folding the plan into {output.name}"):
             record = fold_file(dense, plan, scratch / "pruned.onnx")
+        if about is not None:
+            remark_untuned(plan, about.weights_sha256, reporter)
         with reporter.stage("Checking parity"):
             rungs = check_fold(plan, dense, scratch / "pruned.onnx", noise_images(plan.geometry))
         move_model(scratch / "pruned.onnx", output)
@@ -654,9 +856,17 @@ def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_fo
     plan = TokenPlan.load(plan_path) if plan_path else None
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
     adapter = loaded.adapter
+    tuned = False
     if plan is not None:
         plan.check_fits(loaded.name, adapter.geometry, loaded.sha256)
-    images = images_for(loaded.classes, adapter.geometry, plan is not None)
+        remark_untuned(plan, loaded.sha256, reporter)
+        tuned = loaded.sha256 == plan.provenance.get("tuned_weights_sha256")
+    if tuned:
+        reporter.remark(
+            "tuned weights are not those of the dense model: what it lost is told by "
+            "vpruner evaluate pruned.onnx --against dense.onnx"
+        )
+    images = images_for(loaded.classes, adapter.geometry, plan is not None and not tuned)
 
     def dense(batch):
         with torch.inference_mode():
@@ -667,10 +877,12 @@ def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_fo
             return dense(batch)
 
     runners = {"dense": dense} if plan is None else {"dense": dense, "pruned": pruned}
+    if tuned:
+        del runners["dense"]
     with reporter.stage("Evaluating", len(images.indices)) as advance:
         stream = images.batches(loaded.preprocessing, batch_size_for(adapter.geometry, most=64))
         outputs = collect_outputs(runners, at_least_one(stream, images), on_batch=advance)
-    return compare(outputs, baseline="dense", output=adapter.geometry.output), images
+    return compare(outputs, baseline=next(iter(runners)), output=adapter.geometry.output), images
 
 
 def check_against(model: Path, against: Path) -> None:

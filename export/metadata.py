@@ -19,6 +19,7 @@ from ..prune.plan import Geometry, TokenPlan
 VERSION = "vpruner.version"
 MODEL = "vpruner.model"
 WEIGHTS_SHA256 = "vpruner.weights_sha256"
+TUNED_SHA256 = "vpruner.tuned_sha256"
 GEOMETRY = "vpruner.geometry"
 PLAN = "vpruner.plan"
 KEPT = "vpruner.kept"
@@ -36,13 +37,14 @@ class GraphMetadata:
 
     Attributes:
         model: Name of the model.
-        weights_sha256: Hash of the trained weights that the graph holds.
+        weights_sha256: Hash of the trained weights: those in the graph, or those that tuning started from.
         geometry: Shape of the *unpruned* model, in pruned files too.
         preprocessing: ``mean``, ``std``, ``size`` [height, width], ``interpolation``, ``crop_pct``, ``crop_mode``.
         classes: Names of the outputs, or None when they are unknown.
         plan: Digest of the plan that was folded in; None in a dense file.
         kept: The patches that enter each block; None in a dense file.
         version: The vpruner that wrote the file.
+        tuned_sha256: Hash of the tuned weights that a pruned graph holds; None where they are the trained ones.
     """
 
     model: str
@@ -53,6 +55,7 @@ class GraphMetadata:
     plan: str | None = None
     kept: tuple[tuple[int, ...], ...] | None = None
     version: str = __version__
+    tuned_sha256: str | None = None
 
     @property
     def output(self) -> str:
@@ -71,6 +74,8 @@ class GraphMetadata:
         }
         if self.classes is not None:
             props[CLASSES] = json.dumps(list(self.classes), ensure_ascii=False)
+        if self.tuned_sha256 is not None:
+            props[TUNED_SHA256] = self.tuned_sha256
         if self.plan is not None:
             props[PLAN] = self.plan
             props[KEPT] = canonical_json([list(indices) for indices in self.kept or ()])
@@ -102,6 +107,7 @@ class GraphMetadata:
                 plan=props.get(PLAN),
                 kept=tuple(tuple(row) for row in json.loads(props[KEPT])) if KEPT in props else None,
                 version=props[VERSION],
+                tuned_sha256=props.get(TUNED_SHA256),
             )
         except PlanError as error:
             raise UserError(f"{source} has malformed metadata: {error.problem}", hint) from None
@@ -109,15 +115,23 @@ class GraphMetadata:
             raise UserError(f"{source} has malformed metadata: {error}", hint) from None
 
     def with_plan(self, plan: TokenPlan) -> dict[str, str]:
-        """The key/value strings of the pruned file that folding ``plan`` into this one gives."""
+        """The key/value strings of the pruned file that folding ``plan`` into this one gives.
+
+        A file with the weights that were tuned for ``plan`` is filed under the weights that they were tuned from, so
+        that the pruned file is still known as a form of that model.
+        """
         kept: Sequence[Sequence[int]] = plan.kept
+        weights, tuned = self.weights_sha256, self.tuned_sha256
+        if weights == plan.provenance.get("tuned_weights_sha256"):
+            weights, tuned = plan.provenance.get("weights_sha256") or weights, weights
         pruned = GraphMetadata(
             self.model,
-            self.weights_sha256,
+            weights,
             self.geometry,
             self.preprocessing,
             self.classes,
             plan.digest,
             tuple(tuple(indices) for indices in kept),
+            tuned_sha256=tuned,
         )
         return pruned.to_props()

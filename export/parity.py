@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -65,6 +65,7 @@ def check_ladder(
     pruned_path: str | os.PathLike,
     images: torch.Tensor,
     *,
+    weights: Mapping[str, torch.Tensor] | None = None,
     tolerance: float = 1e-4,
 ) -> list[Rung]:
     """Climb the ladder on preprocessed ``images`` [image, channel, height, width], float32.
@@ -73,6 +74,8 @@ def check_ladder(
     away between its own blocks.
 
     Args:
+        weights: State-dict name -> tensor, where tuning changed weights: ``dense.onnx`` holds the model's own, every
+            pruned form these.
         tolerance: Relative difference allowed between PyTorch and onnxruntime, both float32.
 
     Returns:
@@ -82,6 +85,8 @@ def check_ladder(
         ParityError: The first rung that fails, with its numbers. The model is as it was, in that case too.
     """
     torch = require("torch")
+    from ..prune.tune import with_weights
+
     model = adapter.model
     rungs = []
     with evaluating(model), torch.no_grad():
@@ -92,13 +97,15 @@ def check_ladder(
             # Its masked and gathered forms patch nothing; only removing dead tokens could change something.
             unpruned = _run_form(adapter, identity, "dead", few.double())
             rungs.append(_exact("identity plan changes nothing", untouched, unpruned))
-            masked, gathered, dead = (
-                _run_form(adapter, plan, form, few.double()) for form in ("masked", "gathered", "dead")
-            )
+            with with_weights(model, weights):
+                masked, gathered, dead = (
+                    _run_form(adapter, plan, form, few.double()) for form in ("masked", "gathered", "dead")
+                )
             rungs.append(_exact("masked equals gathered", masked, gathered))
             rungs.append(_exact("gathered equals dead tokens removed", gathered, dead))
         dense_reference = _run_model(model, images)
-        pruned_reference = _run_form(adapter, plan, "gathered", images)
+        with with_weights(model, weights):
+            pruned_reference = _run_form(adapter, plan, "gathered", images)
     classifies = plan.geometry.output == "logits"
     for name, path, reference in (
         ("dense.onnx equals the timm model", dense_path, dense_reference),

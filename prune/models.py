@@ -66,18 +66,18 @@ def open_model(
     Args:
         spec: A timm model name, the path of a model card (``.json``), or None for the bundled reference.
         pretrained: Let timm download the weights.
-        weights: A local file instead: ``.safetensors``, ``.pth``, ``.pt`` or ``.bin``.
+        weights: A local file instead: ``.safetensors``, ``.pth``, ``.pt`` or ``.bin``. With a model card, in place of
+            the weights that it names.
         model_args: Extra keyword arguments for the model, such as ``img_size=384``.
 
     Raises:
         UserError: Unknown name, missing or unfit weights, an architecture that cannot be pruned.
     """
     if spec is None or str(spec).endswith(".json"):
-        if pretrained or weights:
-            raise UserError(
-                "a model card names its own weights", "leave out --pretrained and --weights, or give a timm model name"
-            )
-        return _open_card(Path(spec) if spec else bundled.reference_card(), dict(model_args or {}))
+        if pretrained:
+            raise UserError("a model card names its own weights", "leave out --pretrained, or give a timm model name")
+        _check_weights_file(weights)
+        return _open_card(Path(spec) if spec else bundled.reference_card(), dict(model_args or {}), weights)
     if Path(spec).suffix in (".onnx", ".engine", ".safetensors", ".pth", ".pt", ".bin"):
         raise UserError(
             f"{spec} is a file, expected a timm model name or a model card (.json)",
@@ -93,9 +93,13 @@ def open_model(
     if bool(pretrained) == bool(weights):
         found = "both --pretrained and --weights" if pretrained else "no weights"
         raise UserError(f"{found} given for {spec}", "give one of --weights FILE or --pretrained")
+    _check_weights_file(weights)
+    return _open_timm(spec, pretrained, weights, dict(model_args or {}))
+
+
+def _check_weights_file(weights: str | Path | None) -> None:
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"there is no weights file {weights}", "check the path after --weights")
-    return _open_timm(spec, pretrained, weights, dict(model_args or {}))
 
 
 def _open_timm(name: str, pretrained: bool, weights: str | Path | None, model_args: dict[str, Any]) -> LoadedModel:
@@ -119,7 +123,7 @@ def _open_timm(name: str, pretrained: bool, weights: str | Path | None, model_ar
     return _ready(model, name, None, _imagenet_classes() if imagenet else None)
 
 
-def _open_card(path: Path, model_args: dict[str, Any]) -> LoadedModel:
+def _open_card(path: Path, model_args: dict[str, Any], instead: str | Path | None) -> LoadedModel:
     card = read_card(path)
     arguments = {**card["args"], **model_args}
     try:
@@ -131,11 +135,11 @@ def _open_card(path: Path, model_args: dict[str, Any]) -> LoadedModel:
         raise UserError(
             f"{path}: the model could not be built: {first_line(error)}", "check 'args' in the card"
         ) from None
-    weights = path.parent / card["weights"]
+    weights = Path(instead) if instead else path.parent / card["weights"]
     if not weights.is_file():
         raise UserError(f"{path} names the weights {card['weights']}, which are not beside it", "put the file there")
     expected = card.get("sha256")
-    if expected and (found := file_sha256(weights)) != expected:
+    if expected and not instead and (found := file_sha256(weights)) != expected:
         raise UserError(
             f"{weights} has SHA-256 {found[:12]}, its card says {expected[:12]}",
             f"get the matching weights, or correct sha256 in {path}",

@@ -300,6 +300,8 @@ class TokenPlan:
     def check_fits(self, model: str, geometry: Geometry, weights_sha256: str | None = None) -> None:
         """Refuse a plan that was made for another model.
 
+        The weights may be those it was learned on, or those that tuning made of them.
+
         Raises:
             PlanError: Geometry differs, or both sides name a hash of the weights and they differ.
         """
@@ -310,7 +312,8 @@ class TokenPlan:
                 f"make a plan for this model with: vpruner prune {model}",
             )
         mine = self.provenance.get("weights_sha256")
-        if mine and weights_sha256 and mine != weights_sha256:
+        tuned = self.provenance.get("tuned_weights_sha256")
+        if mine and weights_sha256 and weights_sha256 not in (mine, tuned):
             raise PlanError(
                 f"the plan was learned on weights {mine[:12]}, this {model} has weights {weights_sha256[:12]}",
                 f"make a plan for these weights with: vpruner prune {model}",
@@ -447,9 +450,10 @@ def _checked_gates(gates: Any, kept: tuple[tuple[int, ...], ...]) -> tuple[tuple
 def _checked_provenance(provenance: Any) -> dict[str, Any]:
     if not isinstance(provenance, Mapping):
         raise PlanError(f"provenance is {_shown(provenance)}, expected a JSON object")
-    sha256 = provenance.get("weights_sha256")
-    if sha256 is not None and not isinstance(sha256, str):
-        raise PlanError(f"provenance.weights_sha256 is {_shown(sha256)}, expected the hash as text")
+    for name in ("weights_sha256", "tuned_weights_sha256"):
+        sha256 = provenance.get(name)
+        if sha256 is not None and not isinstance(sha256, str):
+            raise PlanError(f"provenance.{name} is {_shown(sha256)}, expected the hash as text")
     level: list[Any] = [provenance]
     for _ in range(MOST_NESTING):
         parts = [part.values() if isinstance(part, Mapping) else part for part in level]

@@ -26,6 +26,7 @@ class ModelMetadata:
         version: The vpruner that wrote the file.
         model: Name of the model.
         weights_sha256: Hash of the trained weights.
+        tuned_sha256: Hash of the weights in the graph, where tuning has changed them.
         geometry: Shape of the model *before* pruning.
         plan: Digest of the token plan in the graph; None in a dense file.
         kept: Patch indices that enter each block; None in a dense file.
@@ -45,6 +46,7 @@ class ModelMetadata:
     classes: tuple[str, ...] | None = None
     output: str = "logits"
     precision: str | None = None
+    tuned_sha256: str | None = None
 
     @classmethod
     def from_props(cls, props: Mapping[str, str], source: str) -> ModelMetadata:
@@ -85,6 +87,7 @@ class ModelMetadata:
                 classes=None if classes is None else tuple(classes),
                 output=output,
                 precision=props.get(PREFIX + "precision"),
+                tuned_sha256=props.get(PREFIX + "tuned_sha256"),
             )
         except UserError as error:
             problem = error.problem if error.problem.startswith(source) else f"{source}: {error.problem}"
