@@ -39,8 +39,9 @@ RIDGES = tuple(10 ** (power / 2) for power in range(-8, 5))
 FIRST_RIDGE = 0.1
 #: Cross-validation folds; from so many inputs on two, because each fold keeps inputs^2 float64 (134 MB at 4,096).
 FOLDS, WIDE, WIDE_FOLDS = 4, 2048, 2
-#: How much more than another token a prefix token that the head reads counts in the fit.
-PREFIX_WEIGHT = 4.0
+#: How much more than another token a prefix token that the head reads counts in the fit. On the bundled model at 0.35,
+#: the KL divergence on unseen images is 0.140 with 1, 0.138 with 4, 0.136 with 10 and 0.137 with 30.
+PREFIX_WEIGHT = 10.0
 #: Below this many images, their mirror images are fitted to as well.
 FLIP_BELOW = 4096
 #: Activations up to this size stay in memory, others go to disk.
