@@ -524,8 +524,10 @@ def _print_plan(plan) -> None:
     costs = f"{_short(macs)} of {_short(dense)} MACs ({cost_ratio(plan):.4f})"
     cost = plan.provenance.get("cost")
     if isinstance(cost, dict) and cost.get("kind") == "latency":
-        ratio = f"({cost['plan'] / cost['dense']:.4f})"
-        costs = f"{cost['plan']:.3f} of {cost['dense']:.3f} ms by the latency table {ratio}, {costs}"
+        table, whole = (cost.get(name) for name in ("plan", "dense"))
+        # A plan is a file of the user's: what stands beside kept may be anything.
+        if isinstance(table, float) and isinstance(whole, float) and whole > 0:
+            costs = f"{table:.3f} of {whole:.3f} ms by the latency table ({table / whole:.4f}), {costs}"
     _table(
         f"{plan.model}: {costs}",
         ["block", "patches", "tokens in (keys)", "tokens out (queries)"],

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PAPER, INK, MUTED, FAINT, HAIRLINE = (255,) * 3, (24, 28, 36), (104, 112, 126), (172, 179, 190), (214, 219, 227)
 #: Dropped before this block, and dropped right here; a trace of the image stays visible under both.
 LEFT_EARLIER, LEAVES_HERE = (45, 51, 65), (226, 104, 46)
+#: A patch in comparison with another plan.
+STAYED, LEAVES_LATER, LEAVES_EARLIER = (226, 230, 236), (36, 134, 142), LEAVES_HERE
 #: Early exit to never: dark to light, ordered by lightness so that it survives greyscale printing and colour blindness.
 HEAT = ((46, 24, 82), (59, 76, 144), (36, 134, 142), (74, 184, 126), (190, 215, 82), (250, 229, 128))
 
@@ -159,6 +161,34 @@ def exit_map(plan: TokenPlan, *, scale: float | None = None, title: bool = True,
         middle = y + (step - density) / 2
         draw.text((left + 32 * density, middle), name, fill=ink, font=label, anchor="lm")
         draw.text((left + key_w, middle), str(counts[exit_]), fill=ink, font=label, anchor="rm")
+    return canvas
+
+
+def moved_map(plan: TokenPlan, before: np.ndarray, *, scale: float | None = None, density: int = 1) -> Image.Image:
+    """The patch grid with the patches that leave at another block than they did: by how many blocks later or earlier.
+
+    Args:
+        before: int [patch N]: the exits that they had, as :attr:`TokenPlan.exits`.
+        scale: Pixels per patch (at density 1); the default makes the longer side about 384 pixels.
+        density: As in :func:`draw_kept_tokens`.
+    """
+    from PIL import Image, ImageDraw
+
+    grid_h, grid_w = plan.geometry.grid
+    cell = max(3, round((384 / max(grid_h, grid_w) if scale is None else scale) * density))
+    margin = 24 * density
+    canvas = Image.new("RGB", (2 * margin + grid_w * cell, 2 * margin + grid_h * cell), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    number = _font(max(9 * density, min(15 * density, round(cell * 0.36))))
+    line = density if cell >= 12 * density else 0
+    for patch, moved in enumerate((plan.exits - np.asarray(before)).tolist()):
+        row, column = divmod(patch, grid_w)
+        x, y = margin + column * cell, margin + row * cell
+        fill = STAYED if not moved else LEAVES_LATER if moved > 0 else LEAVES_EARLIER
+        draw.rectangle((x, y, x + cell - 1 - line, y + cell - 1 - line), fill=fill)
+        if moved and cell >= 24 * density:
+            middle = (cell - line) / 2
+            draw.text((x + middle, y + middle), f"{moved:+d}", fill=_readable_on(fill), font=number, anchor="mm")
     return canvas
 
 

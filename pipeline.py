@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import itertools
-import os
 import re
 import resource
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -276,8 +276,12 @@ def check_output(output: Path, suffix: str, *inputs: str | Path | None, option: 
         if path is not None and Path(path).exists() and output.exists() and output.samefile(path):
             raise UserError(f"{output} is read by this command", f"choose another name with {option}")
     place = next(parent for parent in output.absolute().parents if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {place}", f"choose another place with {option}")
+    try:
+        # Tried, not asked for: to the superuser every folder seems writable, /proc too.
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError:
+        raise UserError(f"cannot write to {place}", f"choose another place with {option}") from None
 
 
 def check_checkpoint(checkpoint: Path | None, rearrange: str, *others: str | Path | None) -> None:

@@ -11,14 +11,26 @@ import html
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from . import __version__, extras
 from .artifacts import file_sha256, read_rows, write_text
-from .draw import LEAVES_HERE, LEFT_EARLIER, draw_kept_tokens, exit_map
+from .draw import (
+    LEAVES_EARLIER,
+    LEAVES_HERE,
+    LEAVES_LATER,
+    LEFT_EARLIER,
+    STAYED,
+    draw_kept_tokens,
+    exit_map,
+    moved_map,
+)
 from .prune.cost import block_macs, cost_ratio, dense_macs, plan_macs
 from .prune.plan import TokenPlan
 
@@ -104,6 +116,12 @@ class Results:
     def run(self) -> Row:
         return self.last("run")
 
+    def stages(self, plan: TokenPlan) -> list[Row]:
+        """What each stage of the method did, in order; from the plan where no row says it, and empty for old runs."""
+        rows = self.all("stage") or plan.provenance.get("stages")
+        found = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, (list, tuple)) else []
+        return list({str(row.get("stage")): row for row in found}.values())
+
     @property
     def parity(self) -> list[Row]:
         return list({row.get("rung"): row for row in self.all("parity")}.values())
@@ -151,8 +169,9 @@ def write_report(
 
     Args:
         plan: The plan of the run; by default ``plan.json`` of the folder.
-        rows: Measurement rows of the kinds run, cost, accuracy, latency and parity; by default ``results.jsonl`` of the
-            folder, where there is one. A latency ``ratio`` is time over the dense model's time.
+        rows: Measurement rows of the kinds run, cost, stage, accuracy, latency, gates, prediction and parity; by
+            default ``results.jsonl`` of the folder, where there is one. A latency ``ratio`` is time over the dense
+            model's time.
         examples: Images as the model sees them, to draw the plan on; at most :data:`MOST_EXAMPLES` are used.
 
     Raises:
@@ -167,6 +186,7 @@ def write_report(
     sections = [
         results_section(plan, results),
         notes_section(plan, results),
+        *stages_sections(plan, results),
         tokens_section(plan, list(examples)[:MOST_EXAMPLES]),
         blocks_section(plan),
         usage_section(folder, plan),
@@ -340,6 +360,15 @@ def notes_section(plan: TokenPlan, results: Results) -> Section:
             notes.append(f"The budget is met: asked for {target:.4f} {taken}.")
         else:
             notes.append(f"The budget was not reached: asked for {target:.4f} {taken}.")
+    promised = _number(plan.provenance, "ratio")
+    if target is not None and promised is not None and run.get("target_kind") == "latency":
+        met = "is met" if promised <= target else "was not reached"
+        notes.append(
+            f"The budget {met} by the latency table: asked for {target:.4f} of the dense model's milliseconds, this "
+            f"plan is predicted to take {promised:.4f}."
+        )
+    if plan.provenance.get("tuned_weights_sha256"):
+        notes.append("Weights were tuned: pruned.onnx holds those of model.safetensors, dense.onnx the trained ones.")
     if plan.is_identity:
         notes.append("This plan keeps every patch in every block; only tokens that nothing reads were removed.")
     data = run.get("data") if isinstance(run.get("data"), Mapping) else {}
@@ -398,6 +427,85 @@ def notes_section(plan: TokenPlan, results: Results) -> Section:
     own = run.get("note")
     notes += [own] if isinstance(own, str) else [str(note) for note in own] if isinstance(own, list) else []
     return Section("Notes", [Items(tuple(dict.fromkeys(notes)))] if notes else [Text("Nothing out of the ordinary.")])
+
+
+def stages_sections(plan: TokenPlan, results: Results) -> list[Section]:
+    """What each stage contributed, on images that none has seen; no section for runs that did not record it."""
+    stages = results.stages(plan)
+    if not stages:
+        return []
+    quality = [name for name in ("top1", "kl", "cosine") if results.last("accuracy", label="pruned", metric=name)]
+    lines = []
+    if dense := results.last("accuracy", label="dense", metric="top1"):
+        others = ("the reference" if name != "top1" else _estimate(dense, name) for name in quality)
+        lines.append(("dense", *others, "", "", ""))
+    for row in stages:
+        kept = row.get("kept")
+        shown = ["as before" if kept is False else NOT_MEASURED] * len(quality)
+        if kept and row.get("label"):
+            shown = [_estimate(results.last("accuracy", label=row["label"], metric=name), name) for name in quality]
+        held_out = row.get("held_out")
+        before, after = _number(held_out, "before"), _number(held_out, "after")
+        seconds = _number(row, "seconds")
+        lines.append(
+            (
+                f"{row.get('stage')} ({row.get('method')})",
+                *shown,
+                NOT_MEASURED if before is None or after is None else f"{before:.4f} → {after:.4f}",
+                NOT_MEASURED if seconds is None else f"{seconds:,.1f} s",
+                "kept" if kept else "undone" if kept is False and row.get("stage") != "search" else "",
+            )
+        )  # fmt: skip
+    held_out = next((n for row in stages if (n := _number(row.get("held_out"), "images")) is not None), None)
+    on = "" if held_out is None else f" ({held_out:,.0f} images)"
+    section = Section("What each stage contributed")
+    header = ("stage", *(METRICS[name] for name in quality), "divergence, held out", "time", "")
+    section.blocks.append(Table(header, tuple(lines), wordy=True))
+    section.blocks.append(
+        Text(
+            "Accuracy is of the model as it was after the stage, on the evaluation images. The divergence from the "
+            "dense model is before and after the stage, on calibration images held out from every fit"
+            f"{on}; a stage that does not lower it there by more than chance is undone."
+        )
+    )
+    notes = [str(row["note"]) for row in stages if isinstance(row.get("note"), str) and row["note"]]
+    if notes:
+        section.blocks.append(Items(tuple(dict.fromkeys(notes))))
+    for row in stages:
+        if chart := _learning_chart(row.get("history")):
+            episodes, better = (_number(row, name) for name in ("episodes", "incumbents"))
+            told = "" if episodes is None else f"{episodes:,.0f} plans were tried"
+            told += f", and {better:,.0f} times one became the new best." if told and better is not None else ""
+            section.blocks.append(Figure(chart, "How the rearrangement went."))
+            if told:
+                section.blocks.append(Text(told))
+    before = _searched_exits(plan, stages)
+    if before is not None:
+        later, earlier = int((plan.exits > before).sum()), int((plan.exits < before).sum())
+        caption = (
+            f"Patches that leave later than the search had it: {later}; earlier: {earlier}. Numbers are of blocks."
+        )
+        legend = ((STAYED, "as the search had it"), (LEAVES_LATER, "leaves later"), (LEAVES_EARLIER, "leaves earlier"))
+        markup = _picture(moved_map(plan, before, density=2), "patches that the rearrangement moved")
+        section.blocks.append(Figure(markup, caption, Code("text", _moves_as_text(plan, before)), legend))
+    return [section]
+
+
+def _searched_exits(plan: TokenPlan, stages: Sequence[Row]) -> np.ndarray | None:
+    """int [patch N]: where the search had each patch leave; None where that is not known, or where nothing moved."""
+    exits = next((row.get("exits") for row in stages if row.get("stage") == "search"), None)
+    depth = plan.geometry.depth
+    if not isinstance(exits, (list, tuple)) or len(exits) != plan.geometry.patches:
+        return None
+    if not all(isinstance(exit_, int) and 0 <= exit_ <= depth for exit_ in exits):
+        return None
+    before = np.array(exits)
+    return None if (before == plan.exits).all() else before
+
+
+def _moves_as_text(plan: TokenPlan, before: np.ndarray) -> str:
+    names = ["." if not moved else f"{moved:+d}" for moved in (plan.exits - before).tolist()]
+    return "how many blocks later (+) or earlier (-) each patch leaves than the search had it\n" + _as_grid(plan, names)
 
 
 def tokens_section(plan: TokenPlan, examples: Sequence[Image.Image]) -> Section:
@@ -531,9 +639,40 @@ def latency_section(results: Results) -> Section:
         for name, pairs in ((f"Protocol{which}", protocol), (f"Environment{which}", environment)):
             if pairs:
                 section.blocks.append(Table((name, ""), pairs, wordy=True))
+    section.blocks[1:1] = [*_prediction_blocks(results), *_gate_blocks(results)]
     if not protocols:
         section.blocks.append(Text("The rows carry no protocol: read these numbers as an impression."))
     return section
+
+
+def _prediction_blocks(results: Results) -> list[Table | Text]:
+    """What a latency table promised, and what came of it."""
+    row = results.last("prediction")
+    ratios = [_number(row, name) for name in ("predicted_ratio", "measured_ratio", "error_ratio")]
+    if None in ratios:
+        return []
+    lines = [("time / dense", f"{ratios[0]:.3f}", f"{ratios[1]:.3f}", f"{100 * ratios[2]:+.1f} %")]
+    times = [_number(row, name) for name in ("predicted_ms", "measured_ms", "error_ms")]
+    if None not in times:
+        lines.append(("p50 of the pruned model", _ms(times[0]), _ms(times[1]), f"{100 * times[2]:+.1f} %"))
+    return [
+        Table(("latency table", "predicted", "measured", "error"), tuple(lines)),
+        Text("The ratio is what to judge a table by: milliseconds drift with the machine, the ratio hardly does."),
+    ]
+
+
+def _gate_blocks(results: Results) -> list[Text]:
+    row = results.last("gates")
+    ratio, gated, ungated = (_number(row, name) for name in ("ratio", "p50_ms", "ungated_p50_ms"))
+    if None in (ratio, gated, ungated):
+        return []
+    return [
+        Text(
+            "Gates are constants that the attention of each block adds: with them the pruned model takes "
+            f"{_ms(gated)}, without them {_ms(ungated)} ({ratio:.3f}×, measured in turns). The row “ungated” is that "
+            "graph."
+        )
+    ]
 
 
 def provenance_section(folder: Path, plan: TokenPlan, results: Results) -> Section:
@@ -544,6 +683,8 @@ def provenance_section(folder: Path, plan: TokenPlan, results: Results) -> Secti
     lines += [(f"data.{name}", value) for name, value in _flat(run.get("data"))]
     rounds = _rounds_sentence(run.get("rounds")) or _rounds_sentence(plan.provenance.get("rounds"))
     told = {"rounds"} if rounds else set()
+    if results.stages(plan):
+        told.add("stages")
     facts = {name: value for name, value in plan.provenance.items() if name not in told}
     lines += [(f"plan.{name}", value) for name, value in _flat(facts)]
     blocks: list[Text | Table] = [Table(("what", "value"), tuple(lines), wordy=True)]
@@ -613,16 +754,9 @@ _PAGE_INK = "#010203"
 
 def _tokens_chart(plan: TokenPlan) -> str:
     """Inline SVG: keys and queries of each block, in the page's font and colours, so that it follows a dark page."""
-    matplotlib = extras.require("matplotlib")
-    figures = extras.require("matplotlib.figure")
-    extras.require("matplotlib.backends.backend_svg")
     geometry = plan.geometry
     blocks = range(geometry.depth)
-    # rc_context and a Figure of its own: pyplot would change the backend of the program that called us.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "vpruner", "font.size": 10, "axes.edgecolor": _PAGE_INK}
-    with matplotlib.rc_context(settings):
-        figure = figures.Figure(figsize=(8.6, 2.9), layout="constrained")
-        axes = figure.add_subplot()
+    with _chart("keys and queries of each block") as (axes, svg):
         axes.bar(blocks, plan.key_counts, width=0.78, color="#8fb8c9", label="keys: tokens that enter")
         axes.bar(blocks, plan.query_counts, width=0.42, color="#1f6f8b", label="queries: outputs that are read")
         axes.axhline(geometry.tokens, color=_PAGE_INK, linewidth=0.8, linestyle=(0, (4, 3)))
@@ -635,11 +769,51 @@ def _tokens_chart(plan: TokenPlan) -> str:
         axes.set_xticks(blocks if geometry.depth <= 32 else [block for block in blocks if block % 4 == 0])
         axes.set_xlim(-0.6, geometry.depth - 0.4)
         axes.set_ylim(0, geometry.tokens * 1.12)
+    return svg[0]
+
+
+def _learning_chart(history: Any) -> str:
+    """Inline SVG: rewards and improvement over the episodes of a rearrangement; empty without two batches of them."""
+    names = ("episodes", "mean_reward", "best_reward", "improvement")
+    points = [[_number(entry, name) for name in names] for entry in history] if isinstance(history, list) else []
+    points = [values for values in points if None not in values]
+    if len(points) < 2:
+        return ""
+    episodes, mean, best, improvement = zip(*points, strict=True)
+    with _chart("rewards over episodes") as (axes, svg):
+        # A few disastrous plans must not press the rest of the picture flat.
+        low = max(min(mean), -1.0)
+        axes.plot(episodes, [100 * max(value, low) for value in mean], color="#8fb8c9", label="mean of a batch")
+        axes.plot(episodes, [100 * max(value, low) for value in best], color="#e2682e", label="best of a batch")
+        axes.step(
+            episodes, [100 * value for value in improvement], where="post", color="#1f6f8b", linewidth=2.2,
+            label="best plan against the search",
+        )  # fmt: skip
+        axes.axhline(0, color=_PAGE_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.set_xlabel("episodes", color=_PAGE_INK)
+        axes.set_ylabel("divergence less, %", color=_PAGE_INK)
+        axes.margins(x=0.01)
+    return svg[0]
+
+
+@contextmanager
+def _chart(label: str) -> Iterator[tuple[Any, list[str]]]:
+    """Yield axes and a list that holds the finished inline SVG once the block has drawn on them."""
+    matplotlib = extras.require("matplotlib")
+    figures = extras.require("matplotlib.figure")
+    extras.require("matplotlib.backends.backend_svg")
+    # rc_context and a Figure of its own: pyplot would change the backend of the program that called us.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "vpruner", "font.size": 10, "axes.edgecolor": _PAGE_INK}
+    result: list[str] = []
+    with matplotlib.rc_context(settings):
+        figure = figures.Figure(figsize=(8.6, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        yield axes, result
         axes.tick_params(colors=_PAGE_INK, length=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.set_axisbelow(True)
         axes.grid(axis="y", color=_PAGE_INK, alpha=0.12, linewidth=0.8)
-        figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=_PAGE_INK, borderaxespad=0.2)
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=_PAGE_INK, borderaxespad=0.2)
         stream = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
@@ -648,15 +822,20 @@ def _tokens_chart(plan: TokenPlan) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace(_PAGE_INK, "currentColor")
     # The page's font, not matplotlib's list of names that a reader may not have.
     svg = re.sub(r"font: [\d.]+px [^;\"]*", lambda m: m[0].split("px")[0] + "px var(--font)", svg)
-    return svg.replace("<svg ", '<svg role="img" aria-label="keys and queries of each block" ', 1)
+    result.append(svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1))
 
 
 def _exits_as_text(plan: TokenPlan) -> str:
-    height, width = plan.geometry.grid
     names = ["." if exit_ == plan.geometry.depth else str(exit_) for exit_ in plan.exits.tolist()]
+    return "the block at which each patch leaves; . stays to the end\n" + _as_grid(plan, names)
+
+
+def _as_grid(plan: TokenPlan, names: Sequence[str]) -> str:
+    """One word per patch, in the rows and columns of the grid."""
+    height, width = plan.geometry.grid
     room = max(map(len, names))
     rows = (" ".join(name.rjust(room) for name in names[row * width : (row + 1) * width]) for row in range(height))
-    return "the block at which each patch leaves; . stays to the end\n" + "\n".join(rows)
+    return "\n".join(rows)
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -14,16 +15,24 @@ import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from vpruner import bundled
+from vpruner import bundled, cli
 from vpruner.cli import main
 from vpruner.errors import ParityError
+from vpruner.prune import learn, rearrange
+from vpruner.prune.calibration import Judgement
 from vpruner.prune.cost import cost_ratio
+from vpruner.prune.learn import REARRANGEMENTS
+from vpruner.prune.models import open_model
 from vpruner.prune.plan import TokenPlan
+from vpruner.prune.tune import TUNINGS
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 4}
 CLASSES = ["cat", "cow", "dog", "fox"]
+#: For tests of anything but the stages after the search.
+SEARCH_ALONE = ("--rearrange", "none", "--tune", "none")
 
 
 def call(*arguments, code=0, **options):
@@ -80,7 +89,46 @@ def images(tmp_path_factory):
 def finished(card, images, tmp_path_factory):
     """One whole run, and what it printed."""
     output = tmp_path_factory.mktemp("runs") / "out"
-    result = call("run", card, "--data", images, "--target", 0.6, "-o", output, "--seconds", 0.2)
+    result = call("run", card, "--data", images, "--target", 0.6, "-o", output, "--seconds", 0.2, *SEARCH_ALONE)
+    return output, result
+
+
+def everything_helps(patch):
+    """Let every stage run and then find something: two dozen images of noise give it nothing to find."""
+    real_rearrange, real_tune, real_greedy = learn.rearrange, learn.tune, learn.swap_greedily
+
+    def moved(real):
+        def rearrange(world, plan, **options):
+            found = real(world, plan, **options)
+            exits = plan.exits.copy()
+            low, high = exits.argmin(), exits.argmax()
+            exits[[low, high]] = exits[[high, low]]
+            plan = TokenPlan.from_exits(plan.model, plan.geometry, exits)
+            return replace(found, plan=plan, kept=True, note="")
+
+        return rearrange
+
+    def tune(adapter, plan, calibration, kind, **options):
+        done = replace(real_tune(adapter, plan, calibration, kind, **options), kept=True, note="")
+        if kind != "weights":
+            gates = [[1 + index / 10 for index in range(len(indices))] for indices in plan.kept]
+            return replace(done, plan=replace(plan, gates=gates))
+        own = adapter.model.state_dict()
+        names = ("blocks.1.attn.proj.weight", "blocks.2.mlp.fc2.bias")
+        return replace(done, weights={name: own[name] + 0.1 for name in names}, judgement=Judgement(0.2, 0.1, 0.01, 4))
+
+    patch.setattr(learn, "rearrange", moved(real_rearrange))
+    patch.setattr(learn, "swap_greedily", moved(real_greedy))
+    patch.setattr(learn, "tune", tune)
+
+
+@pytest.fixture(scope="module")
+def tuned(card, images, tmp_path_factory):
+    """A whole run of which every stage was kept, and what it printed."""
+    output = tmp_path_factory.mktemp("tuned") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        everything_helps(patch)
+        result = call("run", card, "--data", images, "--target", 0.6, "-o", output, "--seconds", 0.2, "--episodes", 16)
     return output, result
 
 
@@ -96,7 +144,7 @@ def test_run_writes_everything_and_ends_with_the_table(finished):
     assert 0.55 < cost_ratio(plan) <= 0.6
     assert plan.provenance["loss"] == "labels" and plan.provenance["calibration"]["images"] == 18
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
-    assert {row["kind"] for row in rows} == {"run", "cost", "accuracy", "latency", "parity"}
+    assert {row["kind"] for row in rows} == {"run", "cost", "stage", "accuracy", "latency", "parity"}
     rungs = [row for row in rows if row["kind"] == "parity"]
     assert len(rungs) == 5 and all(row["passed"] and row["difference"] <= row["tolerance"] for row in rungs)
     assert (output / "report.html").read_text().startswith("<!")
@@ -127,7 +175,8 @@ def test_an_existing_folder_is_kept_unless_forced(finished, card, images):
         says=f"{output} exists already; choose another folder with -o",
     )
     assert (output / "plan.json").read_bytes() == before
-    call("run", card, "--data", images, "--target", 0.7, "-o", output, "--seconds", 0.2, "--force", "-q")
+    more = ("--seconds", 0.2, "--force", "-q", *SEARCH_ALONE)
+    call("run", card, "--data", images, "--target", 0.7, "-o", output, *more)
     assert (output / "plan.json").read_bytes() != before
 
 
@@ -147,7 +196,8 @@ def test_the_current_folder_is_no_output(card, images, tmp_path, monkeypatch):
 def test_a_link_stays_a_link_and_its_target_gets_the_run(card, images, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    call("run", card, "--data", images, "--target", 0.7, "-o", tmp_path / "link", "--seconds", 0.1, "-q")
+    more = ("--seconds", 0.1, "-q", *SEARCH_ALONE)
+    call("run", card, "--data", images, "--target", 0.7, "-o", tmp_path / "link", *more)
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "plan.json").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
 
@@ -172,6 +222,7 @@ def test_a_run_that_finished_first_is_not_replaced(card, images, tmp_path, monke
         "--seconds",
         0.1,
         "-q",
+        *SEARCH_ALONE,
         says="exists already",
     )
     assert (tmp_path / "out" / "plan.json").read_text() == "the other run"
@@ -181,7 +232,10 @@ def test_a_run_that_finished_first_is_not_replaced(card, images, tmp_path, monke
 def test_termination_leaves_nothing(card, images, tmp_path):
     """SIGTERM in the middle of a run: the scratch folder goes, as with Ctrl-C."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "vpruner.cli", "run", card, "--data", images, "--seconds", "60", "-o", tmp_path / "out"],
+        [
+            *(sys.executable, "-m", "vpruner.cli", "run", card, "--data", images, "--seconds", "60"),
+            *("-o", tmp_path / "out", *SEARCH_ALONE),
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -249,15 +303,16 @@ def test_numbers_out_of_range(card, images, tmp_path, option):
 
 def test_run_as_json(card, images, tmp_path):
     result = call(
-        "run", card, "--data", images, "--target", 0.7, "-o", tmp_path / "o", "--seconds", 0.2, "--json", "-q"
-    )
+        "run", card, "--data", images, "--target", 0.7, "-o", tmp_path / "o", "--seconds", 0.2, "--json", "-q",
+        *SEARCH_ALONE,
+    )  # fmt: skip
     value = json.loads(result.stdout)
     assert value["files"]["pruned.onnx"] == str(tmp_path / "o" / "pruned.onnx")
     assert result.stderr == ""
 
 
 def test_stage_by_stage_equals_the_run(finished, card, images, tmp_path):
-    call("prune", card, "--data", images, "--target", 0.6, "-o", tmp_path / "plan.json", "-q")
+    call("prune", card, "--data", images, "--target", 0.6, "-o", tmp_path / "plan.json", "-q", *SEARCH_ALONE)
     plan = TokenPlan.load(tmp_path / "plan.json")
     call("export", card, "-o", tmp_path / "dense.onnx", "-q")
     result = call(
@@ -278,6 +333,228 @@ def test_fold_identity_removes_dead_tokens_only(card, tmp_path):
     call("fold", tmp_path / "dense.onnx", "--identity", "-o", tmp_path / "lean.onnx", "-q")
     properties = {p.key: p.value for p in onnx.load(tmp_path / "lean.onnx").metadata_props}
     assert json.loads(properties["vpruner.kept"]) == [list(range(16))] * 3
+
+
+# -- the stages ------------------------------------------------------------------------------------------------------
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def properties_of(path):
+    return {p.key: p.value for p in onnx.load(path).metadata_props}
+
+
+def test_every_stage_is_shown_on_the_evaluation_images(tuned):
+    output, result = tuned
+    rows = rows_of(output)
+    stages = {row["stage"]: row for row in rows if row["kind"] == "stage"}
+    assert [(row["method"], row["label"]) for row in stages.values()] == [
+        ("fisher", "search"), ("ppo", "rearrange"), ("weights", "pruned"),
+    ]  # fmt: skip
+    assert all(row["kept"] and row["held_out"]["images"] == 4 and row["seconds"] > 0 for row in stages.values())
+    assert len(stages["rearrange"]["history"]) == 1 and stages["rearrange"]["episodes"] <= 16
+    labels = {row["label"] for row in rows if row["kind"] == "accuracy"}
+    assert labels == {"dense", "search", "rearrange", "pruned"}
+    assert {row["label"] for row in rows if row["kind"] == "latency"} == {"dense", "pruned"}
+    plan = TokenPlan.load(output / "plan.json")
+    assert [stage["stage"] for stage in plan.provenance["stages"]] == ["search", "rearrange", "tune"]
+    assert "history" not in json.dumps(plan.provenance["stages"])
+    for text in ("what each stage made of it", "search (fisher)", "rearrange (ppo)", "tune (weights)"):
+        assert text in result.stdout
+    assert "What each stage contributed" in (output / "report.md").read_text()
+    # The graphs of the stages in between are measured and thrown away.
+    assert {path.name for path in output.iterdir()} == {
+        "plan.json", "model.safetensors", "dense.onnx", "pruned.onnx", "results.jsonl", "report.html", "report.md",
+    }  # fmt: skip
+
+
+def test_a_stage_left_out_has_no_graph_of_its_own(finished):
+    output, _ = finished
+    rows = rows_of(output)
+    assert [row["label"] for row in rows if row["kind"] == "stage"] == ["pruned"]
+    assert {row["label"] for row in rows if row["kind"] == "accuracy"} == {"dense", "pruned"}
+    assert not (output / "model.safetensors").exists()
+    assert "tuned_weights_sha256" not in TokenPlan.load(output / "plan.json").provenance
+
+
+def test_tuned_weights_are_the_whole_model_and_say_what_they_are_for(tuned, card):
+    output, _ = tuned
+    plan = TokenPlan.load(output / "plan.json")
+    with safe_open(output / "model.safetensors", "pt") as file:
+        facts = file.metadata()
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert facts["vpruner.tuned_for_plan"] == plan.digest
+    assert facts["vpruner.weights_sha256"] == plan.provenance["weights_sha256"] == open_model(str(card)).sha256
+    own = load_file(card.parent / "tiny.safetensors")
+    changed = {name for name, value in own.items() if not torch.equal(value, state[name])}
+    assert state.keys() == own.keys() and changed
+    assert all(name.split(".", 2)[2].startswith(("attn.proj", "mlp.fc2")) for name in changed)
+    loaded = open_model(str(card), weights=output / "model.safetensors")
+    assert loaded.sha256 == plan.provenance["tuned_weights_sha256"]
+
+
+def test_tuned_weights_make_the_same_graph_again(tuned, card, tmp_path):
+    output, _ = tuned
+    plan = ("--plan", output / "plan.json")
+    call("export", card, "--weights", output / "model.safetensors", *plan, "-o", tmp_path / "again.onnx", "-q")
+    assert (tmp_path / "again.onnx").read_bytes() == (output / "pruned.onnx").read_bytes()
+    # By hand, in two steps.
+    call("export", card, "--weights", output / "model.safetensors", "-o", tmp_path / "tuned.onnx", "-q")
+    result = call("fold", tmp_path / "tuned.onnx", *plan, "-o", tmp_path / "folded.onnx")
+    assert "before tuning" not in result.stderr
+    assert (tmp_path / "folded.onnx").read_bytes() == (output / "pruned.onnx").read_bytes()
+    facts, dense = properties_of(output / "pruned.onnx"), properties_of(output / "dense.onnx")
+    provenance = TokenPlan.load(output / "plan.json").provenance
+    assert facts["vpruner.weights_sha256"] == dense["vpruner.weights_sha256"] == provenance["weights_sha256"]
+    assert facts["vpruner.tuned_sha256"] == provenance["tuned_weights_sha256"]
+    assert "vpruner.tuned_sha256" not in dense
+
+
+def test_a_tuned_graph_is_compared_with_its_dense_one(tuned, images):
+    output, _ = tuned
+    both = (output / "pruned.onnx", "--against", output / "dense.onnx")
+    rows = json.loads(call("evaluate", *both, "--eval-data", images, "--json", "-q").stdout)
+    assert {row["label"] for row in rows} == {"dense", "pruned"}
+    call("profile", *both, "--seconds", 0.1, "--threads", 1, "-q")
+
+
+def test_evaluate_with_tuned_weights_has_no_dense_model(tuned, card, images, tmp_path):
+    output, _ = tuned
+    model = (card, "--weights", output / "model.safetensors", "--plan", output / "plan.json")
+    result = call("evaluate", *model, "--eval-data", images, "--json")
+    (row,) = json.loads(result.stdout)
+    assert (row["label"], row["metric"]) == ("pruned", "top1")
+    assert "vpruner evaluate pruned.onnx --against dense.onnx" in result.stderr
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    fails("evaluate", *model, "--eval-data", tmp_path, "-q", says="no labels, and nothing to compare with")
+
+
+def test_weights_before_tuning_go_on_with_a_remark(tuned, card, images, tmp_path):
+    output, _ = tuned
+    plan = ("--plan", output / "plan.json")
+    for command in (
+        ("export", card, *plan, "-o", tmp_path / "a.onnx"),
+        ("fold", output / "dense.onnx", *plan, "-o", tmp_path / "b.onnx"),
+        ("evaluate", card, *plan, "--eval-data", images),
+    ):
+        said = " ".join(call(*command).stderr.split())
+        assert "those tuned for this plan are in model.safetensors" in said
+        assert "--weights model.safetensors --plan" in said
+    assert "vpruner.tuned_sha256" not in properties_of(tmp_path / "a.onnx")
+
+
+def test_prune_writes_tuned_weights_beside_the_plan(card, images, tmp_path, monkeypatch):
+    everything_helps(monkeypatch)
+    start = ("prune", card, "--data", images, "--target", 0.6, "--rearrange", "greedy", "-o", tmp_path / "p.json")
+    result = call(*start, "-q")
+    assert "tune (weights)" in result.stdout and str(tmp_path / "p.safetensors") in result.stdout
+    plan = TokenPlan.load(tmp_path / "p.json")
+    assert plan.provenance["tuned_weights_file"] == "p.safetensors"
+    loaded = open_model(str(card), weights=tmp_path / "p.safetensors")
+    assert loaded.sha256 == plan.provenance["tuned_weights_sha256"]
+    value = json.loads(call(*start, "-q", "--json").stdout)
+    assert (
+        value["weights"] == str(tmp_path / "p.safetensors") and value["provenance"]["stages"][1]["method"] == "greedy"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"p.json", "p.safetensors"}
+
+
+def test_weights_of_the_users_are_never_overwritten(card, tmp_path):
+    weights = tmp_path / "mine.safetensors"
+    weights.write_bytes((card.parent / "tiny.safetensors").read_bytes())
+    before = weights.read_bytes()
+    fails("prune", card, "-o", tmp_path / "mine.json", says="mine.safetensors, which holds something else")
+    fails("prune", card, "--weights", weights, "-o", tmp_path / "mine.json", says="is read by this command")
+    assert weights.read_bytes() == before and list(tmp_path.iterdir()) == [weights]
+
+
+def test_gates_are_timed_against_the_graph_without_them(card, images, tmp_path, monkeypatch):
+    everything_helps(monkeypatch)
+    output = tmp_path / "o"
+    result = call("run", card, "--data", images, "--target", 0.6, "--rearrange", "none", "--tune", "gates",
+                  "--seconds", 0.2, "-o", output)  # fmt: skip
+    assert TokenPlan.load(output / "plan.json").gates is not None
+    rows = rows_of(output)
+    assert [row["label"] for row in rows if row["kind"] == "latency"] == ["dense", "pruned", "ungated"]
+    (gates,) = (row for row in rows if row["kind"] == "gates")
+    assert gates["ratio"] > 0 and gates["ungated_p50_ms"] > 0
+    assert "gate constants" in result.stdout and "Gates are constants" in (output / "report.md").read_text()
+    assert not (output / "model.safetensors").exists() and "ungated.onnx" not in {p.name for p in output.iterdir()}
+
+
+def test_ctrl_c_keeps_the_best_plan_and_goes_on(card, images, tmp_path, monkeypatch):
+    real, found = rearrange._Run.batch, []
+
+    def interrupted(run):
+        if not found:
+            real(run)
+            exits = run.plan.exits.copy()
+            low, high = exits.argmin(), exits.argmax()
+            exits[[low, high]] = exits[[high, low]]
+            run.best = run.incumbent = TokenPlan.from_exits(run.plan.model, run.plan.geometry, exits)
+            run.held_out_best, run.incumbents = 0.1 * run.held_out_start, 1
+            found.append(run.best)
+        else:
+            raise KeyboardInterrupt  # As from the terminal: in the middle of a batch.
+
+    monkeypatch.setattr(rearrange._Run, "batch", interrupted)
+    files = ("-o", tmp_path / "plan.json", "--checkpoint", tmp_path / "state.pt")
+    command = ("prune", card, "--data", images, "--target", 0.6, "--tune", "none", *files)
+    result = call(*command)
+    said = " ".join(result.stderr.split())
+    assert "rearrangement was interrupted after" in said and "the best plan so far was kept" in said
+    assert TokenPlan.load(tmp_path / "plan.json").digest == found[0].digest
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "state.pt"}
+    # The checkpoint goes on from there: what has been played already is all that is asked for.
+    (tmp_path / "plan.json").unlink()
+    said = " ".join(call(*command, "--episodes", 1).stderr.split())
+    assert "interrupted" not in said and TokenPlan.load(tmp_path / "plan.json").digest == found[0].digest
+
+
+def test_ctrl_c_elsewhere_ends_the_program(card, images, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vpruner.prune.learn.tune", interrupted)
+    result = CliRunner().invoke(
+        main, ["run", str(card), "--data", str(images), "--rearrange", "none", "-o", str(tmp_path / "out")]
+    )
+    assert result.exit_code == 1 and "Aborted" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_checkpoints(finished, card, images, tmp_path):
+    here = tmp_path / "untouched"
+    here.mkdir()
+    for command, output in (("run", here / "out"), ("prune", here / "plan.json")):
+        start = (command, card, "--data", images, "-q", "-o", output, "--checkpoint")
+        fails(*start, here, says="is a folder; name a file with --checkpoint")
+        fails(*start, card, says="tiny.json is read by this command")
+        fails(*start, "/proc/nothing/state.pt", says="cannot write to /proc; choose another place with --checkpoint")
+        fails(*start, here / "a.pt", "--rearrange", "greedy", says="--checkpoint goes with --rearrange ppo")
+    fails(
+        "run", card, "-o", here / "out", "--checkpoint", here / "out" / "state.pt", says="the folder that the run makes"
+    )
+    for name in ("plan.json", "plan.safetensors"):
+        fails("prune", card, "-o", here / "plan.json", "--checkpoint", here / name, says="is written by this command")
+    (tmp_path / "broken.pt").write_bytes(b"oops")
+    fails("prune", card, "--data", images, "-q", "-o", here / "plan.json", "--checkpoint", tmp_path / "broken.pt",
+          says="broken.pt is not a checkpoint of a rearrangement")  # fmt: skip
+    assert list(here.iterdir()) == [] and (tmp_path / "broken.pt").read_bytes() == b"oops"
+
+
+def test_what_help_says_of_the_stages_is_what_they_take():
+    settings = rearrange.RearrangeSettings()
+    assert (settings.episodes, settings.time_limit) == (cli.EPISODES, cli.TIME_LIMIT)
+    assert cli.REARRANGEMENTS == REARRANGEMENTS and cli.TUNINGS == TUNINGS
+    for command in ("run", "prune"):
+        text = " ".join(call(command, "--help").stdout.split())
+        assert f"[default: {settings.episodes}; x>=1]" in text and f"[default: {settings.time_limit}; x>=0.1]" in text
+
+
+# -- the other commands ------------------------------------------------------------------------------------------------
 
 
 def test_evaluate_profile_predict_show(finished, images, card, tmp_path):
@@ -369,7 +646,7 @@ def test_corrupt_images_are_counted_or_refused(card, tmp_path):
     for index in range(20):
         Image.fromarray(random.integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path / f"{index}.png")
     (tmp_path / "3.png").write_bytes(b"oops")
-    result = call("prune", card, "--data", tmp_path, "--target", 0.7, "-o", tmp_path / "plan.json")
+    result = call("prune", card, "--data", tmp_path, "--target", 0.7, "-o", tmp_path / "plan.json", *SEARCH_ALONE)
     assert "1 calibration image could not be read and was skipped: 3.png" in result.stderr
     plan = TokenPlan.load(tmp_path / "plan.json")
     assert plan.provenance["loss"] == "self" and plan.provenance["calibration"]["skipped"] == 1
@@ -382,7 +659,8 @@ def test_a_failed_parity_check_leaves_no_file(card, images, tmp_path, monkeypatc
         raise ParityError("pruned.onnx equals the gathered model: relative difference 0.5, tolerance 0.0001")
 
     monkeypatch.setattr("vpruner.export.parity.check_ladder", fail)
-    fails("run", card, "--data", images, "-o", tmp_path / "out", "-q", says="relative difference 0.5", code=1)
+    start = ("run", card, "--data", images, "-o", tmp_path / "out", "-q", *SEARCH_ALONE)
+    fails(*start, says="relative difference 0.5", code=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -394,8 +672,9 @@ def test_features_model_reports_cosine(images, tmp_path):
     card = {"class": "timm.models.vision_transformer.VisionTransformer", "args": arguments, "weights": "w.safetensors"}
     (tmp_path / "features.json").write_text(json.dumps(card))
     result = call(
-        "run", tmp_path / "features.json", "--data", images, "--target", 0.6, "-o", tmp_path / "o", "--seconds", 0.2
-    )
+        "run", tmp_path / "features.json", "--data", images, "--target", 0.6, "-o", tmp_path / "o", "--seconds", 0.2,
+        "--episodes", 16,
+    )  # fmt: skip
     assert "cosine to dense features" in result.stdout and "top-1" not in result.stdout
     assert TokenPlan.load(tmp_path / "o" / "plan.json").provenance["loss"] == "features"
     (prediction,) = json.loads(

@@ -4,7 +4,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpruner.draw import LEAVES_HERE, LEFT_EARLIER, PAPER, _default_columns, _fitted, _font, draw_kept_tokens, exit_map
+from vpruner.draw import (
+    LEAVES_EARLIER,
+    LEAVES_HERE,
+    LEAVES_LATER,
+    LEFT_EARLIER,
+    PAPER,
+    STAYED,
+    _default_columns,
+    _fitted,
+    _font,
+    draw_kept_tokens,
+    exit_map,
+    moved_map,
+)
 from vpruner.prune.plan import Geometry, TokenPlan
 
 #: What no cover and no caption has: a bright green that shows wherever the image itself is visible.
@@ -49,6 +62,17 @@ def test_each_panel_covers_exactly_the_patches_that_do_not_enter(density):
     for block in range(3):
         seen = (cells[block] == GREEN).all(-1).ravel()
         assert seen.tolist() == plan.mask[block].tolist(), f"block {block}"
+
+
+@pytest.mark.parametrize("density", [1, 2])
+def test_moved_patches_are_told_apart(density):
+    plan = make_plan()  # exits 3, 0, 1, 3, 3, 2
+    pixels = np.asarray(moved_map(plan, np.array([3, 1, 0, 3, 2, 2]), scale=10, density=density))
+    rows, columns = (24 * density + (np.arange(n) * 10 + 2) * density for n in (2, 3))
+    colours = pixels[np.ix_(rows, columns)].reshape(-1, 3).tolist()
+    same, later, earlier = map(list, (STAYED, LEAVES_LATER, LEAVES_EARLIER))
+    assert colours == [same, earlier, later, same, later, same]
+    assert (pixels[0, 0] == PAPER).all()
 
 
 def test_what_leaves_here_is_told_from_what_left_earlier():

@@ -183,6 +183,93 @@ def test_a_missing_kind_of_row_is_said_and_does_no_harm(tmp_path, missing):
     assert said[missing] in page and said[missing] in markdown
 
 
+def stage(name, method, label, kept, before, after, **more):
+    judged = {"before": before, "after": after, "error": 0.001, "images": 256}
+    return {"kind": "stage", "stage": name, "method": method, "label": label, "kept": kept, "seconds": 12.34,
+            "held_out": judged, "note": "", **more}  # fmt: skip
+
+
+def make_stages(**rearranged):
+    history = [
+        {"episodes": 16 * n, "mean_reward": -0.2 + n / 10, "best_reward": n / 10, "improvement": n / 20}
+        for n in range(1, 5)
+    ]
+    before = make_plan().exits.copy()
+    before[[0, 4]] = before[[4, 0]]
+    return [
+        stage("search", "fisher", "search", True, 0.0, 0.05, exits=before.tolist()),
+        stage("rearrange", "ppo", "rearrange", True, 0.05, 0.04, history=history, episodes=64, incumbents=3)
+        | rearranged,
+        stage("tune", "weights", "pruned", True, 0.04, 0.02),
+        estimate("search", "top1", 0.741, 0.72, 0.76),
+        estimate("rearrange", "top1", 0.752, 0.73, 0.77),
+        estimate("search", "kl", 0.0512, 0.05, 0.06),
+    ]
+
+
+def test_stages_are_told_apart(tmp_path):
+    page, markdown = written(tmp_path, make_rows() + make_stages())
+    assert Outline(page).open == [] and Outline(page).tags.count("svg") == 2
+    section = markdown.split("## What each stage contributed")[1].split("\n## ")[0]
+    lines = {line.split(" | ")[0].lstrip("| "): line for line in section.splitlines() if line.startswith("|")}
+    assert "| 78.10 % (76.20 to 79.90) | the reference |" in lines["dense"]
+    assert (
+        "74.10 % (72.00 to 76.00) | 0.0512 (0.0500 to 0.0600) | 0.0000 → 0.0500 | 12.3 s | kept"
+        in (lines["search (fisher)"])
+    )
+    assert "0.0500 → 0.0400" in lines["rearrange (ppo)"] and "77.30 % (75.40" in lines["tune (weights)"]
+    assert "held out from every fit (256 images)" in section and "64 plans were tried" in section
+    assert "leave later than the search had it: 1; earlier: 1." in page
+    assert "-4 " in section.split("```text")[1] and "+4" in section
+    assert "history" not in markdown
+
+
+def test_a_stage_that_was_undone_says_so(tmp_path):
+    undone = {"kept": False, "label": "search", "note": "nothing better was found", "history": []}
+    page, markdown = written(tmp_path, make_rows() + make_stages(**undone))
+    line = next(line for line in markdown.splitlines() if line.startswith("| rearrange"))
+    assert "as before" in line and line.endswith("| undone |")
+    assert "- nothing better was found" in markdown and Outline(page).tags.count("svg") == 1
+
+
+def test_results_without_stages_have_no_such_section(tmp_path):
+    assert "What each stage" not in written(tmp_path, make_rows())[1]
+    # The plan alone knows it too, without the accuracy in between.
+    plan = make_plan(stages=[{k: v for k, v in row.items() if k != "kind"} for row in make_stages()[:3]])
+    _, markdown = written(tmp_path, make_rows(), plan=plan)
+    assert "0.0400 → 0.0200" in markdown and "plan.stages" not in markdown
+
+
+@pytest.mark.parametrize("value", [None, "fast", float("nan"), [], {}, [1, "x"], -1])
+def test_stage_rows_of_another_form_do_no_harm(tmp_path, monkeypatch, value):
+    monkeypatch.setattr(report, "_tokens_chart", lambda plan: "")
+    for key in ("stage", "method", "label", "kept", "seconds", "held_out", "note", "exits", "history", "episodes"):
+        rows = [{**row, key: value} if row["kind"] == "stage" else row for row in make_rows() + make_stages()]
+        page, _ = written(tmp_path, rows)
+        assert Outline(page).open == []
+    written(tmp_path, make_rows(), plan=make_plan(stages=value))
+
+
+def test_what_a_latency_table_promised(tmp_path):
+    promise = {
+        "kind": "prediction", "label": "pruned", "predicted_ms": 0.8, "predicted_ratio": 0.66, "measured_ms": 0.842,
+        "measured_ratio": 0.694, "error_ms": -0.05, "error_ratio": -0.049,
+    }  # fmt: skip
+    rows = [*make_rows(run={"target_kind": "latency"}), promise]
+    _, markdown = written(tmp_path, rows, plan=make_plan(ratio=0.648))
+    assert "| time / dense | 0.660 | 0.694 | -4.9 % |" in markdown
+    assert "| p50 of the pruned model | 0.800 ms | 0.842 ms | -5.0 % |" in markdown
+    assert "is met by the latency table: asked for 0.6500" in notes(markdown)
+    assert "multiply-adds, this plan takes" not in notes(markdown)
+
+
+def test_what_gates_cost(tmp_path):
+    gates = {"kind": "gates", "p50_ms": 0.842, "ungated_p50_ms": 0.83, "ratio": 1.0145}
+    _, markdown = written(tmp_path, [*make_rows(), gates, timing("ungated", 0.83, 0.684)])
+    assert "takes 0.842 ms, without them 0.830 ms (1.014×, measured in turns)" in markdown
+    assert "| ungated |" in markdown
+
+
 def test_no_rows_at_all(tmp_path):
     page, markdown = written(tmp_path, [])
     assert "what that costs in quality was not measured" in markdown and "exported no pruned.onnx yet" in page

@@ -15,6 +15,7 @@ from vpruner.prune.plan import TokenPlan
 from vpruner.runtime.table import LatencyTable
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 4}
+SEARCH_ALONE = ("--rearrange", "none", "--tune", "none")
 
 
 def call(*arguments, code=0):
@@ -104,26 +105,33 @@ def test_a_dense_file_will_do_and_json_is_the_table(card, tmp_path):
 
 def test_a_budget_of_milliseconds_is_met(card, images, steady, tmp_path):
     table = LatencyTable.load(steady)
-    options = (card, "--data", images, "--target", 0.6, "--cost", f"latency:{steady}")
-    call("prune", *options, "-q", "-o", tmp_path / "plan.json")
+    options = (card, "--data", images, "--target", 0.6, "--cost", f"latency:{steady}", *SEARCH_ALONE)
+    result = call("prune", *options, "-q", "-o", tmp_path / "plan.json")
     plan = TokenPlan.load(tmp_path / "plan.json")
     assert 0.54 < table.predict_plan(plan) / table.dense_ms <= 0.6
     facts = plan.provenance
+    assert f"{table.predict_plan(plan):.3f} of {table.dense_ms:.3f} ms by the latency table" in result.stdout
     assert facts["target_kind"] == "latency" and facts["cost"]["table_sha256"] == table.sha256
     assert facts["cost"]["plan"] == pytest.approx(table.predict_plan(plan), abs=1e-5)
     assert facts["cost"]["dense"] == pytest.approx(table.dense_ms, abs=1e-5)
     assert facts["ratio"] == pytest.approx(facts["cost"]["plan"] / facts["cost"]["dense"], abs=1e-4)
     assert facts["macs"] < facts["dense_macs"]
 
-    result = call("run", *options, "--seconds", 0.1, "-o", tmp_path / "run", "--threads", 2, "--json")
-    rows = json.loads(result.stdout)["rows"]
+    result = call("run", *options, "--seconds", 0.1, "-o", tmp_path / "run", "--threads", 2)
+    assert "tiny at 0.6 of its milliseconds" in result.stdout and "predicted by the table (ratio " in result.stdout
+    rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     assert next(row for row in rows if row["kind"] == "run")["target_kind"] == "latency"
+    (promise,) = (row for row in rows if row["kind"] == "prediction")
+    assert promise["predicted_ratio"] == pytest.approx(facts["ratio"], abs=1e-4)
+    assert promise["error_ratio"] == pytest.approx(promise["predicted_ratio"] / promise["measured_ratio"] - 1, abs=1e-4)
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "| latency table | predicted | measured | error |" in page and "is met by the latency table" in page
     assert "the latency table was measured with threads 1, here it is 2" in result.stderr
 
 
 def test_the_default_is_macs(card, images, tmp_path):
-    call("prune", card, "--data", images, "-q", "-o", tmp_path / "a.json")
-    call("prune", card, "--data", images, "-q", "-o", tmp_path / "b.json", "--cost", "macs")
+    call("prune", card, "--data", images, "-q", "-o", tmp_path / "a.json", *SEARCH_ALONE)
+    call("prune", card, "--data", images, "-q", "-o", tmp_path / "b.json", "--cost", "macs", *SEARCH_ALONE)
     one, other = (TokenPlan.load(tmp_path / name) for name in ("a.json", "b.json"))
     assert one.digest == other.digest and one.provenance["target_kind"] == "macs"
     assert one.provenance["cost"]["plan"] == one.provenance["macs"]

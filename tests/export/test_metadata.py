@@ -7,6 +7,7 @@ import pytest
 from vpruner.errors import UserError
 from vpruner.export.metadata import GraphMetadata
 from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.runtime.metadata import ModelMetadata
 
 GEOMETRY = Geometry(
     depth=2, embed_dim=8, num_heads=2, head_dim=4, grid=(2, 3), prefix_tokens=1, image_size=(16, 24), outputs=3
@@ -26,6 +27,19 @@ def test_with_plan():
     pruned = GraphMetadata.from_props(DENSE.with_plan(plan), "x.onnx")
     assert pruned.plan == plan.digest and pruned.kept == ((0, 1, 4), (4,))
     assert dataclasses.replace(pruned, plan=None, kept=None) == DENSE
+
+
+def test_tuned_weights_are_filed_under_those_they_were_tuned_from():
+    facts = {"weights_sha256": "ab" * 32, "tuned_weights_sha256": "cd" * 32}
+    plan = TokenPlan("tiny", GEOMETRY, ((0, 1, 4), (4,)), provenance=facts)
+    tuned = dataclasses.replace(DENSE, weights_sha256="cd" * 32)
+    pruned = GraphMetadata.from_props(tuned.with_plan(plan), "x.onnx")
+    assert (pruned.weights_sha256, pruned.tuned_sha256) == ("ab" * 32, "cd" * 32)
+    assert ModelMetadata.from_props(tuned.with_plan(plan), "x.onnx").tuned_sha256 == "cd" * 32
+    # The trained weights with the same plan, and a plan that says nothing of what they were tuned from.
+    assert GraphMetadata.from_props(DENSE.with_plan(plan), "x.onnx").tuned_sha256 is None
+    plan = TokenPlan("tiny", GEOMETRY, ((0, 1, 4), (4,)), provenance={"tuned_weights_sha256": "cd" * 32})
+    assert GraphMetadata.from_props(tuned.with_plan(plan), "x.onnx").weights_sha256 == "cd" * 32
 
 
 def test_props_of_others_are_ignored():

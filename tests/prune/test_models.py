@@ -70,7 +70,8 @@ def test_weights_of_another_image_size_are_resampled_as_timm_does(small_model, w
         (dict(spec=NAME), f"no weights given for {NAME}; give one of --weights FILE or --pretrained"),
         (dict(spec=NAME, weights="w", pretrained=True), "both --pretrained and --weights"),
         (dict(spec=NAME, weights="/nowhere.pth"), "there is no weights file /nowhere.pth"),
-        (dict(spec=None, weights="w"), "a model card names its own weights"),
+        (dict(spec=None, pretrained=True), "a model card names its own weights"),
+        (dict(spec=None, weights="/nowhere.pth"), "there is no weights file /nowhere.pth"),
         (dict(spec="dense.onnx", weights="w"), "expected a timm model name or a model card"),
         (dict(spec="nowhere.json"), "cannot read the model card nowhere.json"),
     ],
@@ -179,6 +180,15 @@ def test_a_card_with_a_timm_name_and_classes(small_model, weights, tmp_path):
 def test_a_bad_card_is_refused(tmp_path, changes, reason):
     with pytest.raises(UserError, match=reason):
         open_model(write_card(tmp_path, **changes))
+
+
+def test_weights_in_place_of_a_cards_own(tmp_path):
+    card = write_card(tmp_path, sha256="0" * 64, weights="elsewhere.safetensors")
+    state = open_model().adapter.model.state_dict()
+    save_file({**state, "head.bias": state["head.bias"] + 1}, tmp_path / "mine.safetensors")
+    changed = open_model(card, weights=tmp_path / "mine.safetensors")
+    assert torch.equal(changed.adapter.model.head.bias, state["head.bias"] + 1)
+    assert open_model(weights=tmp_path / "mine.safetensors").sha256 == changed.sha256 != open_model().sha256
 
 
 def test_a_card_that_agrees_with_its_weights(tmp_path):

@@ -286,6 +286,16 @@ def test_a_plan_for_another_model_is_refused():
         plan.check_fits("small", geometry(), "b" * 64)
 
 
+def test_a_plan_fits_the_weights_it_was_learned_on_and_those_tuned_for_it():
+    plan = TokenPlan.identity("small", geometry(), weights_sha256="a" * 64, tuned_weights_sha256="c" * 64)
+    for weights in ("a", "c"):
+        plan.check_fits("small", geometry(), weights * 64)
+    with pytest.raises(PlanError, match="this small has weights bbbbbbbbbbbb"):
+        plan.check_fits("small", geometry(), "b" * 64)
+    with pytest.raises(PlanError, match="provenance.tuned_weights_sha256 is 5, expected the hash as text"):
+        TokenPlan.identity("small", geometry(), tuned_weights_sha256=5)
+
+
 def test_digest_ignores_provenance_alone():
     plan = TokenPlan("m", geometry(), [[0, 1], [0], [0]])
     assert plan.with_provenance(seed=9).digest == plan.digest
