@@ -791,7 +791,7 @@ def _learning_chart(history: Any) -> str:
         )  # fmt: skip
         axes.axhline(0, color=_PAGE_INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_xlabel("episodes", color=_PAGE_INK)
-        axes.set_ylabel("divergence less, %", color=_PAGE_INK)
+        axes.set_ylabel("closer to dense, %", color=_PAGE_INK)
         axes.margins(x=0.01)
     return svg[0]
 

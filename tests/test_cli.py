@@ -115,7 +115,7 @@ def everything_helps(patch):
             return replace(done, plan=replace(plan, gates=gates))
         own = adapter.model.state_dict()
         names = ("blocks.1.attn.proj.weight", "blocks.2.mlp.fc2.bias")
-        return replace(done, weights={name: own[name] + 0.1 for name in names}, judgement=Judgement(0.2, 0.1, 0.01, 4))
+        return replace(done, weights={name: 1.5 * own[name] for name in names}, judgement=Judgement(0.2, 0.1, 0.01, 4))
 
     patch.setattr(learn, "rearrange", moved(real_rearrange))
     patch.setattr(learn, "swap_greedily", moved(real_greedy))
@@ -405,6 +405,11 @@ def test_tuned_weights_make_the_same_graph_again(tuned, card, tmp_path):
     result = call("fold", tmp_path / "tuned.onnx", *plan, "-o", tmp_path / "folded.onnx")
     assert "before tuning" not in result.stderr
     assert (tmp_path / "folded.onnx").read_bytes() == (output / "pruned.onnx").read_bytes()
+    # And it is another graph than the weights before tuning give.
+    call("export", card, *plan, "-o", tmp_path / "untuned.onnx", "-q")
+    tuned_model, untuned_model = (onnx.load(path) for path in (output / "pruned.onnx", tmp_path / "untuned.onnx"))
+    del tuned_model.metadata_props[:], untuned_model.metadata_props[:]
+    assert tuned_model.SerializeToString() != untuned_model.SerializeToString()
     facts, dense = properties_of(output / "pruned.onnx"), properties_of(output / "dense.onnx")
     provenance = TokenPlan.load(output / "plan.json").provenance
     assert facts["vpruner.weights_sha256"] == dense["vpruner.weights_sha256"] == provenance["weights_sha256"]

@@ -53,7 +53,7 @@ def test_tuned_weights_are_in_the_pruned_rungs_and_not_in_the_dense_one(exported
     dense = exported(kind)
     model = tiny(kind)
     own = {name: value.clone() for name, value in model.state_dict().items()}
-    tuned = {name: own[name] + 0.1 for name in ("blocks.1.attn.proj.weight", "blocks.2.mlp.fc2.bias")}
+    tuned = {name: 1.5 * own[name] for name in ("blocks.1.attn.proj.weight", "blocks.2.mlp.fc2.bias")}
     plan = random_plan(dense.geometry, 1)
     with with_weights(model, tuned):
         export_dense(
