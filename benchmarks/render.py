@@ -1,21 +1,38 @@
-"""Render the tables of README.md from measured rows: python benchmarks/render.py [--check]
+"""Render the tables of README.md from measured rows: python benchmarks/render.py [--plots] [--check]
 
-Tables stand between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; each is made from benchmarks/results/NAME.jsonl.
-With ``--check`` nothing is written, and the exit code says whether the README agrees with the rows.
+Tables stand between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; each is made from benchmarks/results/NAME.jsonl,
+and is empty until there are such rows. With ``--plots`` the pictures beside the rows are drawn again first. With
+``--check`` nothing is written, and the exit code says whether the README agrees with the rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vpruner.artifacts import read_rows, write_text
+from vpruner.artifacts import atomic_path, read_rows, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+ACCURACY_PLOT = "benchmarks/results/accuracy.svg"
+#: Method of benchmarks/accuracy.py -> what the table calls it; in the order of the table.
+METHODS = {
+    "random": "random exits",
+    "centre": "nearest the centre",
+    "class attention": "class attention",
+    "fisher 1 round": "Fisher, 1 round",
+    "fisher 1 round + greedy": "Fisher, 1 round + greedy swaps",
+    "fisher": "Fisher",
+    "fisher + greedy": "Fisher + greedy swaps",
+    "fisher + ppo": "Fisher + PPO",
+    "fisher + ppo + gates": "Fisher + PPO + gates",
+    "fisher + tuning": "Fisher + weights",
+    "fisher + ppo + weights": "Fisher + PPO + weights (default)",
+}
 
 
 def latency_ort(rows: list[dict]) -> str:
@@ -85,7 +102,177 @@ def fisher_rounds(rows: list[dict]) -> str:
     return "\n".join([*lines, "", f"Mean of {seeds} seeds, {images:,} images."])
 
 
+#: What the table shows -> its name, what values are multiplied by, their format.
+SHOWN = {
+    "top1_difference": ("top-1 in pp", 100, "+.2f"),
+    "agreement": ("same class in %", 100, ".1f"),
+    "kl": ("KL", 1, ".3f"),
+    "cosine": ("cosine", 1, ".3f"),
+}
+#: What the plot shows, the first that was measured -> its axis, and what values are multiplied by.
+PLOTTED = {"top1": ("top-1 in %", 100), "agreement": ("same class as dense in %", 100), "cosine": ("cosine", 1)}
+#: (method, target) -> metric -> the row of each seed.
+Results = dict[tuple[str, float], dict[str, list[dict]]]
+
+
+def accuracy(rows: list[dict]) -> str:
+    """A table for each model and its images: methods by budgets, means over the seeds."""
+    lines = [
+        "What is lost at the same multiply-adds, by how the tokens are chosen and what is done afterwards: top-1 lost",
+        "and KL divergence to the dense model. The first three methods choose other tokens on the schedule of the",
+        "Fisher plan. Made by `python benchmarks/accuracy.py`.",
+    ]
+    if (ROOT / ACCURACY_PLOT).exists():
+        lines += ["", f"![Accuracy over multiply-adds, by method]({ACCURACY_PLOT})"]
+    for (model, _, _), results in _by_model(rows).items():
+        targets = sorted({target for _, target in results}, reverse=True)
+        shown = _shown_metrics(results)
+        head = f"{model}: {' / '.join(SHOWN[metric][0] for metric in shown)}"
+        lines += ["", f"| {head} | {' | '.join(f'{t:g}' for t in targets)} |", f"| --- |{' ---: |' * len(targets)}"]
+        for method in _in_table_order(method for method, _ in results):
+            cells = [_accuracy_cell(results.get((method, target), {}), shown) for target in targets]
+            lines.append(f"| {METHODS.get(method, method)} | {' | '.join(cells)} |")
+        lines += ["", _accuracy_caption(results)]
+    return "\n".join(lines)
+
+
+def _by_model(rows: Iterable[dict]) -> dict[tuple[str, int, int], Results]:
+    """By model and numbers of images; of rows for the same thing the newest."""
+    newest = {}
+    for row in rows:
+        key = tuple(row[k] for k in ("model", "images", "count", "method", "target", "metric", "seed"))
+        newest[key] = row
+    found: dict[tuple[str, int, int], Results] = {}
+    for (model, images, count, method, target, metric, _), row in sorted(newest.items()):
+        results = found.setdefault((model, images, count), {})
+        results.setdefault((method, target), {}).setdefault(metric, []).append(row)
+    return found
+
+
+def _in_table_order(methods: Iterable[str]) -> list[str]:
+    known = list(METHODS)
+    return sorted(set(methods), key=lambda method: (known.index(method) if method in known else len(known), method))
+
+
+def _shown_metrics(results: Results) -> list[str]:
+    """Of unlabelled images the share of the same class instead of top-1, of features the cosine."""
+    measured = {metric for metrics in results.values() for metric in metrics}
+    if "top1_difference" in measured:
+        measured.discard("agreement")
+    return [metric for metric in SHOWN if metric in measured]
+
+
+def _accuracy_cell(metrics: dict[str, list[dict]], shown: list[str]) -> str:
+    """Such as "-1.50 ± 0.21 / 0.041 ± 0.001"."""
+    parts = []
+    for metric in shown:
+        if metric in metrics:
+            _, factor, digits = SHOWN[metric]
+            values = [factor * row["value"] for row in metrics[metric]]
+            spread = f" ± {statistics.stdev(values):{digits.lstrip('+')}}" if len(values) > 1 else ""
+            parts.append(f"{statistics.fmean(values):{digits}}{spread}")
+    return " / ".join(parts) or "–"
+
+
+def _accuracy_caption(results: Results) -> str:
+    rows = [row for metrics in results.values() for group in metrics.values() for row in group]
+    seeds, episodes = {row["seed"] for row in rows}, sorted({row["episodes"] for row in rows if row["episodes"]})
+    sentences = [
+        f"Mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else "One seed",
+        f"{rows[0]['images']:,} calibration and {rows[0]['count']:,} evaluation images",
+    ]
+    if episodes:
+        sentences.append(f"PPO played {' or '.join(map(str, episodes))} episodes")
+    # The spread over seeds says nothing about the images, which all seeds share.
+    widths = [50 * (row["high"] - row["low"]) for row in rows if row["metric"] == "top1_difference"]
+    if widths:
+        sentences.append(
+            f"the 95 % interval over images of one top-1 difference is ± {min(widths):.1f} to {max(widths):.1f} pp"
+        )
+    return "; ".join(sentences) + "."
+
+
+def plot_accuracy(rows: list[dict], path: Path) -> None:
+    """One panel per model: accuracy over multiply-adds, a line per method, bars for the seeds' range."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    panels = _by_model(rows)
+    methods = _in_table_order(method for results in panels.values() for method, _ in results)
+    # Other choices grey, masks alone blue, tuned ones orange: dark is better within each family.
+    styles = {
+        "random": ("#b4b4b4", "o", ":"),
+        "centre": ("#8c8c8c", "^", ":"),
+        "class attention": ("#5a5a5a", "s", ":"),
+        "fisher 1 round": ("#a9c9e8", "o", "-"),
+        "fisher 1 round + greedy": ("#a9c9e8", "^", "--"),
+        "fisher": ("#4f8fcb", "o", "-"),
+        "fisher + greedy": ("#4f8fcb", "^", "--"),
+        "fisher + ppo": ("#17508c", "s", "-"),
+        "fisher + ppo + gates": ("#17508c", "D", "--"),
+        "fisher + tuning": ("#f0a35e", "o", "-"),
+        "fisher + ppo + weights": ("#c2500a", "s", "-"),
+    }
+    # A salt and no date: the same rows give the same file.
+    look = {"svg.hashsalt": "vpruner", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with pyplot.rc_context(look):
+        figure, axes = pyplot.subplots(
+            1, len(panels), figsize=(2.6 + 4.4 * len(panels), 4.2), squeeze=False, layout="constrained"
+        )
+        for axis, ((model, images, count), results) in zip(axes[0], panels.items(), strict=True):
+            measured = {metric for metrics in results.values() for metric in metrics}
+            metric = next(metric for metric in PLOTTED if metric in measured)
+            label, factor = PLOTTED[metric]
+            for method in methods:
+                points = []
+                for (other, _), metrics in results.items():
+                    if other == method and metric in metrics:
+                        values = [factor * row["value"] for row in metrics[metric]]
+                        middle = statistics.fmean(values)
+                        ratio = statistics.fmean(row["macs_ratio"] for row in metrics[metric])
+                        points.append((ratio, middle, middle - min(values), max(values) - middle))
+                if points:
+                    x, y, below, above = zip(*sorted(points), strict=True)
+                    colour, marker, line = styles.get(method, ("#2a9d5c", "x", "-"))
+                    axis.errorbar(
+                        x,
+                        y,
+                        (below, above),
+                        color=colour,
+                        marker=marker,
+                        linestyle=line,
+                        markersize=4,
+                        linewidth=1.2,
+                        elinewidth=0.8,
+                        label=METHODS.get(method, method),
+                    )
+            dense = _dense_top1(results)
+            if dense is not None:
+                axis.axhline(100 * dense, color="black", linewidth=0.8, linestyle=(0, (4, 3)), label="dense")
+            axis.set(title=f"{model}, {images:,} calibration images", xlabel="multiply-adds, dense = 1", ylabel=label)
+            axis.grid(alpha=0.25, linewidth=0.5)
+            axis.annotate(f"{count:,} images", (0.98, 0.02), xycoords="axes fraction", ha="right", color="#5a5a5a")
+        handles = {}
+        for axis in axes[0]:
+            handles |= {text: handle for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _dense_top1(results: Results) -> float | None:
+    """Every row of a difference is paired with one of the pruned model's own top-1."""
+    for metrics in results.values():
+        if "top1_difference" in metrics:
+            return metrics["top1"][0]["value"] - metrics["top1_difference"][0]["value"]
+    return None
+
+
 TABLES: dict[str, Callable[[list[dict]], str]] = {
+    "accuracy": accuracy,
     "demo": demo,
     "fisher_rounds": fisher_rounds,
     "latency_ort": latency_ort,
@@ -95,9 +282,9 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
 def render(text: str) -> str:
     for name, table in TABLES.items():
         path = RESULTS / f"{name}.jsonl"
-        body = table(read_rows(path)) if path.exists() else "(not measured yet)"
+        body = table(read_rows(path)) + "\n" if path.exists() else ""
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        text, found = pattern.subn(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
+        text, found = pattern.subn(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)
         if found != 1:
             raise SystemExit(f"README.md has {found} places for the table {name}, expected 1")
     return text
@@ -106,10 +293,14 @@ def render(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the README is out of date")
+    parser.add_argument("--plots", action="store_true", help="draw the pictures again, too")
+    args = parser.parse_args()
+    if args.plots and not args.check and (RESULTS / "accuracy.jsonl").exists():
+        plot_accuracy(read_rows(RESULTS / "accuracy.jsonl"), ROOT / ACCURACY_PLOT)
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
     after = render(before)
-    if parser.parse_args().check:
+    if args.check:
         sys.exit("README.md does not agree with the rows: run python benchmarks/render.py" if after != before else 0)
     write_text(readme, after)
 

@@ -1,0 +1,274 @@
+"""What is lost at the same multiply-adds, by how the tokens are chosen and by what is done afterwards?
+
+    python benchmarks/accuracy.py -o benchmarks/results/accuracy.jsonl
+
+Bundled reference and images (or ``--model``, ``--data`` and ``--eval-data`` of your own). All methods of one target and
+seed share the calibration images; each is judged in PyTorch, tokens really gone, on evaluation images that no stage has
+seen, against the model as timm runs it. One row per method and metric. Rows that the output has already are not made
+again, so an interrupted run goes on where it was.
+
+* ``random``, ``centre``, ``class attention``: other choices on the schedule of the Fisher plan (:mod:`baselines`).
+* ``fisher 1 round``, ``fisher``: the plain Fisher search, and the default rounds.
+* ``... + greedy``, ``fisher + ppo``: rearranged.
+* ``fisher + tuning``: weights refitted on the Fisher plan.
+* ``fisher + ppo + gates``: gates tuned on the rearranged plan.
+* ``fisher + ppo + weights``: what ``vpruner run`` does.
+
+A stage that did not help on held-out calibration images was undone, and ``kept`` of the row says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from baselines import attention_exits, centre_exits, mean_attention, random_exits
+from torch import Tensor
+
+from vpruner import bundled
+from vpruner.artifacts import append_rows, read_rows
+from vpruner.prune.calibration import Calibration
+from vpruner.prune.cost import cost_ratio
+from vpruner.prune.data import ImageSet, ImageSource, choose_indices, map_labels
+from vpruner.prune.evaluate import Estimate, Outputs, compare
+from vpruner.prune.fisher import batch_size_for
+from vpruner.prune.learn import Learned, learn
+from vpruner.prune.models import LoadedModel, open_model
+from vpruner.prune.plan import TokenPlan
+from vpruner.prune.rearrange import RearrangeSettings, World, swap_greedily
+from vpruner.prune.tune import tune, with_weights
+from vpruner.runtime.environment import environment
+
+#: What tells one result from another.
+KEY = ("model", "method", "target", "seed", "episodes", "images", "eval_images", "data", "eval_data")
+#: Fewer images leave too few to hold out.
+FEWEST_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan and the weights that go with it.
+
+    Attributes:
+        seconds: Wall-clock time to make it, all stages, without decoding images and running the dense model.
+        kept: Stage -> whether it changed anything for good.
+    """
+
+    plan: TokenPlan
+    seconds: float
+    weights: Mapping[str, Tensor] | None = None
+    kept: Mapping[str, bool] = field(default_factory=dict)
+
+    def followed_by(self, stage: str, kept: bool, started: float, plan: TokenPlan, weights=None) -> Candidate:
+        seconds = self.seconds + time.perf_counter() - started
+        return Candidate(plan, seconds, weights, {**self.kept, stage: kept})
+
+
+class Images:
+    """Calibration images of one seed, with what all targets share."""
+
+    def __init__(self, loaded: LoadedModel, images: ImageSet):
+        self.loaded, self.images = loaded, images
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        calibration = Calibration.load(self.images, self.loaded.preprocessing)
+        calibration.remember_dense(self.loaded.adapter)
+        return calibration
+
+    @cached_property
+    def attention(self) -> tuple[np.ndarray, float]:
+        """Mean attention [block, patch], and the seconds that it took."""
+        calibration, adapter = self.calibration, self.loaded.adapter
+        started = time.perf_counter()
+        batches = calibration.batches(calibration.fit, batch_size_for(adapter.geometry))
+        return mean_attention(adapter, batches), time.perf_counter() - started
+
+
+class Candidates:
+    """What each method makes of one target and seed; whatever two of them need is made once, and only if needed.
+
+    Args:
+        methods: Those that will be asked for: decides how many stages :func:`learn` runs.
+    """
+
+    def __init__(self, shared: Images, target: float, seed: int, episodes: int, methods: Sequence[str]):
+        self.shared, self.target, self.seed, self.methods = shared, target, seed, methods
+        self.adapter = shared.loaded.adapter
+        # No limit of time: what comes out must not depend on what else the machine does.
+        self.settings = RearrangeSettings(episodes=episodes, time_limit=1e6)
+
+    @cached_property
+    def learned(self) -> Learned:
+        rearranges = any("ppo" in method for method in self.methods)
+        tunes = "fisher + ppo + weights" in self.methods
+        return self._learn(rearrangement="ppo" if rearranges else "none", tuning="weights" if tunes else "none")
+
+    @cached_property
+    def learned_in_one_round(self) -> Learned:
+        rearranges = "fisher 1 round + greedy" in self.methods
+        return self._learn(rounds=1, rearrangement="greedy" if rearranges else "none", tuning="none")
+
+    def _learn(self, **options) -> Learned:
+        return learn(
+            self.shared.loaded,
+            self.shared.images,
+            target=self.target,
+            settings=self.settings,
+            seed=self.seed,
+            **options,
+        )
+
+    def after_stages(self, learned: Learned, count: int) -> Candidate:
+        """After the first ``count`` stages, or fewer where a plan that drops nothing had nothing to go on with."""
+        stages = learned.stages[:count]
+        kept = {stage.name: stage.kept for stage in stages[1:]}
+        return Candidate(stages[-1].plan, sum(stage.seconds for stage in stages), stages[-1].weights, kept)
+
+    @property
+    def fisher(self) -> Candidate:
+        return self.after_stages(self.learned, 1)
+
+    @property
+    def ppo(self) -> Candidate:
+        return self.after_stages(self.learned, 2)
+
+    def on_schedule(self, choose: Callable[[TokenPlan], TokenPlan], seconds: float = 0.0) -> Candidate:
+        """A baseline; the schedule is from the Fisher search, so its time counts."""
+        fisher = self.fisher
+        started = time.perf_counter()
+        plan = choose(fisher.plan)
+        return Candidate(plan, fisher.seconds + seconds + time.perf_counter() - started)
+
+    def by_attention(self) -> Candidate:
+        attention, seconds = self.shared.attention
+        return self.on_schedule(lambda plan: attention_exits(plan, attention), seconds)
+
+    def swapped(self, start: Candidate) -> Candidate:
+        if start.plan.is_identity:
+            return start
+        world = World(self.adapter, self.shared.calibration)
+        started = time.perf_counter()
+        found = swap_greedily(world, start.plan, target=self.target, seed=self.seed)
+        return start.followed_by("rearrange", found.kept, started, found.plan)
+
+    def tuned(self, start: Candidate, kind: str) -> Candidate:
+        calibration = self.shared.calibration
+        started = time.perf_counter()
+        tuned = tune(self.adapter, start.plan, calibration, kind, seed=self.seed)
+        return start.followed_by("tune", tuned.kept, started, tuned.plan, tuned.weights)
+
+
+METHODS: dict[str, Callable[[Candidates], Candidate]] = {
+    "random": lambda c: c.on_schedule(lambda plan: random_exits(plan, c.seed)),
+    "centre": lambda c: c.on_schedule(centre_exits),
+    "class attention": Candidates.by_attention,
+    "fisher 1 round": lambda c: c.after_stages(c.learned_in_one_round, 1),
+    "fisher 1 round + greedy": lambda c: c.after_stages(c.learned_in_one_round, 2),
+    "fisher": lambda c: c.fisher,
+    "fisher + greedy": lambda c: c.swapped(c.fisher),
+    "fisher + ppo": lambda c: c.ppo,
+    "fisher + tuning": lambda c: c.tuned(c.fisher, "weights"),
+    "fisher + ppo + gates": lambda c: c.tuned(c.ppo, "gates"),
+    "fisher + ppo + weights": lambda c: c.after_stages(c.learned, 3),
+}
+
+
+class Evaluation:
+    """Evaluation images in memory, and what the dense model, as timm runs it, makes of them."""
+
+    def __init__(self, loaded: LoadedModel, images: ImageSet):
+        self.adapter = loaded.adapter
+        self.images = Calibration.load(images, loaded.preprocessing, held_out=0)
+        self.labels = None if self.images.labels is None else self.images.labels.numpy()
+        device = next(self.adapter.model.parameters()).device
+        batches = self.images.batches(self.images.fit, batch_size_for(self.adapter.geometry))
+        with torch.inference_mode():
+            self.dense = torch.cat([self.adapter.model(x.to(device)).float().cpu() for x, _ in batches]).numpy()
+        self._known: dict[str, list[Estimate]] = {}
+
+    def judge(self, candidate: Candidate) -> list[Estimate]:
+        """Paired with the dense model. Undone stages leave the same plan to several methods: it is run once."""
+        digest = candidate.plan.digest
+        if candidate.weights is None and digest in self._known:
+            return self._known[digest]
+        with with_weights(self.adapter.model, candidate.weights):
+            pruned = self.images.outputs(self.adapter, candidate.plan, self.images.fit).numpy()
+        outputs = Outputs({"dense": self.dense, "pruned": pruned}, self.labels)
+        estimates = compare(outputs, baseline="dense", output=self.adapter.geometry.output)["pruned"]
+        if candidate.weights is None:
+            self._known[digest] = estimates
+        return estimates
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="model card; default: the bundled reference")
+    parser.add_argument("--data", default=str(bundled.calibration_data()))
+    parser.add_argument("--eval-data", default=str(bundled.evaluation_data()))
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--eval-images", type=int, default=5000)
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.8, 0.65, 0.5, 0.35])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--episodes", type=int, default=RearrangeSettings.episodes, help="of PPO")
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/accuracy.jsonl"))
+    args = parser.parse_args(argv)
+    if args.images < FEWEST_IMAGES:
+        parser.error(f"--images {args.images}: at least {FEWEST_IMAGES} are needed, as some are held out")
+
+    loaded = open_model(args.model)
+    geometry = loaded.adapter.geometry
+    source, eval_source = ImageSource(args.data, split="train"), ImageSource(args.eval_data)
+    label_map, eval_map = (map_labels(s, loaded.classes, geometry.outputs, []) for s in (source, eval_source))
+    eval_set = ImageSet(eval_source, choose_indices(eval_source, args.eval_images, 0), eval_map)
+    evaluation = None
+    done = {tuple(row[k] for k in KEY) for row in (read_rows(args.output) if args.output.exists() else [])}
+    here = environment()
+    for seed in args.seeds:
+        image_set = ImageSet(source, choose_indices(source, args.images, seed), label_map)
+        shared = Images(loaded, image_set)
+        for target in args.targets:
+            common = {
+                "benchmark": "accuracy",
+                "model": loaded.name,
+                "target": target,
+                "seed": seed,
+                "images": len(image_set.indices),
+                "eval_images": len(eval_set.indices),
+                # Names only: paths are nobody's business.
+                "data": Path(args.data).stem,
+                "eval_data": Path(args.eval_data).stem,
+            }
+            facts = {
+                method: {**common, "method": method, "episodes": args.episodes if "ppo" in method else None}
+                for method in args.methods
+            }
+            missing = [method for method, fact in facts.items() if tuple(fact[k] for k in KEY) not in done]
+            candidates = Candidates(shared, target, seed, args.episodes, missing)
+            for method in missing:
+                evaluation = evaluation or Evaluation(loaded, eval_set)
+                candidate = METHODS[method](candidates)
+                estimates = evaluation.judge(candidate)
+                facts[method] |= {
+                    "macs_ratio": cost_ratio(candidate.plan),
+                    "counts": [len(indices) for indices in candidate.plan.kept],
+                    "kept": dict(candidate.kept),
+                    "seconds": round(candidate.seconds, 2),
+                    "environment": here,
+                }
+                append_rows(args.output, [{**e.row("pruned"), **facts[method]} for e in estimates])
+                shown = "  ".join(f"{e.metric} {e.value:.4f}" for e in estimates)
+                undone = "".join(f"  ({stage} undone)" for stage, kept in candidate.kept.items() if not kept)
+                what = f"seed {seed}  target {target}  {method:24}  {candidate.seconds:6.1f} s"
+                print(f"{what}  {shown}{undone}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

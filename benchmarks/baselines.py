@@ -1,0 +1,86 @@
+"""Other ways to say which tokens leave, on the schedule of a given plan, so that only "which" differs.
+
+Each hands back a plan that keeps as many patches in every block as the one it is given, at the same cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.prune.vit import ViTAdapter, embed_images, query_key_value
+
+
+def random_exits(plan: TokenPlan, seed: int) -> TokenPlan:
+    """Patches leave in random order."""
+    return _in_order(plan, np.random.default_rng(seed).permutation(plan.geometry.patches))
+
+
+def centre_exits(plan: TokenPlan) -> TokenPlan:
+    """Patches far from the image's centre leave first."""
+    return _in_order(plan, centre_order(plan.geometry))
+
+
+def centre_order(geometry: Geometry) -> np.ndarray:
+    """int64 [patch N]: the farthest first; of patches equally far, the last in row-major order first."""
+    # In half pixels, so that equal distances are equal integers.
+    down, right = (
+        (2 * np.arange(count) - (count - 1)) * (size // count)
+        for count, size in zip(geometry.grid, geometry.image_size, strict=True)
+    )
+    distance = (np.square(down)[:, None] + np.square(right)[None, :]).ravel()
+    return np.lexsort((-np.arange(geometry.patches), -distance))
+
+
+def attention_exits(plan: TokenPlan, attention: np.ndarray) -> TokenPlan:
+    """Of the patches that are left, those with the least attention in the block that they no longer enter leave.
+
+    Args:
+        attention: float [block L, patch N], from :func:`mean_attention`. Ties: the last in row-major order first.
+    """
+    geometry = plan.geometry
+    exits = np.full(geometry.patches, geometry.depth)
+    left = np.arange(geometry.patches)
+    for block, kept in enumerate(plan.kept):
+        order = np.lexsort((-left, attention[block, left]))
+        leaving = order[: len(left) - len(kept)]
+        exits[left[leaving]] = block
+        left = np.delete(left, leaving)
+    return TokenPlan.from_exits(plan.model, geometry, exits)
+
+
+@torch.inference_mode()
+def mean_attention(adapter: ViTAdapter, batches: Iterable[tuple[Tensor, Tensor | None]]) -> np.ndarray:
+    """float64 [block L, patch N]: attention that each patch gets in the dense model, mean over images and heads.
+
+    From the class token (as in EViT, arXiv 2202.07800); in a model without one, mean over all queries.
+
+    Args:
+        batches: (images float32 [batch, channel, height, width], anything).
+    """
+    geometry, model = adapter.geometry, adapter.model
+    device = next(model.parameters()).device
+    queries = slice(0, 1) if getattr(model, "cls_token", None) is not None else slice(None)
+    total, count = np.zeros((geometry.depth, geometry.patches)), 0
+    for images, _ in batches:
+        stream = embed_images(model, images.to(device))
+        for index, block in enumerate(model.blocks):
+            normed = block.norm1(stream)
+            query, key, _ = query_key_value(block.attn, normed[:, queries], normed)
+            weights = ((query * block.attn.scale) @ key.transpose(-2, -1)).softmax(-1)
+            received = weights[..., geometry.prefix_tokens :].double().mean((1, 2))
+            total[index] += received.sum(0).cpu().numpy()
+            stream = block(stream)
+        count += len(images)
+    return total / count
+
+
+def _in_order(plan: TokenPlan, order: np.ndarray) -> TokenPlan:
+    """The plan whose patches leave in this ``order``, as many at each block as in ``plan``."""
+    exits = np.empty(plan.geometry.patches, np.int64)
+    exits[order] = np.sort(plan.exits)
+    return TokenPlan.from_exits(plan.model, plan.geometry, exits)

@@ -1,0 +1,103 @@
+"""Tables and plots from rows."""
+
+import random
+
+import pytest
+
+from vpruner.artifacts import append_rows
+
+
+@pytest.fixture
+def render(script, tmp_path, monkeypatch):
+    module = script("render")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def rows(method, target, seed, *, model="toy", lost=-0.01, kl=0.1, **changes):
+    common = dict(
+        model=model, method=method, target=target, seed=seed, images=1024, count=2000, macs_ratio=target - 0.001
+    )
+    common |= dict(episodes=640 if "ppo" in method else None, **changes)
+    return [
+        dict(metric="top1", value=0.8 + lost, low=0.7, high=0.9, **common),
+        dict(metric="top1_difference", value=lost, low=lost - 0.004, high=lost + 0.006, **common),
+        dict(metric="agreement", value=0.9, low=0.8, high=1.0, **common),
+        dict(metric="kl", value=kl, low=0.0, high=1.0, **common),
+    ]
+
+
+def test_accuracy_table(render):
+    found = [
+        *rows("fisher + ppo", 0.5, 0, lost=-0.005, kl=0.05),
+        *rows("random", 0.5, 0, lost=-0.04, kl=0.9),
+        *rows("random", 0.65, 0, lost=-0.5),  # Made again below: the newest counts.
+        *rows("random", 0.65, 0, lost=-0.01, kl=0.1),
+        *rows("random", 0.65, 1, lost=-0.03, kl=0.3),
+    ]
+    lines = render.accuracy(found).splitlines()
+    start = lines.index("| toy: top-1 in pp / KL | 0.65 | 0.5 |")
+    assert lines[start + 1 :] == [
+        "| --- | ---: | ---: |",
+        "| random exits | -2.00 ± 1.41 / 0.200 ± 0.141 | -4.00 / 0.900 |",
+        "| Fisher + PPO | – | -0.50 / 0.050 |",
+        "",
+        "Mean ± standard deviation of 2 seeds; 1,024 calibration and 2,000 evaluation images; PPO played 640 episodes; "
+        "the 95 % interval over images of one top-1 difference is ± 0.5 to 0.5 pp.",
+    ]
+
+
+def test_accuracy_table_does_not_depend_on_the_order_of_rows(render):
+    found = [
+        row
+        for method in render.METHODS
+        for target in (0.8, 0.5)
+        for seed in (0, 1)
+        for model in ("toy", "other")
+        for row in rows(method, target, seed, model=model)
+    ]
+    shuffled = random.Random(0).sample(found, len(found))
+    table = render.accuracy(found)
+    assert render.accuracy(shuffled) == table
+    assert table.index("| other: top") < table.index("| toy: top") and table.count("PPO + weights") == 2
+
+
+def test_unlabelled_images_and_features(render):
+    unlabelled = [row for row in rows("fisher", 0.5, 0) if row["metric"] in ("agreement", "kl")]
+    assert "| toy: same class in % / KL | 0.5 |\n| --- | ---: |\n| Fisher | 90.0 / 0.100 |" in render.accuracy(
+        unlabelled
+    )
+    features = [{**unlabelled[0], "metric": "cosine", "value": 0.98}]
+    assert "| toy: cosine | 0.5 |\n| --- | ---: |\n| Fisher | 0.980 |" in render.accuracy(features)
+    assert "pp" not in render.accuracy(features).splitlines()[-1]
+
+
+def test_readme_before_and_after_there_are_rows(render, tmp_path, monkeypatch):
+    monkeypatch.setattr(render, "TABLES", {"accuracy": render.accuracy})
+    readme = "# x\n\n<!-- accuracy:begin -->\n<!-- accuracy:end -->\n"
+    assert render.render(readme) == readme
+    append_rows(tmp_path / "accuracy.jsonl", rows("fisher", 0.5, 0))
+    after = render.render(readme)
+    assert "| Fisher | -1.00 / 0.100 |" in after and render.render(after) == after and "![" not in after
+    with pytest.raises(SystemExit, match="0 places for the table accuracy"):
+        render.render("# x\n")
+
+
+def test_plot(render, tmp_path):
+    pytest.importorskip("matplotlib")
+    found = [
+        row
+        for method in ("random", "fisher", "fisher + ppo + weights", "a new one")
+        for target in (0.8, 0.5)
+        for seed in (0, 1)
+        for model in ("toy", "other")
+        for row in rows(method, target, seed, model=model, lost=-0.01 * (seed + 1))
+    ]
+    path = tmp_path / render.ACCURACY_PLOT
+    render.plot_accuracy(found, path)
+    first = path.read_bytes()
+    assert first.startswith(b"<?xml") and b"</svg>" in first and b"<dc:date>" not in first
+    render.plot_accuracy(found, path)
+    assert path.read_bytes() == first
+    assert f"]({render.ACCURACY_PLOT})" in render.accuracy(found)
