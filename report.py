@@ -476,7 +476,9 @@ def stages_sections(plan: TokenPlan, results: Results) -> list[Section]:
             episodes, better = (_number(row, name) for name in ("episodes", "incumbents"))
             told = "" if episodes is None else f"{episodes:,.0f} plans were tried"
             told += f", and {better:,.0f} times one became the new best." if told and better is not None else ""
-            section.blocks.append(Figure(chart, "How the rearrangement went."))
+            section.blocks.append(
+                Figure(chart, "How the rearrangement went; a batch is compared with the best plan so far.")
+            )
             if told:
                 section.blocks.append(Text(told))
     before = _searched_exits(plan, stages)
