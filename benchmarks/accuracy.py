@@ -79,7 +79,7 @@ class Images:
     @cached_property
     def calibration(self) -> Calibration:
         calibration = Calibration.load(self.images, self.loaded.preprocessing)
-        calibration.remember_dense(self.loaded.adapter)
+        calibration.dense_outputs(self.loaded.adapter, calibration.held_out)
         return calibration
 
     @cached_property

@@ -34,15 +34,13 @@ class Calibration:
         labels: int64 [image], or None without usable labels.
         preprocessing: Turns pixels into the model's input.
         held_out_count: How many of the last images are held out.
-        dense: float32 [image, output], mirror images last: the dense model's outputs, once :meth:`remember_dense` has
-            run.
     """
 
     pixels: np.ndarray
     labels: Tensor | None
     preprocessing: Preprocessing
     held_out_count: int = 0
-    dense: Tensor | None = field(default=None, repr=False)
+    _dense: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(
@@ -105,17 +103,19 @@ class Calibration:
             labels = None if self.labels is None else self.labels[torch.from_numpy(chunk % len(self))]
             yield self.images(chunk), labels
 
-    def remember_dense(self, adapter: ViTAdapter, on_batch: Callable[[int], None] = lambda count: None) -> Tensor:
-        """Run the dense model once over all images and the mirror images of those that stages fit to.
-
-        Later calls return what is remembered: float32 [image, output], NaN for mirror images that nobody may need.
-        """
-        if self.dense is None:
-            wanted = np.concatenate([np.arange(len(self)), self.fit + len(self)])
-            outputs = self.outputs(adapter, None, wanted, on_batch)
-            self.dense = torch.full((2 * len(self), outputs.shape[1]), torch.nan)
-            self.dense[torch.from_numpy(wanted)] = outputs
-        return self.dense
+    def dense_outputs(
+        self,
+        adapter: ViTAdapter,
+        indices: Sequence[int] | np.ndarray,
+        on_batch: Callable[[int], None] = lambda count: None,
+    ) -> Tensor:
+        """float32 [image, output] of the dense model; each image (and mirror image) is run once and remembered."""
+        indices = np.asarray(indices)
+        missing = np.unique(np.array([index for index in indices.tolist() if index not in self._dense], np.int64))
+        if len(missing):
+            outputs = self.outputs(adapter, None, missing, on_batch)
+            self._dense.update(zip(missing.tolist(), outputs, strict=True))
+        return torch.stack([self._dense[index] for index in indices.tolist()])
 
     def outputs(
         self,
@@ -136,7 +136,7 @@ class Calibration:
 
     def divergence(self, adapter: ViTAdapter, plan: TokenPlan, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """float64 [image]: :func:`divergence` of the pruned model from the dense one on those images."""
-        dense = self.remember_dense(adapter)[torch.as_tensor(np.asarray(indices))]
+        dense = self.dense_outputs(adapter, indices)
         return divergence(dense, self.outputs(adapter, plan, indices), adapter.geometry.output).double().numpy()
 
     @property

@@ -40,6 +40,8 @@ from .tune import TUNINGS, tune
 
 #: Rounds of scoring and searching, when there are images enough.
 ROUNDS = 8
+#: More images than this make plans no better: clean scores drop whole neighbourhoods of tokens, noise spreads them.
+SEARCH_IMAGES = 1024
 #: Fewer images than this do not tell tokens apart; with a small calibration set there are fewer rounds instead.
 IMAGES_PER_ROUND = 32
 
@@ -154,8 +156,11 @@ def learn(
     seconds = time.perf_counter() - started
     drops = not plan.is_identity
     if drops and len(calibration.held_out):
-        with reporter.stage("Running the dense model for comparison", len(calibration)) as advance:
-            calibration.remember_dense(adapter, advance)
+        compared = calibration.held_out
+        if rearrangement != "none":
+            compared = np.concatenate([World(adapter, calibration).images, compared])
+        with reporter.stage("Running the dense model for comparison", len(compared)) as advance:
+            calibration.dense_outputs(adapter, compared, advance)
     after = judged(plan) if drops else None
     stages.append(
         Stage(
@@ -280,14 +285,15 @@ def _search(
     plan = TokenPlan.identity(loaded.name, geometry)
     start = cost.ratio(plan)
     steps: list[dict[str, Any]] = []
-    sizes = round_sizes(len(calibration.fit), rounds)
+    fit = calibration.fit[:SEARCH_IMAGES]
+    sizes = round_sizes(len(fit), rounds)
     ends = np.cumsum(sizes)
     dense_importance = None
-    with reporter.stage(f"Fisher token mask search of {loaded.name}", len(calibration.fit)) as advance:
+    with reporter.stage(f"Fisher token mask search of {loaded.name}", len(fit)) as advance:
         for number, (end, size) in enumerate(zip(ends, sizes, strict=True), 1):
             gradients = gate_gradients(
                 loaded.adapter,
-                calibration.batches(calibration.fit[end - size : end], batch_size),
+                calibration.batches(fit[end - size : end], batch_size),
                 loss,
                 plan=plan,
                 seed=seed + number,

@@ -40,6 +40,8 @@ from .vit import ViTAdapter
 
 #: Version of the checkpoint file.
 CHECKPOINT_SCHEMA = 1
+#: Images that rewards come from, mirror images included: with fewer, plans fit them; more cost time in each challenge.
+REWARD_IMAGES = 2048
 #: Tokens that enter a block, relative to the incumbent's number; times one per 64 patches. Further goes in more steps.
 OFFSETS = (-2, -1, 0, 1, 2)
 #: Logit of offset 0 at the start: three blocks of four keep the incumbent's number.
@@ -122,8 +124,9 @@ class World:
     def __init__(self, adapter: ViTAdapter, calibration: Calibration):
         self.adapter, self.calibration = adapter, calibration
         self.geometry, self.name = adapter.geometry, adapter.name
-        self.images, self.held_out = calibration.mirrored(calibration.fit), calibration.held_out
-        calibration.remember_dense(adapter)
+        # Other images say more than mirror images, which say more than nothing.
+        self.images = calibration.mirrored(calibration.fit)[:REWARD_IMAGES]
+        self.held_out = calibration.held_out
         # One chain of activations per level of the tree is alive at a time.
         self._chunk = max(1, batch_size_for(self.geometry, backward=True))
 
@@ -137,7 +140,7 @@ class World:
         for start in range(0, len(indices), self._chunk):
             chunk = indices[start : start + self._chunk]
             outputs = evaluate_plans(self.adapter, plans, self.calibration.images(chunk))
-            dense = self.calibration.dense[torch.from_numpy(chunk)].expand_as(outputs)
+            dense = self.calibration.dense_outputs(self.adapter, chunk).expand_as(outputs)
             distances.append(distance(dense, outputs, self.geometry.output).double().numpy())
             divergences.append(divergence(dense, outputs, self.geometry.output).double().numpy())
         return np.concatenate(distances, axis=1), np.concatenate(divergences, axis=1)
@@ -164,10 +167,10 @@ class World:
         try:
             for start in range(0, len(indices), size):
                 chunk = indices[start : start + size]
+                dense = self.calibration.dense_outputs(self.adapter, chunk)
                 with self.adapter.gated(len(chunk), plan, reopen=True) as gates, torch.enable_grad():
                     output = model(self.calibration.images(chunk).to(gates.device, gates.dtype)).float()
-                    dense = self.calibration.dense[torch.from_numpy(chunk)].to(output.device)
-                    value = distance(dense, output, self.geometry.output).sum()
+                    value = distance(dense.to(output.device), output, self.geometry.output).sum()
                     (gradient,) = torch.autograd.grad(value, gates)
                 rows.append(gradient.float().cpu().numpy())
         finally:

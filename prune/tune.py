@@ -124,7 +124,7 @@ def tune(
             "on are too few.",
         )
     with _evaluating(adapter.model):
-        calibration.remember_dense(adapter)
+        calibration.dense_outputs(adapter, calibration.held_out)
         tuned, weights = plan, {}
         if kind == "weights":
             weights, details = refit_weights(adapter, plan, calibration, calibration.fit, on_step=on_step)
@@ -440,7 +440,7 @@ def tune_gates_by_distillation(
     """
     model, geometry = adapter.model, plan.geometry
     parameter = next(model.parameters())
-    dense = calibration.remember_dense(adapter)
+    calibration.dense_outputs(adapter, calibration.fit)
     random = np.random.default_rng(seed)
     log_gates = [gates.to(parameter).requires_grad_() for gates in _log_gates(plan)]
     optimizer = torch.optim.Adam(log_gates, lr=learning_rate)
@@ -461,7 +461,7 @@ def tune_gates_by_distillation(
                         bias = F.pad(log_gates[index], (geometry.prefix_tokens, 0))[None, None, None]
                         x = _forward_without_dead_tokens(block, rows[index], bias)(x)
                     output = model.forward_head(model.norm(x))
-                    target = dense[torch.from_numpy(chosen)].to(output.device)
+                    target = calibration.dense_outputs(adapter, chosen).to(output.device)
                     loss = divergence(target, output, geometry.output).mean()
                     gradients = torch.autograd.grad(loss, log_gates, allow_unused=True)
                 for gates, gradient in zip(log_gates, gradients, strict=True):
