@@ -41,7 +41,7 @@ from .vit import ViTAdapter
 #: Version of the checkpoint file.
 CHECKPOINT_SCHEMA = 1
 #: Images that rewards come from, mirror images included: with fewer, plans fit them; more cost time in each challenge.
-REWARD_IMAGES = 2048
+REWARD_IMAGES = 1536
 #: Images that finalists are judged on first.
 FIRST_LOOK = 384
 #: Tokens that enter a block, relative to the incumbent's number; times one per 64 patches. Further goes in more steps.
@@ -80,12 +80,12 @@ class RearrangeSettings:
         finalists: Episodes of a batch that are judged on all images, so that one may become the incumbent.
     """
 
-    episodes: int = 640
+    episodes: int = 400
     time_limit: float = 600.0
     batch: int = 16
     screened: int = 4
     images: int = 96
-    effect_images: int = 256
+    effect_images: int = 192
     finalists: int = 2
 
 
@@ -404,6 +404,35 @@ class Game:
         stacked = {name: torch.from_numpy(np.stack(values, axis=1)) for name, values in records.items()}
         return Episodes(**stacked, temperature=torch.from_numpy(temperature.astype(np.float32)), exits=exits)
 
+    def spend(self, exits: np.ndarray, prospect: Prospect) -> np.ndarray:
+        """Let tokens stay a block longer while the budget allows, those first whose gradients promise most for it.
+
+        What an episode leaves of the budget is spent for it: the policy need not learn to count.
+        """
+        exits, depth = exits.copy(), self.geometry.depth
+        tokens = np.arange(len(exits))
+        counts = (exits > np.arange(depth)[:, None]).sum(1)
+        for _ in range(len(exits)):
+            base, room = self._cost_of(counts), np.zeros(depth, bool)
+            for block in range(depth):
+                room[block] = self._cost_of(counts + (np.arange(depth) == block)) <= max(self.budget, base)
+            leaving = exits < depth
+            able = leaving & room[np.minimum(exits, depth - 1)]
+            if not able.any():
+                break
+            promise = np.where(
+                able,
+                prospect.first[np.minimum(exits + 1, depth), tokens] - prospect.first[np.minimum(exits, depth), tokens],
+                np.inf,
+            )
+            token = int(promise.argmin())
+            counts[exits[token]] += 1
+            exits[token] += 1
+        return exits
+
+    def _cost_of(self, patches: np.ndarray) -> float:
+        return self.cost.total((self.geometry.prefix_tokens + patches).tolist())
+
     def total(self, exits: np.ndarray) -> float:
         counts = self.geometry.prefix_tokens + (exits > np.arange(self.geometry.depth)[:, None]).sum(1)
         return self.cost.total(counts.tolist())
@@ -581,7 +610,8 @@ class _Run:
         if not rows:
             return
         episodes = sampled.select(rows)
-        plans = [TokenPlan.from_exits(world.name, world.geometry, exits) for exits in episodes.exits]
+        finished = [self.game.spend(exits, self.prospect) for exits in episodes.exits]
+        plans = [TokenPlan.from_exits(world.name, world.geometry, exits) for exits in finished]
         chosen = np.sort(self.random.permutation(len(world.images))[: settings.images])
         distances, _ = world.judge(plans, world.images[chosen])
         rewards = self._rewards(self.reference[chosen], distances, plans)
