@@ -145,7 +145,7 @@ model_options = _options(
 calibration_options = _options(
     click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...)."),
     click.option(
-        "--images", default=1024, show_default=True, type=click.IntRange(1), help="Calibration images to use."
+        "--images", default=4096, show_default=True, type=click.IntRange(1), help="Calibration images to use, at most."
     ),
     click.option(
         "--loss",
@@ -190,7 +190,7 @@ target_option = _options(
 #: know them load PyTorch, and help must not. A test compares them.
 REARRANGEMENTS = ("ppo", "greedy", "none")
 TUNINGS = ("weights", "gates", "gates-distill", "none")
-EPISODES, TIME_LIMIT = 640, 600.0
+EPISODES, TIME_LIMIT = 400, 600.0
 stage_options = _options(
     click.option(
         "--rearrange",

@@ -64,7 +64,7 @@ class RunOptions:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None
     eval_data: str | None = None
-    images: int = 1024
+    images: int = 4096
     eval_images: int = 2000
     loss: str = "auto"
     rounds: int | None = None
