@@ -229,3 +229,87 @@ def test_weights_hash_sees_every_value():
     with torch.no_grad():
         model.blocks[2].mlp.fc2.bias[7] += 1e-3
     assert weights_sha256(model) != before
+
+
+# -- reopened gates ---------------------------------------------------------------------------------------------------
+
+REOPENED = [
+    "class token",
+    "registers",
+    "average pooling",
+    "average pooling beside a class token",
+    "average pooling with the class token in it",
+    "attention pooling",
+    "attention pooling over the class token too",
+    "qk-norm",
+    "distilled",
+]
+
+
+def with_mask(adapter: ViTAdapter, mask: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """The reference: attention weights multiplied by ``mask`` [gate, patch] and normalised again, no logarithm."""
+    model, geometry = adapter.model, adapter.geometry
+
+    def weigh(factors):
+        def softmax(logits, dim):
+            weights = (logits - logits.amax(dim, keepdim=True)).exp()
+            weights = weights * torch.cat([torch.ones(weights.shape[-1] - len(factors)).double(), factors])
+            return weights / weights.sum(dim, keepdim=True)
+
+        return softmax
+
+    with pytest.MonkeyPatch.context() as patch:
+        x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+        for block, factors in zip(model.blocks, mask[: geometry.depth], strict=True):
+            block.attn.fused_attn = False
+            patch.setattr(torch.Tensor, "softmax", weigh(factors))
+            x = block(x)
+        x = model.norm(x)
+        if model.attn_pool is not None:
+            model.attn_pool.fused_attn = False
+            patch.setattr(torch.Tensor, "softmax", weigh(mask[-1]))
+        elif geometry.head_patches:
+            first = 0 if model.pool_include_prefix else geometry.prefix_tokens
+            factors = torch.cat([torch.ones(geometry.prefix_tokens - first).double(), mask[-1]])
+            pooled = (x[:, first:] * factors[:, None]).sum(1) / factors.sum()
+            return model.head(model.head_drop(model.fc_norm(pooled)))
+        return model.forward_head(x)
+
+
+@pytest.mark.parametrize("kind", REOPENED)
+def test_reopened_gates_have_the_gradient_of_the_mask(kind):
+    adapter = ViTAdapter(tiny(kind).double().requires_grad_(False), kind)
+    geometry, images = adapter.geometry, images_for(adapter)
+    plan = random_plan(adapter, 2)
+    direction = torch.randn(geometry.outputs, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gates = geometry.depth + geometry.head_patches
+    rows = torch.tensor([*range(geometry.depth), geometry.depth - 1][:gates])
+    mask = torch.from_numpy(plan.mask).double()[rows]
+    with adapter.applied(plan, "masked"):
+        expected = adapter.model(images)
+    # What the reference is of: with the plan's own mask it is the masked form.
+    assert (with_mask(adapter, mask, images) - expected).abs().max() < TOLERANCE
+    for block in adapter.model.blocks:
+        block.attn.fused_attn = True
+    with adapter.gated(2, plan, reopen=True) as opened:
+        output = adapter.model(images)
+        (gradient,) = torch.autograd.grad((output @ direction).sum(), opened)
+    assert gradient.shape == (2, gates, geometry.patches) and torch.isfinite(gradient).all()
+    assert (output - expected).abs().max() < 1e-4  # ALMOST_CLOSED stands for closed.
+    with adapter.gated(2, plan) as ordinary:
+        (plain,) = torch.autograd.grad((adapter.model(images) @ direction).sum(), ordinary)
+    is_open = mask.bool().expand(2, -1, -1)
+    assert plain[~is_open].abs().max() == 0 < gradient[~is_open].abs().max()
+    torch.testing.assert_close(gradient[is_open], plain[is_open], rtol=1e-4, atol=1e-5)
+    # Closed gates, a few of each row: finite differences in m from 0, second order.
+    step, random = 1e-4, np.random.default_rng(0)
+    for gate in range(gates):
+        closed = np.flatnonzero(~plan.mask[min(gate, geometry.depth - 1)])
+        for patch in random.permutation(closed)[:2]:
+            values = []
+            for size in (0, step, 2 * step):
+                mask[gate, patch] = size
+                values.append(with_mask(adapter, mask, images) @ direction)
+            mask[gate, patch] = 0
+            slope = (4 * values[1] - 3 * values[0] - values[2]) / (2 * step)
+            torch.testing.assert_close(gradient[:, gate, patch], slope, rtol=1e-3, atol=1e-5)
