@@ -7,10 +7,12 @@ from tiny_vits import tiny
 from vpruner.errors import UserError
 from vpruner.progress import Reporter
 from vpruner.prune import learn
+from vpruner.prune.calibration import Calibration
 from vpruner.prune.cost import cost_ratio
 from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.learn import choose_loss, learn_plan, round_sizes
 from vpruner.prune.models import LoadedModel
+from vpruner.prune.rearrange import RearrangeSettings, World
 from vpruner.prune.vit import ViTAdapter, weights_sha256
 from vpruner.runtime.preprocess import Preprocessing
 
@@ -116,3 +118,146 @@ def test_choice_of_loss():
     ):
         with pytest.raises(UserError):
             choose_loss(loss, output, labelled)
+
+
+# -- all stages -------------------------------------------------------------------------------------------------------
+
+QUICK = RearrangeSettings(episodes=16, batch=4, images=8, effect_images=8)
+
+
+def learn_all(images, model=None, count=24, **options):
+    arguments = {**dict(target=0.6, rounds=2, settings=QUICK), **options}
+    return learn.learn(model or loaded(), calibration(images, count), **arguments)
+
+
+@pytest.mark.parametrize("rearrangement", ["ppo", "greedy", "none"])
+@pytest.mark.parametrize("tuning", ["weights", "none"])
+def test_stages_are_recorded_as_they_went(images, rearrangement, tuning):
+    model, reporter = loaded(), Reporter(quiet=True)
+    before = weights_sha256(model.adapter.model)
+    learned = learn_all(images, model, rearrangement=rearrangement, tuning=tuning, reporter=reporter)
+    assert weights_sha256(model.adapter.model) == before
+    names = ["search"] + ["rearrange"] * (rearrangement != "none") + ["tune"] * (tuning != "none")
+    assert [stage.name for stage in learned.stages] == names
+    assert [stage.method for stage in learned.stages][1:] == [m for m in (rearrangement, tuning) if m != "none"]
+    facts = learned.plan.provenance
+    assert facts["method"] == ("v-pruner" if len(names) > 1 else "fisher")
+    assert [stage["stage"] for stage in facts["stages"]] == names and "history" not in str(facts["stages"])
+    assert facts["ratio"] == round(cost_ratio(learned.plan), 6) <= 0.6 and facts["calibration"]["held_out"] == 6
+    search, *later = learned.stages
+    assert search.kept and search.judgement.before == 0 < search.judgement.after
+    reached, plan = search.judgement.after, search.plan
+    for stage in later:
+        # Each stage starts from what the one before it reached, and ends no worse.
+        if stage.judgement is None:  # Nothing that tuning tried stood its own cross-validation.
+            assert stage.name == "tune" and "changed nothing" in stage.note
+        else:
+            assert stage.judgement.images == 6 and stage.judgement.before == pytest.approx(reached, rel=1e-3)
+        reached = stage.judgement.after if stage.kept else reached
+        assert stage.kept or (stage.plan.kept == plan.kept and stage.note in reporter.remarks)
+        plan = stage.plan
+    assert learned.plan == plan and (learned.weights is None) is not (learned.stages[-1].weights is not None)
+
+
+def test_search_alone_is_the_search_on_what_is_not_held_out(images, tmp_path):
+    learned = learn_all(images, rearrangement="none", tuning="none")
+    for path in sorted(images.iterdir()):
+        if path.name < "18":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert learned.plan.digest == learn_plan(loaded(), calibration(tmp_path, 18), target=0.6, rounds=2).digest
+
+
+@pytest.mark.parametrize("rearrangement", ["ppo", "greedy"])
+def test_no_stage_fits_to_held_out_images(images, rearrangement, monkeypatch):
+    fitted, judged = [], []
+    for name in ("effects", "curvature"):
+        real = getattr(World, name)
+
+        def watch(self, *args, real=real, place=1 if name == "effects" else 0):
+            fitted.extend(np.asarray(args[place]).tolist())
+            return real(self, *args)
+
+        monkeypatch.setattr(World, name, watch)
+    real_judge = World.judge
+
+    def judge(self, plans, indices):
+        indices = np.asarray(indices)
+        judged.append(indices)
+        # Rewards and verdicts never mix.
+        assert np.array_equal(indices, self.held_out) or not set(indices % 24) & set(self.held_out.tolist())
+        return real_judge(self, plans, indices)
+
+    monkeypatch.setattr(World, "judge", judge)
+    real_batches = Calibration.batches
+
+    def batches(self, indices, size):
+        if not adapter._active:
+            fitted.extend(np.asarray(indices).tolist())
+        return real_batches(self, indices, size)
+
+    monkeypatch.setattr(Calibration, "batches", batches)
+    model = loaded()
+    adapter = model.adapter
+    learn_all(images, model, rearrangement=rearrangement)
+    assert fitted and judged and {index % 24 for index in fitted} <= set(range(18))
+
+
+@pytest.mark.parametrize("garbage", ["noise", "nan"])
+def test_garbage_leaves_the_plan_of_the_search(images, garbage, monkeypatch):
+    random = np.random.default_rng(0)
+    expected = learn_all(images, rearrangement="none", tuning="none").plan
+
+    def effects(self, plan, indices):
+        values = random.normal(size=(len(indices), self.geometry.depth, self.geometry.patches)).astype(np.float32)
+        return values if garbage == "noise" else np.full_like(values, np.nan)
+
+    def judge(self, plans, indices):
+        # On rewards anything goes; held-out images cannot be fooled.
+        if len(indices) == len(self.held_out) and np.array_equal(indices, self.held_out):
+            return real(self, plans, indices)
+        values = random.uniform(1, 2, (len(plans), len(indices)))
+        values = values if garbage == "noise" else np.full_like(values, np.nan)
+        return values, values
+
+    real = World.judge
+    monkeypatch.setattr(World, "effects", effects)
+    monkeypatch.setattr(World, "judge", judge)
+    learned = learn_all(images, tuning="none")
+    rearranged = learned.stages[1]
+    # A plan picked by noise may be a better one by luck, but only a better one is kept.
+    assert rearranged.judgement.better if rearranged.kept else learned.plan.kept == expected.kept
+    monkeypatch.setattr(World, "judge", lambda self, plans, indices: (np.ones((len(plans), len(indices))),) * 2)
+    learned = learn_all(images, tuning="none")
+    assert learned.plan.kept == expected.kept and not learned.stages[1].kept
+    assert "nothing better than the Fisher plan" in learned.stages[1].note
+
+
+def test_too_few_images_to_hold_any_out_are_said(images):
+    reporter = Reporter(quiet=True)
+    learned = learn_all(images, count=3, reporter=reporter)
+    assert [stage.name for stage in learned.stages] == ["search"] and learned.stages[0].judgement is None
+    assert any("3 calibration images are too few to hold any out" in remark for remark in reporter.remarks)
+
+
+def test_nothing_dropped_leaves_nothing_to_the_other_stages(images):
+    learned = learn_all(images, target=1.0)
+    assert learned.plan.is_identity and learned.weights is None
+    (stage,) = learned.stages
+    assert stage.name == "search" and not stage.kept and stage.judgement is None and stage.note
+
+
+@pytest.mark.parametrize("options", [dict(rearrangement="sarsa"), dict(tuning="piano")])
+def test_unknown_stages_are_refused(images, options):
+    with pytest.raises(ValueError, match="unknown stage"):
+        learn_all(images, **options)
+
+
+def test_learning_repeats_itself_and_goes_on_from_a_checkpoint(images, tmp_path):
+    path = tmp_path / "run.pt"
+    first, again = learn_all(images, checkpoint=path), learn_all(images)
+    assert path.exists() and first.plan.digest == again.plan.digest
+    resumed = learn_all(images, checkpoint=path)
+    assert resumed.plan.digest == first.plan.digest
+    assert resumed.stages[1].details["history"] == first.stages[1].details["history"]
+    with pytest.raises(UserError, match="another run"):
+        learn_all(images, checkpoint=path, seed=1)
