@@ -186,6 +186,9 @@ def learn(
         settings = settings or RearrangeSettings()
         world = World(adapter, calibration)
         if rearrangement == "ppo":
+            # Swaps on the quadratic estimate cost a few seconds and go a good part of the way.
+            with reporter.stage("Swapping tokens on the quadratic estimate"):
+                swapped = swap_greedily(world, plan, target=target, cost=cost, seed=seed)
             with reporter.stage("Token mask rearrangement (PPO)", settings.episodes, unit="episodes") as advance:
                 found = rearrange(
                     world,
@@ -193,6 +196,7 @@ def learn(
                     target=target,
                     cost=cost,
                     importance=importance,
+                    first=swapped.plan,
                     settings=settings,
                     seed=seed,
                     checkpoint=checkpoint,

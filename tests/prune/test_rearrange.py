@@ -43,6 +43,7 @@ class SmallWorld:
 
     def __init__(self, geometry=None, *, images=192, held_out=96, pairs=0.3, noise=0.1, problem=0):
         self.geometry, self.name = geometry or shape(), "small"
+        self.digest = f"{images} {held_out} {pairs} {noise} {problem}"
         self.images, self.held_out = np.arange(images), np.arange(images, images + held_out)
         depth, patches = self.geometry.depth, self.geometry.patches
         random = np.random.default_rng(problem)
@@ -121,9 +122,10 @@ def best_of_all(world, target=TARGET) -> float:
 # -- the best plan ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[0.1, 0.3], ids=["weak pairs", "strong pairs"])
+@pytest.fixture(scope="module", params=[(0.1, 0), (0.3, 0), (0.3, 2)], ids=str)
 def known(request):
-    world = SmallWorld(pairs=request.param)
+    pairs, problem = request.param
+    world = SmallWorld(pairs=pairs, problem=problem)
     return world, best_of_all(world)
 
 
@@ -132,8 +134,8 @@ def test_the_best_of_all_plans_is_found(known, seed):
     world, best = known
     plan, found = play(world, settings=RearrangeSettings(episodes=400, images=64, effect_images=64), seed=seed)
     start, reached = (float(world.true_distance(p.exits[None])[0]) for p in (plan, found.plan))
-    assert start > 1.25 * best  # Sums alone lead elsewhere.
-    assert start - reached >= 0.99 * (start - best)
+    assert start > 1.01 * best  # Sums alone lead elsewhere.
+    assert reached <= 1.01 * best  # The reward is the distance, relative to the start's.
     assert found.kept and found.note == "" and found.details["incumbents"] > 0
     assert MacsCost(world.geometry).total(found.plan.key_counts) <= TARGET * MacsCost(world.geometry).dense
 
