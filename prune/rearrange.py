@@ -83,7 +83,7 @@ class RearrangeSettings:
         finalists: Episodes of a batch that are judged on all images, so that one may become the incumbent.
     """
 
-    episodes: int = 256
+    episodes: int = 512
     time_limit: float = 600.0
     batch: int = 16
     screened: int = 4
