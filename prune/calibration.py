@@ -88,7 +88,8 @@ class Calibration:
         values = torch.from_numpy(self.pixels[indices % len(self)]).permute(0, 3, 1, 2).float() / 255
         mirrored = torch.from_numpy(indices >= len(self))
         values[mirrored] = values[mirrored].flip(-1)
-        mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in self._statistics)
+        statistics = self.preprocessing.mean, self.preprocessing.std
+        mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in statistics)
         return ((values - mean) / std).contiguous()
 
     def mirrored(self, indices: np.ndarray) -> np.ndarray:
@@ -138,10 +139,6 @@ class Calibration:
         """float64 [image]: :func:`divergence` of the pruned model from the dense one on those images."""
         dense = self.dense_outputs(adapter, indices)
         return divergence(dense, self.outputs(adapter, plan, indices), adapter.geometry.output).double().numpy()
-
-    @property
-    def _statistics(self) -> tuple[Sequence[float], Sequence[float]]:
-        return self.preprocessing.mean, self.preprocessing.std
 
 
 def divergence(dense: Tensor, pruned: Tensor, output: str) -> Tensor:

@@ -443,8 +443,7 @@ class Game:
         return self.cost.total((self.geometry.prefix_tokens + patches).tolist())
 
     def total(self, exits: np.ndarray) -> float:
-        counts = self.geometry.prefix_tokens + (exits > np.arange(self.geometry.depth)[:, None]).sum(1)
-        return self.cost.total(counts.tolist())
+        return self._cost_of((exits > np.arange(self.geometry.depth)[:, None]).sum(1))
 
     def _token_features(self, block: int, alive: np.ndarray, prospect: Prospect) -> np.ndarray:
         """float32 [episode, patch, feature]; see the comments for each feature."""
@@ -478,7 +477,7 @@ class Game:
     def _projected(self, kept: np.ndarray, block: int, left: int, numbers: np.ndarray) -> float:
         """Cost when the rest is played as the incumbent does."""
         rest = np.minimum(numbers[block:], left)
-        return self.cost.total((self.geometry.prefix_tokens + np.concatenate([kept[:block], rest])).tolist())
+        return self._cost_of(np.concatenate([kept[:block], rest]))
 
     def _allowed(self, kept: np.ndarray, block: int, wanted: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """bool [episode, offset]: numbers that the budget can bear; the smallest where none can."""
@@ -489,10 +488,10 @@ class Game:
         for episode in range(len(wanted)):
             for choice, number in enumerate(wanted[episode]):
                 rest = np.minimum(numbers[block + 1 :], number)
-                counts = self.geometry.prefix_tokens + np.concatenate([kept[episode, :block], [number], rest])
+                counts = np.concatenate([kept[episode, :block], [number], rest])
                 key = counts.tobytes()
                 if key not in cache:
-                    cache[key] = self.cost.total(counts.tolist())
+                    cache[key] = self._cost_of(counts)
                 allowed[episode, choice] = cache[key] <= limit
         allowed[~allowed.any(1), 0] = True
         return allowed
