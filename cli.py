@@ -190,7 +190,7 @@ target_option = _options(
 #: know them load PyTorch, and help must not. A test compares them.
 REARRANGEMENTS = ("ppo", "greedy", "none")
 TUNINGS = ("weights", "gates", "gates-distill", "none")
-EPISODES, TIME_LIMIT = 512, 600.0
+EPISODES, TIME_LIMIT = 384, 600.0
 stage_options = _options(
     click.option(
         "--rearrange",

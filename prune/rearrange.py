@@ -12,8 +12,9 @@ spread over the blocks, only shows when the pruned model is run. So pruning is p
 
 The policy is trained by clipped PPO (:mod:`vpruner.prune.ppo`). It starts at the Fisher plan: its first logits say "as
 the incumbent does", with just enough noise for a few tokens to move, and those rather that the gradients point at. When
-an episode beats the incumbent on images that did not choose it, it becomes the incumbent. What is returned is the best
-incumbent on images that no reward was ever computed on, or the plan it started from.
+an episode beats the incumbent on images that did not choose it, it becomes the incumbent. What all episodes so far say
+of single tokens is kept (:class:`Evidence`), and the plans that it speaks for challenge the incumbent too. What is
+returned is the best incumbent on images that no reward was ever computed on, or the plan it started from.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -40,13 +42,15 @@ from .rollouts import evaluate_plans
 from .vit import ViTAdapter, weights_sha256
 
 #: Version of the checkpoint file.
-CHECKPOINT_SCHEMA = 1
+CHECKPOINT_SCHEMA = 2
 #: Images that rewards come from, mirror images included: with fewer, plans fit them; more cost time in each challenge.
-REWARD_IMAGES = 1536
-#: Images that finalists are judged on first.
+REWARD_IMAGES = 3072
+#: Images that finalists are judged on first; a winner goes on to twice as many, and again, until it is on all.
 FIRST_LOOK = 384
 #: Tokens that enter a block, relative to the incumbent's number; times one per 64 patches. Further goes in more steps.
 OFFSETS = (-2, -1, 0, 1, 2)
+#: A stage fed with noise keeps a plan one time in so many, at most: 2.6 standard errors for a single plan.
+LUCK = 200
 #: Logit of offset 0 at the start: three blocks of four keep the incumbent's number.
 STAY = 2.5
 #: Tokens that leave at another block than in the incumbent, in an average first episode. Fewer are lost in the noise of
@@ -56,6 +60,11 @@ MOVES = 6.0
 TEMPERATURES = (0.6, 1.3)
 #: What temperatures are multiplied by, at most, when the policy has settled down.
 MOST_HEAT = 8.0
+#: How many blocks a token may move at once in a plan that the evidence proposes, and how many tokens in each of its
+#: plans: a step along what single moves have shown holds for a few moves, and not far.
+REACH, PROPOSED_MOVES = 2, (4, 12)
+#: Prior standard deviations, as relative gains, that the evidence chooses from for the effect of one gate.
+EFFECTS = (0.001, 0.002, 0.004, 0.008)
 #: How far the budget may be overspoken at block 0, as a fraction of it; falls to 0 at the last block. Without it no
 #: early block could gain a token that a later one gives up for it.
 SLACK = 0.04
@@ -83,7 +92,7 @@ class RearrangeSettings:
         finalists: Episodes of a batch that are judged on all images, so that one may become the incumbent.
     """
 
-    episodes: int = 512
+    episodes: int = 384
     time_limit: float = 600.0
     batch: int = 16
     screened: int = 4
@@ -227,6 +236,98 @@ class Prospect:
         tokens = np.flatnonzero(exits != self.exits)
         change = self.moves[:, exits[tokens], tokens].sum(1, dtype=np.float64)
         return float(change.mean() + 0.5 * np.square(change).mean())
+
+
+class Evidence:
+    """What the plans that were run say of single gates: Bayesian linear regression of their gains.
+
+    One batch of images tells a good plan from a bad one hardly better than chance, but a gate is opened or closed in
+    many plans. So all gains seen so far, relative to the incumbents of their time, are explained by
+
+        gain = sum over gates of (m - m of the incumbent) * effect + slope * promised gain + toll * gates that differ
+
+    with independent normal priors; their width is what makes the gains seen most likely, among :data:`EFFECTS`.
+
+    Attributes:
+        effects: float64 [block L, patch N]: posterior mean of what opening each gate gains.
+        slope: How much of what gradients promise comes true.
+        toll: What each gate that differs from the incumbent costs in the mean; not above 0.
+    """
+
+    #: Prior deviations of slope and toll.
+    SLOPE, TOLL = 0.5, 0.005
+
+    def __init__(self, depth: int, patches: int):
+        self.effects = np.zeros((depth, patches))
+        self.slope = self.toll = 0.0
+        self._shape = (depth, patches)
+        self.rows: list[np.ndarray] = []
+        self.promised: list[float] = []
+        self.gains: list[float] = []
+        self.errors: list[float] = []
+
+    def add(self, incumbent: np.ndarray, exits: np.ndarray, promised: float, gains: np.ndarray) -> None:
+        """Args:
+        incumbent, exits: int64 [patch N] of both plans.
+        promised: Relative gain that gradients promised.
+        gains: float64 [image], of mean ``gain``: relative to the incumbent's mean.
+        """
+        blocks = np.arange(self._shape[0])[:, None]
+        self.rows.append(((exits > blocks).astype(np.int8) - (incumbent > blocks)).ravel())
+        # Garbage gradients promise anything; no plan gains more than all there is.
+        self.promised.append(float(np.clip(np.nan_to_num(promised), -1, 1)))
+        self.gains.append(float(gains.mean()))
+        self.errors.append(float(gains.std(ddof=1) / len(gains) ** 0.5) + 1e-6)
+
+    def fit(self) -> None:
+        """Update the attributes from all that was added."""
+        rows = np.array(self.rows, np.float64)
+        differ = np.abs(rows).sum(1)
+        gains, promised = np.array(self.gains), np.array(self.promised)
+        sound = np.isfinite(gains) & np.isfinite(promised) & np.isfinite(self.errors) & (differ > 0)
+        if not sound.any():
+            return
+        rows, differ, gains, promised = rows[sound], differ[sound], gains[sound], promised[sound]
+        common = rows @ rows.T
+        fixed = np.outer(promised, promised) * self.SLOPE**2 + np.outer(differ, differ) * self.TOLL**2
+        fixed += np.diag(np.array(self.errors)[sound] ** 2)
+        best = -np.inf
+        for effect in EFFECTS:
+            try:
+                factor = np.linalg.cholesky(fixed + effect**2 * common)
+            except np.linalg.LinAlgError:
+                continue
+            white = np.linalg.solve(factor, gains)
+            likelihood = -0.5 * white @ white - np.log(np.diag(factor)).sum()
+            if likelihood > best:
+                best = likelihood
+                weights = np.linalg.solve(factor.T, white)
+                self.effects = (effect**2 * weights @ rows).reshape(self._shape)
+                self.slope = float(self.SLOPE**2 * weights @ promised)
+                self.toll = min(0.0, float(self.TOLL**2 * weights @ differ))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds; see :meth:`restore`."""
+        rows = np.array(self.rows, np.int8).reshape(len(self.rows), -1)
+        return {"rows": torch.from_numpy(rows), "seen": list(zip(self.promised, self.gains, self.errors, strict=True))}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """As it was when :meth:`state` was called."""
+        self.rows = list(state["rows"].numpy())
+        self.promised, self.gains, self.errors = ([seen[part] for seen in state["seen"]] for part in range(3))
+        self.fit()
+
+    def expected(self, prospect: Prospect, scale: float) -> np.ndarray:
+        """float64 [exit 0..L, patch N]: relative gain to expect when one token leaves there, not as in the incumbent.
+
+        Args:
+            scale: The incumbent's mean distance, which gains are relative to.
+        """
+        depth, patches = self._shape
+        reach = np.concatenate([np.zeros((1, patches)), np.cumsum(self.effects, axis=0)])
+        gain = reach - reach[prospect.exits, np.arange(patches)]
+        steps = np.abs(np.arange(depth + 1)[:, None] - prospect.exits)
+        return gain - self.slope * prospect.first / scale + self.toll * steps
 
 
 # -- the policy ----------------------------------------------------------------------------------------------------
@@ -439,6 +540,51 @@ class Game:
             exits[token] += 1
         return exits
 
+    def save(self, exits: np.ndarray, prospect: Prospect) -> np.ndarray:
+        """Let tokens leave a block earlier until the budget is met, those first whose gradients promise most for it."""
+        exits, tokens = exits.copy(), np.arange(len(exits))
+        while self.total(exits) > self.budget and exits.any():
+            counts = (exits > np.arange(self.geometry.depth)[:, None]).sum(1)
+            able = (exits > 0) & (counts > self.fewest)[exits - 1]
+            if not able.any():
+                break
+            promise = prospect.first[np.maximum(exits - 1, 0), tokens] - prospect.first[exits, tokens]
+            exits[int(np.where(able, promise, np.inf).argmin())] -= 1
+        return exits
+
+    def propose(self, expected: np.ndarray, prospect: Prospect, most: int) -> np.ndarray:
+        """int64 [patch N]: the plan within budget around the incumbent that gains most, if gains added up.
+
+        Args:
+            expected: float64 [exit 0..L, patch N]: gain of each exit over the incumbent's.
+            most: How many tokens may move, before the budget is evened out.
+        """
+        depth, tokens = self.geometry.depth, np.arange(len(prospect.exits))
+        counts = (prospect.exits > np.arange(depth)[:, None]).sum(1)
+        here = self._cost_of(counts)
+        price = np.array([self._cost_of(counts + (np.arange(depth) == b)) - here for b in range(depth)]) / here
+        paid = np.concatenate([[0.0], np.cumsum(price)])
+        paid = paid[:, None] - paid[prospect.exits]
+        far = np.abs(np.arange(depth + 1)[:, None] - prospect.exits) > REACH
+        # Where nothing is to be gained, tokens stay where they are, however little they would save.
+        expected = expected + 1e-6 * (paid == 0)
+        low, high = 0.0, 100.0
+        for _ in range(30):
+            worth = 0.5 * (low + high)
+            values = np.where(far, -np.inf, expected - worth * paid)
+            chosen = values.argmax(0)
+            moving = np.argsort(-values[chosen, tokens], kind="stable")[:most]
+            exits = prospect.exits.copy()
+            exits[moving] = chosen[moving]
+            if paid[exits, tokens].sum() > 0:
+                low = worth
+            else:
+                high = worth
+        counts = (exits > np.arange(depth)[:, None]).sum(1)
+        if (counts < self.fewest).any():
+            return prospect.exits.copy()
+        return self.spend(self.save(exits, prospect), prospect)
+
     def _cost_of(self, patches: np.ndarray) -> float:
         return self.cost.total((self.geometry.prefix_tokens + patches).tolist())
 
@@ -563,7 +709,7 @@ def rearrange(
     if checkpoint is not None:
         run.save(Path(checkpoint))
     judgement = Judgement.of(run.held_out_start[1], run.held_out_best[1])
-    kept = run.best is not plan and _clearly_better(run.held_out_start, run.held_out_best)
+    kept = run.best is not plan and _clearly_better(run.held_out_start, run.held_out_best, run.looks)
     note = interrupted
     if not kept:
         note = (
@@ -582,11 +728,17 @@ def rearrange(
     return Rearranged(run.best if kept else plan, judgement, kept, note, details, run.history)
 
 
-def _clearly_better(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> bool:
-    """Whether (distances, divergences) on held-out images say so: a distance lower by two standard errors, and a lower
-    mean divergence. With one standard error, 2 of 20 stages that were fed noise kept a plan."""
+def _clearly_better(before: Sequence[np.ndarray], after: Sequence[np.ndarray], looks: int = 1) -> bool:
+    """Whether (distances, divergences) on held-out images say so: a lower mean divergence, and a distance that is lower
+    by more than the best of ``looks`` plans would be by luck, one time in :data:`LUCK`.
+
+    With two standard errors, whatever the looks, 1 of 5 stages that were fed noise kept a plan.
+    """
     distance = Judgement.of(before[0], after[0])
-    return distance.after < distance.before - 2 * distance.error and float(after[1].mean()) < float(before[1].mean())
+    errors = NormalDist().inv_cdf(1 - 1 / (LUCK * max(1, looks)))
+    return distance.after < distance.before - errors * distance.error and float(after[1].mean()) < float(
+        before[1].mean()
+    )
 
 
 class _Run:
@@ -604,7 +756,7 @@ class _Run:
         }
         # A plan may be a little over its target (a table re-measured); rearranging must not make that an excuse.
         self.game = Game(world.geometry, cost, max(target * cost.dense, cost.total(plan.key_counts)), importance)
-        self.played = self.batches = self.incumbents = 0
+        self.played = self.batches = self.incumbents = self.looks = 0
         self.history: list[dict[str, float]] = []
         self.heat, self.run_before = 1.0, set()
         self.incumbent = self.best = plan
@@ -619,6 +771,7 @@ class _Run:
             self.incumbent = self.best
             if self.best is first:
                 self.reference = world.judge([first], world.images)[0][0]
+        self.evidence = Evidence(world.geometry.depth, world.geometry.patches)
         self.prospect = self._look_around()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -650,6 +803,7 @@ class _Run:
         ends = torch.zeros_like(old_log_probs)
         ends[:, -1] = torch.from_numpy(rewards).float()
         report = update(lambda: episodes.score(self.policy), self.optimizer, old_log_probs, ends, self.ppo)
+        self._observe(plans, self.reference[chosen], distances)
         accepted = self._challenge(plans, rewards)
         moved = (episodes.exits != self.prospect.exits).sum(1).mean()
         if accepted or self.batches % 4 == 0:
@@ -695,36 +849,66 @@ class _Run:
         return np.nan_to_num(rewards, nan=-1.0, posinf=-1.0, neginf=-1.0)
 
     def _challenge(self, plans: Sequence[TokenPlan], rewards: np.ndarray) -> bool:
-        """Judge the best episodes on all images that may give rewards; a winner replaces the incumbent.
+        """Judge the best episodes, and what all episodes together suggest, on all images that may give rewards; a
+        winner replaces the incumbent.
 
         The images of one batch tell good episodes from bad ones, not a gain of 2 % from luck: picking the best of 16 on
         64 images, again and again, followed the noise (69 % better there, 18 % on held-out images).
         """
         affordable = [row for row in np.argsort(-rewards) if self.game.total(plans[row].exits) <= self.game.budget]
         finalists = [plans[row] for row in affordable[: self.settings.finalists] if rewards[row] > 0]
+        finalists += self._proposals({plan.digest for plan in finalists})
         if not finalists:
             return False
-        # A first part of the images ends most challenges at a quarter of the price.
-        order = self.random.permutation(len(self.world.images))
-        first, rest = np.sort(order[:FIRST_LOOK]), np.sort(order[FIRST_LOOK:])
-        distances, _ = self.world.judge(finalists, self.world.images[first])
-        winner = int(distances.mean(1).argmin())
-        if distances[winner].mean() >= self.reference[first].mean():
-            return False
+        # Each part of the images that a challenge ends on saves the rest.
+        order, start, size = self.random.permutation(len(self.world.images)), 0, FIRST_LOOK
         after = np.empty_like(self.reference)
-        after[first] = distances[winner]
-        if len(rest):
-            after[rest] = self.world.judge([finalists[winner]], self.world.images[rest])[0][0]
+        while start < len(order):
+            look = np.sort(order[start : start + size])
+            distances, _ = self.world.judge(finalists, self.world.images[look])
+            if start == 0:
+                self._observe(finalists, self.reference[look], distances)
+                winner = int(distances.mean(1).argmin())
+                finalists, distances = [finalists[winner]], distances[winner : winner + 1]
+            after[look] = distances[0]
+            start, size = start + size, 2 * size
+            seen = order[:start]
+            if not after[seen].mean() < self.reference[seen].mean():
+                return False
         if not Judgement.of(self.reference, after).better:
             return False
-        self.incumbent, self.reference = finalists[winner], after
+        self.incumbent, self.reference = finalists[0], after
         self.run_before.clear()
         self.incumbents += 1
         self._remember_if_best()
         return True
 
+    def _observe(self, plans: Sequence[TokenPlan], reference: np.ndarray, distances: np.ndarray) -> None:
+        """Add to the evidence, from the incumbent's distances [image] and those of ``plans`` [plan, image]."""
+        scale = max(float(reference.mean()), 1e-9)
+        for plan, row in zip(plans, distances, strict=True):
+            promised = -self._promised(plan.exits) / scale
+            self.evidence.add(self.prospect.exits, plan.exits, promised, (reference - row) / scale)
+        self.evidence.fit()
+
+    def _promised(self, exits: np.ndarray) -> float:
+        return float(self.prospect.first[exits, np.arange(len(exits))].sum())
+
+    def _proposals(self, known: set[str]) -> list[TokenPlan]:
+        """Plans that the evidence speaks for; none that is the incumbent or in ``known`` (digests)."""
+        expected = self.evidence.expected(self.prospect, max(float(self.reference.mean()), 1e-9))
+        proposals = []
+        for most in PROPOSED_MOVES:
+            exits = self.game.propose(expected, self.prospect, most)
+            plan = TokenPlan.from_exits(self.world.name, self.world.geometry, exits)
+            if plan.digest not in known | {self.incumbent.digest} and self.game.total(exits) <= self.game.budget:
+                known.add(plan.digest)
+                proposals.append(plan)
+        return proposals
+
     def _remember_if_best(self) -> None:
         held_out = self._on_held_out(self.incumbent)
+        self.looks += 1
         if held_out[0].mean() < self.held_out_best[0].mean():
             self.best, self.held_out_best = self.incumbent, held_out
 
@@ -746,6 +930,7 @@ class _Run:
             "played": self.played,
             "batches": self.batches,
             "incumbents": self.incumbents,
+            "looks": self.looks,
             "reference": torch.from_numpy(self.reference),
             "history": self.history,
             "heat": self.heat,
@@ -759,6 +944,7 @@ class _Run:
             "moves": torch.from_numpy(self.prospect.moves),
             "moves_from": self.prospect.exits.tolist(),
             "unit": self.prospect.unit,
+            "evidence": self.evidence.state(),
         }
         with atomic_path(path) as temporary:
             torch.save(state, temporary)
@@ -784,7 +970,8 @@ class _Run:
             )
         geometry, name = self.world.geometry, self.world.name
         self.played, self.batches = state["played"], state["batches"]
-        self.incumbents, self.reference = state["incumbents"], state["reference"].numpy()
+        self.incumbents, self.looks = state["incumbents"], state["looks"]
+        self.reference = state["reference"].numpy()
         self.history, self.heat = state["history"], state["heat"]
         self.run_before = {np.array(exits, np.int64).tobytes() for exits in state["run_before"]}
         if state["incumbent"] != self.plan.exits.tolist():
@@ -796,6 +983,7 @@ class _Run:
         self.random.bit_generator.state = state["random"]
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.evidence.restore(state["evidence"])
         if state["moves_from"] != self.incumbent.exits.tolist():  # Interrupted between the two.
             self.prospect = self._look_around()
             return

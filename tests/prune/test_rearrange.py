@@ -10,7 +10,7 @@ from vpruner.errors import UserError
 from vpruner.prune import rearrange as module
 from vpruner.prune.cost import MacsCost
 from vpruner.prune.plan import Geometry, TokenPlan
-from vpruner.prune.rearrange import RearrangeSettings, rearrange, swap_greedily
+from vpruner.prune.rearrange import EFFECTS, Evidence, Game, Prospect, RearrangeSettings, rearrange, swap_greedily
 from vpruner.prune.search import search_mask
 
 FEW = RearrangeSettings(episodes=64, batch=8, images=32, effect_images=48)
@@ -169,6 +169,90 @@ def test_history_and_details_say_what_was_played():
     assert all(np.isfinite(value) for entry in found.history for value in entry.values())
     gains = [entry["improvement"] for entry in found.history]
     assert gains == sorted(gains) and gains[-1] == pytest.approx(seen[-1][1])
+
+
+# -- evidence ---------------------------------------------------------------------------------------------------------
+
+
+def observed(evidence, effects, random, plans, *, error=0.01, images=64, slope=0.0):
+    """Plans around one incumbent, with gains that ``effects`` [block, patch] make."""
+    depth, patches = effects.shape
+    base = np.full(patches, depth)
+    blocks = np.arange(depth)[:, None]
+    for _ in range(plans):
+        exits = base - (random.random(patches) < 0.3) * random.integers(1, depth + 1, patches)
+        promised = random.normal(0, 0.05)
+        gain = ((exits > blocks) * effects).sum() - ((base > blocks) * effects).sum() + slope * promised
+        evidence.add(base, exits, promised, gain + error * images**0.5 * random.normal(size=images))
+
+
+def test_evidence_is_bayesian_linear_regression():
+    random = np.random.default_rng(0)
+    evidence = Evidence(3, 5)
+    observed(evidence, random.normal(0, 0.004, (3, 5)), random, 40, slope=0.5)
+    evidence.fit()
+    rows, promised, gains, errors = map(np.array, (evidence.rows, evidence.promised, evidence.gains, evidence.errors))
+    moved = np.abs(rows).sum(1) > 0  # The incumbent itself says nothing.
+    rows, promised, gains, errors = rows[moved].astype(float), promised[moved], gains[moved], errors[moved]
+    inputs = np.column_stack([rows, promised, np.abs(rows).sum(1)])
+    precision = np.diag(1 / np.square(errors))
+    answers = []
+    for effect in EFFECTS:
+        prior = np.diag(1 / np.square([*[effect] * 15, Evidence.SLOPE, Evidence.TOLL]))
+        answers.append(np.linalg.solve(inputs.T @ precision @ inputs + prior, inputs.T @ precision @ gains))
+    known = np.append(evidence.effects.ravel(), evidence.slope)
+    assert min(np.abs(answer[:16] - known).max() for answer in answers) < 1e-9
+    assert evidence.slope == pytest.approx(0.5, abs=0.15) and evidence.toll <= 0
+
+
+def test_evidence_finds_effects_that_no_single_plan_shows():
+    random = np.random.default_rng(1)
+    effects = random.normal(0, 0.004, (4, 16))
+    evidence = Evidence(4, 16)
+    observed(evidence, effects, random, 800, error=0.02)
+    evidence.fit()
+    assert np.corrcoef(evidence.effects.ravel(), effects.ravel())[0, 1] > 0.8
+    # Noise alone shows next to nothing.
+    nothing = Evidence(4, 16)
+    observed(nothing, np.zeros((4, 16)), random, 800, error=0.02)
+    nothing.fit()
+    assert np.abs(nothing.effects).mean() < 0.3 * np.abs(effects).mean()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_evidence_passes_over_garbage(value):
+    random = np.random.default_rng(2)
+    sound, garbage = Evidence(3, 5), Evidence(3, 5)
+    for evidence in (sound, garbage):
+        observed(evidence, np.full((3, 5), 0.01), np.random.default_rng(3), 20)
+        evidence.fit()
+    before = garbage.effects.copy()
+    with np.errstate(all="ignore"):
+        garbage.add(np.full(5, 3), random.integers(0, 3, 5), value, np.full(8, value))
+        garbage.fit()
+    assert np.isfinite(garbage.effects).all() and np.isfinite([garbage.slope, garbage.toll]).all()
+    if value != 1e300:
+        assert np.allclose(garbage.effects, before)
+
+
+@pytest.mark.parametrize("problem", range(3))
+def test_proposals_move_what_gains_within_the_budget(problem):
+    world = SmallWorld(shape((4, 4), 4), problem=problem)
+    cost = MacsCost(world.geometry)
+    plan, _ = world.start()
+    game = Game(world.geometry, cost, TARGET * cost.dense, None)
+    prospect = Prospect.at(plan.exits, world.effects(plan, world.images))
+    random = np.random.default_rng(problem)
+    expected = np.cumsum(random.normal(0, 0.01, (5, 16)), axis=0)
+    expected -= expected[plan.exits, np.arange(16)]
+    gains = []
+    for most in (2, 4, 12):
+        exits = game.propose(expected, prospect, most)
+        assert game.total(exits) <= game.budget and (exits >= 0).all() and (exits <= 4).all()
+        gains.append(expected[exits, np.arange(16)].sum())
+    assert max(gains) > 0
+    # Nothing to gain, nothing to move: only what is left of the budget is spent.
+    assert np.array_equal(game.propose(np.zeros((5, 16)), prospect, 12), game.spend(plan.exits, prospect))
 
 
 # -- garbage ----------------------------------------------------------------------------------------------------------
