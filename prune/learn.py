@@ -34,7 +34,7 @@ from .data import ImageSet
 from .fisher import batch_size_for, gate_gradients
 from .models import LoadedModel
 from .plan import TokenPlan
-from .rearrange import RearrangeSettings, World, rearrange, swap_greedily
+from .rearrange import RearrangeSettings, World, read_checkpoint, rearrange, swap_greedily
 from .search import check_target, search_mask
 from .tune import TUNINGS, tune
 
@@ -144,6 +144,8 @@ def learn(
     cost = cost or MacsCost(geometry)
     check_target(geometry, target, cost)
     choose_loss(loss, geometry.output, images.labelled)
+    if checkpoint is not None and Path(checkpoint).exists():
+        read_checkpoint(checkpoint)  # Refused now, not after the search.
     with reporter.stage("Reading calibration images", len(images.indices)) as advance:
         calibration = Calibration.load(images, loaded.preprocessing, on_batch=advance)
     stages = []

@@ -227,9 +227,13 @@ class Prospect:
         images, _, patches = effects.shape
         reach = np.concatenate([np.zeros((images, 1, patches), effects.dtype), np.cumsum(effects, axis=1)], axis=1)
         moves = reach - np.take_along_axis(reach, np.broadcast_to(exits, (images, 1, patches)), axis=1)
+        return cls.of(exits, moves, float(np.abs(effects.mean(0)).mean()) + 1e-12)
+
+    @classmethod
+    def of(cls, exits: np.ndarray, moves: np.ndarray, unit: float) -> Prospect:
         first = moves.mean(0, dtype=np.float64)
         second = 0.5 * np.square(moves, dtype=np.float32).mean(0, dtype=np.float64)
-        return cls(exits, moves, first, second, float(np.abs(effects.mean(0)).mean()) + 1e-12)
+        return cls(exits, moves, first, second, unit)
 
     def estimate(self, exits: np.ndarray) -> float:
         """Second-order estimate of the change of divergence from the incumbent to ``exits``, interactions included."""
@@ -728,6 +732,24 @@ def rearrange(
     return Rearranged(run.best if kept else plan, judgement, kept, note, details, run.history)
 
 
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a rearrangement wrote there.
+
+    Raises:
+        UserError: It is not the checkpoint of a rearrangement, or one of another version.
+    """
+    try:
+        state = torch.load(path, weights_only=True)
+        if state["schema"] != CHECKPOINT_SCHEMA:
+            raise ValueError(f"schema {state['schema']}")
+        return {**state, "identity": dict(state["identity"])}
+    except Exception as error:
+        raise UserError(
+            f"{path} is not a checkpoint of a rearrangement: {first_line(error, 120)}",
+            "name another file with --checkpoint, or delete this one",
+        ) from None
+
+
 def _clearly_better(before: Sequence[np.ndarray], after: Sequence[np.ndarray], looks: int = 1) -> bool:
     """Whether (distances, divergences) on held-out images say so: a lower mean divergence, and a distance that is lower
     by more than the best of ``looks`` plans would be by luck, one time in :data:`LUCK`.
@@ -952,16 +974,8 @@ class _Run:
     def resume(self, path: Path) -> None:
         if not path.exists():
             return
-        try:
-            state = torch.load(path, weights_only=True)
-            if state["schema"] != CHECKPOINT_SCHEMA:
-                raise ValueError(f"schema {state['schema']}")
-            different = [name for name, value in self.identity.items() if state["identity"].get(name) != value]
-        except Exception as error:
-            raise UserError(
-                f"{path} is not a checkpoint of a rearrangement: {first_line(error, 120)}",
-                "name another file with --checkpoint, or delete this one",
-            ) from None
+        state = read_checkpoint(path)
+        different = [name for name, value in self.identity.items() if state["identity"].get(name) != value]
         if different:
             raise UserError(
                 f"{path} is the checkpoint of another run: its {different[0]} is "
@@ -987,9 +1001,7 @@ class _Run:
         if state["moves_from"] != self.incumbent.exits.tolist():  # Interrupted between the two.
             self.prospect = self._look_around()
             return
-        moves = state["moves"].numpy()
-        first, second = moves.mean(0, dtype=np.float64), 0.5 * np.square(moves).mean(0, dtype=np.float64)
-        self.prospect = Prospect(self.incumbent.exits, moves, first, second, state["unit"])
+        self.prospect = Prospect.of(self.incumbent.exits, state["moves"].numpy(), state["unit"])
 
 
 # -- the baseline --------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -837,9 +838,13 @@ class _Streams:
                 out, jacobian = gate_jacobian(attn, keys.index_select(1, rows[part]), keys, bias, prefix)
                 residual = target[:, part] - project(out)
                 # Through norm, projection and LayerScale, patch by patch: [patch, batch, query, channel].
-                derivative = torch.func.vmap(lambda tangent, at=out: torch.func.jvp(project, (at,), (tangent,))[1])(
-                    jacobian.permute(2, 0, 1, 3)
-                )
+                with warnings.catch_warnings():
+                    # Of PyTorch's own code, about a compiler of its own that it uses there.
+                    warnings.simplefilter("ignore", FutureWarning)
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    derivative = torch.func.vmap(lambda tangent, at=out: torch.func.jvp(project, (at,), (tangent,))[1])(
+                        jacobian.permute(2, 0, 1, 3)
+                    )
                 if weights is not None:
                     root = weights[part].to(residual).sqrt()[:, None]
                     residual, derivative = residual * root, derivative * root

@@ -530,7 +530,7 @@ def test_ctrl_c_elsewhere_ends_the_program(card, images, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_checkpoints(finished, card, images, tmp_path):
+def test_bad_checkpoints(finished, card, images, tmp_path, monkeypatch):
     here = tmp_path / "untouched"
     here.mkdir()
     for command, output in (("run", here / "out"), ("prune", here / "plan.json")):
@@ -545,6 +545,7 @@ def test_bad_checkpoints(finished, card, images, tmp_path):
     for name in ("plan.json", "plan.safetensors"):
         fails("prune", card, "-o", here / "plan.json", "--checkpoint", here / name, says="is written by this command")
     (tmp_path / "broken.pt").write_bytes(b"oops")
+    monkeypatch.setattr("vpruner.prune.learn._search", None)  # Refused before anything is searched.
     fails("prune", card, "--data", images, "-q", "-o", here / "plan.json", "--checkpoint", tmp_path / "broken.pt",
           says="broken.pt is not a checkpoint of a rearrangement")  # fmt: skip
     assert list(here.iterdir()) == [] and (tmp_path / "broken.pt").read_bytes() == b"oops"
