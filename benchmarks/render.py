@@ -271,11 +271,37 @@ def _dense_top1(results: Results) -> float | None:
     return None
 
 
+def stage_costs(rows: list[dict]) -> str:
+    """Seconds and peak memory of each step; the newest measurement of each model."""
+    newest: dict[tuple[str, int], dict[str, dict]] = {}
+    for row in rows:
+        newest.setdefault((row["model"], row["images"]), {})[row["step"]] = row
+    steps = list(dict.fromkeys(row["step"] for row in rows))
+    heads = [f"{model}, {images:,} images" for model, images in newest]
+    lines = [f"| step | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+
+    def cell(row: dict | None) -> str:
+        if row is None:
+            return "–"
+        played = f"{row['episodes']} episodes in " if row["episodes"] else ""
+        return f"{played}{row['seconds']:.0f} s, {row['peak_bytes'] / 2**30:.1f} GiB"
+
+    lines += [f"| {step} | {' | '.join(cell(found.get(step)) for found in newest.values())} |" for step in steps]
+    some = rows[-1]
+    limits = " or ".join(sorted({f"{row['time_limit']:g} s" for row in rows if row["time_limit"]}))
+    versions = (
+        f"{some['environment']['cpu']}, {some['threads']} threads, PyTorch {some['environment']['packages']['torch']}"
+    )
+    limit = f"; the rearrangement had a time limit of {limits}" if limits else ""
+    return "\n".join([*lines, "", f"{versions}{limit}."])
+
+
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "accuracy": accuracy,
     "demo": demo,
     "fisher_rounds": fisher_rounds,
     "latency_ort": latency_ort,
+    "stage_costs": stage_costs,
 }
 
 

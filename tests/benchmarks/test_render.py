@@ -101,3 +101,26 @@ def test_plot(render, tmp_path):
     render.plot_accuracy(found, path)
     assert path.read_bytes() == first
     assert f"]({render.ACCURACY_PLOT})" in render.accuracy(found)
+
+
+def test_stage_costs_show_the_newest_row_of_each_step(render):
+    here = {"cpu": "A processor", "packages": {"torch": "2.1"}}
+
+    def row(model, step, seconds, **changes):
+        common = dict(model=model, images=1024, step=step, seconds=seconds, peak_bytes=3 << 30, threads=2)
+        return {**common, "episodes": None, "time_limit": None, "environment": here, **changes}
+
+    found = [
+        row("small", "Search", 99.0),
+        row("small", "Search", 10.2),
+        row("small", "PPO", 60.3, episodes=48, time_limit=60.0),
+        row("large", "Search", 20.0),
+    ]
+    assert render.stage_costs(found).splitlines() == [
+        "| step | small, 1,024 images | large, 1,024 images |",
+        "| --- | ---: | ---: |",
+        "| Search | 10 s, 3.0 GiB | 20 s, 3.0 GiB |",
+        "| PPO | 48 episodes in 60 s, 3.0 GiB | – |",
+        "",
+        "A processor, 2 threads, PyTorch 2.1; the rearrangement had a time limit of 60 s.",
+    ]

@@ -1,0 +1,102 @@
+"""How long does each stage take, and how much memory? The whole of ``learn`` on a timm model.
+
+    python benchmarks/stage_costs.py --model deit_small_patch16_224 --images 1024
+
+Random weights: times do not depend on them. The calibration images are resized by the model's own preprocessing. Peak
+memory is the most that was resident in RAM during the stage (Linux: the high-water mark, set back before each stage),
+with everything that the process holds: PyTorch, the model, the images. One row per step of the progress display.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+
+from vpruner import bundled
+from vpruner.artifacts import append_rows
+from vpruner.progress import Reporter
+from vpruner.prune.data import ImageSet, ImageSource, choose_indices
+from vpruner.prune.learn import learn
+from vpruner.prune.models import open_model
+from vpruner.prune.rearrange import RearrangeSettings
+from vpruner.runtime.environment import environment
+
+
+def reset_peak() -> None:
+    """Set the high-water mark of resident memory back to what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+class Watch(Reporter):
+    """A reporter that also keeps the peak memory of each stage."""
+
+    def __init__(self):
+        super().__init__()
+        self.peaks: dict[str, int] = {}
+
+    @contextmanager
+    def stage(self, title: str, total: int | None = None, *, unit: str = "images") -> Iterator[Callable[..., None]]:
+        reset_peak()
+        with super().stage(title, total, unit=unit) as advance:
+            yield advance
+        self.peaks[title] = max(self.peaks.get(title, 0), peak_bytes())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deit_small_patch16_224", help="a timm name")
+    parser.add_argument("--data", default=str(bundled.calibration_data()))
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--target", type=float, default=0.65)
+    parser.add_argument("--episodes", type=int, default=RearrangeSettings.episodes)
+    parser.add_argument(
+        "--time-limit", type=float, default=RearrangeSettings.time_limit, help="seconds of rearrangement"
+    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/stage_costs.jsonl"))
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "random.safetensors"
+        state = timm.create_model(args.model).state_dict()
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
+        loaded = open_model(args.model, weights=weights)
+    source = ImageSource(args.data, split="train")
+    images = ImageSet(source, choose_indices(source, args.images, 0))
+    watch = Watch()
+    settings = RearrangeSettings(episodes=args.episodes, time_limit=args.time_limit)
+    learned = learn(loaded, images, target=args.target, settings=settings, reporter=watch)
+    played = next((s.details["episodes"] for s in learned.stages if s.name == "rearrange"), None)
+    rows = [
+        {
+            "benchmark": "stage_costs",
+            "model": loaded.name,
+            "images": args.images,
+            "target": args.target,
+            "step": title.replace(f" of {loaded.name}", ""),
+            "seconds": round(seconds, 1),
+            "peak_bytes": watch.peaks[title],
+            "episodes": played if "PPO" in title else None,
+            "time_limit": args.time_limit if "PPO" in title else None,
+            "threads": torch.get_num_threads(),
+            "environment": environment(),
+        }
+        for title, seconds in watch.seconds.items()
+    ]
+    append_rows(args.output, rows)
+
+
+if __name__ == "__main__":
+    main()
