@@ -670,7 +670,7 @@ def rearrange(
     target: float,
     cost: Cost | None = None,
     importance: np.ndarray | None = None,
-    first: TokenPlan | None = None,
+    firsts: Sequence[TokenPlan] = (),
     settings: RearrangeSettings | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -683,8 +683,8 @@ def rearrange(
         plan: Where to start: the Fisher plan.
         cost: What the budget is of; None: MACs.
         importance: float [exit 0..L, patch N]: Fisher importance, a feature of the policy; None: no prior.
-        first: An incumbent to begin with, such as what :func:`swap_greedily` made of ``plan``; it takes the place of
-            ``plan`` only if it is better on held-out images. None: ``plan``.
+        firsts: Plans within the budget to begin at, such as what :func:`greedy_swaps` made of ``plan``. The best on the
+            images of rewards is the first incumbent, if it is better than ``plan`` there.
         checkpoint: A file to resume from, where it exists, and to write after every few batches of episodes.
         on_batch: Called with the number of episodes just played and the relative gain of the incumbent so far.
 
@@ -697,7 +697,7 @@ def rearrange(
     settings = settings or RearrangeSettings()
     cost = cost or MacsCost(world.geometry)
     started = time.monotonic()
-    run = _Run(world, plan, target, cost, importance, settings, seed, first)
+    run = _Run(world, plan, target, cost, importance, settings, seed, firsts)
     if checkpoint is not None:
         run.resume(Path(checkpoint))
     interrupted = ""
@@ -766,7 +766,7 @@ def _clearly_better(before: Sequence[np.ndarray], after: Sequence[np.ndarray], l
 class _Run:
     """The state of one rearrangement between batches of episodes: all that a checkpoint holds."""
 
-    def __init__(self, world, plan, target, cost, importance, settings, seed, first=None):
+    def __init__(self, world, plan, target, cost, importance, settings, seed, firsts=()):
         self.world, self.plan, self.settings = world, plan, settings
         self.random = np.random.default_rng([seed, 2])
         self.identity = {
@@ -787,12 +787,13 @@ class _Run:
         #: float64 [image]: the incumbent's distance on ``world.images``, and the start's mean there.
         self.reference = world.judge([plan], world.images)[0][0]
         self.start = float(self.reference.mean())
-        if first is not None and first.digest != plan.digest:
-            self.incumbent = first
-            self._remember_if_best()
-            self.incumbent = self.best
-            if self.best is first:
-                self.reference = world.judge([first], world.images)[0][0]
+        firsts = [first for first in firsts if first.digest != plan.digest]
+        if firsts:
+            distances = world.judge(firsts, world.images)[0]
+            best = int(distances.mean(1).argmin())
+            if Judgement.of(self.reference, distances[best]).better:
+                self.incumbent, self.reference = firsts[best], distances[best]
+                self._remember_if_best()
         self.evidence = Evidence(world.geometry.depth, world.geometry.patches)
         self.prospect = self._look_around()
         with torch.random.fork_rng(devices=[]):
@@ -1007,7 +1008,7 @@ class _Run:
 # -- the baseline --------------------------------------------------------------------------------------------------
 
 
-def swap_greedily(
+def greedy_swaps(
     world: World,
     plan: TokenPlan,
     *,
@@ -1016,20 +1017,24 @@ def swap_greedily(
     seed: int = 0,
     images: int = 512,
     most_swaps: int = 1000,
-) -> Rearranged:
+) -> tuple[TokenPlan, int]:
     """Greedy swapping on the quadratic Fisher estimate, as Kwon et al. 2022 (arXiv 2204.09656, section 5.2) rearrange.
 
-    The dense model's gate gradients are kept per image; again and again the swap of two tokens' exits (or the move of
-    one, where the budget allows) that lowers 0.5 * mean over images of (sum over closed gates of g)^2 most is made. The
-    model is never run, except to judge the result.
+    The dense model's gate gradients are kept per image; again and again the swap of two tokens' exits that lowers
+    0.5 * mean over images of (sum over closed gates of g)^2 most is made. The model as pruned is never run.
 
-    Args, Returns: as :func:`rearrange`; ``images`` give the gradients.
+    Args:
+        world, plan, target, cost: As for :func:`rearrange`.
+        seed: Draws the images, and the directions of their gradients.
+        images: How many give gradients.
+
+    Returns:
+        (plan, swaps): within the budget, and not judged by anything but the estimate; and how many swaps made it.
     """
-    started = time.monotonic()
     cost = cost or MacsCost(world.geometry)
     game = Game(world.geometry, cost, max(target * cost.dense, cost.total(plan.key_counts)), None)
     gates = world.curvature(np.sort(np.random.default_rng([seed, 4]).permutation(world.images)[:images]), seed)
-    depth, patches = world.geometry.depth, world.geometry.patches
+    patches = world.geometry.patches
     # sums[x, e, i]: gradient of all the gates that token i closes when it leaves at block e.
     sums = np.concatenate([np.flip(np.cumsum(np.flip(gates, 1), 1), 1), np.zeros_like(gates[:, :1])], axis=1)
     exits = plan.exits.copy()
@@ -1055,10 +1060,19 @@ def swap_greedily(
             break
         exits, swaps = trial, swaps + 1
         total = sums[:, exits, tokens].sum(1, dtype=np.float64)
-    found = TokenPlan.from_exits(world.name, world.geometry, exits)
+    return TokenPlan.from_exits(world.name, world.geometry, exits), swaps
+
+
+def swap_greedily(world: World, plan: TokenPlan, **options: Any) -> Rearranged:
+    """:func:`greedy_swaps`, judged on the held-out images: the baseline for :func:`rearrange`.
+
+    Args, Returns: as :func:`rearrange`; ``options`` as :func:`greedy_swaps`.
+    """
+    started = time.monotonic()
+    found, swaps = greedy_swaps(world, plan, **options)
     distances, divergences = world.judge([plan, found], world.held_out)
     judgement = Judgement.of(*divergences)
     kept = _clearly_better((distances[0], divergences[0]), (distances[1], divergences[1]))
     note = "" if kept else "greedy swapping did not help on held-out images; the Fisher plan was kept"
-    details = {"swaps": swaps, "seconds": round(time.monotonic() - started, 3), "depth": depth}
+    details = {"swaps": swaps, "seconds": round(time.monotonic() - started, 3), "depth": world.geometry.depth}
     return Rearranged(found if kept else plan, judgement, kept, note, details)
