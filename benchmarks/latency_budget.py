@@ -52,15 +52,14 @@ def main() -> None:
     evaluation = ImageSet(eval_source, choose_indices(eval_source, args.eval_images, 0), eval_map)
     here = environment()
 
-    def calibration() -> ImageSet:
-        return ImageSet(source, choose_indices(source, args.images, args.seed), label_map)
+    calibration = ImageSet(source, choose_indices(source, args.images, args.seed), label_map)
 
     def made(target: float, cost) -> TokenPlan:
         if not args.episodes:
-            return learn_plan(loaded, calibration(), target=target, cost=cost, seed=args.seed)
+            return learn_plan(loaded, calibration, target=target, cost=cost, seed=args.seed)
         settings = RearrangeSettings(episodes=args.episodes, time_limit=1e6)
         options = dict(rearrangement="ppo", tuning="none", settings=settings, seed=args.seed)
-        return learn(loaded, calibration(), target=target, cost=cost, **options).plan
+        return learn(loaded, calibration, target=target, cost=cost, **options).plan
 
     for target in args.targets:
         by_time = made(target, LatencyCost(table, geometry))
@@ -68,7 +67,7 @@ def main() -> None:
         low, high = 0.2, 1.0
         for _ in range(6):  # By the search alone: rearrangement stays within the budget it is given.
             middle = 0.5 * (low + high)
-            trial = learn_plan(loaded, calibration(), target=middle, seed=args.seed)
+            trial = learn_plan(loaded, calibration, target=middle, seed=args.seed)
             low, high = (middle, high) if table.predict_plan(trial) <= wanted else (low, middle)
         by_macs = made(low, MacsCost(geometry))
         plans = {"by latency": by_time, "by macs": by_macs}

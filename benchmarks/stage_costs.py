@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import argparse
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import timm
 import torch
-from safetensors.torch import save_file
+from latency_ort import open_dense
 
 from vpruner import bundled
 from vpruner.artifacts import append_rows
 from vpruner.progress import Reporter
 from vpruner.prune.data import ImageSet, ImageSource, choose_indices
 from vpruner.prune.learn import learn
-from vpruner.prune.models import open_model
 from vpruner.prune.rearrange import RearrangeSettings
 from vpruner.runtime.environment import environment
 
@@ -67,18 +64,14 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/stage_costs.jsonl"))
     args = parser.parse_args()
 
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "random.safetensors"
-        state = timm.create_model(args.model).state_dict()
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
-        loaded = open_model(args.model, weights=weights)
+    loaded = open_dense(args.model, None, 0)
     source = ImageSource(args.data, split="train")
     images = ImageSet(source, choose_indices(source, args.images, 0))
     watch = Watch()
     settings = RearrangeSettings(episodes=args.episodes, time_limit=args.time_limit)
     learned = learn(loaded, images, target=args.target, settings=settings, reporter=watch)
     played = next((s.details["episodes"] for s in learned.stages if s.name == "rearrange"), None)
+    here = environment()
     rows = [
         {
             "benchmark": "stage_costs",
@@ -91,7 +84,7 @@ def main() -> None:
             "episodes": played if "PPO" in title else None,
             "time_limit": args.time_limit if "PPO" in title else None,
             "threads": torch.get_num_threads(),
-            "environment": environment(),
+            "environment": here,
         }
         for title, seconds in watch.seconds.items()
     ]

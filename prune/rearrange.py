@@ -288,7 +288,7 @@ class Evidence:
         rows = np.array(self.rows, np.float64)
         differ = np.abs(rows).sum(1)
         gains, promised = np.array(self.gains), np.array(self.promised)
-        sound = np.isfinite(gains) & np.isfinite(promised) & np.isfinite(self.errors) & (differ > 0)
+        sound = np.isfinite(gains) & np.isfinite(self.errors) & (differ > 0)
         if not sound.any():
             return
         rows, differ, gains, promised = rows[sound], differ[sound], gains[sound], promised[sound]
@@ -316,10 +316,9 @@ class Evidence:
         return {"rows": torch.from_numpy(rows), "seen": list(zip(self.promised, self.gains, self.errors, strict=True))}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """As it was when :meth:`state` was called."""
+        """What had been added when :meth:`state` was called."""
         self.rows = list(state["rows"].numpy())
         self.promised, self.gains, self.errors = ([seen[part] for seen in state["seen"]] for part in range(3))
-        self.fit()
 
     def expected(self, prospect: Prospect, scale: float) -> np.ndarray:
         """float64 [exit 0..L, patch N]: relative gain to expect when one token leaves there, not as in the incumbent.
@@ -466,7 +465,7 @@ class Game:
         """Play one episode per entry of ``temperature`` [episode]; the blocks before ``opening`` as the incumbent."""
         depth, patches = self.geometry.depth, self.geometry.patches
         episodes = len(temperature)
-        numbers = (prospect.exits > np.arange(depth)[:, None]).sum(1)
+        numbers = self._counts(prospect.exits)
         alive = np.ones((episodes, patches), bool)
         kept = np.zeros((episodes, depth), np.int64)
         exits = np.full((episodes, patches), depth)
@@ -525,7 +524,7 @@ class Game:
         """
         exits, depth = exits.copy(), self.geometry.depth
         tokens = np.arange(len(exits))
-        counts = (exits > np.arange(depth)[:, None]).sum(1)
+        counts = self._counts(exits)
         for _ in range(len(exits)):
             base, room = self._cost_of(counts), np.zeros(depth, bool)
             for block in range(depth):
@@ -547,8 +546,8 @@ class Game:
     def save(self, exits: np.ndarray, prospect: Prospect) -> np.ndarray:
         """Let tokens leave a block earlier until the budget is met, those first whose gradients promise most for it."""
         exits, tokens = exits.copy(), np.arange(len(exits))
-        while self.total(exits) > self.budget and exits.any():
-            counts = (exits > np.arange(self.geometry.depth)[:, None]).sum(1)
+        while self.total(exits) > self.budget:
+            counts = self._counts(exits)
             able = (exits > 0) & (counts > self.fewest)[exits - 1]
             if not able.any():
                 break
@@ -564,7 +563,7 @@ class Game:
             most: How many tokens may move, before the budget is evened out.
         """
         depth, tokens = self.geometry.depth, np.arange(len(prospect.exits))
-        counts = (prospect.exits > np.arange(depth)[:, None]).sum(1)
+        counts = self._counts(prospect.exits)
         here = self._cost_of(counts)
         price = np.array([self._cost_of(counts + (np.arange(depth) == b)) - here for b in range(depth)]) / here
         paid = np.concatenate([[0.0], np.cumsum(price)])
@@ -584,16 +583,19 @@ class Game:
                 low = worth
             else:
                 high = worth
-        counts = (exits > np.arange(depth)[:, None]).sum(1)
-        if (counts < self.fewest).any():
+        if (self._counts(exits) < self.fewest).any():
             return prospect.exits.copy()
         return self.spend(self.save(exits, prospect), prospect)
+
+    def _counts(self, exits: np.ndarray) -> np.ndarray:
+        """int64 [block L]: patches that enter each block."""
+        return (exits > np.arange(self.geometry.depth)[:, None]).sum(1)
 
     def _cost_of(self, patches: np.ndarray) -> float:
         return self.cost.total((self.geometry.prefix_tokens + patches).tolist())
 
     def total(self, exits: np.ndarray) -> float:
-        return self._cost_of((exits > np.arange(self.geometry.depth)[:, None]).sum(1))
+        return self._cost_of(self._counts(exits))
 
     def _token_features(self, block: int, alive: np.ndarray, prospect: Prospect) -> np.ndarray:
         """float32 [episode, patch, feature]; see the comments for each feature."""
@@ -912,13 +914,13 @@ class _Run:
         for plan, row in zip(plans, distances, strict=True):
             promised = -self._promised(plan.exits) / scale
             self.evidence.add(self.prospect.exits, plan.exits, promised, (reference - row) / scale)
-        self.evidence.fit()
 
     def _promised(self, exits: np.ndarray) -> float:
         return float(self.prospect.first[exits, np.arange(len(exits))].sum())
 
     def _proposals(self, known: set[str]) -> list[TokenPlan]:
         """Plans that the evidence speaks for; none that is the incumbent or in ``known`` (digests)."""
+        self.evidence.fit()
         expected = self.evidence.expected(self.prospect, max(float(self.reference.mean()), 1e-9))
         proposals = []
         for most in PROPOSED_MOVES:
