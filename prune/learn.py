@@ -34,7 +34,7 @@ from .data import ImageSet
 from .fisher import batch_size_for, gate_gradients
 from .models import LoadedModel
 from .plan import TokenPlan
-from .rearrange import RearrangeSettings, World, greedy_swaps, read_checkpoint, rearrange, swap_greedily
+from .rearrange import RearrangeSettings, World, plans_around, read_checkpoint, rearrange, swap_greedily
 from .search import check_target, search_mask
 from .tune import TUNINGS, tune
 
@@ -44,9 +44,6 @@ ROUNDS = 8
 SEARCH_IMAGES = 1024
 #: Fewer images than this do not tell tokens apart; with a small calibration set there are fewer rounds instead.
 IMAGES_PER_ROUND = 32
-
-#: Greedily swapped plans that the rearrangement may begin at.
-RESTARTS = 3
 
 #: What ``--rearrange`` accepts.
 REARRANGEMENTS = ("ppo", "greedy", "none")
@@ -190,13 +187,10 @@ def learn(
         settings = settings or RearrangeSettings()
         world = World(adapter, calibration)
         if rearrangement == "ppo":
-            # Swaps on the quadratic estimate cost a few seconds and go a good part of the way; how far depends on the
-            # images that happen to give the gradients.
-            with reporter.stage("Swapping tokens on the quadratic estimate", RESTARTS, unit="starts") as advance:
-                firsts = []
-                for start in range(RESTARTS):
-                    firsts.append(greedy_swaps(world, plan, target=target, cost=cost, seed=seed + start)[0])
-                    advance(1)
+            if tuning == "weights":
+                with reporter.stage("Refitting stand-in weights"):
+                    around = plans_around(world, plan, target=target, cost=cost, importance=importance, seed=seed)
+                    world.foresee_tuning(around)
             with reporter.stage("Token mask rearrangement (PPO)", settings.episodes, unit="episodes") as advance:
                 found = rearrange(
                     world,
@@ -204,7 +198,6 @@ def learn(
                     target=target,
                     cost=cost,
                     importance=importance,
-                    firsts=firsts,
                     settings=settings,
                     seed=seed,
                     checkpoint=checkpoint,

@@ -10,6 +10,10 @@ spread over the blocks, only shows when the pruned model is run. So pruning is p
 * *reward*, at the end: the relative drop in distance from the dense model against the incumbent on the same images,
   minus the weighted cost over budget.
 
+What ships is tuned afterwards (:mod:`vpruner.prune.tune`), and tuning makes some gains worthless: where the errors of
+several dropped tokens were played off against each other, a refit would have undone them anyway. So half of all images
+are judged with stand-in weights, refitted to many plans around the start at once (:meth:`World.foresee_tuning`).
+
 The policy is trained by clipped PPO (:mod:`vpruner.prune.ppo`). It starts at the Fisher plan: its first logits say "as
 the incumbent does", with just enough noise for a few tokens to move, and those rather that the gradients point at. When
 an episode beats the incumbent on images that did not choose it, it becomes the incumbent. What all episodes so far say
@@ -21,7 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -39,6 +43,7 @@ from .fisher import batch_size_for, gate_gradients
 from .plan import Geometry, TokenPlan
 from .ppo import PPOSettings, update
 from .rollouts import evaluate_plans
+from .tune import refit_weights, with_weights
 from .vit import ViTAdapter, weights_sha256
 
 #: Version of the checkpoint file.
@@ -75,6 +80,11 @@ OVER_BUDGET_WEIGHT = 20.0
 GUIDANCE = (3.0, 0.5)
 #: Hidden units of policy and value networks.
 HIDDEN = 32
+#: Stand-in weights are refitted to so many plans together, on so many images at most. Weights of the start alone would
+#: favour it: over plans around it, the distance with them falls where the distance after a refit of their own rises.
+STAND_IN_PLANS, STAND_IN_IMAGES = 16, 1024
+#: Temperatures of the episodes that those plans come from: further from the start than the episodes to be judged.
+STAND_IN_TEMPERATURES = (1.0, 2.5)
 TOKEN_FEATURES, BLOCK_FEATURES = 9, 6
 
 
@@ -133,7 +143,11 @@ class World:
     Attributes:
         images: int64 [image]: those that may give rewards.
         held_out: int64 [image]: those that may not.
+        stand_in: Weights that every second image is judged with, as a foretaste of tuning; None: all images with the
+            model's own.
     """
+
+    stand_in: Mapping[str, Tensor] | None = None
 
     def __init__(self, adapter: ViTAdapter, calibration: Calibration):
         self.adapter, self.calibration = adapter, calibration
@@ -144,26 +158,61 @@ class World:
         # One chain of activations per level of the tree is alive at a time.
         self._chunk = max(1, batch_size_for(self.geometry, backward=True))
 
-    def judge(self, plans: Sequence[TokenPlan], indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def foresee_tuning(self, plans: Sequence[TokenPlan]) -> bool:
+        """Judge every second image with weights refitted to ``plans`` together from now on.
+
+        Returns:
+            False when no refit helped them on the held-out images: all are judged with the model's own then.
+        """
+        # One image of a fit has hardly a say in its normal equations: the images of rewards may be among them.
+        fit = self.calibration.fit[:STAND_IN_IMAGES]
+        self.stand_in = None
+        before = self.judge(plans, self.held_out)[1].mean(0)
+        weights, _ = refit_weights(self.adapter, plans, self.calibration, fit, flip=True)
+        with with_weights(self.adapter.model, weights):
+            after = self.judge(plans, self.held_out)[1].mean(0)
+        self.stand_in = weights if weights and Judgement.of(before, after).better else None
+        return self.stand_in is not None
+
+    def judge(
+        self, plans: Sequence[TokenPlan], indices: np.ndarray, *, foresee: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """How far plans are from the dense model: (distances, divergences), each float64 [plan, image].
 
         :func:`~vpruner.prune.calibration.distance` is what rewards are made of, for its small variance;
         :func:`~vpruner.prune.calibration.divergence` is what is reported.
+
+        Args:
+            foresee: False: all images with the model's own weights.
         """
-        distances, divergences = [], []
-        for start in range(0, len(indices), self._chunk):
-            chunk = indices[start : start + self._chunk]
-            outputs = evaluate_plans(self.adapter, plans, self.calibration.images(chunk))
+        distances = np.empty((len(plans), len(indices)))
+        divergences = np.empty_like(distances)
+        for places, weights in self._parts(indices, foresee):
+            chunk = indices[places]
+            with with_weights(self.adapter.model, weights):
+                outputs = evaluate_plans(self.adapter, plans, self.calibration.images(chunk))
             dense = self.calibration.dense_outputs(self.adapter, chunk).expand_as(outputs)
-            distances.append(distance(dense, outputs, self.geometry.output).double().numpy())
-            divergences.append(divergence(dense, outputs, self.geometry.output).double().numpy())
-        return np.concatenate(distances, axis=1), np.concatenate(divergences, axis=1)
+            distances[:, places] = distance(dense, outputs, self.geometry.output).numpy()
+            divergences[:, places] = divergence(dense, outputs, self.geometry.output).numpy()
+        return distances, divergences
+
+    def _parts(self, indices: np.ndarray, foresee: bool = True) -> list[tuple[np.ndarray, Mapping[str, Tensor] | None]]:
+        """(places in ``indices``, weights that those images are judged with), a chunk at a time."""
+        # Before any weights are exchanged: the target is what the model as trained says.
+        self.calibration.dense_outputs(self.adapter, indices)
+        tuned = (indices % 2 == 1) & (foresee and self.stand_in is not None)
+        return [
+            (places[start : start + self._chunk], weights)
+            for weights, places in ((None, np.flatnonzero(~tuned)), (self.stand_in, np.flatnonzero(tuned)))
+            for start in range(0, len(places), self._chunk)
+        ]
 
     @property
     def digest(self) -> str:
         """Identity of the images and the weights: a checkpoint goes with both."""
         pixels = hashlib.sha256(memoryview(np.ascontiguousarray(self.calibration.pixels))).hexdigest()
-        return f"{pixels[:16]}-{len(self.held_out)}-{weights_sha256(self.adapter.model)[:16]}"
+        weights = weights_sha256(self.adapter.model)[:16]
+        return f"{pixels[:16]}-{len(self.held_out)}-{weights}{'-tuned' if self.stand_in else ''}"
 
     def curvature(self, indices: np.ndarray, seed: int) -> np.ndarray:
         """float32 [image, block L, patch N]: gate gradients at the dense model whose squares are its Fisher scores."""
@@ -182,21 +231,24 @@ class World:
         parameters = [p for p in model.parameters() if p.requires_grad]
         for parameter in parameters:
             parameter.requires_grad_(False)
-        rows = []
-        size = batch_size_for(self.geometry, backward=True)
+        rows = self.geometry.depth + self.geometry.head_patches
+        values = np.empty((len(indices), rows, self.geometry.patches), np.float32)
         try:
-            for start in range(0, len(indices), size):
-                chunk = indices[start : start + size]
+            for places, weights in self._parts(indices):
+                chunk = indices[places]
                 dense = self.calibration.dense_outputs(self.adapter, chunk)
-                with self.adapter.gated(len(chunk), plan, reopen=True) as gates, torch.enable_grad():
+                with (
+                    with_weights(model, weights),
+                    self.adapter.gated(len(chunk), plan, reopen=True) as gates,
+                    torch.enable_grad(),
+                ):
                     output = model(self.calibration.images(chunk).to(gates.device, gates.dtype)).float()
                     value = distance(dense.to(output.device), output, self.geometry.output).sum()
                     (gradient,) = torch.autograd.grad(value, gates)
-                rows.append(gradient.float().cpu().numpy())
+                values[places] = gradient.float().cpu().numpy()
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(True)
-        values = np.concatenate(rows)
         if values.shape[1] > self.geometry.depth:
             values[:, -2] += values[:, -1]
         return values[:, : self.geometry.depth]
@@ -662,6 +714,53 @@ def _attachment(game: Game, prospect: Prospect, random: np.random.Generator) -> 
     return high
 
 
+def _first_policy(game: Game, prospect: Prospect, seed: int) -> Policy:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Policy(_attachment(game, prospect, np.random.default_rng([seed, 3])))
+
+
+def _look_around(world: World, plan: TokenPlan, count: int, random: np.random.Generator) -> Prospect:
+    """What the gradients at ``plan`` promise, on ``count`` images drawn from those of rewards."""
+    images = np.sort(random.permutation(world.images)[:count])
+    return Prospect.at(plan.exits, world.effects(plan, images))
+
+
+def _game_around(
+    world: World, plan: TokenPlan, target: float, cost: Cost | None, importance: np.ndarray | None
+) -> Game:
+    cost = cost or MacsCost(world.geometry)
+    # A plan may be a little over its target (a table re-measured); rearranging must not make that an excuse.
+    return Game(world.geometry, cost, max(target * cost.dense, cost.total(plan.key_counts)), importance)
+
+
+def plans_around(
+    world: World,
+    plan: TokenPlan,
+    *,
+    target: float,
+    cost: Cost | None = None,
+    importance: np.ndarray | None = None,
+    count: int = STAND_IN_PLANS,
+    images: int = RearrangeSettings.effect_images,
+    seed: int = 0,
+) -> list[TokenPlan]:
+    """Plans within the budget such as a rearrangement of ``plan`` meets: episodes of its first policy, heated.
+
+    Args:
+        world, plan, target, cost, importance, seed: As for :func:`rearrange`.
+        count: How many.
+        images: How many give the gradients that guide the policy.
+    """
+    random = np.random.default_rng([seed, 5])
+    game = _game_around(world, plan, target, cost, importance)
+    prospect = _look_around(world, plan, images, random)
+    temperatures = np.exp(random.uniform(*np.log(STAND_IN_TEMPERATURES), count))
+    played = game.play(_first_policy(game, prospect, seed), prospect, temperatures, random)
+    finished = (game.spend(exits, prospect) for exits in played.exits)
+    return [TokenPlan.from_exits(world.name, world.geometry, exits) for exits in finished]
+
+
 # -- the stage -----------------------------------------------------------------------------------------------------
 
 
@@ -672,7 +771,6 @@ def rearrange(
     target: float,
     cost: Cost | None = None,
     importance: np.ndarray | None = None,
-    firsts: Sequence[TokenPlan] = (),
     settings: RearrangeSettings | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -685,8 +783,6 @@ def rearrange(
         plan: Where to start: the Fisher plan.
         cost: What the budget is of; None: MACs.
         importance: float [exit 0..L, patch N]: Fisher importance, a feature of the policy; None: no prior.
-        firsts: Plans within the budget to begin at, such as what :func:`greedy_swaps` made of ``plan``. The best on the
-            images of rewards is the first incumbent, if it is better than ``plan`` there.
         checkpoint: A file to resume from, where it exists, and to write after every few batches of episodes.
         on_batch: Called with the number of episodes just played and the relative gain of the incumbent so far.
 
@@ -699,7 +795,7 @@ def rearrange(
     settings = settings or RearrangeSettings()
     cost = cost or MacsCost(world.geometry)
     started = time.monotonic()
-    run = _Run(world, plan, target, cost, importance, settings, seed, firsts)
+    run = _Run(world, plan, target, cost, importance, settings, seed)
     if checkpoint is not None:
         run.resume(Path(checkpoint))
     interrupted = ""
@@ -715,6 +811,8 @@ def rearrange(
     if checkpoint is not None:
         run.save(Path(checkpoint))
     judgement = Judgement.of(run.held_out_start[1], run.held_out_best[1])
+    if world.stand_in is not None:  # What is reported is of the model with its own weights.
+        judgement = Judgement.of(*world.judge([plan, run.best], world.held_out, foresee=False)[1])
     kept = run.best is not plan and _clearly_better(run.held_out_start, run.held_out_best, run.looks)
     note = interrupted
     if not kept:
@@ -727,6 +825,7 @@ def rearrange(
     details = {
         "episodes": run.played,
         "incumbents": run.incumbents,
+        "foresees_tuning": world.stand_in is not None,
         "seconds": round(time.monotonic() - started, 3),
         "settings": asdict(settings),
         "seed": seed,
@@ -768,7 +867,7 @@ def _clearly_better(before: Sequence[np.ndarray], after: Sequence[np.ndarray], l
 class _Run:
     """The state of one rearrangement between batches of episodes: all that a checkpoint holds."""
 
-    def __init__(self, world, plan, target, cost, importance, settings, seed, firsts=()):
+    def __init__(self, world, plan, target, cost, importance, settings, seed):
         self.world, self.plan, self.settings = world, plan, settings
         self.random = np.random.default_rng([seed, 2])
         self.identity = {
@@ -778,8 +877,7 @@ class _Run:
             "seed": seed,
             "images": world.digest,
         }
-        # A plan may be a little over its target (a table re-measured); rearranging must not make that an excuse.
-        self.game = Game(world.geometry, cost, max(target * cost.dense, cost.total(plan.key_counts)), importance)
+        self.game = _game_around(world, plan, target, cost, importance)
         self.played = self.batches = self.incumbents = self.looks = 0
         self.history: list[dict[str, float]] = []
         self.heat, self.run_before = 1.0, set()
@@ -789,18 +887,9 @@ class _Run:
         #: float64 [image]: the incumbent's distance on ``world.images``, and the start's mean there.
         self.reference = world.judge([plan], world.images)[0][0]
         self.start = float(self.reference.mean())
-        firsts = [first for first in firsts if first.digest != plan.digest]
-        if firsts:
-            distances = world.judge(firsts, world.images)[0]
-            best = int(distances.mean(1).argmin())
-            if Judgement.of(self.reference, distances[best]).better:
-                self.incumbent, self.reference = firsts[best], distances[best]
-                self._remember_if_best()
         self.evidence = Evidence(world.geometry.depth, world.geometry.patches)
         self.prospect = self._look_around()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.policy = Policy(_attachment(self.game, self.prospect, np.random.default_rng([seed, 3])))
+        self.policy = _first_policy(self.game, self.prospect, seed)
         self.ppo = PPOSettings()
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=self.ppo.learning_rate)
 
@@ -846,8 +935,7 @@ class _Run:
         )
 
     def _look_around(self) -> Prospect:
-        images = self.random.permutation(self.world.images)[: self.settings.effect_images]
-        return Prospect.at(self.incumbent.exits, self.world.effects(self.incumbent, np.sort(images)))
+        return _look_around(self.world, self.incumbent, self.settings.effect_images, self.random)
 
     def _screen(self, sampled: Episodes) -> list[int]:
         """The rows worth running: not run before around this incumbent, distinct, best by the quadratic estimate.
@@ -1033,8 +1121,7 @@ def greedy_swaps(
     Returns:
         (plan, swaps): within the budget, and not judged by anything but the estimate; and how many swaps made it.
     """
-    cost = cost or MacsCost(world.geometry)
-    game = Game(world.geometry, cost, max(target * cost.dense, cost.total(plan.key_counts)), None)
+    game = _game_around(world, plan, target, cost, None)
     gates = world.curvature(np.sort(np.random.default_rng([seed, 4]).permutation(world.images)[:images]), seed)
     patches = world.geometry.patches
     # sums[x, e, i]: gradient of all the gates that token i closes when it leaves at block e.

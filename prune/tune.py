@@ -190,7 +190,7 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor] | None) -> Iter
 @torch.no_grad()
 def refit_weights(
     adapter: ViTAdapter,
-    plan: TokenPlan,
+    plan: TokenPlan | Sequence[TokenPlan],
     calibration: Calibration,
     indices: Sequence[int] | np.ndarray,
     *,
@@ -212,6 +212,8 @@ def refit_weights(
     in the last block of a class-token model, which has one row per image for thousands of unknowns.
 
     Args:
+        plan: The mask. Of several, each is in force for an equal share of the images, and the weights suit all of them
+            in the mean, none in particular.
         indices: int [image] of ``calibration``; no other image is looked at.
         start: Weights of the pruned model where they are not the dense model's: state-dict name -> tensor.
         flip: Fit to mirror images as well; None: below :data:`FLIP_BELOW` images.
@@ -227,7 +229,8 @@ def refit_weights(
     weights = dict(start or {})
     blocks: list[dict[str, Any]] = []
     ridges = {"attn.proj": FIRST_RIDGE, "mlp.fc2": FIRST_RIDGE}
-    with _Streams(adapter, plan, calibration, indices, flip, prefix_weight, ram_bytes) as streams:
+    plans = [plan] if isinstance(plan, TokenPlan) else plan
+    with _Streams(adapter, plans, calibration, indices, flip, prefix_weight, ram_bytes) as streams:
 
         def refit(index: int, name: str, linear: nn.Linear, scale: nn.Module, equations: NormalEquations) -> None:
             solution = equations.solve(ridges[name])
@@ -267,7 +270,8 @@ def refit_weights(
                 inputs, heads = streams.attend(chunk, index)
                 output = linear_output(index, "attn.proj", proj, heads)
                 target = streams.get("middle", chunk) - inputs
-                equations.add(streams.fold(chunk), heads, target - block.ls1(output), streams.row_weights(index))
+                weights_of_rows = streams.row_weights(chunk, index)
+                equations.add(streams.fold(chunk), heads, target - block.ls1(output), weights_of_rows)
                 streams.put("heads", chunk, heads)
                 streams.put("pruned", chunk, inputs)
             refit(index, "attn.proj", proj, block.ls1, equations)
@@ -281,7 +285,8 @@ def refit_weights(
                     hidden = _input_of(fc2, block.mlp, block.norm2(middle))
                     output = linear_output(index, "mlp.fc2", fc2, hidden)
                     target = streams.get("target", chunk) - middle
-                    equations.add(streams.fold(chunk), hidden, target - block.ls2(output), streams.row_weights(index))
+                    weights_of_rows = streams.row_weights(chunk, index)
+                    equations.add(streams.fold(chunk), hidden, target - block.ls2(output), weights_of_rows)
             if equations is not None:
                 refit(index, "mlp.fc2", fc2, block.ls2, equations)
             for chunk in streams.chunks:
@@ -354,7 +359,7 @@ def tune_gates_least_squares(
     log_gates = _log_gates(plan)
     blocks: list[dict[str, Any]] = []
     changed = False
-    with _Streams(adapter, plan, calibration, indices[:GATE_IMAGES], False, prefix_weight, ram_bytes) as streams:
+    with _Streams(adapter, [plan], calibration, indices[:GATE_IMAGES], False, prefix_weight, ram_bytes) as streams:
         for index in range(depth):
             blocks.append({"ridges": [], "errors": []})
             streams.advance_dense(index)
@@ -679,6 +684,7 @@ class _Streams:
         images: How many.
         flip: Whether each chunk holds the mirror images too; they share the fold of the originals.
         chunks: int [chunk].
+        plans: Chunks take them in turns; each plan meets all folds.
         folds: How many folds the chunks are dealt to.
         diverged: Whether pruned and dense stream differ by more than rounding from here on.
     """
@@ -686,14 +692,14 @@ class _Streams:
     def __init__(
         self,
         adapter: ViTAdapter,
-        plan: TokenPlan,
+        plans: Sequence[TokenPlan],
         calibration: Calibration,
         indices: Sequence[int] | np.ndarray,
         flip: bool | None,
         prefix_weight: float,
         ram_bytes: int,
     ):
-        self.model, self.plan, self.geometry = adapter.model, plan, plan.geometry
+        self.model, self.plans, self.geometry = adapter.model, tuple(plans), adapter.geometry
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self._calibration, self._indices = calibration, np.asarray(indices)
@@ -702,7 +708,7 @@ class _Streams:
         widths = [m.in_features for m in self.model.blocks.modules() if isinstance(m, nn.Linear)]
         self.folds = min(self.images, WIDE_FOLDS if max(widths) > WIDE else FOLDS)
         size = batch_size_for(self.geometry, memory_bytes=1 << 29) // (1 + self.flip)
-        self._size = max(1, min(size, math.ceil(self.images / max(1, self.folds))))
+        self._size = max(1, min(size, math.ceil(self.images / max(1, self.folds * len(self.plans)))))
         self.chunks = range(math.ceil(self.images / self._size))
         self.folds = min(self.folds, len(self.chunks))
         self._prefix_weight = prefix_weight
@@ -710,7 +716,6 @@ class _Streams:
         self.diverged = False
 
     def __enter__(self) -> _Streams:
-        entry = self.positions(0)
         try:
             for chunk in self.chunks:
                 chosen = self._indices[chunk * self._size : (chunk + 1) * self._size]
@@ -719,7 +724,7 @@ class _Streams:
                     images = torch.cat([images, images.flip(-1)])
                 tokens = embed_images(self.model, images)
                 self.put("dense", chunk, tokens)
-                self.put("pruned", chunk, tokens.index_select(1, entry))
+                self.put("pruned", chunk, tokens.index_select(1, self.positions(chunk, 0)))
         except BaseException:
             self._store.__exit__()
             raise
@@ -738,30 +743,34 @@ class _Streams:
     def fold(self, chunk: int) -> int:
         return chunk % self.folds
 
-    def positions(self, block: int) -> Tensor:
-        return torch.from_numpy(self.plan.token_positions(block)).to(self.device)
+    def plan(self, chunk: int) -> TokenPlan:
+        return self.plans[chunk // self.folds % len(self.plans)]
 
-    def rows(self, block: int) -> Tensor:
-        return torch.from_numpy(self.plan.query_rows(block)).to(self.device)
+    def positions(self, chunk: int, block: int) -> Tensor:
+        return torch.from_numpy(self.plan(chunk).token_positions(block)).to(self.device)
+
+    def rows(self, chunk: int, block: int) -> Tensor:
+        return torch.from_numpy(self.plan(chunk).query_rows(block)).to(self.device)
 
     def equations(self, linear: nn.Linear) -> NormalEquations:
         return NormalEquations(
             linear.in_features, linear.out_features, self.folds, bias=linear.bias is not None, device=self.device
         )
 
-    def row_weights(self, block: int) -> Tensor | None:
+    def row_weights(self, chunk: int, block: int) -> Tensor | None:
         """[query] of ``block``: prefix tokens that the head reads count more, unless it reads patches too."""
         if self.geometry.head_patches or self._prefix_weight == 1:
             return None
-        weights = torch.ones(self.plan.query_counts[block], device=self.device)
+        weights = torch.ones(self.plan(chunk).query_counts[block], device=self.device)
         weights[: self.geometry.head_prefix] = self._prefix_weight
         return weights
 
     def exact_so_far(self, block: int) -> bool:
         """Whether the pruned stream after ``block`` equals the dense one at its positions, up to rounding."""
-        gates = None if self.plan.gates is None else self.plan.gates[block]
-        whole = len(self.plan.kept[block]) == self.geometry.patches and (gates is None or all(g == 1 for g in gates))
-        return whole and not self.diverged
+        if self.diverged:
+            return False
+        kept = all(len(plan.kept[block]) == self.geometry.patches for plan in self.plans)
+        return kept and all(plan.gates is None or all(gate == 1 for gate in plan.gates[block]) for plan in self.plans)
 
     def advance_dense(self, block: int) -> None:
         """Take the dense stream through the block.
@@ -770,13 +779,14 @@ class _Streams:
         the block. That is the dense stream; only before a head that pools over patches it is shifted by what makes the
         pooled token come out right, because the head will miss the dropped patches and no block follows to make up.
         """
-        module, positions = self.model.blocks[block], self.positions(block + 1)
+        module = self.model.blocks[block]
         pooled = self.geometry.head_patches and block == self.geometry.depth - 1
         for chunk in self.chunks:
             tokens = self.get("dense", chunk)
             middle = tokens + module.ls1(module.attn(module.norm1(tokens)))
             tokens = middle + module.ls2(module.mlp(module.norm2(middle)))
             weights = pooling_weights(self.model, tokens) if pooled else None
+            positions = self.positions(chunk, block + 1)
             for name, stream in (("middle", middle), ("target", tokens)):
                 wanted = stream.index_select(1, positions)
                 if pooled:
@@ -789,16 +799,16 @@ class _Streams:
 
     def follow_dense(self, block: int) -> None:
         """Set the pruned stream after ``block`` to the dense one."""
-        positions = self.positions(block + 1)
         for chunk in self.chunks:
+            positions = self.positions(chunk, block + 1)
             self.put("pruned", chunk, self.get("dense", chunk).index_select(1, positions))
 
     def attend(self, chunk: int, block: int) -> tuple[Tensor, Tensor]:
         """[batch, query, ...]: the pruned stream entering ``block``, and what the projection reads."""
-        module, rows = self.model.blocks[block], self.rows(block)
+        module, rows = self.model.blocks[block], self.rows(chunk, block)
         tokens = self.get("pruned", chunk)
         normed = module.norm1(tokens)
-        bias = _key_bias(self.plan, block, masked=False)
+        bias = _key_bias(self.plan(chunk), block, masked=False)
         heads = attended_values(
             module.attn, normed.index_select(1, rows), normed, None if bias is None else bias.to(tokens)
         )
@@ -806,15 +816,17 @@ class _Streams:
 
     def advance_pruned(self, block: int, bias: Tensor) -> None:
         """Take the pruned stream through the block with its own weights and the attention bias [1, 1, 1, key]."""
-        forward = _forward_without_dead_tokens(self.model.blocks[block], self.plan.query_rows(block), bias)
         for chunk in self.chunks:
+            rows = self.plan(chunk).query_rows(block)
+            forward = _forward_without_dead_tokens(self.model.blocks[block], rows, bias)
             self.put("pruned", chunk, forward(self.get("pruned", chunk)))
 
     def add_gate_equations(
         self, equations: NormalEquations, chunk: int, block: int, bias: Tensor, *, with_jacobian: bool
     ) -> None:
         """Add the equations of the log-gates of ``block`` at ``bias``; without Jacobian only their squared error."""
-        module, rows, weights = self.model.blocks[block], self.rows(block), self.row_weights(block)
+        module = self.model.blocks[block]
+        rows, weights = self.rows(chunk, block), self.row_weights(chunk, block)
         attn, prefix = module.attn, self.geometry.prefix_tokens
         tokens, middle = self.get("pruned", chunk), self.get("middle", chunk)
         normed = module.norm1(tokens)

@@ -1,9 +1,15 @@
 """Tiny random ViTs of every kind that the adapter handles, shared by the tests of the pruning stages."""
 
+import numpy as np
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+
+from vpruner.prune.calibration import Calibration
+from vpruner.prune.plan import TokenPlan
+from vpruner.prune.vit import ViTAdapter
+from vpruner.runtime.preprocess import Preprocessing
 
 BASE = dict(img_size=(32, 48), patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
 
@@ -38,3 +44,22 @@ def tiny(kind: str, seed: int = 0, **changes) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model.eval()
+
+
+def calibration_for(adapter: ViTAdapter, count: int = 32, held_out: int = 8, seed: int = 0) -> Calibration:
+    """Smooth random images: tokens that are left can tell something about those that are not."""
+    height, width = adapter.geometry.image_size
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 255, (count, 4, 4, 3), np.uint8)
+    pixels = coarse.repeat(-(-height // 4), 1).repeat(-(-width // 4), 2)[:, :height, :width]
+    preprocessing = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, size=(height, width))
+    return Calibration(np.ascontiguousarray(pixels), None, preprocessing, held_out)
+
+
+def half_plan(adapter: ViTAdapter, first: int = 1, seed: int = 0) -> TokenPlan:
+    """Every block from ``first`` on loses a part of the patches; about half are left at the end."""
+    geometry = adapter.geometry
+    random = np.random.default_rng(seed)
+    exits = random.integers(first, 2 * geometry.depth - first, geometry.patches).clip(max=geometry.depth)
+    exits[0], exits[1] = geometry.depth, first
+    return TokenPlan.from_exits(adapter.name, geometry, exits)

@@ -180,12 +180,12 @@ def test_no_stage_fits_to_held_out_images(images, rearrangement, monkeypatch):
         monkeypatch.setattr(World, name, watch)
     real_judge = World.judge
 
-    def judge(self, plans, indices):
+    def judge(self, plans, indices, **options):
         indices = np.asarray(indices)
         judged.append(indices)
         # Rewards and verdicts never mix.
         assert np.array_equal(indices, self.held_out) or not set(indices % 24) & set(self.held_out.tolist())
-        return real_judge(self, plans, indices)
+        return real_judge(self, plans, indices, **options)
 
     monkeypatch.setattr(World, "judge", judge)
     real_batches = Calibration.batches

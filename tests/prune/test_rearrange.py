@@ -41,6 +41,8 @@ class SmallWorld:
     over those held out, they average to the same.
     """
 
+    stand_in = None
+
     def __init__(self, geometry=None, *, images=192, held_out=96, pairs=0.3, noise=0.1, problem=0):
         self.geometry, self.name = geometry or shape(), "small"
         self.digest = f"{images} {held_out} {pairs} {noise} {problem}"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from tiny_vits import KINDS, tiny
+from tiny_vits import KINDS, calibration_for, half_plan, tiny
 
 from vpruner.prune import tune as tuning
 from vpruner.prune.calibration import Calibration
@@ -24,28 +24,8 @@ from vpruner.prune.tune import (
     with_weights,
 )
 from vpruner.prune.vit import ViTAdapter, attended_values, weights_sha256
-from vpruner.runtime.preprocess import Preprocessing
 
 TUNED = [kind for kind in TUNINGS if kind != "none"]
-
-
-def calibration_for(adapter: ViTAdapter, count: int = 32, held_out: int = 8, seed: int = 0) -> Calibration:
-    """Smooth random images: tokens that are left can tell something about those that are not."""
-    height, width = adapter.geometry.image_size
-    random = np.random.default_rng(seed)
-    coarse = random.integers(0, 255, (count, 4, 4, 3), np.uint8)
-    pixels = coarse.repeat(-(-height // 4), 1).repeat(-(-width // 4), 2)[:, :height, :width]
-    preprocessing = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, size=(height, width))
-    return Calibration(np.ascontiguousarray(pixels), None, preprocessing, held_out)
-
-
-def half_plan(adapter: ViTAdapter, first: int = 1, seed: int = 0) -> TokenPlan:
-    """Every block from ``first`` on loses a part of the patches; about half are left at the end."""
-    geometry = adapter.geometry
-    random = np.random.default_rng(seed)
-    exits = random.integers(first, 2 * geometry.depth - first, geometry.patches).clip(max=geometry.depth)
-    exits[0], exits[1] = geometry.depth, first
-    return TokenPlan.from_exits(adapter.name, geometry, exits)
 
 
 def case(kind: str = "class token", **changes):
@@ -295,7 +275,10 @@ def test_pooled_targets_have_the_mean_of_the_dense_tokens(kind):
     first = 0 if model.pool_include_prefix else prefix
     dense = []
     hook = model.blocks[-1].register_forward_hook(lambda module, args, output: dense.append(output))
-    with torch.no_grad(), tuning._Streams(adapter, plan, calibration, calibration.fit, False, 4.0, 1 << 30) as streams:
+    with (
+        torch.no_grad(),
+        tuning._Streams(adapter, [plan], calibration, calibration.fit, False, 4.0, 1 << 30) as streams,
+    ):
         for block in range(adapter.geometry.depth):
             streams.advance_dense(block)
         model(calibration.images(calibration.fit))

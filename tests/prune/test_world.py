@@ -1,0 +1,115 @@
+"""The world that rearrangements play in: real models, a foretaste of tuning on every second image."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_vits import calibration_for, half_plan, tiny
+
+from vpruner.prune import rearrange as module
+from vpruner.prune.cost import cost_ratio
+from vpruner.prune.rearrange import World, plans_around
+from vpruner.prune.tune import refit_weights, with_weights
+from vpruner.prune.vit import ViTAdapter, weights_sha256
+
+
+def world_and_plans(kind="class token"):
+    adapter = ViTAdapter(tiny(kind), "tiny")
+    world = World(adapter, calibration_for(adapter, 160, 64))
+    return world, [half_plan(adapter, seed=seed) for seed in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["class token", "average pooling", "features"])
+def test_every_second_image_is_judged_with_the_stand_in(kind):
+    world, plans = world_and_plans(kind)
+    before = weights_sha256(world.adapter.model)
+    own = world.judge(plans, world.images)
+    own_effects = world.effects(plans[0], world.images)
+    assert world.foresee_tuning(plans)
+    with with_weights(world.adapter.model, world.stand_in):
+        # Dense outputs are remembered, so these are distances from the model as trained.
+        tuned = world.judge(plans, world.images, foresee=False)
+        tuned_effects = world.effects(plans[0], world.images[world.images % 2 == 1])
+    mixed, even = world.judge(plans, world.images), world.images % 2 == 0
+    for part in range(2):
+        np.testing.assert_allclose(mixed[part][:, even], own[part][:, even], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(mixed[part][:, ~even], tuned[part][:, ~even], rtol=1e-4, atol=1e-6)
+        assert not np.allclose(mixed[part][:, ~even], own[part][:, ~even], rtol=1e-2)
+        unforeseen = world.judge(plans, world.images, foresee=False)[part]
+        np.testing.assert_allclose(unforeseen, own[part], rtol=1e-4, atol=1e-6)
+    effects = world.effects(plans[0], world.images)
+    scale = np.abs(own_effects).max()
+    np.testing.assert_allclose(effects[even], own_effects[even], atol=1e-4 * scale)
+    np.testing.assert_allclose(effects[~even], tuned_effects, atol=1e-4 * scale)
+    assert weights_sha256(world.adapter.model) == before
+
+
+def test_a_stand_in_that_does_not_help_is_not_used(monkeypatch):
+    world, plans = world_and_plans()
+    digest, own = world.digest, world.judge(plans, world.images)
+
+    def spoiled(adapter, plans, *args, **options):
+        name = "blocks.2.attn.proj.weight"
+        return {name: 5 * dict(adapter.model.named_parameters())[name].detach()}, {}
+
+    for refit in (spoiled, lambda *args, **options: ({}, {})):
+        monkeypatch.setattr(module, "refit_weights", refit)
+        assert not world.foresee_tuning(plans) and world.stand_in is None and world.digest == digest
+        np.testing.assert_allclose(world.judge(plans, world.images)[0], own[0], rtol=1e-5)
+
+
+def test_own_weights_are_back_after_an_exception(monkeypatch):
+    world, plans = world_and_plans()
+    before, digest = weights_sha256(world.adapter.model), world.digest
+    assert world.foresee_tuning(plans)
+    assert world.digest != digest  # A checkpoint of the one is none of the other.
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "evaluate_plans", interrupt)
+    monkeypatch.setattr(module, "distance", interrupt)
+    for call in (lambda: world.judge(plans, world.images), lambda: world.effects(plans[0], world.images)):
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        assert weights_sha256(world.adapter.model) == before
+        assert all(parameter.requires_grad for parameter in world.adapter.model.parameters())
+
+
+def test_plans_around_are_within_the_budget_and_differ():
+    world, (plan, *_) = world_and_plans()
+    plans = plans_around(world, plan, target=cost_ratio(plan), count=8)
+    assert len(plans) == 8 and len({other.digest for other in plans}) > 4
+    assert all(cost_ratio(other) <= cost_ratio(plan) + 1e-9 for other in plans)
+    again = plans_around(world, plan, target=cost_ratio(plan), count=8)
+    assert [other.digest for other in plans] == [other.digest for other in again]
+
+
+# -- one refit for several plans --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["class token", "average pooling", "layer scale"])
+def test_a_refit_to_one_plan_of_a_list_is_the_refit_to_that_plan(kind):
+    adapter = ViTAdapter(tiny(kind), "tiny")
+    plan, calibration = half_plan(adapter), calibration_for(adapter)
+    one, _ = refit_weights(adapter, plan, calibration, calibration.fit)
+    listed, _ = refit_weights(adapter, [plan], calibration, calibration.fit)
+    assert one.keys() == listed.keys() and all(torch.equal(one[name], listed[name]) for name in one)
+
+
+def test_a_refit_to_several_plans_helps_each_and_is_partial_to_none():
+    adapter = ViTAdapter(tiny("class token"), "tiny")
+    calibration = calibration_for(adapter, 264)
+    plans = [half_plan(adapter, seed=seed) for seed in range(4)]
+    own = [refit_weights(adapter, plan, calibration, calibration.fit)[0] for plan in plans]
+    shared = refit_weights(adapter, plans, calibration, calibration.fit)[0]
+
+    def error(plan, weights) -> float:
+        with with_weights(adapter.model, weights):
+            return float(calibration.divergence(adapter, plan, calibration.held_out).mean())
+
+    calibration.dense_outputs(adapter, calibration.held_out)
+    table = np.array([[error(plan, weights) for weights in (None, shared, *own)] for plan in plans])
+    untuned, together, alone = table[:, 0], table[:, 1], table[:, 2:]
+    # Own weights are best in the mean, those shared come next, those of another plan last.
+    others = (alone.sum(1) - np.diag(alone)) / 3
+    assert np.diag(alone).mean() < together.mean() < others.mean() and together.mean() < untuned.mean()
