@@ -24,6 +24,7 @@ from vpruner.prune.learn import learn, learn_plan
 from vpruner.prune.models import open_model
 from vpruner.prune.plan import TokenPlan
 from vpruner.prune.rearrange import RearrangeSettings
+from vpruner.prune.search import minimum_cost
 from vpruner.runtime.environment import environment
 from vpruner.runtime.measure import profile_onnx
 from vpruner.runtime.table import LatencyTable
@@ -64,12 +65,13 @@ def main() -> None:
     for target in args.targets:
         by_time = made(target, LatencyCost(table, geometry))
         wanted = table.predict_plan(by_time)
-        low, high = 0.2, 1.0
-        for _ in range(6):  # By the search alone: rearrangement stays within the budget it is given.
+        macs = MacsCost(geometry)
+        low, high = minimum_cost(macs) / macs.dense, 1.0
+        for _ in range(8):  # By the search alone: rearrangement stays within the budget it is given.
             middle = 0.5 * (low + high)
             trial = learn_plan(loaded, calibration, target=middle, seed=args.seed)
             low, high = (middle, high) if table.predict_plan(trial) <= wanted else (low, middle)
-        by_macs = made(low, MacsCost(geometry))
+        by_macs = made(low, macs)
         plans = {"by latency": by_time, "by macs": by_macs}
         with tempfile.TemporaryDirectory() as folder:
             paths = {"dense": Path(folder) / "dense.onnx"}

@@ -34,7 +34,7 @@ from .data import ImageSet
 from .fisher import batch_size_for, gate_gradients
 from .models import LoadedModel
 from .plan import TokenPlan
-from .rearrange import RearrangeSettings, World, plans_around, read_checkpoint, rearrange, swap_greedily
+from .rearrange import Rearranged, RearrangeSettings, World, plans_around, read_checkpoint, rearrange, swap_greedily
 from .search import check_target, search_mask
 from .tune import TUNINGS, tune
 
@@ -187,22 +187,26 @@ def learn(
         settings = settings or RearrangeSettings()
         world = World(adapter, calibration)
         if rearrangement == "ppo":
-            if tuning == "weights":
-                with reporter.stage("Refitting stand-in weights"):
-                    around = plans_around(world, plan, target=target, cost=cost, importance=importance, seed=seed)
-                    world.foresee_tuning(around)
-            with reporter.stage("Token mask rearrangement (PPO)", settings.episodes, unit="episodes") as advance:
-                found = rearrange(
-                    world,
-                    plan,
-                    target=target,
-                    cost=cost,
-                    importance=importance,
-                    settings=settings,
-                    seed=seed,
-                    checkpoint=checkpoint,
-                    on_batch=lambda count, gain: advance(count, f"divergence {-gain:+.0%}"),
-                )
+            try:
+                if tuning == "weights":
+                    with reporter.stage("Refitting stand-in weights", geometry.depth, unit="blocks") as advance:
+                        around = plans_around(world, plan, target=target, cost=cost, importance=importance, seed=seed)
+                        world.foresee_tuning(around, advance)
+                with reporter.stage("Token mask rearrangement (PPO)", settings.episodes, unit="episodes") as advance:
+                    found = rearrange(
+                        world,
+                        plan,
+                        target=target,
+                        cost=cost,
+                        importance=importance,
+                        settings=settings,
+                        seed=seed,
+                        checkpoint=checkpoint,
+                        on_batch=lambda count, gain: advance(count, f"divergence {-gain:+.0%}"),
+                    )
+            except KeyboardInterrupt:  # Between episodes it is the stage's own affair.
+                note = "rearrangement was interrupted before its first episode; the Fisher plan was kept"
+                found = Rearranged(plan, Judgement.of(after, after), False, note, {"episodes": 0})
         else:
             with reporter.stage("Token mask rearrangement (greedy)"):
                 found = swap_greedily(world, plan, target=target, cost=cost, seed=seed)

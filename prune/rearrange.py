@@ -27,6 +27,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -158,8 +159,11 @@ class World:
         # One chain of activations per level of the tree is alive at a time.
         self._chunk = max(1, batch_size_for(self.geometry, backward=True))
 
-    def foresee_tuning(self, plans: Sequence[TokenPlan]) -> bool:
+    def foresee_tuning(self, plans: Sequence[TokenPlan], on_step: Callable[[int], None] = lambda count: None) -> bool:
         """Judge every second image with weights refitted to ``plans`` together from now on.
+
+        Args:
+            on_step: Called with 1 after each block.
 
         Returns:
             False when no refit helped them on the held-out images: all are judged with the model's own then.
@@ -168,7 +172,7 @@ class World:
         fit = self.calibration.fit[:STAND_IN_IMAGES]
         self.stand_in = None
         before = self.judge(plans, self.held_out)[1].mean(0)
-        weights, _ = refit_weights(self.adapter, plans, self.calibration, fit, flip=True)
+        weights, _ = refit_weights(self.adapter, plans, self.calibration, fit, flip=True, on_step=on_step)
         with with_weights(self.adapter.model, weights):
             after = self.judge(plans, self.held_out)[1].mean(0)
         self.stand_in = weights if weights and Judgement.of(before, after).better else None
@@ -869,14 +873,8 @@ class _Run:
 
     def __init__(self, world, plan, target, cost, importance, settings, seed):
         self.world, self.plan, self.settings = world, plan, settings
+        self._facts = {"target": target, "cost": json_sha256(cost.to_json(plan)), "seed": seed}
         self.random = np.random.default_rng([seed, 2])
-        self.identity = {
-            "plan": plan.digest,
-            "target": target,
-            "cost": json_sha256(cost.to_json(plan)),
-            "seed": seed,
-            "images": world.digest,
-        }
         self.game = _game_around(world, plan, target, cost, importance)
         self.played = self.batches = self.incumbents = self.looks = 0
         self.history: list[dict[str, float]] = []
@@ -1035,6 +1033,11 @@ class _Run:
         return 1 - float(self.reference.mean()) / max(self.start, 1e-12)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint goes with."""
+        return {"plan": self.plan.digest, **self._facts, "images": self.world.digest}
 
     def save(self, path: Path) -> None:
         state = {

@@ -12,7 +12,7 @@ from vpruner.prune.cost import cost_ratio
 from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.learn import choose_loss, learn_plan, round_sizes
 from vpruner.prune.models import LoadedModel
-from vpruner.prune.rearrange import RearrangeSettings, World
+from vpruner.prune.rearrange import STAND_IN_PLANS, RearrangeSettings, World
 from vpruner.prune.vit import ViTAdapter, weights_sha256
 from vpruner.runtime.preprocess import Preprocessing
 
@@ -230,6 +230,25 @@ def test_garbage_leaves_the_plan_of_the_search(images, garbage, monkeypatch):
     learned = learn_all(images, tuning="none")
     assert learned.plan.kept == expected.kept and not learned.stages[1].kept
     assert "nothing better than the Fisher plan" in learned.stages[1].note
+
+
+def test_an_interrupt_before_the_first_episode_keeps_the_plan_of_the_search(images, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    expected = learn_all(images, rearrangement="none")
+    monkeypatch.setattr(learn, "plans_around", interrupt)
+    learned = learn_all(images)
+    assert not learned.stages[1].kept and "before its first episode" in learned.stages[1].note
+    assert learned.plan.kept == expected.plan.kept and len(learned.stages) == 3
+
+
+def test_rearrangement_foresees_tuning_only_where_weights_will_be_tuned(images, monkeypatch):
+    asked = []
+    monkeypatch.setattr(World, "foresee_tuning", lambda self, plans, on_step: asked.append(len(plans)))
+    for tuning in ("weights", "gates", "none"):
+        learn_all(images, tuning=tuning)
+    assert asked == [STAND_IN_PLANS]
 
 
 def test_too_few_images_to_hold_any_out_are_said(images):
