@@ -9,10 +9,10 @@ again, so an interrupted run goes on where it was.
 
 * ``random``, ``centre``, ``class attention``: other choices on the schedule of the Fisher plan (:mod:`baselines`).
 * ``fisher 1 round``, ``fisher``: the plain Fisher search, and the default rounds.
-* ``... + greedy``, ``fisher + ppo``: rearranged.
+* ``... + greedy``, ``fisher + ppo``: rearranged, for the weights as they are.
 * ``fisher + tuning``: weights refitted on the Fisher plan.
 * ``fisher + ppo + gates``: gates tuned on the rearranged plan.
-* ``fisher + ppo + weights``: what ``vpruner run`` does.
+* ``fisher + ppo + weights``: what ``vpruner run`` does: rearranged in view of the refit, and refitted.
 
 A stage that did not help on held-out calibration images was undone, and ``kept`` of the row says so.
 """
@@ -95,7 +95,7 @@ class Candidates:
     """What each method makes of one target and seed; whatever two of them need is made once, and only if needed.
 
     Args:
-        methods: Those that will be asked for: decides how many stages :func:`learn` runs.
+        methods: Those that will be asked for: what two of them share is made once.
     """
 
     def __init__(self, shared: Images, target: float, seed: int, episodes: int, methods: Sequence[str]):
@@ -105,10 +105,18 @@ class Candidates:
         self.settings = RearrangeSettings(episodes=episodes, time_limit=1e6)
 
     @cached_property
-    def learned(self) -> Learned:
-        rearranges = any("ppo" in method for method in self.methods)
-        tunes = "fisher + ppo + weights" in self.methods
-        return self._learn(rearrangement="ppo" if rearranges else "none", tuning="weights" if tunes else "none")
+    def shipped(self) -> Learned:
+        """All stages as ``vpruner run`` plays them: the rearrangement foresees that weights will be refitted."""
+        return self._learn(rearrangement="ppo", tuning="weights")
+
+    @cached_property
+    def untuned(self) -> Learned:
+        """Rearranged for the weights as they are, as with ``--tune none``."""
+        return self._learn(rearrangement="ppo", tuning="none")
+
+    @cached_property
+    def searched(self) -> Learned:
+        return self._learn(rearrangement="none", tuning="none")
 
     @cached_property
     def learned_in_one_round(self) -> Learned:
@@ -133,11 +141,14 @@ class Candidates:
 
     @property
     def fisher(self) -> Candidate:
-        return self.after_stages(self.learned, 1)
+        """The search comes out the same whatever follows it: of what has been or will be run anyway."""
+        if "fisher + ppo" in self.methods:
+            return self.after_stages(self.untuned, 1)
+        return self.after_stages(self.shipped if "fisher + ppo + weights" in self.methods else self.searched, 1)
 
     @property
     def ppo(self) -> Candidate:
-        return self.after_stages(self.learned, 2)
+        return self.after_stages(self.untuned, 2)
 
     def on_schedule(self, choose: Callable[[TokenPlan], TokenPlan], seconds: float = 0.0) -> Candidate:
         """A baseline; the schedule is from the Fisher search, so its time counts."""
@@ -176,7 +187,7 @@ METHODS: dict[str, Callable[[Candidates], Candidate]] = {
     "fisher + ppo": lambda c: c.ppo,
     "fisher + tuning": lambda c: c.tuned(c.fisher, "weights"),
     "fisher + ppo + gates": lambda c: c.tuned(c.ppo, "gates"),
-    "fisher + ppo + weights": lambda c: c.after_stages(c.learned, 3),
+    "fisher + ppo + weights": lambda c: c.after_stages(c.shipped, 3),
 }
 
 

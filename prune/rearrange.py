@@ -11,8 +11,9 @@ spread over the blocks, only shows when the pruned model is run. So pruning is p
   minus the weighted cost over budget.
 
 What ships is tuned afterwards (:mod:`vpruner.prune.tune`), and tuning makes some gains worthless: where the errors of
-several dropped tokens were played off against each other, a refit would have undone them anyway. So half of all images
-are judged with stand-in weights, refitted to many plans around the start at once (:meth:`World.foresee_tuning`).
+several dropped tokens were played off against each other, a refit would have undone them anyway. Where weights will be
+tuned, plans are therefore judged with stand-in weights, refitted to many plans around the start at once
+(:meth:`World.foresee_tuning`).
 
 The policy is trained by clipped PPO (:mod:`vpruner.prune.ppo`). It starts at the Fisher plan: its first logits say "as
 the incumbent does", with just enough noise for a few tokens to move, and those rather that the gradients point at. When
@@ -144,8 +145,7 @@ class World:
     Attributes:
         images: int64 [image]: those that may give rewards.
         held_out: int64 [image]: those that may not.
-        stand_in: Weights that every second image is judged with, as a foretaste of tuning; None: all images with the
-            model's own.
+        stand_in: Weights that plans are judged with, as a foretaste of tuning; None: the model's own.
     """
 
     stand_in: Mapping[str, Tensor] | None = None
@@ -160,13 +160,13 @@ class World:
         self._chunk = max(1, batch_size_for(self.geometry, backward=True))
 
     def foresee_tuning(self, plans: Sequence[TokenPlan], on_step: Callable[[int], None] = lambda count: None) -> bool:
-        """Judge every second image with weights refitted to ``plans`` together from now on.
+        """Judge plans with weights refitted to ``plans`` together from now on.
 
         Args:
             on_step: Called with 1 after each block.
 
         Returns:
-            False when no refit helped them on the held-out images: all are judged with the model's own then.
+            False when no refit helped them on the held-out images: the model's own weights stay then.
         """
         # One image of a fit has hardly a say in its normal equations: the images of rewards may be among them.
         fit = self.calibration.fit[:STAND_IN_IMAGES]
@@ -187,29 +187,20 @@ class World:
         :func:`~vpruner.prune.calibration.divergence` is what is reported.
 
         Args:
-            foresee: False: all images with the model's own weights.
+            foresee: False: with the model's own weights, whatever :attr:`stand_in` is.
         """
         distances = np.empty((len(plans), len(indices)))
         divergences = np.empty_like(distances)
-        for places, weights in self._parts(indices, foresee):
-            chunk = indices[places]
-            with with_weights(self.adapter.model, weights):
-                outputs = evaluate_plans(self.adapter, plans, self.calibration.images(chunk))
-            dense = self.calibration.dense_outputs(self.adapter, chunk).expand_as(outputs)
-            distances[:, places] = distance(dense, outputs, self.geometry.output).numpy()
-            divergences[:, places] = divergence(dense, outputs, self.geometry.output).numpy()
-        return distances, divergences
-
-    def _parts(self, indices: np.ndarray, foresee: bool = True) -> list[tuple[np.ndarray, Mapping[str, Tensor] | None]]:
-        """(places in ``indices``, weights that those images are judged with), a chunk at a time."""
         # Before any weights are exchanged: the target is what the model as trained says.
         self.calibration.dense_outputs(self.adapter, indices)
-        tuned = (indices % 2 == 1) & (foresee and self.stand_in is not None)
-        return [
-            (places[start : start + self._chunk], weights)
-            for weights, places in ((None, np.flatnonzero(~tuned)), (self.stand_in, np.flatnonzero(tuned)))
-            for start in range(0, len(places), self._chunk)
-        ]
+        with with_weights(self.adapter.model, self.stand_in if foresee else None):
+            for start in range(0, len(indices), self._chunk):
+                places = slice(start, start + self._chunk)
+                outputs = evaluate_plans(self.adapter, plans, self.calibration.images(indices[places]))
+                dense = self.calibration.dense_outputs(self.adapter, indices[places]).expand_as(outputs)
+                distances[:, places] = distance(dense, outputs, self.geometry.output).numpy()
+                divergences[:, places] = divergence(dense, outputs, self.geometry.output).numpy()
+        return distances, divergences
 
     @property
     def digest(self) -> str:
@@ -235,24 +226,26 @@ class World:
         parameters = [p for p in model.parameters() if p.requires_grad]
         for parameter in parameters:
             parameter.requires_grad_(False)
-        rows = self.geometry.depth + self.geometry.head_patches
-        values = np.empty((len(indices), rows, self.geometry.patches), np.float32)
+        rows = []
+        # Before any weights are exchanged, as in judge().
+        self.calibration.dense_outputs(self.adapter, indices)
         try:
-            for places, weights in self._parts(indices):
-                chunk = indices[places]
+            for start in range(0, len(indices), self._chunk):
+                chunk = indices[start : start + self._chunk]
                 dense = self.calibration.dense_outputs(self.adapter, chunk)
                 with (
-                    with_weights(model, weights),
+                    with_weights(model, self.stand_in),
                     self.adapter.gated(len(chunk), plan, reopen=True) as gates,
                     torch.enable_grad(),
                 ):
                     output = model(self.calibration.images(chunk).to(gates.device, gates.dtype)).float()
                     value = distance(dense.to(output.device), output, self.geometry.output).sum()
                     (gradient,) = torch.autograd.grad(value, gates)
-                values[places] = gradient.float().cpu().numpy()
+                rows.append(gradient.float().cpu().numpy())
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(True)
+        values = np.concatenate(rows)
         if values.shape[1] > self.geometry.depth:
             values[:, -2] += values[:, -1]
         return values[:, : self.geometry.depth]
