@@ -594,7 +594,9 @@ def _print_rungs(rungs, output: Path, as_json: bool, **more: Any) -> None:
 @json_option
 @quiet_option
 def fold(dense, plan_path, identity, output, as_json, quiet) -> None:
-    """Fold a token plan into a dense ONNX graph written by vpruner export; needs no PyTorch.
+    """Fold a token plan into the dense ONNX graph of a Vision Transformer; needs no PyTorch.
+
+    The graph is one that vpruner export wrote, or one of another exporter that vpruner inspect understands.
 
     \b
     Example:
@@ -813,6 +815,38 @@ def show(plan, image, output, as_json) -> None:
         return
     _print_plan(plan_object)
     click.echo(output)
+
+
+# -- inspect ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@json_option
+def inspect(model, as_json) -> None:
+    """Say what is recognised in the ONNX graph of a Vision Transformer, or name the node where recognition stopped.
+
+    MODEL is a file of any exporter; vpruner fold takes the ones that are understood.
+
+    \b
+    Example:
+      vpruner inspect model.onnx
+    """
+    from .export.inspect import inspect_file, lines_of
+
+    described = inspect_file(model)
+    if as_json:
+        _print_json(described)
+        return
+    for line in lines_of(described):
+        click.echo(line)
+    columns = ["keys", "queries", "dead"]
+    names = ["enters", "after_attention", "leaves"] if described["head"] else []
+    _table(
+        "tokens of each block" + (", and the values of the residual stream" if names else ""),
+        ["block", *columns, *(name.replace("_", " ") for name in names)],
+        [[str(block[name]) for name in ("block", *columns, *names)] for block in described["blocks"]],
+    )
 
 
 if __name__ == "__main__":

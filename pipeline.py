@@ -770,22 +770,33 @@ def export_checked(
 def fold_checked(
     dense: Path, plan: TokenPlan | None, output: Path, reporter: Reporter
 ) -> tuple[FoldRecord, list[Rung]]:
-    """Fold a plan (None: the identity plan) into a dense file and check the result in onnxruntime, without PyTorch."""
+    """Fold a plan (None: the identity plan) into a dense file and check the result in onnxruntime, without PyTorch.
+
+    The file may come from any exporter whose graphs are understood; only those of ours name their weights.
+    """
     from .export.files import load_model
-    from .export.fold import fold_file
-    from .export.metadata import GraphMetadata
+    from .export.fold import fold_file, read_metadata
+    from .export.normalise import prepare
     from .export.parity import check_fold
 
-    about = None
-    if plan is None or plan.provenance.get("tuned_weights_sha256"):
-        about = GraphMetadata.from_props(load_model(dense).metadata_props, str(dense))
+    graph = load_model(dense)
+    about = read_metadata(graph, str(dense))
     if plan is None:
-        plan = TokenPlan.identity(about.model, about.geometry, weights_sha256=about.weights_sha256)
+        if about is None:
+            plan = TokenPlan.identity(dense.stem, prepare(graph).geometry)
+        else:
+            plan = TokenPlan.identity(about.model, about.geometry, weights_sha256=about.weights_sha256)
+    del graph
     with scratch_beside(output) as scratch:
         with reporter.stage(f"Folding the plan into {output.name}"):
             record = fold_file(dense, plan, scratch / "pruned.onnx")
         if about is not None:
             remark_untuned(plan, about.weights_sha256, reporter)
+        elif not plan.is_identity:
+            reporter.remark(
+                f"{dense.name} does not name its weights; whether they are those the plan was learned on "
+                f"({plan.model}) could not be checked"
+            )
         with reporter.stage("Checking parity"):
             rungs = check_fold(plan, dense, scratch / "pruned.onnx", noise_images(plan.geometry))
         move_model(scratch / "pruned.onnx", output)

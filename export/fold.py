@@ -23,12 +23,13 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..errors import GraphError
-from ..prune.plan import TokenPlan
+from ..errors import GraphError, PlanError
+from ..prune.plan import Geometry, TokenPlan
 from . import metadata
 from .clean import add_constant, add_node, add_shape, clean, infer_shapes_anew, split_sizes
 from .files import load_model, save_model
 from .metadata import GraphMetadata
+from .normalise import prepare
 from .recognise import BlockSite, VitSite, integers, recognise
 
 
@@ -61,6 +62,7 @@ class FoldRecord:
     Attributes:
         plan: Digest of the plan.
         modified: Whether the graph differs from the dense one (metadata aside).
+        ours: Whether the dense file names its model and weights, as those of ``vpruner export`` do.
     """
 
     dense_path: Path
@@ -68,10 +70,14 @@ class FoldRecord:
     plan: str
     modified: bool
     blocks: tuple[BlockCounts, ...]
+    ours: bool = True
 
 
 def fold_file(dense_path: str | os.PathLike, plan: TokenPlan, output_path: str | os.PathLike) -> FoldRecord:
-    """Fold ``plan`` into the dense ONNX file that ``vpruner export`` wrote; write the pruned file whole or not at all.
+    """Fold ``plan`` into a dense ONNX file; write the pruned file whole or not at all.
+
+    A file that ``vpruner export`` wrote must be of the plan's model and weights. One from elsewhere names neither: its
+    graph must have the shape that the plan is for.
 
     Args:
         plan: One that drops nothing is fine: a class-token model still loses its dead tokens.
@@ -79,18 +85,60 @@ def fold_file(dense_path: str | os.PathLike, plan: TokenPlan, output_path: str |
     Raises:
         PlanError: The plan is for another geometry or other weights.
         GraphError: The graph is not understood; the message names the node.
-        UserError: The file is missing, not ONNX, not ours, or pruned already.
+        UserError: The file is missing, not ONNX, or pruned already.
     """
     dense_path, output_path = Path(dense_path), Path(output_path)
     model = load_model(dense_path)
-    about = GraphMetadata.from_props(model.metadata_props, str(dense_path))
-    if about.plan is not None:
-        raise already_pruned(str(dense_path), about.plan)
-    plan.check_fits(about.model, about.geometry, about.weights_sha256)
+    about = read_metadata(model, str(dense_path))
+    if about is not None:
+        if about.plan is not None:
+            raise already_pruned(str(dense_path), about.plan)
+        plan.check_fits(about.model, about.geometry, about.weights_sha256)
+    prepared = prepare(model, plan.geometry)
+    check_shape(plan.geometry, prepared.geometry, plan.model, str(dense_path))
     result = fold(model, plan)
-    result.model.metadata_props.update(about.with_plan(plan))
+    props = metadata.props_without_weights(plan) if about is None else about.with_plan(plan)
+    result.model.metadata_props.update(props)
     save_model(result.model, output_path)
-    return FoldRecord(dense_path, output_path, plan.digest, result.modified, result.blocks)
+    modified = result.modified or prepared.normalised
+    return FoldRecord(dense_path, output_path, plan.digest, modified, result.blocks, about is not None)
+
+
+def read_metadata(model: ir.Model, source: str) -> GraphMetadata | None:
+    """What a file of ours says about itself; None for a graph from elsewhere.
+
+    Raises:
+        UserError: Some keys of ours are there, and not all, or malformed.
+    """
+    ours = any(key.startswith("vpruner.") for key in model.metadata_props)
+    if ours and metadata.PLAN in model.metadata_props and metadata.WEIGHTS_SHA256 not in model.metadata_props:
+        raise already_pruned(source, model.metadata_props[metadata.PLAN])
+    return GraphMetadata.from_props(model.metadata_props, source) if ours else None
+
+
+#: What a graph shows of its geometry beyond doubt. Costs are not in it: an exporter may have folded products away.
+_SHAPE = (
+    "depth", "embed_dim", "num_heads", "head_dim", "grid", "prefix_tokens", "image_size", "in_chans", "head_prefix",
+    "head_patches", "outputs",
+)  # fmt: skip
+
+
+def check_shape(expected: Geometry, found: Geometry, name: str, source: str) -> None:
+    """Refuse a graph of another shape than ``expected``.
+
+    Raises:
+        PlanError: Up to three differences.
+    """
+    differences = [
+        f"{field} {getattr(expected, field)} != {getattr(found, field)}"
+        for field in _SHAPE
+        if getattr(expected, field) != getattr(found, field) and (field != "outputs" or expected.outputs)
+    ]
+    if differences:
+        raise PlanError(
+            f"the plan is for {name}, the graph in {source} is another model: {', '.join(differences[:3])}",
+            f"see what the graph holds with: vpruner inspect {source}",
+        )
 
 
 def fold(model: ir.Model, plan: TokenPlan) -> FoldResult:

@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ..prune.plan import TokenPlan
-from .clean import add_constant, add_node, clean, infer_shapes_anew
+from .clean import add_constant, add_node, infer_shapes_anew
 from .fold import fold_head
+from .normalise import prepare
 from .recognise import recognise
 
 
@@ -24,7 +25,7 @@ def mask_tokens(model: ir.Model, plan: TokenPlan) -> ir.Model:
         GraphError: The graph is not a dense ViT of ``plan.geometry``.
     """
     graph, geometry = model.graph, plan.geometry
-    clean(model)
+    prepare(model, geometry)
     site = recognise(model, geometry)
     for block in site.blocks:
         bias = np.full(geometry.tokens, -np.inf, np.float32)

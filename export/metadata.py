@@ -135,3 +135,18 @@ class GraphMetadata:
             tuned_sha256=tuned,
         )
         return pruned.to_props()
+
+
+def props_without_weights(plan: TokenPlan) -> dict[str, str]:
+    """The key/value strings of a pruned file whose dense one came from elsewhere: what the plan says, and no more.
+
+    How images become its input, its class names and the identity of its weights are not known.
+    """
+    return {
+        VERSION: __version__,
+        MODEL: plan.model,
+        GEOMETRY: canonical_json(plan.geometry.to_json()),
+        OUTPUT: plan.geometry.output,
+        PLAN: plan.digest,
+        KEPT: canonical_json([list(indices) for indices in plan.kept]),
+    }

@@ -23,6 +23,7 @@ from ..prune.plan import TokenPlan
 from .dense import evaluating
 from .files import load_model, save_model
 from .mask import mask_tokens
+from .normalise import prepare
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +139,9 @@ def check_fold(
 ) -> list[Rung]:
     """Check a fold without PyTorch: the pruned file against the dense file with masked attention.
 
+    A graph from elsewhere is rewritten before it is masked or folded into, so its rewritten form is first compared with
+    the file as it came.
+
     Args:
         images: float32 [image, channel, height, width].
 
@@ -145,14 +149,22 @@ def check_fold(
         ParityError: The two disagree.
     """
     top1 = plan.geometry.output == "logits"
+    rungs = []
     with tempfile.TemporaryDirectory() as folder:
+        rewritten = load_model(dense_path)
+        if prepare(rewritten, plan.geometry).normalised:
+            save_model(rewritten, Path(folder) / "rewritten.onnx")
+            found, untouched = run_onnx(Path(folder) / "rewritten.onnx", images), run_onnx(dense_path, images)
+            rungs.append(compare("the rewritten graph equals the file", untouched, found, tolerance, top1=top1))
+        del rewritten
         masked_path = Path(folder) / "masked.onnx"
         save_model(mask_tokens(load_model(dense_path), plan), masked_path)
         reference = run_onnx(masked_path, images)
     return [
+        *rungs,
         compare(
             "pruned.onnx equals the masked dense.onnx", reference, run_onnx(pruned_path, images), tolerance, top1=top1
-        )
+        ),
     ]
 
 

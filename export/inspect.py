@@ -1,0 +1,159 @@
+"""What recognition sees in an ONNX file, for a person or a program."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ..errors import UserError
+from ..prune.cost import cost_ratio, dense_macs
+from ..prune.plan import Geometry, TokenPlan
+from ..runtime.metadata import ModelMetadata
+from .files import load_model
+from .fold import check_shape, read_metadata
+from .metadata import MODEL, PLAN
+from .normalise import prepare
+from .recognise import HeadSite, VitSite, integers, is_constant
+
+
+def inspect_file(path: str | os.PathLike) -> dict[str, Any]:
+    """Recognise the ViT in an ONNX file of any exporter, and describe it; JSON values only.
+
+    A pruned file of ours is described by its metadata: the recogniser knows dense graphs.
+
+    Raises:
+        GraphError: Recognition stopped; the message names the node.
+        PlanError: The file's metadata tells of another model than its graph.
+        UserError: No ONNX file.
+    """
+    path = Path(path)
+    model = load_model(path)
+    described: dict[str, Any] = {
+        "file": str(path),
+        "opset": model.opset_imports.get("", model.opset_imports.get("ai.onnx")),
+        "producer": " ".join(part for part in (model.producer_name, model.producer_version) if part) or None,
+        "nodes": len(model.graph),
+        "inputs": [_signature(value) for value in model.graph.inputs if not is_constant(value)],
+        "outputs": [_signature(value) for value in model.graph.outputs],
+        "model": model.metadata_props.get(MODEL),
+        "plan": model.metadata_props.get(PLAN),
+    }
+    if PLAN in model.metadata_props:
+        return {**described, **_describe_pruned(model.metadata_props, str(path))}
+    about = read_metadata(model, str(path))
+    prepared = prepare(model)
+    geometry = prepared.geometry
+    if about is not None:
+        check_shape(about.geometry, geometry, f"{about.model}, as its metadata says", str(path))
+        geometry = about.geometry
+    identity = TokenPlan.identity(path.stem, geometry)
+    return {
+        **described,
+        "geometry": geometry.to_json(),
+        "canonical": not prepared.normalised,
+        "blocks": _describe_blocks(prepared.site, identity),
+        "head": _describe_head(prepared.site.head, geometry),
+        "dense_macs": dense_macs(geometry),
+        "without_dead_tokens": round(cost_ratio(identity), 6),
+    }
+
+
+def _describe_pruned(props: Mapping[str, str], source: str) -> dict[str, Any]:
+    about = ModelMetadata.from_props(props, source)
+    if about.geometry is None or about.kept is None:
+        raise UserError(f"{source} names a plan, and not what it keeps", "fold the plan again with: vpruner fold")
+    plan = TokenPlan(about.model or Path(source).stem, about.geometry, about.kept)
+    return {
+        "geometry": about.geometry.to_json(),
+        "canonical": None,
+        "blocks": [
+            {"block": index, "keys": keys, "queries": queries, "dead": keys - queries}
+            for index, (keys, queries) in enumerate(zip(plan.key_counts, plan.query_counts, strict=True))
+        ],
+        "head": None,
+        "dense_macs": dense_macs(about.geometry),
+        "of_dense_macs": round(cost_ratio(plan), 6),
+    }
+
+
+def _signature(value: ir.Value) -> dict[str, Any]:
+    shape = None if value.shape is None else [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+    return {"name": value.name, "dtype": None if value.dtype is None else value.dtype.name, "shape": shape}
+
+
+def _describe_blocks(site: VitSite, plan: TokenPlan) -> list[dict[str, Any]]:
+    """For each block the values that carry the residual stream, and the tokens that nothing reads after it."""
+    return [
+        {
+            "block": block.index,
+            "enters": block.stream.name,
+            "after_attention": block.residual1.outputs[0].name,
+            "leaves": block.output.name,
+            "keys": plan.key_counts[block.index],
+            "queries": plan.query_counts[block.index],
+            "dead": plan.key_counts[block.index] - plan.query_counts[block.index],
+        }
+        for block in site.blocks
+    ]
+
+
+def _describe_head(head: HeadSite, geometry: Geometry) -> dict[str, Any]:
+    tokens = sorted({integers(node, 1)[0] for node in head.selects})
+    pools_prefix = head.pools and head.slice is None and geometry.prefix_tokens > 0
+    return {
+        "reads_prefix": list(range(geometry.prefix_tokens)) if pools_prefix else tokens,
+        "pools": None if not head.pools else "attention" if head.reshape is not None else head.pool.op_type,
+        "pools_prefix": pools_prefix,
+    }
+
+
+def lines_of(described: Mapping[str, Any]) -> list[str]:
+    """The result of :func:`inspect_file` for a person, blocks aside."""
+    geometry = Geometry.from_json(described["geometry"])
+    pixels = [size // cells for size, cells in zip(geometry.image_size, geometry.grid, strict=True)]
+    lines = {
+        "file": f"{described['file']}, opset {described['opset']}, {described['nodes']} nodes, "
+        f"written by {described['producer'] or 'an unknown tool'}",
+        "model": described["model"],
+        "input": _signature_text(described["inputs"]),
+        "output": _signature_text(described["outputs"]),
+        "patches": f"{geometry.grid[0]} x {geometry.grid[1]} of {pixels[0]} x {pixels[1]} pixels",
+        "tokens": f"{geometry.tokens}: {geometry.prefix_tokens} prefix, {geometry.patches} patches",
+        "blocks": f"{geometry.depth} of width {geometry.embed_dim}, {geometry.num_heads} heads of {geometry.head_dim}",
+        "head reads": None if described["head"] is None else _head_text(described["head"]),
+        "form": {
+            None: None,
+            True: "the one that folding works on",
+            False: "another exporter's; folding rewrites it first, without a change of results",
+        }[described["canonical"]],
+        "plan": f"{described['plan']} is folded in" if described["plan"] else "none is folded in",
+        "MACs": f"{described['dense_macs']:,} dense",
+    }
+    if "of_dense_macs" in described:
+        lines["MACs"] += f", {described['of_dense_macs']:.3f} of them as pruned"
+    elif described["without_dead_tokens"] < 1:
+        lines["MACs"] += (
+            f", {described['without_dead_tokens']:.3f} of them without dead tokens (vpruner fold --identity)"
+        )
+    return [f"{name:<11} {text}" for name, text in lines.items() if text is not None]
+
+
+def _signature_text(values: list[dict[str, Any]]) -> str:
+    return ", ".join(
+        f"{value['name']} {'?' if value['shape'] is None else value['shape']} {value['dtype']}".replace("'", "")
+        for value in values
+    )
+
+
+def _head_text(head: Mapping[str, Any]) -> str:
+    parts = []
+    if head["reads_prefix"] and not head["pools_prefix"]:
+        parts.append("prefix token " + ", ".join(map(str, head["reads_prefix"])))
+    if head["pools"]:
+        how = {"attention": "attention over", "ReduceMean": "the mean of", "ReduceMax": "the maximum of"}[head["pools"]]
+        parts.append(f"{how} {'all tokens' if head['pools_prefix'] else 'the patches'}")
+    return " and ".join(parts)

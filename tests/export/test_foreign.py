@@ -1,0 +1,216 @@
+"""Plans fold into graphs that vpruner did not write: each pruned file is compared with the gathered PyTorch model."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from export_tools import gathered_reference, random_plan, relative_difference
+from foreign_graphs import Foreign, tiny_model, write_foreign
+from tiny_vits import KINDS
+
+from vpruner.errors import GraphError, PlanError, UserError
+from vpruner.export.files import load_model, save_model
+from vpruner.export.fold import fold_file
+from vpruner.export.normalise import prepare
+from vpruner.export.parity import check_fold, run_onnx
+from vpruner.prune.plan import TokenPlan
+from vpruner.prune.vit import ViTAdapter
+
+DYNAMO = [
+    Foreign(exporter="dynamo", opset=opset, dynamic=dynamic, fused=fused)
+    for opset in (18, 20, 23)
+    for dynamic in (False, True)
+    for fused in (False, True)
+]
+DYNAMO_KINDS = [
+    Foreign(kind, "dynamo", opset, dynamic=True)
+    for kind, opset in (
+        ("registers", 18),
+        ("average pooling", 20),
+        ("attention pooling over the class token too", 20),
+        ("qk-norm", 23),
+        ("distilled", 20),
+        ("layer scale", 22),
+    )
+]
+TORCHSCRIPT = [
+    Foreign(kind, "torchscript", 17, dynamic=dynamic, fused=fused)
+    for kind in KINDS
+    for dynamic, fused in ((False, True), (True, False), (True, True))
+]
+MATRIX = DYNAMO + DYNAMO_KINDS + TORCHSCRIPT
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """``written(Foreign(...))``: the file, exported once per session."""
+    folder, paths = tmp_path_factory.mktemp("foreign"), {}
+
+    def write(foreign: Foreign):
+        if foreign not in paths:
+            paths[foreign] = write_foreign(foreign, folder / f"{len(paths)}.onnx")
+        return paths[foreign]
+
+    return write
+
+
+def images_for(geometry, count: int = 3) -> torch.Tensor:
+    shape = (count, geometry.in_chans, *geometry.image_size)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("foreign", MATRIX, ids=str)
+def test_the_fold_equals_the_gathered_model(written, foreign, tmp_path):
+    path, (model, geometry) = written(foreign), tiny_model(foreign.kind)
+    plan = random_plan(geometry, MATRIX.index(foreign), gates=foreign.dynamic, enter=0.8)
+    record = fold_file(path, plan, tmp_path / "pruned.onnx")
+    assert record.modified and not record.ours
+    images = images_for(geometry)
+    if foreign.kind == "distilled":
+        with torch.no_grad(), ViTAdapter(model, "tiny").applied(plan, "gathered"):
+            expected = model(images).numpy()
+    else:
+        expected = gathered_reference(model, plan, images)
+    found = run_onnx(tmp_path / "pruned.onnx", images.numpy())
+    assert relative_difference(found, expected) <= 1e-5
+    assert (found.argmax(1) == expected.argmax(1)).all()
+    # The plan did something, or the comparison would say nothing.
+    with torch.no_grad():
+        assert relative_difference(model(images).numpy(), expected) > 1e-3
+    pruned = load_model(tmp_path / "pruned.onnx")
+    assert not [node for node in pruned.graph if node.op_type in ("ScatterND", "NonZero", "TopK", "Attention")]
+    assert pruned.metadata_props["vpruner.plan"] == plan.digest
+    assert "vpruner.weights_sha256" not in pruned.metadata_props
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_geometry_is_read_from_the_graph(written, kind, fused):
+    _, geometry = tiny_model(kind)
+    prepared = prepare(load_model(written(Foreign(kind, dynamic=True, fused=fused))))
+    differences = prepared.geometry.differences(geometry)
+    if "attention pooling" in kind:
+        # Its learned query is projected when the model is exported, so that product is no longer in the graph.
+        differences = [difference for difference in differences if not difference.startswith("head_macs ")]
+    assert not differences and prepared.normalised
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_geometry_of_our_own_graph_agrees_with_its_metadata(exported, kind):
+    dense = exported(kind)
+    prepared = prepare(load_model(dense.path))
+    assert not prepared.normalised
+    assert [d for d in prepared.geometry.differences(dense.geometry) if not d.startswith("head_macs ")] == []
+
+
+@pytest.mark.parametrize("foreign", [DYNAMO[-1], TORCHSCRIPT[0]], ids=str)
+def test_the_identity_plan_changes_no_result(written, foreign, tmp_path):
+    path, (model, geometry) = written(foreign), tiny_model(foreign.kind)
+    plan = TokenPlan.identity("anything", prepare(load_model(path)).geometry)
+    fold_file(path, plan, tmp_path / "lean.onnx")
+    images = images_for(geometry)
+    with torch.no_grad():
+        expected = model(images).numpy()
+    assert relative_difference(run_onnx(tmp_path / "lean.onnx", images.numpy()), expected) <= 1e-5
+    rewritten, folded = check_fold(plan, path, tmp_path / "lean.onnx", images.numpy())
+    assert rewritten.name.startswith("the rewritten graph") and folded.passed
+
+
+def test_a_plan_of_another_shape_is_refused(written, tmp_path):
+    path = written(Foreign())
+    _, geometry = tiny_model("registers")
+    with pytest.raises(PlanError, match=r"prefix_tokens 5 != 1.*vpruner inspect"):
+        fold_file(path, random_plan(geometry, 0), tmp_path / "pruned.onnx")
+    assert not (tmp_path / "pruned.onnx").exists()
+
+
+def test_a_folded_file_is_not_folded_again(written, tmp_path):
+    _, geometry = tiny_model("class token")
+    plan = random_plan(geometry, 0)
+    fold_file(written(Foreign()), plan, tmp_path / "pruned.onnx")
+    with pytest.raises(GraphError, match=plan.digest[:12]):
+        fold_file(tmp_path / "pruned.onnx", plan, tmp_path / "again.onnx")
+
+
+def edited(path, target, edit):
+    model = load_model(path)
+    edit(model)
+    save_model(model, target)
+    return target
+
+
+def test_a_fused_graph_is_refused_with_the_advice_to_fold_first(written, tmp_path):
+    def fuse(model):
+        node = next(node for node in model.graph if node.op_type == "LayerNormalization")
+        node.op_type, node.domain = "SkipLayerNormalization", "com.microsoft"
+        model.opset_imports["com.microsoft"] = 1
+
+    path = edited(written(Foreign()), tmp_path / "fused.onnx", fuse)
+    with pytest.raises(GraphError, match=r"LayerNormalization.* is com.microsoft.SkipLayerNormalization.*then fuse"):
+        fold_file(path, random_plan(tiny_model("class token")[1], 0), tmp_path / "pruned.onnx")
+
+
+def test_a_quantized_graph_is_refused_with_the_advice_to_fold_first(written, tmp_path):
+    def quantize(model):
+        node = next(node for node in model.graph if node.op_type == "Softmax")
+        node.op_type = "DequantizeLinear"
+
+    path = edited(written(Foreign()), tmp_path / "quantized.onnx", quantize)
+    with pytest.raises(GraphError, match="Softmax.* is a DequantizeLinear.*then quantize"):
+        fold_file(path, random_plan(tiny_model("class token")[1], 0), tmp_path / "pruned.onnx")
+
+
+def test_an_old_opset_is_refused(written, tmp_path):
+    path = edited(written(Foreign()), tmp_path / "old.onnx", lambda model: model.opset_imports.update({"": 13}))
+    with pytest.raises(GraphError, match="opset 13, expected 17"):
+        fold_file(path, random_plan(tiny_model("class token")[1], 0), tmp_path / "pruned.onnx")
+
+
+def test_an_open_image_size_is_taken_from_the_plan(written, tmp_path):
+    def open_size(model):
+        model.graph.inputs[0].shape = ir.Shape(["batch", 3, "height", "width"])
+
+    path = edited(written(Foreign(dynamic=True)), tmp_path / "open.onnx", open_size)
+    with pytest.raises(GraphError, match=r"make_dynamic_shape_fixed"):
+        prepare(load_model(path))
+    model, geometry = tiny_model("class token")
+    plan, images = random_plan(geometry, 5), images_for(geometry)
+    fold_file(path, plan, tmp_path / "pruned.onnx")
+    found = run_onnx(tmp_path / "pruned.onnx", images.numpy())
+    assert relative_difference(found, gathered_reference(model, plan, images)) <= 1e-5
+
+
+def test_unfinished_metadata_is_refused(written, tmp_path):
+    def claim(model):
+        model.metadata_props["vpruner.model"] = "tiny"
+
+    path = edited(written(Foreign()), tmp_path / "half.onnx", claim)
+    with pytest.raises(UserError, match="half.onnx is incomplete"):
+        fold_file(path, random_plan(tiny_model("class token")[1], 0), tmp_path / "pruned.onnx")
+
+
+def test_a_second_output_is_named(written, tmp_path):
+    def add_output(model):
+        model.graph.outputs.append(next(n for n in model.graph if n.op_type == "LayerNormalization").outputs[0])
+
+    path = edited(written(Foreign()), tmp_path / "two.onnx", add_output)
+    with pytest.raises(GraphError, match="one output, found 1 and 2: 'pixels', 'scores', '.*norm1"):
+        fold_file(path, random_plan(tiny_model("class token")[1], 0), tmp_path / "pruned.onnx")
+
+
+def test_the_check_sees_a_rewriting_that_changes_results(written, tmp_path, monkeypatch):
+    """The rewritten graph is compared with the file as it came, so a defect of rewriting cannot hide in both forms."""
+    from vpruner.errors import ParityError
+    from vpruner.export import clean, normalise
+
+    path, (_, geometry) = written(Foreign()), tiny_model("class token")
+    plan = random_plan(geometry, 0)
+
+    def wrong(graph, name, array):
+        changed = array * 1.01 if name.endswith(".attention.0.weight") else array
+        return clean.add_constant(graph, name, np.asarray(changed, array.dtype))
+
+    monkeypatch.setattr(normalise, "add_constant", wrong)
+    fold_file(path, plan, tmp_path / "pruned.onnx")
+    with pytest.raises(ParityError, match="the rewritten graph equals the file"):
+        check_fold(plan, path, tmp_path / "pruned.onnx", images_for(geometry).numpy())

@@ -1,0 +1,151 @@
+"""vpruner inspect, and vpruner fold on files of other exporters, as a user types them."""
+
+import json
+import warnings
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny_vits import tiny
+
+from vpruner.cli import main
+from vpruner.export.parity import run_onnx
+from vpruner.prune.plan import TokenPlan
+from vpruner.prune.vit import ViTAdapter, read_geometry
+
+
+def call(*arguments, expected: int = 0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == expected, result.output
+    return result
+
+
+def export(model, path, *, dynamic: bool = False):
+    geometry = read_geometry(model, "tiny")
+    axes = {"pixels": {0: "batch"}, "scores": {0: "batch"}} if dynamic else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            (torch.zeros(1, geometry.in_chans, *geometry.image_size),),
+            str(path),
+            dynamo=False,
+            opset_version=17,
+            input_names=["pixels"],
+            output_names=["scores"],
+            dynamic_axes=axes,
+        )
+    return path
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("class token", depth=3)
+
+
+@pytest.fixture(scope="module")
+def foreign(model, tmp_path_factory):
+    return export(model, tmp_path_factory.mktemp("foreign") / "theirs.onnx", dynamic=True)
+
+
+@pytest.fixture(scope="module")
+def plan(model):
+    geometry = read_geometry(model, "tiny")
+    exits = np.random.default_rng(0).integers(1, geometry.depth + 1, geometry.patches)
+    return TokenPlan.from_exits("tiny", geometry, exits)
+
+
+def test_a_foreign_graph_is_described(model, foreign):
+    found = json.loads(call("inspect", foreign, "--json").stdout)
+    assert found["geometry"] == read_geometry(model, "tiny").to_json()
+    assert found["inputs"] == [{"name": "pixels", "dtype": "FLOAT", "shape": ["batch", 3, 32, 48]}]
+    assert found["canonical"] is False and found["plan"] is None and found["model"] is None
+    assert found["head"] == {"reads_prefix": [0], "pools": None, "pools_prefix": False}
+    assert [block["dead"] for block in found["blocks"]] == [0, 0, 24]
+    # The values named are those of the file: another tool can look them up there.
+    names = {name for node in onnx.load(foreign).graph.node for name in node.output}
+    for block, following in zip(found["blocks"], found["blocks"][1:], strict=False):
+        assert block["leaves"] == following["enters"]
+        assert {block["enters"], block["after_attention"], block["leaves"]} <= names
+
+
+def test_the_description_is_for_people_too(foreign):
+    text = call("inspect", foreign).stdout
+    for part in (
+        "pixels [batch, 3, 32, 48]",
+        "25: 1 prefix, 24 patches",
+        "3 of width 32, 2 heads of 16",
+        "prefix token 0",
+        "/blocks/blocks.2/Add_1_output_0",
+        "none is folded in",
+        "vpruner fold --identity",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "kind, reads",
+    [
+        ("average pooling beside a class token", "the mean of the patches"),
+        ("average pooling with the class token in it", "the mean of all tokens"),
+        ("attention pooling", "attention over the patches"),
+        ("distilled", "prefix token 0, 1"),
+    ],
+)
+def test_what_the_head_reads_is_told(kind, reads, tmp_path):
+    lines = call("inspect", export(tiny(kind, depth=1), tmp_path / "model.onnx")).stdout.splitlines()
+    assert f"head reads  {reads}" in lines
+
+
+def test_a_graph_that_is_not_understood_names_its_node(foreign, tmp_path):
+    model = onnx.load(foreign)
+    node = next(node for node in model.graph.node if node.name == "/blocks/blocks.1/attn/Softmax")
+    node.op_type = "LogSoftmax"
+    onnx.save(model, tmp_path / "broken.onnx")
+    result = call("inspect", tmp_path / "broken.onnx", expected=2)
+    assert "'/blocks/blocks.1/" in result.stderr and "of block 1" in result.stderr and not result.stdout
+
+
+def test_a_file_of_something_else_is_one_line(tmp_path):
+    (tmp_path / "text.onnx").write_text("not a graph")
+    result = call("inspect", tmp_path / "text.onnx", expected=2)
+    assert "text.onnx is not an ONNX model" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_plan_folds_into_a_foreign_file(model, foreign, plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    result = call("fold", foreign, "--plan", tmp_path / "plan.json", "-o", tmp_path / "pruned.onnx")
+    assert "theirs.onnx does not name its weights" in result.stderr and "could not be checked" in result.stderr
+    assert "the rewritten graph equals the file" in result.stdout
+    images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), ViTAdapter(model, "tiny").applied(plan, "gathered"):
+        expected = model(images).numpy()
+    found = run_onnx(tmp_path / "pruned.onnx", images.numpy())
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+    described = json.loads(call("inspect", tmp_path / "pruned.onnx", "--json").stdout)
+    assert described["plan"] == plan.digest and described["of_dense_macs"] < 1
+    assert [block["keys"] for block in described["blocks"]] == list(plan.key_counts)
+    assert [block["queries"] for block in described["blocks"]] == list(plan.query_counts)
+    assert f"{plan.digest} is folded in" in call("inspect", tmp_path / "pruned.onnx").stdout
+    again = call("fold", tmp_path / "pruned.onnx", "--identity", "-o", tmp_path / "again.onnx", expected=2)
+    assert plan.digest[:12] in again.stderr and not (tmp_path / "again.onnx").exists()
+
+
+def test_dead_tokens_go_from_a_foreign_file(model, foreign, tmp_path):
+    result = call("fold", foreign, "--identity", "-o", tmp_path / "lean.onnx", "--json")
+    assert json.loads(result.stdout)["modified"] is True and "weights" not in result.stderr
+    images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images).numpy()
+    found = run_onnx(tmp_path / "lean.onnx", images.numpy())
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_a_plan_of_another_shape_is_refused(plan, tmp_path):
+    other = export(tiny("class token", depth=2), tmp_path / "other.onnx")
+    plan.save(tmp_path / "plan.json")
+    result = call("fold", other, "--plan", tmp_path / "plan.json", "-o", tmp_path / "pruned.onnx", expected=2)
+    assert "depth 3 != 2" in result.stderr and not (tmp_path / "pruned.onnx").exists()
