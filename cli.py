@@ -849,5 +849,72 @@ def inspect(model, as_json) -> None:
     )
 
 
+# -- check ------------------------------------------------------------------------------------------------------------
+
+#: The names in :mod:`vpruner.export.targets`, in its order. A test compares them.
+CHECK_TARGETS = ("ort-cpu", "ort-cuda", "trt10", "trt11", "trt8.5", "openvino", "generic")
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--for",
+    "target",
+    default="generic",
+    show_default=True,
+    type=click.Choice(CHECK_TARGETS),
+    help="Where the graph is to run.",
+)
+@json_option
+def check(model, target, as_json) -> None:
+    """Look through any ONNX file for what a runtime does not take, or takes with a cost; node by node.
+
+    Nothing is run or changed. The exit code is 1 where something is an error on the target, and 0 otherwise.
+
+    \b
+    Example:
+      vpruner check runs/demo/pruned.onnx --for trt10
+      vpruner check anything.onnx --for trt8.5 --json
+    """
+    from .export.check import check as check_model
+    from .export.check import summarize
+
+    findings = check_model(model, target)
+    counts = summarize(findings)
+    if as_json:
+        rows = [finding.to_json() for finding in findings]
+        _print_json({"file": str(model), "target": target, "counts": counts, "findings": rows})
+    else:
+        _print_findings(findings)
+        counted = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
+        click.echo(f"{model} for {target}: {counted}")
+    if counts["error"]:
+        sys.exit(1)
+
+
+def _print_findings(findings) -> None:
+    """A table of what was found where, and under it, once for each kind, why that matters and what to do."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not findings:
+        return
+    notes: dict[tuple[str, str, str], int] = {}
+    table = Table()
+    for name in ("severity", "node", "operator", "found", "note"):
+        table.add_column(name, no_wrap=True)
+    for finding in findings:
+        note = notes.setdefault((finding.why, finding.todo, finding.source), len(notes) + 1)
+        cells = (finding.severity, finding.node, finding.op_type, finding.found, str(note))
+        # Text: the names are the file's, and brackets in them are no markup.
+        table.add_row(*(Text(cell) for cell in cells))
+    console = Console(highlight=False)
+    needed = console.measure(table, options=console.options.update(width=100_000)).maximum
+    Console(highlight=False, width=max(console.width, needed)).print(table)
+    for (why, todo, source), note in notes.items():
+        click.echo(f"{note}. {why[0].upper()}{why[1:]}.\n   {todo[0].upper()}{todo[1:]}.\n   Source: {source}")
+
+
 if __name__ == "__main__":
     main()
