@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from ..errors import UserError
-from .targets import MISSING_WEIGHTS, SEVERITIES, UNKNOWN_DOMAIN, Bound, Rule, Target, find_target
+from .targets import MISSING_WEIGHTS, NO_PRODUCER, SEVERITIES, UNKNOWN_DOMAIN, Bound, Rule, Target, find_target
 
 _INT32 = np.iinfo(np.int32)
 #: Where a value comes from, each including the ones before: a constant; computed from constants; from shapes of
@@ -93,15 +94,34 @@ def summarize(findings: list[Finding]) -> dict[str, int]:
 def _load(path: Path) -> ir.Model:
     """As :func:`vpruner.export.files.load_model`, but weights that are missing beside the file are a finding here."""
     hint = "write one with: vpruner export MODEL"
+    log = logging.getLogger("onnx_ir.serde")
+    level = log.level
+    log.setLevel(logging.ERROR)  # What it warns of is a finding below.
     try:
         model = ir.load(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}", hint) from None
     except Exception as error:  # protobuf and onnx-ir raise many types for bytes that are no model
         raise UserError(f"{path} is not an ONNX model, or is truncated ({type(error).__name__})", hint) from None
+    finally:
+        log.setLevel(level)
     if not len(model.graph) or not model.graph.outputs:
         raise UserError(f"{path} holds an empty graph, expected an ONNX model", hint)
+    for text in _texts(model):
+        if not isinstance(text, str):  # protobuf hands bytes on that are no UTF-8
+            raise UserError(f"{path} is damaged: it holds the name {text!r}, which is no text", hint)
     return model
+
+
+def _texts(model: ir.Model) -> Iterator[str | bytes | None]:
+    """Every name that nodes are told by."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():
+            yield from (node.domain, node.op_type, node.name or "", *node.attributes)
+            for value in (*node.inputs, *node.outputs):
+                yield value.name or "" if value is not None else ""
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        yield value.name or ""
 
 
 @dataclass(frozen=True)
@@ -231,7 +251,7 @@ class _Check:
             self._add(self.target.int64, "int64", f"{integers} constant(s) of int64")
 
     def _check_int32(self, reader: _Place | None, name: str, tensor: ir.TensorProtocol) -> None:
-        numbers = tensor.numpy()
+        numbers = _numbers(name, tensor)
         if not numbers.size:
             return
         low, high = int(numbers.min()), int(numbers.max())
@@ -277,6 +297,9 @@ class _Check:
     def _check_node(self, place: _Place) -> None:
         node, target = place.node, self.target
         forbidden = target.forbidden.get((place.domain, node.op_type))
+        for value in node.inputs:
+            if value is not None and _is_dangling(value):
+                self._add(NO_PRODUCER, "no-producer", f"input {value.name!r}, which nothing makes", place)
         if (place.domain, node.op_type) in self.functions:
             return
         if forbidden is not None:
@@ -344,7 +367,7 @@ class _Check:
 
     def _check_scatter(self, place: _Place) -> None:
         attribute = place.node.attributes.get("reduction")
-        reduction = attribute.as_string() if attribute is not None else None
+        reduction = attribute.value if attribute is not None else None
         nd = place.node.op_type == "ScatterND"
         if reduction not in (None, "none"):
             rule = self.target.scatter_reduction if nd else self.target.scatter_elements_reduction
@@ -360,10 +383,10 @@ class _Check:
         origin = self._origin(counts)
         if origin not in (CONSTANT, None):
             self._add_variable(target.topk_k, "topk-k", "K", place, origin)
-        number = _constant_integer(counts) if "k" not in node.attributes else node.attributes["k"].as_int()
+        number = _integer(node, "k") if "k" in node.attributes else _constant_integer(counts)
         if target.topk_limit is not None and number is not None and not target.topk_limit.allows(number):
             self._add(target.topk_limit, "topk-limit", f"K = {number}", place)
-        if "sorted" in node.attributes and not node.attributes["sorted"].as_int():
+        if _integer(node, "sorted") == 0:
             self._add(target.topk_sorted, "topk-sorted", "sorted = 0", place)
 
     def _check_layer_norm(self, place: _Place) -> None:
@@ -377,7 +400,8 @@ class _Check:
             problems.append("a cache of keys and values")
         if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
             problems.append("a second output")
-        if "softcap" in node.attributes and node.attributes["softcap"].as_float():
+        softcap = node.attributes.get("softcap")
+        if softcap is not None and softcap.value:
             problems.append("softcap")
         ranks = {len(value.shape) for value in node.inputs[:4] if value is not None and value.shape is not None}
         if ranks - {4}:
@@ -386,13 +410,11 @@ class _Check:
             self._add(target.attention, "attention", ", ".join(problems), place)
         if "If" in place.around:
             self._add(target.attention_in_if, "attention", "Attention inside of If", place)
-        decomposable = node.attributes.get("TRT_decomposable")
-        if not problems and (decomposable is None or not decomposable.as_int()):
+        if not problems and not _integer(node, "TRT_decomposable"):
             self._add(target.attention_fused, "attention", "Attention that must fuse", place)
 
     def _check_cast(self, place: _Place) -> None:
-        to = place.node.attributes.get("to")
-        if to is not None and to.as_int() == ir.DataType.DOUBLE:
+        if _integer(place.node, "to") == ir.DataType.DOUBLE:
             self._add(self.target.float64, "float64", "a cast to float64", place)
 
 
@@ -410,6 +432,10 @@ def _subgraphs(attribute: ir.Attr) -> list[ir.Graph]:
 
 def _graphs_of(node: ir.Node) -> list[ir.Graph]:
     return [graph for attribute in node.attributes.values() for graph in _subgraphs(attribute)]
+
+
+def _is_dangling(value: ir.Value) -> bool:
+    return value.producer() is None and not value.is_graph_input() and not value.is_initializer()
 
 
 def _bounds_slices(value: ir.Value) -> bool:
@@ -434,10 +460,27 @@ def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
         if attribute is None or attribute.is_ref():
             continue
         if name == "value":
-            return attribute.as_tensor()
-        numbers = attribute.as_int() if name == "value_int" else list(attribute.as_ints())
-        return ir.tensor(np.asarray(numbers, np.int64))
+            return attribute.value
+        return ir.tensor(np.asarray(attribute.value, np.int64))
     return None
+
+
+def _numbers(name: str, tensor: ir.TensorProtocol) -> np.ndarray:
+    try:
+        return tensor.numpy()
+    except Exception as error:  # onnx-ir and numpy raise many types for bytes that do not fill the shape
+        hint = "write the file again, with: vpruner export MODEL"
+        raise UserError(
+            f"{name} cannot be read, its data do not fit its shape ({type(error).__name__})", hint
+        ) from None
+
+
+def _integer(node: ir.Node, name: str) -> int | None:
+    """The integer attribute ``name``, or None where there is none of that type."""
+    attribute = node.attributes.get(name)
+    if attribute is None or attribute.is_ref() or attribute.type != ir.AttributeType.INT:
+        return None
+    return attribute.as_int()
 
 
 def _constant_integer(value: ir.Value | None) -> int | None:
@@ -450,5 +493,5 @@ def _constant_integer(value: ir.Value | None) -> int | None:
         tensor = _constant_tensor(producer)
     if tensor is None or (isinstance(tensor, ir.ExternalTensor) and _external_problem(tensor)):
         return None
-    numbers = tensor.numpy().reshape(-1)
+    numbers = _numbers(f"constant {value.name!r}", tensor).reshape(-1)
     return int(numbers[0]) if numbers.size == 1 and numbers.dtype.kind in "iu" else None

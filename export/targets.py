@@ -107,6 +107,15 @@ MISSING_WEIGHTS = Rule(
 )
 
 
+#: Said of an operand that is neither an input of the graph, nor a weight, nor another node's output.
+NO_PRODUCER = Rule(
+    "error",
+    "a graph must make every value that it reads, so no runtime loads this one",
+    "export again; the file was edited or is damaged",
+    "https://onnx.ai/onnx/repo-docs/IR.html (graphs)",
+)
+
+
 @dataclass(frozen=True)
 class Target:
     """One place where a graph is to run.

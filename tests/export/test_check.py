@@ -131,6 +131,54 @@ def test_files_that_are_no_model_are_refused(tmp_path):
         check(tmp_path / "nowhere.onnx", "generic")
 
 
+def test_a_name_that_is_no_text_is_damage(tmp_path):
+    path = tmp_path / "odd.onnx"
+    path.write_bytes(plain().SerializeToString().replace(b"the_node", b"the\xffnode"))
+    with pytest.raises(UserError, match=r"odd\.onnx is damaged"):
+        check(path, "generic")
+
+
+def test_data_that_do_not_fill_their_shape_are_damage(tmp_path):
+    graph = model([node("Gather", ["x", "i"], axis=1)], constants={"i": np.asarray([0, 1])})
+    graph.graph.initializer[0].dims[0] = 3
+    with pytest.raises(UserError, match="initializer 'i' cannot be read"):
+        check(graph, "trt8.5")
+
+
+def test_attributes_of_a_wrong_type_are_no_traceback():
+    nodes = [node("Attention", "xxx", TRT_decomposable="yes"), node("Cast", "x", ["z"], name="c", to=1.5)]
+    graph = model(nodes, inputs={"x": (FLOAT, [1, 2, 4, 8])}, opset=23)
+    assert ("warning", "attention", "the_node") in found(graph, "trt11")
+    assert found(scatter("ScatterND", reduction=1), "trt10") == [("error", "scatter", "the_node")]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_operand_that_nothing_makes(target):
+    graph = model([node("Add", ["x", "lost"])])
+    (finding,) = check(graph, target)
+    assert (finding.severity, finding.rule, finding.node) == ("error", "no-producer", "the_node")
+    assert "'lost'" in finding.found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_are_findings_or_one_error(tmp_path):
+    """Random bytes of a graph overwritten: a list of findings or a UserError, and nothing else."""
+    whole = branches("Relu").SerializeToString() + scatter("ScatterND", reduction="none").SerializeToString()
+    random = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for position in random.integers(0, len(whole), random.integers(1, 5)):
+            damaged[position] = random.integers(256)
+        (tmp_path / "odd.onnx").write_bytes(damaged)
+        try:
+            check(tmp_path / "odd.onnx", "trt8.5")
+            outcomes.add("findings")
+        except UserError:
+            outcomes.add("error")
+    assert outcomes == {"findings", "error"}
+
+
 # -- operators --------------------------------------------------------------------------------------------------------
 
 
@@ -466,16 +514,16 @@ def test_loops(op_type):
     value = helper.make_tensor_value_info
     if op_type == "Loop":
         body = helper.make_graph(
-            [node("Identity", "go", ["go_on"], name="i"), node("NonZero", "carried", ["z"], name="inner"),
-             node("Relu", "carried", ["next"], name="r")],
+            [node("Identity", ["go"], ["go_on"], name="i"), node("NonZero", ["carried"], ["z"], name="inner"),
+             node("Relu", ["carried"], ["next"], name="r")],
             "body",
             [value("step", INT64, []), value("go", BOOL, []), value("carried", FLOAT, [4])],
             [value("go_on", BOOL, []), value("next", FLOAT, [4])],
         )  # fmt: skip
         nodes = [node("Loop", ["", "", "x"], name="loop", body=body)]
     else:
-        body = helper.make_graph([node("NonZero", "row", ["z"], name="inner"), node("Relu", "row", ["out"], name="r")],
-                                 "body", [value("row", FLOAT, [4])], [value("out", FLOAT, [4])])  # fmt: skip
+        inner = [node("NonZero", ["row"], ["z"], name="inner"), node("Relu", ["row"], ["out"], name="r")]
+        body = helper.make_graph(inner, "body", [value("row", FLOAT, [4])], [value("out", FLOAT, [4])])
         nodes = [node("Scan", "x", name="loop", body=body, num_scan_inputs=1)]
     graph = model(nodes, inputs={"x": (FLOAT, [4])})
     assert found(graph, "trt10") == [
