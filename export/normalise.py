@@ -166,18 +166,64 @@ def _batches(graph: ir.Graph) -> tuple[int, ...]:
     return (batch,) if isinstance(batch, int) else _BATCHES
 
 
+#: What logits come from where no mask is added to them.
+_PRODUCTS = ("MatMul", "Mul", "Div")
+
+
+def _is_zeros_for(value: ir.Value | None, other: ir.Value | None) -> bool:
+    """Whether ``value`` is zeros, repeated over the batch or not, that add to ``other`` without changing its shape."""
+    if value is None or other is None or other.shape is None or is_constant(other):
+        return False
+    spread = value.producer()
+    if spread is not None and spread.op_type == "Expand":
+        value = spread.inputs[0]
+        if isinstance(other.shape[0], int) or spread.outputs[0].shape is None:
+            return False
+        if len(spread.outputs[0].shape) != len(value.shape):
+            return False
+        if any(a != b for a, b in zip(list(spread.outputs[0].shape)[1:], list(value.shape)[1:], strict=True)):
+            return False
+    zeros = constant(value)
+    if zeros is None or zeros.any() or zeros.ndim > len(other.shape):
+        return False
+    extents = list(other.shape)[len(other.shape) - zeros.ndim :]
+    return all(size in (1, extent) for size, extent in zip(zeros.shape, extents, strict=True))
+
+
 class DropNoOps(ir.passes.InPlacePass):
-    """Drop what changes nothing: ``Dropout``, ``Cast`` to the type there is, ``Slice`` of a whole axis."""
+    """Drop what changes nothing: ``Dropout``, ``Cast`` to the type there is, ``Slice`` of a whole axis, adding zeros.
+
+    ``Where(IsNaN(Softmax(x)), 0, Softmax(x))``, which guards rows that a mask empties, goes too: without a mask, a row
+    is never empty.
+    """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):
-            if node.domain not in ("", "ai.onnx") or not self._is_no_op(node) or node.outputs[0].is_graph_output():
+            if node.domain not in ("", "ai.onnx") or node.outputs[0].is_graph_output():
                 continue
-            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+            kept = node.inputs[0] if self._is_no_op(node) else self._kept(node)
+            if kept is None:
+                continue
+            ir.convenience.replace_all_uses_with(node.outputs[0], kept)
             model.graph.remove(node, safe=True)
             modified = True
         return ir.passes.PassResult(model, modified)
+
+    def _kept(self, node: ir.Node) -> ir.Value | None:
+        """The operand of a sum or choice that is its result, if there is one."""
+        if node.op_type == "Add":
+            for position in (0, 1):
+                if _is_zeros_for(node.inputs[position], node.inputs[1 - position]):
+                    return node.inputs[1 - position]
+        if node.op_type == "Where":
+            test, chosen = node.inputs[0].producer(), node.inputs[2]
+            softmax = None if chosen is None else chosen.producer()
+            if test is not None and test.op_type == "IsNaN" and test.inputs[0] is chosen and softmax is not None:
+                logits = softmax.inputs[0].producer()
+                unmasked = softmax.op_type == "Softmax" and logits is not None and logits.op_type in _PRODUCTS
+                return chosen if unmasked and is_constant(node.inputs[1]) else None
+        return None
 
     def _is_no_op(self, node: ir.Node) -> bool:
         if node.op_type == "Dropout":
@@ -221,9 +267,9 @@ class FoldShapes(ir.passes.InPlacePass):
         if not sites:
             return ir.passes.PassResult(model, False)
         found = self._evaluate(model, images[0], sites, from_pixels)
-        modified = False
+        modified, spread = False, {}
         for (node, position), values in zip(sites, found, strict=True):
-            modified |= self._replace(graph, images[0], node, position, values)
+            modified |= self._replace(graph, images[0], node, position, values, spread)
         return ir.passes.PassResult(model, modified)
 
     def _frontier(self, graph: ir.Graph, image: ir.Value) -> tuple[set, list[tuple[ir.Node, int]]]:
@@ -285,9 +331,8 @@ class FoldShapes(ir.passes.InPlacePass):
             graph.remove(extra, safe=True)
         return [[run[value] for run in runs] for value in wanted]
 
-    def _replace(
-        self, graph: ir.Graph, image: ir.Value, node: ir.Node, position: int, values: list[np.ndarray]
-    ) -> bool:
+    def _replace(self, graph, image, node, position, values, made) -> bool:
+        """Give ``node`` what was computed for its input; ``made`` holds what was repeated over the batch before."""
         value = node.inputs[position]
         first, last = values[0], values[-1]
         if node.op_type == "Reshape" and position == 1:
@@ -301,18 +346,27 @@ class FoldShapes(ir.passes.InPlacePass):
             folded = add_constant(graph, f"{value.name}.folded", np.ascontiguousarray(first))
             node.replace_input_with(position, folded)
             return True
-        rows = [array[:1] for array in values if array.ndim]
-        if len(rows) < 2 or any((array != array[:1]).any() for array in values) or not np.array_equal(*rows):
+        # For both batch sizes the same block of rows, once for each image?
+        if len(values) < 2 or not first.ndim or len(first) % _BATCHES[0]:
             return False
-        if [len(array) for array in values] != list(_BATCHES):
-            return False
-        row = add_constant(graph, f"{value.name}.row", np.ascontiguousarray(rows[0]))
-        batch = add_node(node, "Shape", [image], f"{value.name}.batch", {"start": 0, "end": 1})
-        batch.outputs[0].dtype = ir.DataType.INT64
-        ones = add_constant(graph, f"vpruner.ones.{first.ndim - 1}", np.ones(first.ndim - 1, np.int64))
-        dims = add_node(node, "Concat", [batch.outputs[0], ones], f"{value.name}.dims", {"axis": 0})
-        spread = add_node(node, "Expand", [row, dims.outputs[0]], f"{value.name}.rows")
-        node.replace_input_with(position, spread.outputs[0])
+        rows = len(first) // _BATCHES[0]
+        block = first[:rows]
+        for batch, array in zip(_BATCHES, values, strict=True):
+            if not rows or not np.array_equal(array, np.tile(block, (batch, *[1] * (block.ndim - 1)))):
+                return False
+        if value not in made:
+            block = np.ascontiguousarray(block if rows == 1 else block[None])
+            row, name = add_constant(graph, f"{value.name}.row", block), value.name
+            batch = add_node(node, "Shape", [image], f"{name}.batch", {"start": 0, "end": 1})
+            batch.outputs[0].dtype = ir.DataType.INT64
+            ones = add_constant(graph, f"vpruner.ones.{block.ndim - 1}", np.ones(block.ndim - 1, np.int64))
+            dims = add_node(node, "Concat", [batch.outputs[0], ones], f"{name}.dims", {"axis": 0})
+            spread = add_node(node, "Expand", [row, dims.outputs[0]], f"{name}.rows")
+            if rows > 1:
+                flat = add_shape(graph, [-1, *first.shape[1:]])
+                spread = add_node(node, "Reshape", [spread.outputs[0], flat], f"{name}.blocks")
+            made[value] = spread.outputs[0]
+        node.replace_input_with(position, made[value])
         return True
 
 
@@ -419,11 +473,22 @@ def _scalar_operand(node: ir.Node | None, value: ir.Value | None = None) -> int 
     return None
 
 
+def _masks_nothing(value: ir.Value | None) -> bool:
+    """Whether an attention mask lets everything through: absent, all true, or zeros to add; over the batch or not."""
+    if value is None:
+        return True
+    spread = value.producer()
+    if spread is not None and spread.op_type == "Expand":
+        value = spread.inputs[0]
+    mask = constant(value)
+    return mask is not None and (bool(mask.all()) if mask.dtype == bool else not mask.any())
+
+
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
 class WriteOutAttention(ir.passes.InPlacePass):
-    """``Attention`` of opset 23, without mask, cache, causality or soft cap -> products and a softmax.
+    """``Attention`` of opset 23, without a mask that masks, cache, causality or soft cap -> products and a softmax.
 
     With s = sqrt(scale)::
 
@@ -439,7 +504,8 @@ class WriteOutAttention(ir.passes.InPlacePass):
 
     def _rewrite(self, graph: ir.Graph, node: ir.Node) -> bool:
         query, key, value = node.inputs[:3]
-        extras = any(other is not None for other in node.inputs[3:])
+        extras = any(other is not None for other in node.inputs[4:])
+        extras |= len(node.inputs) > 3 and not _masks_nothing(node.inputs[3])
         read = any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
         softcap = node.attributes["softcap"].as_float() if "softcap" in node.attributes else 0.0
         precision = attribute_int(node, "softmax_precision", int(ir.DataType.FLOAT))
@@ -549,12 +615,18 @@ class CanonicalAttention(ir.passes.InPlacePass):
         if key.columns.shape != value.columns.shape:
             return False
         if query is None or query.tokens is not key.tokens:
-            if rank != 4 or is_constant(key.tokens):
+            learned = _constant_query(logits.inputs[0], rank, batches, *key.columns.shape)
+            if learned is None:
                 return False
             new_key, new_value = self._project(graph, logits, (key, value), name)
             new_key = self._transposed(logits, self._repeat(logits, new_key, key.steps, f"{name}.k"), name)
-            logits.replace_input_with(1, new_key)
-            weighted.replace_input_with(1, new_value)
+            asked = add_constant(graph, f"{name}.q", learned)
+            result = self._attend(softmax, asked, new_key, new_value, scales[::-1], name)
+            if rank == 3:
+                images = batches[0] * len(learned[0]) if len(batches) == 1 else -1
+                target = add_shape(graph, [images, *learned.shape[2:]])
+                result = add_node(softmax, "Reshape", [result, target], f"{name}.by_head").outputs[0]
+            ir.convenience.replace_all_uses_with(weighted.outputs[0], result)
             return True
         if query.columns.shape != key.columns.shape:
             return False
@@ -566,10 +638,7 @@ class CanonicalAttention(ir.passes.InPlacePass):
         new_query, new_key, new_value = self._project(graph, logits, (query, key, value), name)
         new_query = self._repeat(logits, new_query, query.steps, f"{name}.q")
         new_key = self._transposed(logits, self._repeat(logits, new_key, key.steps, f"{name}.k"), name)
-        result = add_node(softmax, "MatMul", [new_query, new_key], f"{name}.logits").outputs[0]
-        result = self._repeat(softmax, result, scales[::-1], f"{name}.logits")
-        result = add_node(softmax, "Softmax", [result], f"{name}.softmax", {"axis": -1}).outputs[0]
-        result = add_node(softmax, "MatMul", [result, new_value], f"{name}.weighted").outputs[0]
+        result = self._attend(softmax, new_query, new_key, new_value, scales[::-1], name)
         result = add_node(softmax, "Transpose", [result], f"{name}.tokens", {"perm": [0, 2, 1, 3]}).outputs[0]
         batch = batches[0] if len(batches) == 1 else -1
         target = add_shape(graph, [batch, tokens, heads * width])
@@ -601,6 +670,15 @@ class CanonicalAttention(ir.passes.InPlacePass):
         by_head = add_node(before, "Transpose", rows.outputs, f"{name}.heads", {"perm": [0, 2, 1, 3]})
         sizes = split_sizes(graph, heads, count)
         return add_node(before, "Split", [by_head.outputs[0], sizes], f"{name}.parts", {"axis": 1}, count).outputs
+
+    def _attend(
+        self, before: ir.Node, query: ir.Value, key: ir.Value, value: ir.Value, scales: Sequence[ir.Node], name: str
+    ) -> ir.Value:
+        """Attention of [B, H, Q, D] queries over [B, H, D, K] keys -> [B, H, Q, D]."""
+        result = add_node(before, "MatMul", [query, key], f"{name}.logits").outputs[0]
+        result = self._repeat(before, result, scales, f"{name}.logits")
+        result = add_node(before, "Softmax", [result], f"{name}.softmax", {"axis": -1}).outputs[0]
+        return add_node(before, "MatMul", [result, value], f"{name}.weighted").outputs[0]
 
     def _transposed(self, before: ir.Node, key: ir.Value, name: str) -> ir.Value:
         return add_node(before, "Transpose", [key], f"{name}.k.transposed", {"perm": [0, 1, 3, 2]}).outputs[0]
@@ -689,6 +767,40 @@ def _trace_branch(value: ir.Value, rank: int, batches: Sequence[int], *, transpo
                 return None
     steps = tuple(node for node, _ in path if node.op_type not in _VIEWS)
     return _Branch(tokens, weight, bias, columns, steps)
+
+
+def _constant_query(value: ir.Value, rank: int, batches: Sequence[int], heads: int, width: int) -> np.ndarray | None:
+    """Learned queries [1, H, Q, D], the same for every image, if ``value`` is that by views of a constant."""
+    path: list[tuple[ir.Node, ir.Value]] = []
+    while not is_constant(value):
+        node = value.producer()
+        if node is None or not (node.op_type in _VIEWS or node.op_type == "Expand"):
+            return None
+        path.append((node, value))
+        value = node.inputs[0]
+    found = None
+    for batch in batches:
+        array = constant(value)
+        for node, output in reversed(path):
+            if node.op_type != "Expand":
+                array = _view(node, output, array)
+            else:
+                # Over the batch, as FoldShapes writes it; a static batch has been folded.
+                array = np.repeat(array, batch, 0) if len(batches) > 1 and len(array) == 1 else None
+            if array is None:
+                return None
+        if array.ndim != rank or array.size % width or array.shape[-1] != width:
+            return None
+        if rank == 3:
+            if array.shape[0] not in (heads, batch * heads):
+                return None
+            array = array.reshape(-1, heads, *array.shape[1:])
+        if array.shape[1] != heads or (array != array[:1]).any():
+            return None
+        if found is not None and not np.array_equal(found, array[:1]):
+            return None
+        found = array[:1]
+    return np.ascontiguousarray(found)
 
 
 def _linear_of(node: ir.Node) -> tuple[ir.Value, np.ndarray, np.ndarray | None] | None:

@@ -1,0 +1,128 @@
+"""Plans fold into the vision towers of transformers, exported by PyTorch: separate projections, masks, other heads.
+
+The reference is the unpatched transformers model with tokens selected away ahead of each of its layers.
+"""
+
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+import torch
+from export_tools import random_plan, relative_difference
+from foreign_graphs import write_module
+from torch import nn
+
+from vpruner.export.files import load_model
+from vpruner.export.fold import fold_file
+from vpruner.export.normalise import prepare
+from vpruner.export.parity import run_onnx
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+#: Name -> model class, its configuration, the output to keep, prefix tokens, prefix tokens that are read, patches read.
+TOWERS = {
+    "ViT": ("ViTForImageClassification", "ViTConfig", {"num_labels": 5}, "logits", 1, 1, False),
+    "DeiT": ("DeiTForImageClassification", "DeiTConfig", {"num_labels": 5}, "logits", 2, 1, False),
+    "distilled DeiT": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", {"num_labels": 5}, "logits", 2, 2, False),
+    "DINOv2": ("Dinov2ForImageClassification", "Dinov2Config", {"num_labels": 5}, "logits", 1, 1, True),
+    "DINOv2, gated MLP": ("Dinov2Model", "Dinov2Config", {"use_swiglu_ffn": True}, "pooler_output", 1, 1, False),
+    "DINOv2 with registers": (
+        "Dinov2WithRegistersForImageClassification",
+        "Dinov2WithRegistersConfig",
+        {"num_labels": 5},
+        "logits",
+        5,
+        5,
+        True,
+    ),
+    "CLIP": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {"projection_dim": 6}, "image_embeds", 1, 1, False),
+    "SigLIP": ("SiglipVisionModel", "SiglipVisionConfig", {}, "pooler_output", 0, 0, True),
+}
+#: Each has a way of writing that no other case has; the rest of PyTorch's newer exporter is slow.
+DYNAMO = [
+    ("ViT", "dynamo", 23, True, "sdpa"),
+    ("DINOv2 with registers", "dynamo", 18, False, "eager"),
+    ("DINOv2 with registers", "dynamo", 20, True, "sdpa"),
+    ("SigLIP", "dynamo", 20, True, "sdpa"),
+]
+CASES = DYNAMO + [
+    (tower, "torchscript", 17, dynamic, attention)
+    for tower in TOWERS
+    for dynamic, attention in ((False, "eager"), (True, "sdpa"))
+    # Its positions are resized by a bicubic filter that the older exporter does not know.
+    if tower != "DINOv2 with registers"
+]
+SLOW = [
+    (tower, "dynamo", 20, dynamic, "sdpa")
+    for tower in TOWERS
+    for dynamic in (False, True)
+    if (tower, "dynamo", 20, dynamic, "sdpa") not in DYNAMO
+]
+ALL = CASES + [pytest.param(case, marks=pytest.mark.slow) for case in SLOW]
+
+
+class OneOutput(nn.Module):
+    """What is left after folding has no place for the unpooled tokens, which these models return too."""
+
+    def __init__(self, tower: nn.Module, output: str):
+        super().__init__()
+        self.tower, self.output = tower, output
+
+    def forward(self, pixels):
+        return getattr(self.tower(pixel_values=pixels), self.output)
+
+
+def build(name: str, attention: str) -> OneOutput:
+    model_class, config_class, extra, output, *_ = TOWERS[name]
+    sizes = SIZES if "Dinov2" in config_class else {**SIZES, "intermediate_size": 64}
+    config = getattr(transformers, config_class)(**sizes, **extra)
+    config._attn_implementation = attention
+    torch.manual_seed(0)
+    model = OneOutput(getattr(transformers, model_class)(config), output).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def gathered(model: nn.Module, plan, images) -> np.ndarray:
+    """The model itself, with the tokens that have left selected away before each layer."""
+    (layers,) = (
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == plan.geometry.depth and "Layer" in str(type(module[0]))
+    )
+    prefix = plan.geometry.prefix_tokens
+    present = list(range(plan.geometry.tokens))
+    with ExitStack() as undo, torch.no_grad():
+        for layer, kept in zip(layers, plan.kept, strict=True):
+            wanted = [*range(prefix), *(prefix + patch for patch in kept)]
+            rows = torch.tensor([present.index(token) for token in wanted])
+            present = wanted
+
+            def select(module, args, kwargs, rows=rows):
+                if args:
+                    return (args[0].index_select(1, rows), *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": kwargs["hidden_states"].index_select(1, rows)}
+
+            undo.callback(layer.register_forward_pre_hook(select, with_kwargs=True).remove)
+        return model(images).numpy()
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: " ".join(map(str, case)))
+def test_the_fold_equals_the_gathered_tower(case, tmp_path):
+    name, exporter, opset, dynamic, attention = case
+    model = build(name, attention)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    write_module(model, images if dynamic else images[:1], tmp_path / "tower.onnx", exporter, opset, dynamic)
+    geometry = prepare(load_model(tmp_path / "tower.onnx")).geometry
+    *_, prefix, head_prefix, head_patches = TOWERS[name]
+    assert (geometry.prefix_tokens, geometry.head_prefix, geometry.head_patches) == (prefix, head_prefix, head_patches)
+    assert (geometry.depth, geometry.embed_dim, geometry.num_heads, geometry.grid) == (3, 32, 2, (4, 4))
+    plan = random_plan(geometry, (CASES + SLOW).index(case), enter=0.8)
+    fold_file(tmp_path / "tower.onnx", plan, tmp_path / "pruned.onnx")
+    expected = gathered(model, plan, images)
+    assert relative_difference(run_onnx(tmp_path / "pruned.onnx", images.numpy()), expected) <= 1e-4
+    with torch.no_grad():
+        assert relative_difference(model(images).numpy(), expected) > 1e-3

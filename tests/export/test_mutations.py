@@ -1,0 +1,348 @@
+"""Graphs that were tampered with are refused, or folded into what they compute: never into something else.
+
+Each mutated graph that folds is compared with the same mutated graph, masked: -inf is added to the attention logits of
+dropped tokens, at ``Softmax`` nodes found by their order in the file as it was exported. Recognition and rewriting have
+no part in that reference, nor has the tool's own parity check.
+"""
+
+import re
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from export_tools import random_plan, relative_difference
+from foreign_graphs import write_module
+from tiny_vits import tiny
+
+from vpruner.errors import GraphError, PlanError
+from vpruner.export.files import load_model, save_model
+from vpruner.export.fold import check_shape, fold
+from vpruner.export.normalise import prepare
+from vpruner.export.parity import run_onnx
+from vpruner.prune.vit import read_geometry
+
+SMALL = {"img_size": (16, 24), "depth": 2, "embed_dim": 16, "num_heads": 2}
+#: Name -> kind of model, exporter, opset, dynamic batch.
+BASES = {
+    "torchscript": ("class token", "torchscript", 17, False),
+    "torchscript, dynamic": ("registers", "torchscript", 17, True),
+    "dynamo 18": ("class token", "dynamo", 18, False),
+    "dynamo 23, dynamic": ("distilled", "dynamo", 23, True),
+}
+PER_BASE = 60
+#: Pairs of operators of the same number of inputs.
+RENAMED = {
+    "Add": ("Sub", "Mul", "Max"), "Mul": ("Add", "Div"), "Softmax": ("LogSoftmax", "Hardmax"), "Erf": ("Tanh", "Neg"),
+    "Gelu": ("Relu", "Softplus"), "MatMul": ("Add", "Mul"), "Transpose": ("Identity",), "Div": ("Mul",),
+    "Concat": ("Sum",), "LayerNormalization": ("Softmax",), "Gather": ("GatherElements",), "Squeeze": ("Unsqueeze",),
+    "Conv": ("ConvTranspose",), "Attention": ("Sum",), "Reshape": ("Expand",),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder, made = tmp_path_factory.mktemp("bases"), {}
+    for name, (kind, exporter, opset, dynamic) in BASES.items():
+        model = tiny(kind, **SMALL)
+        geometry = read_geometry(model, "tiny")
+        path = folder / f"{len(made)}.onnx"
+        write_module(model, torch.zeros(2 if dynamic else 1, 3, 16, 24), path, exporter, opset, dynamic)
+        made[name] = path, geometry
+    return made
+
+
+# -- mutations: each changes the model in place, and says whether it found something to change ------------------------
+
+
+def choice(random, items):
+    return items[random.integers(len(items))] if items else None
+
+
+def put_after(model, value, node):
+    """Let everything that read ``value`` read ``node`` instead."""
+    node.outputs[0].name = node.name
+    readers = [(user, position) for user, position in value.uses() if user is not node]
+    if value.producer() is None:
+        model.graph.insert_before(model.graph[0], node)
+    else:
+        model.graph.insert_after(value.producer(), node)
+    for user, position in readers:
+        user.replace_input_with(position, node.outputs[0])
+    return bool(readers)
+
+
+def number(model, name, array):
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    model.graph.register_initializer(value)
+    return value
+
+
+def rename_operator(model, random):
+    node = choice(random, [node for node in model.graph if node.op_type in RENAMED])
+    node.op_type = choice(random, RENAMED[node.op_type])
+    return True
+
+
+def swap_operands(model, random):
+    node = choice(random, [node for node in model.graph if len(node.inputs) in (2, 3)])
+    first, second = node.inputs[0], node.inputs[1]
+    node.replace_input_with(0, second)
+    node.replace_input_with(1, first)
+    return True
+
+
+def insert_operator(model, random):
+    floats = [v for n in model.graph for v in n.outputs if n.op_type in ("Add", "MatMul", "LayerNormalization", "Mul")]
+    value = choice(random, floats)
+    op_type = choice(random, ["Relu", "Neg", "Mul", "Gather", "CumSum", "ReduceMean", "Softmax", "Add"])
+    inputs, attributes = [value], {}
+    if op_type in ("Mul", "Add"):
+        inputs.append(number(model, "factor", np.asarray(1.5, np.float32)))
+    elif op_type == "Gather":
+        order = np.asarray([0, *range(6, 0, -1)])
+        inputs.append(number(model, "order", order))
+        attributes = {"axis": 1}
+    elif op_type == "CumSum":
+        inputs.append(number(model, "axis", np.asarray(1)))
+    elif op_type == "ReduceMean":
+        attributes = {"keepdims": 1} | ({"axes": [1]} if model.opset_imports[""] < 18 else {})
+        if not attributes.get("axes"):
+            inputs.append(number(model, "axes", np.asarray([1])))
+    elif op_type == "Softmax":
+        attributes = {"axis": 1}
+    return put_after(model, value, ir.node(op_type, inputs, attributes, name="inserted"))
+
+
+def remove_residual(model, random):
+    adds = [n for n in model.graph if n.op_type == "Add" and not any(v.is_initializer() for v in n.inputs)]
+    node = choice(random, adds)
+    kept = int(random.integers(2))
+    if random.integers(2):
+        node.replace_input_with(1 - kept, node.inputs[kept])
+    else:
+        ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[kept])
+    return True
+
+
+def change_constant(model, random):
+    value = choice(random, [v for v in model.graph.initializers.values() if v.uses()])
+    array = value.const_value.numpy().copy()
+    if array.dtype.kind == "f":
+        array = array[::-1] if random.integers(2) and array.ndim else array * random.choice([-1, 0.5, 2, 10])
+    else:
+        array = array + random.choice([-2, -1, 1])
+    value.const_value = ir.tensor(np.ascontiguousarray(array, value.const_value.numpy().dtype), name=value.name)
+    return True
+
+
+def change_shape_constant(model, random):
+    """Integers inside ``Constant`` nodes: where TorchScript keeps shapes, axes and indices."""
+    nodes = [
+        n for n in model.graph if n.op_type == "Constant" and n.attributes["value"].value.numpy().dtype.kind == "i"
+    ]
+    node = choice(random, nodes)
+    if node is None:
+        return change_constant(model, random)
+    array = node.attributes["value"].value.numpy() + random.choice([-1, 1])
+    node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array))
+    return True
+
+
+def change_attribute(model, random):
+    named = [(n, a) for n in model.graph for a in ("perm", "axis", "strides", "epsilon", "transB") if a in n.attributes]
+    node, name = choice(random, named)
+    attribute = node.attributes[name]
+    if name == "perm":
+        node.attributes[name] = ir.AttrInt64s(name, random.permutation(list(attribute.as_ints())).tolist())
+    elif name == "strides":
+        node.attributes[name] = ir.AttrInt64s(name, [8, 7])
+    elif name == "epsilon":
+        node.attributes[name] = ir.AttrFloat32(name, 0.5)
+    else:
+        node.attributes[name] = ir.AttrInt64(name, attribute.as_int() + int(random.choice([-1, 1])))
+    return True
+
+
+def rewire(model, random):
+    """An input from elsewhere, of the same shape as far as the file tells."""
+    earlier, sites = [], []
+    for node in model.graph:
+        for position, value in enumerate(node.inputs):
+            if value is not None and not value.is_initializer() and node.op_type not in ("Gather", "Slice"):
+                sites.extend((node, position, other) for other in earlier if other is not value)
+        if node.op_type in ("Add", "MatMul", "LayerNormalization", "Transpose", "Mul", "Reshape"):
+            earlier.extend(node.outputs)
+    node, position, other = choice(random, sites)
+    node.replace_input_with(position, other)
+    return True
+
+
+def add_second_model(model, random):
+    """A twin of the whole graph on the same image; the two outputs are added, or the twin's is an output too."""
+    values = {value: value for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    nodes = list(model.graph)
+    for node in nodes:
+        twin = ir.node(
+            node.op_type, [values.get(v) for v in node.inputs], dict(node.attributes), num_outputs=len(node.outputs),
+            name=f"twin/{node.name}",
+        )  # fmt: skip
+        for old, new in zip(node.outputs, twin.outputs, strict=True):
+            values[old], new.name = new, f"twin/{old.name}"
+            new.type, new.shape = old.type, old.shape
+        model.graph.append(twin)
+    output = model.graph.outputs[0]
+    if random.integers(2):
+        model.graph.outputs.append(values[output])
+    else:
+        total = ir.node("Add", [output, values[output]], name="total")
+        total.outputs[0].name, total.outputs[0].type, total.outputs[0].shape = "total", output.type, output.shape
+        model.graph.append(total)
+        model.graph.outputs[0] = total.outputs[0]
+    return True
+
+
+MUTATIONS = (
+    rename_operator,
+    swap_operands,
+    insert_operator,
+    insert_operator,
+    remove_residual,
+    change_constant,
+    change_constant,
+    change_shape_constant,
+    change_attribute,
+    change_attribute,
+    rewire,
+    rewire,
+    add_second_model,
+)
+
+
+def rename_everything(model):
+    for index, node in enumerate(model.graph):
+        node.name = f"n{index}"
+        for position, value in enumerate(node.outputs):
+            if not value.is_graph_output():
+                value.name = f"v{index}_{position}"
+
+
+# -- the reference ----------------------------------------------------------------------------------------------------
+
+
+def attention_nodes(model):
+    """The ``Softmax`` or ``Attention`` nodes of the blocks, by name, in the order of the file."""
+    return [node.name for node in model.graph if node.op_type in ("Softmax", "Attention")]
+
+
+def mask(model, names, plan):
+    """Add -inf to the logits of the tokens that each block of ``plan`` drops; False if a node is no longer there."""
+    by_name = {node.name: node for node in model.graph}
+    for block, name in enumerate(names):
+        node = by_name.get(name)
+        bias = np.full(plan.geometry.tokens, -np.inf, np.float32)
+        bias[plan.token_positions(block)] = 0
+        constant = number(model, f"mask.{block}", bias[None, None, None])
+        if node is None or node.op_type not in ("Softmax", "Attention"):
+            return False
+        if node.op_type == "Attention":
+            square = number(model, f"square.{block}", np.repeat(bias[None], plan.geometry.tokens, 0))
+            node.resize_inputs(4)
+            node.replace_input_with(3, square)
+            continue
+        masked = ir.node("Add", [node.inputs[0], constant], name=f"masked.{block}")
+        masked.outputs[0].name = masked.name
+        model.graph.insert_before(node, masked)
+        node.replace_input_with(0, masked.outputs[0])
+    return True
+
+
+def refusal(model, geometry, plan):
+    """Fold ``plan`` into ``model`` in place; returns why that was refused, if it was."""
+    try:
+        prepared = prepare(model, geometry)
+        check_shape(geometry, prepared.geometry, "tiny", "mutated.onnx")
+        fold(model, plan)
+    except (GraphError, PlanError) as error:
+        return str(error)
+    return None
+
+
+def outcome(path, geometry, mutate, folder, seed):
+    """``"refused"``, ``"folded"``, or None where the mutated graph is no model that runs."""
+    random = np.random.default_rng(seed)
+    mutated = load_model(path)
+    names = attention_nodes(mutated)
+    if not mutate(mutated, random):
+        return None
+    images = np.random.default_rng(seed).standard_normal((1, 3, 16, 24)).astype(np.float32)
+    plan = random_plan(geometry, seed)
+    # Stale shapes of the exporter would be lies after a mutation, and onnxruntime takes them for facts.
+    for node in mutated.graph:
+        for value in node.outputs:
+            value.shape = value.shape if value.is_graph_output() else None
+    proto = ir.to_proto(mutated)
+    onnx.save(proto, folder / "mutated.onnx")
+    try:
+        dense = run_onnx(folder / "mutated.onnx", images)
+    except Exception:
+        dense = None
+    known = {node.name for node in mutated.graph} | {value.name for node in mutated.graph for value in node.outputs}
+    known |= {value.name for value in mutated.graph.inputs}
+    model = load_model(folder / "mutated.onnx")
+    refused = refusal(model, geometry, plan)
+    if refused is not None:
+        known |= {node.name for node in model.graph}
+        assert (
+            any(f"'{name}'" in refused for name in known)
+            or "onnxruntime cannot run the graph" in refused
+            or re.search(r"another model: \w+ .* != ", refused)
+        ), refused
+        return "refused" if dense is not None else None
+    if dense is None:
+        return None
+    save_model(model, folder / "pruned.onnx")
+    masked = load_model(folder / "mutated.onnx")
+    assert mask(masked, names, plan), "a graph folded whose attention is gone"
+    save_model(masked, folder / "masked.onnx")
+    expected = run_onnx(folder / "masked.onnx", images)
+    found = run_onnx(folder / "pruned.onnx", images)
+    if not np.isfinite(expected).all():
+        return None
+    assert relative_difference(found, expected) <= 1e-4
+    return "folded"
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_no_mutation_gives_a_wrong_graph(bases, base, tmp_path):
+    path, geometry = bases[base]
+    counts = {"refused": 0, "folded": 0}
+    seed = 0
+    while sum(counts.values()) < PER_BASE:
+        mutate = MUTATIONS[seed % len(MUTATIONS)]
+        try:
+            result = outcome(path, geometry, mutate, tmp_path, seed)
+        except Exception as error:
+            raise AssertionError(f"{mutate.__name__} with seed {seed}: {error}") from error
+        if result is not None:
+            counts[result] += 1
+        seed += 1
+        assert seed < 20 * PER_BASE
+    # Both happen, or the test would say little about the other.
+    assert counts["refused"] >= PER_BASE // 4 and counts["folded"] >= PER_BASE // 10, counts
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_names_do_not_matter(bases, base, tmp_path):
+    path, geometry = bases[base]
+
+    def mutate(model, random):
+        before = attention_nodes(model)
+        rename_everything(model)
+        # The reference finds its nodes by name, so these keep theirs.
+        for node, name in zip([n for n in model.graph if n.op_type in ("Softmax", "Attention")], before, strict=True):
+            node.name = name
+        return True
+
+    assert outcome(path, geometry, mutate, tmp_path, 0) == "folded"
