@@ -3,7 +3,7 @@
 The same attention is written in many ways: fused or separate projections, ``unbind``, ``chunk`` or ``view``, scales on
 queries, keys or logits, tokens as [B, T, d] or flattened to [B T, d]. What does *not* vary is where each number comes
 from. So the steps here do not match spellings. They run the reshapes, transposes and slices between two known points on
-an array of positions, and rewrite only where every position arrives where the canonical form puts it, for two batch
+an array of positions, and rewrite only where every position arrives where the canonical form puts it, for several batch
 sizes where the batch is dynamic. Whatever does not fit is left alone, for recognition to refuse by name.
 
 Order: shapes become constants, attention becomes products and a softmax, flattened tokens get their axis back, the
@@ -41,8 +41,9 @@ from .recognise import (
 
 #: LayerNormalization is an operator from here on; what exporters write before is taken apart.
 OLDEST_OPSET = 17
-#: Two batch sizes tell a number that depends on the batch from one that does not; neither is a likely extent.
-_BATCHES = (2, 3)
+#: Batch sizes to try where the batch is open: they tell a number that depends on it from one that does not. One is
+#: among them since broadcasting makes it special.
+_BATCHES = (1, 2, 3)
 _ATTENTION_DOMAINS = ("com.microsoft", "org.pytorch.aten", "ai.onnx.contrib")
 _QUANTIZED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul"}
 
@@ -160,7 +161,7 @@ def _pin_image(model: ir.Model, expected: Geometry | None) -> None:
 
 
 def _batches(graph: ir.Graph) -> tuple[int, ...]:
-    """The batch sizes to try: the graph's own, or two where it is open."""
+    """The batch sizes to try: the graph's own, or several where it is open."""
     image = next(value for value in graph.inputs if not is_constant(value))
     batch = image.shape[0] if image.shape is not None and len(image.shape) else None
     return (batch,) if isinstance(batch, int) else _BATCHES
@@ -188,6 +189,13 @@ def _is_zeros_for(value: ir.Value | None, other: ir.Value | None) -> bool:
         return False
     extents = list(other.shape)[len(other.shape) - zeros.ndim :]
     return all(size in (1, extent) for size, extent in zip(zeros.shape, extents, strict=True))
+
+
+def _same(array: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two results are equal; floats up to rounding, since a product of one row is summed in another order."""
+    if array.shape != other.shape or array.dtype != other.dtype or array.dtype.kind != "f":
+        return array.dtype == other.dtype and np.array_equal(array, other)
+    return np.allclose(array, other, rtol=1e-5, atol=1e-6 * np.abs(other).max(initial=0))
 
 
 class DropNoOps(ir.passes.InPlacePass):
@@ -251,9 +259,9 @@ class FoldShapes(ir.passes.InPlacePass):
     """Whatever depends on the image's *shape* only becomes a constant: computed once, by onnxruntime.
 
     Covers ``Shape`` - ``Gather`` - ``Concat`` chains, scales taken from a shape, position embeddings that are resized
-    or looked up. With a dynamic batch the values are computed for two batch sizes:
+    or looked up. With a dynamic batch the values are computed for several batch sizes:
 
-    * equal for both -> a constant.
+    * equal for all -> a constant.
     * the target of a ``Reshape`` -> its output's shape, -1 where the batch shows.
     * a constant repeated over the batch -> ``Expand(constant, [Shape(image)[0], 1, ...])``.
     """
@@ -334,25 +342,27 @@ class FoldShapes(ir.passes.InPlacePass):
     def _replace(self, graph, image, node, position, values, made) -> bool:
         """Give ``node`` what was computed for its input; ``made`` holds what was repeated over the batch before."""
         value = node.inputs[position]
-        first, last = values[0], values[-1]
+        first = values[0]
         if node.op_type == "Reshape" and position == 1:
-            varies = [index for index, (a, b) in enumerate(zip(first, last, strict=True)) if a != b]
-            if len(first) != len(last) or len(varies) > 1 or 0 in first:
+            if any(len(dims) != len(first) for dims in values):
+                return False
+            varies = [index for index, dims in enumerate(zip(*values, strict=True)) if len(set(dims)) > 1]
+            if len(varies) > 1 or 0 in first:
                 return False
             dims = [-1 if index in varies else int(dim) for index, dim in enumerate(first)]
             node.replace_input_with(1, add_shape(graph, dims))
             return True
-        if first.shape == last.shape and np.array_equal(first, last):
+        if all(_same(array, first) for array in values):
             folded = add_constant(graph, f"{value.name}.folded", np.ascontiguousarray(first))
             node.replace_input_with(position, folded)
             return True
-        # For both batch sizes the same block of rows, once for each image?
-        if len(values) < 2 or not first.ndim or len(first) % _BATCHES[0]:
+        # For all batch sizes the same block of rows, once for each image?
+        if len(values) < 2 or not first.ndim:
             return False
         rows = len(first) // _BATCHES[0]
         block = first[:rows]
         for batch, array in zip(_BATCHES, values, strict=True):
-            if not rows or not np.array_equal(array, np.tile(block, (batch, *[1] * (block.ndim - 1)))):
+            if not rows or not _same(array, np.tile(block, (batch, *[1] * (block.ndim - 1)))):
                 return False
         if value not in made:
             block = np.ascontiguousarray(block if rows == 1 else block[None])
