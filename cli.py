@@ -916,5 +916,79 @@ def _print_findings(findings) -> None:
         click.echo(f"{note}. {why[0].upper()}{why[1:]}.\n   {todo[0].upper()}{todo[1:]}.\n   Source: {source}")
 
 
+# -- convert ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--precision",
+    required=True,
+    type=click.Choice(["fp16", "bf16", "int8", "int8-dynamic"]),
+    help="int8 is static (Q/DQ nodes, calibrated on --data); int8-dynamic is for CPUs and needs no images.",
+)
+@click.option(
+    "--io",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "same"]),
+    help="fp16 and bf16: inputs and outputs stay float32, or change too.",
+)
+@click.option("--data", metavar="PATH", help="int8: calibration images, a folder or .tar.")
+@click.option(
+    "--images", default=128, show_default=True, type=click.IntRange(1), help="Calibration images to use, at most."
+)
+@click.option(
+    "--calibration",
+    default="minmax",
+    show_default=True,
+    type=click.Choice(["minmax", "entropy", "percentile"]),
+    help="int8: how the range of an activation comes from what was seen.",
+)
+@click.option("--first-and-last", is_flag=True, help="int8: quantize the patch embedding and the classifier too.")
+@click.option("--eval-data", metavar="PATH", help="Images to compare the two files on, with accuracy where labelled.")
+@eval_images_option
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the choice of images."
+)
+@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="File to write.")
+@json_option
+@quiet_option
+def convert(model, precision, images, eval_images, output, as_json, quiet, **options) -> None:
+    """Convert a float32 ONNX file to FP16, BF16 or INT8, and say what that costs.
+
+    \b
+    Example:
+      vpruner convert runs/demo/pruned.onnx --precision fp16 -o fp16.onnx
+      vpruner convert runs/demo/pruned.onnx --precision int8 --data train/ --eval-data val/ -o int8.onnx
+    """
+    from . import pipeline
+    from .export.precision import convert_checked
+    from .progress import Reporter
+
+    pipeline.check_output(output, ".onnx", model)
+    done, cost, what = convert_checked(
+        model, output, precision, count=images, eval_count=eval_images, reporter=Reporter(quiet=quiet), **options
+    )
+    if as_json:
+        _print_json({**done.to_json(), "compared_on": what, "agreement": cost.to_json()})
+        return
+    rows = [
+        ["MB", f"{done.bytes_before / 1e6:.2f}", f"{done.bytes_after / 1e6:.2f}"],
+        ["relative error, largest", "", f"{cost.max_relative_error:.1e}"],
+        ["relative error, mean", "", f"{cost.mean_relative_error:.1e}"],
+    ]
+    for title, before, after in (
+        ("same class", None, cost.top1_agreement),
+        ("top-1", cost.top1_reference, cost.top1_converted),
+        ("top-1, paired difference", None, cost.top1_difference),
+    ):
+        if after is not None:
+            rows.append([title, *(_format_estimate(one.row("")) if one else "" for one in (before, after))])
+    _table(f"{what}, {cost.computed}", ["", "float32", precision], rows)
+    click.echo(output)
+
+
 if __name__ == "__main__":
     main()

@@ -26,6 +26,8 @@ KEPT = "vpruner.kept"
 PREPROCESSING = "vpruner.preprocessing"
 CLASSES = "vpruner.classes"
 OUTPUT = "vpruner.output"
+#: Of a converted file (:mod:`vpruner.export.precision`); absent in a float32 one.
+PRECISION = "vpruner.precision"
 
 #: Every dense and every pruned file has these.
 REQUIRED = (VERSION, MODEL, WEIGHTS_SHA256, GEOMETRY, PREPROCESSING, OUTPUT)
