@@ -127,10 +127,11 @@ def accuracy(rows: list[dict]) -> str:
     for (model, _, _), results in _by_model(rows).items():
         targets = sorted({target for _, target in results}, reverse=True)
         shown = _shown_metrics(results)
+        seeds = _seeds(results)
         head = f"{model}: {' / '.join(SHOWN[metric][0] for metric in shown)}"
         lines += ["", f"| {head} | {' | '.join(f'{t:g}' for t in targets)} |", f"| --- |{' ---: |' * len(targets)}"]
         for method in _in_table_order(method for method, _ in results):
-            cells = [_accuracy_cell(results.get((method, target), {}), shown) for target in targets]
+            cells = [_accuracy_cell(results.get((method, target), {}), shown, len(seeds)) for target in targets]
             lines.append(f"| {METHODS.get(method, method)} | {' | '.join(cells)} |")
         lines += ["", _accuracy_caption(results)]
     return "\n".join(lines)
@@ -162,23 +163,30 @@ def _shown_metrics(results: Results) -> list[str]:
     return [metric for metric in SHOWN if metric in measured]
 
 
-def _accuracy_cell(metrics: dict[str, list[dict]], shown: list[str]) -> str:
-    """Such as "-1.50 ± 0.21 / 0.041 ± 0.001"."""
-    parts = []
+def _seeds(results: Results) -> set[int]:
+    return {row["seed"] for metrics in results.values() for group in metrics.values() for row in group}
+
+
+def _accuracy_cell(metrics: dict[str, list[dict]], shown: list[str], seeds: int) -> str:
+    """Such as "-1.50 ± 0.21 / 0.041 ± 0.001"; fewer than ``seeds`` seeds are counted behind it, in brackets."""
+    parts, fewest = [], seeds
     for metric in shown:
         if metric in metrics:
             _, factor, digits = SHOWN[metric]
             values = [factor * row["value"] for row in metrics[metric]]
             spread = f" ± {statistics.stdev(values):{digits.lstrip('+')}}" if len(values) > 1 else ""
             parts.append(f"{statistics.fmean(values):{digits}}{spread}")
-    return " / ".join(parts) or "–"
+            fewest = min(fewest, len(values))
+    return (" / ".join(parts) + (f" ({fewest})" if fewest < seeds else "")) or "–"
 
 
 def _accuracy_caption(results: Results) -> str:
     rows = [row for metrics in results.values() for group in metrics.values() for row in group]
-    seeds, episodes = {row["seed"] for row in rows}, sorted({row["episodes"] for row in rows if row["episodes"]})
+    seeds, episodes = _seeds(results), sorted({row["episodes"] for row in rows if row["episodes"]})
+    fewer = any(len(group) < len(seeds) for metrics in results.values() for group in metrics.values())
     sentences = [
         f"Mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else "One seed",
+        *(["or of as many as stand in brackets"] if fewer else []),
         f"{rows[0]['images']:,} calibration and {rows[0]['count']:,} evaluation images",
     ]
     if episodes:
