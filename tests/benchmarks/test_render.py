@@ -43,7 +43,8 @@ def test_accuracy_table(render):
         "| random exits | -2.00 ± 1.41 / 0.200 ± 0.141 | -4.00 / 0.900 (1) |",
         "| Fisher + PPO | – | -0.50 / 0.050 (1) |",
         "",
-        "Mean ± standard deviation of 2 seeds; or of as many as stand in brackets; 1,024 calibration and 2,000 evaluation images; PPO played 640 episodes; "
+        "Mean ± standard deviation of 2 seeds; or of as many as stand in brackets; 1,024 calibration and "
+        "2,000 evaluation images; PPO played 640 episodes; "
         "the 95 % interval over images of one top-1 difference is ± 0.5 to 0.5 pp.",
     ]
 
