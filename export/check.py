@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from ..errors import UserError
+from .files import read_model
 from .targets import MISSING_WEIGHTS, NO_PRODUCER, SEVERITIES, UNKNOWN_DOMAIN, Bound, Rule, Target, find_target
 
 _INT32 = np.iinfo(np.int32)
@@ -93,23 +94,19 @@ def summarize(findings: list[Finding]) -> dict[str, int]:
 
 def _load(path: Path) -> ir.Model:
     """As :func:`vpruner.export.files.load_model`, but weights that are missing beside the file are a finding here."""
-    hint = "write one with: vpruner export MODEL"
     log = logging.getLogger("onnx_ir.serde")
     level = log.level
     log.setLevel(logging.ERROR)  # What it warns of is a finding below.
     try:
-        model = ir.load(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}", hint) from None
-    except Exception as error:  # protobuf and onnx-ir raise many types for bytes that are no model
-        raise UserError(f"{path} is not an ONNX model, or is truncated ({type(error).__name__})", hint) from None
+        model = read_model(path)
     finally:
         log.setLevel(level)
-    if not len(model.graph) or not model.graph.outputs:
-        raise UserError(f"{path} holds an empty graph, expected an ONNX model", hint)
     for text in _texts(model):
         if not isinstance(text, str):  # protobuf hands bytes on that are no UTF-8
-            raise UserError(f"{path} is damaged: it holds the name {text!r}, which is no text", hint)
+            raise UserError(
+                f"{path} is damaged: it holds the name {text!r}, which is no text",
+                "write one with: vpruner export MODEL",
+            )
     return model
 
 

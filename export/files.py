@@ -15,30 +15,41 @@ from ..errors import UserError
 INLINE_LIMIT = (1 << 31) - (1 << 25)
 #: Bytes up to which a weight from a file beside the graph is read at once.
 _SMALL = 1 << 14
+_HINT = "write one with: vpruner export MODEL"
 
 
-def load_model(path: str | os.PathLike) -> ir.Model:
-    """Read an ONNX file.
+def read_model(path: str | os.PathLike) -> ir.Model:
+    """Read an ONNX file; weights beside it may be missing.
 
     Raises:
         UserError: It is missing, truncated, or no ONNX model.
     """
     path = Path(path)
-    hint = "write one with: vpruner export MODEL"
     try:
         model = ir.load(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}", hint) from None
+        raise UserError(f"cannot read {path}: {error.strerror or error}", _HINT) from None
     except Exception as error:  # protobuf and onnx-ir raise many types for bytes that are no model
-        raise UserError(f"{path} is not an ONNX model, or is truncated ({type(error).__name__})", hint) from None
+        raise UserError(f"{path} is not an ONNX model, or is truncated ({type(error).__name__})", _HINT) from None
     if not len(model.graph) or not model.graph.outputs:
-        raise UserError(f"{path} holds an empty graph, expected an ONNX model", hint)
+        raise UserError(f"{path} holds an empty graph, expected an ONNX model", _HINT)
+    return model
+
+
+def load_model(path: str | os.PathLike) -> ir.Model:
+    """Read an ONNX file, whose weights must be there.
+
+    Raises:
+        UserError: It is missing, truncated, or no ONNX model.
+    """
+    path = Path(path)
+    model = read_model(path)
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
         if not Path(tensor.path).is_file():
-            raise UserError(f"{path} needs its weights file {tensor.location}, which is not beside it", hint)
+            raise UserError(f"{path} needs its weights file {tensor.location}, which is not beside it", _HINT)
         if tensor.nbytes <= _SMALL:
             # ONNX's checker is handed small tensors as they are, and looks for this file in the wrong place.
             value.const_value = ir.Tensor(tensor.numpy().copy(), name=value.name)

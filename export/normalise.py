@@ -13,7 +13,7 @@ patch embedding and each attention are written in the canonical form, the class 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -472,6 +472,18 @@ def _only_reader(value: ir.Value) -> ir.Node | None:
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
+def _views_behind(value: ir.Value, arrays: list[np.ndarray]) -> Iterator[tuple[ir.Node, ir.Value, list[np.ndarray]]]:
+    """The chain of views that starts at ``value``: each node, its output, and what that holds of ``arrays``."""
+    while (node := _only_reader(value)) is not None and node.op_type in _VIEWS and node.inputs[0] is value:
+        if len(node.outputs) != 1:
+            return
+        value = node.outputs[0]
+        arrays = [_view(node, value, array) for array in arrays]
+        if any(array is None for array in arrays):
+            return
+        yield node, value, arrays
+
+
 def _scalar_operand(node: ir.Node | None, value: ir.Value | None = None) -> int | None:
     """Position of the other operand if ``node`` multiplies or divides (``value``) by a constant scalar."""
     if node is None or node.op_type not in ("Mul", "Div") or node.domain not in ("", "ai.onnx"):
@@ -844,14 +856,8 @@ def _canonical_merge(
         .reshape(batch * tokens, heads * width)
         for batch in batches
     ]
-    value, found = start, None
-    while (node := _only_reader(value)) is not None and node.op_type in _VIEWS and node.inputs[0] is value:
-        if len(node.outputs) != 1:
-            break
-        value = node.outputs[0]
-        arrays = [_view(node, value, array) for array in arrays]
-        if any(array is None for array in arrays):
-            break
+    found = None
+    for _, value, arrays in _views_behind(start, arrays):
         shapes = [[batch, tokens, heads * width] for batch in batches]
         flat = [[batch * tokens, heads * width] for batch in batches]
         if [list(array.shape) for array in arrays] in (shapes, flat) and all(
@@ -1024,14 +1030,8 @@ class CanonicalPatches(ir.passes.InPlacePass):
         patches = height * across
         arrays = [np.arange(batch * width * patches).reshape(batch, width, height, across) for batch in batches]
         wanted = [array.reshape(len(array), width, patches).transpose(0, 2, 1) for array in arrays]
-        value, found, kinds = start, None, []
-        while (node := _only_reader(value)) is not None and node.op_type in _VIEWS and node.inputs[0] is value:
-            if len(node.outputs) != 1:
-                break
-            value = node.outputs[0]
-            arrays = [_view(node, value, array) for array in arrays]
-            if any(array is None for array in arrays):
-                break
+        found, kinds = None, []
+        for node, value, arrays in _views_behind(start, arrays):
             kinds.append(node.op_type)
             if all(np.array_equal(array, goal) for array, goal in zip(arrays, wanted, strict=True)):
                 found, count = value, len(kinds)
