@@ -129,10 +129,11 @@ def accuracy(rows: list[dict]) -> str:
         shown = _shown_metrics(results)
         seeds = _seeds(results)
         head = f"{model}: {' / '.join(SHOWN[metric][0] for metric in shown)}"
-        lines += ["", f"| {head} | {' | '.join(f'{t:g}' for t in targets)} |", f"| --- |{' ---: |' * len(targets)}"]
+        heads = [*(f"{t:g}" for t in targets), "time"]
+        lines += ["", f"| {head} | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
         for method in _in_table_order(method for method, _ in results):
             cells = [_accuracy_cell(results.get((method, target), {}), shown, len(seeds)) for target in targets]
-            lines.append(f"| {METHODS.get(method, method)} | {' | '.join(cells)} |")
+            lines.append(f"| {METHODS.get(method, method)} | {' | '.join(cells)} | {_seconds_cell(method, results)} |")
         lines += ["", _accuracy_caption(results)]
     return "\n".join(lines)
 
@@ -180,6 +181,11 @@ def _accuracy_cell(metrics: dict[str, list[dict]], shown: list[str], seeds: int)
     return (" / ".join(parts) + (f" ({fewest})" if fewest < seeds else "")) or "–"
 
 
+def _seconds_cell(method: str, results: Results) -> str:
+    seconds = [rows[0]["seconds"] for key, metrics in results.items() if key[0] == method for rows in metrics.values()]
+    return f"{statistics.median(seconds):.0f} s"
+
+
 def _accuracy_caption(results: Results) -> str:
     rows = [row for metrics in results.values() for group in metrics.values() for row in group]
     seeds, episodes = _seeds(results), sorted({row["episodes"] for row in rows if row["episodes"]})
@@ -191,6 +197,7 @@ def _accuracy_caption(results: Results) -> str:
     ]
     if episodes:
         sentences.append(f"PPO played {' or '.join(map(str, episodes))} episodes")
+    sentences.append("time is the median to make a plan, on one thread of a machine that did other things too")
     # The spread over seeds says nothing about the images, which all seeds share.
     widths = [50 * (row["high"] - row["low"]) for row in rows if row["metric"] == "top1_difference"]
     if widths:
