@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -167,6 +168,62 @@ calibration_options = _options(
         help="Of the choice of images and random directions.",
     ),
     click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
+)
+
+
+class _PerChannel(click.ParamType):
+    """Three numbers, or one for all channels: ``0.485,0.456,0.406`` -> (0.485, 0.456, 0.406), ``0.5`` -> three."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
+            self.fail(f"{value!r} is not one number, or three with commas between them", param, ctx)
+        return numbers * 3 if len(numbers) == 1 else numbers
+
+
+def _gathered_preprocessing(command: Callable) -> Callable:
+    """Hand the options of :data:`preprocessing_options` on as one mapping, ``preprocessing``, of those given."""
+
+    @functools.wraps(command)
+    def gathering(*arguments: Any, **options: Any) -> Any:
+        found = {name: options.pop(name) for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+        given = {name: value for name, value in found.items() if value is not None}
+        return command(*arguments, preprocessing=given, **options)
+
+    return gathering
+
+
+#: How images become the input of an ONNX file that does not say it. The command gets one argument ``preprocessing``,
+#: which :func:`vpruner.runtime.preprocess.resolve_preprocessing` takes.
+preprocessing_options = _options(
+    click.option(
+        "--mean",
+        metavar="R,G,B",
+        type=_PerChannel(),
+        help="Of pixels between 0 and 1, subtracted from them; for ONNX files that do not say how images are prepared.",
+    ),
+    click.option("--std", metavar="R,G,B", type=_PerChannel(), help="Divided by after that."),
+    click.option(
+        "--interpolation",
+        type=click.Choice(["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]),
+        help="Of resizing  [default: the file's, or bicubic]",
+    ),
+    click.option(
+        "--crop-pct", type=float, help="Share of the resized image that the crop keeps  [default: the file's, or 1]"
+    ),
+    click.option(
+        "--crop-mode",
+        type=click.Choice(["center", "squash", "border"]),
+        help="Crop the middle, squash to the size, or fill up  [default: the file's, or center]",
+    ),
+    _gathered_preprocessing,
 )
 eval_data_option = click.option(
     "--eval-data", metavar="PATH", help="Images to report on; none of them is used to prune."

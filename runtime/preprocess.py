@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,6 +173,38 @@ class Preprocessing:
         """float32 [batch B, channel 3, height, width] of anything :func:`load_image` takes."""
         arrays = [self(load_image(image)) for image in images]
         return np.stack(arrays) if arrays else np.empty((0, 3, *self.size), np.float32)
+
+
+def resolve_preprocessing(
+    stated: Preprocessing | None,
+    given: Mapping[str, Any],
+    *,
+    size: tuple[int, int] | None,
+    source: str,
+) -> Preprocessing:
+    """How images become the input of a model file: what the file states, with what the user gave over it.
+
+    Args:
+        stated: What the file says; None for a graph of another tool.
+        given: Fields of :class:`Preprocessing` that the user set; never ``size``, which is the graph's.
+        size: (height, width) of the graph's input; None where the graph leaves it open.
+        source: What to call the file in messages.
+
+    Raises:
+        UserError: Neither says what mean and std are; the size is open; a value is out of range.
+    """
+    if stated is not None:
+        return replace(stated, **given)
+    missing = [name for name in ("mean", "std") if name not in given]
+    if missing:
+        raise UserError(
+            f"{source} does not say how images are prepared (no vpruner.preprocessing in its metadata), and "
+            f"--{missing[0]} is not given",
+            "give them as the model was trained, such as --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
+        )
+    if size is None:
+        raise UserError(f"{source}: the input has no fixed image size", "expected [batch, 3, height, width]")
+    return Preprocessing(size=size, **given)
 
 
 def load_image(source: str | PathLike | Image.Image | np.ndarray) -> Image.Image:

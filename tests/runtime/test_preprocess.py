@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vpruner.errors import UserError
-from vpruner.runtime.preprocess import CROP_MODES, INTERPOLATIONS, Preprocessing, load_image, to_rgb
+from vpruner.runtime.preprocess import (
+    CROP_MODES,
+    INTERPOLATIONS,
+    Preprocessing,
+    load_image,
+    resolve_preprocessing,
+    to_rgb,
+)
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CARD = {
@@ -255,3 +262,22 @@ def test_load_image_refuses_other_arrays(array):
 def test_load_image_refuses_other_things():
     with pytest.raises(UserError, match="int"):
         load_image(3)
+
+
+def test_what_the_user_gives_stands_over_what_the_file_says():
+    stated = Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (32, 48), "bilinear", 0.9)
+    assert resolve_preprocessing(stated, {}, size=None, source="a.onnx") == stated
+    found = resolve_preprocessing(stated, {"crop_pct": 1.0, "crop_mode": "squash"}, size=None, source="a.onnx")
+    assert found == Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (32, 48), "bilinear", 1.0, "squash")
+
+
+def test_a_file_that_does_not_say_needs_mean_and_std_and_a_fixed_size():
+    both = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    found = resolve_preprocessing(None, both, size=(32, 48), source="a.onnx")
+    assert found == Preprocessing((0.5, 0.5, 0.5), (0.2, 0.2, 0.2), (32, 48), "bicubic", 1.0, "center")
+    with pytest.raises(UserError, match="^a.onnx does not say.*--mean is not given; give them .* --mean 0.485"):
+        resolve_preprocessing(None, {}, size=(32, 48), source="a.onnx")
+    with pytest.raises(UserError, match="--std is not given"):
+        resolve_preprocessing(None, {"mean": (0.5, 0.5, 0.5)}, size=(32, 48), source="a.onnx")
+    with pytest.raises(UserError, match="no fixed image size"):
+        resolve_preprocessing(None, both, size=None, source="a.onnx")
