@@ -20,6 +20,7 @@ EXTRA_OF = {
     "onnxruntime": "cpu",
     "tensorrt": "trt",
     "polygraphy": "trt",
+    "cuda": "trt",
 }
 
 

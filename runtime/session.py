@@ -6,6 +6,7 @@ images, filling the graph's batch and turning logits into labels is done here, o
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from .preprocess import Preprocessing
 
 #: Images per run of a graph whose batch is dynamic. On a CPU larger batches gain nothing and cost memory.
 DEFAULT_BATCH_SIZE = 16
+#: Engines of TensorRT.
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 
 
 class TensorSpec(NamedTuple):
@@ -91,6 +94,8 @@ class Session(ABC):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     metadata: ModelMetadata
+    #: Fewer images than this are filled up where the batch is dynamic.
+    minimum_batch: int = 1
 
     def __init__(
         self,
@@ -217,7 +222,7 @@ class Session(ABC):
         rows = []
         for chunk in _chunks(_as_images(images), self.batch_size):
             batch = preprocessing.batch(chunk)
-            missing = (self.static_batch or len(batch)) - len(batch)
+            missing = (self.static_batch or max(len(batch), self.minimum_batch)) - len(batch)
             if missing:
                 batch = np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)])
             outputs = self._run(self.check_feeds({spec.name: batch.astype(spec.dtype, copy=False)}))
@@ -293,23 +298,39 @@ def open(path: str | PathLike, **options: Any) -> Session:
     """Open a model file with the backend its suffix asks for.
 
     Args:
-        path: ``*.onnx``.
-        options: Arguments of the backend's session, for ONNX those of :class:`vpruner.runtime.ort.OrtSession`.
+        path: ``*.onnx``, or an engine of TensorRT: ``*.engine``, ``*.plan``, ``*.trt``.
+        options: Arguments of the backend's session: of :class:`vpruner.runtime.ort.OrtSession` or
+            :class:`vpruner.runtime.trt.TrtSession`.
 
     Raises:
-        UserError: No backend for the suffix, or the backend refuses the file.
+        UserError: No backend for the suffix, or the backend refuses the file or an option.
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".onnx":
-        from .ort import OrtSession
-
-        return OrtSession(path, **options)
-    if suffix in (".engine", ".plan", ".trt"):
+        from .ort import OrtSession as backend
+    elif suffix in ENGINE_SUFFIXES:
+        from .trt import TrtSession as backend
+    else:
         raise UserError(
-            f"{path}: TensorRT engines cannot be opened here",
-            "open the ONNX file it was built from, or run the engine with TensorRT itself (pip install 'vpruner[trt]')",
+            f"{path}: the suffix {suffix or '(none)'} is not a model that can be run", "expected .onnx or .engine"
         )
-    raise UserError(f"{path}: the suffix {suffix or '(none)'} is not a model that can be run", "expected .onnx")
+    unknown = [name for name in options if name not in _options_of(backend)]
+    if unknown:
+        raise UserError(
+            f"{path}: {', '.join(unknown)} is no option for {suffix} files",
+            f"expected some of {', '.join(_options_of(backend))}",
+        )
+    return backend(path, **options)
+
+
+def _options_of(backend: type[Session]) -> list[str]:
+    """Names of the arguments of a session, those of the base class included, without the path."""
+    return [
+        name
+        for kind in (backend, Session)
+        for name, parameter in inspect.signature(kind.__init__).parameters.items()
+        if name not in ("self", "path") and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
 
 
 def _as_images(images: Any) -> Iterator[Any]:

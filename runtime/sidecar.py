@@ -1,0 +1,175 @@
+"""The file beside an engine that says what it was built from, with and for: ``model.engine.json``.
+
+A TensorRT engine holds for one GPU and one release of TensorRT, and can carry code. So it is looked at only when the
+record that was written with it vouches for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..artifacts import file_sha256, write_text
+from ..errors import UserError
+from .capabilities import version_tuple
+from .cuda import DeviceProperties, architecture
+
+SCHEMA = 1
+#: Engines of this level run on every GPU from Ampere on.
+AMPERE_PLUS = "AMPERE_PLUS"
+SAME_COMPUTE_CAPABILITY = "SAME_COMPUTE_CAPABILITY"
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """Attributes are as they were when the engine was built.
+
+    Attributes:
+        engine_sha256: Of the engine file.
+        onnx: Name of the ONNX file, without its folder.
+        onnx_sha256: Of that file; weights in files beside it are not part of it.
+        gpu, compute_capability: Of the device, ``"Orin"`` and ``"8.7"``.
+        driver: Release of the driver; None where the machine does not tell.
+        cuda: CUDA version that the driver supports.
+        tensorrt: Full version.
+        precision: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"int8"``.
+        strongly_typed: Whether the types came from the ONNX file.
+        tf32: Whether FP32 products may be rounded to TF32.
+        flags: Names of the builder flags that were set.
+        profile: {input: {"min": [...], "opt": [...], "max": [...]}} of the inputs with open dimensions.
+        hardware_compatibility: Name of the level, None for this GPU model alone.
+        version_compatible: Whether newer releases of the same major version may load it.
+        optimization_level, workspace_bytes, tactic_sources: As set; None is TensorRT's default.
+        arguments: What to add to ``vpruner build ONNX -o ENGINE`` to build it again.
+        metadata: What the ONNX file says about itself: its keys ``vpruner.*``.
+        vpruner: Version that built it.
+        seconds: Time the build took.
+    """
+
+    engine_sha256: str
+    onnx: str
+    onnx_sha256: str
+    gpu: str
+    compute_capability: str
+    driver: str | None
+    cuda: str
+    tensorrt: str
+    precision: str
+    strongly_typed: bool
+    tf32: bool
+    flags: tuple[str, ...] = ()
+    profile: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)
+    hardware_compatibility: str | None = None
+    version_compatible: bool = False
+    optimization_level: int | None = None
+    workspace_bytes: int | None = None
+    tactic_sources: tuple[str, ...] | None = None
+    arguments: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    vpruner: str = ""
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+    def save(self, engine: str | os.PathLike) -> Path:
+        """Write it beside ``engine``."""
+        path = sidecar_path(engine)
+        write_text(path, json.dumps(self.to_json(), indent=1, sort_keys=True, allow_nan=False) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, engine: str | os.PathLike) -> EngineRecord | None:
+        """Read what lies beside ``engine``; None where there is nothing.
+
+        Raises:
+            UserError: It is damaged, or of another version of vpruner.
+        """
+        path = sidecar_path(engine)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}", _REBUILD) from None
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            found = content.get("schema") if isinstance(content, dict) else type(content).__name__
+            raise UserError(f"{path} has schema {found!r}, expected {SCHEMA}", _REBUILD)
+        known = {item.name for item in fields(cls)}
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items() if key in known}
+        try:
+            record = cls(**values)
+            record._check_types()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged: {error}", _REBUILD) from None
+        return record
+
+    def _check_types(self) -> None:
+        texts = ("engine_sha256", "onnx", "onnx_sha256", "gpu", "compute_capability", "tensorrt", "precision")
+        for name in texts:
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} is {getattr(self, name)!r}")
+        for name in ("profile", "metadata"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise TypeError(f"{name} is {getattr(self, name)!r}")
+
+    def rebuild_command(self, engine: str | os.PathLike) -> str:
+        """What to type to build it again, on the machine where that is typed."""
+        onnx = Path(engine).parent / self.onnx
+        return shlex.join(["vpruner", "build", str(onnx), "-o", str(engine), *self.arguments])
+
+    def check_files(self, engine: str | os.PathLike) -> None:
+        """Raise UserError where the engine, or the ONNX file beside it, is not the one of this record."""
+        found = file_sha256(engine)
+        if found != self.engine_sha256:
+            raise UserError(
+                f"{engine}: its hash is {found[:12]}, {sidecar_path(engine).name} is of the engine "
+                f"{self.engine_sha256[:12]}: one of the two was replaced",
+                f"build it again: {self.rebuild_command(engine)}",
+            )
+        onnx = Path(engine).parent / self.onnx
+        if onnx.is_file() and (found := file_sha256(onnx)) != self.onnx_sha256:
+            raise UserError(
+                f"{engine}: {onnx.name} beside it has changed since it was built (hash {found[:12]}, was "
+                f"{self.onnx_sha256[:12]})",
+                f"build it again: {self.rebuild_command(engine)}",
+            )
+
+    def check_machine(self, engine: str | os.PathLike, device: DeviceProperties, tensorrt: str) -> None:
+        """Raise UserError where this GPU or this TensorRT cannot run the engine; it names all that differs."""
+        problems = [text for text in (self._gpu_problem(device), self._version_problem(tensorrt)) if text]
+        if problems:
+            raise UserError(
+                f"{engine}: {'; '.join(problems)}", f"build it on this machine: {self.rebuild_command(engine)}"
+            )
+
+    def _gpu_problem(self, device: DeviceProperties) -> str | None:
+        here, there = device.compute_capability, self.compute_capability
+        if self.hardware_compatibility == AMPERE_PLUS and version_tuple(here) >= (8, 0):
+            return None
+        if here != there:
+            return f"engine built for {architecture(there)} ({self.gpu}), this is {device.architecture} ({device.name})"
+        # Kernels were chosen by timing them on that model; NVIDIA supports no other.
+        if device.name != self.gpu and self.hardware_compatibility != SAME_COMPUTE_CAPABILITY:
+            return f"engine built on {self.gpu}, this GPU is {device.name}"
+        return None
+
+    def _version_problem(self, tensorrt: str) -> str | None:
+        here, there = version_tuple(tensorrt), version_tuple(self.tensorrt)
+        if here == there or (self.version_compatible and here[:1] == there[:1] and here >= there):
+            return None
+        return f"engine built with TensorRT {self.tensorrt}, this is {tensorrt}"
+
+
+_REBUILD = "build the engine again: vpruner build MODEL.onnx -o MODEL.engine"
+
+
+def sidecar_path(engine: str | os.PathLike) -> Path:
+    """``model.engine`` -> ``model.engine.json``."""
+    engine = Path(engine)
+    return engine.with_name(engine.name + ".json")
