@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from ..artifacts import atomic_path, json_sha256, scratch_beside
@@ -63,12 +64,10 @@ def save_model(model: ir.Model, path: str | os.PathLike) -> Path:
     writing a new one over it is interrupted.
     """
     path = Path(path)
-    weights = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
-    )
-    if weights <= INLINE_LIMIT:
+    if not stored_outside(model):
         with atomic_path(path) as temporary:
-            ir.save(_inlined(model), temporary)
+            # Its dense original may have been larger than the limit.
+            ir.save(into_memory(model), temporary)
         _remove_stale_data(path, keep=None)
         return path
     data_name = f"{path.name}.{json_sha256(dict(model.metadata_props))[:12]}.data"
@@ -80,12 +79,30 @@ def save_model(model: ir.Model, path: str | os.PathLike) -> Path:
     return path
 
 
-def _inlined(model: ir.Model) -> ir.Model:
-    """``model`` with no tensor left in another file (its dense original may have been larger than the limit)."""
+def stored_outside(model: ir.Model) -> bool:
+    """Whether the weights are too many for one file."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None) > INLINE_LIMIT
+
+
+def into_memory(model: ir.Model) -> ir.Model:
+    """``model`` itself, with no tensor left in another file."""
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
+            value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
     return model
+
+
+def proto_for_converters(model: ir.Model) -> onnx.ModelProto:
+    """``model`` as the onnx package has it, without ``value_info`` of weights.
+
+    Converters change a weight's type or shape, and leave what is said of it as it was.
+    """
+    proto = ir.to_proto(model)
+    activations = [info for info in proto.graph.value_info if info.name not in model.graph.initializers]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(activations)
+    return proto
 
 
 def _remove_stale_data(path: Path, keep: str | None) -> None:

@@ -26,6 +26,7 @@ from ..extras import require
 from ..prune.plan import Geometry
 from .clean import FoldWeightTransposes, add_constant, add_node, add_shape, clean, infer_shapes_anew, split_sizes
 from .files import save_model
+from .quantize import QUANTIZED_OPS
 from .recognise import (
     VitSite,
     attribute_int,
@@ -45,7 +46,6 @@ OLDEST_OPSET = 17
 #: among them since broadcasting makes it special.
 _BATCHES = (1, 2, 3)
 _ATTENTION_DOMAINS = ("com.microsoft", "org.pytorch.aten", "ai.onnx.contrib")
-_QUANTIZED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul"}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _refuse_unfit(model: ir.Model) -> None:
                     "fold into the graph as it was exported, then fuse the pruned one",
                 )
             continue
-        if node.op_type in _QUANTIZED:
+        if node.op_type in QUANTIZED_OPS:
             raise GraphError(
                 f"node {node.name!r} is a {node.op_type}: the graph is quantized",
                 "fold into the graph as it was exported, then quantize the pruned one",

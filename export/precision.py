@@ -1,6 +1,6 @@
 """Lower the precision of an ONNX Vision Transformer: FP16, BF16, static INT8 (QDQ) and dynamic INT8.
 
-The converting is onnxruntime's (``onnxruntime.transformers.float16``, ``onnxruntime.quantization``). What is added here
+The converting is onnxruntime's, called by :mod:`vpruner.export.half` and :mod:`vpruner.export.quantize`. What is added
 is what each needs to be given or is silent about: shapes inferred anew, values that FP16 cannot hold, operators without
 a BF16 form at the graph's opset, which layers stay as they are, and the metadata. :func:`agreement` then says what it
 cost.
@@ -8,13 +8,10 @@ cost.
 
 from __future__ import annotations
 
-import io as io_module
-import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,49 +26,22 @@ from ..errors import UserError, first_line
 from ..extras import require
 from ..prune.evaluate import Estimate, paired_difference, proportion
 from ..runtime.metadata import ModelMetadata
+from . import half, quantize
 from .clean import infer_shapes_anew
-from .files import load_model, save_model
+from .files import into_memory, load_model, save_model
 from .metadata import PRECISION
+from .quantize import CALIBRATIONS, DEFAULT_CALIBRATION, QUANTIZED, QUANTIZED_OPS
 
 if TYPE_CHECKING:
     from ..progress import Reporter
 
-PRECISIONS = ("fp16", "bf16", "int8", "int8-dynamic")
-CALIBRATIONS = ("minmax", "entropy", "percentile")
+PRECISIONS = (*half.PRECISIONS, *quantize.PRECISIONS)
 IO = ("float32", "same")
-#: Within the bound on the bundled reference; the histogram methods are slower, as they keep every activation.
-DEFAULT_CALIBRATION = "minmax"
-#: What of a ViT is worth quantizing. Gemm is the MatMul and Add of TorchScript exports and of classifiers.
-QUANTIZED = ("MatMul", "Gemm", "Conv")
-#: Kept in float32 in FP16 and BF16 graphs. A LayerNormalization written out squares what may exceed 256, the root of
-#: FP16's range; the operator itself computes in float32 whatever its input (``stash_type``). Softmax sums exponentials:
-#: ONNX does not say in what precision, runtimes use float32; Casts around it would hide attention from their fusions.
-#: Keeping both in float32 took the bundled reference's mean error from 3.7e-4 to 2.7e-4 and changed no class of 200.
-FLOAT32_OPS = ("Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Sqrt")
 
 #: Largest finite float16.
 FP16_MAX = 65504.0
 #: Images to compare on where none are given.
 _NOISE = 16
-#: Batches that a histogram calibration holds the activations of at once.
-_CALIBRATION_BATCHES = 16
-_LOW = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-_ALREADY = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul")
-#: Between the classifier and the graph's output; a LayerNormalization or a pooling ends the search.
-_AFTER_CLASSIFIER = ("Add", "Sub", "Mul", "Div", "Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Softmax", "Clip")
-_BEFORE_PATCHES = (
-    "Identity",
-    "Cast",
-    "Reshape",
-    "Transpose",
-    "Pad",
-    "Sub",
-    "Add",
-    "Mul",
-    "Div",
-    "Unsqueeze",
-    "Squeeze",
-)
 
 
 @dataclass(frozen=True)
@@ -166,7 +136,7 @@ def convert(
     *,
     io: str = "float32",
     images: np.ndarray | None = None,
-    keep_float32: Sequence[str] = FLOAT32_OPS,
+    keep_float32: Sequence[str] = half.FLOAT32_OPS,
     calibration: str = DEFAULT_CALIBRATION,
     first_and_last: bool = False,
     op_types: Sequence[str] = QUANTIZED,
@@ -196,26 +166,22 @@ def convert(
     if precision.startswith("int8") and io != "float32":
         raise UserError(f"{precision} graphs have float32 inputs and outputs, found io {io!r}", "leave it out")
     model = load_model(model_path)
-    before = _stored_bytes(Path(model_path))
     _check_float32(model, str(model_path))
     props = dict(model.metadata_props)
     _regularise(model)
     details: dict[str, Any] = {}
-    if precision in _LOW:
+    if precision in half.PRECISIONS:
         _check_finite(model, str(model_path), precision)
-        model, details["float32"] = _to_half(model, precision, io, keep_float32)
+        model, details["float32"] = half.to_half(model, precision, io, keep_float32)
     else:
-        excluded = [] if first_and_last else [node.name for node in first_and_last_layers(model)]
+        excluded = [] if first_and_last else [node.name for node in quantize.first_and_last_layers(model)]
         if precision == "int8":
             if images is None or not len(images):
                 raise UserError("static int8 is calibrated on images, found none", "give them with --data DIR")
-            model = _to_int8(model, images, calibration, excluded, op_types, attention, symmetric)
+            model = quantize.to_int8(model, images, calibration, excluded, op_types, attention, symmetric)
         else:
-            model = _to_int8_dynamic(model, excluded)
-        integer = ("MatMulInteger", "ConvInteger")
-        details["quantized"] = sum(
-            node.op_type in integer if precision == "int8-dynamic" else _reads_dequantized(node) for node in model.graph
-        )
+            model = quantize.to_int8_dynamic(model, excluded)
+        details["quantized"] = quantize.count_quantized(model)
         if not details["quantized"]:
             raise UserError(
                 f"{model_path}: no layer of {', '.join(op_types)} with constant weights was quantized",
@@ -227,7 +193,7 @@ def convert(
     with tempfile.TemporaryDirectory() as folder:
         _check_valid(save_model(model, Path(folder) / "checked.onnx"))
     path = save_model(model, output_path)
-    return Conversion(path, precision, io, before, _stored_bytes(path), **details)
+    return Conversion(path, precision, io, _stored_bytes(Path(model_path)), _stored_bytes(path), **details)
 
 
 def _check_choice(name: str, found: str, known: Sequence[str]) -> None:
@@ -241,7 +207,7 @@ def _check_float32(model: ir.Model, source: str) -> None:
     if said != "fp32":
         raise UserError(f"{source} is {said} already", hint)
     for node in model.graph:
-        if node.op_type in _ALREADY:
+        if node.op_type in QUANTIZED_OPS:
             raise UserError(f"{source} is quantized already: node {node.name!r} is {node.op_type}", hint)
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
@@ -270,9 +236,7 @@ def _regularise(model: ir.Model) -> None:
 
     The ``value_info`` of PyTorch's dynamo exporter contradicts what ONNX infers, and stops the quantizer.
     """
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
+    into_memory(model)
     passes.InlinePass()(model)
     passes.RemoveInitializersFromInputsPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -283,276 +247,6 @@ def _regularise(model: ir.Model) -> None:
             node.name = f"{node.op_type}.{index}"
         names.add(node.name)
     infer_shapes_anew(model)
-
-
-def _proto(model: ir.Model) -> onnx.ModelProto:
-    """Without ``value_info`` of weights: the converters change a weight's type or shape and leave that as it was."""
-    proto = ir.to_proto(model)
-    activations = [info for info in proto.graph.value_info if info.name not in model.graph.initializers]
-    del proto.graph.value_info[:]
-    proto.graph.value_info.extend(activations)
-    return proto
-
-
-def _to_half(model: ir.Model, precision: str, io: str, keep_float32: Sequence[str]) -> tuple[ir.Model, int]:
-    from onnxruntime.transformers import float16
-
-    kept = sorted({*float16.DEFAULT_OP_BLOCK_LIST, *keep_float32, *_without_form(model, precision)})
-    computed = sum(node.op_type in kept and node.op_type != "Cast" for node in model.graph)
-    originals = {
-        name: value.const_value.numpy()
-        for name, value in model.graph.initializers.items()
-        if value.dtype == ir.DataType.FLOAT
-    }
-    proto = _proto(model)
-    proto = float16.convert_float_to_float16(
-        proto, keep_io_types=io == "float32", disable_shape_infer=True, op_block_list=kept
-    )
-    # A value that two float32 nodes read gets the same Cast twice, which is no valid graph.
-    once = {output: node for node in reversed(proto.graph.node) for output in node.output}
-    unique = [node for node in proto.graph.node if once[node.output[0]] is node]
-    del proto.graph.node[:]
-    proto.graph.node.extend(unique)
-    model = ir.from_proto(proto)
-    model.graph.sort()
-    if precision == "bf16":
-        _retype(model, originals)
-    _drop_cast_pairs(model)
-    return model, computed
-
-
-def _without_form(model: ir.Model, precision: str) -> set[str]:
-    """Op types that ONNX does not define for the precision at the graph's opset, such as Conv in BF16 before 22."""
-    wanted = f"tensor({'float16' if precision == 'fp16' else 'bfloat16'})"
-    missing = set()
-    for node in model.graph:
-        try:
-            schema = onnx.defs.get_schema(node.op_type, model.opset_imports.get(node.domain, 1), node.domain)
-        except onnx.defs.SchemaError:
-            missing.add(node.op_type)
-            continue
-        # Not of outputs beyond the first: the mean that LayerNormalization may give has no float16 form.
-        used = {parameter.type_str for parameter in (*schema.inputs, *schema.outputs[:1])}
-        for constraint in schema.type_constraints:
-            allowed = constraint.allowed_type_strs
-            if constraint.type_param_str in used and "tensor(float)" in allowed and wanted not in allowed:
-                missing.add(node.op_type)
-    return missing
-
-
-def _retype(model: ir.Model, originals: dict[str, np.ndarray]) -> None:
-    """Make a BF16 graph of the FP16 one: onnxruntime's converter writes FP16 only, and where the Casts go is the same.
-
-    Weights are rounded from the float32 ones, not from FP16, which would round twice and clip.
-    """
-    import ml_dtypes
-
-    low = ir.DataType.BFLOAT16
-    for name, value in model.graph.initializers.items():
-        if value.const_value.dtype == ir.DataType.FLOAT16:
-            value.const_value = ir.tensor(originals[name].astype(ml_dtypes.bfloat16), name=name)
-            value.dtype = low
-    for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
-        if value.dtype == ir.DataType.FLOAT16:
-            value.dtype = low
-    for node in model.graph:
-        for attribute in list(node.attributes.values()):
-            if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == ir.DataType.FLOAT16:
-                tensor = ir.tensor(attribute.value.numpy().astype(ml_dtypes.bfloat16))
-                node.attributes[attribute.name] = ir.AttrTensor(attribute.name, tensor)
-        if node.op_type == "Cast" and node.attributes["to"].value == ir.DataType.FLOAT16:
-            node.attributes["to"] = ir.AttrInt64("to", int(low))
-
-
-def _drop_cast_pairs(model: ir.Model) -> None:
-    """Remove what the converter leaves between float32 nodes: float32 -> low -> float32, and Casts said twice."""
-    for node in list(model.graph):
-        if node.op_type != "Cast" or node.attributes["to"].value != ir.DataType.FLOAT:
-            continue
-        inner = node.inputs[0].producer()
-        if inner is None or inner.op_type != "Cast" or inner.inputs[0].dtype != ir.DataType.FLOAT:
-            continue
-        if not node.outputs[0].is_graph_output():
-            ir.convenience.replace_all_uses_with(node.outputs[0], inner.inputs[0])
-    passes.CommonSubexpressionEliminationPass()(model)
-    passes.RemoveUnusedNodesPass()(model)
-
-
-# -- INT8 -------------------------------------------------------------------------------------------------------------
-
-
-class _Reader:
-    """Calibration images in batches of the graph, as onnxruntime's calibrators ask for them."""
-
-    def __init__(self, name: str, images: np.ndarray, batch: int):
-        self._name, self._images, self._batch = name, images, batch
-        self.set_range(0, len(self))
-
-    def __len__(self) -> int:
-        # A static batch is never filled up: what fills it would be calibrated on.
-        return len(self._images) // self._batch
-
-    def set_range(self, start_index: int, end_index: int) -> None:
-        self._next, self._end = start_index, end_index
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        if self._next >= self._end:
-            return None
-        start = self._next * self._batch
-        self._next += 1
-        return {self._name: self._images[start : start + self._batch]}
-
-
-def _to_int8(
-    model: ir.Model,
-    images: np.ndarray,
-    calibration: str,
-    excluded: Sequence[str],
-    op_types: Sequence[str],
-    attention: bool,
-    symmetric: bool,
-) -> ir.Model:
-    from onnxruntime import quantization
-
-    name, batch = _image_input(model)
-    if len(images) < batch:
-        raise UserError(f"{len(images)} calibration images for a graph of batch {batch}", "give more with --images")
-    reader = _Reader(name, np.ascontiguousarray(images, np.float32), batch)
-    batches = len(reader)
-    # The calibrator takes strides that divide the whole.
-    stride = max(size for size in range(1, min(batches, _CALIBRATION_BATCHES) + 1) if batches % size == 0)
-    if not attention:
-        # Quantized too, they took the bundled reference's mean error from 0.022 to 0.037.
-        # By name: the QDQ quantizer passes over its own option for this, MatMulConstBOnly.
-        excluded = [
-            *excluded,
-            *(node.name for node in model.graph if node.op_type == "MatMul" and not _has_weight(node)),
-        ]
-    method = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}[calibration]
-
-    def quantize(source: Path, target: Path) -> None:
-        quantization.quantize_static(
-            source,
-            target,
-            reader,
-            quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=list(op_types),
-            per_channel=True,
-            activation_type=quantization.QuantType.QInt8 if symmetric else quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            nodes_to_exclude=list(excluded),
-            calibrate_method=quantization.CalibrationMethod[method],
-            extra_options={
-                "ActivationSymmetric": symmetric,
-                "WeightSymmetric": True,
-                # What a layer gives goes into an Add, a Gelu or an attention in float: rounding it there helps nobody.
-                "OpTypesToExcludeOutputQuantization": list(op_types),
-                "CalibStridedMinMax": stride,
-            },
-        )
-
-    return _quantized(model, quantize)
-
-
-def _to_int8_dynamic(model: ir.Model, excluded: Sequence[str]) -> ir.Model:
-    from onnxruntime import quantization
-
-    def quantize(source: Path, target: Path) -> None:
-        quantization.quantize_dynamic(
-            source,
-            target,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
-            weight_type=quantization.QuantType.QInt8,
-            # The quantizer makes a MatMul of each Gemm first, under a name of its own.
-            nodes_to_exclude=[*excluded, *(f"{name}_MatMul" for name in excluded)],
-            extra_options={"MatMulConstBOnly": True},
-        )
-
-    return _quantized(model, quantize)
-
-
-def _quantized(model: ir.Model, quantize: Callable[[Path, Path], None]) -> ir.Model:
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        written, prepared, target = (Path(folder) / f"{name}.onnx" for name in ("written", "prepared", "quantized"))
-        try:
-            onnx.save(_proto(model), written)
-            # Without onnxruntime's own optimizations: they would tie the file to the version that ran them.
-            quant_pre_process(written, prepared, skip_optimization=True, skip_symbolic_shape=True)
-            quantize(prepared, target)
-        except Exception as error:  # the quantizer raises many types
-            raise UserError(
-                f"onnxruntime cannot quantize the graph: {first_line(error)}",
-                "run vpruner inspect on it; graphs with fixed shapes quantize best",
-            ) from error
-        result = load_model(target)
-        for value in result.graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
-    return result
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the quantizer's advice, already followed, and its prints off the user's screen."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stdout(io_module.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
-
-
-def first_and_last_layers(model: ir.Model) -> list[ir.Node]:
-    """The layer that makes tokens of pixels, and the classifier (the two of a distilled model; none for features)."""
-    first = _reached(
-        [usage.node for value in model.graph.inputs for usage in value.uses()],
-        _BEFORE_PATCHES,
-        lambda node: [usage.node for output in node.outputs for usage in output.uses()],
-    )
-    last = _reached(
-        [value.producer() for value in model.graph.outputs],
-        _AFTER_CLASSIFIER,
-        lambda node: [value.producer() for value in node.inputs if value is not None],
-    )
-    return list(dict.fromkeys([*first, *last]))
-
-
-def _reached(
-    start: Iterable[ir.Node | None], through: Sequence[str], following: Callable[[ir.Node], Iterable[ir.Node | None]]
-) -> list[ir.Node]:
-    found, seen, queue = [], set(), list(start)
-    while queue:
-        node = queue.pop(0)
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.op_type in QUANTIZED:
-            found.append(node)
-        elif node.op_type in through:
-            queue.extend(following(node))
-    return found
-
-
-def _has_weight(node: ir.Node) -> bool:
-    return any(value is not None and value.is_initializer() for value in node.inputs)
-
-
-def _reads_dequantized(node: ir.Node) -> bool:
-    producers = [value.producer() for value in node.inputs[:2] if value is not None]
-    return node.op_type in QUANTIZED and all(p is not None and p.op_type == "DequantizeLinear" for p in producers)
-
-
-def _image_input(model: ir.Model) -> tuple[str, int]:
-    if len(model.graph.inputs) != 1:
-        names = ", ".join(value.name for value in model.graph.inputs)
-        raise UserError(f"the graph takes {names}, expected one input of images", "use int8-dynamic, which needs none")
-    (value,) = model.graph.inputs
-    batch = value.shape[0] if value.shape is not None and len(value.shape) else None
-    return value.name, batch if isinstance(batch, int) else 1
 
 
 def _check_valid(path: Path) -> None:
@@ -600,7 +294,7 @@ def agreement(
     low = any(value.dtype == ir.DataType.BFLOAT16 for value in model.graph.initializers.values())
     if low:
         with tempfile.TemporaryDirectory() as folder:
-            emulated = save_model(emulate_bfloat16(model), Path(folder) / "emulated.onnx")
+            emulated = save_model(half.emulate_bfloat16(model), Path(folder) / "emulated.onnx")
             converted = _run(emulated, images, optimized=False)
     else:
         converted = _run(converted_path, images)
@@ -643,54 +337,6 @@ def _beyond(bound: Bound | None, error: float, top1: dict[str, Estimate]) -> Ite
     difference = top1.get("top1_difference")
     if difference is not None and -difference.value > bound.top1_loss:
         yield f"top-1 changes by {100 * difference.value:+.2f} pp, expected at most {100 * bound.top1_loss:g} pp lost"
-
-
-def emulate_bfloat16(model: ir.Model) -> ir.Model:
-    """Rewrite a BF16 graph in place to float32 operators whose every BF16 result is rounded to BF16.
-
-    The rounding is a pair of Casts after each such node, so it is to be run with onnxruntime's optimizations off. Sums
-    inside an operator are float32, as on GPUs with BF16 units.
-    """
-    low, full = ir.DataType.BFLOAT16, ir.DataType.FLOAT
-    passes.ShapeInferencePass()(model)
-    for value in model.graph.initializers.values():
-        if value.dtype == low:
-            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
-            value.dtype = full
-    for node in list(model.graph):
-        if node.op_type == "Cast" and node.attributes["to"].value == low:
-            node.attributes["to"] = ir.AttrInt64("to", int(full))
-        for attribute in list(node.attributes.values()):
-            if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == low:
-                widened = ir.tensor(attribute.value.numpy().astype(np.float32))
-                node.attributes[attribute.name] = ir.AttrTensor(attribute.name, widened)
-        for value in node.outputs:
-            if value.dtype == low:
-                _round(model.graph, value, after=node)
-    for value in list(model.graph.inputs):
-        if value.dtype == low:
-            _round(model.graph, value, after=None)
-    return model
-
-
-def _round(graph: ir.Graph, value: ir.Value, after: ir.Node | None) -> None:
-    users = list(value.uses())
-    value.dtype = ir.DataType.FLOAT
-    down = ir.node("Cast", [value], {"to": int(ir.DataType.BFLOAT16)}, name=f"{value.name}.down")
-    up = ir.node("Cast", down.outputs, {"to": int(ir.DataType.FLOAT)}, name=f"{value.name}.up")
-    for node, kind in ((down, ir.DataType.BFLOAT16), (up, ir.DataType.FLOAT)):
-        node.outputs[0].name = node.name
-        node.outputs[0].dtype = kind
-        node.outputs[0].shape = value.shape
-    if after is None:
-        graph.insert_before(graph[0], [down, up])
-    else:
-        graph.insert_after(after, [down, up])
-    for usage in users:
-        usage.node.replace_input_with(usage.idx, up.outputs[0])
-    for index, output in enumerate(graph.outputs):
-        if output is value:
-            graph.outputs[index] = up.outputs[0]
 
 
 def _run(path: str | os.PathLike, images: np.ndarray, *, optimized: bool = True) -> np.ndarray:
@@ -774,7 +420,7 @@ def _images(
     if data is not None and precision != "int8":
         raise UserError(f"--data calibrates static int8, found --precision {precision}", "leave it out, or --eval-data")
     model = load_model(path)
-    name, _ = _image_input(model)
+    name, _ = quantize.image_input(model)
     shape = next(value.shape for value in model.graph.inputs if value.name == name)
     if precision != "int8" and eval_data is None:
         if shape is None or len(shape) != 4 or not all(isinstance(size, int) for size in shape[1:]):

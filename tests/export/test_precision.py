@@ -12,7 +12,9 @@ from vpruner.errors import UserError
 from vpruner.export import precision as precisions
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold_file
-from vpruner.export.precision import BOUNDS, CALIBRATIONS, agreement, convert, emulate_bfloat16, first_and_last_layers
+from vpruner.export.half import emulate_bfloat16
+from vpruner.export.precision import BOUNDS, agreement, convert
+from vpruner.export.quantize import CALIBRATIONS, first_and_last_layers
 from vpruner.runtime.measure import profile_onnx
 from vpruner.runtime.ort import OrtSession
 
