@@ -70,6 +70,7 @@ class OrtSession(Session):
         spinning: Whether idle threads wait actively, as onnxruntime does by default. True: lowest latency. False: they
             sleep; right for a process that shares its cores. ``"run"``: active inside a run, asleep between runs; what
             several sessions that take turns need. Without effect on one thread.
+        optimized: Whether onnxruntime may rewrite the graph before it runs. False where its casts are there to round.
         batch_size, preprocessing, classes: See :class:`~vpruner.runtime.session.Session`.
 
     Raises:
@@ -84,6 +85,7 @@ class OrtSession(Session):
         threads: int | None = None,
         *,
         spinning: bool | str = True,
+        optimized: bool = True,
         **options: Any,
     ):
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -95,7 +97,7 @@ class OrtSession(Session):
             )
         if spinning not in (True, False, "run"):
             raise UserError(f"spinning is {spinning!r}, expected True, False or 'run'")
-        self.threads, self.spinning = threads, spinning
+        self.threads, self.spinning, self.optimized = threads, spinning, optimized
         self._session = None
         self._asked = _provider_list(providers)
         super().__init__(path, **options)
@@ -112,6 +114,8 @@ class OrtSession(Session):
             settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         elif self.spinning == "run":
             settings.add_session_config_entry("session.force_spinning_stop", "1")
+        if not self.optimized:
+            settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # enable_fallback=0: onnxruntime's Python layer would print, drop the provider and try again.
         try:
             session = ort.InferenceSession(
