@@ -38,12 +38,14 @@ class LoadedModel:
         preprocessing: How an image becomes its input.
         classes: Name of each output, or None when unknown.
         sha256: Identity of the weights, see :func:`~vpruner.prune.vit.weights_sha256`.
+        graph: The ONNX file that the model was rebuilt from (:mod:`vpruner.export.rebuild`); None for any other.
     """
 
     adapter: ViTAdapter
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None
     sha256: str
+    graph: Path | None = None
 
     @property
     def name(self) -> str:
@@ -78,7 +80,12 @@ def open_model(
             raise UserError("a model card names its own weights", "leave out --pretrained, or give a timm model name")
         _check_weights_file(weights)
         return _open_card(Path(spec) if spec else bundled.reference_card(), dict(model_args or {}), weights)
-    if Path(spec).suffix in (".onnx", ".engine", ".safetensors", ".pth", ".pt", ".bin"):
+    if Path(spec).suffix.lower() == ".onnx":
+        raise UserError(
+            f"{spec} is an ONNX file, expected a timm model name or a model card (.json)",
+            f"learn a plan from it: vpruner prune {spec} --data DIR; fold a plan into it: vpruner fold {spec}",
+        )
+    if Path(spec).suffix in (".engine", ".safetensors", ".pth", ".pt", ".bin"):
         raise UserError(
             f"{spec} is a file, expected a timm model name or a model card (.json)",
             "to prune weights in a file: vpruner run deit_small_patch16_224 --weights FILE",

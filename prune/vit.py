@@ -41,6 +41,7 @@ class ViTAdapter:
     Args:
         model: The unpruned model; its weights are never changed here.
         name: What to call it in plans and messages.
+        geometry: Its shape where that is known better than from the module; None: as :func:`read_geometry` has it.
 
     Attributes:
         model: The module itself. Inside :meth:`applied`, calling it runs the pruned form.
@@ -50,10 +51,10 @@ class ViTAdapter:
         UserError: The model is not one this adapter handles; the message says which part and why.
     """
 
-    def __init__(self, model: nn.Module, name: str):
+    def __init__(self, model: nn.Module, name: str, geometry: Geometry | None = None):
         self.model = model
         self.name = name
-        self.geometry = read_geometry(model, name)
+        self.geometry = read_geometry(model, name) if geometry is None else geometry
         self._active = False
 
     # -- pruned forms ---------------------------------------------------------------------------------------------
