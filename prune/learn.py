@@ -34,7 +34,16 @@ from .data import ImageSet
 from .fisher import batch_size_for, gate_gradients
 from .models import LoadedModel
 from .plan import TokenPlan
-from .rearrange import Rearranged, RearrangeSettings, World, plans_around, read_checkpoint, rearrange, swap_greedily
+from .rearrange import (
+    Rearranged,
+    RearrangeSettings,
+    World,
+    greedy_swaps,
+    plans_around,
+    read_checkpoint,
+    rearrange,
+    swap_greedily,
+)
 from .search import check_target, search_mask
 from .tune import TUNINGS, tune
 
@@ -44,6 +53,10 @@ ROUNDS = 8
 SEARCH_IMAGES = 1024
 #: Fewer images than this do not tell tokens apart; with a small calibration set there are fewer rounds instead.
 IMAGES_PER_ROUND = 32
+
+#: Greedily swapped plans that the rearrangement may begin at, where weights stay as they are. How good one is depends
+#: on the images that happen to give its gradients: by 5 to 10 % in KL divergence.
+RESTARTS = 3
 
 #: What ``--rearrange`` accepts.
 REARRANGEMENTS = ("ppo", "greedy", "none")
@@ -187,11 +200,17 @@ def learn(
         settings = settings or RearrangeSettings()
         world = World(adapter, calibration)
         if rearrangement == "ppo":
+            firsts = []
             try:
                 if tuning == "weights":
                     with reporter.stage("Refitting stand-in weights", geometry.depth, unit="blocks") as advance:
                         around = plans_around(world, plan, target=target, cost=cost, importance=importance, seed=seed)
                         world.foresee_tuning(around, advance)
+                else:
+                    with reporter.stage("Swapping tokens for a start", RESTARTS, unit="plans") as advance:
+                        for start in range(RESTARTS):
+                            firsts.append(greedy_swaps(world, plan, target=target, cost=cost, seed=seed + start)[0])
+                            advance(1)
                 with reporter.stage("Token mask rearrangement (PPO)", settings.episodes, unit="episodes") as advance:
                     found = rearrange(
                         world,
@@ -199,6 +218,7 @@ def learn(
                         target=target,
                         cost=cost,
                         importance=importance,
+                        firsts=firsts,
                         settings=settings,
                         seed=seed,
                         checkpoint=checkpoint,

@@ -13,13 +13,14 @@ spread over the blocks, only shows when the pruned model is run. So pruning is p
 What ships is tuned afterwards (:mod:`vpruner.prune.tune`), and tuning makes some gains worthless: where the errors of
 several dropped tokens were played off against each other, a refit would have undone them anyway. Where weights will be
 tuned, plans are therefore judged with stand-in weights, refitted to many plans around the start at once
-(:meth:`World.foresee_tuning`).
+(:meth:`World.foresee_tuning`). Where they will not, such gains are real, and the quadratic estimate finds the first of
+them in seconds: the game then begins at the best of a few greedily swapped plans (:func:`greedy_swaps`).
 
-The policy is trained by clipped PPO (:mod:`vpruner.prune.ppo`). It starts at the Fisher plan: its first logits say "as
-the incumbent does", with just enough noise for a few tokens to move, and those rather that the gradients point at. When
-an episode beats the incumbent on images that did not choose it, it becomes the incumbent. What all episodes so far say
-of single tokens is kept (:class:`Evidence`), and the plans that it speaks for challenge the incumbent too. What is
-returned is the best incumbent on images that no reward was ever computed on, or the plan it started from.
+The policy is trained by clipped PPO (:mod:`vpruner.prune.ppo`). Its first logits say "as the incumbent does", with just
+enough noise for a few tokens to move, and those rather that the gradients point at. When an episode beats the incumbent
+on images that did not choose it, it becomes the incumbent. What all episodes so far say of single tokens is kept
+(:class:`Evidence`), and the plans that it speaks for challenge the incumbent too. What is returned is the best
+incumbent on images that no reward was ever computed on, or the Fisher plan.
 """
 
 from __future__ import annotations
@@ -85,6 +86,11 @@ HIDDEN = 32
 #: Stand-in weights are refitted to so many plans together, on so many images at most. Weights of the start alone would
 #: favour it: over plans around it, the distance with them falls where the distance after a refit of their own rises.
 STAND_IN_PLANS, STAND_IN_IMAGES = 16, 1024
+#: Rows of a stand-in's normal equations at most, an image or its mirror image giving one per token: with more tokens to
+#: an image fewer images do, and no mirror images, and a model of DeiT's size is refitted in minutes.
+STAND_IN_ROWS = 150_000
+#: How many of those plans say, on the held-out images, whether the refit helped.
+STAND_IN_JUDGES = 4
 #: Temperatures of the episodes that those plans come from: further from the start than the episodes to be judged.
 STAND_IN_TEMPERATURES = (1.0, 2.5)
 TOKEN_FEATURES, BLOCK_FEATURES = 9, 6
@@ -169,12 +175,15 @@ class World:
             False when no refit helped them on the held-out images: the model's own weights stay then.
         """
         # One image of a fit has hardly a say in its normal equations: the images of rewards may be among them.
-        fit = self.calibration.fit[:STAND_IN_IMAGES]
+        tokens = self.geometry.tokens
+        fit = self.calibration.fit[: min(STAND_IN_IMAGES, STAND_IN_ROWS // tokens)]
+        flip = 2 * len(fit) * tokens <= STAND_IN_ROWS
+        judges = plans[:: -(-len(plans) // STAND_IN_JUDGES)]
         self.stand_in = None
-        before = self.judge(plans, self.held_out)[1].mean(0)
-        weights, _ = refit_weights(self.adapter, plans, self.calibration, fit, flip=True, on_step=on_step)
+        before = self.judge(judges, self.held_out)[1].mean(0)
+        weights, _ = refit_weights(self.adapter, plans, self.calibration, fit, flip=flip, on_step=on_step)
         with with_weights(self.adapter.model, weights):
-            after = self.judge(plans, self.held_out)[1].mean(0)
+            after = self.judge(judges, self.held_out)[1].mean(0)
         self.stand_in = weights if weights and Judgement.of(before, after).better else None
         return self.stand_in is not None
 
@@ -768,6 +777,7 @@ def rearrange(
     target: float,
     cost: Cost | None = None,
     importance: np.ndarray | None = None,
+    firsts: Sequence[TokenPlan] = (),
     settings: RearrangeSettings | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -780,6 +790,8 @@ def rearrange(
         plan: Where to start: the Fisher plan.
         cost: What the budget is of; None: MACs.
         importance: float [exit 0..L, patch N]: Fisher importance, a feature of the policy; None: no prior.
+        firsts: Plans within the budget to begin at, such as what :func:`greedy_swaps` made of ``plan``. The best on the
+            images of rewards is the first incumbent, if it is better than ``plan`` there.
         checkpoint: A file to resume from, where it exists, and to write after every few batches of episodes.
         on_batch: Called with the number of episodes just played and the relative gain of the incumbent so far.
 
@@ -792,7 +804,7 @@ def rearrange(
     settings = settings or RearrangeSettings()
     cost = cost or MacsCost(world.geometry)
     started = time.monotonic()
-    run = _Run(world, plan, target, cost, importance, settings, seed)
+    run = _Run(world, plan, target, cost, importance, settings, seed, firsts)
     if checkpoint is not None:
         run.resume(Path(checkpoint))
     interrupted = ""
@@ -864,7 +876,7 @@ def _clearly_better(before: Sequence[np.ndarray], after: Sequence[np.ndarray], l
 class _Run:
     """The state of one rearrangement between batches of episodes: all that a checkpoint holds."""
 
-    def __init__(self, world, plan, target, cost, importance, settings, seed):
+    def __init__(self, world, plan, target, cost, importance, settings, seed, firsts=()):
         self.world, self.plan, self.settings = world, plan, settings
         self._facts = {"target": target, "cost": json_sha256(cost.to_json(plan)), "seed": seed}
         self.random = np.random.default_rng([seed, 2])
@@ -878,11 +890,21 @@ class _Run:
         #: float64 [image]: the incumbent's distance on ``world.images``, and the start's mean there.
         self.reference = world.judge([plan], world.images)[0][0]
         self.start = float(self.reference.mean())
+        self._begin_at_the_best_of([first for first in firsts if first.digest != plan.digest])
         self.evidence = Evidence(world.geometry.depth, world.geometry.patches)
         self.prospect = self._look_around()
         self.policy = _first_policy(self.game, self.prospect, seed)
         self.ppo = PPOSettings()
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=self.ppo.learning_rate)
+
+    def _begin_at_the_best_of(self, firsts: Sequence[TokenPlan]) -> None:
+        if not firsts:
+            return
+        distances = self.world.judge(firsts, self.world.images)[0]
+        best = int(distances.mean(1).argmin())
+        if Judgement.of(self.reference, distances[best]).better:
+            self.incumbent, self.reference = firsts[best], distances[best]
+            self._remember_if_best()
 
     def batch(self) -> None:
         """One batch of episodes: sample, screen, run, learn, and let the best challenge the incumbent."""
@@ -1075,9 +1097,9 @@ class _Run:
         self.reference = state["reference"].numpy()
         self.history, self.heat = state["history"], state["heat"]
         self.run_before = {np.array(exits, np.int64).tobytes() for exits in state["run_before"]}
+        self.incumbent = self.best = self.plan
         if state["incumbent"] != self.plan.exits.tolist():
             self.incumbent = TokenPlan.from_exits(name, geometry, np.array(state["incumbent"]))
-            self.best = self.plan
             if state["best"] != self.plan.exits.tolist():
                 self.best = TokenPlan.from_exits(name, geometry, np.array(state["best"]))
         self.held_out_best = state["held_out_best"].numpy()

@@ -109,6 +109,21 @@ def play(world=None, *, target=TARGET, settings=FEW, **options):
     return plan, rearrange(world, plan, target=target, importance=importance, settings=settings, **options)
 
 
+def test_the_game_begins_at_the_best_of_the_first_plans():
+    world = SmallWorld()
+    plan, _ = world.start()
+    shuffled = np.array(sorted(set(itertools.permutations(plan.exits.tolist()))))
+    distances = world.true_distance(shuffled)
+    assert distances.min() < world.true_distance(plan.exits[None])[0] < distances.max()
+    better, worse = (
+        TokenPlan.from_exits(world.name, world.geometry, shuffled[index])
+        for index in (distances.argmin(), distances.argmax())
+    )
+    for firsts, expected in (((worse, better), better), ((worse,), plan), ((plan,), plan), ((), plan)):
+        _, begun = play(settings=RearrangeSettings(episodes=0), firsts=firsts)
+        assert begun.plan.kept == expected.kept and begun.kept == (expected is better)
+
+
 def best_of_all(world, target=TARGET) -> float:
     """The least distance of all nested plans within the budget."""
     geometry, cost = world.geometry, MacsCost(world.geometry)
