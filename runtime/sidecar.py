@@ -32,7 +32,8 @@ class EngineRecord:
     Attributes:
         engine_sha256: Of the engine file.
         onnx: Name of the ONNX file, without its folder.
-        onnx_sha256: Of that file; weights in files beside it are not part of it.
+        onnx_sha256: Of that file.
+        weights_sha256: {name: hash} of the files beside it that hold its weights.
         gpu, compute_capability: Of the device, ``"Orin"`` and ``"8.7"``.
         driver: Release of the driver; None where the machine does not tell.
         cuda: CUDA version that the driver supports.
@@ -62,6 +63,7 @@ class EngineRecord:
     precision: str
     strongly_typed: bool
     tf32: bool
+    weights_sha256: Mapping[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     profile: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)
     hardware_compatibility: str | None = None
@@ -114,7 +116,7 @@ class EngineRecord:
         for name in texts:
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} is {getattr(self, name)!r}")
-        for name in ("profile", "metadata"):
+        for name in ("profile", "metadata", "weights_sha256"):
             if not isinstance(getattr(self, name), Mapping):
                 raise TypeError(f"{name} is {getattr(self, name)!r}")
 
@@ -132,13 +134,14 @@ class EngineRecord:
                 f"{self.engine_sha256[:12]}: one of the two was replaced",
                 f"build it again: {self.rebuild_command(engine)}",
             )
-        onnx = Path(engine).parent / self.onnx
-        if onnx.is_file() and (found := file_sha256(onnx)) != self.onnx_sha256:
-            raise UserError(
-                f"{engine}: {onnx.name} beside it has changed since it was built (hash {found[:12]}, was "
-                f"{self.onnx_sha256[:12]})",
-                f"build it again: {self.rebuild_command(engine)}",
-            )
+        for name, expected in {self.onnx: self.onnx_sha256, **self.weights_sha256}.items():
+            source = Path(engine).parent / Path(name).name
+            if source.is_file() and (found := file_sha256(source)) != expected:
+                raise UserError(
+                    f"{engine}: {source.name} beside it has changed since it was built (hash {found[:12]}, was "
+                    f"{expected[:12]})",
+                    f"build it again: {self.rebuild_command(engine)}",
+                )
 
     def check_machine(self, engine: str | os.PathLike, device: DeviceProperties, tensorrt: str) -> None:
         """Raise UserError where this GPU or this TensorRT cannot run the engine; it names all that differs."""

@@ -1,0 +1,563 @@
+"""Build a TensorRT engine from an ONNX file: for the GPU and the TensorRT of this machine, and for no other.
+
+Polygraphy drives the builder. What differs between releases of TensorRT is asked of
+:class:`~vpruner.runtime.capabilities.Capabilities` and decided here, before the builder is touched.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..artifacts import atomic_path, file_sha256, scratch_beside
+from ..errors import UserError, first_line
+from ..extras import require
+from . import cuda
+from .capabilities import Capabilities
+from .onnx_file import OnnxFile, read_onnx
+from .session import ENGINE_SUFFIXES
+from .sidecar import AMPERE_PLUS, SAME_COMPUTE_CAPABILITY, EngineRecord
+
+if TYPE_CHECKING:
+    from ..progress import Reporter
+
+#: What weights and products are computed in.
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+#: Names on the command line -> TensorRT's levels.
+HARDWARE_COMPATIBILITY = {"ampere-plus": AMPERE_PLUS, "same-compute-capability": SAME_COMPUTE_CAPABILITY}
+_MIB = 1 << 20
+#: Things that a newer release of TensorRT takes than the rules of its target are written for.
+_SINCE_OPSET_24 = ("RotaryEmbedding", "RMSNormalization", "TensorScatter")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How an engine is to be built. What the installed TensorRT does not offer is refused, never dropped.
+
+    Attributes:
+        precision: One of :data:`PRECISIONS`; None is that of the file.
+        tf32: Let FP32 products be rounded to TF32 (10 bits of mantissa) on GPUs that have it. TensorRT's own default
+            is yes; here it is no, so that FP32 means FP32.
+        batch: Of a graph with an open batch: one size, or (smallest, best, largest).
+        workspace_bytes: Scratch memory of a layer, at most. None: all that the GPU has.
+        optimization_level: 0 (quick build) to 5 (tries most). None: TensorRT's default.
+        version_compatible: Let newer releases of the same major version load the engine, at some cost in speed.
+        hardware_compatibility: A value of :data:`HARDWARE_COMPATIBILITY`; None: this GPU model alone.
+        tactic_sources: Names of ``tensorrt.TacticSource`` that kernels may come from; () for TensorRT's own alone.
+            None: TensorRT's default.
+        timing_cache: Folder in which the measured times of kernels are kept, a file for each device and release; None
+            is :func:`default_cache`, False measures anew.
+        layer_details: Let the engine describe its layers, for per-layer times.
+        check: Read the graph against what this TensorRT takes, before it is asked.
+    """
+
+    precision: str | None = None
+    tf32: bool = False
+    batch: int | Sequence[int] | None = None
+    workspace_bytes: int | None = None
+    optimization_level: int | None = None
+    version_compatible: bool = False
+    hardware_compatibility: str | None = None
+    tactic_sources: Sequence[str] | None = None
+    timing_cache: str | os.PathLike | bool | None = None
+    layer_details: bool = True
+    check: bool = True
+
+    def __post_init__(self):
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise UserError(f"precision is {self.precision!r}", f"expected one of {', '.join(PRECISIONS)}")
+        levels = tuple(HARDWARE_COMPATIBILITY.values())
+        if self.hardware_compatibility is not None and self.hardware_compatibility not in levels:
+            raise UserError(
+                f"hardware_compatibility is {self.hardware_compatibility!r}", f"expected one of {', '.join(levels)}"
+            )
+        for name, low, high in (("workspace_bytes", 1, None), ("optimization_level", 0, 5)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < low or (high and value > high):
+                raise UserError(f"{name} is {value!r}", f"expected {low} to {high}" if high else f"at least {low}")
+        sizes = self.batch_range
+        if sizes is not None and not (0 < sizes[0] <= sizes[1] <= sizes[2]):
+            raise UserError(
+                f"batch is {self.batch!r}", "expected a size, or three of them: smallest <= best <= largest"
+            )
+
+    @property
+    def batch_range(self) -> tuple[int, int, int] | None:
+        """(smallest, best, largest)."""
+        if self.batch is None:
+            return None
+        sizes = (self.batch,) * 3 if isinstance(self.batch, int) else tuple(self.batch)
+        whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
+        return sizes if len(sizes) == 3 and whole else (0, 0, 0)
+
+    def arguments(self) -> tuple[str, ...]:
+        """Those of ``vpruner build`` that say the same."""
+        words: list[str] = []
+        if self.precision is not None:
+            words += ["--precision", self.precision]
+        if self.tf32:
+            words.append("--tf32")
+        if isinstance(self.batch, int):
+            words += ["--batch-size", str(self.batch)]
+        elif self.batch is not None:
+            words += ["--batch-range", *map(str, self.batch)]
+        if self.workspace_bytes is not None:
+            words += ["--workspace", str(self.workspace_bytes // _MIB)]
+        if self.optimization_level is not None:
+            words += ["--optimization-level", str(self.optimization_level)]
+        if self.version_compatible:
+            words.append("--version-compatible")
+        if self.hardware_compatibility is not None:
+            names = {level: name for name, level in HARDWARE_COMPATIBILITY.items()}
+            words += ["--hardware-compatible", names[self.hardware_compatibility]]
+        if self.tactic_sources is not None:
+            words += ["--tactic-sources", ",".join(self.tactic_sources) or "none"]
+        if not self.layer_details:
+            words.append("--no-layer-details")
+        if not self.check:
+            words.append("--no-check")
+        return tuple(words)
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """How a release of TensorRT is brought to a precision.
+
+    Attributes:
+        precision: Of the engine.
+        typed: The types come from the ONNX file alone (strong typing).
+        flags: Names of the precision flags of the builder, in lower case.
+        convert: What the file must be converted to first; None where it is taken as it is.
+    """
+
+    precision: str
+    typed: bool
+    flags: tuple[str, ...] = ()
+    convert: str | None = None
+
+
+def choose_precision(asked: str | None, file: OnnxFile, capabilities: Capabilities) -> PrecisionChoice:
+    """How to get an engine of precision ``asked`` from ``file``.
+
+    A release that is typed (10.12 and newer) takes the precision from the file, so a float32 file is converted first.
+    An older one is told by flags; a file that is FP16 or BF16 already is built strongly typed there too where that is
+    offered, because the flag would let kernels change the types that the file states.
+
+    Raises:
+        UserError: The file and what is asked for do not go together, or this release does not have that precision.
+    """
+    stored, release = file.precision, f"TensorRT {capabilities.version}"
+    asked = asked or stored
+    if stored == "fp32" and asked == "int8":
+        raise UserError(
+            f"{file.path} is not quantized, and int8 needs a file with Q/DQ nodes",
+            f"make one with: vpruner convert {file.path} --precision int8 --data IMAGES -o int8.onnx",
+        )
+    if stored not in ("fp32", asked):
+        raise UserError(
+            f"{file.path} is {stored}, {asked} was asked for",
+            "leave out --precision, or build from the float32 file that it was made from",
+        )
+    if capabilities.typed:
+        return PrecisionChoice(asked, True, (), asked if stored != asked else None)
+    if stored in ("fp16", "bf16") and capabilities.strongly_typed:
+        return PrecisionChoice(asked, True)
+    flags = tuple(dict.fromkeys(name for name in (asked, file.rest) if name != "fp32"))
+    for name in flags:
+        if name not in capabilities.precision_flags:
+            raise UserError(f"{release} has no {name}", "use --precision fp16, or a newer TensorRT")
+    return PrecisionChoice(asked, False, flags)
+
+
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/vpruner``, or ``~/.cache/vpruner``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vpruner"
+
+
+def timing_cache_file(folder: Path, device: cuda.DeviceProperties, version: str) -> Path:
+    """A file for each GPU model and release: the times of one say nothing about another."""
+    model = re.sub(r"[^A-Za-z0-9]+", "-", device.name).strip("-").lower()
+    return folder / f"tensorrt-{version}-{model}-{device.architecture}.timing"
+
+
+def build_engine(
+    onnx: str | os.PathLike,
+    output: str | os.PathLike,
+    options: BuildOptions | None = None,
+    *,
+    reporter: Reporter | None = None,
+) -> EngineRecord:
+    """Build ``onnx`` into the engine ``output`` and write what it was built with beside it.
+
+    Args:
+        reporter: Shows the progress; None shows nothing.
+
+    Returns:
+        The record beside the engine, :class:`~vpruner.runtime.sidecar.EngineRecord`.
+
+    Raises:
+        UserError: The file cannot be read, or does not fit the options or this TensorRT; TensorRT, Polygraphy,
+            cuda-bindings, the driver or the GPU is missing; TensorRT cannot build it. Nothing is written then.
+        KeyboardInterrupt: Ctrl-C, taken at the next step of the builder.
+    """
+    from ..progress import Reporter
+
+    options = options or BuildOptions()
+    reporter = reporter or Reporter(quiet=True)
+    onnx, output = Path(onnx), Path(output)
+    if output.suffix.lower() not in ENGINE_SUFFIXES:
+        raise UserError(f"{output}: an engine's name ends in .engine", f"write {output.with_suffix('.engine')}")
+    file = read_onnx(onnx)
+    trt = require("tensorrt")
+    capabilities = Capabilities.of(trt)
+    require("polygraphy")
+    device = cuda.device_properties()
+    choice = choose_precision(options.precision, file, capabilities)
+    _check_offered(options, capabilities)
+    _check_graph(file, options, capabilities, reporter)
+    external = file.external_sha256()
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        source = onnx
+        if choice.convert is not None:
+            source = stack.enter_context(scratch_beside(output)) / f"{choice.convert}.onnx"
+            _convert(onnx, source, choice.convert, capabilities, reporter)
+        built = _Build(trt, capabilities, choice, options, device, reporter)
+        plan, profile = built.run(source)
+        with atomic_path(output) as temporary:
+            temporary.write_bytes(plan)
+    record = EngineRecord(
+        engine_sha256=file_sha256(output),
+        onnx=onnx.name,
+        onnx_sha256=file_sha256(onnx),
+        weights_sha256=external,
+        gpu=device.name,
+        compute_capability=device.compute_capability,
+        driver=device.driver_release,
+        cuda=device.driver,
+        tensorrt=capabilities.version,
+        precision=choice.precision,
+        strongly_typed=choice.typed,
+        tf32=options.tf32,
+        flags=built.flags,
+        profile=profile,
+        hardware_compatibility=options.hardware_compatibility,
+        version_compatible=options.version_compatible,
+        optimization_level=options.optimization_level,
+        workspace_bytes=options.workspace_bytes,
+        tactic_sources=None if options.tactic_sources is None else tuple(options.tactic_sources),
+        arguments=options.arguments(),
+        metadata=file.own_metadata(),
+        vpruner=__version__,
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    record.save(output)
+    return record
+
+
+# -- before the builder -----------------------------------------------------------------------------------------------
+
+
+def _check_offered(options: BuildOptions, capabilities: Capabilities) -> None:
+    """Refuse what the release does not have."""
+    release = f"TensorRT {capabilities.version}"
+    wanted: list[tuple[bool, bool, str]] = [
+        (options.tf32, capabilities.tf32, "TF32"),
+        (options.version_compatible, capabilities.version_compatible, "version-compatible engines (8.6 and newer do)"),
+        (
+            options.optimization_level is not None,
+            capabilities.optimization_level,
+            "an optimization level (8.6 and newer do)",
+        ),
+        (options.workspace_bytes is not None, "WORKSPACE" in capabilities.memory_pools, "a limit of the workspace"),
+        (
+            options.hardware_compatibility is not None,
+            options.hardware_compatibility in capabilities.hardware_compatibility,
+            f"hardware compatibility {options.hardware_compatibility} (it has "
+            f"{', '.join(capabilities.hardware_compatibility) or 'none'})",
+        ),
+    ]
+    for asked, offered, what in wanted:
+        if asked and not offered:
+            raise UserError(f"{release} does not have {what}", "leave that option out")
+    unknown = [name for name in options.tactic_sources or () if name not in capabilities.tactic_sources]
+    if unknown:
+        raise UserError(
+            f"{release} has no tactic source {', '.join(unknown)}",
+            f"expected some of {', '.join(capabilities.tactic_sources)}, or none",
+        )
+
+
+def _check_graph(file: OnnxFile, options: BuildOptions, capabilities: Capabilities, reporter: Reporter) -> None:
+    """Refuse a graph that this release does not take, node by node where the export extra is installed."""
+    if not options.check:
+        return
+    release, target = f"TensorRT {capabilities.version}", capabilities.check_target
+    if file.opset > capabilities.opset:
+        raise UserError(
+            f"{file.path} is of opset {file.opset}, {release} reads up to {capabilities.opset}",
+            f"export it again with --for {target}, or try all the same with --no-check",
+        )
+    try:
+        from ..export.check import check
+    except ImportError:
+        reporter.remark(f"the graph was not checked for {release}: that needs pip install 'vpruner[export]'")
+        return
+    with reporter.stage(f"Checking the graph for {release}"):
+        findings = check(file.path, target)
+    errors = [one for one in findings if one.severity == "error" and not _taken(one, capabilities)]
+    if errors:
+        first = errors[0]
+        others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise UserError(
+            f"{file.path}: {release} does not take {' '.join(filter(None, (first.op_type, first.node)))}: "
+            f"{first.found}; {first.why}{others}",
+            f"{first.todo}; all of it: vpruner check {file.path} --for {target}; or try all the same with --no-check",
+        )
+
+
+def _taken(finding: Any, capabilities: Capabilities) -> bool:
+    """Whether this release takes what the target as a whole, its first releases included, does not."""
+    name = finding.op_type
+    return (
+        finding.rule == "opset"  # decided by release above
+        or (name == "LayerNormalization" and capabilities.layer_normalization)
+        or (name == "Attention" and capabilities.attention)
+        or (name in _SINCE_OPSET_24 and capabilities.opset >= 24)
+    )
+
+
+def _convert(onnx: Path, target: Path, precision: str, capabilities: Capabilities, reporter: Reporter) -> None:
+    """Write ``onnx`` in ``precision``, for a release that takes the precision from the file."""
+    by_hand = f"vpruner convert {onnx} --precision {precision} -o {precision}.onnx"
+    try:
+        from ..export.precision import convert
+    except ImportError as error:
+        raise UserError(
+            f"{onnx} is float32 and TensorRT {capabilities.version} takes {precision} from the file alone; converting "
+            f"it needs {error.name}, which is not installed",
+            f"pip install 'vpruner[export,cpu]', or convert it where those are, with: {by_hand}",
+        ) from None
+    with reporter.stage(f"Converting to {precision}"):
+        convert(onnx, target, precision)
+
+
+def _shapes(file: Mapping[str, Sequence[int]], options: BuildOptions) -> dict[str, dict[str, list[int]]]:
+    """The profile {input: {min, opt, max}} of the network's inputs; empty where all shapes are fixed.
+
+    Args:
+        file: {input: shape}, open dimensions being -1.
+    """
+    open_inputs = {name: tuple(shape) for name, shape in file.items() if -1 in shape}
+    sizes = options.batch_range
+    for name, shape in file.items():
+        if sizes is not None and name not in open_inputs and shape and shape[0] not in sizes[:1] + sizes[2:]:
+            raise UserError(
+                f"the graph has a batch of {shape[0]}, {options.batch} was asked for",
+                "export it with --dynamic-batch, or with that --batch-size",
+            )
+    profile = {}
+    for name, shape in open_inputs.items():
+        if -1 in shape[1:]:
+            raise UserError(
+                f"input {name} {list(shape)} has more open dimensions than the batch",
+                "export the graph with a fixed image size",
+            )
+        if sizes is None:
+            raise UserError(
+                f"the batch of input {name} {list(shape)} is open",
+                "say --batch-size N, or --batch-range MIN OPT MAX",
+            )
+        profile[name] = {kind: [size, *shape[1:]] for kind, size in zip(("min", "opt", "max"), sizes, strict=True)}
+    return profile
+
+
+# -- the builder ------------------------------------------------------------------------------------------------------
+
+
+class _Build:
+    """One build through Polygraphy.
+
+    Attributes:
+        flags: Names of the builder flags that were set, once it has run.
+    """
+
+    def __init__(
+        self,
+        trt: ModuleType,
+        capabilities: Capabilities,
+        choice: PrecisionChoice,
+        options: BuildOptions,
+        device: cuda.DeviceProperties,
+        reporter: Reporter,
+    ):
+        self.trt, self.capabilities, self.choice = trt, capabilities, choice
+        self.options, self.device, self.reporter = options, device, reporter
+        self.flags: tuple[str, ...] = ()
+        self.cache: str | None = None
+        self.cancelled = threading.Event()
+
+    def run(self, onnx: Path) -> tuple[bytes, dict[str, dict[str, list[int]]]]:
+        """The engine's bytes and its profile."""
+        polygraphy = importlib.import_module("polygraphy.backend.trt")
+        self._prepare_cache()
+        title = f"Building for {self.device.name} with TensorRT {self.capabilities.version}"
+        with _errors_in_one_line(onnx), self.reporter.stage(title) as advance:
+            advance(0, "reading the graph")
+            parsed = polygraphy.network_from_onnx_path(str(onnx), strongly_typed=self.choice.typed)
+            builder, network = parsed[0], parsed[1]
+            inputs = [network.get_input(index) for index in range(network.num_inputs)]
+            profile = _shapes({one.name: tuple(one.shape) for one in inputs}, self.options)
+            config = polygraphy.create_config(
+                builder, network, **self.config_arguments(polygraphy, profile, self._progress(advance))
+            )
+            self.flags = tuple(name for name, flag in self.trt.BuilderFlag.__members__.items() if config.get_flag(flag))
+            with self._interruptible():
+                plan = polygraphy.engine_bytes_from_network(parsed, config=config, save_timing_cache=self.cache)
+            return bytes(plan), profile
+
+    def config_arguments(self, polygraphy: ModuleType, profile: Mapping, progress: Any) -> dict[str, Any]:
+        """What Polygraphy's ``CreateConfig`` is told.
+
+        Only what this release has: an argument that it does not know raises there. TF32 is always said, because
+        Polygraphy's default is the opposite of TensorRT's.
+        """
+        trt, options = self.trt, self.options
+        arguments: dict[str, Any] = {"tf32": options.tf32, **dict.fromkeys(self.choice.flags, True)}
+        if profile:
+            shapes = polygraphy.Profile()
+            for name, limits in profile.items():
+                shapes.add(name, *(tuple(limits[kind]) for kind in ("min", "opt", "max")))
+            arguments["profiles"] = [shapes]
+        if options.workspace_bytes is not None:
+            arguments["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options.workspace_bytes}
+        if options.optimization_level is not None:
+            arguments["builder_optimization_level"] = options.optimization_level
+        if options.version_compatible:
+            arguments["version_compatible"] = True
+        if options.hardware_compatibility is not None:
+            level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility)
+            arguments["hardware_compatibility_level"] = level
+        if options.tactic_sources is not None:
+            arguments["tactic_sources"] = [getattr(trt.TacticSource, name) for name in options.tactic_sources]
+        verbosity = getattr(trt, "ProfilingVerbosity", None)
+        if verbosity is not None:
+            arguments["profiling_verbosity"] = (
+                verbosity.DETAILED if options.layer_details else verbosity.LAYER_NAMES_ONLY
+            )
+        if self.cache is not None and Path(self.cache).is_file():
+            arguments["load_timing_cache"] = self.cache
+        if progress is not None:
+            arguments["progress_monitor"] = progress
+        return arguments
+
+    def _prepare_cache(self) -> None:
+        """Find the timing cache of this device; a folder that cannot be written costs time, not the build."""
+        wanted = self.options.timing_cache
+        if wanted is False or not self.capabilities.timing_cache:
+            return
+        folder = default_cache() if wanted in (None, True) else Path(wanted)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            self.reporter.remark(f"no timing cache: {folder} cannot be written ({error.strerror or error})")
+            return
+        self.cache = str(timing_cache_file(folder, self.device, self.capabilities.version))
+
+    def _progress(self, advance: Callable[..., None]) -> Any:
+        """TensorRT's hook that tells the steps of a build, and through which Ctrl-C ends it; None before 10.0."""
+        if not self.capabilities.progress:
+            return None
+        trt, cancelled = self.trt, self.cancelled
+
+        class Progress(trt.IProgressMonitor):
+            def __init__(self):
+                trt.IProgressMonitor.__init__(self)
+                self.steps: dict[str, int] = {}
+
+            def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+                self.steps[phase_name] = num_steps
+                advance(0, phase_name)
+
+            def step_complete(self, phase_name: str, step: int) -> bool:
+                advance(0, f"{phase_name} {step + 1} of {self.steps.get(phase_name, '?')}")
+                return not cancelled.is_set()
+
+            def phase_finish(self, phase_name: str) -> None:
+                self.steps.pop(phase_name, None)
+
+        return Progress()
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-C ends the build at its next step: inside TensorRT Python's own handler would not run before the end."""
+        if not self.capabilities.progress or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, lambda number, frame: self.cancelled.set())
+        try:
+            yield
+        except Exception:
+            if self.cancelled.is_set():
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if self.cancelled.is_set():
+            raise KeyboardInterrupt
+
+
+class _Collector(logging.Handler):
+    """Keeps the first line of every error."""
+
+    def __init__(self):
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # "[E] In node 3 with name: ... UNSUPPORTED_NODE": the letter is Polygraphy's.
+        self.lines.append(" ".join(re.sub(r"^\s*\[\w\] ", "", record.getMessage()).split()))
+
+
+@contextmanager
+def _errors_in_one_line(onnx: Path) -> Iterator[None]:
+    """Collect what Polygraphy and, through it, TensorRT log, which is otherwise printed; a failure names the cause."""
+    polygraphy = importlib.import_module("polygraphy.logger").G_LOGGER
+    failure = importlib.import_module("polygraphy.exception").PolygraphyException
+    log, collector = logging.getLogger("Polygraphy"), _Collector()
+    before = polygraphy.use_python_logging_system, log.propagate
+    polygraphy.use_python_logging_system, log.propagate = True, False
+    log.addHandler(collector)
+    try:
+        yield
+    except (failure, RuntimeError, TypeError) as error:
+        # TensorRT's classes raise TypeError where they cannot be made; any other is a defect of ours.
+        if isinstance(error, TypeError) and "nullptr" not in str(error):
+            raise
+        # Polygraphy's own last words only say that something failed.
+        said = [line for line in collector.lines if line not in " ".join(str(error).split())]
+        reason = "; ".join(dict.fromkeys(said[:2])) or first_line(error)
+        raise UserError(
+            f"{onnx}: TensorRT cannot build it: {reason[:400]}",
+            f"what it does not take is found by: vpruner check {onnx}",
+        ) from None
+    finally:
+        log.removeHandler(collector)
+        polygraphy.use_python_logging_system, log.propagate = before

@@ -1,0 +1,247 @@
+"""What an ONNX file says about itself, read without the onnx package: on a device TensorRT reads the graph, not we.
+
+A protobuf message is a row of (field number, wire type, value); the numbers below are those of ``onnx.proto``. Weights
+are skipped, not read, so a file of gigabytes takes as long as its graph.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..artifacts import file_sha256
+from ..errors import UserError
+
+_QUANTIZED = ("QuantizeLinear", "DequantizeLinear")
+#: TensorProto.DataType -> the precision of a weight that is stored so.
+_FLOAT, _FLOAT16, _BFLOAT16 = 1, 10, 16
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """``shape`` holds a number for a static dimension, else the name of the open one ("" where it has none)."""
+
+    name: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """Attributes:
+    path: The file.
+    opset: Version of the default operator set; 0 where the file names none.
+    metadata: All key/value strings.
+    operators: How often each operator occurs at the top level of the graph.
+    weights: How many constants there are of each data type, by the numbers of ``TensorProto.DataType``.
+    inputs: Of the graph, weights aside.
+    external: Names of the files that hold weights.
+    """
+
+    path: Path
+    opset: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    operators: Counter[str] = field(default_factory=Counter)
+    weights: Counter[int] = field(default_factory=Counter)
+    inputs: tuple[GraphInput, ...] = ()
+    external: tuple[str, ...] = ()
+
+    @property
+    def precision(self) -> str:
+        """``"int8"`` with Q/DQ nodes, else the narrowest type that floating-point weights are stored in."""
+        if any(name in self.operators for name in _QUANTIZED):
+            return "int8"
+        if self.weights[_FLOAT16]:
+            return "fp16"
+        return "bf16" if self.weights[_BFLOAT16] else "fp32"
+
+    @property
+    def rest(self) -> str:
+        """The precision of what is not quantized."""
+        if self.weights[_FLOAT16]:
+            return "fp16"
+        return "bf16" if self.weights[_BFLOAT16] else "fp32"
+
+    def own_metadata(self) -> dict[str, str]:
+        """The keys that vpruner wrote."""
+        return {key: value for key, value in self.metadata.items() if key.startswith("vpruner.")}
+
+    def external_sha256(self) -> dict[str, str]:
+        """Hashes of the files that hold weights.
+
+        Raises:
+            UserError: One is not there.
+        """
+        hashes = {}
+        for name in self.external:
+            path = self.path.parent / name
+            if not path.is_file():
+                raise UserError(f"{self.path} needs its weights file {name}, which is not beside it")
+            hashes[name] = file_sha256(path)
+        return hashes
+
+
+def read_onnx(path: str | os.PathLike) -> OnnxFile:
+    """Read what :class:`OnnxFile` holds.
+
+    Raises:
+        UserError: No such file, or it is no ONNX model.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            # Left to be collected: closing it would fail as long as an error on its way out still holds a part of it.
+            return _model(path, memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}", "expected an ONNX file") from None
+    except ValueError as error:  # An empty file cannot be mapped, and anything else is no protobuf or no model.
+        raise UserError(
+            f"{path} is not an ONNX model, or is truncated ({error})", "write one with: vpruner export MODEL"
+        ) from None
+
+
+def _model(path: Path, data: memoryview) -> OnnxFile:
+    graph: memoryview | None = None
+    opset, metadata = 0, {}
+    for number, value in _fields(data):
+        if number == 7:
+            graph = _message(value)
+        elif number == 8:
+            entry = dict(_fields(_message(value)))
+            if _text(entry.get(1, b"")) in ("", "ai.onnx"):
+                opset = int(entry.get(2, 0))
+        elif number == 14:
+            key, text = _pair(value)
+            metadata[key] = text
+    if graph is None:
+        raise ValueError("it holds no graph")
+    operators: Counter[str] = Counter()
+    weights: Counter[int] = Counter()
+    inputs, constants, external = [], set(), set()
+    for number, value in _fields(graph):
+        if number == 1:
+            operator, tensors = _node(_message(value))
+            operators[operator] += 1
+        elif number == 5:
+            tensors = [_message(value)]
+        elif number == 11:
+            inputs.append(_input(_message(value)))
+            continue
+        else:
+            continue
+        for tensor in tensors:
+            name, kind, files = _tensor(tensor)
+            weights[kind] += 1
+            external |= files
+            if number == 5:
+                constants.add(name)
+    if not operators:
+        raise ValueError("its graph is empty")
+    # Files from before IR version 4 list their weights as inputs too.
+    inputs = [one for one in inputs if one.name not in constants]
+    return OnnxFile(path, opset, metadata, operators, weights, tuple(inputs), tuple(sorted(external)))
+
+
+def _node(data: memoryview) -> tuple[str, list[memoryview]]:
+    """The operator, and the tensor of a Constant."""
+    operator, attributes = "", []
+    for number, value in _fields(data):
+        if number == 4:
+            operator = _text(value)
+        elif number == 5:
+            attributes.append(_message(value))
+    if operator != "Constant":
+        return operator, []
+    return operator, [_message(value) for one in attributes for number, value in _fields(one) if number == 5]
+
+
+def _tensor(data: memoryview) -> tuple[str, int, set[str]]:
+    """Name, data type, and the files that it is stored in."""
+    name, kind, external = "", 0, set()
+    for number, value in _fields(data):
+        if number == 2:
+            kind = int(value)
+        elif number == 8:
+            name = _text(value)
+        elif number == 13:
+            key, text = _pair(value)
+            if key == "location":
+                external.add(text)
+    return name, kind, external
+
+
+def _input(data: memoryview) -> GraphInput:
+    name, shape = "", []
+    for number, value in _fields(data):
+        if number == 1:
+            name = _text(value)
+        elif number == 2:
+            for dimension in _nested(_message(value), 1, 2, 1):
+                entry = dict(_fields(dimension))
+                shape.append(int(entry[1]) if 1 in entry else _text(entry.get(2, b"")))
+    return GraphInput(name, tuple(shape))
+
+
+def _nested(data: memoryview, *path: int) -> Iterator[memoryview]:
+    """The messages at the end of a path of field numbers."""
+    for number, value in _fields(data):
+        if number == path[0]:
+            if len(path) == 1:
+                yield _message(value)
+            else:
+                yield from _nested(_message(value), *path[1:])
+
+
+def _pair(value: int | memoryview) -> tuple[str, str]:
+    entry = dict(_fields(_message(value)))
+    return _text(entry.get(1, b"")), _text(entry.get(2, b""))
+
+
+def _message(value: int | memoryview) -> memoryview:
+    if isinstance(value, int):
+        raise ValueError("a number where a message is expected")
+    return value
+
+
+def _text(value: int | memoryview | bytes) -> str:
+    if isinstance(value, int):
+        raise ValueError("a number where text is expected")
+    return bytes(value).decode("utf-8")
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """(field number, value) of a message; the value is a number, or the bytes of anything else."""
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
+        kind = key & 7
+        if kind == 0:
+            value, position = _varint(data, position)
+            yield key >> 3, value
+            continue
+        if kind == 2:
+            size, position = _varint(data, position)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"wire type {kind}")
+        if size > len(data) - position:
+            raise ValueError("it ends too early")
+        yield key >> 3, data[position : position + size]
+        position += size
+
+
+def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    number = shift = 0
+    while True:
+        if position >= len(data) or shift > 63:
+            raise ValueError("it ends too early" if shift <= 63 else "a number of more than 64 bits")
+        byte = data[position]
+        position += 1
+        number |= (byte & 0x7F) << shift
+        if not byte & 0x80:
+            return number, position
+        shift += 7
