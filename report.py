@@ -127,6 +127,11 @@ class Results:
         return list({row.get("rung"): row for row in self.all("parity")}.values())
 
     @property
+    def precisions(self) -> list[Row]:
+        """What is known of each precision, failed ones too."""
+        return list({row.get("precision"): row for row in self.all("precision")}.values())
+
+    @property
     def latencies(self) -> dict[tuple, dict[str, Row]]:
         """``{setting: {label: row}}``, what was timed the same way together, in the order of first appearance."""
         groups: dict[tuple, dict[str, Row]] = {}
@@ -169,9 +174,9 @@ def write_report(
 
     Args:
         plan: The plan of the run; by default ``plan.json`` of the folder.
-        rows: Measurement rows of the kinds run, cost, stage, accuracy, latency, gates, prediction and parity; by
-            default ``results.jsonl`` of the folder, where there is one. A latency ``ratio`` is time over the dense
-            model's time.
+        rows: Measurement rows of the kinds run, cost, stage, accuracy, latency, gates, prediction, parity and
+            precision; by default ``results.jsonl`` of the folder, where there is one. A latency ``ratio`` is time over
+            the dense model's time, that of a precision over the pruned float32 model's.
         examples: Images as the model sees them, to draw the plan on; at most :data:`MOST_EXAMPLES` are used.
 
     Raises:
@@ -191,6 +196,7 @@ def write_report(
         blocks_section(plan),
         usage_section(folder, plan),
         parity_section(results),
+        *precision_sections(results),
         latency_section(results),
         provenance_section(folder, plan, results),
     ]
@@ -414,7 +420,7 @@ def notes_section(plan: TokenPlan, results: Results) -> Section:
                 f"core{'' if cores == 1 else 's'}."
             )
         notes.append("Latency holds for the machine and setting below. Measure on the device that you deploy to.")
-    failed = [str(row.get("rung")) for row in results.parity if not row.get("passed")]
+    failed = [str(row.get("rung")) for row in results.parity if not row.get("passed") and not row.get("precision")]
     if failed:
         notes.append(f"Parity failed at: {', '.join(failed)}. Do not ship the exported file.")
     difference = results.last("accuracy", label="pruned", metric="top1_difference")
@@ -614,6 +620,55 @@ def parity_section(results: Results) -> Section:
     )
 
 
+def precision_sections(results: Results) -> list[Section]:
+    """The pruned model in other precisions, against itself in float32; no section where there are none."""
+    lines, notes = [], []
+    for row in results.precisions:
+        name = str(row.get("precision"))
+        if row.get("failure"):
+            notes.append(f"{row.get('file')} was left out: {row['failure']}.")
+            continue
+        estimates = (row.get(f"top1_{what}") for what in ("agreement", "converted", "difference"))
+        same, top1, difference = (value if isinstance(value, Mapping) else {} for value in estimates)
+        points = _number(difference, "value")
+        ratio, size = _number(row, "ratio"), _number(row, "file_bytes")
+        change = "" if points is None else f"{_signed(100 * points)} points"
+        if points is not None and (spread := _spread(difference, lambda v: _signed(100 * v))):
+            change += f" ({spread})"
+        lines.append(
+            (
+                str(row.get("file", name)),
+                NOT_MEASURED if size is None else _bytes(size),
+                _scientific(_number(row, "max_relative_error")),
+                _estimate(same, "agreement"),
+                _estimate(top1, "top1"),
+                change,
+                _ms(_number(row, "p50_ms")),
+                "" if ratio is None else f"{ratio:.3f}×",
+            )
+        )
+        if row.get("calibrated_on"):
+            notes.append(f"{name}: calibrated on {row['calibrated_on']:,} calibration images.")
+        if row.get("computed") == "float32 emulation":
+            notes.append(f"{name}: accuracy is that of float32 with every value rounded as the precision rounds it.")
+        if row.get("latency_note"):
+            notes.append(f"{name}: {row['latency_note']}.")
+        beyond = row.get("beyond")
+        notes += [f"{name}: beyond what it is expected to cost: {text}." for text in beyond or ()]
+    if not lines and not notes:
+        return []
+    section = Section("Precision")
+    if lines:
+        images = next((n for row in results.precisions if (n := _number(row, "images")) is not None), None)
+        on = "" if images is None else f", on {images:,.0f} images that no stage has learned from"
+        section.blocks.append(Text(f"Each file against pruned.onnx in float32{on}; times are in turns with it."))
+        header = ("file", "size", "largest error", "same class", "top-1", "change", "p50", "time / pruned")
+        section.blocks.append(Table(header, tuple(lines)))
+    if notes:
+        section.blocks.append(Items(tuple(notes)))
+    return [section]
+
+
 def latency_section(results: Results) -> Section:
     section = Section("Latency")
     if not results.latencies:
@@ -697,6 +752,7 @@ def provenance_section(folder: Path, plan: TokenPlan, results: Results) -> Secti
         blocks.append(stages)
     names = ("plan.json", "model.safetensors", "dense.onnx", "pruned.onnx", "model.engine", "results.jsonl")
     files = [folder / name for name in names if (folder / name).is_file()]
+    files += sorted(folder.glob("pruned.*.onnx"))
     if files:
         rows = tuple((path.name, _bytes(path.stat().st_size), file_sha256(path)) for path in files)
         blocks.append(Table(("file", "size", "SHA-256"), rows, wordy=True))

@@ -105,6 +105,12 @@ def proto_for_converters(model: ir.Model) -> onnx.ModelProto:
     return proto
 
 
+def remove_model(path: Path) -> None:
+    """Remove an ONNX file that :func:`save_model` wrote, and the weights beside it; nothing where there is none."""
+    path.unlink(missing_ok=True)
+    _remove_stale_data(path, keep=None)
+
+
 def _remove_stale_data(path: Path, keep: str | None) -> None:
     """Remove weights files that earlier writes to ``path`` left and nothing refers to any more."""
     ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{12}\.data")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,16 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..artifacts import scratch_beside
+from ..artifacts import canonical_json, scratch_beside
 from ..errors import UserError, first_line
 from ..extras import require
 from ..prune.evaluate import Estimate, paired_difference, proportion
 from ..runtime.metadata import ModelMetadata
+from ..runtime.preprocess import Preprocessing, resolve_preprocessing
 from . import half, quantize
 from .clean import infer_shapes_anew
-from .files import into_memory, load_model, save_model
-from .metadata import PRECISION
+from .files import into_memory, load_model, remove_model, save_model
+from .metadata import PRECISION, PREPROCESSING
 from .quantize import CALIBRATIONS, DEFAULT_CALIBRATION, QUANTIZED, QUANTIZED_OPS
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ IO = ("float32", "same")
 
 #: Largest finite float16.
 FP16_MAX = 65504.0
-#: Images to compare on where none are given.
+#: Images to compare on where none are given, and to see whether outputs are finite.
 _NOISE = 16
 
 
@@ -142,6 +143,7 @@ def convert(
     op_types: Sequence[str] = QUANTIZED,
     attention: bool = False,
     symmetric: bool = True,
+    props: Mapping[str, str] | None = None,
 ) -> Conversion:
     """Write ``model_path`` in another precision; the same input gives the same bytes.
 
@@ -155,6 +157,7 @@ def convert(
         op_types: Static INT8: what is quantized.
         attention: Static INT8: quantize the two products of activations in attention too.
         symmetric: Static INT8: signed activations without zero point, the only ones TensorRT takes; else uint8.
+        props: Metadata to write over the file's own.
 
     Raises:
         UserError: An argument is not one of those; the graph is not a float32 one; FP16 cannot hold a weight (named);
@@ -167,7 +170,7 @@ def convert(
         raise UserError(f"{precision} graphs have float32 inputs and outputs, found io {io!r}", "leave it out")
     model = load_model(model_path)
     _check_float32(model, str(model_path))
-    props = dict(model.metadata_props)
+    props = {**model.metadata_props, **(props or {})}
     _regularise(model)
     details: dict[str, Any] = {}
     if precision in half.PRECISIONS:
@@ -287,28 +290,67 @@ def agreement(
     Raises:
         UserError: A file cannot be run, or the converted one gives what is not finite.
     """
-    model = load_model(converted_path)
-    precision = model.metadata_props.get(PRECISION, "fp32")
-    features = model.metadata_props.get("vpruner.output") == "features"
     reference = _run(reference_path, images)
-    low = any(value.dtype == ir.DataType.BFLOAT16 for value in model.graph.initializers.values())
-    if low:
-        with tempfile.TemporaryDirectory() as folder:
-            emulated = save_model(half.emulate_bfloat16(model), Path(folder) / "emulated.onnx")
-            converted = _run(emulated, images, optimized=False)
-    else:
-        converted = _run(converted_path, images)
+    with tempfile.TemporaryDirectory() as folder:
+        path = cpu_form(converted_path, folder)
+        emulated = path != Path(converted_path)
+        converted = _run(path, images, optimized=not emulated)
+    props = load_model(converted_path).metadata_props
+    return compare_outputs(
+        reference,
+        converted,
+        labels,
+        precision=props.get(PRECISION, "fp32"),
+        features=props.get("vpruner.output") == "features",
+        emulated=emulated,
+        source=str(converted_path),
+    )
+
+
+def cpu_form(path: str | os.PathLike, folder: str | os.PathLike) -> Path:
+    """What onnxruntime's CPU provider runs in place of a file: the file itself, but for a BF16 graph.
+
+    That one is rewritten to :func:`~vpruner.export.half.emulate_bfloat16` in ``folder``, and is to be run with
+    optimizations off.
+    """
+    model = load_model(path)
+    if not any(value.dtype == ir.DataType.BFLOAT16 for value in model.graph.initializers.values()):
+        return Path(path)
+    return save_model(half.emulate_bfloat16(model), Path(folder) / Path(path).name)
+
+
+def compare_outputs(
+    reference: np.ndarray,
+    converted: np.ndarray,
+    labels: np.ndarray | None = None,
+    *,
+    precision: str,
+    features: bool = False,
+    emulated: bool = False,
+    source: str,
+) -> Agreement:
+    """What ``converted`` costs against ``reference``, both float32 [image, ...] on the same images.
+
+    Args:
+        labels: int64 [image], in the numbering of the outputs.
+        features: Whether the outputs are not logits.
+        emulated: Whether ``converted`` is of :func:`cpu_form`.
+        source: What to call the converted file in messages.
+
+    Raises:
+        UserError: ``converted`` is not finite.
+    """
     if not np.isfinite(converted).all():
         raise UserError(
-            f"{converted_path}: the outputs in {precision} are not finite on {len(images)} images",
+            f"{source}: the outputs in {precision} are not finite on {len(converted)} images",
             "an activation leaves the range of fp16: use --precision bf16, or keep more operators in float32",
         )
-    rows = reference.reshape(len(reference), -1)
+    rows, changed = (values.reshape(len(values), -1) for values in (reference, converted))
     scale = np.abs(rows).max(1)
-    errors = np.abs(converted.reshape(rows.shape) - rows).max(1) / np.where(scale == 0, 1, scale)
+    errors = np.abs(changed - rows).max(1) / np.where(scale == 0, 1, scale)
     top1: dict[str, Estimate] = {}
-    if not features:
-        before, after = rows.argmax(1), converted.reshape(rows.shape).argmax(1)
+    if not features and reference.ndim == 2:
+        before, after = rows.argmax(1), changed.argmax(1)
         top1["top1_agreement"] = proportion("agreement", before == after)
         if labels is not None:
             before, after = before == np.asarray(labels), after == np.asarray(labels)
@@ -317,10 +359,10 @@ def agreement(
     largest = float(errors.max())
     return Agreement(
         precision,
-        len(images),
+        len(rows),
         largest,
         float(errors.mean()),
-        "float32 emulation" if low else "onnxruntime",
+        "float32 emulation" if emulated else "onnxruntime",
         **top1,
         beyond=tuple(_beyond(BOUNDS.get(precision), largest, top1)),
     )
@@ -362,6 +404,87 @@ def _run(path: str | os.PathLike, images: np.ndarray, *, optimized: bool = True)
     return np.concatenate(outputs).astype(np.float32)
 
 
+# -- several precisions of one file -----------------------------------------------------------------------------------
+
+
+#: Where a latency on onnxruntime's CPU provider is no hint of what the target takes, and why.
+LATENCY_NOTES = {
+    "fp16": "computed in float32 with casts around it by onnxruntime's CPU provider: the time says nothing of a GPU",
+    "bf16": "not timed: onnxruntime's CPU provider lacks kernels for it",
+    "int8": "its Q/DQ nodes are for TensorRT; onnxruntime's CPU provider dequantizes and multiplies in float32: the "
+    "time says nothing of a GPU, and on CPUs int8-dynamic is the one to take",
+}
+
+
+def beside(path: Path, precision: str) -> Path:
+    """Where the form of ``path`` in ``precision`` lies: ``pruned.onnx`` -> ``pruned.fp16.onnx``."""
+    return path.with_suffix(f".{precision}{path.suffix}")
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One precision of a file, as :func:`convert_beside` made it.
+
+    Attributes:
+        runs: What onnxruntime's CPU provider runs in its place (:func:`cpu_form`).
+        calibrated_on: Images, for static INT8.
+        failure: Why there is no file, in one sentence; ``conversion`` and ``runs`` are None then.
+    """
+
+    precision: str
+    path: Path
+    conversion: Conversion | None = None
+    runs: Path | None = None
+    calibrated_on: int | None = None
+    failure: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.path.stem
+
+    @property
+    def emulated(self) -> bool:
+        return self.runs not in (None, self.path)
+
+
+def convert_beside(
+    source: Path,
+    precisions: Sequence[str],
+    scratch: Path,
+    images: np.ndarray,
+    *,
+    io: str = "float32",
+    calibration: str = DEFAULT_CALIBRATION,
+    reporter: Reporter,
+) -> list[Lowered]:
+    """Write ``source`` in each of the precisions beside it.
+
+    A precision that this model cannot be had in is left out, and why is said: what else a long run made is not lost.
+
+    Args:
+        scratch: Folder for what is run in place of BF16 graphs.
+        images: float32 [image, channel, height, width], preprocessed: static INT8 is calibrated on all of them, and a
+            few say whether the outputs are finite.
+    """
+    made = []
+    for precision in precisions:
+        path = beside(source, precision)
+        options: dict[str, Any] = {"io": io}
+        if precision.startswith("int8"):
+            options = {"calibration": calibration, "images": images}
+        try:
+            with reporter.stage(f"Converting to {precision}"):
+                done = convert(source, path, precision, **options)
+                agreement(source, path, images[:_NOISE])
+        except UserError as error:
+            remove_model(path)
+            made.append(Lowered(precision, path, failure=str(error)))
+            continue
+        count = len(images) if precision == "int8" else None
+        made.append(Lowered(precision, path, done, cpu_form(path, scratch), count))
+    return made
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +500,7 @@ def convert_checked(
     eval_count: int = 2000,
     seed: int = 0,
     strict: bool = False,
+    preprocessing: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Conversion, Agreement, str]:
     """Convert a file and compare the two on images; the file appears only when its outputs are finite.
@@ -384,6 +508,8 @@ def convert_checked(
     Args:
         data, count: Calibration images of static INT8. Without ``eval_data`` a quarter is put aside to compare on.
         eval_data, eval_count: Images to compare on; without any, seeded noise for the other precisions.
+        preprocessing: How images become the input, over what the file says; written into the converted file. Fields of
+            :class:`~vpruner.runtime.preprocess.Preprocessing` but for the size.
         options: Of :func:`convert`.
 
     Returns:
@@ -391,9 +517,11 @@ def convert_checked(
     """
     from ..pipeline import move_model
 
-    calibration, evaluation, labels, what = _images(
-        model_path, precision, data, count, eval_data, eval_count, seed, strict, reporter
+    calibration, evaluation, labels, what, prepared = _images(
+        model_path, precision, data, count, eval_data, eval_count, seed, strict, preprocessing or {}, reporter
     )
+    if preprocessing:
+        options["props"] = {PREPROCESSING: canonical_json(prepared.to_json())}
     with scratch_beside(output) as scratch:
         with reporter.stage(f"Converting to {precision}"):
             done = convert(model_path, scratch / "converted.onnx", precision, images=calibration, **options)
@@ -414,25 +542,30 @@ def _images(
     eval_count: int,
     seed: int,
     strict: bool,
+    preprocessing: Mapping[str, Any],
     reporter: Reporter,
-) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None, str]:
-    """Calibration images (None but for static INT8), images to compare on, their labels, and what they are."""
+) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None, str, Preprocessing | None]:
+    """Calibration images (None but for static INT8), images to compare on, their labels, what they are, how prepared.
+
+    The last is None where no image was read and ``preprocessing`` says nothing.
+    """
     if data is not None and precision != "int8":
         raise UserError(f"--data calibrates static int8, found --precision {precision}", "leave it out, or --eval-data")
     model = load_model(path)
     name, _ = quantize.image_input(model)
     shape = next(value.shape for value in model.graph.inputs if value.name == name)
-    if precision != "int8" and eval_data is None:
-        if shape is None or len(shape) != 4 or not all(isinstance(size, int) for size in shape[1:]):
+    fixed = shape is not None and len(shape) == 4 and all(isinstance(size, int) for size in shape[1:])
+    about = ModelMetadata.from_props(dict(model.metadata_props), str(path))
+    noise_serves = precision != "int8" and eval_data is None
+    prepared = None
+    if preprocessing or not noise_serves:
+        size = tuple(map(int, shape[2:])) if fixed else None
+        prepared = resolve_preprocessing(about.preprocessing, preprocessing, size=size, source=str(path))
+    if noise_serves:
+        if not fixed:
             raise UserError(f"{path}: the input {name} has no fixed image size", "expected [batch, 3, height, width]")
         noise = np.random.default_rng(seed).standard_normal((_NOISE, *map(int, shape[1:])), dtype=np.float32)
-        return None, noise, None, f"{_NOISE} noise images"
-    about = ModelMetadata.from_props(dict(model.metadata_props), str(path))
-    if about.preprocessing is None:
-        raise UserError(
-            f"{path} does not say how images are prepared (no vpruner.preprocessing in its metadata)",
-            "write the file with vpruner export, or convert in Python: vpruner.export.precision.convert",
-        )
+        return None, noise, None, f"{_NOISE} noise images", prepared
     outputs = model.graph.outputs[0].shape
     classes = outputs[-1] if about.output == "logits" and outputs is not None and isinstance(outputs[-1], int) else None
     from ..prune.data import ImageSet, ImageSource, choose_images, choose_indices, map_labels
@@ -462,9 +595,9 @@ def _images(
         if images is not None:
             images.require_any()
             remarks.append(images.skipped_remark(role))
-        read.append((about.preprocessing.batch([image for image, _ in found]) if found else None, found))
+        read.append((prepared.batch([image for image, _ in found]) if found else None, found))
     for remark in remarks:
         reporter.remark(remark)
     (inputs, _), (compared, found) = read
     labels = np.asarray([label for _, label in found]) if evaluation.labelled else None
-    return inputs, compared, labels, f"{len(found)} images of {evaluation.source.spec}"
+    return inputs, compared, labels, f"{len(found)} images of {evaluation.source.spec}", prepared
