@@ -737,6 +737,9 @@ def provenance_section(folder: Path, plan: TokenPlan, results: Results) -> Secti
     lines = [("vpruner", __version__), ("plan", plan.digest)]
     names = ("command", "model", "target", "target_kind", "loss")
     lines += [(name, str(run[name])) for name in names if run.get(name) is not None]
+    deployment = run.get("deployment")
+    if isinstance(deployment, dict) and deployment.get("summary"):
+        lines.append(("graphs written for", str(deployment["summary"])))
     lines += [(f"data.{name}", value) for name, value in _flat(run.get("data"))]
     rounds = _rounds_sentence(run.get("rounds")) or _rounds_sentence(plan.provenance.get("rounds"))
     told = {"rounds"} if rounds else set()

@@ -36,23 +36,38 @@ METHODS = {
 
 
 def latency_ort(rows: list[dict]) -> str:
-    """The newest measurement of each model and graph."""
-    newest = {(row["model"], row["label"]): row for row in rows}
+    """The newest measurement of each model and batch, whole: its ratios are all to one baseline."""
+    newest: dict[tuple[str, int], list[dict]] = {}
+    for row in rows:
+        key = row["model"], row["batch"]
+        if row["label"] == row["ratio_to"]:  # The baseline comes first.
+            newest[key] = []
+        newest[key].append(row)
     lines = [
-        "| model | graph | MACs | p50 | latency ratio (95 %) | rounds |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| model | batch | graph | MACs | p50 | latency ratio (95 %) | rounds |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {model} | {label} | {row['macs_ratio']:.3f} | {row['p50_ms']:.1f} ms | "
-        + (f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})" if label != "dense" else "1")
+        f"| {model} | {batch} | {row['label']} | {row['macs_ratio']:.3f} | {row['p50_ms']:.1f} ms | "
+        + ("1" if row["label"] == row["ratio_to"] else _ratio(row))
         + f" | {row['count']} |"
-        for (model, label), row in newest.items()
+        for (model, batch), measured in newest.items()
+        for row in measured
     ]
-    some = next(iter(newest.values()))
-    environment = some["environment"]
-    version = environment["packages"]["onnxruntime"]
-    lines += ["", f"{environment['cpu']}, onnxruntime {version}."]
+    environments = {
+        (row["environment"]["cpu"], row["environment"]["packages"]["onnxruntime"], row["threads"])
+        for measured in newest.values()
+        for row in measured
+    }
+    lines += [
+        "",
+        *(f"{cpu}, onnxruntime {version}, {threads} thread(s)." for cpu, version, threads in sorted(environments)),
+    ]
     return "\n".join(lines)
+
+
+def _ratio(row: dict) -> str:
+    return f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
 
 
 def demo(rows: list[dict]) -> str:
@@ -76,8 +91,7 @@ def demo(rows: list[dict]) -> str:
             f"{share('pruned', 'top1_difference', '+')} |",
             f"| multiply-adds | {cost['dense']['macs'] / 1e6:.1f} M | {cost['pruned']['macs'] / 1e6:.1f} M | "
             f"× {cost['pruned']['ratio']:.3f} |",
-            f"| onnxruntime, 1 CPU thread, batch 1, p50 | {p50['dense']} | {p50['pruned']} | "
-            f"× {ratio['ratio']:.3f} ({ratio['ratio_low']:.3f} to {ratio['ratio_high']:.3f}) |",
+            f"| onnxruntime, 1 CPU thread, batch 1, p50 | {p50['dense']} | {p50['pruned']} | × {_ratio(ratio)} |",
         ]
     )
 

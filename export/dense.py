@@ -18,7 +18,7 @@ from onnx_ir.passes import common as passes
 from ..errors import UserError
 from ..extras import require
 from ..prune.plan import Geometry
-from .clean import FoldWeightTransposes, LowerToOpset17, clean
+from .clean import FoldWeightTransposes, LowerOpset, clean
 from .files import save_model
 from .metadata import GraphMetadata
 
@@ -71,7 +71,7 @@ def export_dense(
     passes.RemoveUnusedNodesPass()(exported)
     passes.DeduplicateInitializersPass()(exported)
     if opset < _EXPORTER_FLOOR:
-        LowerToOpset17()(exported)
+        LowerOpset(opset)(exported)
     passes.RemoveUnusedOpsetsPass()(exported)
     written = exported.opset_imports.get("")
     if written != opset:

@@ -32,6 +32,9 @@ from .metadata import GraphMetadata
 from .normalise import prepare
 from .recognise import BlockSite, VitSite, integers, recognise
 
+#: Dead tokens per query, times channels, from which splitting a block's fused projection pays: to be measured.
+SPLIT_FROM = 0.0
+
 
 @dataclass(frozen=True)
 class BlockCounts:
@@ -239,8 +242,6 @@ def fold_block(graph: ir.Graph, block: BlockSite, plan: TokenPlan) -> tuple[bool
         return False, changed
 
     name = f"vpruner.block.{block.index}"
-    heads, head_dim = block.heads.heads, block.heads.head_dim
-    inner = heads * head_dim
     # norm1 reads what enters the block now, which is not block.stream where an entry Gather stands before block 0.
     stream = block.norm1.inputs[0]
     selected = gather_rows(graph, block.norm1, stream, plan.query_rows(block.index), f"{name}.queries")
@@ -248,6 +249,29 @@ def fold_block(graph: ir.Graph, block: BlockSite, plan: TokenPlan) -> tuple[bool
         if value is stream:
             block.residual1.replace_input_with(position, selected)
 
+    if splits_projection(keys, queries, block.heads.heads * block.heads.head_dim):
+        _split_projection(graph, block, selected, keys, queries, name)
+    else:
+        _select_queries(graph, block, plan.query_rows(block.index), keys, name)
+    _reshape_to(graph, block.merge, queries)
+    return True, True
+
+
+def splits_projection(keys: int, queries: int, inner: int) -> bool:
+    """Whether the queries of a block get a product of their own, by the counts of tokens and ``inner`` channels.
+
+    Apart, the queries of dead tokens are not computed; together, there is one product and one norm. See
+    :data:`SPLIT_FROM`.
+    """
+    return (keys - queries) * inner >= SPLIT_FROM * queries
+
+
+def _split_projection(
+    graph: ir.Graph, block: BlockSite, selected: ir.Value, keys: int, queries: int, name: str
+) -> None:
+    """Queries of the ``selected`` tokens [B, Q, d], keys and values of all, by two products in place of the fused."""
+    heads, head_dim = block.heads.heads, block.heads.head_dim
+    inner = heads * head_dim
     before = block.heads.reshape
     batch = integers(block.heads.reshape, 1)[0]
     attributes = dict(block.heads.reshape.attributes)
@@ -281,8 +305,19 @@ def fold_block(graph: ir.Graph, block: BlockSite, plan: TokenPlan) -> tuple[bool
     for old, new in zip(block.heads.parts, (query.outputs[0], *key_value.outputs), strict=True):
         ir.convenience.replace_all_uses_with(old, new)
     graph.remove([*reversed(block.heads.nodes), *reversed(block.qkv.nodes)], safe=True)
-    _reshape_to(graph, block.merge, queries)
-    return True, True
+
+
+def _select_queries(graph: ir.Graph, block: BlockSite, rows: np.ndarray, keys: int, name: str) -> None:
+    """The fused product on all K tokens, and of its queries [B, H, K, D] the ``rows`` that stay."""
+    _reshape_to(graph, block.heads.reshape, keys)
+    query = block.heads.parts[0]
+    readers = list(query.uses())
+    indices = add_constant(graph, f"{name}.queries.rows", np.asarray(rows, np.int64))
+    picked = ir.node("Gather", [query, indices], {"axis": 2}, name=f"{name}.q")
+    picked.outputs[0].name, picked.outputs[0].dtype = picked.name, query.dtype
+    graph.insert_after(block.heads.split, picked)
+    for node, position in readers:
+        node.replace_input_with(position, picked.outputs[0])
 
 
 def _linear(graph: ir.Graph, before: ir.Node, value: ir.Value, block: BlockSite, columns: slice, name: str) -> ir.Value:

@@ -28,6 +28,8 @@ CLASSES = "vpruner.classes"
 OUTPUT = "vpruner.output"
 #: Of a converted file (:mod:`vpruner.export.precision`); absent in a float32 one.
 PRECISION = "vpruner.precision"
+#: Of a file that was written for one deployment target (:mod:`vpruner.export.deploy`).
+TARGET = "vpruner.target"
 
 #: Every dense and every pruned file has these.
 REQUIRED = (VERSION, MODEL, WEIGHTS_SHA256, GEOMETRY, PREPROCESSING, OUTPUT)

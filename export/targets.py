@@ -123,6 +123,9 @@ class Target:
     Operators are named as ``(domain, op_type)``, the default domain being ``""``.
 
     Args:
+        writes: The operator set that graphs are written in for it; its limits may allow newer ones.
+        fusions: onnxruntime's operators that are written into the file, by their names in
+            :data:`vpruner.export.deploy.FUSIONS`.
         opset: Limits of the default operator set, one rule per side.
         ir_version: Limit of the file format, where one is known.
         forbidden: Operators that do not run, or not everywhere.
@@ -148,6 +151,8 @@ class Target:
 
     name: str
     summary: str
+    writes: int = 20
+    fusions: frozenset[str] = frozenset()
     opset: tuple[Bound, ...] = ()
     ir_version: Bound | None = None
     forbidden: dict[tuple[str, str], Rule] = field(default_factory=dict)
@@ -355,6 +360,7 @@ _TRT_NEW = dict(
 TRT85 = Target(
     "trt8.5",
     "TensorRT 8.5 (JetPack 5)",
+    writes=16,
     opset=(
         Bound(
             "error",
@@ -610,6 +616,7 @@ _GENERIC_SIZE = "TensorRT restricts it, and what follows it has shapes that are 
 GENERIC = Target(
     "generic",
     "any ONNX runtime: the portable subset",
+    writes=17,
     opset=(
         Bound(
             "warning",
