@@ -309,7 +309,8 @@ class TrtSession(Session):
 
     def _execute(self, context: Any = None) -> None:
         self._check_open()
-        if not (context or self._context).execute_async_v3(int(self.stream)):
+        context = context or self._context
+        if not context.execute_async_v3(int(self.stream)):
             raise UserError(f"{self.path}: TensorRT failed to run it: {trt_logger(require('tensorrt')).said()}")
 
     def _record_graph(self) -> None:

@@ -19,15 +19,39 @@ import json
 import sys
 
 #: Enums of which all members are kept, with their numbers.
-ENUMS = (
-    "BuilderFlag DataType HardwareCompatibilityLevel LayerInformationFormat MemoryPoolType "
-    "NetworkDefinitionCreationFlag ProfilingVerbosity TacticSource TensorIOMode TensorLocation DeviceType LayerType"
-).split()
+ENUMS = [
+    "BuilderFlag",
+    "DataType",
+    "HardwareCompatibilityLevel",
+    "LayerInformationFormat",
+    "MemoryPoolType",
+    "NetworkDefinitionCreationFlag",
+    "ProfilingVerbosity",
+    "TacticSource",
+    "TensorIOMode",
+    "TensorLocation",
+    "DeviceType",
+    "LayerType",
+]
 #: Classes of which all public attributes are kept.
-CLASSES = (
-    "Builder EngineInspector IBuilderConfig ICudaEngine IExecutionContext ILogger IOptimizationProfile IProfiler "
-    "IProgressMonitor IHostMemory INetworkDefinition ITensor ITimingCache Logger OnnxParser Runtime"
-).split()
+CLASSES = [
+    "Builder",
+    "EngineInspector",
+    "IBuilderConfig",
+    "ICudaEngine",
+    "IExecutionContext",
+    "ILogger",
+    "IOptimizationProfile",
+    "IProfiler",
+    "IProgressMonitor",
+    "IHostMemory",
+    "INetworkDefinition",
+    "ITensor",
+    "ITimingCache",
+    "Logger",
+    "OnnxParser",
+    "Runtime",
+]
 
 
 def public(value):
