@@ -26,6 +26,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from ..artifacts import scratch_beside
 from ..errors import GraphError, ParityError, UserError
 from ..extras import require
 from ..prune.models import LoadedModel
@@ -172,13 +173,13 @@ def write_graph(loaded: LoadedModel, path: str | os.PathLike, props: Mapping[str
         model = load_model(graph_path)
     about = GraphMetadata(loaded.name, loaded.sha256, geometry, loaded.preprocessing.to_json(), loaded.classes)
     model.metadata_props.update({**about.to_props(), **(props or {})})
-    written = save_model(model, path)
     if changed:
-        images = probe_images(geometry)
-        softmax = _strip_softmax(model.graph.outputs[0])[1]
+        images, softmax = probe_images(geometry), _strip_softmax(model.graph.outputs[0])[1]
         expected = _run(loaded.adapter.model, images, softmax)
-        compare("the tuned graph equals the tuned model", expected, run_onnx(written, images), TOLERANCE, top1=False)
-    return written
+        with scratch_beside(path) as folder:
+            found = run_onnx(save_model(model, folder / "tuned.onnx"), images).reshape(len(images), -1)
+        compare("the tuned graph equals the tuned model", expected, found, TOLERANCE, top1=False)
+    return save_model(model, path)
 
 
 def probe_images(geometry: Geometry, seed: int = 0) -> np.ndarray:
@@ -209,10 +210,11 @@ def _check_equal(module: nn.Module, path: Path, geometry: Geometry, softmax: boo
     images = probe_images(geometry)
     reference = run_onnx(path, images)
     try:
-        compare("", reference.reshape(len(images), -1), _run(module, images, softmax), TOLERANCE, top1=False)
+        compare("rebuilt", reference.reshape(len(images), -1), _run(module, images, softmax), TOLERANCE, top1=False)
     except ParityError as error:
+        found = str(error).partition("rebuilt: ")[2]
         raise GraphError(
-            f"the model rebuilt from {path} does not compute what the graph does ({str(error).partition(': ')[2]})",
+            f"the model rebuilt from {path} does not compute what the graph does ({found})",
             "learn the plan from the PyTorch model, then: vpruner fold FILE --plan plan.json",
         ) from None
 
