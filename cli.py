@@ -285,8 +285,59 @@ stage_options = _options(
         help="Save the state of --rearrange ppo there, and go on from it where it exists.",
     ),
 )
+#: The names in :mod:`vpruner.export.targets`, in its order. A test compares them.
+CHECK_TARGETS = ("ort-cpu", "ort-cuda", "trt10", "trt11", "trt8.5", "openvino", "generic")
+#: The names in :mod:`vpruner.export.precision`. A test compares them.
+PRECISIONS = ("fp16", "bf16", "int8", "int8-dynamic")
+INT8_IMAGES = 128
+
+
+def _precisions(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """``("fp16,int8", "bf16")`` -> ("fp16", "int8", "bf16"); fp32 is always written, and named twice is named once."""
+    names = [name.strip() for value in values for name in value.split(",")]
+    unknown = [name for name in names if name not in ("fp32", *PRECISIONS)]
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r} is not one of fp32, {', '.join(PRECISIONS)}")
+    return tuple(dict.fromkeys(name for name in names if name != "fp32"))
+
+
+io_option = click.option(
+    "--io",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "same"]),
+    help="fp16 and bf16: inputs and outputs stay float32, or change too.",
+)
+precision_options = _options(
+    click.option(
+        "--precision",
+        "precisions",
+        multiple=True,
+        metavar="NAME[,NAME...]",
+        callback=_precisions,
+        help="Write the file in these precisions too: fp16, bf16, int8 (static, calibrated on images), int8-dynamic "
+        "(for CPUs); may be repeated  [default: fp32 alone]",
+    ),
+    io_option,
+)
+int8_images_option = click.option(
+    "--images",
+    default=INT8_IMAGES,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Calibration images to use, at most.",
+)
+deploy_option = click.option(
+    "--for",
+    "deploy_for",
+    type=click.Choice(CHECK_TARGETS),
+    help="Write the graph in the form that this runtime takes: opset, operators, fusion.",
+)
 export_options = _options(
-    click.option("--opset", default=20, show_default=True, type=click.IntRange(17, 23), help="ONNX opset."),
+    deploy_option,
+    click.option(
+        "--opset", type=click.IntRange(16, 23), help="ONNX opset  [default: 20, with --for the newest it takes]"
+    ),
     click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open."),
     click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Batch size of the graph."),
 )
@@ -360,6 +411,7 @@ METRIC_NAMES = {
 @target_option
 @stage_options
 @export_options
+@precision_options
 @click.option(
     "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement."
 )
@@ -368,12 +420,13 @@ METRIC_NAMES = {
 @click.option("--force", is_flag=True, help="Replace an earlier run in that folder.")
 @json_option
 @quiet_option
+@preprocessing_options
 def run(model, pretrained, weights, model_args, output, force, as_json, quiet, **options) -> None:
     """Prune, export, prove and measure: everything, in one folder.
 
-    MODEL is a timm name (with --weights or --pretrained), a model card (.json), or nothing for the bundled reference.
-    The folder holds plan.json, dense.onnx, pruned.onnx, results.jsonl and report.html when all of it has succeeded, and
-    model.safetensors where tuning changed weights.
+    MODEL is a timm name (with --weights or --pretrained), a model card (.json), an ONNX file of any exporter, or
+    nothing for the bundled reference. The folder holds plan.json, dense.onnx, pruned.onnx, results.jsonl and
+    report.html when all of it has succeeded, and model.safetensors (or tuned.onnx) where tuning changed weights.
 
     \b
     Example:
@@ -396,10 +449,15 @@ def run(model, pretrained, weights, model_args, output, force, as_json, quiet, *
     result = run_pipeline(everything, output, Reporter(quiet=quiet), force=force)
     if as_json:
         _print_json(result)
-        return
+        sys.exit(1 if result["left_out"] else 0)
     _print_run(result["rows"])
+    deployment = next(row for row in result["rows"] if row["kind"] == "run")["deployment"]
+    if deployment:
+        click.echo(deployment["summary"])
     for path in result["files"].values():
         click.echo(path)
+    if result["left_out"]:
+        sys.exit(1)
 
 
 def _print_run(rows: list[dict[str, Any]]) -> None:
@@ -457,6 +515,42 @@ def _print_run(rows: list[dict[str, Any]]) -> None:
         table.append([title, "", f"{row['p50_ms']:.2f} ms", f"{row['ratio']:.3f}"])
     of = "milliseconds" if run_row["target_kind"] == "latency" else "MACs"
     _table(f"{run_row['model']} at {run_row['target']:g} of its {of}", ["", "dense", "pruned", "ratio"], table)
+    _print_precisions([row for row in rows if row["kind"] == "precision" and row["failure"] is None], rows)
+
+
+def _print_precisions(precisions: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    """Each precision beside the float32 pruned graph, and under the table what its latency does not say."""
+    if not precisions:
+        return
+    size = next(row["file_bytes"] for row in rows if row["kind"] == "cost" and row["label"] == "pruned")
+    latency = next(row["p50_ms"] for row in rows if row["kind"] == "latency" and row["label"] == "pruned")
+    top1 = next(
+        (row for row in rows if row["kind"] == "accuracy" and (row["label"], row["metric"]) == ("pruned", "top1")), None
+    )
+    shown = ["top1", "top1_difference"] if top1 else []
+    table = [
+        ["fp32", *([_format_estimate(top1), ""] if top1 else []), "", "", f"{size / 1e6:.2f}", f"{latency:.2f}", ""]
+    ]
+    for row in precisions:
+        estimates = [row["top1_converted"], row["top1_difference"]] if top1 else []
+        table.append(
+            [
+                row["precision"] + (" *" if row["latency_note"] else ""),
+                *(_format_estimate(estimate) for estimate in estimates),
+                _format_estimate(row["top1_agreement"]) if row["top1_agreement"] else "",
+                f"{row['max_relative_error']:.1e}",
+                f"{row['file_bytes'] / 1e6:.2f}",
+                *((f"{row['p50_ms']:.2f}", f"{row['ratio']:.3f}") if "ratio" in row else ("", "")),
+            ]
+        )
+    _table(
+        f"precisions of pruned.onnx, against fp32, on {precisions[0]['images']} images",
+        ["", *(METRIC_NAMES[name] for name in shown), "same class", "largest error", "MB", "p50 ms", "ratio"],
+        table,
+    )
+    for row in precisions:
+        if row["latency_note"]:
+            click.echo(f"* {row['precision']}: {row['latency_note']}")
 
 
 def _stage_name(stage: dict[str, Any]) -> str:
@@ -487,6 +581,7 @@ def _short(number: float) -> str:
 )
 @json_option
 @quiet_option
+@preprocessing_options
 def prune(
     model,
     pretrained,
@@ -506,31 +601,42 @@ def prune(
     episodes,
     time_limit,
     checkpoint,
+    preprocessing,
     as_json,
     quiet,
 ) -> None:
     """Learn a token plan: which patch tokens enter each block. Search, rearrangement and tuning, in a row.
 
-    Where tuning changes weights, the model with them is written beside the plan, as .safetensors of the same name.
+    MODEL is whatever run takes. Where tuning changes weights, the model with them is written beside the plan:
+    plan.safetensors for plan.json, or for an ONNX file plan.tuned.onnx, the same graph with those weights.
 
     \b
     Example:
       vpruner prune --target 0.65 -o plan.json
       vpruner prune deit_small_patch16_224 --weights deit_small.pth --data images/ -o plan.json
+      vpruner prune model.onnx --data images/ --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 -o plan.json
     """
     from . import pipeline
     from .progress import Reporter
     from .prune.learn import learn
-    from .prune.models import open_model
 
     reporter = Reporter(quiet=quiet)
     pipeline.check_output(output, ".json", model, weights)
-    tuned = output.with_suffix(".safetensors")
+    tuned = output.with_suffix(".tuned.onnx" if pipeline.is_onnx(model) else ".safetensors")
     pipeline.check_checkpoint(checkpoint, rearrange, model, weights, output, tuned)
     if tune == "weights":
-        pipeline.check_output(tuned, ".safetensors", model, weights)
+        pipeline.check_output(tuned, tuned.suffix, model, weights)
         pipeline.check_tuned_output(tuned)
-    loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
+    loaded = pipeline.open_prunable(
+        model,
+        pretrained=pretrained,
+        weights=weights,
+        model_args=model_args,
+        preprocessing=preprocessing,
+        loss=loss,
+        reporter=reporter,
+        softmax=True,
+    )
     cost = pipeline.open_cost(cost, loaded.name, loaded.adapter.geometry, reporter)
     calibration = pipeline.one_set(
         loaded.classes, loaded.adapter.geometry, data, images, "calibration", reporter, seed=seed, strict=strict
@@ -557,6 +663,10 @@ def prune(
     _print_plan(plan)
     for path in [output, tuned] if learned.weights else [output]:
         click.echo(path)
+    if loaded.graph is not None:
+        graph = tuned if learned.weights else model
+        command = ["vpruner", "fold", str(graph), "--plan", str(output), "-o", "pruned.onnx"]
+        reporter.remark(f"next: {shlex.join(command)}")
 
 
 def _print_stages(stages: list[dict[str, Any]]) -> None:
@@ -601,6 +711,9 @@ def _print_plan(plan) -> None:
 @model_options
 @click.option("--plan", "plan_path", metavar="FILE", help="Export the model pruned by this plan, parity checked.")
 @export_options
+@precision_options
+@click.option("--data", metavar="PATH", help="int8: calibration images, a folder or .tar.")
+@int8_images_option
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), help="File to write  [default: dense.onnx, or pruned.onnx]"
 )
@@ -613,6 +726,8 @@ def export(model, pretrained, weights, model_args, plan_path, output, as_json, q
     Example:
       vpruner export deit_small_patch16_224 --weights deit_small.pth -o dense.onnx
       vpruner export --plan plan.json -o pruned.onnx
+      vpruner export --plan plan.json --for trt8.5 -o pruned.onnx
+      vpruner export --plan plan.json --precision fp16,int8 --data train/ -o pruned.onnx
     """
     from . import pipeline
     from .progress import Reporter
@@ -623,14 +738,22 @@ def export(model, pretrained, weights, model_args, plan_path, output, as_json, q
     pipeline.check_output(output, ".onnx", model, weights, plan_path)
     plan = TokenPlan.load(plan_path) if plan_path else None
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
-    rungs = pipeline.export_checked(loaded, output, plan=plan, reporter=Reporter(quiet=quiet), **options)
-    _print_rungs(rungs, output, as_json)
+    rungs, deployed, conversions = pipeline.export_with_precisions(
+        loaded, output, plan=plan, reporter=Reporter(quiet=quiet), **options
+    )
+    more = [{**done.to_json(), "compared_on": what, "agreement": cost.to_json()} for done, cost, what in conversions]
+    _print_rungs(rungs, output, as_json, deployed, precisions=more)
+    if not as_json:
+        for done, _, _ in conversions:
+            click.echo(done.path)
 
 
-def _print_rungs(rungs, output: Path, as_json: bool, **more: Any) -> None:
+def _print_rungs(rungs, output: Path, as_json: bool, deployed, **more: Any) -> None:
     from .pipeline import parity_row
 
     if as_json:
+        if deployed is not None:
+            more["deployment"] = deployed.to_json()
         _print_json({"file": str(output), "parity": [parity_row(rung) for rung in rungs], **more})
         return
     _table(
@@ -638,6 +761,8 @@ def _print_rungs(rungs, output: Path, as_json: bool, **more: Any) -> None:
         ["rung", "difference", "tolerance", "images"],
         [[r.name, f"{r.difference:.1e}", f"{r.tolerance:.0e}", str(r.compared)] for r in rungs],
     )
+    if deployed is not None:
+        click.echo(deployed.summary)
     click.echo(output)
 
 
@@ -645,12 +770,13 @@ def _print_rungs(rungs, output: Path, as_json: bool, **more: Any) -> None:
 @click.argument("dense", type=click.Path(path_type=Path))
 @click.option("--plan", "plan_path", metavar="FILE", help="The token plan to fold in.")
 @click.option("--identity", is_flag=True, help="Drop no token, only what nothing reads: exact, and free.")
+@deploy_option
 @click.option(
     "--output", "-o", default="pruned.onnx", show_default=True, type=click.Path(path_type=Path), help="File to write."
 )
 @json_option
 @quiet_option
-def fold(dense, plan_path, identity, output, as_json, quiet) -> None:
+def fold(dense, plan_path, identity, deploy_for, output, as_json, quiet) -> None:
     """Fold a token plan into the dense ONNX graph of a Vision Transformer; needs no PyTorch.
 
     The graph is one that vpruner export wrote, or one of another exporter that vpruner inspect understands.
@@ -659,6 +785,7 @@ def fold(dense, plan_path, identity, output, as_json, quiet) -> None:
     Example:
       vpruner fold dense.onnx --plan plan.json -o pruned.onnx
       vpruner fold dense.onnx --identity -o lean.onnx
+      vpruner fold dense.onnx --plan plan.json --for trt10 -o pruned.onnx
     """
     from . import pipeline
     from .progress import Reporter
@@ -668,8 +795,8 @@ def fold(dense, plan_path, identity, output, as_json, quiet) -> None:
         raise UserError("fold takes one of --plan FILE and --identity", "make a plan with: vpruner prune MODEL")
     pipeline.check_output(output, ".onnx", dense, plan_path)
     plan = TokenPlan.load(plan_path) if plan_path else None
-    record, rungs = pipeline.fold_checked(dense, plan, output, Reporter(quiet=quiet))
-    _print_rungs(rungs, output, as_json, modified=record.modified)
+    record, rungs, deployed = pipeline.fold_checked(dense, plan, output, Reporter(quiet=quiet), deploy_for=deploy_for)
+    _print_rungs(rungs, output, as_json, deployed, modified=record.modified)
 
 
 @main.command()
@@ -908,9 +1035,6 @@ def inspect(model, as_json) -> None:
 
 # -- check ------------------------------------------------------------------------------------------------------------
 
-#: The names in :mod:`vpruner.export.targets`, in its order. A test compares them.
-CHECK_TARGETS = ("ort-cpu", "ort-cuda", "trt10", "trt11", "trt8.5", "openvino", "generic")
-
 
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
@@ -981,20 +1105,12 @@ def _print_findings(findings) -> None:
 @click.option(
     "--precision",
     required=True,
-    type=click.Choice(["fp16", "bf16", "int8", "int8-dynamic"]),
+    type=click.Choice(PRECISIONS),
     help="int8 is static (Q/DQ nodes, calibrated on --data); int8-dynamic is for CPUs and needs no images.",
 )
-@click.option(
-    "--io",
-    default="float32",
-    show_default=True,
-    type=click.Choice(["float32", "same"]),
-    help="fp16 and bf16: inputs and outputs stay float32, or change too.",
-)
+@io_option
 @click.option("--data", metavar="PATH", help="int8: calibration images, a folder or .tar.")
-@click.option(
-    "--images", default=128, show_default=True, type=click.IntRange(1), help="Calibration images to use, at most."
-)
+@int8_images_option
 @click.option(
     "--calibration",
     default="minmax",
@@ -1009,6 +1125,7 @@ def _print_findings(findings) -> None:
     "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the choice of images."
 )
 @click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@preprocessing_options
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="File to write.")
 @json_option
 @quiet_option
@@ -1019,6 +1136,7 @@ def convert(model, precision, images, eval_images, output, as_json, quiet, **opt
     Example:
       vpruner convert runs/demo/pruned.onnx --precision fp16 -o fp16.onnx
       vpruner convert runs/demo/pruned.onnx --precision int8 --data train/ --eval-data val/ -o int8.onnx
+      vpruner convert theirs.onnx --precision int8 --data train/ --mean 0.5 --std 0.5 --crop-mode squash -o int8.onnx
     """
     from . import pipeline
     from .export.precision import convert_checked

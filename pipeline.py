@@ -22,14 +22,17 @@ from .prune.cost import cost_ratio, dense_macs, plan_macs
 from .prune.plan import Geometry, TokenPlan
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
     from torch import Tensor
 
+    from .export.deploy import Deployment
     from .export.fold import FoldRecord
     from .export.parity import Rung
+    from .export.precision import Agreement, Conversion, Lowered
     from .prune.cost import Cost
     from .prune.data import ImageSet
-    from .prune.evaluate import Estimate
+    from .prune.evaluate import Estimate, Outputs
     from .prune.learn import Learned
     from .prune.models import LoadedModel
     from .prune.rearrange import RearrangeSettings
@@ -41,10 +44,13 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "timm", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "matplotlib")
 #: What a run writes; ``--force`` replaces a folder that holds nothing else.
 RUN_FILES = re.compile(
-    r"(plan\.json|(dense|pruned)\.onnx(\.\w+\.data)?|model\.safetensors|results\.jsonl|report\.(html|md))"
+    r"(plan\.json|(dense|tuned|pruned(\.(fp16|bf16|int8|int8-dynamic))?)\.onnx(\.\w+\.data)?|model\.safetensors|results\.jsonl"
+    r"|report\.(html|md))"
 )
 #: Images that the parity ladder runs through PyTorch and onnxruntime.
 PARITY_IMAGES = 16
+#: Images that static INT8 is calibrated on, as in ``vpruner convert`` by default.
+INT8_IMAGES = 128
 #: Images that the report draws the plan on.
 EXAMPLE_IMAGES = 4
 
@@ -73,13 +79,17 @@ class RunOptions:
     episodes: int | None = None
     time_limit: float | None = None
     checkpoint: Path | None = None
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     strict: bool = False
-    opset: int = 20
+    opset: int | None = None
+    deploy_for: str | None = None
     dynamic_batch: bool = False
     batch_size: int = 1
     threads: int | None = 1
     seconds: float = 10.0
+    precisions: tuple[str, ...] = ()
+    io: str = "float32"
     command: str = ""
 
 
@@ -89,7 +99,8 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
     The folder appears only when everything in it is finished and every rung of the parity ladder held.
 
     Returns:
-        JSON-able summary: the rows of results.jsonl and the paths of the files.
+        JSON-able summary: the rows of results.jsonl, the paths of the files, and the names of files that were asked for
+        and could not be made in their precision.
 
     Raises:
         UserError: Something the user gave cannot be used.
@@ -99,16 +110,25 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
 
     for package in PACKAGES:  # Missing extras are said now, not after ten minutes.
         require(package)
+    from .export.deploy import deploy_file, plain_opset
     from .export.fold import fold_file
     from .export.parity import check_ladder
+    from .export.precision import convert_beside
     from .prune.data import overlap
+    from .prune.evaluate import compare
     from .prune.learn import learn
-    from .prune.models import open_model
     from .prune.search import check_target
     from .prune.tune import with_weights
     from .report import write_report
     from .runtime.measure import profile_onnx
 
+    opset = plain_opset(options.deploy_for, options.opset)
+    if is_onnx(options.model) and (options.opset is not None or options.dynamic_batch):
+        raise UserError(
+            f"{options.model} is an ONNX file, which keeps its opset and its batch",
+            "leave out --opset and --dynamic-batch",
+        )
+    check_precisions(options.precisions, options.io)
     check_checkpoint(options.checkpoint, options.rearrange, options.model, options.weights)
     if options.checkpoint is not None and options.checkpoint.resolve().is_relative_to(output.resolve()):
         raise UserError(
@@ -116,8 +136,14 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         )
     with finished_folder(output, force=force) as folder, ExitStack() as stack:
         with reporter.stage("Opening model and images"):
-            loaded = open_model(
-                options.model, pretrained=options.pretrained, weights=options.weights, model_args=options.model_args
+            loaded = open_prunable(
+                options.model,
+                pretrained=options.pretrained,
+                weights=options.weights,
+                model_args=options.model_args,
+                preprocessing=options.preprocessing,
+                loss=options.loss,
+                reporter=reporter,
             )
             geometry = loaded.adapter.geometry
             cost = open_cost(
@@ -125,6 +151,11 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             )
             check_target(geometry, options.target, cost)
             calibration, evaluation = choose(options, loaded, reporter)
+            if "int8" in options.precisions and calibration.count < options.batch_size:
+                raise UserError(
+                    f"{calibration.count} calibration images, int8 needs a whole batch of {options.batch_size}",
+                    "give more with --data, or a smaller --batch-size",
+                )
 
         learned = learn(
             loaded,
@@ -140,15 +171,14 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             seed=options.seed,
             reporter=reporter,
         )
-        plan = save_learned(loaded, learned, folder / "plan.json", folder / "model.safetensors")
-        dense, pruned = folder / "dense.onnx", folder / "pruned.onnx"
-        as_asked = {
-            "opset": options.opset,
-            "dynamic_batch": options.dynamic_batch,
-            "batch_size": options.batch_size,
-        }
+        weights_file = "model.safetensors" if loaded.graph is None else "tuned.onnx"
+        plan = save_learned(loaded, learned, folder / "plan.json", folder / weights_file)
+        as_asked = {"opset": opset, "dynamic_batch": options.dynamic_batch, "batch_size": options.batch_size}
         # Graphs that are measured and not kept.
         scratch = stack.enter_context(scratch_beside(folder / "graphs"))
+        # Plans fold into the plain form; what is written for a target may not take one any more.
+        plain = folder if options.deploy_for is None else scratch
+        dense, pruned = plain / "dense.onnx", plain / "pruned.onnx"
         with reporter.stage("Exporting dense.onnx"):
             write_dense(loaded, dense, **as_asked)
         tuned = dense
@@ -162,17 +192,44 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         with reporter.stage("Parity ladder"):
             images = first_images(calibration, loaded, PARITY_IMAGES)
             rungs = check_ladder(loaded.adapter, plan, dense, pruned, images, weights=learned.weights)
+        kept = {"dense": folder / "dense.onnx", "pruned": folder / "pruned.onnx"}
+        deployed = None
+        if options.deploy_for is not None:
+            with reporter.stage(f"Writing the graphs for {options.deploy_for}"):
+                for source, path in zip((dense, pruned), kept.values(), strict=True):
+                    deployed, rung = deploy_checked(
+                        source,
+                        options.deploy_for,
+                        path,
+                        images.numpy(),
+                        top1=geometry.output == "logits",
+                        opset=options.opset,
+                    )
+                    rungs.append(rung)
         labels = stage_labels(learned)
-        graphs = {"dense": dense}
+        graphs = {"dense": kept["dense"]}
         for stage, label in zip(learned.stages, labels, strict=True):
             if label != "pruned" and label not in graphs:
                 graphs[label] = scratch / f"{label}.onnx"
                 fold_file(dense, stage.plan, graphs[label])
-        graphs["pruned"] = pruned
-        timed = {"dense": dense, "pruned": pruned}
+        graphs["pruned"] = kept["pruned"]
+        timed = dict(kept)
         if plan.gates is not None:
             timed["ungated"] = scratch / "ungated.onnx"
             fold_file(tuned, replace(plan, gates=None), timed["ungated"])
+            if options.deploy_for is not None:
+                deploy_file(timed["ungated"], options.deploy_for, timed["ungated"], opset=options.opset)
+        lowered = []
+        if options.precisions:
+            lowered = convert_beside(
+                kept["pruned"],
+                options.precisions,
+                scratch,
+                first_images(calibration, loaded, INT8_IMAGES).numpy(),
+                io=options.io,
+                reporter=reporter,
+            )
+            graphs.update({item.label: item.runs for item in lowered if item.runs is not None})
         stages = stage_rows(learned, labels)
 
         parameters, preprocessing, name = loaded.parameters, loaded.preprocessing, loaded.name
@@ -181,9 +238,12 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         gc.collect()
         with (
             reporter.stage("Evaluating the graphs", len(evaluation.indices)) as advance,
-            open_graphs(graphs) as sessions,
+            open_graphs(graphs, as_they_are=[item.label for item in lowered if item.emulated]) as sessions,
         ):
-            estimates, examples = evaluate_graphs(sessions, evaluation, geometry, advance)
+            outputs, examples = collect_graphs(sessions, evaluation, advance)
+        lowered, costs = judge_precisions(lowered, outputs, geometry.output, reporter)
+        estimates = compare(outputs, baseline="dense", output=geometry.output)
+        timed.update({item.label: item.path for item in lowered if item.runs == item.path})
         reporter.remark(evaluation.skipped_remark("evaluation"))
         if seen_before := overlap(calibration, evaluation):
             reporter.remark(
@@ -199,12 +259,13 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             )
 
         rows = [
-            run_row(options, name, plan, calibration, evaluation, reporter),
-            *cost_rows(plan, parameters, {"dense": dense, "pruned": pruned}),
+            run_row(options, name, plan, calibration, evaluation, reporter, deployed),
+            *cost_rows(plan, parameters, kept),
             *stages,
             *map(parity_row, rungs),
-            *(estimate.row(label) for label, values in estimates.items() for estimate in values),
+            *accuracy_rows(estimates, {item.label: item.precision for item in lowered}),
             *latency,
+            *precision_rows(lowered, costs, latency),
             *gate_rows(latency),
             *prediction_rows(plan, latency),
         ]
@@ -212,7 +273,8 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         with reporter.stage("Writing the report"):
             write_report(folder, plan=plan, rows=rows, examples=[preprocessing.crop(image) for image in examples])
     files = {path.name: str(path) for path in sorted(output.iterdir()) if path.is_file()}
-    return {"rows": rows, "files": files, "remarks": reporter.remarks}
+    failed = [item.path.name for item in lowered if item.failure is not None]
+    return {"rows": rows, "files": files, "remarks": reporter.remarks, "left_out": failed}
 
 
 @contextmanager
@@ -336,13 +398,20 @@ def first_images(images: ImageSet, loaded: LoadedModel, count: int):
 
 
 @contextmanager
-def open_graphs(paths: Mapping[str, Path]) -> Iterator[dict[str, OrtSession]]:
-    """The application's session of each file, by label, open until the context is left."""
+def open_graphs(paths: Mapping[str, Path], as_they_are: Sequence[str] = ()) -> Iterator[dict[str, OrtSession]]:
+    """The application's session of each file, by label, open until the context is left.
+
+    Args:
+        as_they_are: Labels of graphs that onnxruntime must not optimize.
+    """
     from .runtime.ort import OrtSession
 
     with ExitStack() as stack:
         # The sessions take turns, and the threads of an idle one must not burn the cores the other runs on.
-        yield {label: stack.enter_context(OrtSession(path, spinning=False)) for label, path in paths.items()}
+        yield {
+            label: stack.enter_context(OrtSession(path, spinning=False, optimized=label not in as_they_are))
+            for label, path in paths.items()
+        }
 
 
 def at_least_one(batches: Iterator[Any], images: ImageSet) -> Iterator[Any]:
@@ -366,7 +435,17 @@ def evaluate_graphs(
     Returns:
         label -> estimates, and a few of the images for the report.
     """
-    from .prune.evaluate import collect_outputs, compare
+    from .prune.evaluate import compare
+
+    outputs, examples = collect_graphs(sessions, images, on_batch)
+    return compare(outputs, baseline=next(iter(sessions)), output=geometry.output), examples
+
+
+def collect_graphs(
+    sessions: Mapping[str, OrtSession], images: ImageSet, on_batch=lambda count: None
+) -> tuple[Outputs, list[Image.Image]]:
+    """What the files of :func:`evaluate_graphs` give for the images, and a few of the images for the report."""
+    from .prune.evaluate import collect_outputs
 
     examples: list[Image.Image] = []
 
@@ -382,7 +461,106 @@ def evaluate_graphs(
         at_least_one(batches(), images),
         on_batch=on_batch,
     )
-    return compare(outputs, baseline=next(iter(sessions)), output=geometry.output), examples
+    return outputs, examples
+
+
+# -- precisions -------------------------------------------------------------------------------------------------------
+
+
+def check_precisions(precisions: Sequence[str], io: str) -> None:
+    if io != "float32" and not {"fp16", "bf16"} & set(precisions):
+        raise UserError(f"--io {io} goes with --precision fp16 or bf16", "leave it out")
+
+
+def judge_precisions(
+    lowered: Sequence[Lowered], outputs: Outputs, output: str, reporter: Reporter
+) -> tuple[list[Lowered], dict[str, Agreement]]:
+    """What each precision costs against the float32 pruned graph, from outputs on the same images.
+
+    One whose outputs are not finite goes, from ``outputs`` and from the disk.
+
+    Args:
+        lowered: The precisions, also those that could not be made.
+        outputs: Those of ``"pruned"`` and of each precision that was made.
+        output: ``"logits"`` or ``"features"``.
+
+    Returns:
+        ``lowered``, with failures added, and label -> cost of those that are left.
+    """
+    from .export.files import remove_model
+    from .export.precision import compare_outputs
+
+    judged, costs = [], {}
+    for item in lowered:
+        if item.failure is None:
+            try:
+                costs[item.label] = compare_outputs(
+                    outputs.of["pruned"],
+                    outputs.of[item.label],
+                    outputs.labels,
+                    precision=item.precision,
+                    features=output == "features",
+                    emulated=item.emulated,
+                    source=item.path.name,
+                )
+                for sentence in costs[item.label].beyond:
+                    reporter.remark(f"{item.path.name} is beyond what {item.precision} is expected to cost: {sentence}")
+            except UserError as error:
+                del outputs.of[item.label]
+                remove_model(item.path)
+                item = replace(item, conversion=None, runs=None, failure=str(error))
+        if item.failure is not None:
+            reporter.remark(f"{item.path.name} was left out: {item.failure}")
+        judged.append(item)
+    return judged, costs
+
+
+def accuracy_rows(estimates: Mapping[str, Sequence[Estimate]], precisions: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One row per estimate, with its precision: ``fp32`` where ``precisions`` has none for the label."""
+    rows = [estimate.row(label) for label, values in estimates.items() for estimate in values]
+    return [{**row, "precision": precisions.get(row["label"], "fp32")} for row in rows]
+
+
+def precision_rung(name: str, reference: str, cost: Agreement) -> Rung:
+    from .export.parity import Rung
+    from .export.precision import BOUNDS
+
+    same = cost.top1_agreement
+    return Rung(
+        f"{name} stays near {reference}",
+        cost.max_relative_error,
+        BOUNDS[cost.precision].relative_error,
+        cost.images,
+        not cost.beyond,
+        None if same is None else round(same.count * (1 - same.value)),
+    )
+
+
+def precision_rows(
+    lowered: Sequence[Lowered], costs: Mapping[str, Agreement], latency: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """For each precision its rung of the parity ladder, and one row with all that is known of it."""
+    from .export.precision import LATENCY_NOTES
+
+    timed = {row["label"]: row for row in latency}
+    rows = []
+    for item in lowered:
+        row = {"schema": 1, "kind": "precision", "label": item.label, "precision": item.precision}
+        row.update(file=item.path.name, failure=item.failure)
+        if item.conversion is None:
+            rows.append(row)
+            continue
+        cost, done = costs[item.label], item.conversion
+        rung = precision_rung(item.path.name, "pruned.onnx", cost)
+        rows.append({**parity_row(rung), "precision": item.precision})
+        row.update(cost.to_json(), io=done.io, file_bytes=done.bytes_after, float32_bytes=done.bytes_before)
+        row.update(float32=done.float32, quantized=done.quantized, left_out=list(done.left_out))
+        row.update(calibrated_on=item.calibrated_on, beyond=list(cost.beyond))
+        if times := timed.get(item.label):
+            row.update(p50_ms=times["p50_ms"], ratio_to="pruned", ratio=_paired_ratio(timed, item.label, "pruned"))
+        row["latency_note"] = LATENCY_NOTES.get(item.precision)
+        rows.append(row)
+    return rows
 
 
 # -- what was learned -------------------------------------------------------------------------------------------------
@@ -398,6 +576,13 @@ def check_tuned_output(path: Path) -> None:
 
 def _is_tuned(path: Path) -> bool:
     """Whether a file holds tuned weights that vpruner wrote."""
+    if is_onnx(path):
+        from .export.files import read_model
+
+        try:
+            return "vpruner.tuned_for_plan" in read_model(path).metadata_props
+        except UserError:
+            return False
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -410,19 +595,33 @@ def _is_tuned(path: Path) -> bool:
 def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights_path: Path) -> TokenPlan:
     """Write the plan, and beside it the whole model with tuned weights where there are any; returns the plan written.
 
-    The plan comes last: where it stands, what it speaks of does.
+    A model that came as an ONNX file is written as one, with the weights in the user's own graph. The plan comes last:
+    where it stands, what it speaks of does.
+
+    Raises:
+        ParityError: That graph does not compute what the tuned model does.
     """
+    from .artifacts import file_sha256
     from .prune.tune import with_weights
     from .prune.vit import weights_sha256
 
     plan, model = learned.plan, loaded.adapter.model
+    if loaded.graph is not None:
+        # What tells folding that this graph is the one, where its metadata does not.
+        plan = plan.with_provenance(graph={"name": loaded.graph.name, "sha256": file_sha256(loaded.graph)})
     if learned.weights:
         with with_weights(model, learned.weights):
             plan = plan.with_provenance(
                 tuned_weights_sha256=weights_sha256(model), tuned_weights_file=weights_path.name
             )
-            metadata = {"vpruner.tuned_for_plan": plan.digest, "vpruner.weights_sha256": loaded.sha256}
-            save_weights(model.state_dict(), weights_path, metadata)
+            if loaded.graph is not None:
+                from .export.rebuild import TUNED_FOR, write_graph
+
+                tuned = replace(loaded, sha256=plan.provenance["tuned_weights_sha256"])
+                write_graph(tuned, weights_path, {TUNED_FOR: plan.digest})
+            else:
+                metadata = {"vpruner.tuned_for_plan": plan.digest, "vpruner.weights_sha256": loaded.sha256}
+                save_weights(model.state_dict(), weights_path, metadata)
     plan.save(plan_path)
     return plan
 
@@ -442,9 +641,10 @@ def remark_untuned(plan: TokenPlan, sha256: str, reporter: Reporter) -> None:
     tuned = plan.provenance.get("tuned_weights_sha256")
     if tuned and sha256 != tuned:
         name = plan.provenance.get("tuned_weights_file") or "model.safetensors"
+        command = f"vpruner fold {name}" if is_onnx(name) else f"vpruner export MODEL --weights {name}"
         reporter.remark(
             f"the model has its weights from before tuning; those tuned for this plan are in {name}, written beside "
-            f"it, to be given as in: vpruner export MODEL --weights {name} --plan PLAN"
+            f"it, to be given as in: {command} --plan PLAN"
         )
 
 
@@ -462,7 +662,13 @@ def stage_labels(learned: Learned) -> list[str]:
 
 
 def run_row(
-    options: RunOptions, name: str, plan: TokenPlan, calibration: ImageSet, evaluation: ImageSet, reporter: Reporter
+    options: RunOptions,
+    name: str,
+    plan: TokenPlan,
+    calibration: ImageSet,
+    evaluation: ImageSet,
+    reporter: Reporter,
+    deployed: Deployment | None = None,
 ) -> dict[str, Any]:
     from .runtime.environment import environment
 
@@ -488,6 +694,7 @@ def run_row(
         "command": options.command,
         "data": {"calibration": described(calibration), "evaluation": described(evaluation)},
         "note": list(reporter.remarks),
+        "deployment": None if deployed is None else deployed.to_json(),
         "environment": environment(),
     }
 
@@ -528,6 +735,14 @@ def stage_rows(learned: Learned, labels: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def _paired_ratio(timed: Mapping[str, Mapping[str, Any]], label: str, other: str) -> float:
+    """Time of one graph over that of another, both timed in turns with the baseline.
+
+    Of paired ratios, not of medians: what disturbed one graph disturbed the other.
+    """
+    return round(timed[label]["ratio"] / timed[other]["ratio"], 6)
+
+
 def gate_rows(latency: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the gate constants cost: the pruned graph against the same one without gates, timed in turns."""
     timed = {row["label"]: row for row in latency}
@@ -540,8 +755,7 @@ def gate_rows(latency: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "kind": "gates",
             "p50_ms": pruned["p50_ms"],
             "ungated_p50_ms": ungated["p50_ms"],
-            # Of paired ratios, not of medians: what disturbed one graph disturbed the other.
-            "ratio": round(pruned["ratio"] / ungated["ratio"], 6),
+            "ratio": _paired_ratio(timed, "pruned", "ungated"),
         }
     ]
 
@@ -591,8 +805,77 @@ def peak_memory_bytes() -> int:
 # -- single stages, as the commands run them --------------------------------------------------------------------------
 
 
+def is_onnx(model: str | Path | None) -> bool:
+    return model is not None and str(model).lower().endswith(".onnx")
+
+
+def open_prunable(
+    model: str | None,
+    *,
+    pretrained: bool,
+    weights: str | None,
+    model_args: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+    loss: str,
+    reporter: Reporter,
+    softmax: bool = False,
+) -> LoadedModel:
+    """What a plan can be learned from: a PyTorch model, or one rebuilt from an ONNX file of any exporter.
+
+    Args:
+        preprocessing: What the user said of an ONNX file's, see
+            :func:`~vpruner.runtime.preprocess.resolve_preprocessing`.
+        loss: As the user gave it: with ``"features"``, what an ONNX file returns is an embedding, with ``"labels"`` or
+            ``"self"`` it is logits, whatever it looks like.
+        softmax: Whether a graph may end in one, so that it returns probabilities where the model has logits.
+
+    Raises:
+        UserError: The model cannot be opened, or options do not go with it.
+    """
+    if not is_onnx(model):
+        from .prune.models import open_model
+
+        if preprocessing:
+            name = min(preprocessing).replace("_", "-")
+            raise UserError(
+                f"--{name} goes with an ONNX file; a PyTorch model says itself how images are prepared",
+                "leave it out, or write it into 'preprocessing' of a model card",
+            )
+        return open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
+    if pretrained or weights or model_args:
+        raise UserError(
+            f"{model} is an ONNX file: --weights, --pretrained and --model-arg go with a PyTorch model",
+            "leave them out, or name the model instead of the file",
+        )
+    from .export.rebuild import rebuild
+
+    rebuilt = rebuild(model, preprocessing=preprocessing, features=None if loss == "auto" else loss == "features")
+    loaded, geometry = rebuilt.loaded, rebuilt.loaded.adapter.geometry
+    if rebuilt.softmax and not softmax:
+        raise UserError(
+            f"{model} ends in a Softmax, and what it returns is compared as logits",
+            f"learn the plan with: vpruner prune {model} --data DIR; then: vpruner fold",
+        )
+    if loss == "auto" and loaded.classes is None:
+        kind = (
+            "an embedding (--loss self if it is logits)"
+            if geometry.output == "features"
+            else ("logits (--loss features if it is an embedding)")
+        )
+        reporter.remark(f"{Path(str(model)).name}: its {geometry.outputs} outputs are taken for {kind}")
+    return loaded
+
+
 def write_dense(loaded: LoadedModel, path: Path, *, opset: int, dynamic_batch: bool, batch_size: int) -> None:
-    """Export an opened model with everything the file should know about itself."""
+    """Export an opened model with everything the file should know about itself.
+
+    One that came as an ONNX file is that file again, in its own opset and batch.
+    """
+    if loaded.graph is not None:
+        from .export.rebuild import write_graph
+
+        write_graph(loaded, path)
+        return
     from .export.dense import export_dense
 
     export_dense(
@@ -731,11 +1014,15 @@ def export_checked(
     *,
     plan: TokenPlan | None,
     reporter: Reporter,
-    opset: int = 20,
+    opset: int | None = None,
+    deploy_for: str | None = None,
     dynamic_batch: bool = False,
     batch_size: int = 1,
-) -> list[Rung]:
+) -> tuple[list[Rung], Deployment | None]:
     """Export a model, whole or pruned; the file appears only when its parity holds.
+
+    Args:
+        deploy_for: Write it in the form that this deployment target takes; None: in the plain form.
 
     Raises:
         PlanError: The plan is for another model.
@@ -743,9 +1030,11 @@ def export_checked(
     """
     import torch
 
+    from .export.deploy import plain_opset
     from .export.fold import fold_file
     from .export.parity import check_dense, check_ladder
 
+    exported = plain_opset(deploy_for, opset)
     geometry = loaded.adapter.geometry
     if plan is not None:
         plan.check_fits(loaded.name, geometry, loaded.sha256)
@@ -753,7 +1042,7 @@ def export_checked(
     with scratch_beside(output) as scratch:
         dense, pruned = scratch / "dense.onnx", scratch / "pruned.onnx"
         with reporter.stage(f"Exporting {loaded.name}"):
-            write_dense(loaded, dense, opset=opset, dynamic_batch=dynamic_batch, batch_size=batch_size)
+            write_dense(loaded, dense, opset=exported, dynamic_batch=dynamic_batch, batch_size=batch_size)
         if plan is not None:
             with reporter.stage("Folding the plan"):
                 fold_file(dense, plan, pruned)
@@ -763,13 +1052,104 @@ def export_checked(
                 rungs = check_dense(loaded.adapter, dense, images)
             else:
                 rungs = check_ladder(loaded.adapter, plan, dense, pruned, images)
-        move_model(pruned if plan is not None else dense, output)
-    return rungs
+        written, deployed = pruned if plan is not None else dense, None
+        if deploy_for is not None:
+            with reporter.stage(f"Writing it for {deploy_for}"):
+                top1 = geometry.output == "logits"
+                deployed, rung = deploy_checked(written, deploy_for, written, images.numpy(), top1=top1, opset=opset)
+            rungs.append(rung)
+        move_model(written, output)
+    return rungs, deployed
+
+
+def export_with_precisions(
+    loaded: LoadedModel,
+    output: Path,
+    *,
+    precisions: Sequence[str],
+    io: str,
+    data: str | None,
+    images: int,
+    reporter: Reporter,
+    **options: Any,
+) -> tuple[list[Rung], Deployment | None, list[tuple[Conversion, Agreement, str]]]:
+    """Export a model, and beside it the same file in other precisions: all of them, or nothing.
+
+    Args:
+        io, data, images: As ``--io``, ``--data`` and ``--images`` of ``vpruner convert``.
+        options: Of :func:`export_checked`.
+
+    Returns:
+        The rungs, with one for each precision; the deployment; and for each precision what was converted, what that
+        costs, and on which images.
+
+    Raises:
+        UserError: As :func:`~vpruner.export.precision.convert_checked`, or an option that no precision takes.
+    """
+    from .export.precision import beside, convert_checked
+
+    check_precisions(precisions, io)
+    if "int8" in precisions and data is None:
+        raise UserError("static int8 is calibrated on images", "give them with --data DIR, or use int8-dynamic")
+    if data is not None and "int8" not in precisions:
+        raise UserError("--data calibrates static int8", "add --precision int8, or leave it out")
+    with scratch_beside(output) as scratch:
+        written = [scratch / output.name]
+        rungs, deployed = export_checked(loaded, written[0], reporter=reporter, **options)
+        conversions = []
+        for precision in precisions:
+            path = beside(written[0], precision)
+            done, cost, what = convert_checked(
+                written[0],
+                path,
+                precision,
+                io="float32" if precision.startswith("int8") else io,
+                data=data if precision == "int8" else None,
+                count=images,
+                reporter=reporter,
+            )
+            written.append(path)
+            conversions.append((replace(done, path=beside(output, precision)), cost, what))
+            rungs.append(precision_rung(path.name, output.name, cost))
+        for path in written:
+            move_model(path, output.with_name(path.name))
+    return rungs, deployed, conversions
+
+
+def deploy_checked(
+    plain: Path,
+    target: str,
+    output: Path,
+    images: np.ndarray,
+    *,
+    top1: bool,
+    opset: int | None = None,
+    tolerance: float = 1e-4,
+) -> tuple[Deployment, Rung]:
+    """Write a plain graph in the form that a deployment target takes, and compare the two in onnxruntime.
+
+    Args:
+        output: May be ``plain``.
+        images: float32 [image, channel, height, width], preprocessed.
+        top1: Whether the output is logits, whose largest has to stay.
+        opset, tolerance: As in :func:`~vpruner.export.deploy.prepare_for` and :func:`~vpruner.export.parity.compare`.
+
+    Raises:
+        UserError: The target does not take the opset, or something in the graph.
+        ParityError: The two disagree.
+    """
+    from .export.deploy import deploy_file
+    from .export.parity import compare, run_onnx
+
+    reference = run_onnx(plain, images)
+    deployed = deploy_file(plain, target, output, opset=opset)
+    name = f"{output.name} for {target} equals the plain graph"
+    return deployed, compare(name, reference, run_onnx(output, images), tolerance, top1=top1)
 
 
 def fold_checked(
-    dense: Path, plan: TokenPlan | None, output: Path, reporter: Reporter
-) -> tuple[FoldRecord, list[Rung]]:
+    dense: Path, plan: TokenPlan | None, output: Path, reporter: Reporter, *, deploy_for: str | None = None
+) -> tuple[FoldRecord, list[Rung], Deployment | None]:
     """Fold a plan (None: the identity plan) into a dense file and check the result in onnxruntime, without PyTorch.
 
     The file may come from any exporter whose graphs are understood; only those of ours name their weights.
@@ -792,6 +1172,8 @@ def fold_checked(
             record = fold_file(dense, plan, scratch / "pruned.onnx")
         if about is not None:
             remark_untuned(plan, about.weights_sha256, reporter)
+        elif _learned_from(plan, dense):
+            remark_untuned(plan, "", reporter)
         elif not plan.is_identity:
             reporter.remark(
                 f"{dense.name} does not name its weights; whether they are those the plan was learned on "
@@ -799,8 +1181,22 @@ def fold_checked(
             )
         with reporter.stage("Checking parity"):
             rungs = check_fold(plan, dense, scratch / "pruned.onnx", noise_images(plan.geometry))
-        move_model(scratch / "pruned.onnx", output)
-    return record, rungs
+        written, deployed = scratch / "pruned.onnx", None
+        if deploy_for is not None:
+            with reporter.stage(f"Writing it for {deploy_for}"):
+                images, top1 = noise_images(plan.geometry), plan.geometry.output == "logits"
+                deployed, rung = deploy_checked(written, deploy_for, written, images, top1=top1)
+            rungs.append(rung)
+        move_model(written, output)
+    return record, rungs, deployed
+
+
+def _learned_from(plan: TokenPlan, path: Path) -> bool:
+    """Whether ``path`` is, byte for byte, the ONNX file that the plan was learned from."""
+    from .artifacts import file_sha256
+
+    graph = plan.provenance.get("graph")
+    return isinstance(graph, Mapping) and graph.get("sha256") == file_sha256(path)
 
 
 def evaluate(
