@@ -542,8 +542,9 @@ def _errors_in_one_line(onnx: Path) -> Iterator[None]:
     polygraphy = importlib.import_module("polygraphy.logger").G_LOGGER
     failure = importlib.import_module("polygraphy.exception").PolygraphyException
     log, collector = logging.getLogger("Polygraphy"), _Collector()
-    before = polygraphy.use_python_logging_system, log.propagate
-    polygraphy.use_python_logging_system, log.propagate = True, False
+    before = polygraphy.use_python_logging_system, polygraphy.colors, log.propagate
+    # With colors it asks, on stdout, for a package that has them.
+    polygraphy.use_python_logging_system, polygraphy.colors, log.propagate = True, False, False
     log.addHandler(collector)
     try:
         yield
@@ -560,4 +561,4 @@ def _errors_in_one_line(onnx: Path) -> Iterator[None]:
         ) from None
     finally:
         log.removeHandler(collector)
-        polygraphy.use_python_logging_system, log.propagate = before
+        polygraphy.use_python_logging_system, polygraphy.colors, log.propagate = before
