@@ -248,7 +248,7 @@ def make_tensorrt(release: str, cuda: FakeCuda) -> ModuleType:
         def deserialize_cuda_engine(self, data):
             header, _, onnx = bytes(data).partition(b"\n")
             header = json.loads(header)
-            if header["version"] != trt.__version__ and not getattr(self, "engine_host_code_allowed", None):
+            if header["version"] != trt.__version__ and "VERSION_COMPATIBLE" not in header["flags"]:
                 self._logger.log(severity.ERROR, f"built for {header['version']},\n not {trt.__version__}")
                 return None
             return trt.ICudaEngine(header, onnx, self._logger)
@@ -395,13 +395,25 @@ def make_tensorrt(release: str, cuda: FakeCuda) -> ModuleType:
     return trt
 
 
+class _Switch(ModuleType):
+    """What lies under the name ``tensorrt``: Polygraphy keeps the module that it first found, so there is only one."""
+
+    current: ModuleType
+
+    def __getattr__(self, name):
+        return getattr(type(self).current, name)
+
+
+_SWITCH = _Switch("tensorrt")
+
+
 def install(monkeypatch, release: str) -> SimpleNamespace:
     """Put a release, and a CUDA runtime, in the place of what is installed: ``.trt`` and ``.cuda``."""
+    from vpruner.runtime.trt import trt_logger
+
     cuda = FakeCuda()
-    trt = make_tensorrt(release, cuda)
-    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    _Switch.current = make_tensorrt(release, cuda)
+    trt_logger.cache_clear()
+    monkeypatch.setitem(sys.modules, "tensorrt", _SWITCH)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
-    # Polygraphy keeps the tensorrt that it first found.
-    for name in [name for name in sys.modules if name.partition(".")[0] == "polygraphy"]:
-        monkeypatch.delitem(sys.modules, name)
-    return SimpleNamespace(trt=trt, cuda=cuda, release=release)
+    return SimpleNamespace(trt=_Switch.current, cuda=cuda, release=release)
