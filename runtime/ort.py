@@ -8,8 +8,8 @@ with vpruner.runtime.ort.OrtSession("pruned.onnx") as session:
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from os import PathLike
 from types import ModuleType
 from typing import Any
@@ -39,6 +39,8 @@ _INSTALL = {
     "cuda": "pip uninstall onnxruntime && pip install 'vpruner[gpu]', on a machine with an NVIDIA GPU",
     "tensorrt": "pip uninstall onnxruntime && pip install 'vpruner[gpu]' and the TensorRT that it was built for",
 }
+#: Providers that run on an NVIDIA GPU, and their option for CUDA graphs.
+_CUDA_GRAPH = {PROVIDERS["cuda"]: "enable_cuda_graph", PROVIDERS["tensorrt"]: "trt_cuda_graph_enable"}
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -71,11 +73,17 @@ class OrtSession(Session):
             sleep; right for a process that shares its cores. ``"run"``: active inside a run, asleep between runs; what
             several sessions that take turns need. Without effect on one thread.
         optimized: Whether onnxruntime may rewrite the graph before it runs. False where its casts are there to round.
+        cuda_graph: On ``"cuda"`` and ``"tensorrt"``: record the run once and launch it as a whole, which saves the
+            launches of the single kernels. Needs a graph whose shapes are all fixed, and every node on the GPU.
         batch_size, preprocessing, classes: See :class:`~vpruner.runtime.session.Session`.
+
+    On a GPU tensors are bound to memory there that is kept from run to run. :meth:`upload`, :meth:`enqueue` and
+    :meth:`download` are the three steps of a run, for measuring them apart; they work on the CPU too.
 
     Raises:
         UserError: No such file, not an ONNX model, an unknown or unavailable provider, one that was asked for and not
-            obtained (onnxruntime would go on silently on the CPU), or onnxruntime is not installed.
+            obtained (onnxruntime would go on silently on the CPU), ``cuda_graph`` without a GPU or with open
+            dimensions, or onnxruntime is not installed.
     """
 
     def __init__(
@@ -86,6 +94,7 @@ class OrtSession(Session):
         *,
         spinning: bool | str = True,
         optimized: bool = True,
+        cuda_graph: bool = False,
         **options: Any,
     ):
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -99,7 +108,16 @@ class OrtSession(Session):
             raise UserError(f"spinning is {spinning!r}, expected True, False or 'run'")
         self.threads, self.spinning, self.optimized = threads, spinning, optimized
         self._session = None
+        self._bound: _Binding | None = None
         self._asked = _provider_list(providers)
+        self.cuda_graph = cuda_graph
+        if cuda_graph:
+            name, settings = self._asked[0]
+            if name not in _CUDA_GRAPH:
+                raise UserError(
+                    f"cuda_graph on {short_provider(name)}", "expected providers='cuda' or providers='tensorrt'"
+                )
+            settings[_CUDA_GRAPH[name]] = "1"
         super().__init__(path, **options)
 
     def _open(self) -> None:
@@ -142,20 +160,108 @@ class OrtSession(Session):
         self.inputs = tuple(map(_spec, session.get_inputs()))
         self.outputs = tuple(map(_spec, session.get_outputs()))
         self.metadata = ModelMetadata.from_props(session.get_modelmeta().custom_metadata_map, str(self.path))
+        name, options = self._asked[0]
+        #: Where tensors live: ("cuda", index of the GPU) or ("cpu", 0).
+        self.device: tuple[str, int] = ("cuda", int(options.get("device_id", 0))) if name in _CUDA_GRAPH else ("cpu", 0)
+        if self.cuda_graph:
+            loose = [spec for spec in (*self.inputs, *self.outputs) if not all(isinstance(n, int) for n in spec.shape)]
+            if loose:
+                raise UserError(
+                    f"{self.path}: {loose[0]} has open dimensions, and a CUDA graph needs fixed ones",
+                    "export it with --batch-size N, or leave out cuda_graph",
+                )
         self._session = session
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        if self.device[0] == "cpu":
+            with self._failures():
+                return self._session.run(None, feeds)
+        self._upload(feeds)
+        self.enqueue()
+        return list(self.download().values())
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
         try:
-            return self._session.run(None, feeds)
+            yield
         except Exception as error:
             raise UserError(f"{self.path}: onnxruntime failed to run it: {_reason(error, str(self.path))}") from None
 
+    def upload(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """Copy the inputs to the device, for the runs of :meth:`enqueue` that follow; ``feeds`` as for :meth:`run`."""
+        self._upload(self.check_feeds(feeds))
+
+    def _upload(self, feeds: Mapping[str, np.ndarray]) -> None:
+        with self._failures():
+            if self._bound is None or not self._bound.takes(feeds):
+                self._bound = _Binding(self, feeds)
+            else:
+                self._bound.update(feeds)
+
+    def enqueue(self) -> None:
+        """Run once on what was uploaded, without copies; returns when it is done."""
+        self._check_open()
+        if self._bound is None:
+            raise UserError(f"{self.path}: nothing to run on", "call upload() first")
+        with self._failures():
+            self._session.run_with_iobinding(self._bound.binding)
+
+    def download(self) -> dict[str, np.ndarray]:
+        """Copy the outputs of the last run: {name: array}, in the graph's order."""
+        self._check_open()
+        if self._bound is None:
+            raise UserError(f"{self.path}: nothing has run", "call upload() and enqueue() first")
+        with self._failures():
+            return self._bound.results()
+
     def close(self) -> None:
+        self._bound = None
         self._session = None
 
     @property
     def closed(self) -> bool:
         return self._session is None
+
+
+class _Binding:
+    """Tensors of one set of shapes, at addresses that stay: a recorded CUDA graph reads and writes nothing else."""
+
+    def __init__(self, session: OrtSession, feeds: Mapping[str, np.ndarray]):
+        make = require("onnxruntime").OrtValue
+        self.binding = session._session.io_binding()
+        self.specs = session.outputs
+        self.inputs, self.outputs = {}, {}
+        sizes: dict[str, int] = {}
+        for spec in session.inputs:
+            array = feeds[spec.name]
+            sizes.update({name: size for name, size in zip(spec.shape, array.shape, strict=True) if name is not None})
+            # A value on the CPU is the array itself, and the next upload would write into the caller's.
+            value = make.ortvalue_from_numpy(array.copy(), *session.device)
+            self.inputs[spec.name] = (value, array.shape)
+            self.binding.bind_ortvalue_input(spec.name, value)
+        for spec in session.outputs:
+            shape = [sizes.get(size, size) for size in spec.shape]
+            if all(isinstance(size, int) for size in shape):
+                value = make.ortvalue_from_shape_and_type(shape, np.dtype(spec.dtype).type, *session.device)
+                self.outputs[spec.name] = value
+                self.binding.bind_ortvalue_output(spec.name, value)
+            else:
+                self.binding.bind_output(spec.name, *session.device)
+
+    def takes(self, feeds: Mapping[str, np.ndarray]) -> bool:
+        return all(self.inputs[name][1] == array.shape for name, array in feeds.items())
+
+    def update(self, feeds: Mapping[str, np.ndarray]) -> None:
+        for name, array in feeds.items():
+            self.inputs[name][0].update_inplace(array)
+
+    def results(self) -> dict[str, np.ndarray]:
+        self.binding.synchronize_outputs()
+        values = dict(zip((spec.name for spec in self.specs), self.binding.get_outputs(), strict=True))
+        values.update(self.outputs)
+        arrays = {name: value.numpy() for name, value in values.items()}
+        # From the GPU it is a copy; on the CPU it is the memory that the next run writes to.
+        return {name: array if array.flags.owndata else array.copy() for name, array in arrays.items()}
 
 
 def provider_name(name: str) -> str:

@@ -262,9 +262,10 @@ def test_wrong_number_of_class_names(make_onnx):
 def test_open_picks_by_suffix(make_onnx, tmp_path):
     with vpruner.runtime.open(make_onnx(), threads=1) as session:
         assert isinstance(session, OrtSession) and session.threads == 1
-    with pytest.raises(UserError, match=r"vpruner\[trt\]"):
-        vpruner.runtime.open(tmp_path / "model.engine")
-    with pytest.raises(UserError, match=r"expected \.onnx"):
+    for suffix in (".engine", ".plan", ".TRT"):
+        with pytest.raises(UserError, match="no such file"):
+            vpruner.runtime.open(tmp_path / f"model{suffix}")
+    with pytest.raises(UserError, match=r"expected \.onnx or \.engine"):
         vpruner.runtime.open(tmp_path / "model.pt")
 
 
@@ -327,6 +328,99 @@ def test_a_provider_that_was_asked_for_and_not_obtained(make_onnx, monkeypatch):
     )
     with pytest.raises(UserError, match=r"cuda was asked for, onnxruntime runs on cpu.*driver"):
         OrtSession(make_onnx(), providers="cuda")
+
+
+# -- tensors that stay on the device ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [2, "batch"])
+def test_the_steps_of_a_run_are_the_run(make_onnx, weight, batch):
+    with OrtSession(make_onnx(batch=batch)) as session:
+        with pytest.raises(UserError, match=r"call upload\(\) first"):
+            session.enqueue()
+        with pytest.raises(UserError, match="nothing has run"):
+            session.download()
+        mine = np.ones((2, 3, 8, 6), np.float32)
+        session.upload({"image": mine})
+        session.enqueue()
+        first = session.download()["logits"]
+        session.upload({"image": 2 * mine})
+        session.enqueue()
+        np.testing.assert_allclose(session.download()["logits"], 2 * first, rtol=1e-6)
+        assert (mine == 1).all(), "an upload wrote into the array of the one before"
+        np.testing.assert_allclose(first, np.ones((2, 144), np.float32) @ weight, rtol=1e-5, atol=1e-5)
+        with pytest.raises(UserError, match="shape"):
+            session.upload({"image": mine[0]})
+    with pytest.raises(UserError, match="closed"):
+        session.enqueue()
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """onnxruntime with a CUDA provider that is the CPU; what is made on the device, and its options, are noted."""
+    import onnxruntime
+
+    noted = {"values": [], "options": None, "runs": 0}
+    real, value = onnxruntime.InferenceSession, onnxruntime.OrtValue
+
+    class Pretended:
+        def __init__(self, path, settings, providers, provider_options, **_):
+            noted["options"] = dict(zip(providers, provider_options, strict=True))
+            self._session, self._providers = real(path, settings, providers=["CPUExecutionProvider"]), providers
+
+        def get_providers(self):
+            return self._providers
+
+        def run_with_iobinding(self, binding):
+            noted["runs"] += 1
+            self._session.run_with_iobinding(binding)
+
+        def __getattr__(self, name):
+            assert name != "run", "run() copies to the device and back every time"
+            return getattr(self._session, name)
+
+    class Value:
+        @staticmethod
+        def ortvalue_from_numpy(array, device, index):
+            noted["values"].append((device, index))
+            return value.ortvalue_from_numpy(array)
+
+        @staticmethod
+        def ortvalue_from_shape_and_type(shape, kind, device, index):
+            noted["values"].append((device, index))
+            return value.ortvalue_from_shape_and_type(shape, kind)
+
+    names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Pretended)
+    monkeypatch.setattr(onnxruntime, "OrtValue", Value)
+    return noted
+
+
+def test_on_a_gpu_tensors_are_bound_once_per_shape(make_onnx, weight, preprocessing_json, pretended_gpu):
+    images = photos(5)
+    with OrtSession(make_onnx(batch="batch"), providers=[("cuda", {"device_id": 1})], batch_size=2) as session:
+        assert session.device == ("cuda", 1)
+        logits = session.logits(images)
+    np.testing.assert_allclose(logits, expected_logits(images, weight, preprocessing_json), rtol=1e-5, atol=1e-5)
+    # Batches of 2, 2 and 1: one input and one output for each of the two shapes.
+    assert pretended_gpu["values"] == [("cuda", 1)] * 4 and pretended_gpu["runs"] == 3
+    assert pretended_gpu["options"]["CUDAExecutionProvider"] == {"device_id": 1}
+
+
+@pytest.mark.parametrize("provider, option", [("cuda", "enable_cuda_graph"), ("tensorrt", "trt_cuda_graph_enable")])
+def test_cuda_graphs(make_onnx, pretended_gpu, provider, option):
+    with OrtSession(make_onnx(), providers=provider, cuda_graph=True) as session:
+        assert session.run({"image": np.zeros((1, 3, 8, 6), np.float32)})["logits"].shape == (1, 7)
+    options = pretended_gpu["options"]
+    assert next(iter(options.values())) == {option: "1"} and options["CPUExecutionProvider"] == {}
+    with pytest.raises(UserError, match=r"open dimensions, and a CUDA graph needs fixed ones; export it with"):
+        OrtSession(make_onnx(batch="batch"), providers=provider, cuda_graph=True)
+
+
+def test_cuda_graphs_are_for_gpus(make_onnx):
+    with pytest.raises(UserError, match="cuda_graph on cpu; expected providers='cuda'"):
+        OrtSession(make_onnx(), cuda_graph=True)
 
 
 def test_provider_names():
