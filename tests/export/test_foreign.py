@@ -6,8 +6,10 @@ import onnx_ir as ir
 import pytest
 import torch
 from export_tools import gathered_reference, random_plan, relative_difference
-from foreign_graphs import Foreign, tiny_model, write_foreign
-from tiny_vits import KINDS
+from foreign_graphs import Foreign, tiny_model, write_foreign, write_module
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_vits import KINDS, tiny
 
 from vpruner.errors import GraphError, PlanError, UserError
 from vpruner.export.files import load_model, save_model
@@ -15,7 +17,7 @@ from vpruner.export.fold import fold_file
 from vpruner.export.normalise import prepare
 from vpruner.export.parity import check_fold, run_onnx
 from vpruner.prune.plan import TokenPlan
-from vpruner.prune.vit import ViTAdapter
+from vpruner.prune.vit import ViTAdapter, read_geometry
 
 DYNAMO = [
     Foreign(exporter="dynamo", opset=opset, dynamic=dynamic, fused=fused)
@@ -66,7 +68,7 @@ def test_the_fold_equals_the_gathered_model(written, foreign, tmp_path):
     plan = random_plan(geometry, MATRIX.index(foreign), gates=foreign.dynamic, enter=0.8)
     record = fold_file(path, plan, tmp_path / "pruned.onnx")
     assert record.modified and not record.ours
-    images = images_for(geometry)
+    images = images_for(geometry, 64)
     if foreign.kind == "distilled":
         with torch.no_grad(), ViTAdapter(model, "tiny").applied(plan, "gathered"):
             expected = model(images).numpy()
@@ -82,6 +84,32 @@ def test_the_fold_equals_the_gathered_model(written, foreign, tmp_path):
     assert not [node for node in pruned.graph if node.op_type in ("ScatterND", "NonZero", "TopK", "Attention")]
     assert pruned.metadata_props["vpruner.plan"] == plan.digest
     assert "vpruner.weights_sha256" not in pruned.metadata_props
+
+
+@given(data=st.data())
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_geometry_and_plan_fold(data, tmp_path):
+    heads, depth, patch = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4)), data.draw(st.sampled_from((4, 7)))
+    model = tiny(
+        data.draw(st.sampled_from(sorted(set(KINDS) - {"distilled"}))),
+        data.draw(st.integers(0, 9)),
+        embed_dim=heads * data.draw(st.sampled_from((4, 12))),
+        num_heads=heads,
+        depth=depth,
+        patch_size=patch,
+        img_size=(patch * data.draw(st.integers(1, 5)), patch * data.draw(st.integers(1, 5))),
+        mlp_ratio=data.draw(st.sampled_from((1, 4))),
+    )
+    geometry = read_geometry(model, "tiny")
+    plan = random_plan(geometry, data.draw(st.integers(0, 99)), gates=data.draw(st.booleans()), enter=0.8)
+    batch, dynamic = data.draw(st.integers(1, 3)), data.draw(st.booleans())
+    for attention in (block.attn for block in model.blocks):
+        attention.fused_attn = data.draw(st.booleans())
+    images = images_for(geometry, batch)
+    write_module(model, images, tmp_path / "any.onnx", "torchscript", 17, dynamic)
+    fold_file(tmp_path / "any.onnx", plan, tmp_path / "pruned.onnx")
+    found = run_onnx(tmp_path / "pruned.onnx", images.numpy())
+    assert relative_difference(found, gathered_reference(model, plan, images)) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
