@@ -345,8 +345,23 @@ runtime_options = _options(
     click.option("--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, tensorrt."),
     click.option("--threads", type=click.IntRange(1), help="Threads; by default all cores."),
 )
+trust_option = click.option(
+    "--trust",
+    is_flag=True,
+    help="Engines: load one whatever lies beside it. An engine can carry code; trust only what you built.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+
+
+def _session_options(model: Path, provider: str, threads: int | None, trust: bool) -> dict[str, Any]:
+    """What the options of the command line are for the session that opens ``model``; it refuses those of the other."""
+    from .runtime.session import ENGINE_SUFFIXES
+
+    if model.suffix.lower() in ENGINE_SUFFIXES:
+        given = {"providers": [provider] if provider != "cpu" else None, "threads": threads}
+        return {"trust": trust, **{name: value for name, value in given.items() if value is not None}}
+    return {"providers": [provider], "threads": threads, **({"trust": True} if trust else {})}
 
 
 def _print_json(value: Any) -> None:
@@ -951,17 +966,19 @@ def _print_latency_table(measured) -> None:
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes per image.")
 @runtime_options
+@trust_option
 @json_option
-def predict(model, images, top, provider, threads, as_json) -> None:
-    """Classify image files with an exported model; needs onnxruntime, not PyTorch.
+def predict(model, images, top, provider, threads, trust, as_json) -> None:
+    """Classify image files with an ONNX file or a TensorRT engine; needs onnxruntime or TensorRT, not PyTorch.
 
     \b
     Example:
       vpruner predict runs/demo/pruned.onnx cat.jpg dog.png --top 3
+      vpruner predict pruned.engine cat.jpg
     """
-    from .runtime.ort import open as open_session
+    from .runtime.session import open as open_session
 
-    with open_session(model, providers=[provider], threads=threads) as session:
+    with open_session(model, **_session_options(model, provider, threads, trust)) as session:
         predictions = session.predict(list(images), top=top)
     if as_json:
         _print_json([{"image": image, **p.to_json()} for image, p in zip(images, predictions, strict=True)])
@@ -1162,6 +1179,129 @@ def convert(model, precision, images, eval_images, output, as_json, quiet, **opt
         if after is not None:
             rows.append([title, *(_format_estimate(one.row("")) if one else "" for one in (before, after))])
     _table(f"{what}, {cost.computed}", ["", "float32", precision], rows)
+    click.echo(output)
+
+
+# -- build ------------------------------------------------------------------------------------------------------------
+
+#: As in :mod:`vpruner.runtime.build`, which loads numpy; a test compares them.
+ENGINE_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+HARDWARE_COMPATIBILITY = ("ampere-plus", "same-compute-capability")
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--precision",
+    type=click.Choice(ENGINE_PRECISIONS),
+    help="What the engine computes in; int8 needs a file with Q/DQ nodes (vpruner convert)  [default: as the file]",
+)
+@click.option(
+    "--tf32/--no-tf32",
+    default=False,
+    show_default=True,
+    help="Let FP32 products be rounded to TF32: faster, and no longer FP32. TensorRT itself does that by default.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), help="Of a graph with an open batch: the one size it is built for."
+)
+@click.option(
+    "--batch-range",
+    nargs=3,
+    type=click.IntRange(1),
+    metavar="MIN OPT MAX",
+    help="Of a graph with an open batch: from MIN to MAX images, fastest at OPT.",
+)
+@click.option("--workspace", metavar="MIB", type=click.IntRange(1), help="Scratch memory of a layer, at most.")
+@click.option(
+    "--optimization-level",
+    type=click.IntRange(0, 5),
+    help="0 builds quickly, 5 tries most  [default: TensorRT's own, 3]",
+)
+@click.option(
+    "--version-compatible", is_flag=True, help="Let newer TensorRT of the same major version load it; may cost speed."
+)
+@click.option(
+    "--hardware-compatible",
+    type=click.Choice(HARDWARE_COMPATIBILITY),
+    help="Let other GPUs load it; may cost speed.",
+)
+@click.option(
+    "--tactic-sources",
+    metavar="NAMES",
+    help="Libraries that kernels may come from, as CUBLAS,CUDNN; none for TensorRT's own alone.",
+)
+@click.option(
+    "--timing-cache",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where measured times of kernels are kept for the next build  [default: ~/.cache/vpruner]",
+)
+@click.option("--no-timing-cache", is_flag=True, help="Measure every kernel anew, and keep nothing.")
+@click.option("--layer-details/--no-layer-details", default=True, help="Let the engine describe its layers (default).")
+@click.option("--check/--no-check", default=True, help="Read the graph against this TensorRT first (default).")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Engine to write, *.engine.")
+@json_option
+@quiet_option
+def build(
+    model,
+    batch_size,
+    batch_range,
+    workspace,
+    hardware_compatible,
+    tactic_sources,
+    timing_cache,
+    no_timing_cache,
+    output,
+    as_json,
+    quiet,
+    **options,
+) -> None:
+    """Build a TensorRT engine from an ONNX file, for the GPU and the TensorRT of this machine.
+
+    What it was built with goes into a file beside it (model.engine.json); vpruner loads an engine only where that fits.
+    Whatever the installed TensorRT does not have is refused, from 8.5 (JetPack 5) to 11.
+
+    \b
+    Example:
+      vpruner build pruned.onnx -o pruned.engine --precision fp16
+      vpruner build pruned.onnx -o pruned.engine --precision fp16 --batch-range 1 8 32
+      vpruner convert pruned.onnx --precision int8 --data train/ -o int8.onnx && vpruner build int8.onnx -o int8.engine
+    """
+    from . import pipeline
+    from .progress import Reporter
+    from .runtime import build as builder
+
+    pipeline.check_output(output, "", model)
+    if batch_size and batch_range:
+        raise click.UsageError("--batch-size and --batch-range exclude each other")
+    if timing_cache and no_timing_cache:
+        raise click.UsageError("--timing-cache and --no-timing-cache exclude each other")
+    if tactic_sources is not None:
+        names = [name.strip().upper() for name in tactic_sources.split(",") if name.strip()]
+        tactic_sources = [] if names == ["NONE"] else names
+    record = builder.build_engine(
+        model,
+        output,
+        builder.BuildOptions(
+            batch=batch_size or batch_range or None,
+            workspace_bytes=workspace << 20 if workspace else None,
+            hardware_compatibility=builder.HARDWARE_COMPATIBILITY.get(hardware_compatible),
+            tactic_sources=tactic_sources,
+            timing_cache=False if no_timing_cache else timing_cache,
+            **options,
+        ),
+        reporter=Reporter(quiet=quiet),
+    )
+    if as_json:
+        _print_json({"engine": str(output), **record.to_json()})
+        return
+    tf32 = " with TF32" if record.tf32 else ""
+    size = output.stat().st_size / 1e6
+    click.echo(
+        f"{record.precision}{tf32}, {size:.1f} MB, for {record.gpu} (compute capability {record.compute_capability}) "
+        f"and TensorRT {record.tensorrt}, built in {record.seconds:.0f} s"
+    )
     click.echo(output)
 
 
