@@ -20,7 +20,6 @@ EXTRA_OF = {
     "onnxruntime": "cpu",
     "tensorrt": "trt",
     "polygraphy": "trt",
-    "cuda": "trt",
 }
 
 

@@ -222,10 +222,10 @@ def build_engine(
     onnx, output = Path(onnx), Path(output)
     if output.suffix.lower() not in ENGINE_SUFFIXES:
         raise UserError(f"{output}: an engine's name ends in .engine", f"write {output.with_suffix('.engine')}")
-    file = read_onnx(onnx)
     trt = require("tensorrt")
     capabilities = Capabilities.of(trt)
     require("polygraphy")
+    file = read_onnx(onnx)
     device = cuda.device_properties()
     choice = choose_precision(options.precision, file, capabilities)
     _check_offered(options, capabilities)

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, first_line
-from ..extras import require
 
 # Numbers of cudaError_t. The names are the same in every release; the enum's place in the package is not.
 _OUT_OF_MEMORY = 2
@@ -76,8 +75,9 @@ def bindings() -> ModuleType:
     try:
         return importlib.import_module("cuda.cudart")
     except ImportError:
-        require("cuda.bindings.runtime")
-        raise
+        raise UserError(
+            "this needs the package 'cuda-bindings', which is not installed", "pip install 'vpruner[trt]'"
+        ) from None
 
 
 def call(name: str, *arguments: Any, wanted_bytes: int | None = None) -> Any:

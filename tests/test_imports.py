@@ -147,6 +147,7 @@ def test_a_plan_can_be_shown_without_any_extra(tmp_path):
         (["fold", "IN/pruned.onnx", "--plan", "IN/plan.json", "-o", "OUT/folded.onnx"], "export"),
         (["profile", "IN/pruned.onnx"], "cpu"),
         (["predict", "IN/pruned.onnx", "IN/image.png"], "cpu"),
+        (["build", "IN/pruned.onnx", "-o", "OUT/pruned.engine"], "trt"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -355,6 +355,8 @@ def test_a_builder_that_cannot_be_made_is_one_line_and_our_own_defects_are_not(
 def test_without_a_gpu_or_a_package(machine, make_onnx, tmp_path, monkeypatch):
     there = machine("10.13")
     onnx, engine = make_onnx(), tmp_path / "a.engine"
+    with pytest.raises(UserError, match=r"cannot read .*gone\.onnx"):
+        build_engine(tmp_path / "gone.onnx", engine)
     there.cuda.driver = 0
     with pytest.raises(UserError, match="no CUDA driver"):
         build_engine(onnx, engine)
@@ -369,8 +371,6 @@ def test_without_a_gpu_or_a_package(machine, make_onnx, tmp_path, monkeypatch):
         build_engine(onnx, engine)
     with pytest.raises(UserError, match=r"ends in \.engine"):
         build_engine(onnx, tmp_path / "a.onnx")
-    with pytest.raises(UserError, match=r"cannot read .*gone\.onnx"):
-        build_engine(tmp_path / "gone.onnx", engine)
     assert not engine.exists() and there.trt.log == []
 
 

@@ -41,7 +41,7 @@ def test_both_names_of_the_bindings(fake, monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.cudart", fake)
     assert cuda.bindings() is fake
     monkeypatch.setitem(sys.modules, "cuda.cudart", None)
-    with pytest.raises(UserError, match=r"'cuda'.*pip install 'vpruner\[trt\]'"):
+    with pytest.raises(UserError, match=r"'cuda-bindings'.*pip install 'vpruner\[trt\]'"):
         cuda.bindings()
 
 
