@@ -858,49 +858,179 @@ def evaluate(as_json, quiet, results, **options) -> None:
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
-    "--against", metavar="DENSE.ONNX", type=click.Path(path_type=Path), help="Baseline, measured in turns with MODEL."
+    "--against", metavar="DENSE", type=click.Path(path_type=Path), help="Baseline, measured in turns with MODEL."
 )
-@click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Images per run.")
+@click.option(
+    "--batch-size",
+    "batches",
+    multiple=True,
+    default=[1],
+    show_default=True,
+    type=click.IntRange(1),
+    help="Images per run; may be repeated.",
+)
 @runtime_options
-@click.option("--seconds", default=10.0, show_default=True, type=_Seconds(0.1), help="Time to measure for.")
+@click.option(
+    "--cuda-graph/--no-cuda-graph",
+    default=None,
+    help="Launch a run as a whole, or kernel by kernel  [default: both, where a graph can be recorded]",
+)
+@click.option("--layers", is_flag=True, help="Milliseconds of each block, from the times of single layers.")
+@click.option("--power", is_flag=True, help="Power, clocks, temperature and throttling during steady work.")
+@click.option("--trust", is_flag=True, help="Load an engine without a record beside it; engines can carry code.")
+@click.option("--seconds", default=10.0, show_default=True, type=_Seconds(0.1), help="Time for each batch size.")
+@click.option(
+    "--print-trtexec", is_flag=True, help="Measure nothing: print the commands for a device that has no Python."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+    help="With --print-trtexec: of the engine  [default: the file's]",
+)
+@click.option(
+    "--from-trtexec",
+    nargs=3,
+    metavar="TIMES PROFILE LAYERS",
+    help="Measure nothing: read what those commands wrote (JSON files; - for one that there is not).",
+)
 @click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl.")
 @json_option
 @quiet_option
-def profile(model, against, batch_size, provider, threads, seconds, results, as_json, quiet) -> None:
-    """Latency of an ONNX file in onnxruntime, and its ratio to a baseline measured in turns with it.
+def profile(
+    model, against, batches, power, results, as_json, quiet, print_trtexec, precision, from_trtexec, **options
+) -> None:
+    """Latency of an ONNX file in onnxruntime or of a TensorRT engine, and its ratio to a baseline.
+
+    Both are measured in turns. Of an engine: GPU time, the time with copies, throughput, with a CUDA graph and without.
 
     \b
     Example:
-      vpruner profile runs/demo/pruned.onnx --against runs/demo/dense.onnx --threads 1
+      vpruner profile runs/demo/pruned.onnx --against runs/demo/dense.onnx --threads 1 --layers
+      vpruner profile pruned.engine --against dense.engine --batch-size 1 --batch-size 8 --power --results results.jsonl
+      vpruner profile pruned.onnx --print-trtexec --precision fp16
+      vpruner profile pruned.onnx --from-trtexec pruned.times.json pruned.profile.json pruned.layers.json
     """
     from . import pipeline
     from .progress import Reporter
-    from .runtime.measure import profile_onnx
+    from .runtime.power import open_source
+    from .runtime.profile import profile_files
+    from .runtime.trtexec import rows_from_trtexec
 
-    paths = {"dense": against, "pruned": model} if against else {model.stem: model}
-    if against:
-        pipeline.check_against(model, against)
+    if print_trtexec:
+        _print_trtexec(model, against, batches, precision, options["cuda_graph"], options["seconds"], as_json)
+        return
+    if precision:
+        raise UserError("--precision goes with --print-trtexec", "build the engine in it: vpruner build --precision")
     if results:
         pipeline.check_output(results, ".jsonl", model, against)
-    with Reporter(quiet=quiet).stage("Measuring latency"):
-        rows = profile_onnx(paths, batch=batch_size, threads=threads, providers=[provider], seconds=seconds)
+    reporter = Reporter(quiet=quiet)
+    if from_trtexec:
+        files = [None if name == "-" else name for name in from_trtexec]
+        if len(batches) > 1:
+            raise UserError("--from-trtexec takes one --batch-size", "read the files of each batch size by themselves")
+        rows = rows_from_trtexec(model, files, batch=batches[0])
+    else:
+        if against:
+            _check_baseline(model, against)
+        paths = {"dense": against, "pruned": model} if against else {model.stem: model}
+        with open_source(power) as (source, remark):
+            reporter.remark(remark)
+            with reporter.stage("Measuring latency"):
+                rows = profile_files(paths, batches=batches, power=source, **options)
     if _emit_rows(rows, results, as_json):
         return
-    _table(
-        f"onnxruntime {provider}, batch {batch_size}, {rows[0]['threads']} thread(s)",
-        ["", "p50 ms", "p90 ms", "p99 ms", "images/s", "ratio [95 %]"],
-        [
-            [
-                row["label"],
-                *(f"{row[key]:.3f}" for key in ("p50_ms", "p90_ms", "p99_ms")),
-                f"{row['images_per_s']:.1f}",
-                f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
-                if row.get("ratio_to") and row["ratio_to"] != row["label"]
-                else "",
-            ]
-            for row in rows
-        ],
+    _print_profile(rows, reporter)
+
+
+def _check_baseline(model: Path, against: Path) -> None:
+    """Refuse a baseline that is none, of either kind of file."""
+    from . import pipeline
+    from .runtime.metadata import ModelMetadata
+    from .runtime.profile import is_engine
+    from .runtime.sidecar import EngineRecord
+
+    if not is_engine(against):
+        pipeline.check_against(model, against)
+        return
+    pipeline.refuse_same(model, against)
+    if record := EngineRecord.load(against):
+        pipeline.refuse_pruned(against, ModelMetadata.from_props(record.metadata, str(against)))
+
+
+def _print_trtexec(model, against, batches, precision, cuda_graph, seconds, as_json) -> None:
+    from .runtime.trtexec import JETSON_PATH, trtexec_commands
+
+    if len(batches) > 1:
+        raise UserError("--print-trtexec takes one --batch-size", "print the commands of each batch size by itself")
+    options = dict(batch=batches[0], precision=precision, cuda_graph=cuda_graph is not False, seconds=seconds)
+    files = [path for path in (against, model) if path is not None]
+    commands = [(path, command) for path in files for command in trtexec_commands(path, **options)]
+    if as_json:
+        _print_json([{"file": str(path), **command.to_json()} for path, command in commands])
+        return
+    click.echo(f"# trtexec comes with TensorRT, not with its Python packages; on a Jetson it is in {JETSON_PATH}")
+    for release in dict.fromkeys(command.release for _, command in commands):
+        click.echo(f"\n# TensorRT {release}")
+        for _, command in commands:
+            if command.release == release:
+                click.echo(command.line)
+
+
+def _print_profile(rows, reporter) -> None:
+    from .profile_report import (
+        blocks_table,
+        latency_table,
+        named,
+        power_table,
+        remarks_of,
+        settings_of,
+        throughput_table,
     )
+
+    for kind, table in (("latency", latency_table), ("blocks", blocks_table)):
+        for group in settings_of(rows, kind).values():
+            found = table(group)
+            _table(named(next(iter(group.values()))), list(found.header), [list(line) for line in found.rows])
+    for title, found in (("throughput", throughput_table(rows)), ("steady work", power_table(rows))):
+        if found:
+            _table(title, list(found.header), [list(line) for line in found.rows])
+    for remark in remarks_of(rows):
+        reporter.remark(remark)
+
+
+@main.command()
+@click.argument("results", nargs=-1, required=True, metavar="RESULTS...", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    "-o",
+    default="profile",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder for report.html and report.md.",
+)
+@json_option
+def report(results, output, as_json) -> None:
+    """Render measured latencies for a person: tables, milliseconds and tokens by block, protocol.
+
+    RESULTS are files that profile --results wrote, or the results.jsonl of a run; those of several devices too.
+
+    \b
+    Example:
+      vpruner profile pruned.engine --against dense.engine --layers --power --results results.jsonl
+      vpruner report results.jsonl -o profile/
+    """
+    from . import pipeline
+    from .profile_report import write_profile_report
+
+    if output.is_file():
+        raise UserError(f"{output} is a file", "name a folder with -o")
+    pipeline.check_output(output / "report.html", ".html")
+    page, text = write_profile_report(results, output)
+    if as_json:
+        _print_json({"html": str(page), "markdown": str(text)})
+        return
+    click.echo(page)
+    click.echo(text)
 
 
 @main.command()

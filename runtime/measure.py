@@ -149,12 +149,13 @@ def measure(
     batch: int = 1,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
+    own_time: bool = False,
     protocol: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Time candidates against the first of them.
 
     A call must be complete when it returns: a candidate that only queues work on a GPU has to wait for it itself. The
-    garbage collector is off while measuring. Results of the calls are thrown away.
+    garbage collector is off while measuring. Results of the calls are thrown away, unless they are the times.
 
     Args:
         candidates: What to call, by name; the first is the baseline.
@@ -168,6 +169,8 @@ def measure(
         batch: Images that one call processes, for the throughput.
         seed: Of the order within the rounds.
         clock: Gives seconds, monotonically.
+        own_time: A call returns its time itself, in seconds: what events on a GPU say, for example. The clock then only
+            keeps the time limit.
         protocol: What the caller knows (precision, threads, what is inside the clock); recorded as it is.
 
     Raises:
@@ -192,8 +195,8 @@ def measure(
         for name in order:
             call = candidates[name]
             start = clock()
-            call()
-            times[name] = clock() - start
+            result = call()
+            times[name] = float(result) if own_time else clock() - start
         return times
 
     with _no_garbage_collection():
@@ -348,7 +351,7 @@ def profile_onnx(
             label: stack.enter_context(OrtSession(path, providers, threads, spinning=spinning))
             for label, path in paths.items()
         }
-        shape = _common_image_shape(sessions, batch)
+        shape = common_image_shape(sessions, batch)
         first = next(iter(sessions.values()))
         image = random_images(batch, shape, first.preprocessing, seed)
         candidates = {}
@@ -422,7 +425,7 @@ def _call(session: Any, feeds: dict[str, np.ndarray]) -> Callable[[], object]:
     return lambda: run(None, feeds)
 
 
-def _common_image_shape(sessions: Mapping[str, Any], batch: int) -> tuple[int, int, int]:
+def common_image_shape(sessions: Mapping[str, Any], batch: int) -> tuple[int, int, int]:
     """[channel, height, width] that every session takes at ``batch``."""
     shapes = {}
     for label, session in sessions.items():

@@ -9,13 +9,15 @@ from __future__ import annotations
 import mmap
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from ..artifacts import file_sha256
 from ..errors import UserError
 
+_Read = TypeVar("_Read")
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear")
 #: TensorProto.DataType -> the precision of a weight that is stored so.
 _FLOAT, _FLOAT16, _BFLOAT16 = 1, 10, 16
@@ -91,16 +93,48 @@ def read_onnx(path: str | os.PathLike) -> OnnxFile:
         UserError: No such file, or it is no ONNX model.
     """
     path = Path(path)
+    return _opened(path, lambda data: _model(path, data))
+
+
+def _opened(path: Path, read: Callable[[memoryview], _Read]) -> _Read:
     try:
         with path.open("rb") as stream:
             # Left to be collected: closing it would fail as long as an error on its way out still holds a part of it.
-            return _model(path, memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
+            return read(memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}", "expected an ONNX file") from None
     except ValueError as error:  # An empty file cannot be mapped, and anything else is no protobuf or no model.
         raise UserError(
             f"{path} is not an ONNX model, or is truncated ({error})", "write one with: vpruner export MODEL"
         ) from None
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """A node of the top level of a graph: its name, operator, and the names of the values it reads and makes."""
+
+    name: str
+    operator: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def read_nodes(path: str | os.PathLike) -> list[GraphNode]:
+    """The nodes of the top level of the graph, in the order of the file.
+
+    Raises:
+        UserError: As :func:`read_onnx`.
+    """
+    return _opened(Path(path), lambda data: [_graph_node(node) for node in _nested(data, 7, 1)])
+
+
+def _graph_node(data: memoryview) -> GraphNode:
+    texts: dict[int, list[str]] = {number: [] for number in (1, 2, 3, 4)}
+    for number, value in _fields(data):
+        if number in texts:
+            texts[number].append(_text(value))
+    inputs, outputs, names, operators = texts.values()
+    return GraphNode("".join(names), "".join(operators), tuple(inputs), tuple(outputs))
 
 
 def _model(path: Path, data: memoryview) -> OnnxFile:

@@ -1,0 +1,219 @@
+"""One measurement for whatever can be run: ONNX files in onnxruntime or engines in TensorRT, at several batch sizes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..extras import require
+from .environment import usable_cores
+from .layers import block_map, blocks_row, fold_layers, parse_ort_profile
+from .measure import common_image_shape, measure, profile_onnx, random_images
+from .ort import PROVIDERS, OrtSession, short_provider
+from .power import Source
+from .profile_trt import prepare_times, profile_engines, steady_power
+from .session import ENGINE_SUFFIXES
+
+#: Runs under onnxruntime's profiler: the first ones warm up and do not count.
+_LAYER_WARMUP, _LAYER_RUNS = 5, 20
+
+
+def is_engine(path: str | PathLike) -> bool:
+    """By its suffix."""
+    return Path(path).suffix.lower() in ENGINE_SUFFIXES
+
+
+def profile_files(
+    paths: Mapping[str, str | PathLike],
+    *,
+    batches: Sequence[int] = (1,),
+    provider: str = "cpu",
+    threads: int | None = None,
+    cuda_graph: bool | None = None,
+    trust: bool = False,
+    layers: bool = False,
+    power: Source | None = None,
+    seconds: float = 10.0,
+) -> list[dict[str, Any]]:
+    """Time files of one kind in turns, at each batch size.
+
+    Args:
+        paths: ONNX files, or engines, by label; the first is the baseline.
+        batches: Images per run.
+        provider, threads: Of onnxruntime.
+        cuda_graph: Of engines, see :func:`~vpruner.runtime.profile_trt.profile_engines`; of ONNX files on the CUDA
+            provider whether to measure with a graph too.
+        trust: Of engines.
+        layers: Times of single layers by block too.
+        power: Where power and clocks are read.
+        seconds: Time for each batch size.
+
+    Returns:
+        Rows for a ``results.jsonl``, of the kinds ``"latency"`` and ``"blocks"``.
+
+    Raises:
+        UserError: Files of two kinds, or one that cannot be opened or does not take a batch.
+    """
+    engines = {label for label, path in paths.items() if is_engine(path)}
+    if engines and len(engines) < len(paths):
+        raise UserError(
+            "an engine and an ONNX file are not compared: their times are taken by different clocks",
+            "build the other one too: vpruner build DENSE.onnx -o DENSE.engine",
+        )
+    rows = []
+    for batch in batches:
+        if engines:
+            options = dict(cuda_graph=cuda_graph, trust=trust, layers=layers, power=power)
+            rows += profile_engines(paths, batch=batch, seconds=seconds, **options)
+        else:
+            rows += _profile_ort(paths, batch, provider, threads, cuda_graph, layers, power, seconds)
+    return rows
+
+
+def _profile_ort(
+    paths: Mapping[str, str | PathLike],
+    batch: int,
+    provider: str,
+    threads: int | None,
+    cuda_graph: bool | None,
+    layers: bool,
+    power: Source | None,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    cuda = provider.lower() == "cuda" or provider == PROVIDERS["cuda"]
+    if cuda_graph and not cuda:
+        raise UserError(f"onnxruntime's {provider} has no CUDA graphs", "leave out --cuda-graph, or: --provider cuda")
+    rows = profile_onnx(paths, batch=batch, threads=threads, providers=[provider], seconds=seconds)
+    threads = rows[0]["threads"]
+    if cuda:
+        resident = profile_resident(paths, batch=batch, threads=threads, graph=cuda_graph is not False, seconds=seconds)
+        for row in rows:
+            row.update(resident[row["label"]])
+    for row in rows:
+        with OrtSession(paths[row["label"]], [provider], threads, spinning=False) as session:
+            row["preprocessing"] = prepare_times(session.preprocessing, seconds=min(0.5, seconds / 10))
+            if power is not None:
+                run = _random_run(session, batch)
+                row["power"] = steady_power(power, run, batch, seconds=max(2.0, seconds / 4))
+    if layers:
+        rows += [
+            ort_blocks(path, label, batch=batch, provider=provider, threads=threads) for label, path in paths.items()
+        ]
+    return rows
+
+
+def _random_run(session: OrtSession, batch: int) -> Callable[[], object]:
+    shape, spec = common_image_shape({"it": session}, batch), session.inputs[0]
+    images = random_images(batch, shape, session.preprocessing).astype(spec.dtype, copy=False)
+    feeds = session.check_feeds({spec.name: images})
+    return lambda: session._run(feeds)
+
+
+# -- on the device ----------------------------------------------------------------------------------------------------
+
+
+def profile_resident(
+    paths: Mapping[str, str | PathLike],
+    *,
+    batch: int,
+    threads: int,
+    graph: bool,
+    seconds: float,
+    provider: str = "cuda",
+    device: str = "cuda",
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Times of ONNX files whose inputs and outputs stay on the GPU, bound once: no copies.
+
+    Args:
+        graph: Also with a CUDA graph, which onnxruntime records on the first runs.
+        provider, device: Where; another than the defaults is good for tests alone.
+
+    Returns:
+        By label ``{"resident": ..., "resident_cuda_graph": ...}``; the second is absent without ``graph``.
+    """
+    found: dict[str, dict[str, Any]] = {label: {} for label in paths}
+    for name, options in (("resident", {}), *((("resident_cuda_graph", {"enable_cuda_graph": "1"}),) if graph else ())):
+        with ExitStack() as stack:
+            sessions = {
+                label: stack.enter_context(OrtSession(path, [(provider, options)], threads, spinning=False))
+                for label, path in paths.items()
+            }
+            shape = common_image_shape(sessions, batch)
+            calls = {label: bound_call(session, batch, shape, device, seed) for label, session in sessions.items()}
+            comparison = measure(calls, seconds=seconds, batch=batch, seed=seed)
+            for label in paths:
+                found[label][name] = comparison.row(label)
+    return found
+
+
+def bound_call(
+    session: OrtSession, batch: int, shape: tuple[int, int, int], device: str, seed: int = 0
+) -> Callable[[], object]:
+    """A run on tensors that stay on ``device``; complete when it returns, since onnxruntime waits for its stream."""
+    ort, spec = require("onnxruntime"), session.inputs[0]
+    images = random_images(batch, shape, session.preprocessing, seed).astype(spec.dtype, copy=False)
+    binding = session._session.io_binding()
+    binding.bind_ortvalue_input(spec.name, ort.OrtValue.ortvalue_from_numpy(images, device, 0))
+    for output in session.outputs:
+        sizes = [batch if index == 0 else size for index, size in enumerate(output.shape)]
+        if all(isinstance(size, int) for size in sizes):
+            # At a fixed address: a CUDA graph writes to the same place in each run.
+            value = ort.OrtValue.ortvalue_from_shape_and_type(sizes, np.dtype(output.dtype), device, 0)
+            binding.bind_ortvalue_output(output.name, value)
+        else:
+            binding.bind_output(output.name, device)
+    run = session._session.run_with_iobinding
+    return lambda: run(binding)
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def ort_blocks(
+    path: str | PathLike, label: str, *, batch: int = 1, provider: str = "cpu", threads: int | None = None
+) -> dict[str, Any]:
+    """Times of an ONNX file's nodes on the CPU, by block.
+
+    Raises:
+        UserError: The provider is another: onnxruntime's profiler sees there when a kernel is launched, not how long it
+            runs.
+    """
+    if short_provider(provider).lower() != "cpu":
+        raise UserError(
+            f"onnxruntime does not tell how long single nodes take on {provider}",
+            "leave out --layers, or measure an engine: vpruner build, then vpruner profile MODEL.engine --layers",
+        )
+    ort = require("onnxruntime")
+    threads = usable_cores() if threads is None else threads
+    with OrtSession(path, [provider], threads, spinning=False) as session, tempfile.TemporaryDirectory() as folder:
+        shape, spec = common_image_shape({label: session}, batch), session.inputs[0]
+        images = random_images(batch, shape, session.preprocessing).astype(spec.dtype, copy=False)
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(Path(folder, "run"))
+        profiled = ort.InferenceSession(str(path), settings, providers=[PROVIDERS["cpu"]])
+        for _ in range(_LAYER_WARMUP + _LAYER_RUNS):
+            profiled.run(None, {spec.name: images})
+        text = Path(profiled.end_profiling()).read_text(encoding="utf-8")
+        times = parse_ort_profile(text, skip=_LAYER_WARMUP)
+        metadata = session.metadata
+        return blocks_row(
+            fold_layers(times, block_map(path, metadata)),
+            metadata,
+            "onnxruntime's profiler",
+            label=label,
+            runtime="onnxruntime",
+            provider="cpu",
+            precision=metadata.precision or {"float32": "fp32", "float16": "fp16"}.get(spec.dtype, spec.dtype),
+            batch=batch,
+            threads=threads,
+        )
