@@ -39,6 +39,8 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 #: Names on the command line -> TensorRT's levels.
 HARDWARE_COMPATIBILITY = {"ampere-plus": AMPERE_PLUS, "same-compute-capability": SAME_COMPUTE_CAPABILITY}
 _MIB = 1 << 20
+#: Signals that end a build.
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 #: Things that a newer release of TensorRT takes than the rules of its target are written for.
 _SINCE_OPSET_24 = ("RotaryEmbedding", "RMSNormalization", "TensorScatter")
 
@@ -180,7 +182,7 @@ def choose_precision(asked: str | None, file: OnnxFile, capabilities: Capabiliti
     flags = tuple(dict.fromkeys(name for name in (asked, file.rest) if name != "fp32"))
     for name in flags:
         if name not in capabilities.precision_flags:
-            raise UserError(f"{release} has no {name}", "use --precision fp16, or a newer TensorRT")
+            raise UserError(f"{release} has no {name}", "build the float32 file with --precision fp16")
     return PrecisionChoice(asked, False, flags)
 
 
@@ -366,7 +368,7 @@ def _shapes(file: Mapping[str, Sequence[int]], options: BuildOptions) -> dict[st
     open_inputs = {name: tuple(shape) for name, shape in file.items() if -1 in shape}
     sizes = options.batch_range
     for name, shape in file.items():
-        if sizes is not None and name not in open_inputs and shape and shape[0] not in sizes[:1] + sizes[2:]:
+        if sizes is not None and name not in open_inputs and shape and set(sizes) != {shape[0]}:
             raise UserError(
                 f"the graph has a batch of {shape[0]}, {options.batch} was asked for",
                 "export it with --dynamic-batch, or with that --batch-size",
@@ -410,7 +412,8 @@ class _Build:
         self.options, self.device, self.reporter = options, device, reporter
         self.flags: tuple[str, ...] = ()
         self.cache: str | None = None
-        self.cancelled = threading.Event()
+        self.pipe: int | None = None
+        self.arrived: list[int] = []
 
     def run(self, onnx: Path) -> tuple[bytes, dict[str, dict[str, list[int]]]]:
         """The engine's bytes and its profile."""
@@ -485,7 +488,7 @@ class _Build:
         """TensorRT's hook that tells the steps of a build, and through which Ctrl-C ends it; None before 10.0."""
         if not self.capabilities.progress:
             return None
-        trt, cancelled = self.trt, self.cancelled
+        trt, build = self.trt, self
 
         class Progress(trt.IProgressMonitor):
             def __init__(self):
@@ -498,7 +501,7 @@ class _Build:
 
             def step_complete(self, phase_name: str, step: int) -> bool:
                 advance(0, f"{phase_name} {step + 1} of {self.steps.get(phase_name, '?')}")
-                return not cancelled.is_set()
+                return build.pipe is None or not build._signalled()
 
             def phase_finish(self, phase_name: str) -> None:
                 self.steps.pop(phase_name, None)
@@ -507,21 +510,40 @@ class _Build:
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C ends the build at its next step: inside TensorRT Python's own handler would not run before the end."""
+        """Ctrl-C and SIGTERM end the build at its next step, and then do what they would have done.
+
+        A handler of Python's may not raise inside TensorRT, and does not even run while the builder works. What the
+        interpreter writes to a pipe when a signal arrives is there at once, for the steps on whatever thread.
+        """
         if not self.capabilities.progress or threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGINT, lambda number, frame: self.cancelled.set())
+        reader, writer = os.pipe()
+        for end in (reader, writer):
+            os.set_blocking(end, False)
+        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        handlers = {number: signal.signal(number, lambda number, frame: None) for number in _ENDING}
+        self.pipe = reader
         try:
             yield
-        except Exception:
-            if self.cancelled.is_set():
-                raise KeyboardInterrupt from None
-            raise
         finally:
-            signal.signal(signal.SIGINT, before)
-        if self.cancelled.is_set():
-            raise KeyboardInterrupt
+            ended = self._signalled()
+            self.pipe = None
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            os.close(reader)
+            os.close(writer)
+            if ended:
+                signal.raise_signal(self.arrived[0])
+
+    def _signalled(self) -> bool:
+        """Whether the program was told to end, since the build began."""
+        try:
+            self.arrived += [number for number in os.read(self.pipe, 256) if number in _ENDING]
+        except BlockingIOError:
+            pass
+        return bool(self.arrived)
 
 
 class _Collector(logging.Handler):

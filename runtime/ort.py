@@ -161,8 +161,9 @@ class OrtSession(Session):
         self.outputs = tuple(map(_spec, session.get_outputs()))
         self.metadata = ModelMetadata.from_props(session.get_modelmeta().custom_metadata_map, str(self.path))
         name, options = self._asked[0]
+        gpu = name in _CUDA_GRAPH
         #: Where tensors live: ("cuda", index of the GPU) or ("cpu", 0).
-        self.device: tuple[str, int] = ("cuda", int(options.get("device_id", 0))) if name in _CUDA_GRAPH else ("cpu", 0)
+        self.placement: tuple[str, int] = ("cuda", int(options.get("device_id", 0))) if gpu else ("cpu", 0)
         if self.cuda_graph:
             loose = [spec for spec in (*self.inputs, *self.outputs) if not all(isinstance(n, int) for n in spec.shape)]
             if loose:
@@ -173,7 +174,7 @@ class OrtSession(Session):
         self._session = session
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        if self.device[0] == "cpu":
+        if self.placement[0] == "cpu":
             with self._failures():
                 return self._session.run(None, feeds)
         self._upload(feeds)
@@ -236,17 +237,17 @@ class _Binding:
             array = feeds[spec.name]
             sizes.update({name: size for name, size in zip(spec.shape, array.shape, strict=True) if name is not None})
             # A value on the CPU is the array itself, and the next upload would write into the caller's.
-            value = make.ortvalue_from_numpy(array.copy(), *session.device)
+            value = make.ortvalue_from_numpy(array.copy(), *session.placement)
             self.inputs[spec.name] = (value, array.shape)
             self.binding.bind_ortvalue_input(spec.name, value)
         for spec in session.outputs:
             shape = [sizes.get(size, size) for size in spec.shape]
             if all(isinstance(size, int) for size in shape):
-                value = make.ortvalue_from_shape_and_type(shape, np.dtype(spec.dtype).type, *session.device)
+                value = make.ortvalue_from_shape_and_type(shape, np.dtype(spec.dtype).type, *session.placement)
                 self.outputs[spec.name] = value
                 self.binding.bind_ortvalue_output(spec.name, value)
             else:
-                self.binding.bind_output(spec.name, *session.device)
+                self.binding.bind_output(spec.name, *session.placement)
 
     def takes(self, feeds: Mapping[str, np.ndarray]) -> bool:
         return all(self.inputs[name][1] == array.shape for name, array in feeds.items())

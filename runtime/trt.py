@@ -184,6 +184,7 @@ class TrtSession(Session):
         engine = self._engine
         inputs, outputs = [], []
         self.profile: dict[str, tuple[tuple[int, ...], ...]] = {}
+        self._open_inputs: set[str] = set()
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
             if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
@@ -202,11 +203,12 @@ class TrtSession(Session):
             spec = TensorSpec(name, named, _DTYPES[kind])
             if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
                 inputs.append(spec)
-                self.profile[name] = (
-                    tuple(tuple(map(int, limit)) for limit in engine.get_tensor_profile_shape(name, _PROFILE))
-                    if -1 in shape
-                    else (tuple(map(int, shape)),) * 3
-                )
+                if -1 in shape:
+                    self._open_inputs.add(name)
+                    limits = engine.get_tensor_profile_shape(name, _PROFILE)
+                else:
+                    limits = (shape,) * 3
+                self.profile[name] = tuple(tuple(map(int, limit)) for limit in limits)
             else:
                 outputs.append(spec)
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
@@ -231,9 +233,10 @@ class TrtSession(Session):
         self._copy_in()
         self.stream.synchronize()
 
-    def _set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def _set_shapes(self, shapes: Mapping[str, tuple[int, ...]], context: Any = None) -> None:
+        context = context or self._context
         for name, shape in shapes.items():
-            if not self._context.set_input_shape(name, shape):
+            if name in self._open_inputs and not context.set_input_shape(name, shape):
                 raise UserError(f"{self.path}: TensorRT refuses the shape {list(shape)} for {name}")
 
     def _reshape(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -373,9 +376,8 @@ class TrtSession(Session):
                 f"{self.path}: no room for a second context: {trt_logger(trt).said()}",
                 "close other programs that use the GPU",
             )
+        self._set_shapes({name: self._tensors[name].shape for name in self.profile}, context)
         for name, tensor in self._tensors.items():
-            if name in self.profile:
-                context.set_input_shape(name, tensor.shape)
             context.set_tensor_address(name, tensor.device.pointer)
         self._execute(context)  # Unmeasured: kernels load.
         self.stream.synchronize()

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -426,19 +427,45 @@ def test_progress_where_the_builder_tells_it(machine, make_onnx, tmp_path, monke
     assert ("Building Engine 2 of 2" in seen) == told and "reading the graph" in seen
 
 
-def test_ctrl_c_ends_the_build_at_its_next_step(machine, make_onnx, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_the_build_at_its_next_step(machine, make_onnx, tmp_path, monkeypatch, number):
     there = machine("10.13")
-    ours = signal.getsignal(signal.SIGINT)
-    building = there.trt.Builder.build_serialized_network
+    building, answers = there.trt.Builder.build_serialized_network, []
+
+    class Ended(BaseException):
+        pass
+
+    def ours(number, frame):
+        raise Ended
 
     def interrupted(self, network, config):
-        os.kill(os.getpid(), signal.SIGINT)
+        """As the real one: steps are told on a thread of the builder, while the main thread does not run Python."""
+        monitor = config.progress_monitor
+        os.kill(os.getpid(), number)
+        helper = threading.Thread(target=lambda: answers.append(monitor.step_complete("a phase", 0)))
+        helper.start()
+        helper.join()
         return building(self, network, config)
 
     monkeypatch.setattr(there.trt.Builder, "build_serialized_network", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(make_onnx(), tmp_path / "a.engine")
-    assert signal.getsignal(signal.SIGINT) is ours and not (tmp_path / "a.engine").exists()
+    before = signal.signal(number, ours)
+    try:
+        with pytest.raises(Ended):
+            build_engine(make_onnx(), tmp_path / "a.engine")
+        assert signal.getsignal(number) is ours and signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(number, before)
+    assert answers == [False] and not (tmp_path / "a.engine").exists()
+
+
+def test_builds_on_other_threads_leave_signals_alone(machine, make_onnx, tmp_path):
+    machine("10.13")
+    records = []
+    onnx = make_onnx()
+    helper = threading.Thread(target=lambda: records.append(build_engine(onnx, tmp_path / "a.engine")))
+    helper.start()
+    helper.join()
+    assert records[0] == EngineRecord.load(tmp_path / "a.engine")
 
 
 def test_the_gpu_is_asked_before_the_graph_is_read_long(machine, make_onnx, tmp_path):

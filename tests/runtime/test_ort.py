@@ -400,7 +400,7 @@ def pretended_gpu(monkeypatch):
 def test_on_a_gpu_tensors_are_bound_once_per_shape(make_onnx, weight, preprocessing_json, pretended_gpu):
     images = photos(5)
     with OrtSession(make_onnx(batch="batch"), providers=[("cuda", {"device_id": 1})], batch_size=2) as session:
-        assert session.device == ("cuda", 1)
+        assert session.placement == ("cuda", 1)
         logits = session.logits(images)
     np.testing.assert_allclose(logits, expected_logits(images, weight, preprocessing_json), rtol=1e-5, atol=1e-5)
     # Batches of 2, 2 and 1: one input and one output for each of the two shapes.
