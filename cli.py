@@ -1396,7 +1396,7 @@ def build(
     Example:
       vpruner build pruned.onnx -o pruned.engine --precision fp16
       vpruner build pruned.onnx -o pruned.engine --precision fp16 --batch-range 1 8 32
-      vpruner convert pruned.onnx --precision int8 --data train/ -o int8.onnx && vpruner build int8.onnx -o int8.engine
+      vpruner build int8.onnx -o int8.engine --batch-size 8
     """
     from . import pipeline
     from .progress import Reporter
