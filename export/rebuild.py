@@ -427,7 +427,7 @@ class _Reader:
         x are the ``inputs`` side by side, x1 and x2 its halves.
         """
         random = np.random.default_rng(0)
-        x = random.uniform(-6, 6, (self.batch, self.geometry.tokens, sum(sizes))).astype(np.float32)
+        x = random.uniform(-6, 6, (self.batch, min(16, self.geometry.tokens), sum(sizes))).astype(np.float32)
         parts = np.split(x, np.cumsum(sizes)[:-1], -1)
         found = self.evaluate(dict(zip(inputs, parts, strict=True)), output)
         halves = [torch.from_numpy(half) for half in np.split(x, 2, -1)] if sum(sizes) % 2 == 0 else []
