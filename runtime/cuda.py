@@ -176,8 +176,13 @@ class _Handle:
     def close(self) -> None:
         """Give it back; the second time is fine."""
         handle, self._handle = self._handle, None
-        if handle is not None:
+        if handle is None:
+            return
+        try:
             self._free(handle)
+        except UserError:
+            # An error that shows here is of work before it (CUDA repeats those); there it was said.
+            pass
 
     def _free(self, handle: Any) -> None:
         raise NotImplementedError

@@ -395,6 +395,11 @@ class TrtSession(Session):
     # -- closing ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
+        if self.stream is not None:
+            try:
+                self.stream.synchronize()  # What is still running uses all of this.
+            except UserError:
+                pass
         if self._graph is not None:
             self._graph.close()
         self._graph = None

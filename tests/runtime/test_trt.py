@@ -385,6 +385,20 @@ def test_a_closed_session(machine, make_engine):
             use()
 
 
+def test_closing_waits_for_what_runs_and_hides_no_earlier_error(machine, make_engine):
+    there = machine()
+    path = make_engine()
+    with TrtSession(path) as session:
+        session.enqueue()
+        stream = there.cuda._get("stream", session.stream.handle)
+    assert stream.queue == []
+    session = TrtSession(path)
+    there.cuda.failing["cudaStreamSynchronize"] = Error.cudaErrorInvalidValue
+    with pytest.raises(UserError, match="cudaStreamSynchronize failed"), session:
+        session.run({"image": noise(1, 3, 8, 6)})
+    assert session.closed
+
+
 def test_open_names_the_options_of_the_backend(machine, make_engine, make_onnx):
     machine()
     path = make_engine()
