@@ -40,8 +40,8 @@ def test_a_chain_has_the_shapes_it_says_and_computes_what_its_blocks_do(exported
     make_chain(model, shape, keys, queries)
     softmax = [node for node in nodes(model, "Softmax") if len(node.inputs[0].shape) == 4][: shape.depth]
     assert [dims(node.outputs[0])[2:] for node in softmax] == [[queries, keys]] * shape.depth
-    # One Gather selects the queries of each block and one brings back the keys, where these differ.
-    assert len(token_gathers(model)) == (2 * shape.depth if queries < keys else 0) + (keys < shape.tokens)
+    # Two Gathers select the queries of each block and one brings back the keys, where these differ.
+    assert len(token_gathers(model)) == (3 * shape.depth if queries < keys else 0) + (keys < shape.tokens)
     images = dense.images()
     assert relative_difference(run(model, images), chain_reference(dense, images, keys, queries)) < 1e-4
 

@@ -148,21 +148,22 @@ def test_dead_tokens_give_keys_and_values_only(exported):
     result = fold(original, plan)
     graph = original.graph
 
-    gathers = token_gathers(result.model)
-    assert [node.name for node in gathers] == [f"vpruner.block.{block}.queries" for block in (0, 2, 3)]
-    assert [node.inputs[1].const_value.numpy().tolist() for node in gathers] == [[0, 1, 6, 7, 12, 21], [0, 2], [0]]
-    for node in gathers:
-        assert node.attributes["axis"].as_int() == 1
-        assert node.inputs[1].const_value.numpy().dtype == np.int64
-    assert [block.gathers for block in result.blocks] == [1, 0, 1, 1]
+    gathers = {node.name: node for node in token_gathers(result.model)}
+    kinds = ("queries", "normed")
+    assert set(gathers) == {f"vpruner.block.{block}.{kind}" for block in (0, 2, 3) for kind in kinds}
+    for block, rows in ((0, [0, 1, 6, 7, 12, 21]), (2, [0, 2]), (3, [0])):
+        pair = [gathers[f"vpruner.block.{block}.{kind}"] for kind in kinds]
+        assert pair[0].inputs[1] is pair[1].inputs[1]
+        indices = pair[0].inputs[1].const_value.numpy()
+        assert indices.tolist() == rows and indices.dtype == np.int64
+        assert [node.attributes["axis"].as_int() for node in pair] == [1, 1]
+    assert [block.gathers for block in result.blocks] == [2, 0, 2, 2]
 
-    # Block 0: the gathered stream feeds the residual and the second norm; the whole stream feeds keys and values alone.
-    block, gather = site.blocks[0], gathers[0]
-    assert gather.inputs[0] is block.stream
-    assert {usage.node.name for usage in gather.outputs[0].uses()} == {
-        "vpruner.block.0.norm_q",
-        block.residual1.name,
-    }
+    # Block 0: the residual reads the gathered stream, queries the gathered norm, keys and values the whole norm.
+    block, gather, normed = site.blocks[0], gathers["vpruner.block.0.queries"], gathers["vpruner.block.0.normed"]
+    assert gather.inputs[0] is block.stream and normed.inputs[0] is block.norm1.outputs[0]
+    assert only(gather.outputs[0].uses()).node is block.residual1
+    assert only(normed.outputs[0].uses()).node.name == "vpruner.block.0.q.product"
     assert {usage.node for usage in block.stream.uses()} == {block.norm1, gather}
     query = only(node for node in graph if node.name == "vpruner.block.0.q.product")
     key_value = only(node for node in graph if node.name == "vpruner.block.0.kv.product")
@@ -216,8 +217,9 @@ def test_identity_plan_drops_dead_tokens_of_a_class_token_model(exported):
     plan = TokenPlan.identity("tiny", dense.geometry)
     result = assert_folds(dense, plan, dense.images())
     assert result.modified
-    assert [block.gathers for block in result.blocks] == [0, 0, 0, 1]
-    assert only(token_gathers(result.model)).inputs[1].const_value.numpy().tolist() == [0, 1]
+    assert [block.gathers for block in result.blocks] == [0, 0, 0, 2]
+    rows = only({gather.inputs[1] for gather in token_gathers(result.model)})
+    assert rows.const_value.numpy().tolist() == [0, 1]
     images = dense.images()
     assert relative_difference(run(result.model, images), dense.model(images).detach().numpy()) < TOLERANCE
 
