@@ -1,4 +1,4 @@
-"""On a machine with an NVIDIA GPU and a TensorRT: builds and runs for real. The GPU check measures; this is for parity."""
+"""On a machine with an NVIDIA GPU and a TensorRT: builds and runs for real. This is parity; the GPU check measures."""
 
 from __future__ import annotations
 
