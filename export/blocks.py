@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,13 +21,23 @@ from onnx_ir.passes import common as passes
 
 from ..errors import UserError
 from ..prune.plan import Geometry, TokenPlan
+from ..runtime import cuda
+from ..runtime.build import BuildOptions, build_engine
 from ..runtime.measure import random_images
+from ..runtime.onnx_file import read_onnx
 from ..runtime.ort import OrtSession, short_provider
+from ..runtime.profile_trt import EngineRun
+from ..runtime.session import Session
+from ..runtime.table import Graphs
+from ..runtime.trt import TrtSession
 from .clean import clean
 from .files import load_model, save_model
 from .fold import already_pruned, fold_block, fold_entry, fold_file, fold_head, gather_rows, infer_static_shapes
 from .metadata import GraphMetadata
 from .recognise import recognise
+
+if TYPE_CHECKING:
+    from ..progress import Reporter
 
 
 @dataclass(frozen=True)
@@ -117,34 +127,23 @@ def make_chain(model: ir.Model, geometry: Geometry, keys: int, queries: int, *, 
     infer_static_shapes(model, outputs)
 
 
-class OrtGraphs:
-    """Chains and pruned forms of one dense file, opened in onnxruntime: :class:`~vpruner.runtime.table.Graphs`.
+class _FoldedGraphs(Graphs):
+    """Chains and pruned forms of one dense file; how a file is opened is for subclasses to say.
 
     Graphs are written into ``folder``, opened, and removed at once, so that there is never more than one on the disk.
 
     Args:
         dense: A file that ``vpruner export`` wrote.
         folder: A scratch folder.
-        threads, provider: As in :class:`~vpruner.runtime.ort.OrtSession`.
         batch: Images per run; a file with a static batch has its own.
         seed: Of the images.
 
     Raises:
-        UserError: The file cannot be read, is pruned already, or has another batch.
+        UserError: The file cannot be read, or is pruned already.
     """
 
-    def __init__(
-        self,
-        dense: str | os.PathLike,
-        folder: Path,
-        *,
-        threads: int,
-        batch: int = 1,
-        provider: str = "cpu",
-        seed: int = 0,
-    ):
-        self.dense, self.folder = Path(dense), folder
-        self.threads, self.batch, self.provider = threads, batch, provider
+    def __init__(self, dense: str | os.PathLike, folder: Path, *, batch: int, seed: int):
+        self.dense, self.folder, self.batch, self.seed = Path(dense), folder, batch, seed
         model = load_model(self.dense)
         metadata = GraphMetadata.from_props(model.metadata_props, str(dense))
         if metadata.plan is not None:
@@ -153,32 +152,7 @@ class OrtGraphs:
         self._cut: dict[int, Path] = {self.geometry.depth: self.dense}
         weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
         self.weight_bytes = sum(tensor.nbytes for tensor in weights)
-        with OrtSession(self.dense, provider, threads, spinning=False) as session:
-            if session.static_batch not in (None, batch):
-                raise UserError(
-                    f"{dense} runs at its own batch size {session.static_batch}, asked for {batch}",
-                    f"measure with --batch-size {session.static_batch}, or export it again with --batch-size {batch}",
-                )
-            spec = session.inputs[0]
-            shape = (self.geometry.in_chans, *self.geometry.image_size)
-            images = random_images(batch, shape, session.preprocessing, seed)
-            self._feeds = session.check_feeds({spec.name: images.astype(spec.dtype, copy=False)})
-            precision = session.metadata.precision or {"float32": "fp32", "float16": "fp16"}.get(spec.dtype, spec.dtype)
-            self.about: dict[str, Any] = {
-                "runtime": "onnxruntime",
-                "provider": short_provider(session.providers[0]),
-                "precision": precision,
-                "threads": threads,
-                "batch": batch,
-                "opset": model.opset_imports[""],
-            }
-        self.protocol: dict[str, Any] = {
-            "clock": "time.perf_counter around InferenceSession.run; host arrays in and out, no preprocessing",
-            "input": f"smooth random images, seed {seed}, the same for all",
-            "inter_op_threads": 1,
-            "spinning": "off",
-            "graph_optimization": "all",
-        }
+        self.opset = model.opset_imports[""]
 
     @contextmanager
     def chain(self, blocks: int, keys: int, queries: int, refill: bool) -> Iterator[Callable[[], object]]:
@@ -207,12 +181,139 @@ class OrtGraphs:
             save_model(model, self._cut[blocks])
         return self._cut[blocks]
 
+    def _open(self, path: Path) -> AbstractContextManager[Callable[[], object]]:
+        raise NotImplementedError
+
+    def _images(self, session: Session) -> np.ndarray:
+        """float [batch, channel, height, width], of the session's dtype.
+
+        Raises:
+            UserError: The file has another batch.
+        """
+        if session.static_batch not in (None, self.batch):
+            raise UserError(
+                f"{self.dense} runs at its own batch size {session.static_batch}, asked for {self.batch}",
+                f"measure with --batch-size {session.static_batch}, or export it again with --batch-size {self.batch}",
+            )
+        shape = (self.geometry.in_chans, *self.geometry.image_size)
+        images = random_images(self.batch, shape, session.preprocessing, self.seed)
+        return images.astype(session.inputs[0].dtype, copy=False)
+
+    def _remove(self, path: Path) -> None:
+        """What a runtime needs of a file it has read by now, but weights of their own file may be mapped, not read."""
+        if path != self.dense:
+            for part in self.folder.glob(f"{path.name}*"):
+                part.unlink()
+
+
+class OrtGraphs(_FoldedGraphs):
+    """Graphs opened in onnxruntime: :class:`~vpruner.runtime.table.Graphs`.
+
+    Args:
+        dense, folder, batch, seed: The file, a scratch folder, images per run, and of the images.
+        threads, provider: As in :class:`~vpruner.runtime.ort.OrtSession`.
+
+    Raises:
+        UserError: The file cannot be read, is pruned already, or has another batch.
+    """
+
+    def __init__(
+        self,
+        dense: str | os.PathLike,
+        folder: Path,
+        *,
+        threads: int,
+        batch: int = 1,
+        provider: str = "cpu",
+        seed: int = 0,
+    ):
+        super().__init__(dense, folder, batch=batch, seed=seed)
+        self.threads, self.provider = threads, provider
+        with OrtSession(self.dense, provider, threads, spinning=False) as session:
+            spec = session.inputs[0]
+            self._feeds = session.check_feeds({spec.name: self._images(session)})
+            precision = session.metadata.precision or {"float32": "fp32", "float16": "fp16"}.get(spec.dtype, spec.dtype)
+            self.about: dict[str, Any] = {
+                "runtime": "onnxruntime",
+                "provider": short_provider(session.providers[0]),
+                "precision": precision,
+                "threads": threads,
+                "batch": batch,
+                "opset": self.opset,
+            }
+        self.protocol: dict[str, Any] = {
+            "clock": "time.perf_counter around InferenceSession.run; host arrays in and out, no preprocessing",
+            "input": f"smooth random images, seed {seed}, the same for all",
+            "inter_op_threads": 1,
+            "spinning": "off",
+            "graph_optimization": "all",
+        }
+
     @contextmanager
     def _open(self, path: Path) -> Iterator[Callable[[], object]]:
         with OrtSession(path, self.provider, self.threads, spinning=False) as session:
-            if path != self.dense:
-                # What onnxruntime needs it has read by now, but weights of their own file may be mapped, not read.
-                for part in self.folder.glob(f"{path.name}*"):
-                    part.unlink()
+            self._remove(path)
             feeds = self._feeds
             yield lambda: session._run(feeds)
+
+
+class TrtGraphs(_FoldedGraphs):
+    """Graphs built into TensorRT engines and timed by the GPU's events: :class:`~vpruner.runtime.table.Graphs`.
+
+    An engine is built for every graph, with the device's timing cache, so that only the first few builds take long.
+
+    Args:
+        dense, folder, batch, seed: As for :class:`OrtGraphs`.
+        precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
+        step: Multiples that kernels like: both edges of such steps are measured.
+        reporter: Shows remarks of the builder.
+
+    Raises:
+        UserError: The file cannot be read, is pruned already or has another batch; TensorRT, its driver or a GPU is
+            missing.
+    """
+
+    own_time, opening_counts = True, True
+
+    def __init__(
+        self,
+        dense: str | os.PathLike,
+        folder: Path,
+        *,
+        batch: int = 1,
+        precision: str = "fp16",
+        step: int = 8,
+        seed: int = 0,
+        reporter: Reporter | None = None,
+    ):
+        cuda.device_properties()
+        super().__init__(dense, folder, batch=batch, seed=seed)
+        self.precision, self.step, self.reporter = precision, step, reporter
+        self.about: dict[str, Any] = {
+            "runtime": "tensorrt",
+            "provider": "cuda",
+            "precision": precision,
+            "threads": 1,
+            "batch": batch,
+            "opset": self.opset,
+        }
+        self.protocol: dict[str, Any] = {
+            "clock": "CUDA events around one run; input on the GPU, no copies, CUDA graph where it can be recorded",
+            "input": f"smooth random images, seed {seed}, the same for all",
+            "step": step,
+        }
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[Callable[[], object]]:
+        engine = self.folder / "graph.engine"
+        open_batch = any(not isinstance(size, int) for one in read_onnx(path).inputs for size in one.shape[:1])
+        options = BuildOptions(
+            precision=self.precision, batch=self.batch if open_batch else None, layer_details=False, check=False
+        )
+        build_engine(path, engine, options, reporter=self.reporter)
+        self._remove(path)
+        with TrtSession(engine, batch_size=self.batch) as session:
+            for part in self.folder.glob(f"{engine.name}*"):
+                part.unlink()
+            run = EngineRun(session, self._images(session))
+            yield run.on_gpu

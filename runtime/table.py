@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, fields
@@ -54,6 +55,8 @@ CHAIN_BYTES = 128 << 20
 SESSION_BYTES, SESSION_COPIES = 6 << 30, 2.5
 #: (key counts, query counts below each) of the grids to choose from, by how many rounds the time allows.
 GRIDS = ((10, 4), (8, 3), (6, 3), (4, 2))
+#: The same where time is a staircase: both edges of a step are counts of their own.
+STAIR_GRIDS = ((48, 3), (24, 3), (14, 2), (8, 2))
 #: Rounds that are worth a median, and those below which nothing is measured at all.
 GOOD_ROUNDS, LEAST_ROUNDS, MOST_ROUNDS = 15, 3, 2000
 #: Of the geometry, what decides the time of a model; a table serves every model that agrees in these.
@@ -70,7 +73,7 @@ class LatencyTable:
     Attributes:
         model: Name of the model that was measured.
         geometry: Its shape.
-        runtime: ``"onnxruntime"``.
+        runtime: ``"onnxruntime"`` or ``"tensorrt"``.
         provider: Where it ran: ``"cpu"``, ``"cuda"``.
         precision: ``"fp32"``.
         threads: Threads inside one operator.
@@ -258,16 +261,17 @@ class LatencyTable:
             threads, batch, model: What the table is used for; None where that does not matter.
         """
         here = environment()
-        packages = ("onnxruntime", "onnxruntime-gpu")
+        packages = ("onnxruntime", "onnxruntime-gpu") if self.runtime == "onnxruntime" else ("tensorrt",)
         versions, found = (
             {name: (value.get("packages") or {}).get(name) for name in packages} for value in (self.environment, here)
         )
-        pairs = [("model", self.model, model), ("threads", self.threads, threads), ("batch", self.batch, batch)]
+        pairs = [("model", self.model, model), ("batch", self.batch, batch)]
+        if self.runtime == "onnxruntime":
+            pairs.insert(1, ("threads", self.threads, threads))
         pairs.append(("cpu", self.environment.get("cpu"), here["cpu"]))
         if self.provider != "cpu":
             pairs.append(("gpus", self.environment.get("gpus"), here["gpus"]))
-        if self.runtime == "onnxruntime":
-            pairs += [(name, versions[name], found[name]) for name in packages]
+        pairs += [(name, versions[name], found[name]) for name in packages]
         return [
             f"the latency table was measured with {name} {was}, here it is {now}: measure again for predictions to hold"
             for name, was, now in pairs
@@ -281,7 +285,13 @@ class LatencyTable:
     def summary(self) -> dict[str, Any]:
         """What the provenance of a plan says about the table it was searched with."""
         names = ("model", "runtime", "provider", "precision", "threads", "batch", "opset")
-        return {"table_sha256": self.sha256, **{name: getattr(self, name) for name in names}}
+        return {
+            "table_sha256": self.sha256,
+            **{name: getattr(self, name) for name in names},
+            # What a report draws; the table itself may be elsewhere by then.
+            "keys": list(self.keys),
+            "whole_ms": list(self.whole),
+        }
 
     # -- JSON -----------------------------------------------------------------------------------------------------
 
@@ -415,15 +425,17 @@ class Graphs(Protocol):
         weight_bytes: Of the whole model.
         about: ``runtime``, ``provider``, ``precision``, ``threads``, ``batch``, ``opset``, as in :class:`LatencyTable`.
         protocol: What is inside the clock; JSON values.
+        own_time: The function gives its time itself, in seconds, as events on a GPU say it.
+        step: Token counts that the kernels like are multiples of this; 1 where any count is as good as the next.
+        opening_counts: Opening a graph takes long enough to belong to the time there is: engines have to be built.
     """
 
     weight_bytes: int
-
-    @property
-    def about(self) -> dict[str, Any]: ...
-
-    @property
-    def protocol(self) -> dict[str, Any]: ...
+    about: Mapping[str, Any]
+    protocol: Mapping[str, Any]
+    own_time: bool = False
+    step: int = 1
+    opening_counts: bool = False
 
     def chain(
         self, blocks: int, keys: int, queries: int, refill: bool
@@ -500,9 +512,11 @@ def measure_table(
     if memory is None:
         memory = min(SESSION_BYTES, int((before["memory_gib"] or 8) * 2**29))
     blocks = chain_blocks(geometry, graphs.weight_bytes)
-    dense = Sample("dense", geometry.depth)
+    dense, started = Sample("dense", geometry.depth), time.perf_counter()
     with dense.open(graphs) as call:
-        once = float(np.median(measure({"dense": call}, warmup=2, warmup_limit=2, rounds=3).seconds["dense"]))
+        opening = time.perf_counter() - started if graphs.opening_counts else 0.0
+        first = measure({"dense": call}, warmup=2, warmup_limit=2, rounds=3, own_time=graphs.own_time)
+        once = float(np.median(first.seconds["dense"]))
     # The reference is all tokens through the chain; where no block is cut off, that is the dense model itself.
     reference = dense if blocks == geometry.depth else Sample("chain", blocks, geometry.tokens, geometry.tokens)
     plans = held_out_plans(model, geometry)
@@ -510,11 +524,13 @@ def measure_table(
     extra += [Sample(label, geometry.depth, plan=plan) for label, plan in plans.items()]
     if blocks == geometry.depth > 1:
         extra.append(Sample("half of the blocks", geometry.depth // 2, geometry.tokens, geometry.tokens))
-    for grid in GRIDS:
-        chains = design(geometry, blocks, *grid)
+    for grid in GRIDS if graphs.step == 1 else STAIR_GRIDS:
+        chains = design(geometry, blocks, *grid, step=graphs.step)
         samples = [sample for sample in (*extra, *chains) if sample != reference]
-        if once * sum(sample.share(geometry) for sample in samples) * GOOD_ROUNDS <= seconds:
+        if (once * GOOD_ROUNDS + opening) * sum(sample.share(geometry) for sample in samples) <= seconds:
             break
+    # Engines may take all of the time there is; what is left for measuring must still be worth it.
+    seconds = max(seconds - opening * sum(sample.share(geometry) for sample in samples), 0.25 * seconds)
     times, protocol = time_samples(
         graphs, geometry, [reference, *samples], seconds=seconds, memory=memory, seed=seed, on_group=on_group
     )
@@ -526,6 +542,7 @@ def measure_table(
         model,
         geometry,
         blocks=blocks,
+        step=graphs.step,
         **graphs.about,
         protocol={**protocol, **graphs.protocol, "chain_blocks": blocks},
         environment=before,
@@ -538,13 +555,20 @@ def chain_blocks(geometry: Geometry, weight_bytes: int) -> int:
     return min(geometry.depth, max(2, -(-CHAIN_BYTES // per_block)))
 
 
-def design(geometry: Geometry, blocks: int, key_count: int, query_count: int) -> list[Sample]:
-    """The chains to time: for each of ``key_count`` key counts a whole one and ``query_count`` split ones."""
-    keys = key_grid(geometry, key_count)
+def design(geometry: Geometry, blocks: int, key_count: int, query_count: int, step: int = 1) -> list[Sample]:
+    """The chains to time: for each of ``key_count`` key counts a whole one and ``query_count`` split ones.
+
+    On a staircase (``step`` > 1) both edges of a step get a whole chain, and only the lower one split chains: what a
+    split block costs more is small against a step.
+    """
+    keys = key_grid(geometry, key_count, step)
     samples = [Sample(f"{key}", blocks, key, key) for key in keys if key != geometry.tokens]
-    for key in keys:
+    for key in keys if step == 1 else [key for key in keys if key % step == 0 or key in (keys[0], keys[-1])]:
         # The largest is one less: what the first token dropped costs is where split blocks begin.
         queries = np.unique(np.linspace(1, key - 1, query_count).round().astype(int)) if key > 1 else ()
+        if step > 1 and len(queries) > 2:
+            inner = np.maximum(queries[1:-1] // step * step, 1)
+            queries = np.unique([queries[0], *inner, queries[-1]])
         samples += [Sample(f"{key} to {query}", blocks, key, int(query), refill=True) for query in queries]
     # What the Gather costs hardly depends on anything; three points are enough for a line.
     for key in sorted({keys[0], keys[len(keys) // 2], keys[-1]}):
@@ -552,8 +576,18 @@ def design(geometry: Geometry, blocks: int, key_count: int, query_count: int) ->
     return samples
 
 
-def key_grid(geometry: Geometry, count: int) -> list[int]:
-    """About ``count`` token counts from one patch to all of them, evenly spaced."""
+def key_grid(geometry: Geometry, count: int, step: int = 1) -> list[int]:
+    """About ``count`` token counts from one patch to all of them, evenly spaced.
+
+    With a ``step`` they come in pairs: a multiple of it, where a step of the staircase ends, and one more, where the
+    next begins. Between two measured pairs a table is a slope, but at each of them it falls as the device does.
+    """
+    if step > 1:
+        lowest = geometry.prefix_tokens + 1
+        edges = [edge for edge in range(step, geometry.tokens, step) if edge >= lowest]
+        chosen = np.unique(np.linspace(0, len(edges) - 1, min(count // 2, len(edges))).round().astype(int))
+        pairs = {int(edges[index]) + above for index in chosen for above in (0, 1)} if edges else set()
+        return sorted({lowest, *(key for key in pairs if key <= geometry.tokens), geometry.tokens})
     patches = np.unique(np.linspace(1, geometry.patches, count).round().astype(int))
     return [int(geometry.prefix_tokens + number) for number in patches]
 
@@ -611,7 +645,8 @@ def time_samples(
         with ExitStack() as stack:
             calls = {sample.label: stack.enter_context(sample.open(graphs)) for sample in (reference, *group)}
             # The first run of a graph allocates; the second tells how many rounds the time is good for.
-            first = measure(calls, warmup=1, warmup_limit=1, rounds=1, seconds=None, seed=seed)
+            own = graphs.own_time
+            first = measure(calls, warmup=1, warmup_limit=1, rounds=1, seconds=None, seed=seed, own_time=own)
             share = seconds * (sum(s.share(geometry) for s in group) + reference.share(geometry)) / total
             fit = int(share / sum(float(times[0]) for times in first.seconds.values()))
             wanted = min(max(fit, LEAST_ROUNDS), MOST_ROUNDS)
@@ -623,6 +658,7 @@ def time_samples(
                 rounds=wanted,
                 seconds=max(share, 1e-3),
                 seed=seed,
+                own_time=own,
             )
         medians.append(float(np.median(found.seconds[reference.label])) * 1e3)
         ratios |= {sample.label: found.ratios[sample.label].ratio for sample in group}
@@ -652,6 +688,7 @@ def fit_table(
     geometry: Geometry,
     *,
     blocks: int,
+    step: int = 1,
     **about: Any,
 ) -> LatencyTable:
     """The table that explains the times.
@@ -663,6 +700,7 @@ def fit_table(
         times: ms by label of ``samples``, and of ``"chain"``, all tokens through ``blocks`` blocks.
         samples: What :func:`design` gave, the dense model, plans, and perhaps a chain of another length.
         blocks: Length of the chains.
+        step: As in :class:`Graphs`.
         about: Further fields of the table.
     """
     everything, depth = geometry.tokens, geometry.depth
@@ -710,20 +748,29 @@ def fit_table(
         return max((time - fixed - head(key)) / blocks - gather, 1e-3 * block)
 
     queries = keys if keys[0] == 1 else [1, *keys]
+    line = monotone(np.array([[block_time(whole[key], key, False) for key in keys]]))[0]
+
+    def shape(tokens: Sequence[float] | np.ndarray) -> np.ndarray:
+        """What split times follow between measured points: tokens, or on a staircase the time of whole blocks."""
+        tokens = np.asarray(tokens, np.float64)
+        return tokens if step == 1 else np.interp(tokens, keys, line) + 1e-6 * line[-1] * tokens / everything
+
     grid = np.full((len(keys), len(queries)), np.nan)
     for row, key in enumerate(keys):
         nodes = np.array([query for query in queries if query <= key], np.float64)
         known = sorted(split.get(key, {}))
         values = [block_time(split[key][query], key, True) for query in known]
-        if not known:
+        if not known and step == 1:
             known, values = [key], [block_time(whole[key], key, False)]
-        line = np.interp(nodes, known, values)
-        if len(known) > 1:  # the last node is queries = keys, one past what can be measured
-            rise = (values[-1] - values[0]) / (known[-1] - known[0])
-            line[-1] = values[-1] + max(rise, 0.0) * (key - known[-1])
-        grid[row, : len(nodes)] = line
+        if known:
+            rising = np.interp(shape(nodes), shape(known), values)
+            if len(known) > 1:  # the last node is queries = keys, one past what can be measured
+                rise = (values[-1] - values[0]) / (known[-1] - known[0])
+                rising[-1] = values[-1] + max(rise, 0.0) * (key - known[-1])
+            grid[row, : len(nodes)] = rising
+    if step > 1:
+        _fill_rows(grid, shape(keys), [block_time(whole[key], key, False) for key in keys])
     smooth = monotone(grid)
-    line = monotone(np.array([[block_time(whole[key], key, False) for key in keys]]))[0]
 
     table = dict(
         model=model,
@@ -761,6 +808,32 @@ def fit_table(
         measured={f"{label}_ms": round(times[label], 6) for label in known},
         validation=tuple(validation),
     )
+
+
+def _fill_rows(grid: np.ndarray, heights: np.ndarray, whole: Sequence[float]) -> None:
+    """Rows that were not measured, from those around them, in place.
+
+    Args:
+        grid: float64 [key, query]; a row without any value is one to fill.
+        heights: float64 [key]: how far between its neighbours a row lies.
+        whole: ms of a whole block, where no neighbour was measured either.
+    """
+    lengths = [int(np.isfinite(row).sum()) for row in grid]
+    known = [row for row, length in enumerate(lengths) if length]
+    offset = grid.shape[1] - grid.shape[0]  # the grid of queries has a 1 that keys may lack
+    for row in range(len(grid)):
+        if lengths[row]:
+            continue
+        count = row + 1 + offset
+        below = max((other for other in known if other < row), default=None)
+        above = min((other for other in known if other > row), default=None)
+        if above is None or below is None:
+            grid[row, :count] = whole[row] if above is None else np.minimum(grid[above, :count], whole[row])
+            continue
+        low = grid[below, : lengths[below]]
+        low = np.concatenate([low, np.full(count - len(low), low[-1])])
+        share = (heights[row] - heights[below]) / (heights[above] - heights[below])
+        grid[row, :count] = low + share * (grid[above, :count] - low)
 
 
 def monotone(grid: np.ndarray) -> np.ndarray:

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from latency_tables import ABOUT, make_table, stairs
 
 from vpruner.errors import UserError
+from vpruner.prune.cost import LatencyCost
 from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.prune.search import search_mask
 from vpruner.runtime import table as module
 from vpruner.runtime.table import (
+    Graphs,
     LatencyTable,
     Sample,
     chain_blocks,
@@ -263,7 +266,7 @@ def test_held_out_plans_are_plans_of_any_model(depth, grid):
         assert all(0.3 < sum(plan.key_counts) / (12 * 65) < 0.9 for plan in plans.values())
 
 
-class Formula:
+class Formula(Graphs):
     """Graphs whose time is a formula: what ``fit_table`` must find again."""
 
     weight_bytes = 1 << 20
@@ -390,3 +393,78 @@ def test_little_time_makes_a_smaller_grid(monkeypatch):
     # A call takes 10 ms by this clock.
     assert len(measure_table(graphs, "m", graphs.shape, seconds=1000).keys) == 10
     assert len(measure_table(graphs, "m", graphs.shape, seconds=0.1).keys) == 4
+
+
+# -- staircases -------------------------------------------------------------------------------------------------------
+
+
+class Stairs(Formula):
+    """A device that works in tiles of eight tokens, and says its time itself."""
+
+    own_time, step, opening_counts = True, 8, True
+
+    @staticmethod
+    def tiles(tokens):
+        return 8 * -(-tokens // 8)
+
+    def whole(self, keys):
+        return 0.2 + 0.03 * self.tiles(keys)
+
+    def split(self, keys, queries):
+        return 0.21 + 0.01 * self.tiles(keys) + 0.02 * self.tiles(queries)
+
+    @contextmanager
+    def chain(self, blocks, keys, queries, refill):
+        yield lambda: self.time(Sample("", blocks, keys, queries, refill)) / 1e3
+
+    @contextmanager
+    def model(self, plan):
+        yield lambda: self.time(Sample("", self.shape.depth, plan=plan)) / 1e3
+
+
+def test_a_grid_with_steps_holds_both_edges_of_each():
+    shape = geometry(grid=(14, 14))
+    assert key_grid(shape, 48, 8) == sorted({2, 197, *range(8, 197, 8), *range(9, 198, 8)})
+    fewer = key_grid(shape, 8, 8)
+    assert fewer[0] == 2 and fewer[-1] == 197 and len(fewer) <= 10
+    assert all(key - 1 in fewer for key in fewer if key % 8 == 1 and key > 2)
+    # No step fits into a small model.
+    assert key_grid(geometry(grid=(2, 2)), 8, 8) == [2, 5]
+    samples = design(shape, 6, 14, 2, 8)
+    assert not any(sample.keys % 8 == 1 for sample in samples if sample.queries < sample.keys and sample.keys > 2 + 8)
+
+
+@pytest.mark.parametrize("target", [0.55, 0.7, 0.85])
+def test_a_staircase_is_measured_and_the_search_lands_on_its_edges(target):
+    shape = geometry(grid=(8, 8))
+    table = measure_table(Stairs(shape), "m", shape, seconds=10.0)
+    LatencyTable.from_json(json.loads(json.dumps(table.to_json())))
+    graphs = Stairs(shape)
+    for edge in range(8, 64, 8):
+        for keys in (edge, edge + 1):
+            assert table.whole_ms(keys) == pytest.approx(graphs.whole(keys), rel=0.02), keys
+    for keys, queries in ((64, 48), (64, 33), (41, 24), (41, 17)):
+        assert table.split_ms(keys, queries) == pytest.approx(graphs.split(keys, queries), rel=0.06), (keys, queries)
+    assert table.largest_error < 0.03
+    importance = np.random.default_rng(0).uniform(0.5, 1, (shape.depth + 1, shape.patches))
+    importance = np.flip(np.cumsum(importance, 0), 0)
+    importance[-1] = 0
+    result = search_mask(importance, shape, target, cost=LatencyCost(table, shape))
+    counts = result.plan("m", shape).key_counts
+    assert all(count % 8 == 0 or count == shape.tokens for count in counts), counts
+
+
+def test_engines_that_take_long_to_build_leave_time_for_fewer(monkeypatch):
+    shape, moments = geometry(grid=(14, 14)), iter(np.arange(10**6) * 3.0)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(moments)))
+    # Opening the dense model takes 3 s by this clock, whatever is measured takes nothing.
+    graphs = Stairs(shape)
+    lengths = [len(measure_table(graphs, "m", shape, seconds=seconds).keys) for seconds in (1e5, 30.0)]
+    assert lengths[0] == 50 and lengths[1] <= 10
+
+
+def test_tables_of_engines_know_nothing_of_threads():
+    shape = geometry()
+    table = make_table(shape, stairs(8), runtime="tensorrt", provider="cuda", keys=KEYS)
+    assert not any("threads" in remark for remark in table.remarks(threads=7))
+    assert table.summary()["whole_ms"] == list(table.whole) and table.summary()["keys"] == KEYS
