@@ -1037,8 +1037,31 @@ def report(results, output, as_json) -> None:
 @model_options
 @click.option("--opset", type=click.IntRange(17, 23), help="ONNX opset of the graphs  [default: 20]")
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Images per run.")
+@click.option(
+    "--runtime",
+    default="ort",
+    show_default=True,
+    type=click.Choice(["ort", "trt"]),
+    help="onnxruntime, or TensorRT: an engine is built for every graph that is measured.",
+)
 @runtime_options
-@click.option("--seconds", default=60.0, show_default=True, type=_Seconds(0.1), help="Time to measure for, about.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="With --runtime trt: of the engines  [default: fp16]",
+)
+@click.option(
+    "--step",
+    type=click.IntRange(1),
+    help="With --runtime trt: kernels like multiples of so many tokens, and both edges are measured  [default: 8]",
+)
+@click.option(
+    "--seconds",
+    default=60.0,
+    show_default=True,
+    type=_Seconds(0.1),
+    help="Time to measure for, about; with --runtime trt building counts too, and 600 is a good start.",
+)
 @click.option(
     "--output", "-o", default="table.json", show_default=True, type=click.Path(path_type=Path), help="Table to write."
 )
@@ -1054,6 +1077,7 @@ def table(output, as_json, quiet, **options) -> None:
     Example:
       vpruner table --threads 1 -o table.json
       vpruner table dense.onnx --threads 4 --batch-size 8 --seconds 120 -o table.json
+      vpruner table dense.onnx --runtime trt --precision fp16 --seconds 600 -o table.json
     """
     from . import pipeline
     from .progress import Reporter

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .prune.rearrange import RearrangeSettings
     from .runtime.metadata import ModelMetadata
     from .runtime.ort import OrtSession
-    from .runtime.table import LatencyTable
+    from .runtime.table import Graphs, LatencyTable
 
 #: What a whole run imports at one point or another.
 PACKAGES = ("torch", "timm", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "matplotlib")
@@ -940,17 +940,33 @@ def make_table(
     threads: int | None,
     seconds: float,
     reporter: Reporter,
+    runtime: str = "ort",
+    precision: str | None = None,
+    step: int | None = None,
 ) -> LatencyTable:
     """Measure the latency table of a model, or of the dense ONNX file of one, and write it.
+
+    Args:
+        runtime: ``"ort"``, or ``"trt"`` for TensorRT engines; then ``precision`` and ``step`` are as in
+            :class:`~vpruner.export.blocks.TrtGraphs`, by default fp16 and 8.
 
     Raises:
         UserError: The model or file cannot be used; nothing is written then.
     """
     from .extras import require
 
-    for package in ("onnx", "onnx_ir", "onnxruntime"):
+    engines = runtime == "trt"
+    if not engines and (precision or step):
+        raise UserError("--precision and --step go with --runtime trt", "leave them out, or add --runtime trt")
+    if engines and (provider != "cpu" or threads):
+        raise UserError("--provider and --threads are of onnxruntime", "leave them out with --runtime trt")
+    for package in ("onnx", "onnx_ir", *(("tensorrt", "polygraphy") if engines else ("onnxruntime",))):
         require(package)
-    from .export.blocks import OrtGraphs
+    if engines:
+        from .runtime import cuda
+
+        cuda.device_properties()  # What is missing is said before a model is exported.
+    from .export.blocks import OrtGraphs, TrtGraphs
     from .runtime.environment import usable_cores
     from .runtime.table import measure_table
 
@@ -968,17 +984,30 @@ def make_table(
             dense = scratch / "dense.onnx"
             with reporter.stage("Exporting the dense model"):
                 loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
-                write_dense(loaded, dense, opset=opset or 20, dynamic_batch=False, batch_size=batch_size)
+                written = opset or (min(20, _newest_opset()) if engines else 20)
+                write_dense(loaded, dense, opset=written, dynamic_batch=False, batch_size=batch_size)
                 del loaded
                 gc.collect()  # A large model's weights need not lie in memory while others are measured.
-        threads = usable_cores() if threads is None else threads
-        graphs = OrtGraphs(dense, scratch, threads=threads, batch=batch_size, provider=provider)
+        if engines:
+            how = dict(precision=precision or "fp16", step=step or 8, reporter=reporter)
+            graphs: Graphs = TrtGraphs(dense, scratch, batch=batch_size, **how)
+        else:
+            threads = usable_cores() if threads is None else threads
+            graphs = OrtGraphs(dense, scratch, threads=threads, batch=batch_size, provider=provider)
         with reporter.stage(f"Measuring blocks of {graphs.name}") as advance:
             table = measure_table(
                 graphs, graphs.name, graphs.geometry, seconds=seconds, on_group=lambda done, groups: advance(1)
             )
         table.save(output)
     return table
+
+
+def _newest_opset() -> int:
+    """That the installed TensorRT reads."""
+    from .extras import require
+    from .runtime.capabilities import Capabilities
+
+    return Capabilities.of(require("tensorrt")).opset
 
 
 def one_set(
