@@ -1,11 +1,15 @@
-"""The schedule that benchmarks/latency_ort.py draws plans from."""
+"""benchmarks/latency_ort.py: the schedule that it draws plans from, the files that it measures, its rows."""
 
 from __future__ import annotations
 
 import importlib.util
 
+import onnx
 import pytest
+from click.testing import CliRunner
 
+from vpruner.artifacts import read_rows
+from vpruner.bundled import reference_card
 from vpruner.errors import UserError
 from vpruner.prune.cost import cost_ratio
 from vpruner.prune.plan import Geometry
@@ -49,3 +53,40 @@ def test_linear_plan_meets_the_target_from_below(benchmark, target):
 def test_a_target_out_of_reach(benchmark):
     with pytest.raises(UserError, match=r"0\.001"):
         benchmark.linear_plan("deit", DEIT_SMALL, 0.001, seed=0)
+
+
+def assert_leaner(paths):
+    """No chains of shapes, slices and squeezes, no casts, every constant once: what the plain export has."""
+    plain, dense, pruned = (onnx.load(paths[label]).graph for label in ("torch default", "dense", "pruned"))
+    for graph in (dense, pruned):
+        kinds = {node.op_type for node in graph.node}
+        assert not kinds & {"Shape", "Slice", "Squeeze", "Unsqueeze", "Cast", "Identity", "Expand", "Constant", "Where"}
+        contents = [(tuple(tensor.dims), tensor.raw_data) for tensor in graph.initializer]
+        assert len(set(contents)) == len(contents)
+    assert len(dense.node) < len(plain.node)
+    # Each of the 8 blocks that drops tokens: two Gathers, and one product split in two.
+    assert len(pruned.node) - len(dense.node) <= 7 * 8
+
+
+def test_every_variant_is_measured_against_the_plain_export(benchmark, tmp_path, monkeypatch):
+    write = benchmark.write_variants
+
+    def write_checked(*arguments):
+        paths, macs = write(*arguments)
+        assert_leaner(paths)
+        return paths, macs
+
+    monkeypatch.setattr(benchmark, "write_variants", write_checked)
+    output = tmp_path / "rows.jsonl"
+    arguments = ["--models", str(reference_card()), "--batch", "2", "--rounds", "2", "-o", str(output)]
+    result = CliRunner().invoke(benchmark.main, arguments)
+    assert result.exit_code == 0, result.output
+    rows = read_rows(output)
+    assert [row["label"] for row in rows] == [benchmark.BASELINE, *benchmark.VARIANTS]
+    assert {row["ratio_to"] for row in rows} == {benchmark.BASELINE} and {row["batch"] for row in rows} == {2}
+    assert len({row["model"] for row in rows}) == 1 and all(row["ratio_low"] <= row["ratio_high"] for row in rows)
+    by_label = {row["label"]: row for row in rows}
+    # The second session is of the same file; every other file is another one.
+    assert len({row["file_sha256"] for row in rows}) == len(rows) - 1
+    assert by_label["pruned int8"]["precision"] == "int8-dynamic" and by_label["pruned"]["precision"] == "fp32"
+    assert by_label["pruned torch"]["macs_ratio"] == by_label["pruned"]["macs_ratio"] <= 0.65
