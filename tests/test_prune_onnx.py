@@ -98,7 +98,7 @@ def reference():
     return open_model()
 
 
-@pytest.fixture(scope="module", params=["ours", pytest.param("dynamo", marks=pytest.mark.slow), "torchscript"])
+@pytest.fixture(scope="module", params=["ours", "torchscript"])
 def reference_graph(request, reference, tmp_path_factory):
     path, geometry = tmp_path_factory.mktemp("reference") / "reference.onnx", reference.adapter.geometry
     if request.param == "ours":
