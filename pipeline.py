@@ -1183,7 +1183,7 @@ def fold_checked(
 
     The file may come from any exporter whose graphs are understood; only those of ours name their weights.
     """
-    from .export.files import load_model
+    from .export.files import load_model, naming
     from .export.fold import fold_file, read_metadata
     from .export.normalise import prepare
     from .export.parity import check_fold
@@ -1192,7 +1192,8 @@ def fold_checked(
     about = read_metadata(graph, str(dense))
     if plan is None:
         if about is None:
-            plan = TokenPlan.identity(dense.stem, prepare(graph).geometry)
+            with naming(dense):
+                plan = TokenPlan.identity(dense.stem, prepare(graph).geometry)
         else:
             plan = TokenPlan.identity(about.model, about.geometry, weights_sha256=about.weights_sha256)
     del graph

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from ..errors import UserError
-from .files import read_model
+from .files import check_tensors, external_problem, read_model
 from .targets import MISSING_WEIGHTS, NO_PRODUCER, SEVERITIES, UNKNOWN_DOMAIN, Bound, Rule, Target, find_target
 
 _INT32 = np.iinfo(np.int32)
@@ -101,6 +101,7 @@ def _load(path: Path) -> ir.Model:
         model = read_model(path)
     finally:
         log.setLevel(level)
+    check_tensors(model, path, external=False)
     for text in _texts(model):
         if not isinstance(text, str):  # protobuf hands bytes on that are no UTF-8
             raise UserError(
@@ -232,7 +233,7 @@ class _Check:
         integers = 0
         for reader, name, value, tensor in self._constants():
             if isinstance(tensor, ir.ExternalTensor):
-                problem = _external_problem(tensor)
+                problem = external_problem(tensor)
                 if problem:
                     missing[tensor.location, problem] += 1
                     continue
@@ -441,15 +442,6 @@ def _bounds_slices(value: ir.Value) -> bool:
     return bool(usages) and all(usage.node.op_type == "Slice" and usage.idx in (1, 2) for usage in usages)
 
 
-def _external_problem(tensor: ir.ExternalTensor) -> str | None:
-    path = Path(tensor.path)
-    if not path.is_file():
-        return "is not there"
-    needed = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
-    size = path.stat().st_size
-    return f"has {size} bytes of {needed}" if size < needed else None
-
-
 def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
     """What a Constant node gives, where that is numbers."""
     for name in ("value", "value_int", "value_ints"):
@@ -488,7 +480,7 @@ def _constant_integer(value: ir.Value | None) -> int | None:
     tensor = value.const_value
     if tensor is None and producer is not None and producer.op_type == "Constant":
         tensor = _constant_tensor(producer)
-    if tensor is None or (isinstance(tensor, ir.ExternalTensor) and _external_problem(tensor)):
+    if tensor is None or (isinstance(tensor, ir.ExternalTensor) and external_problem(tensor)):
         return None
     numbers = _numbers(f"constant {value.name!r}", tensor).reshape(-1)
     return int(numbers[0]) if numbers.size == 1 and numbers.dtype.kind in "iu" else None

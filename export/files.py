@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 from ..artifacts import atomic_path, json_sha256, scratch_beside
-from ..errors import UserError
+from ..errors import GraphError, UserError
 
 #: Bytes of weights up to which they stay inside the file. Protobuf's limit is 2 GiB; the rest is room for the graph.
 INLINE_LIMIT = (1 << 31) - (1 << 25)
 #: Bytes up to which a weight from a file beside the graph is read at once.
 _SMALL = 1 << 14
 _HINT = "write one with: vpruner export MODEL"
+_NOT_THERE = "is not there"
 
 
 def read_model(path: str | os.PathLike) -> ir.Model:
@@ -41,20 +44,82 @@ def load_model(path: str | os.PathLike) -> ir.Model:
     """Read an ONNX file, whose weights must be there.
 
     Raises:
-        UserError: It is missing, truncated, or no ONNX model.
+        UserError: It is missing, truncated, or no ONNX model; or some of its numbers are not there.
     """
     path = Path(path)
     model = read_model(path)
+    check_tensors(model, path)
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        if not Path(tensor.path).is_file():
-            raise UserError(f"{path} needs its weights file {tensor.location}, which is not beside it", _HINT)
-        if tensor.nbytes <= _SMALL:
+        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= _SMALL:
             # ONNX's checker is handed small tensors as they are, and looks for this file in the wrong place.
             value.const_value = ir.Tensor(tensor.numpy().copy(), name=value.name)
     return model
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Put the file's name before what is said of its graph."""
+    try:
+        yield
+    except GraphError as error:
+        if str(path) in error.problem:
+            raise
+        raise GraphError(f"{path}: {error.problem}", error.hint) from error
+
+
+def check_tensors(model: ir.Model, path: Path, *, external: bool = True) -> None:
+    """Refuse a file that does not hold all of its numbers: they would be missed in the middle of the work.
+
+    Args:
+        path: The file, for messages.
+        external: Also look at those that lie in files beside it.
+
+    Raises:
+        UserError: Names the first tensor and what is there of it.
+    """
+    for name, tensor in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            problem = external_problem(tensor) if external else None
+            if problem == _NOT_THERE:
+                raise UserError(f"{path} needs its weights file {tensor.location}, which is not beside it", _HINT)
+            if problem:
+                raise UserError(f"{path} needs {name} of its weights file {tensor.location}, which {problem}", _HINT)
+        elif problem := _inline_problem(tensor):
+            raise UserError(f"{path} is damaged: {name} {problem}", _HINT)
+
+
+def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            yield f"initializer {value.name!r}", value.const_value
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    yield f"attribute {attribute.name!r} of node {node.name!r}", attribute.value
+
+
+def external_problem(tensor: ir.ExternalTensor) -> str | None:
+    """Why a tensor cannot be read from the file beside the graph; None if it can."""
+    path = Path(tensor.path)
+    if not path.is_file():
+        return _NOT_THERE
+    needed = (tensor.offset or 0) + max(tensor.length or 0, tensor.nbytes)
+    size = path.stat().st_size
+    return f"has {size} bytes of {needed}" if size < needed else None
+
+
+def _inline_problem(tensor: ir.TensorProtocol) -> str | None:
+    proto = tensor.raw if isinstance(tensor, ir.serde.TensorProtoTensor) else None
+    if proto is not None and proto.HasField("raw_data"):
+        size = len(proto.raw_data)
+        return f"has {size} bytes of {tensor.nbytes}" if size != tensor.nbytes else None
+    try:
+        tensor.numpy()
+    except Exception as error:  # onnx-ir and numpy raise many types for numbers that do not fill the shape
+        return f"cannot be read ({type(error).__name__})"
+    return None
 
 
 def save_model(model: ir.Model, path: str | os.PathLike) -> Path:

@@ -27,7 +27,7 @@ from ..errors import GraphError, PlanError
 from ..prune.plan import Geometry, TokenPlan
 from . import metadata
 from .clean import add_constant, add_node, add_shape, clean, infer_shapes_anew, split_sizes
-from .files import load_model, save_model
+from .files import load_model, naming, save_model
 from .metadata import GraphMetadata
 from .normalise import prepare
 from .recognise import BlockSite, VitSite, integers, recognise
@@ -94,9 +94,10 @@ def fold_file(dense_path: str | os.PathLike, plan: TokenPlan, output_path: str |
         if about.plan is not None:
             raise already_pruned(str(dense_path), about.plan)
         plan.check_fits(about.model, about.geometry, about.weights_sha256)
-    prepared = prepare(model, plan.geometry)
-    check_shape(plan.geometry, prepared.geometry, plan.model, str(dense_path))
-    result = fold(model, plan)
+    with naming(dense_path):
+        prepared = prepare(model, plan.geometry)
+        check_shape(plan.geometry, prepared.geometry, plan.model, str(dense_path))
+        result = fold(model, plan)
     props = metadata.props_without_weights(plan) if about is None else about.with_plan(plan)
     result.model.metadata_props.update(props)
     save_model(result.model, output_path)

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..prune.cost import cost_ratio, dense_macs
 from ..prune.plan import Geometry, TokenPlan
 from ..runtime.metadata import ModelMetadata
-from .files import load_model
+from .files import load_model, naming
 from .fold import check_shape, read_metadata
 from .metadata import MODEL, PLAN
 from .normalise import prepare
@@ -31,7 +31,11 @@ def inspect_file(path: str | os.PathLike) -> dict[str, Any]:
         UserError: No ONNX file.
     """
     path = Path(path)
-    model = load_model(path)
+    with naming(path):
+        return _describe(load_model(path), path)
+
+
+def _describe(model: ir.Model, path: Path) -> dict[str, Any]:
     described: dict[str, Any] = {
         "file": str(path),
         "opset": model.opset_imports.get("", model.opset_imports.get("ai.onnx")),

@@ -45,6 +45,9 @@ OLDEST_OPSET = 17
 #: Batch sizes to try where the batch is open: they tell a number that depends on it from one that does not. One is
 #: among them since broadcasting makes it special.
 _BATCHES = (1, 2, 3)
+#: Of onnxruntime's own operators, that its optimizers write.
+_FUSED_DOMAINS = ("com.microsoft", "com.ms.")
+_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _ATTENTION_DOMAINS = ("com.microsoft", "org.pytorch.aten", "ai.onnx.contrib")
 
 
@@ -116,7 +119,7 @@ def _refuse_unfit(model: ir.Model) -> None:
     """Refuse what no rewriting makes fit: fused, quantized, old or half-precision graphs."""
     for node in model.graph:
         if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type, node.overload) not in model.functions:
-            if node.domain.startswith("com.microsoft"):
+            if node.domain.startswith(_FUSED_DOMAINS):
                 raise GraphError(
                     f"node {node.name!r} is {node.domain}.{node.op_type}: the graph was fused for onnxruntime",
                     "fold into the graph as it was exported, then fuse the pruned one",
@@ -133,10 +136,13 @@ def _refuse_unfit(model: ir.Model) -> None:
             f"the graph is in opset {opset}, expected {OLDEST_OPSET} or newer",
             "export the model again with a newer opset (vpruner export writes 20)",
         )
-    for value in model.graph.inputs:
-        if not is_constant(value) and value.dtype not in (None, ir.DataType.FLOAT):
+    for kind, value in (
+        *(("input", value) for value in model.graph.inputs if not is_constant(value)),
+        *(("initializer", value) for value in model.graph.initializers.values() if value.dtype in _HALF),
+    ):
+        if value.dtype not in (None, ir.DataType.FLOAT):
             raise GraphError(
-                f"input {value.name!r} is {value.dtype}, expected FLOAT",
+                f"{kind} {value.name!r} is {value.dtype}, expected FLOAT",
                 "fold into the float32 graph, then convert the pruned one",
             )
 

@@ -552,7 +552,10 @@ def _images(
     if data is not None and precision != "int8":
         raise UserError(f"--data calibrates static int8, found --precision {precision}", "leave it out, or --eval-data")
     model = load_model(path)
-    name, _ = quantize.image_input(model)
+    if len(model.graph.outputs) > 1:
+        outputs = ", ".join(str(value.name) for value in model.graph.outputs)
+        reporter.remark(f"{path} gives {outputs}; what is compared is the first alone")
+    name, _ = quantize.image_input(model, str(path))
     shape = next(value.shape for value in model.graph.inputs if value.name == name)
     fixed = shape is not None and len(shape) == 4 and all(isinstance(size, int) for size in shape[1:])
     about = ModelMetadata.from_props(dict(model.metadata_props), str(path))

@@ -242,10 +242,18 @@ def _reads_dequantized(node: ir.Node) -> bool:
     return node.op_type in QUANTIZED and all(p is not None and p.op_type == "DequantizeLinear" for p in producers)
 
 
-def image_input(model: ir.Model) -> tuple[str, int]:
+def image_input(model: ir.Model, source: str = "the graph") -> tuple[str, int]:
+    """Name of the one input, and its batch size: 1 where that is open.
+
+    Raises:
+        UserError: There are several.
+    """
     if len(model.graph.inputs) != 1:
         names = ", ".join(value.name for value in model.graph.inputs)
-        raise UserError(f"the graph takes {names}, expected one input of images", "use int8-dynamic, which needs none")
+        raise UserError(
+            f"{source} takes {names}, expected one input of images",
+            "give a file of one model, such as onnx.utils.extract_model writes",
+        )
     (value,) = model.graph.inputs
     batch = value.shape[0] if value.shape is not None and len(value.shape) else None
     return value.name, batch if isinstance(batch, int) else 1

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -12,8 +13,11 @@ from PIL import Image
 from tiny_vits import tiny
 
 from vpruner.cli import main
+from vpruner.export import quantize
 from vpruner.export.dense import export_dense
 from vpruner.prune.vit import read_geometry, weights_sha256
+from vpruner.runtime.ort import OrtSession
+from vpruner.runtime.preprocess import Preprocessing
 
 PREPROCESSING = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": [32, 48], "interpolation": "bicubic"}
 
@@ -97,11 +101,54 @@ def test_a_mistake_is_one_line_and_leaves_nothing(dense, arguments, message, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_graph_that_does_not_say_how_images_are_prepared(images, tmp_path):
-    linear = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8, 8), torch.nn.Flatten(), torch.nn.Linear(96, 5))
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A graph of another tool, which says nothing about its images."""
+    path = tmp_path_factory.mktemp("theirs") / "theirs.onnx"
+    torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(linear, (torch.zeros(1, 3, 32, 48),), str(tmp_path / "theirs.onnx"), dynamo=False)
-    arguments = ["convert", tmp_path / "theirs.onnx", "--precision", "int8", "--data", images / "train"]
-    result = call(*arguments, "-o", tmp_path / "out.onnx", expected=2)
-    assert "no vpruner.preprocessing" in result.stderr
+        warnings.simplefilter("ignore")  # Of the tracer, and of its deprecation.
+        torch.onnx.export(tiny("class token", depth=2), (torch.zeros(1, 3, 32, 48),), str(path), dynamo=False)
+    return path
+
+
+def test_a_graph_that_does_not_say_how_images_are_prepared(theirs, images, tmp_path):
+    arguments = ["convert", theirs, "--precision", "int8", "--data", images / "train", "-o", tmp_path / "out.onnx"]
+    result = call(*arguments, expected=2)
+    assert "theirs.onnx does not say how images are prepared" in result.stderr and "--mean 0.485" in result.stderr
+    assert "--std is not given" in call(*arguments, "--mean", "0.5", expected=2).stderr
+    assert "std is [0.0, 0.2, 0.2]" in call(*arguments, "--mean", 0.5, "--std", "0,0.2,0.2", expected=2).stderr
+    for wrong in ("a,b,c", "1,2", "nan", ""):
+        assert "three with commas" in call(*arguments, f"--mean={wrong}", "--std", "0.5", expected=2).stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_preprocessing_given_by_hand_is_used_and_written(theirs, images, tmp_path, monkeypatch):
+    seen, real = [], quantize.to_int8
+
+    def noting(model, array, *rest):
+        seen.append(array)
+        return real(model, array, *rest)
+
+    monkeypatch.setattr(quantize, "to_int8", noting)
+    given = ["--mean", "0.5,0.4,0.3", "--std", 0.25, "--interpolation", "bilinear", "--crop-mode", "squash"]
+    arguments = ["convert", theirs, "--precision", "int8", "--data", images / "train", "--images", 3]
+    call(*arguments, *given, "-o", tmp_path / "out.onnx")
+    expected = Preprocessing((0.5, 0.4, 0.3), (0.25,) * 3, (32, 48), "bilinear", 1.0, "squash")
+    # The images are noise over the whole range, and the size of the input.
+    pixels = seen[0] * np.float32(0.25) + np.asarray(expected.mean, np.float32)[:, None, None]
+    np.testing.assert_allclose([pixels.min((0, 2, 3)), pixels.max((0, 2, 3))], [[0] * 3, [254 / 255] * 3], atol=1e-5)
+    image = next((images / "val").glob("*/*.png"))
+    with OrtSession(tmp_path / "out.onnx") as session:
+        assert session.preprocessing == expected and len(session.predict(image, top=1)[0].scores) == 1
+    # Without images to read, what is given is written all the same.
+    call("convert", theirs, "--precision", "fp16", *given, "-o", tmp_path / "fp16.onnx")
+    with OrtSession(tmp_path / "fp16.onnx") as session:
+        assert session.preprocessing == expected
+
+
+def test_what_is_given_stands_over_what_the_file_says(dense, images, tmp_path):
+    arguments = ["convert", dense, "--precision", "fp16", "--eval-data", images / "val", "--crop-pct", 0.5]
+    call(*arguments, "-o", tmp_path / "out.onnx")
+    with OrtSession(tmp_path / "out.onnx") as session, OrtSession(dense) as before:
+        assert session.preprocessing == replace(before.preprocessing, crop_pct=0.5)

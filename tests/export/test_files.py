@@ -1,10 +1,13 @@
 """Files that are written whole or not at all, with weights inside or beside."""
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 from export_tools import random_plan, relative_difference, run
 
+from vpruner.cli import main
 from vpruner.errors import UserError
 from vpruner.export import files
 from vpruner.export.fold import fold_file
@@ -91,3 +94,81 @@ def test_empty_and_other_bytes_are_refused(tmp_path):
             files.load_model(path)
     with pytest.raises(UserError, match="cannot read"):
         files.load_model(tmp_path)
+
+
+def test_a_weights_file_shorter_than_its_entries_is_named(exported, tmp_path, small_limit):
+    path = tmp_path / "large.onnx"
+    files.save_model(files.load_model(exported().path), path)
+    (data,) = (other for other in tmp_path.iterdir() if other != path)
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1])
+    with pytest.raises(
+        UserError, match=rf"large.onnx needs initializer '.*{data.name}, which has {len(whole) - 1} bytes"
+    ):
+        files.load_model(path)
+
+
+@pytest.mark.parametrize("form", ["raw", "typed", "a constant node's"])
+def test_numbers_that_do_not_fill_their_shape_are_damage(form, tmp_path):
+    numbers = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [2, 3], [1.0] * 6, raw=False)
+    if form == "raw":
+        numbers = onnx.numpy_helper.from_array(np.ones((2, 3), np.float32), "w")
+        numbers.raw_data = numbers.raw_data[:-4]
+    else:
+        del numbers.float_data[-1]
+    constant = onnx.helper.make_node("Constant", [], ["w"], name="numbers", value=numbers)
+    infos = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 3]) for name in "xy"]
+    nodes = [onnx.helper.make_node("Add", ["x", "w"], ["y"])]
+    inside = form.startswith("a constant")
+    graph = onnx.helper.make_graph(
+        [constant, *nodes] if inside else nodes, "add", infos[:1], infos[1:], [] if inside else [numbers]
+    )
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    where = "attribute 'value' of node 'numbers'" if inside else "initializer 'w'"
+    found = "has 20 bytes of 24" if form == "raw" else "cannot be read"
+    for command in COMMANDS:
+        assert f"damaged.onnx is damaged: {where} {found}" in refused(command, path, tmp_path)
+
+
+#: As a user types them; PATH is the file.
+COMMANDS = {
+    "fold": ["fold", "PATH", "--identity", "-q"],
+    "inspect": ["inspect", "PATH"],
+    "check": ["check", "PATH", "--for", "trt10"],
+    "convert": ["convert", "PATH", "--precision", "int8-dynamic", "-q"],
+}
+
+
+def refused(command, path, folder):
+    """The one line of error of a command that fails and writes nothing."""
+    before = set(folder.iterdir())
+    output = ["-o", str(folder / "out.onnx")] if command in ("fold", "convert") else []
+    arguments = [str(path) if argument == "PATH" else argument for argument in COMMANDS[command]]
+    result = CliRunner().invoke(main, [*arguments, *output])
+    assert isinstance(result.exception, SystemExit) and result.exit_code == 2, (result.exception, result.output)
+    (line,) = result.stderr.strip().splitlines()
+    assert set(folder.iterdir()) == before and not result.stdout
+    return line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_names_what_is_not_whole(command, exported, tmp_path, small_limit):
+    whole = exported().path
+    cut = tmp_path / "cut.onnx"
+    for length in (0, 20, 5000, -200):
+        cut.write_bytes(whole.read_bytes()[:length])
+        assert "cut.onnx" in refused(command, cut, tmp_path)
+    assert "nowhere.onnx" in refused(command, tmp_path / "nowhere.onnx", tmp_path)
+    path = tmp_path / "large.onnx"
+    files.save_model(files.load_model(whole), path)
+    (data,) = tmp_path.glob("large.onnx.*.data")
+    data.write_bytes(data.read_bytes()[:1000])
+    if command == "check":  # A finding there: the linter reads no weights.
+        result = CliRunner().invoke(main, ["check", str(path), "--for", "trt10"])
+        assert result.exit_code == 1 and "has 1000 bytes of" in result.stdout and data.name in result.stdout
+        return
+    line = refused(command, path, tmp_path)
+    assert "large.onnx needs initializer" in line and f"{data.name}, which has 1000 bytes of" in line
+    data.unlink()
+    assert f"large.onnx needs its weights file {data.name}" in refused(command, path, tmp_path)

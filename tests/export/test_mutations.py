@@ -10,17 +10,22 @@ import re
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
 from export_tools import random_plan, relative_difference
 from foreign_graphs import write_module
 from tiny_vits import tiny
 
+from vpruner.cli import main
 from vpruner.errors import GraphError, PlanError
 from vpruner.export.files import load_model, save_model
-from vpruner.export.fold import check_shape, fold
+from vpruner.export.fold import check_shape, fold, fold_file
+from vpruner.export.inspect import inspect_file
 from vpruner.export.normalise import prepare
 from vpruner.export.parity import run_onnx
+from vpruner.export.precision import convert
 from vpruner.prune.vit import read_geometry
 
 SMALL = {"img_size": (16, 24), "depth": 2, "embed_dim": 16, "num_heads": 2}
@@ -346,3 +351,103 @@ def test_names_do_not_matter(bases, base, tmp_path):
         return True
 
     assert outcome(path, geometry, mutate, tmp_path, 0) == "folded"
+
+
+# -- graphs that other tools have been over ---------------------------------------------------------------------------
+
+
+def optimized_by_onnxruntime(source, target):
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(target), 4
+    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    return r"is com\.microsoft\S*\.\w+: the graph was fused for onnxruntime; fold into .*, then fuse the pruned one"
+
+
+def optimized_by_its_transformers(source, target):
+    from onnxruntime.transformers import optimizer
+
+    model = optimizer.optimize_model(str(source), "vit", SMALL["num_heads"], SMALL["embed_dim"], opt_level=0)
+    model.save_model_to_file(str(target))
+    return r"is com\.microsoft\.\w+: the graph was fused for onnxruntime; fold into .*, then fuse the pruned one"
+
+
+def quantized(precision):
+    def convert_to(source, target):
+        images = np.random.default_rng(0).standard_normal((4, 3, 16, 24)).astype(np.float32)
+        convert(source, target, precision, images=images)
+        forget_metadata(target)
+        return r"is a \w*uantizeLinear: the graph is quantized; fold into .*, then quantize the pruned one"
+
+    return convert_to
+
+
+def halved(precision):
+    def convert_to(source, target):
+        convert(source, target, precision)
+        forget_metadata(target)
+        return "is B?FLOAT16, expected FLOAT; fold into the float32 graph, then convert the pruned one"
+
+    return convert_to
+
+
+def forget_metadata(path):
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    onnx.save(model, path)
+
+
+def two_models(shared):
+    def merge(source, target):
+        one = onnx.load(source)
+        parts = [onnx.compose.add_prefix(one, f"{name}/", rename_inputs=not shared) for name in "ab"]
+        if shared:
+            first, second = (part.graph for part in parts)
+            first.node.extend(second.node)
+            first.initializer.extend(second.initializer)
+            first.output.extend(second.output)
+            onnx.save(parts[0], target)
+        else:
+            onnx.save(onnx.compose.merge_models(*parts, io_map=[]), target)
+        return f"expected one input and one output, found {1 if shared else 2} and 2: .*'b/"
+
+    return merge
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        optimized_by_onnxruntime,
+        optimized_by_its_transformers,
+        quantized("int8"),
+        quantized("int8-dynamic"),
+        halved("fp16"),
+        halved("bf16"),
+        two_models(shared=False),
+        two_models(shared=True),
+    ],
+    ids=["onnxruntime", "onnxruntime.transformers", "int8", "int8-dynamic", "fp16", "bf16", "two models",
+         "two models of one image"],
+)  # fmt: skip
+def test_what_other_tools_made_is_refused_with_node_file_and_advice(bases, tool, tmp_path):
+    source, geometry = bases["torchscript"]
+    target = tmp_path / "theirs.onnx"
+    said = tool(source, target)
+    graph, plan = onnx.load(target).graph, random_plan(geometry, 0)
+    names = {one.name for one in (*graph.node, *graph.initializer, *graph.input)}
+    for look in (lambda: fold_file(target, plan, tmp_path / "pruned.onnx"), lambda: inspect_file(target)):
+        with pytest.raises(GraphError, match=said) as raised:
+            look()
+        assert str(raised.value).startswith(f"{target}: ")
+        assert any(f"'{name}'" in str(raised.value) for name in names)
+    assert not (tmp_path / "pruned.onnx").exists()
+
+
+def test_two_models_are_not_converted_as_one(bases, tmp_path):
+    source, _ = bases["torchscript"]
+    two_models(shared=False)(source, tmp_path / "two.onnx")
+    arguments = ["convert", tmp_path / "two.onnx", "--precision", "fp16", "-o", tmp_path / "out.onnx"]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 2 and "two.onnx takes a/" in result.stderr and "file of one model" in result.stderr
+    two_models(shared=True)(source, tmp_path / "two.onnx")
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0 and "what is compared is the first alone" in result.stderr

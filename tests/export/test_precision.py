@@ -9,6 +9,7 @@ from export_tools import nodes, only, random_plan, run
 from foreign_graphs import Foreign, write_foreign
 
 from vpruner.errors import UserError
+from vpruner.export import files
 from vpruner.export import precision as precisions
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold_file
@@ -246,6 +247,35 @@ def test_a_converted_file_is_not_converted_again(dense, precision, images, tmp_p
 def test_what_cannot_be_done_is_said(dense, arguments, message, tmp_path):
     with pytest.raises(UserError, match=message):
         convert(dense.path, tmp_path / "out.onnx", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", precisions.PRECISIONS)
+def test_weights_beyond_the_limit_of_one_file_convert(dense, precision, images, tmp_path, monkeypatch):
+    convert(dense.path, tmp_path / "inline.onnx", precision, images=images)
+    monkeypatch.setattr(files, "INLINE_LIMIT", 10_000)
+    large = tmp_path / "large.onnx"
+    save_model(load_model(dense.path), large)
+    done = convert(large, tmp_path / "out.onnx", precision, images=images)
+    (data,) = tmp_path.glob("out.onnx.*.data")
+    assert done.bytes_after == done.path.stat().st_size + data.stat().st_size < done.bytes_before
+    assert done.path.stat().st_size < 100_000 < done.bytes_before
+    onnx.checker.check_model(done.path, full_check=True)
+    ours, theirs = ({value.name: value.const_value.numpy() for value in load_model(path).graph.initializers.values()}
+                    for path in (done.path, tmp_path / "inline.onnx"))  # fmt: skip
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+    assert agreement(large, done.path, images).max_relative_error <= BOUNDS[precision].relative_error
+    (other,) = tmp_path.glob("large.onnx.*.data")
+    assert set(tmp_path.iterdir()) == {tmp_path / "inline.onnx", large, other, done.path, data}
+
+
+def test_a_converted_file_with_weights_beside_goes_whole(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "INLINE_LIMIT", 10_000)
+    convert(dense.path, tmp_path / "out.onnx", "fp16")
+    assert len(list(tmp_path.iterdir())) == 2
+    files.remove_model(tmp_path / "out.onnx")
     assert not list(tmp_path.iterdir())
 
 
