@@ -193,16 +193,21 @@ def compare(name: str, reference: np.ndarray, candidate: np.ndarray, tolerance: 
     return rung
 
 
-def run_onnx(path: str | os.PathLike, images: np.ndarray) -> np.ndarray:
+def run_onnx(path: str | os.PathLike, images: np.ndarray, *, optimized: bool = True) -> np.ndarray:
     """Run an ONNX file in onnxruntime on the CPU: float32 [image, channel, height, width] -> [image, output].
 
     A static batch is filled by repeating the last image; its outputs are dropped.
+
+    Args:
+        optimized: Let onnxruntime fuse nodes; otherwise each runs as it is written.
     """
     onnxruntime = require("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # One pass over a few images gains nothing from the arena, and a large model's would stay allocated.
     options.enable_cpu_mem_arena = False
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     (graph_input,) = session.get_inputs()
     batch = graph_input.shape[0] if isinstance(graph_input.shape[0], int) else min(_CHUNK, len(images))
