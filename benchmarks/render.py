@@ -325,11 +325,47 @@ def stage_costs(rows: list[dict]) -> str:
     return "\n".join([*lines, "", f"{versions}{limit}."])
 
 
+def precision(rows: list[dict]) -> str:
+    """Each precision of the dense and the pruned graph; the newest measurement of each."""
+    newest = {(row["model"], row["graph"], row["precision"], row["calibration"]): row for row in rows}
+    forms = list(dict.fromkeys(key[2:] for key in newest))
+    lines = []
+    for model in dict.fromkeys(key[0] for key in newest):
+        graphs = [graph for graph in ("dense", "pruned") if any(key[:2] == (model, graph) for key in newest)]
+        heads = []
+        for graph in graphs:
+            row = newest[model, graph, "fp32", None]
+            name = graph if graph == "dense" else f"{graph}, {row['target']:g} of the MACs"
+            heads += [name, "change in pp (95 %)", "MB"]
+        lines += [f"| {model}, top-1 in % | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+        for form in forms:
+            found = [newest.get((model, graph, *form)) for graph in graphs]
+            cells = [cell for row in found for cell in _precision_cells(row)]
+            lines.append(f"| {form[0]}{f', {form[1]}' if form[1] else ''} | {' | '.join(cells)} |")
+        images = newest[model, graphs[0], "fp32", None]["top1"]["count"]
+        counts = sorted({row["calibrated_on"] for key, row in newest.items() if key[0] == model})
+        calibrated = " or ".join(f"{count:,}" for count in counts)
+        caption = f"{images:,} evaluation images, {calibrated} to calibrate on; bf16 is emulated in float32."
+        lines += ["", caption, ""]
+    return "\n".join(lines[:-1])
+
+
+def _precision_cells(row: dict | None) -> list[str]:
+    if row is None:
+        return ["–"] * 3
+    change = row.get("top1_difference")
+    spread = (
+        f"{100 * change['value']:+.2f} ({100 * change['low']:+.2f} to {100 * change['high']:+.2f})" if change else ""
+    )
+    return [f"{100 * row['top1']['value']:.2f}", spread, f"{row['file_bytes'] / 1e6:.2f}"]
+
+
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "accuracy": accuracy,
     "demo": demo,
     "fisher_rounds": fisher_rounds,
     "latency_ort": latency_ort,
+    "precision": precision,
     "stage_costs": stage_costs,
 }
 

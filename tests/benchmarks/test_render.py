@@ -128,3 +128,30 @@ def test_stage_costs_show_the_newest_row_of_each_step(render):
         "",
         "A processor, 2 threads, PyTorch 2.1; the rearrangement had a time limit of 60 s.",
     ]
+
+
+def test_precision_table(render):
+    def row(graph, precision, calibration=None, lost=None, **changes):
+        top1 = dict(metric="top1", value=0.78 + (lost or 0), low=0.7, high=0.8, count=2000)
+        found = dict(model="toy", graph=graph, precision=precision, calibration=calibration, top1=top1, target=None)
+        found |= dict(file_bytes=6_460_000, calibrated_on=128)
+        if lost is not None:
+            found["top1_difference"] = dict(value=lost, low=lost - 0.004, high=lost + 0.006)
+        return {**found, **changes}
+
+    found = [
+        row("dense", "fp32"),
+        row("dense", "int8", "minmax", lost=-0.5),  # Made again below: the newest counts.
+        row("dense", "int8", "minmax", lost=-0.0015, file_bytes=1_790_000),
+        row("pruned", "fp32", target=0.65),
+        row("dense", "fp16", lost=0.0),
+    ]
+    assert render.precision(found).splitlines() == [
+        "| toy, top-1 in % | dense | change in pp (95 %) | MB | pruned, 0.65 of the MACs | change in pp (95 %) | MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| fp32 | 78.00 |  | 6.46 | 78.00 |  | 6.46 |",
+        "| int8, minmax | 77.85 | -0.15 (-0.55 to +0.45) | 1.79 | – | – | – |",
+        "| fp16 | 78.00 | +0.00 (-0.40 to +0.60) | 6.46 | – | – | – |",
+        "",
+        "2,000 evaluation images, 128 to calibrate on; bf16 is emulated in float32.",
+    ]
