@@ -129,7 +129,7 @@ class Results:
     @property
     def precisions(self) -> list[Row]:
         """What is known of each precision, failed ones too."""
-        return list({row.get("precision"): row for row in self.all("precision")}.values())
+        return list({str(row.get("precision")): row for row in self.all("precision")}.values())
 
     @property
     def latencies(self) -> dict[tuple, dict[str, Row]]:
@@ -647,14 +647,15 @@ def precision_sections(results: Results) -> list[Section]:
                 "" if ratio is None else f"{ratio:.3f}×",
             )
         )
-        if row.get("calibrated_on"):
-            notes.append(f"{name}: calibrated on {row['calibrated_on']:,} calibration images.")
+        if calibrated := _number(row, "calibrated_on"):
+            notes.append(f"{name}: calibrated on {calibrated:,.0f} calibration images.")
         if row.get("computed") == "float32 emulation":
             notes.append(f"{name}: accuracy is that of float32 with every value rounded as the precision rounds it.")
         if row.get("latency_note"):
             notes.append(f"{name}: {row['latency_note']}.")
         beyond = row.get("beyond")
-        notes += [f"{name}: beyond what it is expected to cost: {text}." for text in beyond or ()]
+        beyond = beyond if isinstance(beyond, (list, tuple)) else []
+        notes += [f"{name}: beyond what it is expected to cost: {text}." for text in beyond]
     if not lines and not notes:
         return []
     section = Section("Precision")

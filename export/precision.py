@@ -478,7 +478,8 @@ def convert_beside(
                 agreement(source, path, images[:_NOISE])
         except UserError as error:
             remove_model(path)
-            made.append(Lowered(precision, path, failure=str(error)))
+            # The folder may be one that the user never sees.
+            made.append(Lowered(precision, path, failure=str(error).replace(f"{source.parent}{os.sep}", "")))
             continue
         count = len(images) if precision == "int8" else None
         made.append(Lowered(precision, path, done, cpu_form(path, scratch), count))

@@ -164,7 +164,8 @@ def test_what_cannot_be_had_is_left_out_and_the_run_is_not_lost(images, tmp_path
     assert not (output / "pruned.fp16.onnx").exists() and (output / "pruned.int8-dynamic.onnx").exists()
     assert "pruned.fp16.onnx was left out" in result.stderr and "fp16 ends at 65504" in result.stderr
     failed, other = rows_of(output, "precision")
-    assert "fp16 ends at 65504" in failed["failure"] and other["failure"] is None
+    assert failed["failure"].startswith("pruned.onnx: initializer ") and "fp16 ends at 65504" in failed["failure"]
+    assert other["failure"] is None
     assert "pruned.fp16.onnx was left out" in (output / "report.md").read_text()
 
 
@@ -212,6 +213,15 @@ def test_export_writes_precisions_without_images_where_none_are_needed(card, tmp
     half, dynamic = (onnx.load(tmp_path / f"a.{name}.onnx") for name in ("fp16", "int8-dynamic"))
     assert half.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
     assert dynamic.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+def test_precisions_are_of_the_graph_that_a_target_takes(card, images, tmp_path):
+    call("export", card, "--for", "trt8.5", "--precision", "fp16,int8", "--data", images, "-o", tmp_path / "a.onnx")
+    for name in ("a", "a.fp16", "a.int8"):
+        model = onnx.load(tmp_path / f"{name}.onnx")
+        assert [entry.version for entry in model.opset_import if not entry.domain] == [16]
+        assert not {"LayerNormalization", "Gelu"} & {node.op_type for node in model.graph.node}
+        call("check", tmp_path / f"{name}.onnx", "--for", "trt8.5")
 
 
 def test_export_of_static_int8_is_calibrated_on_data(finished, card, images, tmp_path):

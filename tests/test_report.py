@@ -1,6 +1,7 @@
 """The report says what the rows say, says what is missing, and lets no text of the user become markup."""
 
 import json
+import math
 import re
 import sys
 from dataclasses import replace
@@ -506,3 +507,54 @@ def test_large_pictures_stay_small_in_the_file(tmp_path):
 def test_no_more_examples_than_a_page_takes(tmp_path):
     page, _ = written(tmp_path, [], examples=[Image.new("RGB", (24, 16))] * 9)
     assert page.count("<img") == 1 + report.MOST_EXAMPLES
+
+
+def precision_row(name, **changes):
+    same, top1, change = (
+        dict(metric=metric, value=value, low=value - 0.01, high=value + 0.01, count=2000)
+        for metric, value in (("agreement", 0.985), ("top1", 0.77), ("top1_difference", -0.002))
+    )
+    row = {"kind": "precision", "precision": name, "label": f"pruned.{name}", "file": f"pruned.{name}.onnx"}
+    row |= {"failure": None, "images": 2000, "max_relative_error": 0.14, "file_bytes": 1_820_000, "p50_ms": 2.1}
+    row |= {"ratio": 0.675, "top1_agreement": same, "top1_converted": top1, "top1_difference": change}
+    return row | {"calibrated_on": None, "computed": "onnxruntime", "latency_note": None, "beyond": []} | changes
+
+
+def test_precisions_are_shown_against_float32(tmp_path):
+    rows = [
+        *make_rows(),
+        {**rung("pruned.int8.onnx stays near pruned.onnx", 0.14, 0.5), "precision": "int8", "passed": False},
+        precision_row("int8", calibrated_on=128, beyond=["top-1 changes by -2.00 pp"]),
+        precision_row(
+            "bf16", p50_ms=None, ratio=None, computed="float32 emulation", latency_note="not timed: no kernels"
+        ),
+        {"kind": "precision", "precision": "fp16", "file": "pruned.fp16.onnx", "failure": "a weight is too large"},
+    ]
+    page, text = written(tmp_path, rows)
+    assert "| pruned.int8.onnx | 1.82 MB | 1.4e-01 | 98.50 % (97.50 to 99.50) | 77.00 % (76.00 to 78.00) | " in text
+    assert "−0.20 points (−1.20 to +0.80) | 2.10 ms | 0.675× |" in text
+    assert "| – |  |" in next(line for line in text.splitlines() if line.startswith("| pruned.bf16.onnx"))
+    for said in (
+        "Each file against pruned.onnx in float32, on 2,000 images that no stage has learned from",
+        "int8: calibrated on 128 calibration images.",
+        "int8: beyond what it is expected to cost: top-1 changes by -2.00 pp.",
+        "bf16: accuracy is that of float32 with every value rounded",
+        "bf16: not timed: no kernels.",
+        "pruned.fp16.onnx was left out: a weight is too large.",
+    ):
+        assert said in text and said in page.replace("&#x27;", "'"), said
+    # A precision that costs more than it should is no fault of the exported file.
+    assert "Parity failed at" not in text and "pruned.int8.onnx stays near pruned.onnx" in text
+
+
+def test_runs_in_float32_alone_have_no_such_section(tmp_path):
+    assert "## Precision" not in written(tmp_path, make_rows())[1]
+
+
+@pytest.mark.parametrize("value", ["many", math.nan, [], {}, True])
+def test_precision_rows_of_another_form_do_no_harm(value):
+    row = precision_row("int8")
+    for name in set(row) - {"kind", "failure"}:
+        (section,) = report.precision_sections(report.Results(({**row, name: value},)))
+        text = report.to_markdown("", "", [section])
+        assert text.count("1.82 MB") == (name != "file_bytes"), name
