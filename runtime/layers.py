@@ -154,10 +154,23 @@ def _places(nodes: Sequence[tuple[GraphNode, tuple[str, ...]]], depth: int | Non
             first = index + 1
         furthest = max(furthest, reach[index])
 
+    def has_residual(segment: range) -> bool:
+        """Whether the image passes by the products too, as it does around an attention but not through a pooling."""
+        past = set(nodes[segment.start - 1][0].outputs) if segment.start else set()
+        for index in segment:
+            node, live = nodes[index]
+            if past.intersection(live) and node.operator not in (*_PRODUCTS, *_MIXING):
+                if index == segment.stop - 1:
+                    return len(live) > 1
+                past.update(node.outputs)
+        return False
+
     def kind(segment: range) -> str:
+        if len(segment) < 2:
+            return "."
         inside = [nodes[index] for index in segment]
-        if len(inside) < 2 or not any(node.operator in _PRODUCTS and len(live) == 1 for node, live in inside):
-            return "." if len(inside) < 2 else "-"
+        if not any(node.operator in _PRODUCTS and len(live) == 1 for node, live in inside) or not has_residual(segment):
+            return "-"
         return "A" if any(node.operator in _MIXING for node, _ in inside) else "M"
 
     kinds = "".join(map(kind, segments))
