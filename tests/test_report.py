@@ -251,6 +251,18 @@ def test_stage_rows_of_another_form_do_no_harm(tmp_path, monkeypatch, value):
     written(tmp_path, make_rows(), plan=make_plan(stages=value))
 
 
+def test_the_staircase_that_a_plan_was_searched_on_is_drawn(tmp_path):
+    cost = {"kind": "latency", "runtime": "tensorrt", "provider": "cuda", "precision": "fp16", "keys": [2, 16, 17, 25]}
+    plan = make_plan(cost={**cost, "whole_ms": [1.0, 1.5, 2.5, 2.5]})
+    html_path, markdown_path = report.write_report(tmp_path, plan=plan, rows=[])
+    page = html_path.read_text()
+    assert "17 tokens: 2.5 ms" in page and "in this plan" in page and "tensorrt cuda fp16" in page
+    assert "16 tokens 1.5000 ms" in markdown_path.read_text()
+    for useless in ({"keys": [2, 16], "whole_ms": [1.0]}, {"kind": "macs"}, None):
+        html_path, _ = report.write_report(tmp_path, plan=make_plan(cost=useless), rows=[])
+        assert "in this plan" not in html_path.read_text()
+
+
 def test_what_a_latency_table_promised(tmp_path):
     promise = {
         "kind": "prediction", "label": "pruned", "predicted_ms": 0.8, "predicted_ratio": 0.66, "measured_ms": 0.842,
