@@ -1,0 +1,88 @@
+"""``vpruner table --runtime trt`` on a TensorRT in host memory: every graph is built, every time is the GPU's."""
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from fake_tensorrt import install
+from tiny_vits import tiny
+
+from vpruner.cli import main
+from vpruner.export.dense import export_dense
+from vpruner.prune.vit import read_geometry, weights_sha256
+from vpruner.runtime.table import LatencyTable
+
+pytest.importorskip("polygraphy")
+PREPROCESSING = {
+    "mean": [0.5] * 3,
+    "std": [0.25] * 3,
+    "size": [32, 48],
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def fails(*arguments, says):
+    result = call(*arguments, code=2)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error")]
+    assert len(errors) == 1 and says in errors[0], result.stderr
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    model = tiny("class token")
+    return export_dense(
+        model,
+        tmp_path_factory.mktemp("trt") / "dense.onnx",
+        name="tiny",
+        geometry=read_geometry(model, "tiny"),
+        preprocessing=PREPROCESSING,
+        classes=None,
+        weights_sha256=weights_sha256(model),
+        dynamic_batch=True,
+    )
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = install(monkeypatch, "10.13")
+    yield made
+    assert not made.cuda.live
+
+
+def test_a_table_is_measured_on_engines(dense, machine, tmp_path):
+    path = tmp_path / "table.json"
+    found = call("table", dense, "--runtime", "trt", "--precision", "fp32", "--step", 8, "--batch-size", 2,
+                 "--seconds", 1, "-o", path, "-q")  # fmt: skip
+    table = LatencyTable.load(path)
+    assert (table.runtime, table.provider, table.precision, table.batch) == ("tensorrt", "cuda", "fp32", 2)
+    assert table.protocol["step"] == 8 and "CUDA events" in table.protocol["clock"]
+    # 25 tokens: both edges of steps of eight, and the ends.
+    assert table.keys[0] == 2 and table.keys[-1] == 25 and {16, 17} <= set(table.keys)
+    builds = [entry for entry in machine.trt.log if entry[0] == "build"]
+    assert len(builds) >= len(table.keys)
+    # Whatever is run takes 1.5 ms there, to the digit: no clock of the host's.
+    assert table.measured["dense_ms"] == pytest.approx(1.5) and "tensorrt cuda fp32, batch 2" in found.stdout
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["cache", "table.json"]
+    with np.errstate(all="raise"):
+        assert table.largest_error < 0.05
+
+
+def test_mistakes_are_found_before_anything_is_built(dense, machine, tmp_path, monkeypatch):
+    end = ("-o", tmp_path / "t.json", "-q")
+    fails("table", dense, "--runtime", "trt", "--threads", 2, *end, says="are of onnxruntime")
+    fails("table", dense, "--step", 8, *end, says="--precision and --step go with --runtime trt")
+    machine.cuda.driver = 0
+    fails("table", dense, "--runtime", "trt", *end, says="no CUDA driver is installed")
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    fails("table", dense, "--runtime", "trt", *end, says="pip install 'vpruner[trt]'")
+    assert not [entry for entry in machine.trt.log if entry[0] == "build"] and not (tmp_path / "t.json").exists()
