@@ -863,11 +863,11 @@ def _canonical_merge(
         for batch in batches
     ]
     found = None
-    for _, value, arrays in _views_behind(start, arrays):
+    for _, value, views in _views_behind(start, arrays):
         shapes = [[batch, tokens, heads * width] for batch in batches]
         flat = [[batch * tokens, heads * width] for batch in batches]
-        if [list(array.shape) for array in arrays] in (shapes, flat) and all(
-            np.array_equal(array.reshape(goal.shape), goal) for array, goal in zip(arrays, wanted, strict=True)
+        if [list(view.shape) for view in views] in (shapes, flat) and all(
+            np.array_equal(view.reshape(goal.shape), goal) for view, goal in zip(views, wanted, strict=True)
         ):
             found = value
     return found if found is not None and found.shape is not None else None
@@ -1037,9 +1037,9 @@ class CanonicalPatches(ir.passes.InPlacePass):
         arrays = [np.arange(batch * width * patches).reshape(batch, width, height, across) for batch in batches]
         wanted = [array.reshape(len(array), width, patches).transpose(0, 2, 1) for array in arrays]
         found, kinds = None, []
-        for node, value, arrays in _views_behind(start, arrays):
+        for node, value, views in _views_behind(start, arrays):
             kinds.append(node.op_type)
-            if all(np.array_equal(array, goal) for array, goal in zip(arrays, wanted, strict=True)):
+            if all(np.array_equal(view, goal) for view, goal in zip(views, wanted, strict=True)):
                 found, count = value, len(kinds)
         if found is None or kinds[:count] == ["Reshape", "Transpose"]:
             return ir.passes.PassResult(model, False)
