@@ -820,6 +820,7 @@ def fold(dense, plan_path, identity, deploy_for, output, as_json, quiet) -> None
     "--plan", "plan_path", metavar="FILE", help="With a PyTorch model: compare it with itself pruned by this plan."
 )
 @click.option("--against", metavar="DENSE.ONNX", help="With an ONNX file: the file to compare it with.")
+@preprocessing_options
 @eval_data_option
 @eval_images_option
 @click.option(

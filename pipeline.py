@@ -835,12 +835,7 @@ def open_prunable(
     if not is_onnx(model):
         from .prune.models import open_model
 
-        if preprocessing:
-            name = min(preprocessing).replace("_", "-")
-            raise UserError(
-                f"--{name} goes with an ONNX file; a PyTorch model says itself how images are prepared",
-                "leave it out, or write it into 'preprocessing' of a model card",
-            )
+        refuse_preprocessing(preprocessing)
         return open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
     if pretrained or weights or model_args:
         raise UserError(
@@ -1239,13 +1234,18 @@ def evaluate(
     model_args: Mapping[str, Any],
     plan_path: str | None,
     against: str | None,
+    preprocessing: Mapping[str, Any],
     eval_data: str | None,
     eval_images: int,
     seed: int,
     strict: bool,
     reporter: Reporter,
 ) -> list[dict[str, Any]]:
-    """Rows of ``vpruner evaluate``: ONNX files through the application's session, or a timm model in PyTorch."""
+    """Rows of ``vpruner evaluate``: ONNX files through the application's session, or a timm model in PyTorch.
+
+    Of two ONNX files one may be another tool's: what it does not say of its images, it takes from the other.
+    """
+    from .runtime.preprocess import resolve_preprocessing
 
     def images_for(classes, geometry, compares: bool) -> ImageSet:
         images = one_set(classes, geometry, eval_data, eval_images, "evaluation", reporter, seed=seed, strict=strict)
@@ -1266,17 +1266,31 @@ def evaluate(
             refuse_same(Path(model), Path(against))
             paths = {"dense": Path(against), "pruned": Path(model)}
         with open_graphs(paths) as sessions:
-            metadata = next(iter(sessions.values())).metadata
-            if against:
-                refuse_pruned(Path(against), metadata)
-            if metadata.geometry is None:
+            described = [session.metadata for session in sessions.values() if session.metadata.geometry is not None]
+            if not described:
                 raise UserError(
                     f"{model} does not say what model it is (no vpruner.geometry)", "write it with: vpruner export"
                 )
-            if against and metadata.weights_sha256 != (other := sessions["pruned"].metadata.weights_sha256):
-                raise UserError(
-                    f"{against} has weights {str(metadata.weights_sha256)[:12]}, {model} {str(other)[:12]}",
-                    "compare files that come from the same model",
+            metadata = described[0]
+            if against:
+                refuse_pruned(Path(against), sessions["dense"].metadata)
+                hashes = [session.metadata.weights_sha256 for session in sessions.values()]
+                if None in hashes:
+                    reporter.remark(
+                        f"{against} and {model} do not both say what their weights are: that they come from the same "
+                        "model is for you to know"
+                    )
+                elif len(set(hashes)) > 1:
+                    raise UserError(
+                        f"{against} has weights {hashes[0][:12]}, {model} {hashes[1][:12]}",
+                        "compare files that come from the same model",
+                    )
+            for session in sessions.values():
+                session.preprocessing = resolve_preprocessing(
+                    session.preprocessing or metadata.preprocessing,
+                    preprocessing,
+                    size=metadata.geometry.image_size,
+                    source=str(session.path),
                 )
             images = images_for(metadata.classes, metadata.geometry, bool(against))
             with reporter.stage("Evaluating", len(images.indices)) as advance:
@@ -1284,9 +1298,19 @@ def evaluate(
     else:
         if against:
             raise UserError("--against goes with an ONNX file", "for a PyTorch model give --plan")
+        refuse_preprocessing(preprocessing)
         estimates, images = _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_for, reporter)
     reporter.remark(images.skipped_remark("evaluation"))
     return [estimate.row(label) for label, values in estimates.items() for estimate in values]
+
+
+def refuse_preprocessing(given: Mapping[str, Any]) -> None:
+    if given:
+        name = min(given).replace("_", "-")
+        raise UserError(
+            f"--{name} goes with an ONNX file; a PyTorch model says itself how images are prepared",
+            "leave it out, or write it into 'preprocessing' of a model card",
+        )
 
 
 def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_for, reporter):
