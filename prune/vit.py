@@ -79,7 +79,7 @@ class ViTAdapter:
                 # In the dead form the block before has selected already.
                 if plan.drops_before(block_index) and (form == "gathered" or (form == "dead" and block_index == 0)):
                     rows = plan.entry_rows(block_index)
-                    undo.callback(block.register_forward_pre_hook(_select_input(rows)).remove)
+                    undo.callback(block.register_forward_pre_hook(_select_input(block, rows)).remove)
                 queries = plan.query_rows(block_index)
                 if form == "dead" and len(queries) < plan.key_counts[block_index]:
                     block.forward = _forward_without_dead_tokens(block, queries, bias)
@@ -88,8 +88,8 @@ class ViTAdapter:
                     undo.callback(block.register_forward_pre_hook(_add_key_bias(bias), with_kwargs=True).remove)
             if form == "masked" and len(plan.kept[-1]) < plan.geometry.patches:
                 # Pooling heads average over the tokens that are left; the class token stays where it is.
-                left = plan.token_positions(plan.geometry.depth - 1)
-                undo.callback(self.model.blocks[-1].register_forward_hook(_select_output(left)).remove)
+                left, last = plan.token_positions(plan.geometry.depth - 1), self.model.blocks[-1]
+                undo.callback(last.register_forward_hook(_select_output(last, left)).remove)
             yield self.model
 
     @contextmanager
@@ -143,7 +143,7 @@ class ViTAdapter:
         with self._exclusive() as undo:
             for index, block in enumerate(self.model.blocks):
                 if plan.drops_before(index) and not reopen:
-                    undo.callback(block.register_forward_pre_hook(_select_input(plan.entry_rows(index))).remove)
+                    undo.callback(block.register_forward_pre_hook(_select_input(block, plan.entry_rows(index))).remove)
                 undo.callback(block.register_forward_pre_hook(block_hook(index), with_kwargs=True).remove)
             if geometry.head_patches:
                 head_prefix = geometry.prefix_tokens if self.model.pool_include_prefix else 0
@@ -327,8 +327,13 @@ def _add_key_bias(bias: Tensor):
     return hook
 
 
-def _select_input(rows):
-    rows = torch.from_numpy(rows)
+def _beside(module: nn.Module, rows: np.ndarray) -> Tensor:
+    """Where the weights are: a copy to the GPU in every run would wait for it, and keep the run out of CUDA graphs."""
+    return torch.from_numpy(rows).to(next(module.parameters()).device)
+
+
+def _select_input(block, rows):
+    rows = _beside(block, rows)
 
     def hook(module, args):
         return (args[0].index_select(1, rows.to(args[0].device)), *args[1:])
@@ -336,8 +341,8 @@ def _select_input(rows):
     return hook
 
 
-def _select_output(rows):
-    rows = torch.from_numpy(rows)
+def _select_output(block, rows):
+    rows = _beside(block, rows)
 
     def hook(module, args, output):
         return output.index_select(1, rows.to(output.device))
@@ -347,7 +352,7 @@ def _select_output(rows):
 
 def _forward_without_dead_tokens(block: Block, rows, bias: Tensor | None):
     """``Block.forward`` for ``x`` [batch, key, channel] that returns [batch, query, channel]: only ``rows`` of it."""
-    rows = torch.from_numpy(rows)
+    rows = _beside(block, rows)
 
     def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         index = rows.to(x.device)
