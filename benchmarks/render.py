@@ -8,6 +8,7 @@ and is empty until there are such rows. With ``--plots`` the pictures beside the
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import statistics
 import sys
@@ -360,10 +361,55 @@ def _precision_cells(row: dict | None) -> list[str]:
     return [f"{100 * row['top1']['value']:.2f}", spread, f"{row['file_bytes'] / 1e6:.2f}"]
 
 
+def gpu(rows: list[dict]) -> str:
+    """What benchmarks/gpu/check.py measured: times, goals, results that are wrong; and that there are none yet."""
+    if not rows:
+        return (
+            "**These rows are missing**: `make gpu-check` has not run on a machine with an NVIDIA GPU yet. Nothing\n"
+            "here says how fast an engine is, and none was compared with onnxruntime there. All else is tested."
+        )
+    check = _gpu_check()
+    environments = {}
+    for row in rows:
+        about = row["environment"]
+        versions = ", ".join(
+            f"{name} {version}"
+            for name, version in {"TensorRT": about.get("tensorrt"), **about.get("packages", {})}.items()
+            if version and name in ("TensorRT", "onnxruntime-gpu", "torch")
+        )
+        key = f"{about['gpu']}, driver {about.get('driver') or 'unknown'}, CUDA {about['cuda']}; {versions}"
+        environments.setdefault(key, []).append(row)
+    parts = []
+    for name, some in environments.items():
+        compared = [row for row in some if row["kind"] == "parity"]
+        wrong = [row for row in compared if not row["passed"]]
+        parts += [*check.table_lines(some), "", f"{name}. {len(compared)} results compared, {len(wrong)} wrong."]
+        parts += [f"Wrong: {row['model']} {row['label']}, {row['rung']}, batch {row['batch']}." for row in wrong]
+        missed = [text for text, reached in check.goals(some) if reached is False]
+        parts += [f"Not reached: {text}." for text in missed]
+        if skipped := sorted({one for row in some for one in row.get("skipped", ())}):
+            parts.append(f"Skipped: {'; '.join(skipped)}.")
+        parts.append("")
+    return "\n".join(parts[:-1])
+
+
+def _gpu_check():
+    """The script that wrote the rows knows how to show them."""
+    path = Path(__file__).resolve().parent / "gpu" / "check.py"
+    spec = importlib.util.spec_from_file_location("gpu_check", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+#: Tables that say so where nothing was measured; the others are left empty.
+SAY_MISSING = ("gpu",)
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "accuracy": accuracy,
     "demo": demo,
     "fisher_rounds": fisher_rounds,
+    "gpu": gpu,
     "latency_ort": latency_ort,
     "precision": precision,
     "stage_costs": stage_costs,
@@ -373,7 +419,8 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
 def render(text: str) -> str:
     for name, table in TABLES.items():
         path = RESULTS / f"{name}.jsonl"
-        body = table(read_rows(path)) + "\n" if path.exists() else ""
+        shown = path.exists() or name in SAY_MISSING
+        body = table(read_rows(path) if path.exists() else []) + "\n" if shown else ""
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         text, found = pattern.subn(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)
         if found != 1:

@@ -155,3 +155,32 @@ def test_precision_table(render):
         "",
         "2,000 evaluation images, 128 to calibrate on; bf16 is emulated in float32.",
     ]
+
+
+def gpu_row(label, ratio, **changes):
+    environment = {
+        "gpu": "H200",
+        "driver": "570.1",
+        "cuda": "12.8",
+        "tensorrt": "10.13.0",
+        "packages": {"torch": "2.9"},
+    }
+    row = {"kind": "latency", "model": "deit_base_patch16_224", "batch": 128, "runtime": "tensorrt", "label": label}
+    row |= {"p50_ms": 10.0, "ratio": ratio, "environment": environment, "skipped": ["torch: absent"]}
+    return {**row, **changes}
+
+
+def test_rows_of_a_gpu_and_that_there_are_none(render, monkeypatch, repository):
+    assert "These rows are missing" in render.gpu([])
+    found = [gpu_row("dense", 1.0), gpu_row("0.5", 0.7)]
+    parity = dict(kind="parity", rung="tensorrt fp32 equals onnxruntime", precision="fp32")
+    found += [gpu_row("0.5", None, passed=True, **parity), gpu_row("dense", None, passed=False, **parity)]
+    text = render.gpu(found)
+    assert "| deit_base_patch16_224 | 128 | tensorrt | 10.000 ms | – | – | 0.700 |" in text
+    assert "H200, driver 570.1, CUDA 12.8; TensorRT 10.13.0, torch 2.9. 2 results compared, 1 wrong." in text
+    assert "Wrong: deit_base_patch16_224 dense, tensorrt fp32 equals onnxruntime, batch 128." in text
+    assert "Not reached: deit_base_patch16_224, TensorRT FP16, batch 128" in text and "(0.700)." in text
+    assert "Skipped: torch: absent." in text
+    # Another machine has a table of its own.
+    other = gpu_row("dense", 1.0, environment={"gpu": "Orin", "cuda": "12.6"})
+    assert render.gpu([*found, other]).count("| model | batch |") == 2
