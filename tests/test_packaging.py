@@ -119,7 +119,7 @@ def test_make_lists_its_targets(repository):
         ["make", "--no-print-directory", "help"], cwd=repository, capture_output=True, text=True, check=True
     )
     targets = [line.split()[1] for line in done.stdout.splitlines()]
-    assert targets == ["help", "demo", "test", "lint", "wheel", "clean"]
+    assert targets == ["help", "demo", "test", "lint", "gpu-check", "wheel", "clean"]
 
 
 def test_continuous_integration_can_be_run(repository):
