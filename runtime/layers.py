@@ -169,7 +169,9 @@ def _places(nodes: Sequence[tuple[GraphNode, tuple[str, ...]]], depth: int | Non
         if len(segment) < 2:
             return "."
         inside = [nodes[index] for index in segment]
-        if not any(node.operator in _PRODUCTS and len(live) == 1 for node, live in inside) or not has_residual(segment):
+        # With weights: of the first two operands one is a constant. Scales of a quantized product may not be.
+        weighted = (node.operator in _PRODUCTS and not {*node.inputs[:2]} <= {*live} for node, live in inside)
+        if not any(weighted) or not has_residual(segment):
             return "-"
         return "A" if any(node.operator in _MIXING for node, _ in inside) else "M"
 

@@ -106,6 +106,18 @@ def test_sizes_that_reach_everywhere_do_not_hide_the_blocks(tmp_path):
     assert BlockMap.from_onnx(save(tmp_path / "vit.onnx", nodes, batch="batch")).depth == DEPTH
 
 
+def test_products_of_integers_are_products(tmp_path):
+    nodes = []
+    for node in vit_nodes():
+        label, operator, inputs, output = node
+        if operator == "MatMul" and inputs[1] == "w":
+            # Scale and zero point of the activation are computed from it.
+            nodes.append((label + "q", "DynamicQuantizeLinear", inputs[:1], label + "a"))
+            node = (label, "MatMulInteger", (label + "a", "w", label + "a", "w"), output)
+        nodes.append(node)
+    assert BlockMap.from_onnx(save(tmp_path / "vit.onnx", nodes)).depth == DEPTH
+
+
 def test_a_parallel_block_is_one(tmp_path):
     nodes = [("a", "Conv", ("image", "w"), "x0")]
     for block in range(2):
