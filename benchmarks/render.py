@@ -197,8 +197,15 @@ def _accuracy_cell(metrics: dict[str, list[dict]], shown: list[str], seeds: int)
 
 
 def _seconds_cell(method: str, results: Results) -> str:
-    seconds = [rows[0]["seconds"] for key, metrics in results.items() if key[0] == method for rows in metrics.values()]
-    return f"{statistics.median(seconds):.0f} s"
+    seconds = [
+        row["seconds"]
+        for (found, _), metrics in results.items()
+        if found == method
+        for rows in metrics.values()
+        for row in rows
+        if row["seconds"] is not None  # The process was paused meanwhile.
+    ]
+    return f"{statistics.median(seconds):.0f} s" if seconds else "–"
 
 
 def _accuracy_caption(results: Results) -> str:
