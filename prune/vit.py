@@ -73,7 +73,7 @@ class ViTAdapter:
         if form not in FORMS:
             raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
         plan.check_fits(self.name, self.geometry)
-        with self._exclusive() as undo:
+        with self.exclusive() as undo:
             for block_index, block in enumerate(self.model.blocks):
                 bias = _key_bias(plan, block_index, masked=form == "masked")
                 # In the dead form the block before has selected already.
@@ -140,7 +140,7 @@ class ViTAdapter:
 
             return hook
 
-        with self._exclusive() as undo:
+        with self.exclusive() as undo:
             for index, block in enumerate(self.model.blocks):
                 if plan.drops_before(index) and not reopen:
                     undo.callback(block.register_forward_pre_hook(_select_input(block, plan.entry_rows(index))).remove)
@@ -166,7 +166,12 @@ class ViTAdapter:
             yield gates
 
     @contextmanager
-    def _exclusive(self) -> Iterator[ExitStack]:
+    def exclusive(self) -> Iterator[ExitStack]:
+        """Claim the model for one pruned form; what is called back on leaving undoes it.
+
+        Raises:
+            RuntimeError: Another form is applied already.
+        """
         if self._active:
             raise RuntimeError("another plan is applied to this model already; leave that context first")
         self._active = True
@@ -373,7 +378,11 @@ def _cross_attention(attn: Attention, queries: Tensor, keys: Tensor, bias: Tenso
 
 def attended_values(attn: Attention, queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     """What the projection of ``attn`` reads: [batch, query, head * head_dim]; arguments as in the forward pass."""
-    query, key, value = query_key_value(attn, queries, keys)
+    return attend(attn, *query_key_value(attn, queries, keys), bias)
+
+
+def attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """The same from queries [batch, head, query, head_dim], and keys and values [batch, head, key, head_dim]."""
     if attn.fused_attn:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     else:
@@ -384,10 +393,19 @@ def attended_values(attn: Attention, queries: Tensor, keys: Tensor, bias: Tensor
 
 def query_key_value(attn: Attention, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[batch, query, channel] and [batch, key, channel] -> [batch, head, query, head_dim], and twice with keys."""
-    inner = attn.attn_dim
-    weight, qkv_bias = attn.qkv.weight, attn.qkv.bias
-    query = F.linear(queries, weight[:inner], None if qkv_bias is None else qkv_bias[:inner])
-    key_value = F.linear(keys, weight[inner:], None if qkv_bias is None else qkv_bias[inner:])
-    query = query.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+    return (project_queries(attn, queries), *project_keys_values(attn, keys))
+
+
+def project_queries(attn: Attention, tokens: Tensor) -> Tensor:
+    """[batch, query, channel] -> [batch, head, query, head_dim]."""
+    weight, bias = attn.qkv.weight[: attn.attn_dim], attn.qkv.bias
+    query = F.linear(tokens, weight, None if bias is None else bias[: attn.attn_dim])
+    return attn.q_norm(query.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2))
+
+
+def project_keys_values(attn: Attention, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """[batch, key, channel] -> keys and values, each [batch, head, key, head_dim]."""
+    weight, bias = attn.qkv.weight[attn.attn_dim :], attn.qkv.bias
+    key_value = F.linear(tokens, weight, None if bias is None else bias[attn.attn_dim :])
     key, value = key_value.unflatten(-1, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-    return attn.q_norm(query), attn.k_norm(key), value
+    return attn.k_norm(key), value
