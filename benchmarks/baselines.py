@@ -11,29 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.prune.methods.positions import centre_exits, centre_order, random_exits
+from vpruner.prune.plan import TokenPlan
 from vpruner.prune.vit import ViTAdapter, embed_images, query_key_value
 
-
-def random_exits(plan: TokenPlan, seed: int) -> TokenPlan:
-    """Patches leave in random order."""
-    return _in_order(plan, np.random.default_rng(seed).permutation(plan.geometry.patches))
-
-
-def centre_exits(plan: TokenPlan) -> TokenPlan:
-    """Patches far from the image's centre leave first."""
-    return _in_order(plan, centre_order(plan.geometry))
-
-
-def centre_order(geometry: Geometry) -> np.ndarray:
-    """int64 [patch N]: the farthest first; of patches equally far, the last in row-major order first."""
-    # In half pixels, so that equal distances are equal integers.
-    down, right = (
-        (2 * np.arange(count) - (count - 1)) * (size // count)
-        for count, size in zip(geometry.grid, geometry.image_size, strict=True)
-    )
-    distance = (np.square(down)[:, None] + np.square(right)[None, :]).ravel()
-    return np.lexsort((-np.arange(geometry.patches), -distance))
+__all__ = ["attention_exits", "centre_exits", "centre_order", "mean_attention", "random_exits"]
 
 
 def attention_exits(plan: TokenPlan, attention: np.ndarray) -> TokenPlan:
@@ -77,10 +59,3 @@ def mean_attention(adapter: ViTAdapter, batches: Iterable[tuple[Tensor, Tensor |
             stream = block(stream)
         count += len(images)
     return total / count
-
-
-def _in_order(plan: TokenPlan, order: np.ndarray) -> TokenPlan:
-    """The plan whose patches leave in this ``order``, as many at each block as in ``plan``."""
-    exits = np.empty(plan.geometry.patches, np.int64)
-    exits[order] = np.sort(plan.exits)
-    return TokenPlan.from_exits(plan.model, plan.geometry, exits)

@@ -1,0 +1,360 @@
+"""Rules that reduce tokens while the model runs: which ones, and for some how many, depends on the image.
+
+A rule acts inside a block, after the attention and before the MLP, where ToMe, EViT and SAINT all act. It either keeps
+some of the tokens (:class:`Keep`) or makes new ones of them (:class:`Merge`). What is kept is decided from the keys, so
+tokens that leave are dead in that block already: they give keys and values, and are no queries. A merged token is made
+of outputs, so all of its parts are queries.
+
+Batches in which images keep different numbers of tokens are padded to the largest: padding has weight 0, is no key of
+any attention, takes part in no decision and in no pooling, so a batch gives what its images give alone. Nothing is
+scattered, and rows are gathered along one axis, so rules whose counts are static can be exported.
+
+Everything goes through an instance-level ``forward`` of the blocks and a hook on the head, as in
+:mod:`vpruner.prune.vit`, and leaving the context restores the model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ..cost import block_macs, dense_macs
+from ..plan import Geometry
+from ..vit import ViTAdapter, attend, project_keys_values, project_queries
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The tokens of ``rows`` stay, in that order.
+
+    Attributes:
+        rows: int64 [batch, token]: rows of what entered the block; the prefix comes first and is complete.
+        weight: float [batch, token]: of the tokens that stay, 0 for padding; None: all 1.
+    """
+
+    rows: Tensor
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """New tokens are made of the old.
+
+    Attributes:
+        make: [batch, token, channel] after the attention's residual -> [batch, fewer tokens, channel].
+        weight: float [batch, fewer tokens]: how many patches each stands for; None: all 1.
+    """
+
+    make: Callable[[Tensor], Tensor]
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """What a rule may decide from.
+
+    Attributes:
+        attn: The attention of the block.
+        normed: [batch, token, channel]: what the attention reads.
+        key: [batch, head, token, head_dim]: what queries are compared with.
+        weight: float [batch, token]: how much each token counts, 0 for padding; None: all 1.
+        prefix: How many leading tokens are class, distillation or register tokens.
+        attention_bias: [batch, 1, 1, token], or None: added to the attention's logits.
+    """
+
+    attn: Attention
+    normed: Tensor
+    key: Tensor
+    weight: Tensor | None
+    prefix: int
+    attention_bias: Tensor | None
+
+    def mean_key(self) -> Tensor:
+        """[batch, token, head_dim]: keys averaged over heads, of length 1."""
+        return nn.functional.normalize(self.key.mean(1), dim=-1)
+
+    def class_attention(self) -> Tensor:
+        """[batch, patch]: what the class token attends to, mean over heads; one row, not the matrix."""
+        query = project_queries(self.attn, self.normed[:, :1]) * self.attn.scale
+        logits = query @ self.key.transpose(-2, -1)
+        if self.attention_bias is not None:
+            logits = logits + self.attention_bias
+        return logits.softmax(-1)[:, :, 0, self.prefix :].mean(1)
+
+
+class TokenRule(ABC):
+    """How tokens are reduced in each block of one model.
+
+    Attributes:
+        name: Of the method, as in :func:`vpruner.prune.methods.find_method`.
+        geometry: Shape of the model that the rule is for.
+        merges: Whether its steps are :class:`Merge` rather than :class:`Keep`.
+    """
+
+    name: str
+    geometry: Geometry
+    merges: bool = False
+
+    @abstractmethod
+    def step(self, block: int) -> Callable[[BlockView], Keep | Merge | None] | None:
+        """What to do in ``block``; None: nothing. The step itself may return None: all tokens stay as they are."""
+
+    def static_counts(self) -> tuple[int, ...] | None:
+        """Tokens (prefix included) that enter each block and that leave the last, or None where images decide."""
+        return None
+
+    def step_macs(self, block: int, keys: np.ndarray) -> np.ndarray:
+        """MACs of the decision itself (and of merging) for int64 [...] tokens entering ``block``."""
+        return np.zeros_like(keys)
+
+    def attention_bias(self, weight: Tensor) -> Tensor:
+        """[batch, token] for the logits, from the tokens' weights: padding is nowhere attended to."""
+        return torch.where(weight > 0, 0.0, -torch.inf).to(weight.dtype)
+
+    def acts_in(self, block: int) -> bool:
+        """Whether the rule can change anything in ``block``: in the last one only if the head reads patches."""
+        return (block < self.geometry.depth - 1 or self.geometry.head_patches) and self.step(block) is not None
+
+    @contextmanager
+    def applied(self, adapter: ViTAdapter) -> Iterator[RuleRun]:
+        """Make ``adapter.model`` follow the rule until the context is left.
+
+        Raises:
+            ValueError: The rule is for a model of another shape.
+            RuntimeError: The model has a plan or a rule applied already.
+        """
+        if differences := self.geometry.differences(adapter.geometry):
+            raise ValueError(f"the rule {self.name} is for another model: {', '.join(differences[:3])}")
+        run = RuleRun(self, adapter.model)
+        with adapter.exclusive() as undo:
+            for index, block in enumerate(adapter.model.blocks):
+                block.forward = run._forward_of(index, block)
+                undo.callback(delattr, block, "forward")
+            for hook in run._pooling_hooks():
+                undo.callback(hook.remove)
+            yield run
+
+    def static_macs(self) -> int:
+        """MACs of one image, in closed form.
+
+        Raises:
+            ValueError: The images decide the counts.
+        """
+        counts = self.static_counts()
+        if counts is None:
+            raise ValueError(f"the counts of the rule {self.name} depend on the image")
+        keys = np.asarray(counts[:-1], np.int64)[None]
+        outputs = np.asarray(counts[1:], np.int64)[None].copy()
+        if not self.geometry.head_patches:
+            outputs[:, -1] = self.geometry.head_prefix
+        merging = [self.merges and self.acts_in(block) for block in range(self.geometry.depth)]
+        queries = np.where(np.array(merging) & (outputs < keys), keys, outputs)
+        return int(rule_macs(self, keys, queries, outputs)[0])
+
+
+def rule_macs(rule: TokenRule, keys: np.ndarray, queries: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    """MACs, int64 [image], of runs that recorded these counts (each int64 [image, block L], prefix included).
+
+    As :func:`vpruner.prune.cost.macs_from_counts`, with two differences: tokens that are merged are queries, but not
+    inputs of the MLP, and the decisions themselves cost their matrix products.
+
+    Args:
+        keys: Tokens that enter the block.
+        queries: Tokens whose attention is computed.
+        outputs: Tokens that pass the MLP and leave the block.
+    """
+    geometry = rule.geometry
+    blocks = block_macs(geometry, keys, queries) + (outputs - queries) * geometry.mlp_macs
+    steps = [rule.step_macs(block, keys[:, block]) for block in range(geometry.depth) if rule.acts_in(block)]
+    head = geometry.head_macs_per_token * (outputs[:, -1] - geometry.prefix_tokens) if geometry.head_patches else 0
+    return geometry.stem_macs + blocks.sum(1) + sum(steps, np.zeros(len(keys), np.int64)) + geometry.head_macs + head
+
+
+@dataclass
+class RuleRun:
+    """A model that follows a rule, and what it did to each image.
+
+    Attributes:
+        rule: The rule.
+        model: The model itself; calling it or the run is the same.
+    """
+
+    rule: TokenRule
+    model: nn.Module
+    _weight: Tensor | None = field(default=None, repr=False)
+    _pass: list[tuple] = field(default_factory=list, repr=False)
+    _recorded: list[list[tuple]] = field(default_factory=list, repr=False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    @property
+    def key_counts(self) -> np.ndarray:
+        """int64 [image, block L]: tokens (prefix included) that entered each block, in the order images were run."""
+        return self._counts(0)
+
+    @property
+    def output_counts(self) -> np.ndarray:
+        """int64 [image, block L]: tokens that left each block; of the last, only those that the head reads."""
+        return self._counts(2)
+
+    @property
+    def macs(self) -> np.ndarray:
+        """int64 [image]: multiply-adds, see :func:`rule_macs`."""
+        return rule_macs(self.rule, *(self._counts(what) for what in range(3)))
+
+    def macs_ratio(self) -> float:
+        """Mean over the images, as a fraction of the dense model's."""
+        return float(self.macs.mean()) / dense_macs(self.rule.geometry)
+
+    def clear(self) -> None:
+        """Forget the images run so far."""
+        self._recorded.clear()
+
+    def _counts(self, what: int) -> np.ndarray:
+        rows = []
+        for batch, *blocks in self._recorded:
+            columns = [counts[what] for counts in blocks]
+            columns = [c.cpu().numpy() if isinstance(c, Tensor) else np.full(batch, c) for c in columns]
+            rows.append(np.stack(columns, 1).astype(np.int64))
+        return np.concatenate(rows) if rows else np.zeros((0, self.rule.geometry.depth), np.int64)
+
+    def _forward_of(self, index: int, block: Block) -> Callable[..., Tensor]:
+        geometry = self.rule.geometry
+        step = self.rule.step(index) if self.rule.acts_in(index) else None
+        last = index == geometry.depth - 1
+        # What the head does not read needs no query; no step acts there then.
+        dead = last and not geometry.head_patches
+
+        def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+            if index == 0:
+                self._weight, self._pass = None, [x.shape[0]]
+            weight = self._weight
+            keys = queries = outputs = _count(x, weight)
+            bias = None if weight is None else self.rule.attention_bias(weight)[:, None, None]
+            if step is None and not dead:
+                x = Block.forward(block, x, attn_mask=bias)
+            else:
+                normed = block.norm1(x)
+                key, value = project_keys_values(block.attn, normed)
+                change = None
+                if step is not None:
+                    change = step(BlockView(block.attn, normed, key, weight, geometry.prefix_tokens, bias))
+                    weight = weight if change is None else change.weight
+                if dead:
+                    rows = torch.arange(geometry.head_prefix, device=x.device)
+                    x, normed, weight = x.index_select(1, rows), normed.index_select(1, rows), None
+                elif isinstance(change, Keep):
+                    x, normed = select_rows(x, change.rows), select_rows(normed, change.rows)
+                query = project_queries(block.attn, normed)
+                attended = block.attn.proj_drop(block.attn.proj(attend(block.attn, query, key, value, bias)))
+                x = x + block.drop_path1(block.ls1(attended))
+                if isinstance(change, Merge):
+                    x = change.make(x)
+                outputs = _count(x, weight)
+                queries = keys if isinstance(change, Merge) else outputs
+                x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+            self._weight = weight
+            # While a graph is traced there is no image to record.
+            if not torch.compiler.is_compiling():
+                self._pass.append((keys, queries, outputs))
+                if last:
+                    self._recorded.append(self._pass)
+            return x
+
+        return forward
+
+    def _pooling_hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        """Pooling heads see each token as often as its weight says: an average over the patches, not the tokens."""
+        geometry, model = self.rule.geometry, self.model
+        if not geometry.head_patches:
+            return
+        skipped = 0 if model.pool_include_prefix else geometry.prefix_tokens
+        if model.attn_pool is not None:
+
+            def pool_hook(module, args, kwargs):
+                if self._weight is None:
+                    return None
+                return args, {**kwargs, "attn_mask": self._weight[:, None, None, skipped:].log()}
+
+            yield model.attn_pool.register_forward_pre_hook(pool_hook, with_kwargs=True)
+        else:
+
+            def mean_hook(module, args, output):
+                if self._weight is None:
+                    return None
+                pooled = self._weight[:, skipped:]
+                scale = pooled * pooled.shape[1] / pooled.sum(1, keepdim=True)
+                return output * nn.functional.pad(scale, (skipped, 0), value=1.0)[..., None]
+
+            yield model.norm.register_forward_hook(mean_hook)
+
+
+def _count(x: Tensor, weight: Tensor | None) -> int | Tensor:
+    """Tokens of each image, padding not counted: one number, or int64 [batch] where images differ or may."""
+    return x.shape[1] if weight is None else (weight > 0).sum(1)
+
+
+# -- pieces for rules -------------------------------------------------------------------------------------------------
+
+
+def select_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """[batch, token, ...] and int64 [batch, row] -> [batch, row, ...], as one gather along one axis.
+
+    With an index of its own for each channel, as ``torch.gather`` wants it, ONNX has to write the index out in full.
+    """
+    batch, tokens = x.shape[:2]
+    if batch == 1:
+        return x.index_select(1, rows[0])
+    flat = (rows + tokens * torch.arange(batch, device=x.device)[:, None]).flatten()
+    return x.flatten(0, 1).index_select(0, flat).unflatten(0, (batch, -1))
+
+
+def rank_descending(scores: Tensor) -> Tensor:
+    """int64 [batch, place]: positions from the highest of ``scores`` [batch, position] to the lowest.
+
+    Of equal scores the first position comes first: that is the tie-break of ONNX ``TopK``, which an export gives.
+    """
+    if torch.compiler.is_compiling():
+        return scores.topk(scores.shape[-1], dim=-1, sorted=True).indices
+    return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
+def with_prefix(rows: Tensor, prefix: int) -> Tensor:
+    """int64 [batch, patch] rows among the patches -> rows of the whole sequence, the prefix before them."""
+    leading = torch.arange(prefix, device=rows.device).expand(rows.shape[0], prefix)
+    return torch.cat([leading, rows + prefix], 1)
+
+
+@torch.inference_mode()
+def run_batches(rule: TokenRule, adapter: ViTAdapter, batches: Iterable[Tensor]) -> RuleRun:
+    """Run the model with ``rule`` on ``batches`` for the counts; outputs are thrown away.
+
+    Args:
+        batches: Each float [batch, channel, height, width].
+    """
+    parameter = next(adapter.model.parameters())
+    with rule.applied(adapter) as run:
+        for images in batches:
+            run(images.to(parameter))
+    return run
+
+
+def check_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Sorted block numbers.
+
+    Raises:
+        ValueError: One does not exist, or comes twice.
+    """
+    chosen = tuple(sorted(blocks))
+    if len(set(chosen)) < len(chosen) or any(not 0 <= block < depth for block in chosen):
+        raise ValueError(f"blocks are {list(blocks)}, expected different numbers from 0 to {depth - 1}")
+    return chosen
