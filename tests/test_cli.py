@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
+from commands import call, fails
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -33,24 +34,6 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads
 CLASSES = ["cat", "cow", "dog", "fox"]
 #: For tests of anything but the stages after the search.
 SEARCH_ALONE = ("--rearrange", "none", "--tune", "none")
-
-
-def call(*arguments, code=0, **options):
-    """Run a command in this process; a traceback of ours fails the test, whatever the exit code."""
-    result = CliRunner().invoke(main, [str(a) for a in arguments], **options)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def fails(*arguments, says, code=2):
-    """A user's mistake: the exit code, exactly one line of error, and no traceback."""
-    result = call(*arguments, code=code)
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error")]
-    assert len(errors) == 1, result.stderr
-    assert says in errors[0], errors[0]
-    assert "Traceback" not in result.stderr and result.stdout == ""
 
 
 @pytest.fixture(scope="module")

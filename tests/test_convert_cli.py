@@ -8,11 +8,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import call
 from PIL import Image
 from tiny_vits import tiny
 
-from vpruner.cli import main
 from vpruner.export import quantize
 from vpruner.export.dense import export_dense
 from vpruner.prune.vit import read_geometry, weights_sha256
@@ -20,12 +19,6 @@ from vpruner.runtime.ort import OrtSession
 from vpruner.runtime.preprocess import Preprocessing
 
 PREPROCESSING = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": [32, 48], "interpolation": "bicubic"}
-
-
-def call(*arguments, expected=0):
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == expected, result.output
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +89,7 @@ def test_io_same_changes_the_input(dense, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(dense, arguments, message, tmp_path):
-    result = call("convert", dense, *arguments, "-o", tmp_path / "out.onnx", "-q", expected=2)
+    result = call("convert", dense, *arguments, "-o", tmp_path / "out.onnx", "-q", code=2)
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
@@ -114,12 +107,12 @@ def theirs(tmp_path_factory):
 
 def test_a_graph_that_does_not_say_how_images_are_prepared(theirs, images, tmp_path):
     arguments = ["convert", theirs, "--precision", "int8", "--data", images / "train", "-o", tmp_path / "out.onnx"]
-    result = call(*arguments, expected=2)
+    result = call(*arguments, code=2)
     assert "theirs.onnx does not say how images are prepared" in result.stderr and "--mean 0.485" in result.stderr
-    assert "--std is not given" in call(*arguments, "--mean", "0.5", expected=2).stderr
-    assert "std is [0.0, 0.2, 0.2]" in call(*arguments, "--mean", 0.5, "--std", "0,0.2,0.2", expected=2).stderr
+    assert "--std is not given" in call(*arguments, "--mean", "0.5", code=2).stderr
+    assert "std is [0.0, 0.2, 0.2]" in call(*arguments, "--mean", 0.5, "--std", "0,0.2,0.2", code=2).stderr
     for wrong in ("a,b,c", "1,2", "nan", ""):
-        assert "three with commas" in call(*arguments, f"--mean={wrong}", "--std", "0.5", expected=2).stderr
+        assert "three with commas" in call(*arguments, f"--mean={wrong}", "--std", "0.5", code=2).stderr
     assert not list(tmp_path.iterdir())
 
 

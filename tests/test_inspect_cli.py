@@ -7,19 +7,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import call
 from tiny_vits import tiny
 
-from vpruner.cli import main
 from vpruner.export.parity import run_onnx
 from vpruner.prune.plan import TokenPlan
 from vpruner.prune.vit import ViTAdapter, read_geometry
-
-
-def call(*arguments, expected: int = 0):
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == expected, result.output
-    return result
 
 
 def export(model, path, *, dynamic: bool = False):
@@ -104,13 +97,13 @@ def test_a_graph_that_is_not_understood_names_its_node(foreign, tmp_path):
     node = next(node for node in model.graph.node if node.name == "/blocks/blocks.1/attn/Softmax")
     node.op_type = "LogSoftmax"
     onnx.save(model, tmp_path / "broken.onnx")
-    result = call("inspect", tmp_path / "broken.onnx", expected=2)
+    result = call("inspect", tmp_path / "broken.onnx", code=2)
     assert "'/blocks/blocks.1/" in result.stderr and "of block 1" in result.stderr and not result.stdout
 
 
 def test_a_file_of_something_else_is_one_line(tmp_path):
     (tmp_path / "text.onnx").write_text("not a graph")
-    result = call("inspect", tmp_path / "text.onnx", expected=2)
+    result = call("inspect", tmp_path / "text.onnx", code=2)
     assert "text.onnx is not an ONNX model" in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
@@ -130,7 +123,7 @@ def test_a_plan_folds_into_a_foreign_file(model, foreign, plan, tmp_path):
     assert [block["keys"] for block in described["blocks"]] == list(plan.key_counts)
     assert [block["queries"] for block in described["blocks"]] == list(plan.query_counts)
     assert f"{plan.digest} is folded in" in call("inspect", tmp_path / "pruned.onnx").stdout
-    again = call("fold", tmp_path / "pruned.onnx", "--identity", "-o", tmp_path / "again.onnx", expected=2)
+    again = call("fold", tmp_path / "pruned.onnx", "--identity", "-o", tmp_path / "again.onnx", code=2)
     assert plan.digest[:12] in again.stderr and not (tmp_path / "again.onnx").exists()
 
 
@@ -147,5 +140,5 @@ def test_dead_tokens_go_from_a_foreign_file(model, foreign, tmp_path):
 def test_a_plan_of_another_shape_is_refused(plan, tmp_path):
     other = export(tiny("class token", depth=2), tmp_path / "other.onnx")
     plan.save(tmp_path / "plan.json")
-    result = call("fold", other, "--plan", tmp_path / "plan.json", "-o", tmp_path / "pruned.onnx", expected=2)
+    result = call("fold", other, "--plan", tmp_path / "plan.json", "-o", tmp_path / "pruned.onnx", code=2)
     assert "depth 3 != 2" in result.stderr and not (tmp_path / "pruned.onnx").exists()

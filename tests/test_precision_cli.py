@@ -7,12 +7,11 @@ import onnx
 import pytest
 import timm
 import torch
-from click.testing import CliRunner
+from commands import call
 from PIL import Image
 from safetensors.torch import save_file
 
 from vpruner import cli, pipeline
-from vpruner.cli import main
 from vpruner.errors import UserError
 from vpruner.export import precision as precisions
 from vpruner.export import quantize
@@ -23,14 +22,6 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads
 CLASSES = ["cat", "cow", "dog", "fox"]
 PREPROCESSING = {"mean": [0.5] * 3, "std": [0.25] * 3, "size": [32, 32], "interpolation": "bicubic"}
 RUN = ("--target", 0.6, "--rearrange", "none", "--tune", "none", "--seconds", 0.2)
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 def write_card(folder, edit=lambda state: None):

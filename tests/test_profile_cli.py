@@ -4,11 +4,10 @@ import json
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from click.testing import CliRunner
+from commands import call, fails
 from fake_tensorrt import install
 
 from vpruner.charts import Bars, blocks_chart, nice_ticks, staircase_chart
-from vpruner.cli import main
 from vpruner.profile_report import profile_sections, remarks_of, settings_of, throughput_table
 
 TIMES = [
@@ -21,21 +20,6 @@ PROFILE = [
     {"name": "/blocks.0/MatMul", "averageMs": 1.0},
     {"name": "/blocks.1/MatMul", "averageMs": 0.5},
 ]
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def fails(*arguments, says):
-    result = call(*arguments, code=2)
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error")]
-    assert len(errors) == 1 and says in errors[0], result.stderr
-    assert result.stdout == ""
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import call, fails
 from PIL import Image
 from tiny_vits import tiny
 
 from vpruner import bundled, pipeline
-from vpruner.cli import main
 from vpruner.export.files import load_model, save_model
 from vpruner.export.parity import run_onnx
 from vpruner.export.rebuild import probe_images, rebuild
@@ -35,22 +34,6 @@ GIVEN = ("--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25")
 SEARCH_ALONE = ("--rearrange", "none", "--tune", "none")
 #: Initialisers that tuning replaces, in the three blocks of the tiny model.
 TUNED = ("blocks.1.attn.proj.weight", "blocks.2.mlp.fc2.bias")
-
-
-def call(*arguments, code=0):
-    """Run a command in this process; a traceback of ours fails the test, whatever the exit code."""
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def fails(*arguments, says):
-    result = call(*arguments, code=2)
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error")]
-    assert len(errors) == 1 and says in errors[0], result.stderr
-    assert "Traceback" not in result.stderr and result.stdout == ""
 
 
 @pytest.fixture(scope="module")

@@ -6,31 +6,15 @@ import numpy as np
 import pytest
 import timm
 import torch
-from click.testing import CliRunner
+from commands import call, fails
 from PIL import Image
 from safetensors.torch import save_file
 
-from vpruner.cli import main
 from vpruner.prune.plan import TokenPlan
 from vpruner.runtime.table import LatencyTable
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 4}
 SEARCH_ALONE = ("--rearrange", "none", "--tune", "none")
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def fails(*arguments, says):
-    result = call(*arguments, code=2)
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error")]
-    assert len(errors) == 1 and says in errors[0], result.stderr
-    assert "Traceback" not in result.stderr and result.stdout == ""
 
 
 @pytest.fixture(scope="module")

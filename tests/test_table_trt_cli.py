@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from commands import call, fails
 from fake_tensorrt import install
 from tiny_vits import tiny
 
-from vpruner.cli import main
 from vpruner.export.dense import export_dense
 from vpruner.prune.vit import read_geometry, weights_sha256
 from vpruner.runtime.table import LatencyTable
@@ -20,20 +19,6 @@ PREPROCESSING = {
     "crop_pct": 1.0,
     "crop_mode": "center",
 }
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def fails(*arguments, says):
-    result = call(*arguments, code=2)
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error")]
-    assert len(errors) == 1 and says in errors[0], result.stderr
 
 
 @pytest.fixture(scope="module")
