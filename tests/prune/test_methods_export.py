@@ -37,18 +37,18 @@ def export(adapter: ViTAdapter, rule, images: torch.Tensor, *, dynamic_batch: bo
 @pytest.mark.parametrize("name", ["saint-frozen", "saint-frozen, any batch", "tome", "evit"])
 def test_exported_equals_pytorch(name):
     kind, any_batch = "average pooling beside a class token", "any batch" in name
-    model = tiny(kind, depth=2).requires_grad_(False)
+    model = tiny(kind, depth=2 if name in ("saint-frozen", "tome") else 1).requires_grad_(False)
     if name == "saint-frozen":
         # All keys of block 0 are equal: which of them go is the tie-break's choice alone.
         model.blocks[0].attn.qkv.weight[32:64] = 0
     adapter = ViTAdapter(model, kind)
     geometry = adapter.geometry
     rule = {
-        "saint-frozen": FrozenSaintRule(geometry, (5, 3), (0.5, 0.4)),
-        "saint-frozen, any batch": FrozenSaintRule(geometry, (5, 0), (0.5, None)),
-        "tome": TomeRule(geometry, (4, 3)),
-        "evit": EvitRule(geometry, 0.6, (0, 1)),
-    }[name]
+        "saint-frozen": lambda: FrozenSaintRule(geometry, (5, 3), (0.5, 0.4)),
+        "saint-frozen, any batch": lambda: FrozenSaintRule(geometry, (5,), (0.5,)),
+        "tome": lambda: TomeRule(geometry, (4, 3)),
+        "evit": lambda: EvitRule(geometry, 0.6, (0,)),
+    }[name]()
     batch = 1 + any_batch
     graph = export(adapter, rule, images_for(adapter, batch, dtype=torch.float32), dynamic_batch=any_batch)
 
