@@ -576,18 +576,20 @@ def check_tuned_output(path: Path) -> None:
 
 def _is_tuned(path: Path) -> bool:
     """Whether a file holds tuned weights that vpruner wrote."""
+    from .export.metadata import TUNED_FOR
+
     if is_onnx(path):
         from .export.files import read_model
 
         try:
-            return "vpruner.tuned_for_plan" in read_model(path).metadata_props
+            return TUNED_FOR in read_model(path).metadata_props
         except UserError:
             return False
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            return "vpruner.tuned_for_plan" in (file.metadata() or {})
+            return TUNED_FOR in (file.metadata() or {})
     except SafetensorError:
         return False
 
@@ -602,6 +604,7 @@ def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights
         ParityError: That graph does not compute what the tuned model does.
     """
     from .artifacts import file_sha256
+    from .export.metadata import TUNED_FOR
     from .prune.tune import with_weights
     from .prune.vit import weights_sha256
 
@@ -615,12 +618,12 @@ def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights
                 tuned_weights_sha256=weights_sha256(model), tuned_weights_file=weights_path.name
             )
             if loaded.graph is not None:
-                from .export.rebuild import TUNED_FOR, write_graph
+                from .export.rebuild import write_graph
 
                 tuned = replace(loaded, sha256=plan.provenance["tuned_weights_sha256"])
                 write_graph(tuned, weights_path, {TUNED_FOR: plan.digest})
             else:
-                metadata = {"vpruner.tuned_for_plan": plan.digest, "vpruner.weights_sha256": loaded.sha256}
+                metadata = {TUNED_FOR: plan.digest, "vpruner.weights_sha256": loaded.sha256}
                 save_weights(model.state_dict(), weights_path, metadata)
     plan.save(plan_path)
     return plan

@@ -30,6 +30,8 @@ OUTPUT = "vpruner.output"
 PRECISION = "vpruner.precision"
 #: Of a file that was written for one deployment target (:mod:`vpruner.export.deploy`).
 TARGET = "vpruner.target"
+#: Of a file with the weights that were tuned for a plan, a safetensors file too; the value is the plan's digest.
+TUNED_FOR = "vpruner.tuned_for_plan"
 
 #: Every dense and every pruned file has these.
 REQUIRED = (VERSION, MODEL, WEIGHTS_SHA256, GEOMETRY, PREPROCESSING, OUTPUT)

@@ -393,7 +393,7 @@ def _view(node: ir.Node, output: ir.Value, array: np.ndarray) -> np.ndarray | No
     """What ``output`` holds if the first input of ``node`` holds ``array``; None where the node is no view."""
     if node.domain not in ("", "ai.onnx"):
         return None
-    evaluate = _VIEWS.get(node.op_type)
+    evaluate = VIEWS.get(node.op_type)
     try:
         return None if evaluate is None else evaluate(node, output, array)
     except (ValueError, IndexError, TypeError):  # numpy refuses: the graph does not fit this batch size
@@ -460,7 +460,8 @@ def _view_flatten(node, output, array):
     return array.reshape(int(np.prod(array.shape[:axis])), -1)
 
 
-_VIEWS: dict[str, Callable] = {
+#: Operators that only arrange numbers anew -> what they make of an array.
+VIEWS: dict[str, Callable] = {
     "Flatten": _view_flatten,
     "Gather": _view_gather,
     "Identity": lambda node, output, array: array,
@@ -480,7 +481,7 @@ def _only_reader(value: ir.Value) -> ir.Node | None:
 
 def _views_behind(value: ir.Value, arrays: list[np.ndarray]) -> Iterator[tuple[ir.Node, ir.Value, list[np.ndarray]]]:
     """The chain of views that starts at ``value``: each node, its output, and what that holds of ``arrays``."""
-    while (node := _only_reader(value)) is not None and node.op_type in _VIEWS and node.inputs[0] is value:
+    while (node := _only_reader(value)) is not None and node.op_type in VIEWS and node.inputs[0] is value:
         if len(node.outputs) != 1:
             return
         value = node.outputs[0]
@@ -744,7 +745,7 @@ def _trace_branch(value: ir.Value, rank: int, batches: Sequence[int], *, transpo
         path.append((node, current))
         if (position := _scalar_operand(node)) is not None:
             current = node.inputs[position]
-        elif node.op_type in _VIEWS or node.op_type == "LayerNormalization":
+        elif node.op_type in VIEWS or node.op_type == "LayerNormalization":
             current = node.inputs[0]
         else:
             return None
@@ -763,7 +764,7 @@ def _trace_branch(value: ir.Value, rank: int, batches: Sequence[int], *, transpo
                 if not is_norm(node, array.ndim):
                     return None
                 norms.append(array)
-            elif node.op_type in _VIEWS:
+            elif node.op_type in VIEWS:
                 array = _view(node, output, array)
                 if array is None:
                     return None
@@ -793,7 +794,7 @@ def _trace_branch(value: ir.Value, rank: int, batches: Sequence[int], *, transpo
             aligned = whole and not (before[..., 0] % width).any()
             if not aligned or (columns[:, 0] % width).any() or (columns != columns[:, :1] + np.arange(width)).any():
                 return None
-    steps = tuple(node for node, _ in path if node.op_type not in _VIEWS)
+    steps = tuple(node for node, _ in path if node.op_type not in VIEWS)
     return _Branch(tokens, weight, bias, columns, steps)
 
 
@@ -802,7 +803,7 @@ def _constant_query(value: ir.Value, rank: int, batches: Sequence[int], heads: i
     path: list[tuple[ir.Node, ir.Value]] = []
     while not is_constant(value):
         node = value.producer()
-        if node is None or not (node.op_type in _VIEWS or node.op_type == "Expand"):
+        if node is None or not (node.op_type in VIEWS or node.op_type == "Expand"):
             return None
         path.append((node, value))
         value = node.inputs[0]

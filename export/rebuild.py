@@ -37,7 +37,7 @@ from .clean import add_constant
 from .files import load_model, save_model
 from .fold import already_pruned, check_shape, read_metadata
 from .metadata import GraphMetadata
-from .normalise import _VIEWS, prepare
+from .normalise import VIEWS, prepare
 from .parity import compare, run_onnx
 from .recognise import (
     BlockSite,
@@ -64,8 +64,6 @@ ACTIVATIONS = (
 _SAME_ACTIVATION = 1e-5
 #: What the head may do besides views: functions whose sum is again one matrix and one bias.
 _AFFINE = {"Add", "Sub", "Neg", "Mul", "Div", "MatMul", "Gemm", "Concat", "ReduceMean", "ReduceSum", "Sum"}
-#: Marks the file with the weights that were tuned for a plan; the value is the plan's digest.
-TUNED_FOR = "vpruner.tuned_for_plan"
 
 
 @dataclass(frozen=True)
@@ -508,7 +506,7 @@ class _HeadParts:
         for node in nodes:
             others = [value for value in node.inputs if value is not None and not is_constant(value)]
             computed = node.op_type in ("Mul", "Div", "MatMul", "Gemm")
-            known = node.op_type in _AFFINE or node.op_type in _VIEWS
+            known = node.op_type in _AFFINE or node.op_type in VIEWS
             inverse = node.op_type == "Div" and is_constant(node.inputs[0])
             if not known or (computed and len(others) > 1) or inverse:
                 raise refuse(
@@ -516,7 +514,7 @@ class _HeadParts:
                     "the head to be one norm and one linear layer on what is read; cut the graph off ahead of this "
                     f"node with onnx.utils.extract_model (inputs [{self.reader.image.name!r}])",
                 )
-        if all(node.op_type in _VIEWS for node in nodes) and len(sources) == 1:
+        if all(node.op_type in VIEWS for node in nodes) and len(sources) == 1:
             return nn.Identity()
         if len(sources) == 1:
             found = _vector_linear(sources[0])
@@ -763,7 +761,7 @@ def _nodes_ahead(starts: Sequence[ir.Value], end: ir.Value) -> list[ir.Node]:
 
 
 def _is_view(node: ir.Node, value: ir.Value) -> bool:
-    return node.op_type in _VIEWS and node.op_type != "Split" and node.inputs[0] is value
+    return node.op_type in VIEWS and node.op_type != "Split" and node.inputs[0] is value
 
 
 def _past_views(value: ir.Value) -> ir.Value:

@@ -15,9 +15,10 @@ from vpruner.export import rebuild as module
 from vpruner.export.clean import add_constant
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold_file
+from vpruner.export.metadata import TUNED_FOR
 from vpruner.export.normalise import prepare
 from vpruner.export.parity import run_onnx
-from vpruner.export.rebuild import TUNED_FOR, probe_images, rebuild, write_graph
+from vpruner.export.rebuild import probe_images, rebuild, write_graph
 from vpruner.prune.vit import read_geometry
 
 GIVEN = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.25, 0.5)}
