@@ -18,6 +18,7 @@ from commands import call, fails
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_cards import CLASSES, TINY, write_card, write_images
 
 from vpruner import bundled, cli
 from vpruner.cli import main
@@ -30,8 +31,6 @@ from vpruner.prune.models import open_model
 from vpruner.prune.plan import TokenPlan
 from vpruner.prune.tune import TUNINGS
 
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 4}
-CLASSES = ["cat", "cow", "dog", "fox"]
 #: For tests of anything but the stages after the search.
 SEARCH_ALONE = ("--rearrange", "none", "--tune", "none")
 
@@ -39,33 +38,12 @@ SEARCH_ALONE = ("--rearrange", "none", "--tune", "none")
 @pytest.fixture(scope="module")
 def card(tmp_path_factory):
     """A model card of a tiny random ViT with weights beside it."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    model = timm.models.vision_transformer.VisionTransformer(**TINY)
-    save_file({k: v + 0.05 * torch.randn_like(v) for k, v in model.state_dict().items()}, folder / "tiny.safetensors")
-    (folder / "tiny.json").write_text(
-        json.dumps(
-            {
-                "class": "timm.models.vision_transformer.VisionTransformer",
-                "args": TINY,
-                "weights": "tiny.safetensors",
-                "classes": CLASSES,
-                "preprocessing": {"mean": [0.5] * 3, "std": [0.25] * 3, "size": [32, 32], "interpolation": "bicubic"},
-            }
-        )
-    )
-    return folder / "tiny.json"
+    return write_card(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(0)
-    for name in CLASSES:
-        (folder / name).mkdir()
-        for index in range(6):
-            Image.fromarray(random.integers(0, 255, (40, 36, 3), np.uint8)).save(folder / name / f"{index}.png")
-    return folder
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

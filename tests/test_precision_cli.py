@@ -5,11 +5,8 @@ import json
 import numpy as np
 import onnx
 import pytest
-import timm
-import torch
 from commands import call
-from PIL import Image
-from safetensors.torch import save_file
+from tiny_cards import write_card, write_images
 
 from vpruner import cli, pipeline
 from vpruner.errors import UserError
@@ -18,42 +15,18 @@ from vpruner.export import quantize
 from vpruner.export.precision import BOUNDS, agreement
 from vpruner.prune.models import open_model
 
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 4}
-CLASSES = ["cat", "cow", "dog", "fox"]
-PREPROCESSING = {"mean": [0.5] * 3, "std": [0.25] * 3, "size": [32, 32], "interpolation": "bicubic"}
+DEPTH = 2
 RUN = ("--target", 0.6, "--rearrange", "none", "--tune", "none", "--seconds", 0.2)
-
-
-def write_card(folder, edit=lambda state: None):
-    torch.manual_seed(0)
-    model = timm.models.vision_transformer.VisionTransformer(**TINY)
-    state = {name: value + 0.05 * torch.randn_like(value) for name, value in model.state_dict().items()}
-    edit(state)
-    save_file(state, folder / "tiny.safetensors")
-    card = {
-        "class": "timm.models.vision_transformer.VisionTransformer",
-        "args": TINY,
-        "weights": "tiny.safetensors",
-        "classes": CLASSES,
-        "preprocessing": PREPROCESSING,
-    }
-    (folder / "tiny.json").write_text(json.dumps(card))
-    return folder / "tiny.json"
 
 
 @pytest.fixture(scope="module")
 def card(tmp_path_factory):
-    return write_card(tmp_path_factory.mktemp("model"))
+    return write_card(tmp_path_factory.mktemp("model"), depth=DEPTH)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name in CLASSES:
-        (folder / name).mkdir()
-        for index in range(6):
-            Image.fromarray(random.integers(0, 255, (40, 36, 3), np.uint8)).save(folder / name / f"{index}.png")
-    return folder
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +84,7 @@ def test_each_precision_has_its_rung_and_its_cost_on_the_evaluation_images(finis
         assert row["file_bytes"] == (output / f"pruned.{name}.onnx").stat().st_size < row["float32_bytes"]
     assert rows["int8"]["calibrated_on"] == 18 and rows["fp16"]["calibrated_on"] is None
     # A block that drops tokens may project queries apart.
-    assert rows["int8"]["quantized"] >= 4 * TINY["depth"] and len(rows["int8"]["left_out"]) == 2
+    assert rows["int8"]["quantized"] >= 4 * DEPTH and len(rows["int8"]["left_out"]) == 2
     assert rows["bf16"]["computed"] == "float32 emulation" and rows["fp16"]["computed"] == "onnxruntime"
 
 
@@ -149,7 +122,7 @@ def test_what_cannot_be_had_is_left_out_and_the_run_is_not_lost(images, tmp_path
     def too_large_for_fp16(state):
         state["pos_embed"][0, 0, 0] = 70000.0
 
-    card = write_card(tmp_path_factory.mktemp("model"), too_large_for_fp16)
+    card = write_card(tmp_path_factory.mktemp("model"), too_large_for_fp16, depth=DEPTH)
     output = tmp_path / "out"
     result = call("run", card, "--data", images, *RUN, "--precision", "fp16,int8-dynamic", "-o", output, code=1)
     assert not (output / "pruned.fp16.onnx").exists() and (output / "pruned.int8-dynamic.onnx").exists()

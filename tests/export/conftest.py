@@ -14,6 +14,7 @@ from vpruner.prune.vit import read_geometry, weights_sha256
 sys.path.append(str(Path(__file__).parent))
 
 from export_tools import PREPROCESSING, Exported
+from foreign_graphs import Foreign, write_foreign
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,3 +53,16 @@ def exported(tmp_path_factory):
         return cache[key]
 
     return export
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """``written(Foreign(...))``: the file, exported once per session."""
+    folder, paths = tmp_path_factory.mktemp("foreign"), {}
+
+    def write(foreign: Foreign):
+        if foreign not in paths:
+            paths[foreign] = write_foreign(foreign, folder / f"{len(paths)}.onnx")
+        return paths[foreign]
+
+    return write

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from export_tools import gathered_reference, random_plan, relative_difference
-from foreign_graphs import Foreign, tiny_model, write_foreign, write_module
+from foreign_graphs import Foreign, tiny_model, write_module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_vits import KINDS, tiny
@@ -42,19 +42,6 @@ TORCHSCRIPT = [
     for dynamic, fused in ((False, True), (True, "attention pooling" in kind))
 ]
 MATRIX = DYNAMO + DYNAMO_KINDS + TORCHSCRIPT
-
-
-@pytest.fixture(scope="session")
-def written(tmp_path_factory):
-    """``written(Foreign(...))``: the file, exported once per session."""
-    folder, paths = tmp_path_factory.mktemp("foreign"), {}
-
-    def write(foreign: Foreign):
-        if foreign not in paths:
-            paths[foreign] = write_foreign(foreign, folder / f"{len(paths)}.onnx")
-        return paths[foreign]
-
-    return write
 
 
 def images_for(geometry, count: int = 3) -> torch.Tensor:

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from export_tools import gathered_reference, random_plan, relative_difference
-from foreign_graphs import Foreign, tiny_model, write_foreign, write_module
+from foreign_graphs import Foreign, tiny_model, write_module
 from tiny_vits import KINDS, tiny
 from torch import nn
 
@@ -22,19 +22,6 @@ from vpruner.export.rebuild import probe_images, rebuild, write_graph
 from vpruner.prune.vit import read_geometry
 
 GIVEN = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.25, 0.5)}
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """``written(Foreign(...))``: the file, exported once."""
-    folder, paths = tmp_path_factory.mktemp("foreign"), {}
-
-    def write(foreign: Foreign):
-        if foreign not in paths:
-            paths[foreign] = write_foreign(foreign, folder / f"{len(paths)}.onnx")
-        return paths[foreign]
-
-    return write
 
 
 def output_of(model: nn.Module, geometry, images=None) -> np.ndarray:

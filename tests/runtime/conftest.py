@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_tensorrt import install
 
 SIZE = (8, 6)
 PREPROCESSING = {
@@ -80,3 +81,18 @@ def weight() -> np.ndarray:
 @pytest.fixture
 def preprocessing_json() -> dict:
     return dict(PREPROCESSING)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """``machine("10.13")``: a TensorRT of that release and a GPU in host memory; all memory must be given back."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = []
+
+    def put(release="10.13"):
+        made.append(install(monkeypatch, release))
+        return made[-1]
+
+    yield put
+    for one in made:
+        assert not one.cuda.live, f"not given back: {[kind for kind, _ in one.cuda.live.values()]}"

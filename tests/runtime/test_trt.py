@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from fake_cuda import Error
-from fake_tensorrt import RELEASES, install
+from fake_tensorrt import RELEASES
 from PIL import Image
 
 import vpruner.runtime
@@ -21,20 +21,6 @@ from vpruner.runtime.trt import TrtSession
 
 pytest.importorskip("polygraphy")
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
-
-
-@pytest.fixture
-def machine(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    made = []
-
-    def put(release="10.13"):
-        made.append(install(monkeypatch, release))
-        return made[-1]
-
-    yield put
-    for one in made:
-        assert not one.cuda.live, f"not given back: {[kind for kind, _ in one.cuda.live.values()]}"
 
 
 @pytest.fixture
