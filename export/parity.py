@@ -196,24 +196,26 @@ def compare(name: str, reference: np.ndarray, candidate: np.ndarray, tolerance: 
 def run_onnx(path: str | os.PathLike, images: np.ndarray, *, optimized: bool = True) -> np.ndarray:
     """Run an ONNX file in onnxruntime on the CPU: float32 [image, channel, height, width] -> [image, output].
 
-    A static batch is filled by repeating the last image; its outputs are dropped.
+    A static batch is filled by repeating the last image; its outputs are dropped. A graph that takes float16 gets that;
+    outputs are as the graph has them.
 
     Args:
         optimized: Let onnxruntime fuse nodes; otherwise each runs as it is written.
     """
     onnxruntime = require("onnxruntime")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # What fails is an exception; the log would say it a second time.
     # One pass over a few images gains nothing from the arena, and a large model's would stay allocated.
     options.enable_cpu_mem_arena = False
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     (graph_input,) = session.get_inputs()
+    dtype = np.float16 if graph_input.type == "tensor(float16)" else np.float32
     batch = graph_input.shape[0] if isinstance(graph_input.shape[0], int) else min(_CHUNK, len(images))
     outputs = []
     for start in range(0, len(images), batch):
-        chunk = images[start : start + batch]
+        chunk = images[start : start + batch].astype(dtype, copy=False)
         filled = np.concatenate([chunk, np.repeat(chunk[-1:], batch - len(chunk), axis=0)])
         outputs.append(session.run(None, {graph_input.name: filled})[0][: len(chunk)])
     return np.concatenate(outputs)

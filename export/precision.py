@@ -23,7 +23,6 @@ from onnx_ir.passes import common as passes
 
 from ..artifacts import canonical_json, scratch_beside
 from ..errors import UserError, first_line
-from ..extras import require
 from ..prune.evaluate import Estimate, paired_difference, proportion
 from ..runtime.metadata import ModelMetadata
 from ..runtime.preprocess import Preprocessing, resolve_preprocessing
@@ -31,6 +30,7 @@ from . import half, quantize
 from .clean import infer_shapes_anew
 from .files import into_memory, load_model, remove_model, save_model
 from .metadata import PRECISION, PREPROCESSING
+from .parity import run_onnx
 from .quantize import CALIBRATIONS, DEFAULT_CALIBRATION, QUANTIZED, QUANTIZED_OPS
 
 if TYPE_CHECKING:
@@ -382,26 +382,13 @@ def _beyond(bound: Bound | None, error: float, top1: dict[str, Estimate]) -> Ite
 
 
 def _run(path: str | os.PathLike, images: np.ndarray, *, optimized: bool = True) -> np.ndarray:
-    """First output for float32 images [image, ...], widened to float32; a static batch is filled by the last image."""
-    ort = require("onnxruntime")
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.enable_cpu_mem_arena = False
-    if not optimized:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    """As :func:`~vpruner.export.parity.run_onnx`, outputs widened to float32."""
     try:
-        session = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-        (graph_input,) = session.get_inputs()
-        dtype = np.float16 if graph_input.type == "tensor(float16)" else np.float32
-        batch = graph_input.shape[0] if isinstance(graph_input.shape[0], int) else min(8, len(images))
-        outputs = []
-        for start in range(0, len(images), batch):
-            chunk = images[start : start + batch].astype(dtype)
-            filled = np.concatenate([chunk, np.repeat(chunk[-1:], batch - len(chunk), axis=0)])
-            outputs.append(session.run(None, {graph_input.name: filled})[0][: len(chunk)])
+        return run_onnx(path, images, optimized=optimized).astype(np.float32, copy=False)
+    except UserError:  # onnxruntime is not installed.
+        raise
     except Exception as error:  # onnxruntime raises one type per status
         raise UserError(f"{path}: onnxruntime cannot run it: {first_line(error)}", "check the float32 file") from error
-    return np.concatenate(outputs).astype(np.float32)
 
 
 # -- several precisions of one file -----------------------------------------------------------------------------------
