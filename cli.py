@@ -247,7 +247,7 @@ target_option = _options(
 #: know them load PyTorch, and help must not. A test compares them.
 REARRANGEMENTS = ("ppo", "greedy", "none")
 TUNINGS = ("weights", "gates", "gates-distill", "none")
-EPISODES, TIME_LIMIT = 384, 600.0
+EPISODES, EPISODES_UNTUNED, TIME_LIMIT = 384, 640, 600.0
 stage_options = _options(
     click.option(
         "--rearrange",
@@ -265,8 +265,7 @@ stage_options = _options(
     ),
     click.option(
         "--episodes",
-        default=EPISODES,
-        show_default=True,
+        show_default=f"{EPISODES} with --tune weights, else {EPISODES_UNTUNED}",
         type=click.IntRange(1),
         help="Plans that --rearrange ppo tries, at most; Ctrl-C ends it early with the best one so far.",
     ),
@@ -665,7 +664,7 @@ def prune(
         rounds=rounds,
         rearrangement=rearrange,
         tuning=tune,
-        settings=pipeline.rearrange_settings(episodes, time_limit),
+        settings=pipeline.rearrange_settings(tune, episodes, time_limit),
         checkpoint=checkpoint,
         seed=seed,
         reporter=reporter,

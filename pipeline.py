@@ -59,7 +59,8 @@ EXAMPLE_IMAGES = 4
 class RunOptions:
     """Everything ``vpruner run`` can be told; see the command's help for the meaning.
 
-    Where ``episodes`` or ``time_limit`` is None, it is that of :class:`~vpruner.prune.rearrange.RearrangeSettings`.
+    Where ``episodes`` or ``time_limit`` is None, it is that of
+    :meth:`~vpruner.prune.rearrange.RearrangeSettings.for_tuning`.
     """
 
     target: float = 0.65
@@ -166,7 +167,7 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             rounds=options.rounds,
             rearrangement=options.rearrange,
             tuning=options.tune,
-            settings=rearrange_settings(options.episodes, options.time_limit),
+            settings=rearrange_settings(options.tune, options.episodes, options.time_limit),
             checkpoint=options.checkpoint,
             seed=options.seed,
             reporter=reporter,
@@ -361,11 +362,10 @@ def check_checkpoint(checkpoint: Path | None, rearrange: str, *others: str | Pat
         raise UserError(f"{checkpoint} is written by this command", "choose another name with --checkpoint")
 
 
-def rearrange_settings(episodes: int | None, time_limit: float | None) -> RearrangeSettings:
+def rearrange_settings(tuning: str, episodes: int | None, time_limit: float | None) -> RearrangeSettings:
     from .prune.rearrange import RearrangeSettings
 
-    given = {"episodes": episodes, "time_limit": time_limit}
-    return RearrangeSettings(**{name: value for name, value in given.items() if value is not None})
+    return RearrangeSettings.for_tuning(tuning, episodes=episodes, time_limit=time_limit)
 
 
 def choose(options: RunOptions, loaded: LoadedModel, reporter: Reporter) -> tuple[ImageSet, ImageSet]:

@@ -98,11 +98,10 @@ class Candidates:
         methods: Those that will be asked for: what two of them share is made once.
     """
 
-    def __init__(self, shared: Images, target: float, seed: int, episodes: int, methods: Sequence[str]):
+    def __init__(self, shared: Images, target: float, seed: int, episodes: int | None, methods: Sequence[str]):
         self.shared, self.target, self.seed, self.methods = shared, target, seed, methods
         self.adapter = shared.loaded.adapter
-        # No limit of time: what comes out must not depend on what else the machine does.
-        self.settings = RearrangeSettings(episodes=episodes, time_limit=1e6)
+        self.episodes = episodes
 
     @cached_property
     def shipped(self) -> Learned:
@@ -123,12 +122,14 @@ class Candidates:
         rearranges = "fisher 1 round + greedy" in self.methods
         return self._learn(rounds=1, rearrangement="greedy" if rearranges else "none", tuning="none")
 
-    def _learn(self, **options) -> Learned:
+    def _learn(self, *, tuning: str, **options) -> Learned:
         return learn(
             self.shared.loaded,
             self.shared.images,
             target=self.target,
-            settings=self.settings,
+            # No limit of time: what comes out must not depend on what else the machine does.
+            settings=RearrangeSettings.for_tuning(tuning, episodes=self.episodes, time_limit=1e6),
+            tuning=tuning,
             seed=self.seed,
             **options,
         )
@@ -191,6 +192,13 @@ METHODS: dict[str, Callable[[Candidates], Candidate]] = {
 }
 
 
+def played(method: str, episodes: int | None) -> int | None:
+    """Episodes of PPO in ``method``, as ``vpruner run`` plays them unless ``episodes`` says otherwise; None: none."""
+    if "ppo" not in method:
+        return None
+    return RearrangeSettings.for_tuning("weights" if "weights" in method else "none", episodes=episodes).episodes
+
+
 class Evaluation:
     """Evaluation images in memory, and what the dense model, as timm runs it, makes of them."""
 
@@ -228,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=[0.8, 0.65, 0.5, 0.35])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--episodes", type=int, default=RearrangeSettings.episodes, help="of PPO")
+    parser.add_argument("--episodes", type=int, help="of PPO; default: that of vpruner run, see played()")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/accuracy.jsonl"))
     args = parser.parse_args(argv)
     if args.images < FEWEST_IMAGES:
@@ -258,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "eval_data": Path(args.eval_data).stem,
             }
             facts = {
-                method: {**common, "method": method, "episodes": args.episodes if "ppo" in method else None}
+                method: {**common, "method": method, "episodes": played(method, args.episodes)}
                 for method in args.methods
             }
             missing = [method for method, fact in facts.items() if tuple(fact[k] for k in KEY) not in done]

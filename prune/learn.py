@@ -141,7 +141,7 @@ def learn(
         loss, rounds: Of the search, see :func:`learn_plan`.
         rearrangement: One of :data:`REARRANGEMENTS`.
         tuning: One of :data:`~vpruner.prune.tune.TUNINGS`.
-        settings: How much the rearrangement plays.
+        settings: How much the rearrangement plays; None: what goes with ``tuning``.
         checkpoint: File that the rearrangement resumes from and writes.
         seed: Of everything random.
         reporter: Where progress goes.
@@ -197,7 +197,7 @@ def learn(
         rearrangement = tuning = "none"
     if drops and rearrangement != "none":
         started = time.perf_counter()
-        settings = settings or RearrangeSettings()
+        settings = settings or RearrangeSettings.for_tuning(tuning)
         world = World(adapter, calibration)
         if rearrangement == "ppo":
             firsts = []

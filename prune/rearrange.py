@@ -94,6 +94,9 @@ STAND_IN_JUDGES = 4
 #: Temperatures of the episodes that those plans come from: further from the start than the episodes to be judged.
 STAND_IN_TEMPERATURES = (1.0, 2.5)
 TOKEN_FEATURES, BLOCK_FEATURES = 9, 6
+#: Episodes by default, where weights will be refitted and where they stay as they are: without a refit, plans go on
+#: getting better for longer, and there are no stand-in weights to pay for.
+EPISODES, EPISODES_UNTUNED = 384, 640
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,19 @@ class RearrangeSettings:
         finalists: Episodes of a batch that are judged on all images, so that one may become the incumbent.
     """
 
-    episodes: int = 384
+    episodes: int = EPISODES
     time_limit: float = 600.0
     batch: int = 16
     screened: int = 4
     images: int = 96
     effect_images: int = 192
     finalists: int = 2
+
+    @classmethod
+    def for_tuning(cls, tuning: str, **given: float | None) -> RearrangeSettings:
+        """The defaults for one of :data:`~vpruner.prune.tune.TUNINGS`, but for what is ``given`` and not None."""
+        defaults = {"episodes": EPISODES if tuning == "weights" else EPISODES_UNTUNED}
+        return cls(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
 
 
 @dataclass(frozen=True)

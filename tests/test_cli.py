@@ -513,12 +513,15 @@ def test_bad_checkpoints(finished, card, images, tmp_path, monkeypatch):
 
 
 def test_what_help_says_of_the_stages_is_what_they_take():
-    settings = rearrange.RearrangeSettings()
-    assert (settings.episodes, settings.time_limit) == (cli.EPISODES, cli.TIME_LIMIT)
+    settings = rearrange.RearrangeSettings.for_tuning("weights")
+    untuned = rearrange.RearrangeSettings.for_tuning("gates", time_limit=None)
+    assert (settings.episodes, untuned.episodes) == (cli.EPISODES, cli.EPISODES_UNTUNED)
+    assert settings.time_limit == untuned.time_limit == cli.TIME_LIMIT
     assert cli.REARRANGEMENTS == REARRANGEMENTS and cli.TUNINGS == TUNINGS
     for command in ("run", "prune"):
         text = " ".join(call(command, "--help").stdout.split())
-        assert f"[default: {settings.episodes}; x>=1]" in text and f"[default: {settings.time_limit}; x>=0.1]" in text
+        assert f"[default: ({settings.episodes} with --tune weights, else {untuned.episodes}); x>=1]" in text
+        assert f"[default: {settings.time_limit}; x>=0.1]" in text
 
 
 # -- the other commands ------------------------------------------------------------------------------------------------
