@@ -95,7 +95,8 @@ class EvitRule(TokenRule):
                 stay=with_prefix(order[:, :kept], view.prefix),
                 others=others + view.prefix,
                 attention=select_rows(attention, others),
-            )
+            ),
+            choice=order[:, :kept],
         )
 
 

@@ -51,10 +51,13 @@ class Merge:
     Attributes:
         make: [batch, token, channel] after the attention's residual -> [batch, fewer tokens, channel].
         weight: float [batch, fewer tokens]: how many patches each stands for; None: all 1.
+        choice: int64 [batch, any]: what was decided, as a set of numbers that is equal exactly where the decision is.
+            Two runtimes are compared by it, see :mod:`vpruner.export.rules`.
     """
 
     make: Callable[[Tensor], Tensor]
     weight: Tensor | None = None
+    choice: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class BlockView:
         weight: float [batch, token]: how much each token counts, 0 for padding; None: all 1.
         prefix: How many leading tokens are class, distillation or register tokens.
         attention_bias: [batch, 1, 1, token], or None: added to the attention's logits.
+        positions: int64 [batch, patch]: the place of each patch in the grid, row-major; None once tokens were merged.
     """
 
     attn: Attention
@@ -76,6 +80,7 @@ class BlockView:
     weight: Tensor | None
     prefix: int
     attention_bias: Tensor | None
+    positions: Tensor | None = None
 
     def mean_key(self) -> Tensor:
         """[batch, token, head_dim]: keys averaged over heads, of length 1."""
@@ -97,11 +102,13 @@ class TokenRule(ABC):
         name: Of the method, as in :func:`vpruner.prune.methods.find_method`.
         geometry: Shape of the model that the rule is for.
         merges: Whether its steps are :class:`Merge` rather than :class:`Keep`.
+        entry: Patches that enter block 0, ascending, the same for every image; None: all of them.
     """
 
     name: str
     geometry: Geometry
     merges: bool = False
+    entry: tuple[int, ...] | None = None
 
     @abstractmethod
     def step(self, block: int) -> Callable[[BlockView], Keep | Merge | None] | None:
@@ -185,11 +192,15 @@ class RuleRun:
     Attributes:
         rule: The rule.
         model: The model itself; calling it or the run is the same.
+        decisions: What was decided in the last pass, by block: int64 [batch, any], the rows of a :class:`Keep` or the
+            choice of a :class:`Merge`. Blocks that changed nothing are not in it.
     """
 
     rule: TokenRule
     model: nn.Module
+    decisions: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _weight: Tensor | None = field(default=None, repr=False)
+    _positions: Tensor | None = field(default=None, repr=False)
     _pass: list[tuple] = field(default_factory=list, repr=False)
     _recorded: list[list[tuple]] = field(default_factory=list, repr=False)
 
@@ -237,6 +248,7 @@ class RuleRun:
         def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
             if index == 0:
                 self._weight, self._pass = None, [x.shape[0]]
+                self.decisions.clear()
             weight = self._weight
             keys = queries = outputs = _count(x, weight)
             bias = None if weight is None else self.rule.attention_bias(weight)[:, None, None]
@@ -247,8 +259,13 @@ class RuleRun:
                 key, value = project_keys_values(block.attn, normed)
                 change = None
                 if step is not None:
-                    change = step(BlockView(block.attn, normed, key, weight, geometry.prefix_tokens, bias))
+                    positions = self._positions
+                    change = step(BlockView(block.attn, normed, key, weight, geometry.prefix_tokens, bias, positions))
                     weight = weight if change is None else change.weight
+                    self._positions = moved(positions, change, geometry.prefix_tokens)
+                    decided = change.rows if isinstance(change, Keep) else getattr(change, "choice", None)
+                    if decided is not None:
+                        self.decisions[index] = decided
                 if dead:
                     rows = torch.arange(geometry.head_prefix, device=x.device)
                     x, normed, weight = x.index_select(1, rows), normed.index_select(1, rows), None
@@ -316,6 +333,30 @@ def select_rows(x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(1, rows[0])
     flat = (rows + tokens * torch.arange(batch, device=x.device)[:, None]).flatten()
     return x.flatten(0, 1).index_select(0, flat).unflatten(0, (batch, -1))
+
+
+def enter(x: Tensor, rule: TokenRule) -> tuple[Tensor, Tensor]:
+    """What enters block 0 under ``rule``, and where in the grid it lies.
+
+    Args:
+        x: [batch, token, channel], everything that the embedding gives.
+
+    Returns:
+        [batch, token, channel], and int64 [batch, patch].
+    """
+    geometry = rule.geometry
+    positions = torch.arange(geometry.patches, device=x.device)
+    if rule.entry is not None:
+        positions = torch.tensor(rule.entry, dtype=torch.int64, device=x.device)
+        x = x.index_select(1, torch.cat([torch.arange(geometry.prefix_tokens, device=x.device), positions + geometry.prefix_tokens]))
+    return x, positions.expand(x.shape[0], -1)
+
+
+def moved(positions: Tensor | None, change: Keep | Merge | None, prefix: int) -> Tensor | None:
+    """``positions`` (int64 [batch, patch]) of the patches that are there after a step."""
+    if isinstance(change, Keep) and positions is not None:
+        return select_rows(positions, change.rows[:, prefix:] - prefix)
+    return positions if change is None else None
 
 
 def rank_descending(scores: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class TomeRule(TokenRule):
         def make(x: Tensor) -> Tensor:
             return sums(x * size[..., None], lambda sources: into @ sources) / total[..., None]
 
-        return Merge(make, total)
+        return Merge(make, total, found.sources * (tokens // 2) + found.targets)
 
 
 @register
