@@ -50,6 +50,8 @@ class Merge:
 
     Attributes:
         make: [batch, token, channel] after the attention's residual -> [batch, fewer tokens, channel].
+        rows: int64 [batch, token]: what ``make`` is given, and in which order; the others are dropped, and dead in this
+            block already. No padding is among them. None: everything that entered the block.
         weight: float [batch, fewer tokens]: how many patches each stands for; None: all 1.
         choice: int64 [batch, any]: what was decided, as a set of numbers that is equal exactly where the decision is.
             Two runtimes are compared by it, see :mod:`vpruner.export.rules`.
@@ -58,6 +60,7 @@ class Merge:
     make: Callable[[Tensor], Tensor]
     weight: Tensor | None = None
     choice: Tensor | None = None
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,11 @@ class BlockView:
 
     def class_attention(self) -> Tensor:
         """[batch, patch]: what the class token attends to, mean over heads; one row, not the matrix."""
-        query = project_queries(self.attn, self.normed[:, :1]) * self.attn.scale
+        return self.attention_from(self.normed[:, :1])
+
+    def attention_from(self, token: Tensor) -> Tensor:
+        """[batch, patch]: what ``token`` [batch, 1, channel], normed, would attend to as a query, mean over heads."""
+        query = project_queries(self.attn, token) * self.attn.scale
         logits = query @ self.key.transpose(-2, -1)
         if self.attention_bias is not None:
             logits = logits + self.attention_bias
@@ -121,6 +128,10 @@ class TokenRule(ABC):
     def step_macs(self, block: int, keys: np.ndarray) -> np.ndarray:
         """MACs of the decision itself (and of merging) for int64 [...] tokens entering ``block``."""
         return np.zeros_like(keys)
+
+    def query_counts(self, block: int, keys: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+        """int64 [...]: tokens whose attention is computed where so many enter ``block`` and leave it."""
+        return np.where(outputs < keys, keys, outputs) if self.merges and self.acts_in(block) else outputs
 
     def attention_bias(self, weight: Tensor) -> Tensor:
         """[batch, token] for the logits, from the tokens' weights: padding is nowhere attended to."""
@@ -162,8 +173,7 @@ class TokenRule(ABC):
         outputs = np.asarray(counts[1:], np.int64)[None].copy()
         if not self.geometry.head_patches:
             outputs[:, -1] = self.geometry.head_prefix
-        merging = [self.merges and self.acts_in(block) for block in range(self.geometry.depth)]
-        queries = np.where(np.array(merging) & (outputs < keys), keys, outputs)
+        queries = np.stack([self.query_counts(b, keys[:, b], outputs[:, b]) for b in range(self.geometry.depth)], 1)
         return int(rule_macs(self, keys, queries, outputs)[0])
 
 
@@ -269,15 +279,16 @@ class RuleRun:
                 if dead:
                     rows = torch.arange(geometry.head_prefix, device=x.device)
                     x, normed, weight = x.index_select(1, rows), normed.index_select(1, rows), None
-                elif isinstance(change, Keep):
+                elif change is not None and change.rows is not None:
                     x, normed = select_rows(x, change.rows), select_rows(normed, change.rows)
                 query = project_queries(block.attn, normed)
                 attended = block.attn.proj_drop(block.attn.proj(attend(block.attn, query, key, value, bias)))
                 x = x + block.drop_path1(block.ls1(attended))
                 if isinstance(change, Merge):
+                    queries = keys if change.rows is None else x.shape[1]
                     x = change.make(x)
                 outputs = _count(x, weight)
-                queries = keys if isinstance(change, Merge) else outputs
+                queries = queries if isinstance(change, Merge) else outputs
                 x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
             self._weight = weight
             # While a graph is traced there is no image to record.
@@ -348,7 +359,7 @@ def enter(x: Tensor, rule: TokenRule) -> tuple[Tensor, Tensor]:
     positions = torch.arange(geometry.patches, device=x.device)
     if rule.entry is not None:
         positions = torch.tensor(rule.entry, dtype=torch.int64, device=x.device)
-        x = x.index_select(1, torch.cat([torch.arange(geometry.prefix_tokens, device=x.device), positions + geometry.prefix_tokens]))
+        x = x.index_select(1, with_prefix(positions[None], geometry.prefix_tokens)[0])
     return x, positions.expand(x.shape[0], -1)
 
 
@@ -367,6 +378,13 @@ def rank_descending(scores: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return scores.topk(scores.shape[-1], dim=-1, sorted=True).indices
     return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
+def top_rows(scores: Tensor, count: int) -> Tensor:
+    """int64 [batch, count]: positions of the highest ``scores`` [batch, position], as :func:`rank_descending`."""
+    if torch.compiler.is_compiling():
+        return scores.topk(count, dim=-1, sorted=True).indices
+    return rank_descending(scores)[:, :count]
 
 
 def with_prefix(rows: Tensor, prefix: int) -> Tensor:
