@@ -31,11 +31,15 @@ class Method(ABC):
         name: What it is called on the command line and in results.
         source: Where it comes from.
         needs_images: Whether :meth:`make` looks at any.
+        enough_images: More than this change nothing that matters; None: the more the better.
+        seeded: Whether another seed gives another result on the same images.
     """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
     needs_images: ClassVar[bool] = False
+    enough_images: ClassVar[int | None] = None
+    seeded: ClassVar[bool] = False
 
     @abstractmethod
     def make(

@@ -94,6 +94,7 @@ class Random(_Positions):
     """Patches leave in random order, by the seed."""
 
     name: ClassVar[str] = "random"
+    seeded: ClassVar[bool] = True
 
     def reorder(self, plan: TokenPlan, seed: int) -> TokenPlan:
         return random_exits(plan, seed)

@@ -300,6 +300,8 @@ class Saint(Method):
     name: ClassVar[str] = "saint"
     source: ClassVar[str] = "Jeddi et al. 2025, arXiv 2503.11549"
     needs_images: ClassVar[bool] = True
+    #: They fix one number, and the model runs on all of them at each step of the bisection.
+    enough_images: ClassVar[int | None] = 256
 
     neighbours: int = 5
     gamma: float = 10.0
