@@ -18,6 +18,7 @@ EXTRA_OF = {
     "onnx_ir": "export",
     "onnxscript": "export",
     "onnxruntime": "cpu",
+    "transformers": "vlm",
     "tensorrt": "trt",
     "polygraphy": "trt",
 }

@@ -66,7 +66,8 @@ def open_model(
     """Open a model by what the user typed.
 
     Args:
-        spec: A timm model name, the path of a model card (``.json``), or None for the bundled reference.
+        spec: A timm model name, the path of a model card (``.json``), a folder of a transformers vision tower or LLaVA
+            (:mod:`~vpruner.prune.vlm.tower`), or None for the bundled reference.
         pretrained: Let timm download the weights.
         weights: A local file instead: ``.safetensors``, ``.pth``, ``.pt`` or ``.bin``. With a model card, in place of
             the weights that it names.
@@ -75,6 +76,13 @@ def open_model(
     Raises:
         UserError: Unknown name, missing or unfit weights, an architecture that cannot be pruned.
     """
+    if spec is not None and (Path(spec) / "config.json").is_file():
+        if pretrained or model_args:
+            raise UserError(f"{spec} is a folder of a whole model", "leave out --pretrained and --model-arg")
+        _check_weights_file(weights)
+        from .vlm.tower import open_tower
+
+        return open_tower(spec, weights=weights)
     if spec is None or str(spec).endswith(".json"):
         if pretrained:
             raise UserError("a model card names its own weights", "leave out --pretrained, or give a timm model name")

@@ -1,0 +1,520 @@
+"""Vision towers of transformers (CLIP, SigLIP, ViT, DINOv2, and those inside a LLaVA) as timm models.
+
+Plans are learned on timm's ``VisionTransformer``, whose seams the stages know. A tower is rebuilt as one, weight by
+weight, and compared with the transformers model on images before anyone gets it; what a timm ViT has no place for is
+refused by name.
+
+What the rebuilt model returns, and so what a plan is learned to preserve:
+
+* CLIP: the normed class token; with a projection, the image embedding. SigLIP: the attention-pooled vector.
+* ViT and DINOv2: the normed class token. ViT with a classifier: its logits.
+* A LLaVA: the mean of the hidden states that its projector reads, of the layer named by ``vision_feature_layer``
+  (LLaVA-1.5: the last but one, so the last block is not there at all) and without the class token where
+  ``vision_feature_select_strategy`` leaves that out. No one vector of a LLaVA's tower is read by anyone; the mean moves
+  when the tokens do.
+
+Shapes below: batch B, prefix tokens P, patches N, width d.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import GluMlp, LayerNorm, Mlp, get_act_layer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ...errors import UserError, first_line
+from ...extras import require
+from ...runtime.measure import random_images
+from ...runtime.preprocess import Preprocessing
+from ..models import LoadedModel, load_weights
+from ..vit import ViTAdapter, weights_sha256
+
+#: Largest difference between the tower and the timm model, both float32, relative to the largest value.
+TOLERANCE = 1e-4
+#: ``hidden_act`` of transformers -> the same function in timm.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+#: ``model_type`` of a configuration -> the family that its vision part belongs to.
+FAMILIES = {
+    "clip": "clip",
+    "clip_vision_model": "clip",
+    "siglip": "siglip",
+    "siglip_vision_model": "siglip",
+    "vit": "vit",
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2",
+}
+#: Vision-language models whose tower is meant when their folder is given.
+LLAVAS = ("llava", "llava_next", "llava_onevision")
+#: Pillow's numbers of its filters, as preprocessor_config.json has them.
+_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_SUPPORTED = "CLIP, SigLIP, ViT and DINOv2 towers, and LLaVA, LLaVA-NeXT and LLaVA-OneVision with one of them"
+_THROUGH_ONNX = "export it to ONNX with torch.onnx.export, then: vpruner run model.onnx"
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A transformers vision tower, and which part of it is wanted.
+
+    Attributes:
+        module: The tower, float32, in evaluation mode.
+        family: A value of :data:`FAMILIES`.
+        layers: Encoder layers that what is read has gone through.
+        reads: ``"token"`` (class token, normed), ``"head"`` (the family's attention pooling), ``"patches"`` or
+            ``"all"`` (the mean of those hidden states, not normed).
+        head: The linear layer behind that, or None.
+        classes: Names of its outputs where it is a classifier, else None.
+    """
+
+    module: nn.Module
+    family: str
+    layers: int
+    reads: str
+    head: nn.Linear | None = None
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def config(self) -> Any:
+        return self.module.config
+
+
+def open_tower(path: str | Path, *, weights: str | Path | None = None) -> LoadedModel:
+    """Open the vision tower in a folder that ``save_pretrained`` wrote, ready for pruning and export.
+
+    Args:
+        path: Folder with config.json, the weights and preprocessor_config.json, of a tower or of a whole LLaVA.
+        weights: Weights under timm's names that replace the tower's, such as a run's ``model.safetensors``.
+
+    Returns:
+        The model under the folder's name.
+
+    Raises:
+        UserError: A model or a part that is not supported (the message names it), unreadable files, or a rebuilt model
+            that computes something else than the tower.
+    """
+    folder = Path(path)
+    preprocessing_of_folder = partial(read_preprocessing, folder)
+    tower = load_tower(folder)
+    module, geometry = _checked(tower, str(folder), preprocessing_of_folder)
+    preprocessing = preprocessing_of_folder(geometry.image_size)
+    name = folder.resolve().name
+    if weights is not None:
+        load_weights(module, weights, name)
+    return LoadedModel(ViTAdapter(module, name, geometry), preprocessing, tower.classes, weights_sha256(module))
+
+
+def _checked(tower: Tower, where: str, preprocessing_of: Callable[[tuple[int, int]], Preprocessing]):
+    module = timm_from_tower(tower, where)
+    adapter = ViTAdapter(module, where)
+    geometry = adapter.geometry
+    if geometry.in_chans != 3:
+        raise UserError(
+            f"{where} takes {geometry.in_chans} channels, expected 3 (RGB)", "only RGB models are supported"
+        )
+    if geometry.output == "logits" and tower.classes is None:
+        geometry = replace(geometry, output="features")  # A projection is a linear layer, and no classifier.
+    error = largest_difference(tower, module, preprocessing_of(geometry.image_size))
+    if not error <= TOLERANCE:
+        raise UserError(
+            f"the timm model rebuilt from {where} does not compute what the tower does (they differ by {error:.1e} of "
+            f"the largest value)",
+            _THROUGH_ONNX,
+        )
+    return module, geometry
+
+
+# -- reading the folder -----------------------------------------------------------------------------------------------
+
+
+def load_tower(folder: str | Path) -> Tower:
+    """Load the vision tower of a transformers folder, through ``from_pretrained``.
+
+    Raises:
+        UserError: Not supported, or unreadable.
+    """
+    folder = Path(folder)
+    transformers = require("transformers")
+    described = _read_json(folder / "config.json")
+    kind = described.get("model_type")
+    if kind is None and "architecture" in described:
+        raise UserError(
+            f"{folder} holds a timm model, not one of transformers", f"name it so: local-dir:{folder} --pretrained"
+        )
+    if kind not in FAMILIES and kind not in LLAVAS:
+        raise UserError(
+            f"{folder} is a {kind!r} model, which has no tower that can be pruned", f"these can: {_SUPPORTED}"
+        )
+    architecture = (described.get("architectures") or [""])[0]
+
+    def load(name: str) -> nn.Module:
+        try:
+            with quiet_transformers():
+                return (
+                    getattr(transformers, name)
+                    .from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+                    .eval()
+                )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(
+                f"{folder} cannot be loaded as {name}: {first_line(error)}",
+                "expected a folder that save_pretrained wrote, with config.json and model.safetensors",
+            ) from None
+
+    if kind in LLAVAS:
+        return tower_of_llava(load("AutoModelForImageTextToText"), str(folder))
+    family = FAMILIES[kind]
+    if family == "clip":
+        if architecture not in ("CLIPModel", "CLIPVisionModelWithProjection"):
+            module = load("CLIPVisionModel")
+            return Tower(module, family, module.config.num_hidden_layers, "token")
+        model = load("CLIPVisionModelWithProjection")
+        return Tower(model.vision_model, family, model.config.num_hidden_layers, "token", head=model.visual_projection)
+    if family == "siglip":
+        module = load("SiglipVisionModel")
+        if not getattr(module.config, "vision_use_head", True):
+            raise UserError(
+                f"{folder}: this SigLIP has no pooling head, so it returns tokens and no vector",
+                "give the LLaVA that it belongs to",
+            )
+        return Tower(module, family, module.config.num_hidden_layers, "head")
+    if architecture.endswith("ForImageClassification"):
+        if family != "vit":
+            raise UserError(f"{folder}: the classifier of {architecture} reads two vectors at once", _THROUGH_ONNX)
+        model = load("ViTForImageClassification")
+        return Tower(
+            model.vit, family, model.config.num_hidden_layers, "token", model.classifier, _class_names(model.config)
+        )
+    name = {"vit": "ViTModel", "dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}[kind]
+    module = load(name)
+    return Tower(module, family, module.config.num_hidden_layers, "token")
+
+
+def tower_of_llava(model: nn.Module, where: str) -> Tower:
+    """The tower inside a LLaVA, up to the layer whose hidden states the projector reads.
+
+    Raises:
+        UserError: Hidden states of several layers are joined, or the tower is of no known family.
+    """
+    config = model.config
+    module = model.model.vision_tower.float()
+    kind = module.config.model_type
+    if kind not in FAMILIES:
+        raise UserError(f"{where}: its vision tower is a {kind!r}, expected one of {', '.join(sorted(FAMILIES))}")
+    layer, depth = config.vision_feature_layer, module.config.num_hidden_layers
+    if not isinstance(layer, int):
+        raise UserError(
+            f"{where}: its projector reads the hidden states of layers {list(layer)} side by side",
+            "models that read one layer can be pruned",
+        )
+    layers = layer if layer >= 0 else depth + 1 + layer
+    if not 1 <= layers <= depth:
+        raise UserError(f"{where}: vision_feature_layer is {layer}, its tower has {depth} layers")
+    reads = "patches" if config.vision_feature_select_strategy == "default" else "all"
+    return Tower(module.eval(), FAMILIES[kind], layers, reads)
+
+
+def read_preprocessing(folder: str | Path, size: tuple[int, int]) -> Preprocessing:
+    """How images are prepared, from preprocessor_config.json (or processor_config.json, where that holds it).
+
+    Args:
+        size: (height, width) in pixels that the tower takes.
+
+    Raises:
+        UserError: No such file, or it asks for something that :class:`Preprocessing` cannot do; the message names it.
+    """
+    folder = Path(folder)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            path, found = folder / name, _read_json(folder / name)
+            found = found.get("image_processor", found)
+            if isinstance(found, Mapping) and {"do_resize", "image_mean", "size"} & set(found):
+                break
+    else:
+        raise UserError(
+            f"{folder} has no preprocessor_config.json, so how its images are prepared is not known",
+            "save it there with AutoImageProcessor.from_pretrained(...).save_pretrained(...)",
+        )
+
+    def refuse(what: str) -> UserError:
+        return UserError(f"{path}: {what}", "correct the file, or export the tower to ONNX and give --mean and others")
+
+    if not found.get("do_rescale", True) or abs(found.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise refuse(f"rescale_factor is {found.get('rescale_factor')}, only pixel / 255 is supported")
+    normalises = found.get("do_normalize", True)
+    mean, std = ((found.get(key) if normalises else None) for key in ("image_mean", "image_std"))
+    resample = found.get("resample", 3)
+    if resample not in _RESAMPLING:
+        raise refuse(f"resample is {resample!r}, expected one of {sorted(_RESAMPLING)}")
+    crops = found.get("do_center_crop", False)
+    resized = _size(found.get("size"), size) if found.get("do_resize", True) else (min(size), True)
+    shorter, keeps_shape = resized
+    if keeps_shape:
+        # timm resizes the shorter side to floor(size / crop_pct); without a crop only square images fit the tower.
+        crop_pct, crop_mode = min(size) / shorter, "center"
+    else:
+        crop_pct, crop_mode = 1.0, "squash"
+    cropped = _size(found.get("crop_size"), size)[0] if crops else min(size)
+    if cropped != min(size) or shorter < cropped:
+        raise refuse(f"it prepares images of {cropped} pixels from {shorter}, the tower takes {size[0]} x {size[1]}")
+    if not keeps_shape and shorter != min(size):
+        raise refuse(f"it squashes images to {shorter} pixels, the tower takes {size[0]} x {size[1]}")
+    return Preprocessing(
+        mean=tuple(mean) if mean else (0.0,) * 3,
+        std=tuple(std) if std else (1.0,) * 3,
+        size=size,
+        interpolation=_RESAMPLING[resample],
+        crop_pct=crop_pct,
+        crop_mode=crop_mode,
+    )
+
+
+def _size(value: Any, expected: tuple[int, int]) -> tuple[int, bool]:
+    """(pixels of the shorter side, whether the aspect ratio stays) of a ``size`` or ``crop_size``, in any spelling."""
+    if isinstance(value, int):
+        return value, True
+    if isinstance(value, Mapping):
+        if isinstance(value.get("shortest_edge"), int):
+            return value["shortest_edge"], True
+        if isinstance(value.get("height"), int) and isinstance(value.get("width"), int):
+            return min(value["height"], value["width"]), False
+    return min(expected), True
+
+
+def _class_names(config: Any) -> tuple[str, ...] | None:
+    """Names of a classifier's outputs; LABEL_0 and so on are the placeholders of transformers, and become numbers."""
+    names = [str(config.id2label[index]) for index in range(config.num_labels)]
+    if len(set(names)) < len(names):
+        return tuple(f"{index}: {name}" for index, name in enumerate(names))
+    return tuple(names)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read: {first_line(error)}", "expected a file that save_pretrained wrote"
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object", "expected a file that save_pretrained wrote")
+    return value
+
+
+# -- rebuilding -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The parts of one encoder layer, whatever its family calls them."""
+
+    norm1: nn.Module
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    projection: nn.Linear
+    norm2: nn.Module
+    mlp: nn.Module
+    scale1: Tensor | None = None
+    scale2: Tensor | None = None
+
+
+def timm_from_tower(tower: Tower, where: str) -> VisionTransformer:
+    """The timm model with the weights of ``tower``; that both compute the same is for the caller to check.
+
+    Raises:
+        UserError: A part that timm's ViT has no place for.
+    """
+    config, module = tower.config, tower.module
+    width, heads = config.hidden_size, config.num_attention_heads
+    if getattr(config, "head_dim", None) not in (None, width // heads):
+        raise UserError(f"{where}: its heads are {config.head_dim} wide, not {width} / {heads}", _THROUGH_ONNX)
+    if config.hidden_act not in ACTIVATIONS:
+        raise UserError(
+            f"{where}: its activation is {config.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}", _THROUGH_ONNX
+        )
+    positions, prefix, projection = _stem(tower)
+    layers = [_layer(tower.family, layer) for layer in _layers(module)[: tower.layers]]
+    first = layers[0]
+    gated = hasattr(first.mlp, "gate_proj")
+    hidden = (first.mlp.down_proj.in_features * 2) if gated else first.mlp.fc1.out_features
+    final = {"token": True, "head": True}.get(tower.reads, False)
+    image, patch = _pair(config.image_size), _pair(config.patch_size)
+    model = VisionTransformer(
+        img_size=image,
+        patch_size=patch,
+        in_chans=config.num_channels,
+        num_classes=tower.head.out_features if tower.head is not None else 0,
+        global_pool={"token": "token", "head": "map"}.get(tower.reads, "avg"),
+        embed_dim=width,
+        depth=tower.layers,
+        num_heads=heads,
+        mlp_ratio=(hidden + 0.5) / width,  # timm takes int(width * ratio); the half keeps rounding from losing one.
+        qkv_bias=first.query.bias is not None,
+        init_values=None if first.scale1 is None else 1.0,
+        class_token=len(prefix) > 0,
+        reg_tokens=max(0, len(prefix) - 1),
+        no_embed_class=True,
+        pre_norm=tower.family == "clip",
+        final_norm=final,
+        fc_norm=False,
+        pool_include_prefix=tower.reads == "all" and len(prefix) > 0,
+        norm_layer=partial(LayerNorm, eps=config.layer_norm_eps),
+        act_layer=get_act_layer("silu" if gated else ACTIVATIONS[config.hidden_act]),
+        mlp_layer=partial(GluMlp, gate_last=False) if gated else Mlp,
+        weight_init="skip",
+    ).to(positions.dtype)
+    with torch.no_grad():
+        _copy(model.patch_embed.proj, projection)
+        model.pos_embed.copy_(positions)
+        if len(prefix):
+            model.cls_token.copy_(prefix[None, :1])
+        if len(prefix) > 1:
+            model.reg_token.copy_(prefix[None, 1:])
+        if tower.family == "clip":
+            _copy(model.norm_pre, module.pre_layrnorm)
+        for block, layer in zip(model.blocks, layers, strict=True):
+            _copy_layer(block, layer, gated)
+        if final:
+            _copy(model.norm, module.layernorm if hasattr(module, "layernorm") else module.post_layernorm)
+        if tower.reads == "head":
+            _copy_pooling(model.attn_pool, module.head)
+        if tower.head is not None:
+            _copy(model.head, tower.head)
+            if tower.head.bias is None:
+                model.head.bias = None
+    return model.eval()
+
+
+@torch.inference_mode()
+def largest_difference(tower: Tower, model: VisionTransformer, preprocessing: Preprocessing) -> float:
+    """Largest difference of the two on smooth random images, relative to the largest value that the tower gives."""
+    size = preprocessing.size
+    images = torch.from_numpy(random_images(3, (3, *size), preprocessing, seed=0))
+    outputs = tower.module(pixel_values=images, output_hidden_states=True)
+    if tower.reads in ("patches", "all"):
+        expected, found = outputs.hidden_states[tower.layers], model.forward_features(images)
+    else:
+        expected = outputs.pooler_output if tower.reads == "head" or tower.family == "clip" else None
+        if expected is None:
+            expected = outputs.last_hidden_state[:, 0]
+        if tower.head is not None:
+            expected = tower.head(expected)
+        found = model(images)
+    if expected.shape != found.shape:
+        return float("inf")
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _stem(tower: Tower) -> tuple[Tensor, Tensor, nn.Conv2d]:
+    """Positions of the patches [1, N, d], prefix tokens with theirs [P, d], and the patch projection."""
+    embeddings = tower.module.embeddings
+    if tower.family in ("clip", "siglip"):
+        positions, projection = embeddings.position_embedding.weight.detach(), embeddings.patch_embedding
+        if tower.family == "siglip":
+            return positions[None], positions[:0], projection
+        return positions[None, 1:], embeddings.class_embedding.detach()[None] + positions[:1], projection
+    positions, projection = embeddings.position_embeddings.detach()[0], embeddings.patch_embeddings.projection
+    prefix = embeddings.cls_token.detach()[0] + positions[:1]
+    if (registers := getattr(embeddings, "register_tokens", None)) is not None:
+        prefix = torch.cat([prefix, registers.detach()[0]])
+    return positions[None, 1:], prefix, projection
+
+
+def _layers(module: nn.Module) -> nn.ModuleList:
+    encoder = getattr(module, "encoder", module)
+    return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+
+
+def _layer(family: str, layer: nn.Module) -> _Layer:
+    if family in ("clip", "siglip"):
+        attention = layer.self_attn
+        norm1, norm2, projection = layer.layer_norm1, layer.layer_norm2, attention.out_proj
+        scales = (None, None)
+    else:
+        attention = layer.attention
+        projection = attention.o_proj
+        if family == "vit":
+            norm1, norm2, scales = layer.layernorm_before, layer.layernorm_after, (None, None)
+        else:
+            norm1, norm2 = layer.norm1, layer.norm2
+            scales = (layer.layer_scale1.lambda1, layer.layer_scale2.lambda1)
+    return _Layer(norm1, attention.q_proj, attention.k_proj, attention.v_proj, projection, norm2, layer.mlp, *scales)
+
+
+def _copy_layer(block: nn.Module, layer: _Layer, gated: bool) -> None:
+    _copy(block.norm1, layer.norm1)
+    _copy(block.norm2, layer.norm2)
+    _copy_joined(block.attn.qkv, (layer.query, layer.key, layer.value))
+    _copy(block.attn.proj, layer.projection)
+    if gated:
+        _copy_joined(block.mlp.fc1, (layer.mlp.gate_proj, layer.mlp.up_proj))
+        _copy(block.mlp.fc2, layer.mlp.down_proj)
+    else:
+        _copy(block.mlp.fc1, layer.mlp.fc1)
+        _copy(block.mlp.fc2, layer.mlp.fc2)
+    if layer.scale1 is not None:
+        block.ls1.gamma.copy_(layer.scale1)
+        block.ls2.gamma.copy_(layer.scale2)
+
+
+def _copy_pooling(pool: nn.Module, head: nn.Module) -> None:
+    """SigLIP's head is PyTorch's multi-head attention from one learned query, with an MLP behind it."""
+    width = head.probe.shape[-1]
+    weight, bias = head.attention.in_proj_weight, head.attention.in_proj_bias
+    pool.latent.copy_(head.probe)
+    pool.q.weight.copy_(weight[:width])
+    pool.q.bias.copy_(bias[:width])
+    pool.kv.weight.copy_(weight[width:])
+    pool.kv.bias.copy_(bias[width:])
+    _copy(pool.proj, head.attention.out_proj)
+    _copy(pool.norm, head.layernorm)
+    _copy(pool.mlp.fc1, head.mlp.fc1)
+    _copy(pool.mlp.fc2, head.mlp.fc2)
+
+
+def _copy(target: nn.Module, source: nn.Module) -> None:
+    target.weight.copy_(source.weight)
+    if source.bias is not None:
+        target.bias.copy_(source.bias)
+
+
+def _copy_joined(target: nn.Linear, sources: tuple[nn.Linear, ...]) -> None:
+    """One linear layer that computes several, one after the other."""
+    target.weight.copy_(torch.cat([source.weight for source in sources]))
+    if target.bias is not None:
+        target.bias.copy_(torch.cat([source.bias for source in sources]))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, and no warnings of weights left out: that is the point where only a tower is wanted."""
+    logging = require("transformers").logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
