@@ -1392,6 +1392,11 @@ def show(source: Path, image: str | None, output: Path) -> TokenPlan:
 
         with OrtSession(source) as session:
             metadata = session.metadata
+        if metadata.rule is not None:
+            raise UserError(
+                f"{source} holds no token plan: {metadata.rule['method']} chooses the tokens of each image",
+                "give a pruned.onnx that vpruner fold wrote, or a plan.json",
+            )
         if metadata.kept is None or metadata.geometry is None:
             raise UserError(f"{source} holds no token plan", "give a pruned.onnx or a plan.json")
         plan = TokenPlan(metadata.model or source.stem, metadata.geometry, metadata.kept)

@@ -58,13 +58,19 @@ def export_dense(
     Raises:
         UserError: Opset or batch out of range, weights that are not float32, or a model that cannot be exported.
     """
-    if opset not in OPSETS:
-        raise UserError(f"opset is {opset}, expected {OPSETS.start} to {OPSETS.stop - 1}", "choose --opset 20")
-    if batch_size < 1:
-        raise UserError(f"batch size is {batch_size}, expected at least 1")
-    if classes is not None and geometry.output == "logits" and len(classes) != geometry.outputs:
-        raise UserError(f"{len(classes)} class names for {geometry.outputs} outputs of {name}")
-    exported = _trace(model, name, geometry, max(opset, _EXPORTER_FLOOR), dynamic_batch, batch_size)
+    about = GraphMetadata(
+        name, weights_sha256, geometry, dict(preprocessing), None if classes is None else tuple(classes)
+    )
+    exported = trace(model, about, opset=opset, dynamic_batch=dynamic_batch, batch_size=batch_size)
+    return save_model(finish(exported, about, opset), path)
+
+
+def finish(exported: ir.Model, about: GraphMetadata, opset: int) -> ir.Model:
+    """Clean what PyTorch traced, bring it into ``opset`` and write down what it is; the same model, changed.
+
+    Raises:
+        UserError: PyTorch wrote another opset.
+    """
     passes.ClearMetadataAndDocStringPass()(exported)  # stack traces and paths of the machine that exported
     clean(exported)
     FoldWeightTransposes()(exported)
@@ -75,24 +81,43 @@ def export_dense(
     passes.RemoveUnusedOpsetsPass()(exported)
     written = exported.opset_imports.get("")
     if written != opset:
-        raise UserError(f"PyTorch wrote {name} in opset {written} instead of {opset}", f"choose --opset {written}")
+        raise UserError(
+            f"PyTorch wrote {about.model} in opset {written} instead of {opset}", f"choose --opset {written}"
+        )
     # The oldest file format that holds the opset: older runtimes refuse newer formats unread.
     exported.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     exported.producer_name, exported.producer_version = "vpruner", None
-    exported.graph.name = name
-    about = GraphMetadata(
-        name, weights_sha256, geometry, dict(preprocessing), None if classes is None else tuple(classes)
-    )
+    exported.graph.name = about.model
     exported.metadata_props.clear()
     exported.metadata_props.update(about.to_props())
     passes.CheckerPass(full_check=True)(exported)
-    return save_model(exported, path)
+    return exported
 
 
-def _trace(
-    model: nn.Module, name: str, geometry: Geometry, opset: int, dynamic_batch: bool, batch_size: int
+def trace(
+    model: nn.Module,
+    about: GraphMetadata,
+    *,
+    opset: int,
+    dynamic_batch: bool,
+    batch_size: int,
+    more_outputs: Sequence[str] = (),
 ) -> ir.Model:
-    torch = require("torch")
+    """What PyTorch's exporter makes of ``model``, in ``opset`` or the oldest that it writes.
+
+    Args:
+        more_outputs: Names of what the model returns after its logits or features.
+
+    Raises:
+        UserError: As :func:`export_dense`.
+    """
+    torch, name, geometry, classes = require("torch"), about.model, about.geometry, about.classes
+    if opset not in OPSETS:
+        raise UserError(f"opset is {opset}, expected {OPSETS.start} to {OPSETS.stop - 1}", "choose --opset 20")
+    if batch_size < 1:
+        raise UserError(f"batch size is {batch_size}, expected at least 1")
+    if classes is not None and about.output == "logits" and len(classes) != geometry.outputs:
+        raise UserError(f"{len(classes)} class names for {geometry.outputs} outputs of {name}")
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if dtypes != {torch.float32}:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -106,9 +131,9 @@ def _trace(
                 model,
                 (torch.zeros(shape, device=device),),
                 dynamo=True,
-                opset_version=opset,
+                opset_version=max(opset, _EXPORTER_FLOOR),
                 input_names=["image"],
-                output_names=[geometry.output],
+                output_names=[geometry.output, *more_outputs],
                 dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic_batch else None,
                 verbose=False,
             )

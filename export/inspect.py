@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,6 +69,8 @@ def _describe(model: ir.Model, path: Path) -> dict[str, Any]:
 
 def _describe_pruned(props: Mapping[str, str], source: str) -> dict[str, Any]:
     about = ModelMetadata.from_props(props, source)
+    if about.rule is not None and about.geometry is not None:
+        return _describe_rule(about.rule, about.geometry)
     if about.geometry is None or about.kept is None:
         raise UserError(f"{source} names a plan, and not what it keeps", "fold the plan again with: vpruner fold")
     plan = TokenPlan(about.model or Path(source).stem, about.geometry, about.kept)
@@ -81,6 +84,21 @@ def _describe_pruned(props: Mapping[str, str], source: str) -> dict[str, Any]:
         "head": None,
         "dense_macs": dense_macs(about.geometry),
         "of_dense_macs": round(cost_ratio(plan), 6),
+    }
+
+
+def _describe_rule(rule: Mapping[str, Any], geometry: Geometry) -> dict[str, Any]:
+    counts = rule["counts"]
+    return {
+        "rule": dict(rule),
+        "geometry": geometry.to_json(),
+        "canonical": None,
+        "blocks": [
+            {"block": index, "keys": keys, "queries": queries, "dead": 0 if rule.get("merges") else keys - queries}
+            for index, (keys, queries) in enumerate(itertools.pairwise(counts))
+        ],
+        "head": None,
+        "dense_macs": dense_macs(geometry),
     }
 
 
@@ -134,16 +152,22 @@ def lines_of(described: Mapping[str, Any]) -> list[str]:
             True: "the one that folding works on",
             False: "another exporter's; folding rewrites it first, without a change of results",
         }[described["canonical"]],
-        "plan": f"{described['plan']} is folded in" if described["plan"] else "none is folded in",
+        "plan": _plan_text(described),
         "MACs": f"{described['dense_macs']:,} dense",
     }
     if "of_dense_macs" in described:
         lines["MACs"] += f", {described['of_dense_macs']:.3f} of them as pruned"
-    elif described["without_dead_tokens"] < 1:
+    elif described.get("without_dead_tokens", 1) < 1:
         lines["MACs"] += (
             f", {described['without_dead_tokens']:.3f} of them without dead tokens (vpruner fold --identity)"
         )
     return [f"{name:<11} {text}" for name, text in lines.items() if text is not None]
+
+
+def _plan_text(described: Mapping[str, Any]) -> str:
+    if "rule" in described:
+        return f"{described['rule']['method']} chooses the tokens of each image; how many is fixed"
+    return f"{described['plan']} is folded in" if described["plan"] else "none is folded in"
 
 
 def _signature_text(values: list[dict[str, Any]]) -> str:

@@ -23,6 +23,9 @@ TUNED_SHA256 = "vpruner.tuned_sha256"
 GEOMETRY = "vpruner.geometry"
 PLAN = "vpruner.plan"
 KEPT = "vpruner.kept"
+#: Of a file whose tokens are chosen image by image (:mod:`vpruner.export.rules`): method, counts and settings. There
+#: :data:`PLAN` is the digest of that, and :data:`KEPT` is absent.
+RULE = "vpruner.rule"
 PREPROCESSING = "vpruner.preprocessing"
 CLASSES = "vpruner.classes"
 OUTPUT = "vpruner.output"
@@ -47,10 +50,12 @@ class GraphMetadata:
         geometry: Shape of the *unpruned* model, in pruned files too.
         preprocessing: ``mean``, ``std``, ``size`` [height, width], ``interpolation``, ``crop_pct``, ``crop_mode``.
         classes: Names of the outputs, or None when they are unknown.
-        plan: Digest of the plan that was folded in; None in a dense file.
-        kept: The patches that enter each block; None in a dense file.
+        plan: Digest of the plan that was folded in, or of the rule; None in a dense file.
+        kept: The patches that enter each block; None in a dense file, and where images decide.
         version: The vpruner that wrote the file.
         tuned_sha256: Hash of the tuned weights that a pruned graph holds; None where they are the trained ones.
+        rule: What chooses the tokens of each image, as :func:`vpruner.export.rules.describe_rule` has it; None in every
+            other file.
     """
 
     model: str
@@ -62,6 +67,7 @@ class GraphMetadata:
     kept: tuple[tuple[int, ...], ...] | None = None
     version: str = __version__
     tuned_sha256: str | None = None
+    rule: Mapping[str, Any] | None = None
 
     @property
     def output(self) -> str:
@@ -84,6 +90,9 @@ class GraphMetadata:
             props[TUNED_SHA256] = self.tuned_sha256
         if self.plan is not None:
             props[PLAN] = self.plan
+        if self.rule is not None:
+            props[RULE] = canonical_json(dict(self.rule))
+        elif self.plan is not None:
             props[KEPT] = canonical_json([list(indices) for indices in self.kept or ()])
         return props
 
@@ -114,6 +123,7 @@ class GraphMetadata:
                 kept=tuple(tuple(row) for row in json.loads(props[KEPT])) if KEPT in props else None,
                 version=props[VERSION],
                 tuned_sha256=props.get(TUNED_SHA256),
+                rule=json.loads(props[RULE]) if RULE in props else None,
             )
         except PlanError as error:
             raise UserError(f"{source} has malformed metadata: {error.problem}", hint) from None

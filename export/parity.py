@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 #: In float64 a wrong softmax shows at 1e-7 against 1e-14 for rounding; in float32 it would hide in rounding.
 EXACT = 1e-10
 #: Float64 is slow and doubles the weights in memory; two images differ in everything that a token set can break.
-_EXACT_IMAGES = 2
+EXACT_IMAGES = 2
 #: Images per forward pass: bounds the activations in memory.
 _CHUNK = 8
 
@@ -49,6 +49,8 @@ class Rung:
         compared: Number of images.
         passed: Difference within tolerance, and no top-1 changed.
         top1_changed: Images whose largest logit moved, near-ties aside; None where it is not looked at.
+        near_ties: Images for which scores equal within rounding fell otherwise than in the reference, so that other
+            tokens are kept; None where no scores decide (:mod:`vpruner.export.rules`).
     """
 
     name: str
@@ -57,6 +59,7 @@ class Rung:
     compared: int
     passed: bool
     top1_changed: int | None = None
+    near_ties: int | None = None
 
 
 def check_ladder(
@@ -91,9 +94,9 @@ def check_ladder(
     model = adapter.model
     rungs = []
     with evaluating(model), torch.no_grad():
-        few = images[:_EXACT_IMAGES]
-        with _in_float64(model):
-            untouched = _run_model(model, few.double())
+        few = images[:EXACT_IMAGES]
+        with in_float64(model):
+            untouched = run_in_chunks(model, few.double())
             identity = TokenPlan.identity(plan.model, plan.geometry)
             # Its masked and gathered forms patch nothing; only removing dead tokens could change something.
             unpruned = _run_form(adapter, identity, "dead", few.double())
@@ -104,7 +107,7 @@ def check_ladder(
                 )
             rungs.append(_exact("masked equals gathered", masked, gathered))
             rungs.append(_exact("gathered equals dead tokens removed", gathered, dead))
-        dense_reference = _run_model(model, images)
+        dense_reference = run_in_chunks(model, images)
         with with_weights(model, weights):
             pruned_reference = _run_form(adapter, plan, "gathered", images)
     classifies = plan.geometry.output == "logits"
@@ -124,7 +127,7 @@ def check_dense(
     Args, Returns, Raises: as for :func:`check_ladder`.
     """
     with evaluating(adapter.model), require("torch").no_grad():
-        reference = _run_model(adapter.model, images)
+        reference = run_in_chunks(adapter.model, images)
     name, top1 = "dense.onnx equals the timm model", adapter.geometry.output == "logits"
     return [compare(name, reference, run_onnx(dense_path, images.cpu().numpy()), tolerance, top1=top1)]
 
@@ -202,6 +205,11 @@ def run_onnx(path: str | os.PathLike, images: np.ndarray, *, optimized: bool = T
     Args:
         optimized: Let onnxruntime fuse nodes; otherwise each runs as it is written.
     """
+    return run_all_outputs(path, images, optimized=optimized)[0]
+
+
+def run_all_outputs(path: str | os.PathLike, images: np.ndarray, *, optimized: bool = True) -> list[np.ndarray]:
+    """The same for a graph of several outputs, each [image, ...]."""
     onnxruntime = require("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # What fails is an exception; the log would say it a second time.
@@ -217,8 +225,8 @@ def run_onnx(path: str | os.PathLike, images: np.ndarray, *, optimized: bool = T
     for start in range(0, len(images), batch):
         chunk = images[start : start + batch].astype(dtype, copy=False)
         filled = np.concatenate([chunk, np.repeat(chunk[-1:], batch - len(chunk), axis=0)])
-        outputs.append(session.run(None, {graph_input.name: filled})[0][: len(chunk)])
-    return np.concatenate(outputs)
+        outputs.append([output[: len(chunk)] for output in session.run(None, {graph_input.name: filled})])
+    return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
 
 
 def _exact(name: str, reference: np.ndarray, candidate: np.ndarray) -> Rung:
@@ -243,16 +251,19 @@ def _top1_changed(reference: np.ndarray, candidate: np.ndarray, tolerance: float
 
 def _run_form(adapter: ViTAdapter, plan: TokenPlan, form: str, images: torch.Tensor) -> np.ndarray:
     with adapter.applied(plan, form):
-        return _run_model(adapter.model, images)
+        return run_in_chunks(adapter.model, images)
 
 
-def _run_model(model: torch.nn.Module, images: torch.Tensor) -> np.ndarray:
-    device = next(model.parameters()).device
+def run_in_chunks(
+    model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, device: torch.device | None = None
+) -> np.ndarray:
+    """Outputs [image, output] of a module, or of a callable on ``device``, a few images at a time."""
+    device = next(model.parameters()).device if device is None else device
     return np.concatenate([model(chunk.to(device)).cpu().numpy() for chunk in images.split(_CHUNK)])
 
 
 @contextmanager
-def _in_float64(model: torch.nn.Module) -> Iterator[None]:
+def in_float64(model: torch.nn.Module) -> Iterator[None]:
     """Widen the weights in place and narrow them back, which is exact: a copy would not fit beside a large model."""
     tensors = [tensor for tensor in chain(model.parameters(), model.buffers()) if tensor.is_floating_point()]
     dtypes = [tensor.dtype for tensor in tensors]

@@ -451,6 +451,9 @@ def tokens_of(metadata: ModelMetadata) -> tuple[tuple[int, ...], tuple[int, ...]
     geometry = metadata.geometry
     if geometry is None:
         return None
+    if metadata.rule is not None:
+        counts = tuple(metadata.rule["counts"])
+        return counts[:-1], counts[1:]
     if metadata.kept is None:
         return (geometry.tokens,) * geometry.depth, (geometry.tokens,) * geometry.depth
     plan = TokenPlan(metadata.model or "model", geometry, metadata.kept)
