@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..runtime.preprocess import Preprocessing
 from .data import ImageSet
 from .fisher import batch_size_for
+from .methods.rule import TokenRule
 from .plan import TokenPlan
 from .vit import ViTAdapter
 
@@ -121,21 +122,24 @@ class Calibration:
     def outputs(
         self,
         adapter: ViTAdapter,
-        plan: TokenPlan | None,
+        plan: TokenPlan | TokenRule | None,
         indices: Sequence[int] | np.ndarray,
         on_batch: Callable[[int], None] = lambda count: None,
     ) -> Tensor:
-        """float32 [image, output] on the CPU: the model pruned by ``plan`` (None: dense) on those images."""
+        """float32 [image, output] on the CPU: the model under ``plan`` (None: dense) on those images."""
         device = next(adapter.model.parameters()).device
         plan = TokenPlan.identity(adapter.name, adapter.geometry) if plan is None else plan
         rows = []
-        with adapter.applied(plan, "dead"), torch.inference_mode():
+        form = plan.applied(adapter) if isinstance(plan, TokenRule) else adapter.applied(plan, "dead")
+        with form, torch.inference_mode():
             for images, _ in self.batches(indices, batch_size_for(adapter.geometry)):
                 rows.append(adapter.model(images.to(device)).float().cpu())
                 on_batch(len(images))
         return torch.cat(rows).clone()
 
-    def divergence(self, adapter: ViTAdapter, plan: TokenPlan, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    def divergence(
+        self, adapter: ViTAdapter, plan: TokenPlan | TokenRule, indices: Sequence[int] | np.ndarray
+    ) -> np.ndarray:
         """float64 [image]: :func:`divergence` of the pruned model from the dense one on those images."""
         dense = self.dense_outputs(adapter, indices)
         return divergence(dense, self.outputs(adapter, plan, indices), adapter.geometry.output).double().numpy()

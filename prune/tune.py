@@ -28,8 +28,17 @@ from torch.nn import functional as F
 
 from .calibration import Calibration, Judgement, divergence
 from .fisher import batch_size_for
+from .methods.rule import BlockView, Keep, TokenRule, enter, select_rows, with_prefix
 from .plan import TokenPlan
-from .vit import ViTAdapter, _forward_without_dead_tokens, _key_bias, attended_values, embed_images, query_key_value
+from .vit import (
+    ViTAdapter,
+    _forward_without_dead_tokens,
+    _key_bias,
+    attended_values,
+    embed_images,
+    project_keys_values,
+    query_key_value,
+)
 
 #: What can be tuned.
 TUNINGS = ("weights", "gates", "gates-distill", "none")
@@ -65,7 +74,7 @@ class Tuned:
     """What tuning made of a plan.
 
     Attributes:
-        plan: With gates where gates were tuned and kept; otherwise the plan as it was given.
+        plan: With gates where gates were tuned and kept; otherwise the plan, or the rule, as it was given.
         weights: State-dict name -> tensor (shape, dtype and device of the model's), only what changed; None when no
             weight did. For :func:`with_weights`.
         judgement: Divergence from the dense model on the held-out images, before and after. None when nothing was
@@ -75,7 +84,7 @@ class Tuned:
         details: How it came about: JSON values only.
     """
 
-    plan: TokenPlan
+    plan: TokenPlan | TokenRule
     weights: dict[str, Tensor] | None = None
     judgement: Judgement | None = None
     kept: bool = False
@@ -83,14 +92,14 @@ class Tuned:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def tuning_steps(plan: TokenPlan, kind: str) -> int:
+def tuning_steps(plan: TokenPlan | TokenRule, kind: str) -> int:
     """How many times :func:`tune` calls ``on_step`` at most: once per block, or per epoch of distillation."""
     return {"weights": plan.geometry.depth, "gates": plan.geometry.depth, "gates-distill": EPOCHS, "none": 0}[kind]
 
 
 def tune(
     adapter: ViTAdapter,
-    plan: TokenPlan,
+    plan: TokenPlan | TokenRule,
     calibration: Calibration,
     kind: str = "weights",
     *,
@@ -101,22 +110,29 @@ def tune(
 
     Args:
         adapter: The dense model. Its weights are what they were when this returns, also after an exception.
-        plan: The mask; gates that it has already stay in force while weights are refitted.
+        plan: The mask; gates that it has already stay in force while weights are refitted. Or a rule that keeps tokens
+            with static counts, whose weights alone can be tuned.
         calibration: Images; labels are not used.
         kind: One of :data:`TUNINGS`.
         seed: Order of the images in the distillation; the closed forms draw nothing.
         on_step: Called with 1 after each block (or epoch); see :func:`tuning_steps`.
 
     Raises:
-        ValueError: An unknown kind.
+        ValueError: An unknown kind, or one that a rule cannot be tuned in.
         PlanError: The plan is for another geometry.
     """
     if kind not in TUNINGS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(TUNINGS)}")
-    plan.check_fits(adapter.name, adapter.geometry)
+    if isinstance(plan, TokenRule):
+        if kind not in ("weights", "none"):
+            raise ValueError(f"kind is {kind!r}, but gates belong to places, and the rule {plan.name} chooses by image")
+        drops = min(plan.static_counts()) < plan.geometry.tokens
+    else:
+        plan.check_fits(adapter.name, adapter.geometry)
+        drops = not plan.is_identity
     if kind == "none":
         return Tuned(plan)
-    if plan.is_identity:
+    if not drops:
         return Tuned(plan, note="Nothing was tuned: the plan drops no token.")
     if len(calibration.fit) < 2 or len(calibration.held_out) < 2:
         return Tuned(
@@ -190,7 +206,7 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor] | None) -> Iter
 @torch.no_grad()
 def refit_weights(
     adapter: ViTAdapter,
-    plan: TokenPlan | Sequence[TokenPlan],
+    plan: TokenPlan | TokenRule | Sequence[TokenPlan | TokenRule],
     calibration: Calibration,
     indices: Sequence[int] | np.ndarray,
     *,
@@ -213,7 +229,8 @@ def refit_weights(
 
     Args:
         plan: The mask. Of several, each is in force for an equal share of the images, and the weights suit all of them
-            in the mean, none in particular.
+            in the mean, none in particular. Under a rule the rows are those that it keeps of each image, chosen in the
+            refitted model as it will be.
         indices: int [image] of ``calibration``; no other image is looked at.
         start: Weights of the pruned model where they are not the dense model's: state-dict name -> tensor.
         flip: Fit to mirror images as well; None: below :data:`FLIP_BELOW` images.
@@ -229,7 +246,7 @@ def refit_weights(
     weights = dict(start or {})
     blocks: list[dict[str, Any]] = []
     ridges = {"attn.proj": FIRST_RIDGE, "mlp.fc2": FIRST_RIDGE}
-    plans = [plan] if isinstance(plan, TokenPlan) else plan
+    plans = [plan] if isinstance(plan, (TokenPlan, TokenRule)) else plan
     with _Streams(adapter, plans, calibration, indices, flip, prefix_weight, ram_bytes) as streams:
 
         def refit(index: int, name: str, linear: nn.Linear, scale: nn.Module, equations: NormalEquations) -> None:
@@ -257,6 +274,7 @@ def refit_weights(
 
         for index, block in enumerate(adapter.model.blocks):
             blocks.append({})
+            streams.choose(index)
             streams.advance_dense(index)
             if streams.exact_so_far(index) and not any(name.startswith(f"blocks.{index}.") for name in weights):
                 # Nothing has been dropped yet: what a fit would find is rounding.
@@ -362,6 +380,7 @@ def tune_gates_least_squares(
     with _Streams(adapter, [plan], calibration, indices[:GATE_IMAGES], False, prefix_weight, ram_bytes) as streams:
         for index in range(depth):
             blocks.append({"ridges": [], "errors": []})
+            streams.choose(index)
             streams.advance_dense(index)
             if streams.exact_so_far(index):
                 streams.follow_dense(index)
@@ -684,7 +703,7 @@ class _Streams:
         images: How many.
         flip: Whether each chunk holds the mirror images too; they share the fold of the originals.
         chunks: int [chunk].
-        plans: Chunks take them in turns; each plan meets all folds.
+        plans: Chunks take them in turns; each plan (or rule) meets all folds.
         folds: How many folds the chunks are dealt to.
         diverged: Whether pruned and dense stream differ by more than rounding from here on.
     """
@@ -692,7 +711,7 @@ class _Streams:
     def __init__(
         self,
         adapter: ViTAdapter,
-        plans: Sequence[TokenPlan],
+        plans: Sequence[TokenPlan | TokenRule],
         calibration: Calibration,
         indices: Sequence[int] | np.ndarray,
         flip: bool | None,
@@ -700,6 +719,9 @@ class _Streams:
         ram_bytes: int,
     ):
         self.model, self.plans, self.geometry = adapter.model, tuple(plans), adapter.geometry
+        for plan in self.plans:
+            if isinstance(plan, TokenRule) and (plan.merges or plan.static_counts() is None):
+                raise ValueError(f"the rule {plan.name} does not keep a fixed number of tokens in every block")
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self._calibration, self._indices = calibration, np.asarray(indices)
@@ -714,6 +736,9 @@ class _Streams:
         self._prefix_weight = prefix_weight
         self._store = ActivationStore(ram_bytes)
         self.diverged = False
+        # Of the block that was last chosen for: rows by chunk, and by (chunk, block) where in the sequence they lie.
+        self._rows: dict[int, Tensor] = {}
+        self._positions: dict[tuple[int, int], Tensor] = {}
 
     def __enter__(self) -> _Streams:
         try:
@@ -724,7 +749,13 @@ class _Streams:
                     images = torch.cat([images, images.flip(-1)])
                 tokens = embed_images(self.model, images)
                 self.put("dense", chunk, tokens)
-                self.put("pruned", chunk, tokens.index_select(1, self.positions(chunk, 0)))
+                plan = self.plan(chunk)
+                if isinstance(plan, TokenRule):
+                    tokens, patches = enter(tokens, plan)
+                    self._positions[chunk, 0] = with_prefix(patches, self.geometry.prefix_tokens)
+                else:
+                    tokens = tokens.index_select(1, self.positions(chunk, 0))
+                self.put("pruned", chunk, tokens)
         except BaseException:
             self._store.__exit__()
             raise
@@ -743,13 +774,40 @@ class _Streams:
     def fold(self, chunk: int) -> int:
         return chunk % self.folds
 
-    def plan(self, chunk: int) -> TokenPlan:
+    def plan(self, chunk: int) -> TokenPlan | TokenRule:
         return self.plans[chunk // self.folds % len(self.plans)]
 
+    def choose(self, block: int) -> None:
+        """Let rules decide, from the pruned stream, which tokens stay after ``block``; the first call of each block."""
+        for chunk in self.chunks:
+            rule = self.plan(chunk)
+            if not isinstance(rule, TokenRule):
+                continue
+            here, prefix = self._positions.pop((chunk, block)), self.geometry.prefix_tokens
+            rows = torch.arange(here.shape[1], device=self.device).expand_as(here)
+            if block == self.geometry.depth - 1 and not self.geometry.head_patches:
+                rows = rows[:, : self.geometry.head_prefix]
+            elif rule.acts_in(block):
+                attn = self.model.blocks[block].attn
+                normed = self.model.blocks[block].norm1(self.get("pruned", chunk))
+                patches = here[:, prefix:] - prefix
+                view = BlockView(attn, normed, project_keys_values(attn, normed)[0], None, prefix, None, patches)
+                change = rule.step(block)(view)
+                if isinstance(change, Keep):
+                    rows = change.rows
+            self._rows[chunk] = rows
+            self._positions[chunk, block + 1] = here.gather(1, rows)
+
     def positions(self, chunk: int, block: int) -> Tensor:
+        """Where the tokens entering ``block`` lie in the whole sequence: int64 [token], or [batch, token] of a rule."""
+        if (chunk, block) in self._positions:
+            return self._positions[chunk, block]
         return torch.from_numpy(self.plan(chunk).token_positions(block)).to(self.device)
 
     def rows(self, chunk: int, block: int) -> Tensor:
+        """Which tokens entering ``block`` are read after it: int64 [query], or [batch, query] of a rule."""
+        if chunk in self._rows:
+            return self._rows[chunk]
         return torch.from_numpy(self.plan(chunk).query_rows(block)).to(self.device)
 
     def equations(self, linear: nn.Linear) -> NormalEquations:
@@ -761,7 +819,7 @@ class _Streams:
         """[query] of ``block``: prefix tokens that the head reads count more, unless it reads patches too."""
         if self.geometry.head_patches or self._prefix_weight == 1:
             return None
-        weights = torch.ones(self.plan(chunk).query_counts[block], device=self.device)
+        weights = torch.ones(self.rows(chunk, block).shape[-1], device=self.device)
         weights[: self.geometry.head_prefix] = self._prefix_weight
         return weights
 
@@ -769,8 +827,14 @@ class _Streams:
         """Whether the pruned stream after ``block`` equals the dense one at its positions, up to rounding."""
         if self.diverged:
             return False
-        kept = all(len(plan.kept[block]) == self.geometry.patches for plan in self.plans)
-        return kept and all(plan.gates is None or all(gate == 1 for gate in plan.gates[block]) for plan in self.plans)
+
+        def exact(plan: TokenPlan | TokenRule) -> bool:
+            if isinstance(plan, TokenRule):
+                return plan.static_counts()[block] == self.geometry.tokens
+            gates = () if plan.gates is None else plan.gates[block]
+            return len(plan.kept[block]) == self.geometry.patches and all(gate == 1 for gate in gates)
+
+        return all(exact(plan) for plan in self.plans)
 
     def advance_dense(self, block: int) -> None:
         """Take the dense stream through the block.
@@ -788,9 +852,9 @@ class _Streams:
             weights = pooling_weights(self.model, tokens) if pooled else None
             positions = self.positions(chunk, block + 1)
             for name, stream in (("middle", middle), ("target", tokens)):
-                wanted = stream.index_select(1, positions)
+                wanted = _selected(stream, positions)
                 if pooled:
-                    own, prefix = weights.index_select(1, positions), self.geometry.prefix_tokens
+                    own, prefix = _selected(weights, positions), self.geometry.prefix_tokens
                     own = own / own.sum(1, keepdim=True)
                     missing = (weights[..., None] * stream).sum(1) - (own[..., None] * wanted).sum(1)
                     wanted[:, prefix:] += (missing / own[:, prefix:].sum(1, keepdim=True))[:, None]
@@ -801,18 +865,17 @@ class _Streams:
         """Set the pruned stream after ``block`` to the dense one."""
         for chunk in self.chunks:
             positions = self.positions(chunk, block + 1)
-            self.put("pruned", chunk, self.get("dense", chunk).index_select(1, positions))
+            self.put("pruned", chunk, _selected(self.get("dense", chunk), positions))
 
     def attend(self, chunk: int, block: int) -> tuple[Tensor, Tensor]:
         """[batch, query, ...]: the pruned stream entering ``block``, and what the projection reads."""
         module, rows = self.model.blocks[block], self.rows(chunk, block)
         tokens = self.get("pruned", chunk)
         normed = module.norm1(tokens)
-        bias = _key_bias(self.plan(chunk), block, masked=False)
-        heads = attended_values(
-            module.attn, normed.index_select(1, rows), normed, None if bias is None else bias.to(tokens)
-        )
-        return tokens.index_select(1, rows), heads
+        plan = self.plan(chunk)
+        bias = None if isinstance(plan, TokenRule) else _key_bias(plan, block, masked=False)
+        heads = attended_values(module.attn, _selected(normed, rows), normed, None if bias is None else bias.to(tokens))
+        return _selected(tokens, rows), heads
 
     def advance_pruned(self, block: int, bias: Tensor) -> None:
         """Take the pruned stream through the block with its own weights and the attention bias [1, 1, 1, key]."""
@@ -861,6 +924,11 @@ class _Streams:
                     root = weights[part].to(residual).sqrt()[:, None]
                     residual, derivative = residual * root, derivative * root
                 equations.add(self.fold(chunk), derivative.flatten(1).T, residual.flatten()[:, None])
+
+
+def _selected(x: Tensor, rows: Tensor) -> Tensor:
+    """Tokens of ``x`` [batch, token, ...]: the same ``rows`` [row] of each image, or each its own [batch, row]."""
+    return x.index_select(1, rows) if rows.dim() == 1 else select_rows(x, rows)
 
 
 def pooling_weights(model: nn.Module, tokens: Tensor) -> Tensor:
