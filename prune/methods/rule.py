@@ -259,6 +259,7 @@ class RuleRun:
             if index == 0:
                 self._weight, self._pass = None, [x.shape[0]]
                 self.decisions.clear()
+                x, self._positions = enter(x, self.rule)
             weight = self._weight
             keys = queries = outputs = _count(x, weight)
             bias = None if weight is None else self.rule.attention_bias(weight)[:, None, None]
