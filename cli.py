@@ -397,9 +397,10 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def _format_estimate(row: dict[str, Any]) -> str:
     if row["low"] is None:
         row = {**row, "low": math.nan, "high": math.nan}  # One image has no interval.
-    if row["metric"] in ("top1", "agreement", "top1_difference"):
-        signed = "+.2f" if row["metric"] == "top1_difference" else ".2f"
-        unit = " pp" if row["metric"] == "top1_difference" else " %"
+    if row["metric"] in ("top1", "agreement", "top1_difference", "accuracy", "accuracy_difference"):
+        difference = row["metric"].endswith("_difference")
+        signed = "+.2f" if difference else ".2f"
+        unit = " pp" if difference else " %"
         value, low, high = (format(100 * row[key], signed) for key in ("value", "low", "high"))
         return f"{value}{unit} [{low}, {high}]"
     return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
@@ -724,16 +725,28 @@ def _print_plan(plan) -> None:
 @main.command()
 @model_options
 @click.option("--plan", "plan_path", metavar="FILE", help="Export the model pruned by this plan, parity checked.")
+@click.option(
+    "--method",
+    metavar="NAME",
+    help="Export the model with this method, calibrated here: saint-frozen, tome, evit or another of vpruner compare "
+    "with fixed counts.",
+)
+@click.option("--target", type=float, help="--method: budget as a fraction of the dense MACs  [default: 0.65]")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="--method: of the choice of images  [default: 0]")
 @export_options
 @precision_options
-@click.option("--data", metavar="PATH", help="int8: calibration images, a folder or .tar.")
-@int8_images_option
+@click.option("--data", metavar="PATH", help="--method and int8: calibration images, a folder or .tar.")
+@click.option(
+    "--images", type=click.IntRange(1), help="Calibration images to use, at most  [default: int8 128, --method 512]"
+)
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), help="File to write  [default: dense.onnx, or pruned.onnx]"
 )
 @json_option
 @quiet_option
-def export(model, pretrained, weights, model_args, plan_path, output, as_json, quiet, **options) -> None:
+def export(
+    model, pretrained, weights, model_args, plan_path, method, target, seed, output, as_json, quiet, **options
+) -> None:
     """Export a model to ONNX, whole or pruned, and check that the file computes the same.
 
     \b
@@ -742,18 +755,28 @@ def export(model, pretrained, weights, model_args, plan_path, output, as_json, q
       vpruner export --plan plan.json -o pruned.onnx
       vpruner export --plan plan.json --for trt8.5 -o pruned.onnx
       vpruner export --plan plan.json --precision fp16,int8 --data train/ -o pruned.onnx
+      vpruner export --method saint-frozen --data train/ --target 0.65 -o pruned.onnx
     """
     from . import pipeline
     from .progress import Reporter
     from .prune.models import open_model
     from .prune.plan import TokenPlan
 
-    output = output or Path("pruned.onnx" if plan_path else "dense.onnx")
+    if plan_path and method:
+        raise UserError("--plan and --method both say which tokens leave", "give one of them")
+    given = {name: value for name, value in {"target": target, "seed": seed}.items() if value is not None}
+    if method is not None:
+        options.update(method=method, **given)
+    elif given:
+        raise UserError(f"--{min(given)} goes with --method", "add --method saint-frozen, or leave it out")
+    output = output or Path("pruned.onnx" if plan_path or method else "dense.onnx")
     pipeline.check_output(output, ".onnx", model, weights, plan_path)
     plan = TokenPlan.load(plan_path) if plan_path else None
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
+    if method is None:
+        options["plan"] = plan
     rungs, deployed, conversions = pipeline.export_with_precisions(
-        loaded, output, plan=plan, reporter=Reporter(quiet=quiet), **options
+        loaded, output, reporter=Reporter(quiet=quiet), **options
     )
     more = [{**done.to_json(), "compared_on": what, "agreement": cost.to_json()} for done, cost, what in conversions]
     _print_rungs(rungs, output, as_json, deployed, precisions=more)
@@ -1457,6 +1480,201 @@ def build(
         f"and TensorRT {record.tensorrt}, built in {record.seconds:.0f} s"
     )
     click.echo(output)
+
+
+# -- vlm --------------------------------------------------------------------------------------------------------------
+
+#: As in :mod:`vpruner.prune.vlm.baselines` and :mod:`vpruner.prune.vlm.loading`, which load PyTorch; a test compares.
+VLM_MODES = ("vit", "llm", "hybrid", "random", "fastv", "vispruner", "static")
+VLM_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class _Layers(click.ParamType):
+    """Numbers of layers, with ranges: ``7-16`` -> (7, ..., 16), ``2,5`` -> (2, 5)."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        layers: list[int] = []
+        try:
+            for part in value.split(","):
+                first, dash, last = part.partition("-")
+                layers += range(int(first), int(last if dash else first) + 1)
+        except ValueError:
+            layers = []
+        if not layers:
+            self.fail(f"{value!r} is not layers, as in 7-16 or 2,5", param, ctx)
+        return tuple(layers)
+
+
+def _gathered_prunings(command: Callable) -> Callable:
+    """Hand the options of :data:`vlm_options` on as ``vlm``, the opened model, and ``prunings``."""
+
+    @functools.wraps(command)
+    def gathering(model, modes, keeps, plan, device, dtype, quiet, **options: Any) -> Any:
+        from .extras import require
+        from .progress import Reporter
+
+        for package in ("torch", "timm", "transformers"):
+            require(package)
+        from .prune.plan import TokenPlan
+        from .prune.vlm.baselines import prunings_from
+        from .prune.vlm.loading import open_vlm
+
+        taken = {name: options.pop(name) for name in ("threshold", "layers", "encoder_keep")}
+        loaded = TokenPlan.load(plan) if plan else None
+        prunings = prunings_from(modes, keeps, plan=loaded, seed=options["seed"], **taken)
+        reporter = Reporter(quiet=quiet)
+        with reporter.stage(f"Opening {model}"):
+            vlm = open_vlm(model, device=device, dtype=dtype)
+        return command(vlm=vlm, prunings=prunings, reporter=reporter, **options)
+
+    return gathering
+
+
+vlm_options = _options(
+    click.argument("model"),
+    click.option(
+        "--mode",
+        "modes",
+        multiple=True,
+        default=("hybrid",),
+        show_default=True,
+        type=click.Choice(VLM_MODES),
+        help="How visual tokens are dropped: by SAINT in the vision tower, in the language model or in both, or by a "
+        "baseline; may be repeated.",
+    ),
+    click.option(
+        "--keep",
+        "keeps",
+        multiple=True,
+        type=float,
+        help="Share of the visual tokens that is left; may be repeated  [default: 0.25]",
+    ),
+    click.option(
+        "--threshold",
+        type=float,
+        help="llm, hybrid: instead of --keep, drop as many tokens as have enough others at least this alike.",
+    ),
+    click.option(
+        "--layers",
+        type=_Layers(),
+        metavar="N-M",
+        help="Language layers, from 0, that llm and hybrid drop in; fastv: how many layers see every token.",
+    ),
+    click.option("--encoder-keep", type=float, help="hybrid: share that the vision tower keeps."),
+    click.option("--plan", metavar="FILE", help="static: a plan.json for the vision tower, from vpruner prune MODEL."),
+    click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of what is random."),
+    click.option("--device", help="cpu, cuda, cuda:1  [default: the GPU where there is one]"),
+    click.option(
+        "--dtype", default="auto", show_default=True, type=click.Choice(VLM_DTYPES), help="Of weights; auto: as saved."
+    ),
+    click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Prompts at a time."),
+    click.option("--results", type=click.Path(path_type=Path), help="Append the rows to this results.jsonl."),
+    json_option,
+    quiet_option,
+    _gathered_prunings,
+)
+
+
+@main.group()
+def vlm() -> None:
+    """Drop visual tokens of vision-language models (LLaVA-1.5, -NeXT, -OneVision): what it saves and what it costs.
+
+    \b
+    Example:
+      vpruner vlm profile llava-1.5-7b-hf/ --mode hybrid --keep 0.25
+      vpruner vlm evaluate llava-1.5-7b-hf/ --data questions.jsonl --mode hybrid --mode fastv --keep 0.5 --keep 0.25
+    """
+
+
+@vlm.command("profile")
+@vlm_options
+@click.option("--image", metavar="FILE", help="Image of the prompt  [default: a smooth random one]")
+@click.option("--question", default="What is in this image?", show_default=True, help="Text of the prompt.")
+@click.option("--images", default=1, show_default=True, type=click.IntRange(1), help="Images in each prompt.")
+@click.option(
+    "--new-tokens", default=16, show_default=True, type=click.IntRange(2), help="Tokens that each prompt generates."
+)
+@click.option("--rounds", type=click.IntRange(1), help="Timed rounds  [default: as many as fit, at least 10]")
+@click.option("--seconds", default=30.0, show_default=True, type=_Seconds(0.1), help="Time to measure for.")
+def profile_vlm(vlm, prunings, results, as_json, **options) -> None:
+    """Time to the first token, speed of decoding, memory, cache and visual tokens: dense and pruned in turns.
+
+    \b
+    Example:
+      vpruner vlm profile llava-1.5-7b-hf/ --mode hybrid --keep 0.25
+      vpruner vlm profile llava-1.5-7b-hf/ --mode static --plan plan.json --mode llm --threshold 0.83
+    """
+    from .prune.vlm.profile import profile as profile_pruned
+
+    rows = profile_pruned(vlm, prunings, **options)
+    if _emit_rows(rows, results, as_json):
+        return
+    first = rows[0]
+    prompt = first["protocol"]["prompt_tokens"]
+    _table(
+        f"{first['model']}, {first['dtype']} on {first['device']}, batch {first['batch']}, prompts of {prompt} tokens",
+        ["", "first token ms", "ratio", "decode tokens/s", "ratio of time", "peak MB", "cache MB", "visual tokens"],
+        [
+            [
+                row["label"],
+                f"{row['p50_ms']:.1f}",
+                f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]",
+                f"{row['decode_tokens_per_s']:.2f}",
+                f"{row['decode_ratio']:.3f} [{row['decode_ratio_low']:.3f}, {row['decode_ratio_high']:.3f}]",
+                f"{row['peak_memory_bytes'] / 1e6:.1f}",
+                f"{row['kv_bytes'] / 1e6:.2f}",
+                f"{row['visual_tokens'][0]} to {row['visual_tokens'][-1]}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+@vlm.command("evaluate")
+@vlm_options
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help='Lines of {"image": "cat.png", "question": "...", "answer": "..."}, with "kind" to be counted apart.',
+)
+@click.option("--questions", "count", type=click.IntRange(1), help="Take the first so many  [default: all]")
+@click.option(
+    "--max-new-tokens", default=16, show_default=True, type=click.IntRange(1), help="Length of an answer, at most."
+)
+def evaluate_vlm(vlm, prunings, results, as_json, data, seed, **options) -> None:
+    """Accuracy of answers, dense and pruned, on the same questions: exact match but for case, articles and the like.
+
+    \b
+    Example:
+      vpruner vlm evaluate llava-1.5-7b-hf/ --data questions.jsonl --mode hybrid --mode random --keep 0.25
+    """
+    from .prune.vlm.evaluate import evaluate as evaluate_pruned
+
+    rows = evaluate_pruned(vlm, data, prunings, **options)
+    if _emit_rows(rows, results, as_json):
+        return
+    for kind in dict.fromkeys(row["question_kind"] for row in rows):
+        some = [row for row in rows if row["question_kind"] == kind]
+        found = {(row["label"], row["metric"]): row for row in some}
+        labels = dict.fromkeys(row["label"] for row in some)
+        metrics = ("accuracy", "accuracy_difference", "agreement")
+        _table(
+            f"{some[0]['model']}, {some[0]['count']} questions{f' of kind {kind}' if kind else ''}",
+            ["", "visual tokens", "accuracy", "paired difference", "same answer as dense"],
+            [
+                [
+                    label,
+                    f"{found[label, 'accuracy']['visual_tokens']:.1f}",
+                    *(_format_estimate(found[label, metric]) if (label, metric) in found else "" for metric in metrics),
+                ]
+                for label in labels
+            ],
+        )
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .prune.data import ImageSet
     from .prune.evaluate import Estimate, Outputs
     from .prune.learn import Learned
+    from .prune.methods.rule import TokenRule
     from .prune.models import LoadedModel
     from .prune.rearrange import RearrangeSettings
     from .runtime.metadata import ModelMetadata
@@ -49,6 +50,10 @@ RUN_FILES = re.compile(
 )
 #: Images that the parity ladder runs through PyTorch and onnxruntime.
 PARITY_IMAGES = 16
+#: Images that an exported rule is compared with PyTorch on: which tokens are kept depends on them.
+RULE_PARITY_IMAGES = 64
+#: Images that methods are calibrated on when a model is exported with one.
+METHOD_IMAGES = 512
 #: Images that static INT8 is calibrated on, as in ``vpruner convert`` by default.
 INT8_IMAGES = 128
 #: Images that the report draws the plan on.
@@ -1089,6 +1094,108 @@ def export_checked(
     return rungs, deployed
 
 
+def export_rule_checked(
+    loaded: LoadedModel,
+    output: Path,
+    *,
+    rule: TokenRule,
+    images: Tensor,
+    reporter: Reporter,
+    opset: int | None = None,
+    deploy_for: str | None = None,
+    dynamic_batch: bool = False,
+    batch_size: int = 1,
+    trained_sha256: str | None = None,
+) -> tuple[list[Rung], Deployment | None]:
+    """Export a model that chooses the tokens of each image; the file appears only when its parity holds.
+
+    Args:
+        images: Float32 [image, channel, height, width], preprocessed: what the graph is compared with PyTorch on.
+        trained_sha256: As for :func:`~vpruner.export.rules.export_rule`.
+
+    Raises:
+        UserError: The rule leaves the number of tokens to each image, or the target does not take the graph.
+        ParityError: The graph does not compute what the rule does.
+    """
+    from .export.deploy import deploy_file, plain_opset
+    from .export.rules import check_rule, compare_rule, export_rule
+
+    exported, adapter, deployed = plain_opset(deploy_for, opset), loaded.adapter, None
+    with scratch_beside(output) as scratch:
+        written, audit = scratch / output.name, scratch / "audit.onnx"
+        with reporter.stage(f"Exporting {loaded.name} with {rule.name}"):
+            options = dict(opset=exported, dynamic_batch=dynamic_batch, batch_size=batch_size)
+            export_rule(loaded, rule, written, audit=audit, trained_sha256=trained_sha256, **options)
+        with reporter.stage("Checking parity"):
+            rungs = check_rule(adapter, rule, written, audit, images)
+        if deploy_for is not None:
+            with reporter.stage(f"Writing it for {deploy_for}"):
+                deployed = deploy_file(written, deploy_for, written, opset=opset)
+                deploy_file(audit, deploy_for, audit, opset=opset)
+                # Unoptimized, as in deploy_checked. With PyTorch and not with the plain graph: who decided otherwise
+                # where scores are equal within rounding can then be told.
+                what = f" for {deploy_for}"
+                rungs.append(compare_rule(adapter, rule, written, audit, images, optimized=False, what=what))
+        move_model(written, output)
+    for rung in rungs:
+        if rung.near_ties:
+            reporter.remark(
+                f"{rung.near_ties} of {len(images)} images keep other tokens in onnxruntime than in PyTorch: scores "
+                "that are equal within rounding can fall either way in any two programs"
+            )
+            break
+    return rungs, deployed
+
+
+def make_pruning(
+    loaded: LoadedModel, method: str, target: float, images: Tensor, reporter: Reporter, *, seed: int = 0
+) -> TokenPlan | TokenRule:
+    """What the method called ``method`` makes of the model within ``target``.
+
+    Args:
+        images: Float32 [image, channel, height, width], preprocessed, to calibrate on.
+
+    Raises:
+        UserError: There is no such method, or it cannot work on this model or within the target.
+    """
+    from .prune.fisher import batch_size_for
+    from .prune.methods import find_method
+
+    maker = find_method(method)()
+    batches = images[: maker.enough_images].split(batch_size_for(loaded.adapter.geometry, most=64))
+    with reporter.stage(f"Calibrating {method}"):
+        return maker.make(loaded.adapter, batches, target, seed=seed)
+
+
+def export_method_checked(
+    loaded: LoadedModel,
+    output: Path,
+    *,
+    method: str,
+    target: float,
+    data: str | None,
+    count: int,
+    seed: int,
+    reporter: Reporter,
+    **options: Any,
+) -> tuple[list[Rung], Deployment | None]:
+    """Calibrate a method on images and export the model with it, as :func:`export_checked` would with a plan.
+
+    Args:
+        data, count: Where calibration images are, None for the bundled ones, and how many are used at most.
+        options: Of :func:`export_checked`, ``plan`` aside.
+    """
+    geometry = loaded.adapter.geometry
+    calibration = one_set(loaded.classes, geometry, data, count, "calibration", reporter, seed=seed, strict=False)
+    images = first_images(calibration, loaded, count)
+    calibration.require_any()
+    made = make_pruning(loaded, method, target, images, reporter, seed=seed)
+    if isinstance(made, TokenPlan):
+        return export_checked(loaded, output, plan=made, reporter=reporter, **options)
+    images = images[:RULE_PARITY_IMAGES]
+    return export_rule_checked(loaded, output, rule=made, images=images, reporter=reporter, **options)
+
+
 def export_with_precisions(
     loaded: LoadedModel,
     output: Path,
@@ -1096,14 +1203,19 @@ def export_with_precisions(
     precisions: Sequence[str],
     io: str,
     data: str | None,
-    images: int,
+    images: int | None,
     reporter: Reporter,
+    method: str | None = None,
+    target: float = 0.65,
+    seed: int = 0,
     **options: Any,
 ) -> tuple[list[Rung], Deployment | None, list[tuple[Conversion, Agreement, str]]]:
     """Export a model, and beside it the same file in other precisions: all of them, or nothing.
 
     Args:
-        io, data, images: As ``--io``, ``--data`` and ``--images`` of ``vpruner convert``.
+        io, data, images: As ``--io``, ``--data`` and ``--images`` of ``vpruner convert``; the method is calibrated on
+            the same images.
+        method, target, seed: As for :func:`export_method_checked`; None: no method.
         options: Of :func:`export_checked`.
 
     Returns:
@@ -1118,11 +1230,15 @@ def export_with_precisions(
     check_precisions(precisions, io)
     if "int8" in precisions and data is None:
         raise UserError("static int8 is calibrated on images", "give them with --data DIR, or use int8-dynamic")
-    if data is not None and "int8" not in precisions:
-        raise UserError("--data calibrates static int8", "add --precision int8, or leave it out")
+    if data is not None and "int8" not in precisions and method is None:
+        raise UserError("--data calibrates static int8", "add --precision int8 or --method NAME, or leave it out")
     with scratch_beside(output) as scratch:
         written = [scratch / output.name]
-        rungs, deployed = export_checked(loaded, written[0], reporter=reporter, **options)
+        if method is None:
+            rungs, deployed = export_checked(loaded, written[0], reporter=reporter, **options)
+        else:
+            calibrated = dict(method=method, target=target, data=data, count=images or METHOD_IMAGES, seed=seed)
+            rungs, deployed = export_method_checked(loaded, written[0], reporter=reporter, **calibrated, **options)
         conversions = []
         for precision in precisions:
             path = beside(written[0], precision)
@@ -1132,7 +1248,7 @@ def export_with_precisions(
                 precision,
                 io="float32" if precision.startswith("int8") else io,
                 data=data if precision == "int8" else None,
-                count=images,
+                count=images or INT8_IMAGES,
                 reporter=reporter,
             )
             written.append(path)
