@@ -1,0 +1,651 @@
+"""Visual tokens are really dropped while a model of transformers runs, and everything else about it stays as it was.
+
+:func:`pruned` hangs selectors into the model's own modules and takes them out again. Whoever calls or generates with
+the model sees prompts of their full length: logits have a row for each token of the prompt, and attention masks,
+position ids and generated sequences are those of the unpruned model. Inside, the language model works on *rows*: the
+tokens that are left, in their order, padded on the left where prompts keep different numbers of them. :class:`Layout`
+says which token of the prompt each row is. Every layer's cache holds the rows that entered the layer, so caches differ in length;
+each layer is given the mask that fits its own.
+
+Where tokens leave. In an encoder block or decoder layer, a selector is asked after the keys are known; the tokens that
+it drops are keys and values there once more, and skip the MLP of that block and all that follows.
+
+Positions. Tokens dropped in the tower were never part of the prompt: text after them moves up ("compact"), as if the
+processor had made fewer placeholders; or it stays where it was ("original"). Tokens dropped in the language model leave
+gaps: what is left keeps its position.
+
+Masks are made by transformers itself (``create_causal_mask`` with the number of the layer), so that SDPA and
+FlashAttention stay in use, without a mask where no row is padded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...errors import UserError
+from ..methods.rule import select_rows, with_prefix
+from .parts import VLMParts, find_parts
+from .views import EncoderSelector, EncoderView, SpanSelector, SpanView, split_heads
+
+#: The stage of the tower that sees its features, after the last block and before the projector.
+OUTPUT = "output"
+#: What becomes of the positions of the tokens after those that were dropped in the tower.
+POSITIONS = ("compact", "original")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens of the prompts the rows of a layer are.
+
+    Attributes:
+        index: int64 [batch, row]: place in the prompt; of padding, any.
+        valid: bool [batch, row]: False for padding, which comes first.
+        full: Whether no row is padding.
+    """
+
+    index: Tensor
+    valid: Tensor
+    full: bool
+
+    def only(self, keep: Tensor) -> tuple[Tensor, Layout]:
+        """Rows int64 [batch, most kept] and the layout of what ``keep`` (bool [batch, row]) leaves, padded in front."""
+        kept = keep.sum(1)
+        most, least = int(kept.max()), int(kept.min())
+        # False sorts before True, and what is equal stays in order.
+        rows = keep.byte().sort(dim=1, stable=True).indices[:, keep.shape[1] - most :]
+        return rows, Layout(self.index.gather(1, rows), keep.gather(1, rows), most == least)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What one forward pass over prompts did.
+
+    Attributes:
+        layouts: Rows that entered each layer, and those that left the last.
+        image: bool [batch, token]: visual tokens of the prompts as the model was given them.
+        encoder_positions: int64 [crop, kept]: places in the grid of the patches that the tower kept; None where it was
+            not asked to drop any.
+        kv_bytes: Of the caches of all layers after this pass.
+        dense_kv_bytes: Of the same prompts without pruning.
+    """
+
+    layouts: tuple[Layout, ...]
+    image: Tensor
+    encoder_positions: Tensor | None
+    kv_bytes: int
+    dense_kv_bytes: int
+
+    def kept(self, layer: int) -> Tensor:
+        """bool [batch, token]: the tokens of the prompts that entered ``layer``; with the depth: that left the last."""
+        layout = self.layouts[layer]
+        # A row's places are all different, padding included.
+        return torch.zeros_like(self.image).scatter(1, layout.index, layout.valid)
+
+    def _visual(self) -> np.ndarray:
+        """int64 [batch, layer + 1]."""
+        counts: dict[int, Tensor] = {}
+        for layout in self.layouts:
+            if id(layout) not in counts:
+                counts[id(layout)] = (self.image.gather(1, layout.index) & layout.valid).sum(1)
+        return torch.stack([counts[id(layout)] for layout in self.layouts], 1).cpu().numpy()
+
+
+@dataclass
+class _Cached:
+    """What decoding needs to know of a pass whose keys and values are cached."""
+
+    layouts: tuple[Layout, ...]
+    length: int
+    shift: Tensor | None
+
+
+@dataclass
+class _Call:
+    """One forward pass of the whole model, while it runs."""
+
+    image: Tensor
+    # Set once the language model has begun, in a pass over prompts.
+    layouts: list[Layout] | None = None
+    layout: Layout | None = None
+    total: Tensor | None = None
+    shift: Tensor | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
+    cache: Cache | None = None
+    # And in a decoding pass.
+    cached: _Cached | None = None
+    suffix: Tensor | None = None
+    masks: dict[int, Tensor | None] = field(default_factory=dict)
+
+
+@dataclass
+class VLMRun:
+    """A model whose visual tokens are dropped, and what was done to each batch of prompts.
+
+    Attributes:
+        parts: The model.
+        encoder: Selectors by block of the tower; -1 is before the first block, "output" its features.
+        language: Selectors by layer of the language model.
+        positions: One of :data:`POSITIONS`.
+        last: What the last pass over prompts did.
+    """
+
+    parts: VLMParts
+    encoder: Mapping[int | str, EncoderSelector]
+    language: Mapping[int, SpanSelector]
+    positions: str = "compact"
+    last: Prefill | None = None
+    _call: _Call | None = field(default=None, repr=False)
+    _patches: Tensor | None = field(default=None, repr=False)
+    _tower_ran: bool = field(default=False, repr=False)
+    _features_of: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _caches: WeakKeyDictionary = field(default_factory=WeakKeyDictionary, repr=False)
+    _counts: list[np.ndarray] = field(default_factory=list, repr=False)
+    _kv_bytes: list[tuple[int, int]] = field(default_factory=list, repr=False)
+
+    @property
+    def visual_tokens(self) -> np.ndarray:
+        """int64 [prompt, layer + 1]: visual tokens that entered each layer, and that left the last, since the start."""
+        depth = len(self.parts.layers)
+        return np.concatenate(self._counts) if self._counts else np.zeros((0, depth + 1), np.int64)
+
+    @property
+    def kv_bytes(self) -> tuple[int, int]:
+        """Bytes of the caches of all prompts since the start: pruned, and without pruning."""
+        return tuple(np.array(self._kv_bytes).reshape(-1, 2).sum(0).tolist())
+
+    def clear(self) -> None:
+        """Forget the prompts run so far."""
+        self._counts.clear()
+        self._kv_bytes.clear()
+        self.last = None
+
+    # -- the whole model ----------------------------------------------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        if ids is not None:
+            image = ids == self.parts.image_token
+        else:
+            placeholder = module.get_input_embeddings()(
+                torch.tensor(self.parts.image_token, device=embeds.device, dtype=torch.long)
+            )
+            image = (embeds == placeholder).all(-1)
+        if self.encoder and given.get("pixel_values_videos") is not None:
+            raise UserError("videos cannot be pruned in the vision tower", 'use mode="llm", or give images')
+        self._call = _Call(image)
+
+    # -- the vision tower ---------------------------------------------------------------------------------------------
+
+    def _enter_tower(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._patches = None
+        self._features_of.clear()
+
+    def _positions(self, crops: int, device: torch.device) -> Tensor:
+        if self._patches is None:
+            self._patches = torch.arange(self.parts.patches, device=device).expand(crops, -1)
+        return self._patches
+
+    def _choose(self, stage: int | str, view: EncoderView) -> Tensor | None:
+        """int64 [crop, kept]: ascending rows among the view's patches; None: all."""
+        rows = self.encoder[stage](view)
+        if rows.shape[1] >= view.positions.shape[1]:
+            return None
+        rows = rows.sort(dim=1).values
+        self._patches = view.positions.gather(1, rows)
+        return rows
+
+    def _before_blocks(self, module: nn.Module, args: tuple, kwargs: dict):
+        hidden, prefix = args[0], self.parts.prefix
+        self._check_grid(hidden)
+        view = EncoderView(
+            -1, hidden[:, prefix:], self._positions(len(hidden), hidden.device), self.parts.patches, prefix
+        )
+        rows = self._choose(-1, view)
+        return None if rows is None else ((select_rows(hidden, with_prefix(rows, prefix)), *args[1:]), kwargs)
+
+    def _check_grid(self, hidden: Tensor) -> None:
+        found = hidden.shape[1] - self.parts.prefix
+        if self._patches is None and found != self.parts.patches:
+            raise UserError(
+                f"the vision tower was given {found} patches per image, expected {self.parts.patches}",
+                "give images of the size of model.config.vision_config",
+            )
+
+    def _block_forward(self, index: int, block: nn.Module) -> Callable[..., Tensor]:
+        attn, prefix = block.self_attn, self.parts.prefix
+        eager = sys.modules[type(attn).__module__].eager_attention_forward
+
+        def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+            hidden = hidden_states
+            self._check_grid(hidden)
+            normed = block.layer_norm1(hidden)
+            key = split_heads(attn.k_proj(normed), attn.head_dim)
+            view = EncoderView(
+                index,
+                hidden[:, prefix:],
+                self._positions(len(hidden), hidden.device),
+                self.parts.patches,
+                prefix,
+                attn,
+                normed,
+                key,
+            )
+            rows = self._choose(index, view)
+            value = split_heads(attn.v_proj(normed), attn.head_dim)
+            if rows is not None:
+                # What leaves is still attended to, but needs no query, and no MLP.
+                rows = with_prefix(rows, prefix)
+                hidden, normed = select_rows(hidden, rows), select_rows(normed, rows)
+            query = split_heads(attn.q_proj(normed), attn.head_dim)
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager)
+            dropout = attn.dropout if attn.training else 0.0
+            attended, _ = attend(attn, query, key, value, None, scaling=attn.scale, dropout=dropout, is_causal=False)
+            hidden = hidden + attn.out_proj(attended.reshape(*hidden.shape[:2], -1).contiguous())
+            return hidden + block.mlp(block.layer_norm2(hidden))
+
+        return forward
+
+    def _watch_features(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._features_of["normed"] = args[0] if args else kwargs["hidden_states"]
+
+    def _watch_feature_keys(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self._features_of["key"] = output
+
+    def _before_projector(self, module: nn.Module, args: tuple):
+        """Select among the features, and check that they are what is expected."""
+        (features,) = args
+        parts = self.parts
+        crops, found = features.shape[:2]
+        positions = self._positions(crops, features.device)
+        leading = parts.prefix * parts.class_in_features
+        if found != positions.shape[1] + leading:
+            raise UserError(
+                f"the projector was given {found} features per image, expected {positions.shape[1] + leading}",
+                "give images of the size of model.config.vision_config",
+            )
+        if OUTPUT not in self.encoder:
+            return None
+        attn = parts.blocks[max(parts.feature_states) - 1].self_attn
+        view = EncoderView(
+            OUTPUT,
+            features[:, leading:],
+            positions,
+            parts.patches,
+            parts.prefix,
+            attn,
+            self._features_of["normed"],
+            split_heads(self._features_of["key"], attn.head_dim),
+        )
+        rows = self._choose(OUTPUT, view)
+        return None if rows is None else (select_rows(features, with_prefix(rows, leading)),)
+
+    def _after_projector(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Put the features back where they stood in the grid, and zero where they are gone.
+
+        So whatever a model does to the grid (cut off margins, end rows with a token of its own) it does as always, and
+        whoever carries features from the tower to the prompt (``generate`` repeats them for beams) carries the mask.
+        """
+        parts, positions = self.parts, self._patches
+        self._tower_ran = True
+        if positions.shape[1] == parts.patches:
+            return None
+        place = with_prefix(positions, parts.prefix * parts.class_in_features)
+        whole = output.new_zeros(len(output), parts.features, output.shape[2])
+        return whole.scatter_(1, place[..., None].expand_as(output), output)
+
+    def _pack(self, packed: Callable, image_features, image_sizes, *args, image_newline=None, **kwargs):
+        """``pack_image_features`` of models with several crops, which may interpolate.
+
+        Features that are gone count nothing then, and what has more of them than of others around it is gone, too.
+        """
+        result, lengths = packed(image_features, image_sizes, *args, image_newline=image_newline, **kwargs)
+        mask = [features.any(-1, keepdim=True).to(features.dtype) for features in image_features]
+        newline = None if image_newline is None else image_newline.new_ones(1)
+        weight, _ = packed(mask, image_sizes, *args, image_newline=newline, **kwargs)
+        return [
+            torch.where(part >= 0.5, features / part.clamp(min=0.5), 0.0)
+            for features, part in zip(result, weight, strict=True)
+        ], lengths
+
+    # -- the language model -------------------------------------------------------------------------------------------
+
+    def _enter_language(self, module: nn.Module, args: tuple, kwargs: dict):
+        call = self._call
+        if call is None or call.layouts is not None or call.cached is not None:
+            # Not called by the model around it.
+            return None
+        kwargs = dict(kwargs)
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise UserError(
+                "the attention mask is not a tensor [batch, token]", "pass the mask of the processor, or none"
+            )
+        if cache is not None and (cache.is_compileable or any(cache.is_sliding)):
+            raise UserError(
+                f"a {type(cache).__name__} gives all layers one length; layers that drop tokens need their own",
+                "use a DynamicCache, which generate() does unless told otherwise",
+            )
+        if cache is not None and cache.get_seq_length():
+            return args, self._enter_decoding(call, cache, kwargs)
+        return args, self._enter_prefill(call, cache, kwargs)
+
+    def _enter_prefill(self, call: _Call, cache: Cache | None, kwargs: dict) -> dict:
+        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        batch, length = embeds.shape[:2]
+        image = call.image.to(embeds.device)
+        if not image.any():
+            raise UserError(
+                f"the prompt holds no image token ({self.parts.image_token})", "give an image, and <image> in the text"
+            )
+        if self.encoder and not self._tower_ran:
+            raise UserError("the vision tower was not run, so it could drop nothing", "pass pixel_values")
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = self.parts.language.config.use_cache
+        if use_cache and cache is None:
+            cache = kwargs["past_key_values"] = DynamicCache(config=self.parts.language.config)
+        real = torch.ones_like(image) if mask is None else mask.to(image.device).bool()
+        call.image, call.cache = image & real, cache
+        call.total = call.image.sum(1)
+        layout = Layout(
+            torch.arange(length, device=embeds.device).expand(batch, -1), real, mask is None or bool(real.all())
+        )
+        lost = image & ~embeds.any(-1) if self.encoder else None
+        if lost is not None and lost.any():
+            rows, layout = layout.only(real & ~lost)
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                positions = torch.arange(length, device=embeds.device)[None]
+            positions = positions.expand(batch, -1)
+            if self.positions == "compact":
+                before = (lost & real).cumsum(1)
+                positions, call.shift = positions - before, before[:, -1:]
+            kwargs["inputs_embeds"] = select_rows(embeds, rows)
+            kwargs["position_ids"] = positions.gather(1, rows).clamp(min=0)
+            # A mask even where nothing is masked: without one, gaps between positions read as packed prompts.
+            kwargs["attention_mask"] = layout.valid.long()
+        call.layout, call.layouts = layout, []
+        return kwargs
+
+    def _enter_decoding(self, call: _Call, cache: Cache, kwargs: dict) -> dict:
+        cached = self._caches.get(cache)
+        if cached is None:
+            raise UserError(
+                "the cache was filled while nothing was dropped, or by another context",
+                "start from an empty cache inside the context",
+            )
+        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        new = embeds.shape[1]
+        if new > 1 and call.image.any():
+            raise UserError("a later turn brings images to a pruned cache", "generate from the whole dialogue again")
+        past = cached.length + cache.get_seq_length(0) - cached.layouts[0].index.shape[1]
+        if mask is not None and mask.shape[1] != past + new:
+            raise UserError(
+                f"the attention mask has {mask.shape[1]} columns for {past} cached and {new} new tokens",
+                "generate from the whole dialogue again: a pruned cache cannot be continued by generate()",
+            )
+        call.cached = cached
+        # Rows of prompts are known; of what was decoded since, the mask tells, and usually there is nothing to tell.
+        if mask is not None:
+            call.suffix = mask[:, cached.length :].to(embeds.device).bool()
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + new, device=embeds.device)[None]
+        kwargs["position_ids"] = positions if cached.shift is None else positions - cached.shift
+        kwargs["attention_mask"] = self._row_mask(cached.layouts[0], call.suffix, new + past - cached.length)
+        return kwargs
+
+    @staticmethod
+    def _row_mask(layout: Layout, suffix: Tensor | None, decoded: int) -> Tensor | None:
+        """int64 [batch, row]: which rows of a cache are no padding; None: all are."""
+        if suffix is None and layout.full:
+            return None
+        valid = layout.valid
+        if suffix is None:
+            suffix = valid.new_ones(len(valid), decoded)
+        return torch.cat([valid, suffix], 1).long()
+
+    def _before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict):
+        call = self._call
+        if call is None:
+            return None
+        if call.cached is not None:
+            layouts = call.cached.layouts
+            layout = layouts[index]
+            if layout is layouts[0]:
+                return None
+            if id(layout) not in call.masks:
+                cache, hidden = kwargs["past_key_values"], args[0]
+                past = cache.get_seq_length(index) - layout.index.shape[1]
+                rows = self._row_mask(layout, call.suffix, past + hidden.shape[1])
+                call.masks[id(layout)] = self._causal_mask(index, hidden, rows, cache)
+            return args, {**kwargs, "attention_mask": call.masks[id(layout)]}
+        if call.layouts is None:
+            return None
+        call.layouts.append(call.layout)
+        # What reads these takes gaps for the borders of packed prompts; the rotation is known already.
+        kwargs = {**kwargs, "position_ids": None}
+        if call.rotation is not None:
+            kwargs["position_embeddings"] = call.rotation
+            if id(call.layout) not in call.masks:
+                # The first layer after a drop: the mask of those before it is of no use any more.
+                call.masks = {id(call.layout): self._causal_mask(index, args[0], call.layout.valid.long(), call.cache)}
+            kwargs["attention_mask"] = call.masks[id(call.layout)]
+        return args, kwargs
+
+    def _causal_mask(self, index: int, hidden: Tensor, rows: Tensor | None, cache: Cache | None) -> Tensor | None:
+        return create_causal_mask(
+            config=self.parts.language.config,
+            inputs_embeds=hidden,
+            attention_mask=rows,
+            past_key_values=cache,
+            layer_idx=index,
+        )
+
+    def _layer_forward(self, index: int, layer: nn.Module) -> Callable[..., Tensor]:
+        attn = layer.self_attn
+        dense = type(layer).forward
+
+        def forward(hidden_states: Tensor, *args, **kwargs) -> Tensor:
+            call = self._call
+            if call is None or call.layouts is None:
+                return dense(layer, hidden_states, *args, **kwargs)
+            normed = layer.input_layernorm(hidden_states)
+            attended, _ = attn(hidden_states=normed, **kwargs)
+            hidden = hidden_states + attended
+            rows = self._drop(index, attn, normed, kwargs["position_embeddings"])
+            if rows is not None:
+                hidden = select_rows(hidden, rows)
+            return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+        return forward
+
+    def _watch_keys(self, index: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self._call is not None and self._call.layouts is not None:
+            self._keys[index] = output
+
+    def _drop(self, index: int, attn: nn.Module, normed: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor | None:
+        """int64 [batch, kept]: rows that stay after layer ``index``; None: all."""
+        call, layout = self._call, self._call.layout
+        key = self._keys.pop(index).unflatten(-1, (-1, attn.head_dim))
+        image = call.image.gather(1, layout.index) & layout.valid
+        counts = image.sum(1)
+        most, least = int(counts.max()), int(counts.min())
+        if not most:
+            return None
+        # Visual tokens first, in their order; rows with fewer are padded at the end.
+        span = image.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
+        view = SpanView(
+            layer=index,
+            positions=layout.index.gather(1, span),
+            valid=None if most == least else image.gather(1, span),
+            total=call.total,
+            attn=attn,
+            normed=normed,
+            key=key,
+            rotation=rotation,
+            real=None if layout.full else layout.valid,
+            rows=span,
+        )
+        keep = self.language[index](view)
+        if view.valid is not None:
+            keep = keep | ~view.valid
+        if keep.all():
+            return None
+        rows, call.layout = layout.only(layout.valid & torch.ones_like(image).scatter(1, span, keep))
+        batch = len(rows)
+        call.rotation = tuple(select_rows(part.expand(batch, -1, -1), rows) for part in rotation)
+        return rows
+
+    def _leave_language(self, module: nn.Module, args: tuple, kwargs: dict, output):
+        call = self._call
+        if call is None or call.layouts is None:
+            return None
+        layouts = (*call.layouts, call.layout)
+        length = call.image.shape[1]
+        if call.cache is not None:
+            self._caches[call.cache] = _Cached(layouts, length, call.shift)
+        self._record(call, layouts)
+        self._call = None
+        if layouts[-1].index.shape[1] == length:
+            return None
+        # One row for each token of the prompt again; what was dropped reads zero.
+        hidden = output[0]
+        whole = hidden.new_zeros(len(hidden), length, hidden.shape[2])
+        layout = layouts[-1]
+        start = length * torch.arange(len(hidden), device=hidden.device)[:, None]
+        place = (start + layout.index)[layout.valid]
+        whole.flatten(0, 1).index_copy_(0, place, hidden[layout.valid])
+        if isinstance(output, tuple):
+            return whole, *output[1:]
+        output.last_hidden_state = whole
+        return output
+
+    def _record(self, call: _Call, layouts: tuple[Layout, ...]) -> None:
+        config = self.parts.language.config
+        layers = self.parts.layers
+        first = layers[0].self_attn
+        width = first.k_proj.out_features + first.v_proj.out_features
+        element = first.k_proj.weight.element_size() if first.k_proj.weight.is_floating_point() else 2
+        batch, length = call.image.shape
+        per_row = width * element * batch
+        caching = call.cache is not None
+        self.last = Prefill(
+            layouts,
+            call.image,
+            self._patches if self.encoder else None,
+            per_row * sum(layout.index.shape[1] for layout in layouts[:-1]) * caching,
+            per_row * length * config.num_hidden_layers * caching,
+        )
+        self._counts.append(self.last._visual())
+        self._kv_bytes.append((self.last.kv_bytes, self.last.dense_kv_bytes))
+
+
+@contextmanager
+def pruned(
+    model: nn.Module,
+    encoder: Mapping[int | str, EncoderSelector] | None = None,
+    language: Mapping[int, SpanSelector] | None = None,
+    positions: str = "compact",
+) -> Iterator[VLMRun]:
+    """Drop visual tokens where selectors say so, until the context is left.
+
+    Args:
+        model: As :func:`~vpruner.prune.vlm.parts.find_parts` takes it.
+        encoder: Selectors by block of the vision tower, counted from 0; -1: before the first block; "output": of the
+            features, after the last block that makes any.
+        language: Selectors by layer of the language model, counted from 0.
+        positions: One of :data:`POSITIONS`.
+
+    Raises:
+        UserError: The model is not supported, a block or layer does not exist or comes after the features are taken, or
+            the model is pruned already.
+    """
+    parts = find_parts(model)
+    encoder, language = dict(encoder or {}), dict(language or {})
+    _check_stages(parts, encoder, language, positions)
+    if "_vpruner" in vars(model):
+        raise UserError("the model is pruned already", "leave the first context before the second")
+    run = VLMRun(parts, encoder, language, positions)
+    with ExitStack() as undo:
+        model._vpruner = run
+        undo.callback(delattr, model, "_vpruner")
+        for hook in _hooks(run):
+            undo.callback(hook.remove)
+        for owner, name, value in _replacements(run):
+            setattr(owner, name, value)
+            undo.callback(delattr, owner, name)
+        yield run
+
+
+def _hooks(run: VLMRun) -> Iterator:
+    parts = run.parts
+    yield parts.inner.register_forward_pre_hook(run._enter, with_kwargs=True)
+    yield parts.language.register_forward_pre_hook(run._enter_language, with_kwargs=True)
+    yield parts.language.register_forward_hook(run._leave_language, with_kwargs=True)
+    for index, layer in enumerate(parts.layers):
+        yield layer.register_forward_pre_hook(partial(run._before_layer, index), with_kwargs=True)
+        if index in run.language:
+            yield layer.self_attn.k_proj.register_forward_hook(partial(run._watch_keys, index))
+    if not run.encoder:
+        return
+    yield parts.tower.register_forward_pre_hook(run._enter_tower, with_kwargs=True)
+    yield parts.projector.register_forward_pre_hook(run._before_projector)
+    yield parts.projector.register_forward_hook(run._after_projector)
+    if -1 in run.encoder:
+        yield parts.blocks[0].register_forward_pre_hook(run._before_blocks, with_kwargs=True)
+    if OUTPUT in run.encoder:
+        attn = parts.blocks[max(parts.feature_states) - 1].self_attn
+        yield attn.register_forward_pre_hook(run._watch_features, with_kwargs=True)
+        yield attn.k_proj.register_forward_hook(run._watch_feature_keys)
+
+
+def _replacements(run: VLMRun) -> Iterator[tuple[nn.Module, str, Callable]]:
+    parts = run.parts
+    for index in run.encoder:
+        if isinstance(index, int) and index >= 0:
+            yield parts.blocks[index], "forward", run._block_forward(index, parts.blocks[index])
+    for index in run.language:
+        yield parts.layers[index], "forward", run._layer_forward(index, parts.layers[index])
+    if run.encoder and hasattr(parts.inner, "pack_image_features"):
+        yield parts.inner, "pack_image_features", partial(run._pack, parts.inner.pack_image_features)
+
+
+def _check_stages(parts: VLMParts, encoder: Mapping, language: Mapping, positions: str) -> None:
+    if positions not in POSITIONS:
+        raise UserError(f"positions is {positions!r}", f"expected one of {', '.join(POSITIONS)}")
+    earliest = min(parts.feature_states)
+    blocks, layers = len(parts.blocks), len(parts.layers)
+    for block in encoder:
+        if block == OUTPUT:
+            continue
+        if not isinstance(block, int) or not -1 <= block < blocks:
+            raise UserError(f"the vision tower has no block {block!r}", f"expected 0 to {blocks - 1}")
+        if block >= earliest:
+            raise UserError(
+                f"block {block} comes after the features of the image are taken, behind block {earliest - 1}",
+                f"drop in a block from 0 to {earliest - 1}",
+            )
+    if OUTPUT in encoder and max(parts.feature_states) - 1 in encoder:
+        raise UserError(
+            f"features are selected after block {max(parts.feature_states) - 1}, which drops patches itself",
+            "choose one of the two",
+        )
+    for layer in language:
+        if not isinstance(layer, int) or not 0 <= layer < layers:
+            raise UserError(f"the language model has no layer {layer!r}", f"expected 0 to {layers - 1}")

@@ -1,0 +1,120 @@
+"""The parts of a vision-language model of transformers: which modules tokens are dropped in, and where an image stands.
+
+Supported are LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision with a CLIP or SigLIP tower and a Llama, Mistral or Qwen2
+language model, as transformers has them; nothing of them is replaced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ...errors import UserError
+
+#: Class name of the whole model -> what users call it.
+MODELS = {
+    "LlavaForConditionalGeneration": "LLaVA-1.5",
+    "LlavaNextForConditionalGeneration": "LLaVA-NeXT",
+    "LlavaOnevisionForConditionalGeneration": "LLaVA-OneVision",
+}
+#: Class name of the vision tower -> class tokens before the patches.
+TOWERS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}
+LANGUAGE_MODELS = ("LlamaModel", "MistralModel", "Qwen2Model")
+
+
+@dataclass(frozen=True)
+class VLMParts:
+    """Modules of one model; all are the model's own.
+
+    Attributes:
+        model: What the user calls and generates with.
+        inner: Joins image features and prompt.
+        tower: The vision tower.
+        blocks: Its encoder blocks, counted from 0.
+        projector: From features of the tower to embeddings of the language model.
+        language: The language model without its head.
+        layers: Its decoder layers, counted from 0.
+        image_token: Id of the placeholder that each feature of an image has in the prompt.
+        prefix: Class tokens of the tower.
+        patches: Patches of one crop.
+        feature_states: Which hidden states of the tower are features: 0 is the embeddings, k what block k - 1 returns.
+        class_in_features: Whether the class token is a feature, too.
+    """
+
+    model: nn.Module
+    inner: nn.Module
+    tower: nn.Module
+    blocks: nn.ModuleList
+    projector: nn.Module
+    language: nn.Module
+    layers: nn.ModuleList
+    image_token: int
+    prefix: int
+    patches: int
+    feature_states: tuple[int, ...]
+    class_in_features: bool
+
+    @property
+    def features(self) -> int:
+        """Features, and placeholders, of one crop."""
+        return self.patches + self.prefix * self.class_in_features
+
+
+def find_parts(model: nn.Module) -> VLMParts:
+    """Take a model apart.
+
+    Raises:
+        UserError: It is not one of the supported models; the message names what was found.
+    """
+    name = type(model).__name__
+    if name not in MODELS:
+        raise UserError(
+            f"{name} is not a supported vision-language model",
+            f"supported are {', '.join(f'{known} ({label})' for known, label in MODELS.items())}",
+        )
+    inner = model.model
+    tower, language = inner.vision_tower, inner.language_model
+    _check_known(tower, TOWERS, "vision tower", name)
+    _check_known(language, LANGUAGE_MODELS, "language model", name)
+    text = language.config
+    if getattr(text, "sliding_window", None) is not None or "sliding_attention" in (
+        getattr(text, "layer_types", None) or ()
+    ):
+        raise UserError(
+            f"the language model of this {name} attends within a sliding window of {text.sliding_window} tokens, which "
+            "dropped tokens would shift",
+            "use a model with full attention in all its layers",
+        )
+    config, vision = inner.config, tower.config
+    prefix = TOWERS[type(tower).__name__]
+    strategy = config.vision_feature_select_strategy
+    if strategy == "default" and prefix != 1:
+        raise UserError(
+            f"vision_feature_select_strategy is 'default', which cuts off a class token, but {type(tower).__name__} "
+            "has none",
+            "set model.config.vision_feature_select_strategy = 'full'",
+        )
+    states = config.vision_feature_layer
+    states = [states] if isinstance(states, int) else list(states)
+    blocks = getattr(tower, "vision_model", tower).encoder.layers
+    return VLMParts(
+        model=model,
+        inner=inner,
+        tower=tower,
+        blocks=blocks,
+        projector=inner.multi_modal_projector,
+        language=language,
+        layers=language.layers,
+        image_token=config.image_token_id,
+        prefix=prefix,
+        patches=(vision.image_size // vision.patch_size) ** 2,
+        feature_states=tuple(state % (len(blocks) + 1) for state in states),
+        class_in_features=strategy == "full",
+    )
+
+
+def _check_known(module: nn.Module, known, what: str, name: str) -> None:
+    found = type(module).__name__
+    if found not in known:
+        raise UserError(f"the {what} of this {name} is a {found}, expected one of {', '.join(known)}")
