@@ -1,0 +1,152 @@
+"""Which method of token reduction, at the same multiply-adds and at the same measured time?
+
+    python benchmarks/compare.py --phase accuracy -o runs/compare   # hours, on a machine that may do other things
+    python benchmarks/compare.py --phase latency -o runs/compare    # minutes, on one that does nothing else
+
+``vpruner compare`` with all methods on the bundled reference, as a script: it resumes, and the two halves can be run
+apart. The first leaves graphs in the folder, the second times them. Rows go to ``--results``.
+
+What ``benchmarks/accuracy.py`` has measured already with the same images, budgets and seeds ("fisher" and "fisher + ppo
++ weights", which is V-Pruner as ``vpruner run`` ships it) is taken from its rows. Those say how many tokens each block
+keeps, not which; the graph that is timed for them keeps as many, the first ones. The time of a graph does not depend on
+which tokens it keeps, nor on the weights.
+
+``--phase speed`` times graphs of a larger model with random weights, for what the tiny one cannot show: at 64 patches
+the patch embedding, the head and the overhead of each node are a larger share of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from vpruner import bundled
+from vpruner.artifacts import read_rows
+from vpruner.compare import CompareOptions, Comparison, Contender, Point, chosen_contenders
+from vpruner.pipeline import choose, open_prunable
+from vpruner.progress import Reporter
+from vpruner.prune.plan import TokenPlan
+
+#: Contender -> what benchmarks/accuracy.py calls it.
+MEASURED_BEFORE = {"v-pruner": "fisher + ppo + weights", "fisher": "fisher"}
+
+
+def take_over(comparison: Comparison, contender: Contender, target: float, seed: int, rows: Sequence[dict]) -> bool:
+    """Rows of ``benchmarks/accuracy.py`` as a row of the comparison; False where there are none of the same setting."""
+    about = comparison._about(comparison.point(contender, target, seed))
+    wanted = {
+        "method": MEASURED_BEFORE.get(contender.name),
+        "target": target,
+        "seed": seed,
+        "images": about["data"]["count"] if about["data"] else None,
+        "data": Path(about["data"]["name"]).stem if about["data"] else None,
+        "eval_images": about["eval_data"]["count"],
+        "eval_data": Path(about["eval_data"]["name"]).stem,
+        "episodes": contender.settings.get("episodes"),
+    }
+    found = {row["metric"]: row for row in rows if wanted.items() <= row.items()}
+    if not found:
+        return False
+    point = comparison.point(contender, target, seed)
+    first = next(iter(found.values()))
+    geometry = comparison.loaded.adapter.geometry
+    if seed == comparison.options.seed:
+        kept = [list(range(count)) for count in first["counts"]]
+        plan = TokenPlan(
+            comparison.loaded.name,
+            geometry,
+            kept,
+            provenance={"note": "counts of a learned plan, for its time", "seconds": first["seconds"]},
+        )
+        plan.save(comparison.output / "plans" / f"{point.name}.json")
+    if comparison.find("compared", point.key) is None:
+        estimates = {
+            metric: {name: row[name] for name in ("value", "low", "high", "count")} for metric, row in found.items()
+        }
+        undone = [stage for stage, kept in first["kept"].items() if not kept]
+        comparison.add(
+            {
+                **point.row("compared"),
+                **about,
+                "failure": None,
+                "form": "static",
+                "macs_ratio": round(first["macs_ratio"], 6),
+                "counts": [float(geometry.prefix_tokens + count) for count in first["counts"]],
+                "seconds": first["seconds"],
+                "cpu_seconds": None,
+                "tuned": contender.name == "v-pruner" and "tune" not in undone,
+                "note": f"undone, as it did not help: {', '.join(undone)}" if undone else "",
+                "from": "benchmarks/accuracy.py",
+                "environment": first["environment"],
+                **estimates,
+            }
+        )
+    return True
+
+
+def open_comparison(args: argparse.Namespace, reporter: Reporter) -> tuple[Comparison, list[Point]]:
+    options = CompareOptions(
+        targets=tuple(args.targets),
+        methods=tuple(args.methods) if args.methods else None,
+        model=args.model,
+        data=args.data,
+        eval_data=args.eval_data,
+        images=args.images,
+        eval_images=args.eval_images,
+        seeds=args.seeds,
+        time_limit=args.time_limit,
+        batches=tuple(args.batch),
+        threads=args.threads,
+        seconds=args.seconds,
+    )
+    loaded = open_prunable(
+        args.model,
+        pretrained=False,
+        weights=None,
+        model_args={},
+        preprocessing={},
+        loss=options.loss,
+        reporter=reporter,
+    )
+    calibration, evaluation = choose(options, loaded, reporter)
+    for folder in ("graphs", "plans"):
+        (args.output / folder).mkdir(parents=True, exist_ok=True)
+    comparison = Comparison(options, loaded, calibration, evaluation, args.output, args.results, reporter)
+    return comparison, comparison.points(chosen_contenders(options))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--phase", choices=("accuracy", "latency"), required=True)
+    parser.add_argument("--model", help="model card; default: the bundled reference")
+    parser.add_argument("--data", default=str(bundled.calibration_data()))
+    parser.add_argument("--eval-data", default=str(bundled.evaluation_data()))
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--eval-images", type=int, default=5000)
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.65, 0.5, 0.8, 0.35])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
+    # What comes out must not depend on what else the machine does.
+    parser.add_argument("--time-limit", type=float, default=1e6, help="of PPO, in seconds")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=15.0, help="for the graphs of one target and batch")
+    parser.add_argument("--taken-over", type=Path, help="rows of benchmarks/accuracy.py to take results from")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/compare.jsonl"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs/compare"))
+    args = parser.parse_args(argv)
+
+    comparison, points = open_comparison(args, Reporter())
+    if args.phase == "accuracy":
+        before = read_rows(args.taken_over) if args.taken_over else []
+        for point in points:
+            take_over(comparison, point.contender, point.target, point.seed, before)
+            comparison.make(point)
+    else:
+        comparison.time_graphs(points)
+        comparison.time_rules(points)
+
+
+if __name__ == "__main__":
+    main()

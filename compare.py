@@ -1,0 +1,860 @@
+"""Methods of token reduction on one model, side by side: what each loses, and how fast its graph really is.
+
+Every method gets the same calibration images and the same budgets, is judged on the same evaluation images against the
+unpatched model, and its graph is timed in turns with the dense graph. Rows are written as they are made, and what a
+results file has already is not made again: a comparison that was interrupted goes on, and one that gets another method
+or another budget makes that alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .artifacts import append_rows, file_sha256, json_sha256, scratch_beside
+from .errors import ParityError, UserError
+from .extras import require
+from .pipeline import (
+    PACKAGES,
+    PARITY_IMAGES,
+    check_output,
+    choose,
+    model_bytes,
+    move_model,
+    open_prunable,
+    parity_row,
+    rearrange_settings,
+    save_learned,
+    write_dense,
+)
+from .progress import Reporter
+from .prune.cost import cost_ratio, dense_macs
+from .prune.plan import TokenPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .prune.calibration import Calibration
+    from .prune.data import ImageSet
+    from .prune.evaluate import Estimate
+    from .prune.methods.method import Method
+    from .prune.methods.rule import TokenRule
+    from .prune.models import LoadedModel
+
+#: What the folder of a comparison holds besides its rows; ``--force`` removes these and nothing else.
+COMPARE_FILES = re.compile(r"(graphs|plans|results\.jsonl|comparison\.(svg|png)|report\.(html|md))")
+#: Graphs that are timed in turns lie in memory together, weights and all: beyond this they are timed in groups.
+GROUP_BYTES = 4 << 30
+#: Images that a rule in PyTorch is timed on, one batch after the other: how many tokens it drops depends on them.
+TIMED_IMAGES = 64
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Everything ``vpruner compare`` can be told; see the command's help for the meaning.
+
+    Attributes:
+        methods: Names, see :func:`contenders`; None: all.
+        seed, seeds: What depends on chance or on the choice of calibration images is made with ``seeds`` seeds from
+            ``seed`` on. Graphs are timed for the first.
+        episodes, time_limit: Of V-Pruner's rearrangement; None: as ``vpruner run`` has them.
+        latency: Whether to time anything; graphs are exported either way.
+    """
+
+    targets: tuple[float, ...] = (0.8, 0.65, 0.5)
+    methods: tuple[str, ...] | None = None
+    model: str | None = None
+    pretrained: bool = False
+    weights: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    eval_data: str | None = None
+    images: int = 1024
+    eval_images: int = 2000
+    loss: str = "auto"
+    episodes: int | None = None
+    time_limit: float | None = None
+    seed: int = 0
+    seeds: int = 1
+    strict: bool = False
+    batches: tuple[int, ...] = (1,)
+    threads: int = 1
+    seconds: float = 10.0
+    latency: bool = True
+    opset: int = 20
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a method makes of a model and a budget.
+
+    Attributes:
+        reduction: One plan for every image, or a rule that looks at each.
+        weights: State-dict name -> tensor where tuning changed weights.
+        seconds: Wall-clock time, without decoding the images.
+        cpu_seconds: Processor time of all threads, which a busy machine does not stretch; None where not known.
+        note: What the method has to say, or empty.
+    """
+
+    reduction: TokenPlan | TokenRule
+    weights: Mapping[str, Tensor] | None
+    seconds: float
+    note: str = ""
+    cpu_seconds: float | None = None
+
+    @property
+    def static(self) -> bool:
+        return isinstance(self.reduction, TokenPlan)
+
+    @property
+    def counts(self) -> tuple[int, ...] | None:
+        """Tokens (prefix included) that enter each block; None where images decide."""
+        if isinstance(self.reduction, TokenPlan):
+            return self.reduction.key_counts
+        counts = self.reduction.static_counts()
+        return None if counts is None else counts[:-1]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method as it takes part.
+
+    Attributes:
+        name: What the user calls it.
+        settings: JSON values that, with model, budget, seed and images, determine what it makes.
+        needs_images: Whether it looks at calibration images.
+        seeded: Whether another seed gives another result.
+        make: (model, calibration images, the same decoded, target, seed) -> what it makes; images are None where it
+            needs none.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    needs_images: bool
+    seeded: bool
+    make: Callable[[LoadedModel, ImageSet | None, Calibration | None, float, int], Made]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One contender at one budget with one seed."""
+
+    contender: Contender
+    target: float
+    seed: int
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.contender.name}-{self.target:g}-{self.key[:8]}"
+
+    def row(self, kind: str) -> dict[str, Any]:
+        """What every row about it starts with."""
+        return {
+            "schema": SCHEMA,
+            "kind": kind,
+            "key": self.key,
+            "method": self.contender.name,
+            "target": self.target,
+            "seed": self.seed if self.contender.seeded else None,
+        }
+
+
+# -- who takes part ---------------------------------------------------------------------------------------------------
+
+
+def contenders(options: CompareOptions) -> dict[str, Contender]:
+    """name -> everything that can be compared, ours first. Needs PyTorch."""
+    from .prune.methods import methods
+
+    found = {
+        "v-pruner": _learned("v-pruner", options, rearrangement="ppo", tuning="weights"),
+        "fisher": _learned("fisher", options, rearrangement="none", tuning="none"),
+    }
+    return found | {name: _registered(method()) for name, method in methods().items()}
+
+
+def chosen_contenders(options: CompareOptions) -> list[Contender]:
+    """Those the user named, in that order, or all.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    known = contenders(options)
+    unknown = [name for name in options.methods or () if name not in known]
+    if unknown:
+        raise UserError(f"there is no method called {unknown[0]!r}", f"choose from {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(options.methods or known)]
+
+
+def _learned(name: str, options: CompareOptions, rearrangement: str, tuning: str) -> Contender:
+    settings = rearrange_settings(tuning, options.episodes, options.time_limit)
+
+    def make(loaded: LoadedModel, images: ImageSet, calibration: Calibration, target: float, seed: int) -> Made:
+        from .prune.learn import learn
+
+        learned = learn(
+            loaded,
+            images,
+            target=target,
+            loss=options.loss,
+            rearrangement=rearrangement,
+            tuning=tuning,
+            settings=settings,
+            seed=seed,
+        )
+        if any("interrupted" in stage.note for stage in learned.stages):
+            raise KeyboardInterrupt  # A plan that was cut short is worth having in a run, and no result here.
+        undone = [stage.name for stage in learned.stages[1:] if not stage.kept]
+        note = f"undone, as it did not help: {', '.join(undone)}" if undone else ""
+        return Made(learned.plan, learned.weights, sum(stage.seconds for stage in learned.stages), note)
+
+    how = {"rearrange": rearrangement, "tune": tuning, "loss": options.loss}
+    if rearrangement == "ppo":
+        how |= {"episodes": settings.episodes, "time_limit": settings.time_limit}
+    return Contender(name, how, True, True, make)
+
+
+def _registered(method: Method) -> Contender:
+    def make(loaded: LoadedModel, images: ImageSet | None, calibration: Calibration | None, target: float, seed: int):
+        from .prune.fisher import batch_size_for
+
+        batches: Sequence[Tensor] = ()
+        if calibration is not None:
+            used = calibration.fit[: method.enough_images]
+            batches = _Batches(calibration, used, batch_size_for(loaded.adapter.geometry))
+        started = time.perf_counter()
+        reduction = method.make(loaded.adapter, batches, target, seed=seed)
+        return Made(reduction, None, time.perf_counter() - started)
+
+    settings = {"class": type(method).__name__, **_plain_settings(method)}
+    return Contender(method.name, settings, method.needs_images, method.needs_images or method.seeded, make)
+
+
+def _plain_settings(method: Method) -> dict[str, Any]:
+    """The settings of a method as JSON values; what is no JSON value goes by how it is written."""
+    plain = (str, int, float, bool, type(None), list)
+    return {name: value if isinstance(value, plain) else repr(value) for name, value in asdict(method).items()}
+
+
+class _Batches(Sequence):
+    """Calibration images as methods take them, prepared when they are asked for: in memory they are bytes."""
+
+    def __init__(self, calibration: Calibration, indices: Sequence[int], size: int):
+        self.calibration = calibration
+        self.chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, number: int) -> Tensor:
+        """float32 [batch, channel, height, width]."""
+        return self.calibration.images(self.chunks[number])
+
+
+# -- judging ----------------------------------------------------------------------------------------------------------
+
+
+class Judge:
+    """Evaluation images in memory, and what the dense model, as timm runs it, makes of them.
+
+    Attributes:
+        images: Where the pixels are.
+        labels: int64 [image], or None.
+    """
+
+    def __init__(self, loaded: LoadedModel, evaluation: ImageSet):
+        from .prune.calibration import Calibration
+
+        self.adapter = loaded.adapter
+        self.images = Calibration.load(evaluation, loaded.preprocessing, held_out=0)
+        self.labels = None if self.images.labels is None else self.images.labels.numpy()
+
+    @cached_property
+    def dense(self):
+        """float32 [image, output]."""
+        return self._run(self.adapter.model)
+
+    def judge(self, made: Made) -> tuple[list[Estimate], float, list[float]]:
+        """Estimates paired with the dense model; MACs as a share of its; tokens that enter each block.
+
+        MACs and tokens of a rule are means over the images.
+        """
+        from .prune.evaluate import Outputs, compare
+        from .prune.tune import with_weights
+
+        model, geometry = self.adapter.model, self.adapter.geometry
+        dense = self.dense
+        with with_weights(model, made.weights):
+            if isinstance(made.reduction, TokenPlan):
+                outputs = self.images.outputs(self.adapter, made.reduction, self.images.fit).numpy()
+                macs, counts = cost_ratio(made.reduction), list(map(float, made.reduction.key_counts))
+            else:
+                with made.reduction.applied(self.adapter) as run:
+                    outputs = self._run(run)
+                macs = float(run.macs.mean()) / dense_macs(geometry)
+                counts = [round(float(count), 3) for count in run.key_counts.mean(0)]
+        both = Outputs({"dense": dense, "pruned": outputs}, self.labels)
+        return compare(both, baseline="dense", output=geometry.output)["pruned"], macs, counts
+
+    def _run(self, model: Callable[[Tensor], Tensor]):
+        import torch
+
+        from .prune.fisher import batch_size_for
+
+        device = next(self.adapter.model.parameters()).device
+        batches = self.images.batches(self.images.fit, batch_size_for(self.adapter.geometry))
+        with torch.inference_mode():
+            return torch.cat([model(x.to(device)).float().cpu() for x, _ in batches]).numpy()
+
+
+# -- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def compare(
+    options: CompareOptions, output: Path, reporter: Reporter, *, results: Path | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Compare methods; see the module.
+
+    Args:
+        output: Folder for plans, graphs, pictures and report; made where it is missing.
+        results: File that rows are read from and added to; None: ``results.jsonl`` of the folder.
+        force: Forget what an earlier comparison left there.
+
+    Returns:
+        JSON-able summary: the rows of this comparison, the paths of the files, and how many results and failures.
+
+    Raises:
+        UserError: Something the user gave cannot be used.
+    """
+    for package in PACKAGES:  # Missing extras are said now, not after an hour.
+        require(package)
+    from .compare_report import write_comparison
+    from .prune.search import check_target
+
+    taking_part = chosen_contenders(options)
+    results = results or output / "results.jsonl"
+    check_output(results, ".jsonl", option="--results")
+    _prepare_folder(output, results, force=force)
+    with reporter.stage("Opening model and images"):
+        loaded = open_prunable(
+            options.model,
+            pretrained=options.pretrained,
+            weights=options.weights,
+            model_args=options.model_args,
+            preprocessing=options.preprocessing,
+            loss=options.loss,
+            reporter=reporter,
+        )
+        for target in options.targets:
+            check_target(loaded.adapter.geometry, target)
+        calibration, evaluation = choose(options, loaded, reporter)
+    comparison = Comparison(options, loaded, calibration, evaluation, output, results, reporter)
+    points = comparison.points(taking_part)
+    for point in points:
+        comparison.make(point)
+    if options.latency:
+        comparison.time_graphs(points)
+        comparison.time_rules(points)
+    reporter.remark(evaluation.skipped_remark("evaluation"))
+    rows = comparison.rows_of(points)
+    with reporter.stage("Writing the report"):
+        files = write_comparison(output, rows)
+    failed = [row for row in rows if row["kind"] == "compared" and row["failure"] is not None]
+    made = sum(row["kind"] == "compared" for row in rows) - len(failed)
+    paths = {path.name: str(path) for path in (results, *files)}
+    return {"rows": rows, "files": paths, "made": made, "failed": len(failed), "remarks": reporter.remarks}
+
+
+class Comparison:
+    """A comparison under way: what is shared by all methods, and the rows that are there.
+
+    Args:
+        calibration, evaluation: Images; those of further seeds are drawn from the same source.
+        output: Folder for plans and graphs.
+        results: Rows are read from it, and added to it at once.
+    """
+
+    def __init__(
+        self,
+        options: CompareOptions,
+        loaded: LoadedModel,
+        calibration: ImageSet,
+        evaluation: ImageSet,
+        output: Path,
+        results: Path,
+        reporter: Reporter,
+    ):
+        self.options, self.loaded, self.output, self.results, self.reporter = options, loaded, output, results, reporter
+        self.evaluation = evaluation
+        self._sets = {options.seed: calibration}
+        self._calibrations: dict[int, Calibration] = {}
+        self.rows = read_results(results)
+        self._made: dict[str, Made] = {}
+
+    @property
+    def seeds(self) -> range:
+        return range(self.options.seed, self.options.seed + self.options.seeds)
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.loaded, self.evaluation)
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        from .runtime.environment import environment
+
+        return environment()
+
+    def images(self, seed: int) -> ImageSet:
+        """Calibration images of a seed; never any that are evaluated on."""
+        if seed not in self._sets:
+            from .prune.data import ImageSet, choose_indices
+
+            first = self._sets[self.options.seed]
+            indices: Sequence[int] = choose_indices(first.source, self.options.images, seed)
+            if first.source is self.evaluation.source:
+                aside = set(self.evaluation.indices)
+                every = choose_indices(first.source, len(first.source), seed)
+                indices = [index for index in every if index not in aside][: self.options.images]
+            self._sets[seed] = ImageSet(first.source, indices, first.label_map, first.strict)
+        return self._sets[seed]
+
+    def calibration(self, seed: int) -> Calibration:
+        if seed not in self._calibrations:
+            from .prune.calibration import Calibration
+
+            self._calibrations[seed] = Calibration.load(self.images(seed), self.loaded.preprocessing)
+        return self._calibrations[seed]
+
+    # -- points -------------------------------------------------------------------------------------------------------
+
+    def points(self, taking_part: Sequence[Contender]) -> list[Point]:
+        """Everything to be compared, the first seed of all methods before the others."""
+        return [
+            self.point(contender, target, seed)
+            for seed in self.seeds
+            for target in dict.fromkeys(self.options.targets)
+            for contender in taking_part
+            if contender.seeded or seed == self.options.seed
+        ]
+
+    def point(self, contender: Contender, target: float, seed: int) -> Point:
+        identity = {
+            "weights": self.loaded.sha256,
+            "method": contender.name,
+            "settings": dict(contender.settings),
+            "target": target,
+            "seed": seed if contender.seeded else None,
+            "data": self.images(seed).sha256 if contender.needs_images else None,
+            "eval_data": self.evaluation.sha256,
+        }
+        return Point(contender, target, seed, json_sha256(identity)[:16])
+
+    def find(self, kind: str, key: str, **values: Any) -> dict[str, Any] | None:
+        """The newest row of that kind about a key, if there is one."""
+        wanted = {"kind": kind, "key": key, **values}
+        return next((row for row in reversed(self.rows) if wanted.items() <= row.items()), None)
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        append_rows(self.results, rows)
+        self.rows.extend(rows)
+
+    def rows_of(self, points: Sequence[Point]) -> list[dict[str, Any]]:
+        """The newest row of each measurement about those points and the dense model."""
+        keys = {point.key for point in points} | {self.dense_key}
+        newest = {}
+        for row in self.rows:
+            if row.get("key") in keys:
+                what = row["kind"], row["key"], row.get("batch"), row.get("threads"), row.get("runtime")
+                newest[what if row["key"] != self.dense_key else (*what, row.get("target"))] = row
+        return list(newest.values())
+
+    # -- making and judging -------------------------------------------------------------------------------------------
+
+    def make(self, point: Point) -> None:
+        """Everything about a point but its latency, as far as it is not there already."""
+        row = self.find("compared", point.key)
+        judged = row is not None and row["failure"] is None
+        batches = [] if point.seed != self.options.seed else self.options.batches
+        missing = [batch for batch in batches if not self._has_graph(point, batch)]
+        if judged and not missing:
+            return
+        with self.reporter.stage(f"{point.contender.name} at {point.target:g}, seed {point.seed}"):
+            try:
+                made = self.made(point)
+                if not judged:
+                    self.add(self._judged_row(point, made))
+            except (UserError, ParityError) as error:
+                failed = {**point.row("compared"), **self._about(point), "failure": _one_line(error)}
+                if row is None or row["failure"] != failed["failure"]:
+                    self.add(failed)
+                self.reporter.remark(f"{point.contender.name} at {point.target:g}: {_one_line(error)}")
+                return
+            for batch in missing:
+                self.add(self._graph_row(point, made, batch))
+
+    def made(self, point: Point) -> Made:
+        """What the contender makes of it; a plan that was made and saved is not made again."""
+        made = self._saved(point)
+        if made is None:
+            contender = point.contender
+            images, calibration = (
+                (self.images(point.seed), self.calibration(point.seed)) if contender.needs_images else (None, None)
+            )
+            started = time.process_time()
+            made = contender.make(self.loaded, images, calibration, point.target, point.seed)
+            made = replace(made, cpu_seconds=time.process_time() - started)
+            if isinstance(made.reduction, TokenPlan):
+                made = replace(made, reduction=self._save(point, made))
+        return made
+
+    def _save(self, point: Point, made: Made) -> TokenPlan:
+        """Write a plan (and the weights tuned for it) into the folder; returns the plan as written."""
+        from .prune.learn import Learned
+
+        about = {"seconds": round(made.seconds, 3), "cpu_seconds": round(made.cpu_seconds, 3), "note": made.note}
+        plan = made.reduction.with_provenance(**about)
+        path = self.output / "plans" / f"{point.name}.json"
+        weights = path.with_suffix(".safetensors" if self.loaded.graph is None else ".tuned.onnx")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return save_learned(self.loaded, Learned(plan, made.weights, ()), path, weights)
+
+    def _saved(self, point: Point) -> Made | None:
+        path = self.output / "plans" / f"{point.name}.json"
+        if not path.exists():
+            return None
+        plan, weights = TokenPlan.load(path), None
+        if plan.provenance.get("tuned_weights_sha256"):
+            file = path.with_suffix(".safetensors")
+            if not file.exists():  # A model from an ONNX file has its tuned weights in a graph.
+                return None
+            from safetensors.torch import load_file
+
+            own = {name for name, _ in self.loaded.adapter.model.named_parameters()}
+            weights = {name: value for name, value in load_file(file).items() if name in own}
+        said = {name: plan.provenance.get(name) for name in ("seconds", "note", "cpu_seconds")}
+        return Made(plan, weights, said["seconds"] or 0.0, said["note"] or "", said["cpu_seconds"])
+
+    def _judged_row(self, point: Point, made: Made) -> dict[str, Any]:
+        estimates, macs, counts = self.judge.judge(made)
+        return {
+            **point.row("compared"),
+            **self._about(point),
+            "failure": None,
+            "form": "static" if made.static else "rule" if made.counts is not None else "rule, counts by image",
+            "macs_ratio": round(macs, 6),
+            "counts": counts,
+            "seconds": round(made.seconds, 2),
+            "cpu_seconds": None if made.cpu_seconds is None else round(made.cpu_seconds, 2),
+            "tuned": bool(made.weights),
+            "note": made.note,
+            **{estimate.metric: _without(asdict(estimate), "metric") for estimate in estimates},
+        }
+
+    def _about(self, point: Point) -> dict[str, Any]:
+        def described(images: ImageSet) -> dict[str, Any]:
+            return {
+                # A name only: paths are nobody's business.
+                "name": Path(images.source.spec).name,
+                "count": images.count,
+                "labels": images.labelled,
+                "sha256": images.sha256,
+            }
+
+        contender = point.contender
+        return {
+            "model": self.loaded.name,
+            "weights_sha256": self.loaded.sha256,
+            "settings": dict(contender.settings),
+            "data": described(self.images(point.seed)) if contender.needs_images else None,
+            "eval_data": described(self.evaluation),
+            "environment": self.environment,
+        }
+
+    # -- graphs -------------------------------------------------------------------------------------------------------
+
+    @property
+    def dense_key(self) -> str:
+        return f"dense-{self.loaded.sha256[:12]}"
+
+    def _has_graph(self, point: Point, batch: int) -> bool:
+        """Whether the graph is there, or is known not to be possible, or has been timed and is not needed again."""
+        row = self.find("graph", point.key, batch=batch)
+        if row is None:
+            return False
+        if row["failure"] is not None or (self.output / "graphs" / row["file"]).exists():
+            return True
+        return self.find("latency", point.key, batch=batch, threads=self.options.threads) is not None
+
+    def dense_graph(self, batch: int) -> Path:
+        path = self.output / "graphs" / f"{self.dense_key}-b{batch}.onnx"
+        if not path.exists():
+            with scratch_beside(path) as scratch:
+                write_dense(self.loaded, scratch / "dense.onnx", **self._as_asked(batch))
+                move_model(scratch / "dense.onnx", path)
+        return path
+
+    def _as_asked(self, batch: int) -> dict[str, Any]:
+        return {"opset": self.options.opset, "dynamic_batch": False, "batch_size": batch}
+
+    def _graph_row(self, point: Point, made: Made, batch: int) -> dict[str, Any]:
+        path = self.output / "graphs" / f"{point.name}-b{batch}.onnx"
+        row = {**point.row("graph"), "batch": batch, "opset": self.options.opset, "file": path.name}
+        try:
+            with scratch_beside(path) as scratch:
+                export = self._export_plan if made.static else self._export_rule
+                rungs = export(made, batch, scratch)
+                row["parity"] = [_without(parity_row(rung), "schema", "kind") for rung in rungs]
+                move_model(scratch / "pruned.onnx", path)
+        except (UserError, ParityError) as error:
+            return {**row, "file": None, "failure": _one_line(error)}
+        return {**row, "failure": None, "file_sha256": file_sha256(path), "file_bytes": model_bytes(path)}
+
+    def _export_plan(self, made: Made, batch: int, scratch: Path):
+        from .export.fold import fold_file
+        from .export.parity import check_ladder
+        from .prune.tune import with_weights
+
+        plan, dense = made.reduction, self.dense_graph(batch)
+        source = dense
+        if made.weights:
+            source = scratch / "tuned.onnx"
+            with with_weights(self.loaded.adapter.model, made.weights):
+                tuned = replace(self.loaded, sha256=plan.provenance["tuned_weights_sha256"])
+                write_dense(tuned, source, **self._as_asked(batch))
+        fold_file(source, plan, scratch / "pruned.onnx")
+        images = self._parity_images
+        return check_ladder(self.loaded.adapter, plan, dense, scratch / "pruned.onnx", images, weights=made.weights)
+
+    def _export_rule(self, made: Made, batch: int, scratch: Path):
+        from .export.rules import check_rule, export_rule
+        from .prune.tune import with_weights
+        from .prune.vit import weights_sha256
+
+        adapter, rule, path, audit = (
+            self.loaded.adapter,
+            made.reduction,
+            scratch / "pruned.onnx",
+            scratch / "audit.onnx",
+        )
+        with with_weights(adapter.model, made.weights):
+            loaded, options = self.loaded, dict(opset=self.options.opset, batch_size=batch, audit=audit)
+            if made.weights:
+                loaded, options["trained_sha256"] = replace(loaded, sha256=weights_sha256(adapter.model)), loaded.sha256
+            export_rule(loaded, rule, path, **options)
+            return check_rule(adapter, rule, path, audit, self._parity_images)
+
+    @cached_property
+    def _parity_images(self) -> Tensor:
+        """float32 [image, channel, height, width]: of those evaluated on, which takes nothing from the evaluation."""
+        return self.judge.images.images(range(min(PARITY_IMAGES, len(self.judge.images))))
+
+    # -- latency ------------------------------------------------------------------------------------------------------
+
+    def time_graphs(self, points: Sequence[Point]) -> None:
+        """Every graph of the first seed that has no latency yet, in turns with the dense graph and those of its target.
+
+        Within a group all share one baseline, and that is what ratios are to: groups can be made on different days.
+        """
+        from .runtime.measure import profile_onnx
+
+        for batch, target in itertools.product(self.options.batches, dict.fromkeys(self.options.targets)):
+            waiting = {}
+            for point in points:
+                row = self.find("graph", point.key, batch=batch) if point.target == target else None
+                if row is None or row["failure"] is not None or point.seed != self.options.seed:
+                    continue
+                if self.find("latency", point.key, batch=batch, threads=self.options.threads) is None:
+                    waiting[point.contender.name] = point, self.output / "graphs" / row["file"]
+            for number, group in enumerate(_groups(waiting)):
+                again = f", group {number + 1}" if number else ""
+                with self.reporter.stage(f"Timing {len(group)} graphs at {target:g}, batch {batch}{again}"):
+                    dense = self.dense_graph(batch)
+                    timed = profile_onnx(
+                        {"dense": dense, **{name: path for name, (_, path) in group.items()}},
+                        batch=batch,
+                        threads=self.options.threads,
+                        seconds=self.options.seconds,
+                    )
+                self._add_latencies(timed, {name: point for name, (point, _) in group.items()}, target)
+
+    def time_rules(self, points: Sequence[Point]) -> None:
+        """What has no graph, in PyTorch, in turns with the dense model there."""
+        for batch, target in itertools.product(self.options.batches, dict.fromkeys(self.options.targets)):
+            waiting = {}
+            for point in points:
+                row = self.find("graph", point.key, batch=batch)
+                if point.target != target or point.seed != self.options.seed or row is None or row["failure"] is None:
+                    continue
+                if self.find("latency", point.key, batch=batch, threads=self.options.threads) is None:
+                    waiting[point.contender.name] = point
+            if waiting:
+                with self.reporter.stage(f"Timing {len(waiting)} methods in PyTorch at {target:g}, batch {batch}"):
+                    timed = self._time_in_torch({name: self.made(point) for name, point in waiting.items()}, batch)
+                self._add_latencies(timed, waiting, target)
+
+    def _add_latencies(self, timed: Sequence[dict[str, Any]], points: Mapping[str, Point], target: float) -> None:
+        common = {"schema": SCHEMA, "kind": "latency", "key": self.dense_key, "method": "dense", "target": target}
+        rows = []
+        for row in timed:
+            about = points[row["label"]].row("latency") if row["label"] in points else {**common, "seed": None}
+            rows.append({**row, **about, "dense_p50_ms": timed[0]["p50_ms"]})
+        self.add(*rows)
+
+    def _time_in_torch(self, made: Mapping[str, Made], batch: int) -> list[dict[str, Any]]:
+        """Rows as :func:`~vpruner.runtime.measure.profile_onnx` gives them, of PyTorch on real images."""
+        import torch
+
+        from .runtime.environment import environment
+        from .runtime.measure import measure
+
+        threads, here = self.options.threads, environment()
+        images = self.judge.images
+        count = max(batch, min(TIMED_IMAGES, len(images)) // batch * batch)
+        chosen = [index % len(images) for index in range(count)]
+        inputs = [images.images(chosen[start : start + batch]) for start in range(0, count, batch)]
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(threads)
+            with ExitStack() as stack, torch.inference_mode():
+                candidates = {"dense": _caller(self.loaded.adapter.model, inputs)}
+                for name, one in made.items():
+                    candidates[name] = _caller(stack.enter_context(_reduced_copy(self.loaded, one)), inputs)
+                compared = measure(
+                    candidates,
+                    seconds=self.options.seconds,
+                    batch=batch,
+                    protocol={
+                        "clock": "time.perf_counter around the PyTorch module; no preprocessing",
+                        "input": f"{len(inputs)} batches of evaluation images one after the other, the same in a round",
+                        "intra_op_threads": threads,
+                        "device": str(next(self.loaded.adapter.model.parameters()).device),
+                    },
+                )
+        finally:
+            torch.set_num_threads(before)
+        return [
+            {
+                "label": label,
+                "model": self.loaded.name,
+                "runtime": "pytorch",
+                "provider": compared.protocol["device"],
+                "precision": "fp32",
+                "batch": batch,
+                "threads": threads,
+                **compared.row(label),
+                "protocol": compared.protocol,
+                "environment": here,
+            }
+            for label in candidates
+        ]
+
+
+@contextmanager
+def _reduced_copy(loaded: LoadedModel, made: Made) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A copy of the model with the reduction applied: one model can follow one rule at a time."""
+    from .prune.tune import with_weights
+    from .prune.vit import ViTAdapter
+
+    adapter = ViTAdapter(copy.deepcopy(loaded.adapter.model), loaded.name)
+    with with_weights(adapter.model, made.weights):
+        if isinstance(made.reduction, TokenPlan):
+            with adapter.applied(made.reduction, "dead"):
+                yield adapter.model
+        else:
+            with made.reduction.applied(adapter) as run:
+
+                def following(images: Tensor) -> Tensor:
+                    run.clear()  # What it records of each image would pile up.
+                    return run(images)
+
+                yield following
+
+
+def _caller(model: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> Callable[[], object]:
+    """Each call takes the next input. Every candidate is called once a round, so all take the same one."""
+    following = itertools.cycle(inputs)
+    return lambda: model(next(following))
+
+
+def _groups(waiting: Mapping[str, tuple[Point, Path]]) -> Iterator[dict[str, tuple[Point, Path]]]:
+    """``waiting`` in parts whose files are at most :data:`GROUP_BYTES` together."""
+    group: dict[str, tuple[Point, Path]] = {}
+    size = 0
+    for name, (point, path) in waiting.items():
+        if group and size + model_bytes(path) > GROUP_BYTES:
+            yield group
+            group, size = {}, 0
+        group[name] = point, path
+        size += model_bytes(path)
+    if group:
+        yield group
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file; none where there is none.
+
+    Raises:
+        UserError: It is not one of JSON objects.
+    """
+    import json
+
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise UserError(f"line {number} of {path} is not a row", "correct it, or begin anew with --force")
+            rows.append(row)
+    return rows
+
+
+def _prepare_folder(output: Path, results: Path, *, force: bool) -> None:
+    """Make the folder; with ``force`` remove what a comparison left there and the rows.
+
+    Raises:
+        UserError: It is a file, or holds something that no comparison writes.
+    """
+    import shutil
+
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file", "choose another folder with -o")
+    found = sorted(path.name for path in output.iterdir()) if output.exists() else []
+    foreign = [name for name in found if not COMPARE_FILES.fullmatch(name) and output / name != results]
+    if foreign:
+        raise UserError(
+            f"{output} holds {foreign[0]}, which is not of a comparison",
+            "choose another folder with -o, or move that away",
+        )
+    if force:
+        for name in found:
+            path = output / name
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        results.unlink(missing_ok=True)
+    for folder in ("graphs", "plans"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names}
