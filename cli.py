@@ -1677,5 +1677,147 @@ def evaluate_vlm(vlm, prunings, results, as_json, data, seed, **options) -> None
         )
 
 
+# -- compare ----------------------------------------------------------------------------------------------------------
+
+
+def _names(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...] | None:
+    """``("saint,tome", "evit")`` -> ("saint", "tome", "evit"); None where nothing is named."""
+    names = [name.strip() for value in values for name in value.split(",") if name.strip()]
+    return tuple(dict.fromkeys(names)) or None
+
+
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
+    """``"0.8,0.65"`` -> (0.8, 0.65)."""
+    try:
+        return tuple(dict.fromkeys(float(part) for part in value.split(",")))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not numbers with commas between them, as in 0.8,0.65") from None
+
+
+@main.command()
+@model_options
+@click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...).")
+@click.option(
+    "--images", default=1024, show_default=True, type=click.IntRange(1), help="Calibration images to use, at most."
+)
+@eval_data_option
+@eval_images_option
+@click.option(
+    "--methods",
+    multiple=True,
+    metavar="NAME[,NAME...]",
+    callback=_names,
+    help="v-pruner (what run does), fisher (its search alone), saint, tome, ...; may be repeated  [default: all]",
+)
+@click.option(
+    "--targets",
+    default="0.8,0.65,0.5",
+    show_default=True,
+    metavar="NUMBER[,NUMBER...]",
+    callback=_numbers,
+    help="Budgets, as fractions of the dense model's multiply-adds.",
+)
+@click.option(
+    "--seeds",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="How many times to make what depends on chance or on which images calibrate.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="The first of them; draws images."
+)
+@click.option(
+    "--loss",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "labels", "self", "features"]),
+    help="v-pruner and fisher: what the gradients are of.",
+)
+@click.option("--episodes", show_default=f"{EPISODES}", type=click.IntRange(1), help="v-pruner: plans that it tries.")
+@click.option(
+    "--time-limit",
+    show_default=f"{TIME_LIMIT:g}",
+    metavar="SECONDS",
+    type=_Seconds(0.1),
+    help="v-pruner: time for trying plans, at most.",
+)
+@click.option(
+    "--batch-size",
+    "batches",
+    default=(1,),
+    show_default=True,
+    multiple=True,
+    type=click.IntRange(1),
+    help="Batch size to time; may be repeated.",
+)
+@click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement."
+)
+@click.option(
+    "--seconds",
+    default=10.0,
+    show_default=True,
+    type=_Seconds(0.1),
+    help="Time to measure the graphs of one budget and batch size for.",
+)
+@click.option("--latency/--no-latency", default=True, help="Time the graphs, or only export them (default: time).")
+@click.option("--opset", default=20, show_default=True, type=click.IntRange(17, 23), help="ONNX opset of the graphs.")
+@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write  [default: runs/compare-MODEL]")
+@click.option(
+    "--results",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Where rows are read from and added to  [default: results.jsonl in the folder]",
+)
+@click.option("--force", is_flag=True, help="Begin anew instead of going on from the rows that are there.")
+@json_option
+@quiet_option
+@preprocessing_options
+def compare(model, pretrained, weights, model_args, output, results, force, as_json, quiet, **options) -> None:
+    """Compare methods of token reduction on your model: accuracy, multiply-adds, measured latency.
+
+    MODEL is whatever run takes. All methods get the same budgets and images; graphs are exported, checked and timed in
+    turns with the dense graph. Rows are written as they are made: the same command goes on where it was interrupted,
+    and with more methods or budgets makes those alone. A method that cannot do a model or a budget is reported.
+
+    \b
+    Example:
+      vpruner compare --methods v-pruner,saint-frozen,tome --targets 0.65,0.5 -o runs/compare
+      vpruner compare deit_small_patch16_224 --pretrained --data train/ --eval-data val/ --batch-size 1 --batch-size 8
+    """
+    from .compare import CompareOptions
+    from .compare import compare as compare_methods
+    from .progress import Reporter
+
+    output = output or Path("runs") / f"compare-{Path(model).stem if model else 'reference'}"
+    everything = CompareOptions(model=model, pretrained=pretrained, weights=weights, model_args=model_args, **options)
+    result = compare_methods(everything, output, Reporter(quiet=quiet), results=results, force=force)
+    if as_json:
+        _print_json(result)
+    else:
+        _print_comparison(result)
+    if not result["made"]:
+        sys.exit(1)
+
+
+def _print_comparison(result: dict[str, Any]) -> None:
+    from .compare_report import at_equal_time, batches_of, comparison_table, entries_of, equal_time_table, remarks_of
+
+    entries = entries_of(result["rows"])
+    if result["made"]:
+        heads, rows = comparison_table(entries)
+        _table("methods at each budget, on the same images", heads, rows)
+        for batch in batches_of(entries)[:1]:
+            heads, rows = equal_time_table(at_equal_time(entries, batch))
+            if rows:
+                _table(f"ours at each budget, and its peers at the time that ours takes (batch {batch})", heads, rows)
+    for line in remarks_of(entries):
+        click.echo(line)
+    for path in result["files"].values():
+        click.echo(path)
+
+
 if __name__ == "__main__":
     main()
