@@ -1,0 +1,199 @@
+"""What is said of compared methods, from rows alone: means over seeds, the front, accuracy at equal time."""
+
+import json
+
+import pytest
+
+from vpruner.compare_report import (
+    at_equal_time,
+    comparison_table,
+    entries_of,
+    equal_time_table,
+    pareto,
+    plot_comparison,
+    remarks_of,
+    write_comparison,
+)
+
+DATA = {"name": "train", "count": 64, "labels": True, "sha256": "a"}
+
+
+def result(method, target, lost, *, seed=None, macs=None, **changes):
+    row = {
+        "kind": "compared", "method": method, "target": target, "seed": seed, "failure": None, "model": "toy",
+        "macs_ratio": macs or target - 0.001, "seconds": 100.0, "cpu_seconds": 12.5, "data": DATA,
+        "eval_data": {**DATA, "name": "val", "count": 500}, "form": "static",
+    }  # fmt: skip
+    row["top1_difference"] = {"value": lost, "low": lost - 0.01, "high": lost + 0.02, "count": 500}
+    row["kl"] = {"value": -lost, "low": 0.0, "high": 1.0, "count": 500}
+    return {**row, **changes}
+
+
+def latency(method, target, ratio, *, batch=1, runtime="onnxruntime"):
+    return {
+        "kind": "latency", "method": method, "target": target, "seed": 0, "batch": batch, "runtime": runtime,
+        "p50_ms": 10 * ratio, "ratio": ratio, "ratio_low": ratio - 0.01, "ratio_high": ratio + 0.01, "count": 50,
+        "threads": 1, "environment": {"cpu": "a CPU", "packages": {"onnxruntime": "1.20"}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def rows():
+    """Ours is the better of two at 0.5; the peer's line goes through (0.8, -1 pp) and (0.6, -5 pp)."""
+    return [
+        result("v-pruner", 0.5, -0.02, seed=0),
+        result("v-pruner", 0.5, -0.04, seed=1),
+        result("fisher", 0.5, -0.06, seed=0),
+        result("tome", 0.7, -0.01),
+        result("tome", 0.5, -0.05),
+        result("random", 0.5, -0.09, seed=0),
+        latency("dense", 0.5, 1.0),
+        latency("v-pruner", 0.5, 0.65),
+        latency("fisher", 0.5, 0.64),
+        latency("tome", 0.7, 0.8),
+        latency("tome", 0.5, 0.6),
+        latency("random", 0.5, 0.7),
+    ]
+
+
+def test_seeds_of_one_method_are_one_entry(rows):
+    entries = entries_of(rows)
+    assert [(e.target, e.method) for e in entries] == [
+        (0.7, "tome"), (0.5, "v-pruner"), (0.5, "fisher"), (0.5, "tome"), (0.5, "random"),
+    ]  # fmt: skip
+    ours = entries[1]
+    assert ours.mean("top1_difference") == pytest.approx(-0.03) and ours.macs_ratio == pytest.approx(0.499)
+    assert ours.latency_ratio(1) == 0.65 and ours.latency_ratio(8) is None
+
+
+def test_of_rows_about_the_same_the_last_counts():
+    again = [result("tome", 0.5, -0.5), result("tome", 0.5, -0.1)]
+    assert entries_of(again)[0].values("top1_difference") == [-0.1]
+
+
+def test_the_front_by_time_and_by_macs(rows):
+    entries = entries_of(rows)
+    # fisher is a little faster than v-pruner and worse, tome faster still and better than fisher; random is beaten.
+    assert pareto(entries, 1) == {("tome", 0.7), ("v-pruner", 0.5), ("tome", 0.5)}
+    # By MACs v-pruner and tome cost the same at 0.5, and v-pruner loses less.
+    assert pareto(entries, None) == {("tome", 0.7), ("v-pruner", 0.5)}
+
+
+def test_a_peer_at_our_time_is_read_off_its_line(rows):
+    found = {one.peer: one for one in at_equal_time(entries_of(rows), 1)}
+    assert set(found) == {"tome"}  # random is no peer, and fisher is ours
+    one = found["tome"]
+    # A quarter of the way from 0.6 to 0.8.
+    assert one.method == "v-pruner" and one.peer_value == pytest.approx(-0.05 + 0.25 * 0.04) and one.better
+    heads, table = equal_time_table([one])
+    assert heads[-1] == "tome at that time" and table == [["0.5", "v-pruner", "0.650", "-3.00", "-4.00"]]
+
+
+def test_a_peer_that_is_better_is_said_to_be(rows):
+    rows = [*rows, result("tome", 0.5, -0.001)]
+    (one,) = at_equal_time(entries_of(rows), 1)
+    assert one.better is False
+    assert equal_time_table([one])[1][0][-1].endswith(", better")
+
+
+def test_beyond_the_budgets_of_a_peer_there_is_no_value(rows):
+    rows = [*rows, latency("v-pruner", 0.5, 0.5)]
+    (one,) = at_equal_time(entries_of(rows), 1)
+    assert one.peer_value is None and one.better is None
+    assert equal_time_table([one])[1][0][-1] == "not measured there"
+
+
+def test_between_dense_and_its_largest_budget_a_peer_has_a_value(rows):
+    rows = [*rows, latency("v-pruner", 0.5, 0.9)]
+    (one,) = at_equal_time(entries_of(rows), 1)
+    assert one.peer_value == pytest.approx(-0.005)
+
+
+def test_times_of_pytorch_are_marked_and_not_compared_with_graphs(rows):
+    rows += [result("saint", 0.5, -0.001, seed=0), latency("saint", 0.5, 0.2, runtime="pytorch")]
+    entries = entries_of(rows)
+    assert ("saint", 0.5) not in pareto(entries, 1)
+    assert "saint" not in {one.peer for one in at_equal_time(entries, 1)}
+    heads, table = comparison_table(entries)
+    cells = next(row for row in table if row[1] == "saint")
+    assert cells[heads.index("batch 1: ms")] == "2.00 †"
+    assert any(line.startswith("†") for line in remarks_of(entries))
+
+
+def test_the_table(rows):
+    heads, table = comparison_table(entries_of(rows))
+    assert heads == [
+        "MACs", "method", "of dense", "top-1, pp", "KL", "batch 1: ms", "ratio", "ratio / MACs", "plan in s",
+    ]  # fmt: skip
+    assert table[0][:4] == ["0.7", "tome *", "0.699", "-1.00 (-2.00 to +1.00)"]
+    assert table[1][1:4] == ["v-pruner *", "0.499", "-3.00 ± 1.41 (2 seeds)"]
+    assert table[1][5:] == ["6.50", "0.650 (0.640 to 0.660)", "1.30", "12"]
+    assert table[2][1] == "fisher"
+
+
+def test_what_could_not_be_made_is_said_with_its_reason(rows):
+    rows += [
+        {"kind": "compared", "method": "evit", "target": 0.5, "seed": None, "failure": "no class token"},
+        {"kind": "graph", "method": "fisher", "target": 0.5, "seed": 0, "batch": 1, "failure": "too odd"},
+    ]
+    entries = entries_of(rows)
+    assert "evit" not in {row[1] for row in comparison_table(entries)[1]}
+    lines = remarks_of(entries)
+    assert "evit at 0.5: no class token" in lines
+    assert "fisher (0.5): no ONNX graph: too odd" in lines
+
+
+def test_a_failure_that_was_mended_is_none():
+    rows = [{**result("evit", 0.5, 0.0), "failure": "broken"}, result("evit", 0.5, -0.1)]
+    (entry,) = entries_of(rows)
+    assert entry.failure is None and entry.mean("top1_difference") == -0.1
+
+
+def test_features_are_compared_by_cosine(rows):
+    for row in rows:
+        if row["kind"] == "compared":
+            value = 1 + row.pop("top1_difference")["value"]
+            del row["kl"]
+            row["cosine"] = {"value": value, "low": value, "high": value, "count": 5}
+    entries = entries_of(rows)
+    assert pareto(entries, None) == {("tome", 0.7), ("v-pruner", 0.5)}
+    (one,) = at_equal_time(entries, 1)
+    assert one.metric == "cosine" and one.peer_value == pytest.approx(0.96)
+
+
+def test_without_labels_less_divergence_is_better(rows):
+    for row in rows:
+        row.pop("top1_difference", None)
+    entries = entries_of(rows)
+    assert pareto(entries, None) == {("tome", 0.7), ("v-pruner", 0.5)}
+    (one,) = at_equal_time(entries, 1)
+    assert one.metric == "kl" and one.peer_value == pytest.approx(0.04) and one.better
+
+
+def test_the_report_is_written_and_the_same_twice(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    names = ["comparison.svg", "comparison.png", "report.html", "report.md"]
+    assert [path.name for path in write_comparison(tmp_path, rows)] == names
+    first = {name: (tmp_path / name).read_bytes() for name in names}
+    write_comparison(tmp_path, rows)
+    assert first == {name: (tmp_path / name).read_bytes() for name in names}
+    text = first["report.md"].decode()
+    assert "v-pruner at 0.5" in text and "At equal measured time" in text and "500 images of val" in text
+    assert first["report.html"].count(b"<svg") == 1 and b"axes_2" in first["comparison.svg"]
+
+
+def test_a_report_on_nothing_says_why(tmp_path):
+    failed = {"kind": "compared", "method": "evit", "target": 0.5, "seed": None, "failure": "no class token"}
+    written = write_comparison(tmp_path, [failed])
+    assert [path.name for path in written] == ["report.html", "report.md"]
+    assert "no class token" in (tmp_path / "report.md").read_text()
+
+
+def test_without_times_there_is_one_panel(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    entries = entries_of([row for row in rows if row["kind"] == "compared"])
+    plot_comparison(entries, tmp_path / "plot.svg")
+    assert "axes_2" not in (tmp_path / "plot.svg").read_text()
+    heads, _ = comparison_table(entries)
+    assert not any("batch" in head for head in heads)
+    assert json.dumps(remarks_of(entries)).count("multiply-adds") == 1
