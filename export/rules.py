@@ -50,6 +50,7 @@ REFUSED = (
 #: draw.
 _NOISE = 1e-5
 _DRAWS = 16
+_ANY_SIZE = 1 << 62
 #: Arrays in a rule's settings up to this size are written out in the metadata, larger ones by their hash.
 _WRITTEN_OUT = 64
 
@@ -81,6 +82,7 @@ def export_rule(
     """
     about = _describe(loaded, rule, trained_sha256)
     torch, model = require("torch"), loaded.adapter.model
+    fold_constants = require("onnxscript.optimizer").fold_constants
     with evaluating(model), torch.no_grad(), rule.applied(loaded.adapter) as run:
         parameter = next(model.parameters())
         geometry = loaded.adapter.geometry
@@ -89,6 +91,8 @@ def export_rule(
         with _returning_decisions(run):
             options = dict(opset=opset, dynamic_batch=dynamic_batch, batch_size=batch_size)
             graph = trace(model, about, more_outputs=outputs, **options)
+    # Queries, keys and values are projected apart, by slices of one weight: cut now, and not whenever a runtime loads.
+    fold_constants(graph, onnx_shape_inference=False, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
     finish(graph, about, opset)
     refused = next((node for node in graph.graph if node.op_type in REFUSED), None)
     if refused is not None:
