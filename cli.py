@@ -1761,7 +1761,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
     type=_Seconds(0.1),
     help="Time to measure the graphs of one budget and batch size for.",
 )
-@click.option("--latency/--no-latency", default=True, help="Time the graphs, or only export them (default: time).")
+@click.option("--latency/--no-latency", default=True, help="Export graphs and time them, or not (default: do).")
 @click.option("--opset", default=20, show_default=True, type=click.IntRange(17, 23), help="ONNX opset of the graphs.")
 @click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write  [default: runs/compare-MODEL]")

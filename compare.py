@@ -67,7 +67,7 @@ class CompareOptions:
         seed, seeds: What depends on chance or on the choice of calibration images is made with ``seeds`` seeds from
             ``seed`` on. Graphs are timed for the first.
         episodes, time_limit: Of V-Pruner's rearrangement; None: as ``vpruner run`` has them.
-        latency: Whether to time anything; graphs are exported either way.
+        latency: Whether to export graphs and time them.
     """
 
     targets: tuple[float, ...] = (0.8, 0.65, 0.5)
@@ -486,7 +486,7 @@ class Comparison:
         """Everything about a point but its latency, as far as it is not there already."""
         row = self.find("compared", point.key)
         judged = row is not None and row["failure"] is None
-        batches = [] if point.seed != self.options.seed else self.options.batches
+        batches = self.options.batches if self.options.latency and point.seed == self.options.seed else ()
         missing = [batch for batch in batches if not self._has_graph(point, batch)]
         if judged and not missing:
             return
