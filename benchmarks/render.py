@@ -15,11 +15,14 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from vpruner import compare_report
 from vpruner.artifacts import atomic_path, read_rows, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ACCURACY_PLOT = "benchmarks/results/accuracy.svg"
+VLM_ACCURACY_PLOT = "benchmarks/results/vlm_accuracy.svg"
+COMPARE_PLOT = "benchmarks/results/compare.svg"
 #: Method of benchmarks/accuracy.py -> what the table calls it; in the order of the table.
 METHODS = {
     "random": "random exits",
@@ -308,6 +311,67 @@ def _dense_top1(results: Results) -> float | None:
     return None
 
 
+def compare(rows: list[dict]) -> str:
+    """All methods on the reference: the table, ours against each peer at equal time, and what larger graphs take."""
+    entries = compare_report.entries_of(rows)
+    lines = []
+    if (ROOT / COMPARE_PLOT).exists():
+        lines += [f"![Accuracy over latency and over multiply-adds, by method]({COMPARE_PLOT})", ""]
+    lines += _markdown_table(*compare_report.comparison_table(entries))
+    lines += ["", _compare_caption(entries)]
+    batches = compare_report.batches_of(entries)
+    if batches:
+        heads, table = compare_report.equal_time_table(compare_report.at_equal_time(entries, batches[0]))
+        if table:
+            where = f"batch {batches[0]}, in onnxruntime"
+            lines += ["", f"Our best plan at each budget, and its peers at the time that it takes ({where}):", ""]
+            lines += _markdown_table(heads, table)
+    speed = [row for row in rows if row["kind"] == "speed"]
+    if speed:
+        lines += ["", *_speed_lines(speed)]
+    return "\n".join(lines)
+
+
+def _markdown_table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Two columns of words, then numbers."""
+    rule = ["---" if number < 2 else "---:" for number in range(len(heads))]
+    return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)]
+
+
+def _compare_caption(entries: list[compare_report.Entry]) -> str:
+    results = [row for entry in entries for row in entry.results]
+    images = sorted({row["data"]["count"] for row in results if row["data"]})
+    widths = [50 * (row["top1_difference"]["high"] - row["top1_difference"]["low"]) for row in results]
+    return " ".join(
+        [
+            f"{results[0]['eval_data']['count']:,} evaluation images; methods that look at images were given "
+            f"{' or '.join(f'{count:,}' for count in images)} to calibrate on.",
+            "Where several seeds were made, mean ± standard deviation; else the 95 % interval over images, paired with "
+            f"the dense model, which is ± {min(widths):.1f} to {max(widths):.1f} pp wide for every row.",
+            compare_report.protocol_sentence(entries),
+            *(f"{line}." for line in compare_report.remarks_of(entries)),
+        ]
+    )
+
+
+def _speed_lines(rows: list[dict]) -> list[str]:
+    """Newest of each model, budget, batch and method: latency ratio over MACs ratio, where 1 is ideal."""
+    newest = {(row["model"], row["batch"], row["target"], row["method"]): row for row in rows}
+    lines = [
+        "What graphs of a larger model take. Weights are random: speed does not depend on them, and accuracy is none.",
+        "",
+        "| model | MACs | method | batch | of dense | ms | ratio | ratio / MACs |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (model, batch, target, method), row in newest.items():
+        if method != "dense":
+            lines.append(
+                f"| {model} | {target:g} | {method} | {batch} | {row['macs_ratio']:.3f} | {row['p50_ms']:.1f} | "
+                f"{_ratio(row)} | {row['ratio'] / row['macs_ratio']:.2f} |"
+            )
+    return lines
+
+
 def stage_costs(rows: list[dict]) -> str:
     """Seconds and peak memory of each step; the newest measurement of each model."""
     newest: dict[tuple[str, int], dict[str, dict]] = {}
@@ -368,6 +432,147 @@ def _precision_cells(row: dict | None) -> list[str]:
     return [f"{100 * row['top1']['value']:.2f}", spread, f"{row['file_bytes'] / 1e6:.2f}"]
 
 
+#: Method of benchmarks/vlm/accuracy.py -> what the table calls it, and colour, marker and line of the plot.
+VLM_METHODS = {
+    "random": ("random", "#b4b4b4", "o", ":"),
+    "static": ("static plan of the tower (Fisher)", "#5a5a5a", "s", ":"),
+    "fastv": ("FastV", "#4f8fcb", "^", "--"),
+    "vispruner": ("VisPruner", "#17508c", "D", "--"),
+    "vit": ("SAINT, vit", "#f0a35e", "o", "-"),
+    "llm": ("SAINT, llm", "#d97b2b", "^", "-"),
+    "hybrid": ("SAINT, hybrid", "#c2500a", "s", "-"),
+}
+VLM_KINDS = ("all", "position", "count", "presence")
+
+
+def vlm_accuracy(rows: list[dict]) -> str:
+    """Points lost by method and share, and by kind of question at the smallest share; the newest model's rows."""
+    found = _newest_vlm(rows)
+    keeps = sorted({keep for _, keep in found if keep < 1}, reverse=True)
+    if not keeps:
+        return ""
+    least, kinds = keeps[-1], VLM_KINDS[1:]
+    heads = [*(f"{100 * keep:g} %" for keep in keeps), *(f"{kind}, {100 * least:g} %" for kind in kinds)]
+    lines = [
+        "Points of accuracy lost, by the share of visual tokens that the last layer of the language model still has.",
+        "Made by `python benchmarks/vlm/accuracy.py`; the model and its questions: [benchmarks/vlm](benchmarks/vlm).",
+    ]
+    if (ROOT / VLM_ACCURACY_PLOT).exists():
+        lines += ["", f"![Accuracy lost over visual tokens kept, by method]({VLM_ACCURACY_PLOT})"]
+    lines += [
+        "",
+        f"| | {' | '.join(heads)} | tokens per layer |",
+        f"| --- |{' ---: |' * (len(heads) + 1)}",
+    ]
+    for method, (name, *_) in VLM_METHODS.items():
+        cells = [_vlm_cell(found.get((method, keep)), "all") for keep in keeps]
+        cells += [_vlm_cell(found.get((method, least)), kind) for kind in kinds]
+        if any(cell != "–" for cell in cells):
+            lines.append(f"| {name} | {' | '.join(cells)} | {_vlm_tokens(found.get((method, least)))} |")
+    return "\n".join([*lines, "", _vlm_caption(found, least)])
+
+
+def _newest_vlm(rows: list[dict]) -> dict[tuple[str, float], list[dict]]:
+    """(method, share) -> rows of the model measured last, of rows for the same thing the newest."""
+    if not rows:
+        return {}
+    model = rows[-1]["model_sha256"]
+    newest = {
+        tuple(row[k] for k in ("method", "keep", "seed", "question_kind", "metric")): row
+        for row in rows
+        if row["model_sha256"] == model
+    }
+    found: dict[tuple[str, float], list[dict]] = {}
+    for key, row in sorted(newest.items()):
+        found.setdefault(key[:2], []).append(row)
+    return found
+
+
+def _vlm_mean(rows: list[dict] | None, kind: str, metric: str) -> tuple[float, float, int] | None:
+    """Mean over seeds, half of its 95 % interval, and seeds; each seed has mosaics of its own."""
+    some = [row for row in rows or () if row["question_kind"] == kind and row["metric"] == metric]
+    if not some:
+        return None
+    halves = [0.5 * (row["high"] - row["low"]) for row in some]
+    mean = statistics.fmean(row["value"] for row in some)
+    return mean, sum(half**2 for half in halves) ** 0.5 / len(some), len(some)
+
+
+def _vlm_cell(rows: list[dict] | None, kind: str) -> str:
+    mean = _vlm_mean(rows, kind, "accuracy_difference")
+    return "–" if mean is None else f"{100 * mean[0]:+.1f} ± {100 * mean[1]:.1f}"
+
+
+def _vlm_tokens(rows: list[dict] | None) -> str:
+    """Mean over seeds and layers of the visual tokens that enter a layer: what a share costs depends on when they go."""
+    counts = [row["visual_tokens"][:-1] for row in rows or ()]
+    return f"{statistics.fmean(statistics.fmean(layers) for layers in counts):.0f}" if counts else "–"
+
+
+def _vlm_caption(found: dict[tuple[str, float], list[dict]], least: float) -> str:
+    dense = [row for (method, _), rows in found.items() if method == "dense" for row in rows]
+    shares = []
+    for kind in VLM_KINDS[1:]:
+        mean = _vlm_mean(dense, kind, "accuracy")
+        shares.append(f"{kind} {100 * mean[0]:.1f} %")
+    seeds = {method: len({row["seed"] for row in rows}) for (method, keep), rows in found.items() if keep == least}
+    most = max(seeds.values())
+    sentences = [
+        f"The dense model answers right: {', '.join(shares)}",
+        f"{most} seed{'s' if most > 1 else ''} of {dense[0]['count']:,} questions of each kind",
+    ]
+    fewer = [VLM_METHODS[method][0] for method, count in seeds.items() if count < most]
+    if fewer:
+        sentences[-1] += f" (fewer: {', '.join(fewer)})"
+    sentences += [
+        "± half of the 95 % interval, paired question by question",
+        f"tokens per layer: mean of the visual tokens that enter a language layer at {100 * least:g} %",
+    ]
+    return "; ".join(sentences) + "."
+
+
+def plot_vlm_accuracy(rows: list[dict], path: Path) -> None:
+    """One panel per kind of question: points lost over the share kept, a line per method."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    found = _newest_vlm(rows)
+    look = {"svg.hashsalt": "vpruner", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with pyplot.rc_context(look):
+        figure, axes = pyplot.subplots(1, len(VLM_KINDS), figsize=(13, 3.4), layout="constrained")
+        for axis, kind in zip(axes, VLM_KINDS, strict=True):
+            for method, (name, colour, marker, line) in VLM_METHODS.items():
+                points = [
+                    (100 * keep, 100 * mean[0], 100 * mean[1])
+                    for (other, keep), some in sorted(found.items())
+                    if other == method and (mean := _vlm_mean(some, kind, "accuracy_difference"))
+                ]
+                if points:
+                    x, y, half = zip(*points, strict=True)
+                    axis.errorbar(
+                        x,
+                        y,
+                        half,
+                        color=colour,
+                        marker=marker,
+                        linestyle=line,
+                        markersize=4,
+                        linewidth=1.2,
+                        elinewidth=0.8,
+                        label=name,
+                    )
+            axis.axhline(0, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
+            axis.set(title=kind, xlabel="visual tokens kept in %")
+            axis.grid(alpha=0.25, linewidth=0.5)
+        axes[0].set_ylabel("accuracy to dense in pp")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
 def gpu(rows: list[dict]) -> str:
     """What benchmarks/gpu/check.py measured: times, goals, results that are wrong; and that there are none yet."""
     if not rows:
@@ -414,12 +619,14 @@ def _gpu_check():
 SAY_MISSING = ("gpu",)
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "accuracy": accuracy,
+    "compare": compare,
     "demo": demo,
     "fisher_rounds": fisher_rounds,
     "gpu": gpu,
     "latency_ort": latency_ort,
     "precision": precision,
     "stage_costs": stage_costs,
+    "vlm_accuracy": vlm_accuracy,
 }
 
 
@@ -442,6 +649,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.plots and not args.check and (RESULTS / "accuracy.jsonl").exists():
         plot_accuracy(read_rows(RESULTS / "accuracy.jsonl"), ROOT / ACCURACY_PLOT)
+    if args.plots and not args.check and (RESULTS / "vlm_accuracy.jsonl").exists():
+        plot_vlm_accuracy(read_rows(RESULTS / "vlm_accuracy.jsonl"), ROOT / VLM_ACCURACY_PLOT)
+    if args.plots and not args.check and (RESULTS / "compare.jsonl").exists():
+        entries = compare_report.entries_of(read_rows(RESULTS / "compare.jsonl"))
+        title = entries[0].results[0]["model"] if entries and entries[0].results else ""
+        compare_report.plot_comparison(entries, ROOT / COMPARE_PLOT, title=title)
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
     after = render(before)
