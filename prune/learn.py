@@ -4,6 +4,9 @@
 2. *Rearrangement* (:mod:`vpruner.prune.rearrange`): PPO moves tokens so that the model as pruned agrees better.
 3. *Tuning* (:mod:`vpruner.prune.tune`): weights or gates are refitted to restore the dense model's behaviour.
 
+Asked for, a fourth follows, *selection by content* (:mod:`vpruner.prune.methods.content`): the counts stay, and each
+image chooses its own patches by a score that is learnt.
+
 Each stage is judged on calibration images that no stage fits to, and undone where it does not help there.
 
 Gradients at the dense model say what the *first* tokens to leave cost; once they are gone, others carry what they
@@ -16,7 +19,7 @@ model, on images kept out, by 20 to 30 % at budgets of 0.65 and less (``benchmar
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -29,9 +32,11 @@ from torch import Tensor
 from ..errors import UserError
 from ..progress import Reporter
 from .calibration import Calibration, Judgement
+from .content_plan import ContentPlan
 from .cost import Cost, MacsCost, dense_macs, plan_macs
 from .data import ImageSet
 from .fisher import batch_size_for, gate_gradients
+from .methods.content import choose_by_content, choosing_steps, counts_target
 from .models import LoadedModel
 from .plan import TokenPlan
 from .rearrange import (
@@ -46,6 +51,7 @@ from .rearrange import (
 )
 from .search import check_target, search_mask
 from .tune import TUNINGS, tune
+from .vit import ViTAdapter
 
 #: Rounds of scoring and searching, when there are images enough.
 ROUNDS = 8
@@ -58,6 +64,8 @@ IMAGES_PER_ROUND = 32
 #: on the images that happen to give its gradients: by 5 to 10 % in KL divergence.
 RESTARTS = 3
 
+#: What ``--select`` accepts.
+SELECTIONS = ("static", "content")
 #: What ``--rearrange`` accepts.
 REARRANGEMENTS = ("ppo", "greedy", "none")
 
@@ -67,7 +75,7 @@ class Stage:
     """One stage as it went.
 
     Attributes:
-        name: ``"search"``, ``"rearrange"`` or ``"tune"``.
+        name: ``"search"``, ``"rearrange"``, ``"tune"`` or ``"select"``.
         method: Such as ``"fisher"``, ``"ppo"``, ``"weights"``.
         plan: The plan after it.
         weights: State-dict name -> tensor, where weights differ from the model's; else None.
@@ -76,6 +84,7 @@ class Stage:
         judgement: Divergence from the dense model on held-out images, before and after; None without such images.
         note: One sentence for the report, or empty.
         details: JSON values.
+        content: The plan by content, after a selection that was kept.
     """
 
     name: str
@@ -87,6 +96,7 @@ class Stage:
     judgement: Judgement | None
     note: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
+    content: ContentPlan | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What provenance and result rows say of it."""
@@ -109,11 +119,14 @@ class Learned:
         plan: The plan to ship, with provenance.
         weights: State-dict name -> tensor for the weights that tuning changed; None when none did.
         stages: What each stage did, in order.
+        content: The plan by content to ship instead, with provenance and on the counts of ``plan``; the weights are
+            those for it. None where none was asked for, or where it did not help.
     """
 
     plan: TokenPlan
     weights: Mapping[str, Tensor] | None
     stages: tuple[Stage, ...]
+    content: ContentPlan | None = None
 
 
 def learn(
@@ -126,6 +139,7 @@ def learn(
     rounds: int | None = None,
     rearrangement: str = "ppo",
     tuning: str = "weights",
+    selection: str = "static",
     settings: RearrangeSettings | None = None,
     checkpoint: str | Path | None = None,
     seed: int = 0,
@@ -141,6 +155,7 @@ def learn(
         loss, rounds: Of the search, see :func:`learn_plan`.
         rearrangement: One of :data:`REARRANGEMENTS`.
         tuning: One of :data:`~vpruner.prune.tune.TUNINGS`.
+        selection: One of :data:`SELECTIONS`; with ``"content"`` gates cannot be tuned.
         settings: How much the rearrangement plays; None: what goes with ``tuning``.
         checkpoint: File that the rearrangement resumes from and writes.
         seed: Of everything random.
@@ -149,12 +164,15 @@ def learn(
     Raises:
         UserError: The budget cannot be reached, no image can be read, or options do not fit.
     """
-    if rearrangement not in REARRANGEMENTS or tuning not in TUNINGS:
-        raise ValueError(f"unknown stage: {rearrangement!r} or {tuning!r}")
+    if rearrangement not in REARRANGEMENTS or tuning not in TUNINGS or selection not in SELECTIONS:
+        raise ValueError(f"unknown stage: {rearrangement!r}, {tuning!r} or {selection!r}")
+    check_selection(selection, tuning)
     reporter = reporter or Reporter(quiet=True)
     adapter, geometry = loaded.adapter, loaded.adapter.geometry
     cost = cost or MacsCost(geometry)
     check_target(geometry, target, cost)
+    if selection == "content" and cost.kind == "macs":
+        target = counts_target(geometry, target)
     choose_loss(loss, geometry.output, images.labelled)
     if checkpoint is not None and Path(checkpoint).exists():
         read_checkpoint(checkpoint)  # Refused now, not after the search.
@@ -190,11 +208,12 @@ def learn(
         )
     )
     if drops and not len(calibration.held_out):
+        left_out = "rearrangement and tuning" if selection == "static" else "rearrangement, tuning and selection"
         reporter.remark(
             f"{len(calibration)} calibration images are too few to hold any out: "
-            "rearrangement and tuning, which are judged on those, were left out"
+            f"{left_out}, which are judged on those, were left out"
         )
-        rearrangement = tuning = "none"
+        rearrangement, tuning, selection = "none", "none", "static"
     if drops and rearrangement != "none":
         started = time.perf_counter()
         settings = settings or RearrangeSettings.for_tuning(tuning)
@@ -248,6 +267,30 @@ def learn(
         stages.append(
             Stage("tune", tuning, plan, weights, tuned.kept, seconds, tuned.judgement, tuned.note, tuned.details)
         )
+    content = None
+    if drops and selection == "content":
+        started, refit = time.perf_counter(), tuning == "weights"
+        steps = choosing_steps(geometry, len(calibration.fit), refit)
+        with reporter.stage("Selection by content", steps, unit="steps") as advance:
+            chosen = choose_by_content(adapter, plan, weights, calibration, refit=refit, seed=seed, on_step=advance)
+        reporter.remark(chosen.note)
+        content, kept = chosen.plan, chosen.plan is not None
+        weights = chosen.weights if kept else weights
+        seconds = time.perf_counter() - started
+        stages.append(
+            Stage(
+                "select",
+                "content",
+                plan,
+                weights,
+                kept,
+                seconds,
+                chosen.judgement,
+                chosen.note,
+                chosen.details,
+                content,
+            )
+        )
     plan = plan.with_provenance(
         method="v-pruner" if len(stages) > 1 else "fisher",
         macs=plan_macs(plan),
@@ -255,7 +298,22 @@ def learn(
         ratio=round(cost.ratio(plan), 6),
         stages=[{k: v for k, v in stage.to_json().items() if k != "history"} for stage in stages],
     )
-    return Learned(plan, weights, tuple(stages))
+    if content is not None:
+        content = ContentPlan(plan, content.token, content.prior)
+    return Learned(plan, weights, tuple(stages), content)
+
+
+def check_selection(selection: str, tuning: str) -> None:
+    """Refuse what cannot go together.
+
+    Raises:
+        UserError: Gates are to be tuned for patches that each image chooses.
+    """
+    if selection == "content" and tuning not in ("weights", "none"):
+        raise UserError(
+            f"--tune {tuning} with --select content: gates belong to places, and each image chooses its own",
+            "use --tune weights",
+        )
 
 
 def learn_plan(
@@ -311,37 +369,20 @@ def _search(
     geometry = loaded.adapter.geometry
     loss = choose_loss(loss, geometry.output, images.labelled)
     batch_size = batch_size or batch_size_for(geometry, backward=True)
-    plan = TokenPlan.identity(loaded.name, geometry)
-    start = cost.ratio(plan)
-    steps: list[dict[str, Any]] = []
     fit = calibration.fit[:SEARCH_IMAGES]
     sizes = round_sizes(len(fit), rounds)
-    ends = np.cumsum(sizes)
-    dense_importance = None
+    parts = np.split(fit, np.cumsum(sizes)[:-1])
     with reporter.stage(f"Fisher token mask search of {loaded.name}", len(fit)) as advance:
-        for number, (end, size) in enumerate(zip(ends, sizes, strict=True), 1):
-            gradients = gate_gradients(
-                loaded.adapter,
-                calibration.batches(fit[end - size : end], batch_size),
-                loss,
-                plan=plan,
-                seed=seed + number,
-                on_batch=advance,
-            )
-            importance = gradients.importance(geometry.depth)
-            dense_importance = importance if dense_importance is None else dense_importance
-            # Equal steps in cost.
-            step = target if number == len(sizes) else max(target, start - (start - target) * number / len(sizes))
-            found = search_mask(importance, geometry, step, plan.exits, cost)
-            plan = found.plan(loaded.name, geometry)
-            steps.append(
-                {
-                    "images": len(gradients.values),
-                    "ratio": round(cost.ratio(plan), 6),
-                    "importance_lost": found.importance_lost,
-                    "quadratic_estimate": gradients.quadratic_estimate(plan),
-                }
-            )
+        found = search_in_rounds(
+            loaded.adapter,
+            [calibration.batches(part, batch_size) for part in parts],
+            loss,
+            target,
+            cost=cost,
+            seed=seed,
+            on_batch=advance,
+        )
+    plan = found.plan
     reporter.remark(images.skipped_remark("calibration"))
     reporter.remark(found.note)
     plan = plan.with_provenance(
@@ -353,7 +394,7 @@ def _search(
         macs=plan_macs(plan),
         dense_macs=dense_macs(geometry),
         ratio=round(cost.ratio(plan), 6),
-        rounds=steps,
+        rounds=list(found.rounds),
         seed=seed,
         calibration={
             "source": Path(images.source.spec).name,
@@ -368,7 +409,68 @@ def _search(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={name: version(name) for name in ("torch", "timm", "numpy")},
     )
-    return plan, dense_importance
+    return plan, found.dense_importance
+
+
+@dataclass(frozen=True)
+class FisherSearch:
+    """What :func:`search_in_rounds` found.
+
+    Attributes:
+        plan: Without provenance.
+        dense_importance: float64 [exit L + 1, patch N], at the dense model, as the first round saw it.
+        rounds: JSON values of each.
+        note: As of :class:`~vpruner.prune.search.SearchResult`, of the last round.
+    """
+
+    plan: TokenPlan
+    dense_importance: np.ndarray
+    rounds: tuple[Mapping[str, Any], ...]
+    note: str
+
+
+def search_in_rounds(
+    adapter: ViTAdapter,
+    rounds: Sequence[Iterable[tuple[Tensor, Tensor | None]]],
+    loss: str,
+    target: float,
+    *,
+    cost: Cost | None = None,
+    seed: int = 0,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> FisherSearch:
+    """Fisher importance and the mask that loses least of it, in equal steps of cost from all tokens to the target.
+
+    Args:
+        rounds: For each its (images, labels or None), as :func:`~vpruner.prune.fisher.gate_gradients` takes them.
+        loss: One of :data:`~vpruner.prune.fisher.LOSSES`.
+        target: Budget as a fraction of the dense model's cost.
+        cost: What the budget is of; None: MACs.
+        seed: For losses that draw random directions.
+        on_batch: Called with the number of images after each batch.
+    """
+    geometry = adapter.geometry
+    cost = cost or MacsCost(geometry)
+    plan = TokenPlan.identity(adapter.name, geometry)
+    start = cost.ratio(plan)
+    dense_importance, steps = None, []
+    for number, batches in enumerate(rounds, 1):
+        gradients = gate_gradients(adapter, batches, loss, plan=plan, seed=seed + number, on_batch=on_batch)
+        importance = gradients.importance(geometry.depth)
+        dense_importance = importance if dense_importance is None else dense_importance
+        # Equal steps in cost.
+        step = target if number == len(rounds) else max(target, start - (start - target) * number / len(rounds))
+        found = search_mask(importance, geometry, step, plan.exits, cost)
+        plan = found.plan(adapter.name, geometry)
+        steps.append(
+            {
+                "images": len(gradients.values),
+                "ratio": round(cost.ratio(plan), 6),
+                "importance_lost": found.importance_lost,
+                "quadratic_estimate": gradients.quadratic_estimate(plan),
+            }
+        )
+    return FisherSearch(plan, dense_importance, tuple(steps), found.note)
 
 
 def round_sizes(count: int, rounds: int | None) -> list[int]:

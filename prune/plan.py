@@ -34,6 +34,8 @@ from ..errors import PlanError
 
 #: Version of the JSON layout. Raise it when an older reader would misread a newer file.
 SCHEMA = 1
+#: Of plans by content (:mod:`vpruner.prune.content_plan`), which the readers of static plans refuse.
+CONTENT_SCHEMA = 2
 #: More tokens than any ViT has; a typing error in a grid must not fill the memory before it is noticed.
 MOST_TOKENS = 1_000_000
 #: Levels of lists and objects in a provenance: writing JSON and making the report are recursive.
@@ -104,7 +106,7 @@ class Geometry:
             parts = value if pair and isinstance(value, (tuple, list)) else [value]
             if len(parts) != 1 + pair or not all(_is_whole(part) and least <= part <= most for part in parts):
                 what = "two whole numbers (height, width)" if pair else "a whole number"
-                raise PlanError(f"{name} is {_shown(value)}, expected {what}, at least {least} and at most {most}")
+                raise PlanError(f"{name} is {shown(value)}, expected {what}, at least {least} and at most {most}")
             numbers = tuple(int(part) for part in parts)
             object.__setattr__(self, name, numbers if pair else numbers[0])
         if self.tokens > MOST_TOKENS:
@@ -113,13 +115,13 @@ class Geometry:
                 f"expected at most {MOST_TOKENS}"
             )
         if not isinstance(self.head_patches, bool):
-            raise PlanError(f"head_patches is {_shown(self.head_patches)}, expected true or false")
+            raise PlanError(f"head_patches is {shown(self.head_patches)}, expected true or false")
         if not 0 <= self.head_prefix <= self.prefix_tokens:
             raise PlanError(f"the head reads {self.head_prefix} prefix tokens, the model has {self.prefix_tokens}")
         if not self.head_prefix and not self.head_patches:
             raise PlanError("the head reads no token at all")
         if self.output not in ("logits", "features"):
-            raise PlanError(f"output is {_shown(self.output)}, expected 'logits' or 'features'")
+            raise PlanError(f"output is {shown(self.output)}, expected 'logits' or 'features'")
 
     @property
     def patches(self) -> int:
@@ -142,7 +144,7 @@ class Geometry:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Geometry:
         if not isinstance(value, Mapping):
-            raise PlanError(f"the geometry is {_shown(value)}, expected a JSON object")
+            raise PlanError(f"the geometry is {shown(value)}, expected a JSON object")
         known = {f.name for f in fields(cls)}
         missing = {"depth", "embed_dim", "num_heads", "head_dim", "grid", "prefix_tokens", "image_size"} - set(value)
         if missing:
@@ -182,7 +184,7 @@ class TokenPlan:
     def __post_init__(self):
         geometry = self.geometry
         if not isinstance(self.model, str) or not self.model:
-            raise PlanError(f"model is {_shown(self.model)}, expected its name")
+            raise PlanError(f"model is {shown(self.model)}, expected its name")
         if isinstance(self.kept, str) or not isinstance(self.kept, Sequence):
             raise PlanError(f"kept is a {type(self.kept).__name__}, expected one list of patch indices per block")
         kept = tuple(_whole_numbers(indices, block) for block, indices in enumerate(self.kept))
@@ -193,7 +195,7 @@ class TokenPlan:
             unsorted = next((b for a, b in zip(indices, indices[1:], strict=False) if a >= b), None)
             if unsorted is not None:
                 raise PlanError(
-                    f"block {block}: patch {_shown(unsorted)} is repeated or out of order; indices must ascend"
+                    f"block {block}: patch {shown(unsorted)} is repeated or out of order; indices must ascend"
                 )
             extra = set(indices) - allowed
             if extra:
@@ -202,7 +204,7 @@ class TokenPlan:
                     if block == 0
                     else f"block {block - 1} had already dropped it (plans are nested)"
                 )
-                raise PlanError(f"block {block} keeps patch {_shown(min(extra))}, but {where}")
+                raise PlanError(f"block {block} keeps patch {shown(min(extra))}, but {where}")
             if not indices and (geometry.prefix_tokens == 0 or (geometry.head_patches and block == geometry.depth - 1)):
                 raise PlanError(f"block {block} keeps no token at all")
             allowed = set(indices)
@@ -341,14 +343,20 @@ class TokenPlan:
         if not isinstance(value, Mapping):
             raise PlanError(f"a plan is a JSON object, found {type(value).__name__}")
         schema = value.get("schema")
+        if schema == CONTENT_SCHEMA and "score" in value:
+            raise PlanError(
+                "it is a plan by content: each image chooses its own patches, and what is done here takes plans that "
+                "are the same for every image",
+                "write its graph with: vpruner export MODEL --plan PLAN; or make a static plan: vpruner prune MODEL",
+            )
         if isinstance(schema, bool) or schema != SCHEMA:
             raise PlanError(
-                f"the plan has schema {_shown(schema)}, this vpruner reads {SCHEMA}", "run: vpruner prune MODEL"
+                f"the plan has schema {shown(schema)}, this vpruner reads {SCHEMA}", "run: vpruner prune MODEL"
             )
         known = {"schema", "vpruner", "model", "grid", "prefix_tokens", "geometry", "kept", "gates", "provenance"}
         unknown, missing = set(value) - known, {"model", "grid", "prefix_tokens", "geometry", "kept"} - set(value)
         if unknown or missing:
-            what = f"unknown key {_shown(min(unknown, key=str))}" if unknown else f"no key {min(missing)!r}"
+            what = f"unknown key {shown(min(unknown, key=str))}" if unknown else f"no key {min(missing)!r}"
             raise PlanError(f"the plan has {what}", "run: vpruner prune MODEL")
         if not isinstance(value["geometry"], Mapping) or not isinstance(value["kept"], list):
             raise PlanError("'geometry' must be an object and 'kept' a list of lists")
@@ -362,37 +370,50 @@ class TokenPlan:
 
     def save(self, path: str | PathLike) -> None:
         """Write JSON, one block's list per line so that a plan can be read and compared by eye."""
-        content = self.to_json()
-        lines = {
-            name: "[\n  " + ",\n  ".join(json.dumps(row) for row in content[name]) + "\n ]"
-            for name in ("kept", "gates")
-            if content[name]
-        }
-        text = json.dumps({**content, **{name: f"@{name}@" for name in lines}}, indent=1)
-        for name, rows in lines.items():
-            text = text.replace(f'"@{name}@"', rows)
-        write_text(path, text + "\n")
+        write_plan_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | PathLike) -> TokenPlan:
-        path = Path(path)
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(
-                f"cannot read the plan {path}: {error.strerror}", "make one with: vpruner prune MODEL"
-            ) from None
-        except ValueError as error:
-            raise PlanError(f"{path} is not JSON: {error}", "make a plan with: vpruner prune MODEL") from None
-        except RecursionError:
-            raise PlanError(
-                f"{path} is not a plan: its lists or objects are nested too deeply to be read",
-                "make a plan with: vpruner prune MODEL",
-            ) from None
+        value = read_plan_json(path)
         try:
             return cls.from_json(value)
         except PlanError as error:
             raise PlanError(f"{path}: {error.problem}", error.hint) from None
+
+
+def write_plan_json(path: str | PathLike, content: Mapping[str, Any]) -> None:
+    """Write what ``to_json`` gives, one block's list per line."""
+    lines = {
+        name: "[\n  " + ",\n  ".join(json.dumps(row) for row in content[name]) + "\n ]"
+        for name in ("kept", "gates", "token", "prior")
+        if content.get(name)
+    }
+    text = json.dumps({**content, **{name: f"@{name}@" for name in lines}}, indent=1)
+    for name, rows in lines.items():
+        text = text.replace(f'"@{name}@"', rows)
+    write_text(path, text + "\n")
+
+
+def read_plan_json(path: str | PathLike) -> Any:
+    """What a plan's file holds, whatever that is.
+
+    Raises:
+        PlanError: It cannot be read, or is no JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(
+            f"cannot read the plan {path}: {error.strerror}", "make one with: vpruner prune MODEL"
+        ) from None
+    except ValueError as error:
+        raise PlanError(f"{path} is not JSON: {error}", "make a plan with: vpruner prune MODEL") from None
+    except RecursionError:
+        raise PlanError(
+            f"{path} is not a plan: its lists or objects are nested too deeply to be read",
+            "make a plan with: vpruner prune MODEL",
+        ) from None
 
 
 def query_counts(geometry: Geometry, key_counts: Sequence[int]) -> tuple[int, ...]:
@@ -405,7 +426,7 @@ _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """``repr`` that fits a line, whatever a file may hold: long texts, long numbers, deep nesting."""
     return _SHORT.repr(value)
 
@@ -419,28 +440,28 @@ def _whole_numbers(indices: Any, block: int) -> tuple[int, ...]:
         raise PlanError(f"block {block}: kept is a {type(indices).__name__}, expected a list of patch indices")
     for value in indices:
         if not _is_whole(value):
-            raise PlanError(f"block {block}: {_shown(value)} is not a patch index (a whole number)")
+            raise PlanError(f"block {block}: {shown(value)} is not a patch index (a whole number)")
     return tuple(int(value) for value in indices)
 
 
 def _checked_gates(gates: Any, kept: tuple[tuple[int, ...], ...]) -> tuple[tuple[float, ...], ...]:
     if not isinstance(gates, (Sequence, np.ndarray)) or isinstance(gates, str):
-        raise PlanError(f"gates is {_shown(gates)}, expected one list of numbers per block")
+        raise PlanError(f"gates is {shown(gates)}, expected one list of numbers per block")
     if len(gates) != len(kept):
         raise PlanError(f"gates has {len(gates)} lists, kept has {len(kept)}")
     result = []
     for block, (values, indices) in enumerate(zip(gates, kept, strict=True)):
         if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, str):
-            raise PlanError(f"block {block}: gates is {_shown(values)}, expected a list of numbers")
+            raise PlanError(f"block {block}: gates is {shown(values)}, expected a list of numbers")
         if len(values) != len(indices):
             raise PlanError(f"block {block}: {len(values)} gates for {len(indices)} kept patches")
         for value in values:
             if not (_is_whole(value) or isinstance(value, (float, np.floating))):
-                raise PlanError(f"block {block}: gates must be numbers, found {_shown(value)}")
+                raise PlanError(f"block {block}: gates must be numbers, found {shown(value)}")
             # No float is larger than this; a whole number in JSON may be.
             if not 0 < value <= sys.float_info.max:
                 raise PlanError(
-                    f"block {block}: gates must be positive and finite, found {_shown(value)}; "
+                    f"block {block}: gates must be positive and finite, found {shown(value)}; "
                     "a token to drop is left out of kept"
                 )
         result.append(tuple(float(value) for value in values))
@@ -449,11 +470,11 @@ def _checked_gates(gates: Any, kept: tuple[tuple[int, ...], ...]) -> tuple[tuple
 
 def _checked_provenance(provenance: Any) -> dict[str, Any]:
     if not isinstance(provenance, Mapping):
-        raise PlanError(f"provenance is {_shown(provenance)}, expected a JSON object")
+        raise PlanError(f"provenance is {shown(provenance)}, expected a JSON object")
     for name in ("weights_sha256", "tuned_weights_sha256"):
         sha256 = provenance.get(name)
         if sha256 is not None and not isinstance(sha256, str):
-            raise PlanError(f"provenance.{name} is {_shown(sha256)}, expected the hash as text")
+            raise PlanError(f"provenance.{name} is {shown(sha256)}, expected the hash as text")
     level: list[Any] = [provenance]
     for _ in range(MOST_NESTING):
         parts = [part.values() if isinstance(part, Mapping) else part for part in level]

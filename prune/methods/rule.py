@@ -156,7 +156,7 @@ class TokenRule(ABC):
             for index, block in enumerate(adapter.model.blocks):
                 block.forward = run._forward_of(index, block)
                 undo.callback(delattr, block, "forward")
-            for hook in run._pooling_hooks():
+            for hook in pooling_hooks(self.geometry, adapter.model, lambda: run._weight):
                 undo.callback(hook.remove)
             yield run
 
@@ -301,30 +301,37 @@ class RuleRun:
 
         return forward
 
-    def _pooling_hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        """Pooling heads see each token as often as its weight says: an average over the patches, not the tokens."""
-        geometry, model = self.rule.geometry, self.model
-        if not geometry.head_patches:
-            return
-        skipped = 0 if model.pool_include_prefix else geometry.prefix_tokens
-        if model.attn_pool is not None:
 
-            def pool_hook(module, args, kwargs):
-                if self._weight is None:
-                    return None
-                return args, {**kwargs, "attn_mask": self._weight[:, None, None, skipped:].log()}
+def pooling_hooks(
+    geometry: Geometry, model: nn.Module, weight_of: Callable[[], Tensor | None]
+) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    """Pooling heads see each token as often as its weight says: an average over the patches, not the tokens.
 
-            yield model.attn_pool.register_forward_pre_hook(pool_hook, with_kwargs=True)
-        else:
+    Args:
+        weight_of: Called while the head runs: float [batch, token] of what the last block left, 0 for what is not to be
+            seen; None: all 1.
+    """
+    if not geometry.head_patches:
+        return
+    skipped = 0 if model.pool_include_prefix else geometry.prefix_tokens
+    if model.attn_pool is not None:
 
-            def mean_hook(module, args, output):
-                if self._weight is None:
-                    return None
-                pooled = self._weight[:, skipped:]
-                scale = pooled * pooled.shape[1] / pooled.sum(1, keepdim=True)
-                return output * nn.functional.pad(scale, (skipped, 0), value=1.0)[..., None]
+        def pool_hook(module, args, kwargs):
+            weight = weight_of()
+            return None if weight is None else (args, {**kwargs, "attn_mask": weight[:, None, None, skipped:].log()})
 
-            yield model.norm.register_forward_hook(mean_hook)
+        yield model.attn_pool.register_forward_pre_hook(pool_hook, with_kwargs=True)
+    else:
+
+        def mean_hook(module, args, output):
+            weight = weight_of()
+            if weight is None:
+                return None
+            pooled = weight[:, skipped:]
+            scale = pooled * pooled.shape[1] / pooled.sum(1, keepdim=True)
+            return output * nn.functional.pad(scale, (skipped, 0), value=1.0)[..., None]
+
+        yield model.norm.register_forward_hook(mean_hook)
 
 
 def _count(x: Tensor, weight: Tensor | None) -> int | Tensor:
