@@ -33,6 +33,7 @@ class Method(ABC):
         needs_images: Whether :meth:`make` looks at any.
         enough_images: More than this change nothing that matters; None: the more the better.
         seeded: Whether another seed gives another result on the same images.
+        fixed_counts: Whether all images keep the same number of tokens, so that the result can be exported.
     """
 
     name: ClassVar[str]
@@ -40,6 +41,7 @@ class Method(ABC):
     needs_images: ClassVar[bool] = False
     enough_images: ClassVar[int | None] = None
     seeded: ClassVar[bool] = False
+    fixed_counts: ClassVar[bool] = True
 
     @abstractmethod
     def make(

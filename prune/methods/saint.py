@@ -68,8 +68,10 @@ def redundancy(
         edge = edge & even[:, :, None] & odd[:, None, :]
         similarity = similarity * odd[:, None, :]
         others = odd.sum(1).clamp(min=1)[:, None]
-    edges = edge.sum(2)
-    along = (similarity * edge).sum(2) / edges.clamp(min=1)
+    # As a float: a runtime would cast twice, and add up whole numbers of 64 bits.
+    linked = edge.to(similarity)
+    edges = linked.sum(2)
+    along = (similarity * linked).sum(2) / edges.clamp(min=1)
     score = torch.where(edges > 0, edges * torch.exp(gamma * (along - threshold)), similarity.sum(2) / others)
     votes = (edges >= neighbours).sum(1)
     if valid is not None:
@@ -306,6 +308,8 @@ class Saint(Method):
     #: They fix one number, and the model runs on all of them at each step of the bisection.
     enough_images: ClassVar[int | None] = 256
 
+    fixed_counts: ClassVar[bool] = False
+
     neighbours: int = 5
     gamma: float = 10.0
     counts: str = "image"
@@ -330,6 +334,7 @@ class FrozenSaint(Saint):
     """SAINT with the counts that calibration images drop on average, the same for every image."""
 
     name: ClassVar[str] = "saint-frozen"
+    fixed_counts: ClassVar[bool] = True
 
     def make(self, adapter: ViTAdapter, batches: Sequence[Tensor], target: float, *, seed: int = 0) -> TokenRule:
         def frozen_macs(candidate: SaintRule) -> float:
