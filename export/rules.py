@@ -116,11 +116,15 @@ def static_counts(rule: TokenRule) -> tuple[int, ...]:
     """
     counts = rule.static_counts()
     if counts is None:
-        raise UserError(
-            f"{rule.name} leaves the number of tokens to each image, and the shapes of an exported graph are fixed",
-            "export a method with fixed counts, such as --method saint-frozen",
-        )
+        raise counts_depend(rule.name)
     return tuple(int(count) for count in counts)
+
+
+def counts_depend(method: str) -> UserError:
+    return UserError(
+        f"{method} leaves the number of tokens to each image, and the shapes of an exported graph are fixed",
+        "export a method with fixed counts, such as --method saint-frozen",
+    )
 
 
 def describe_rule(rule: TokenRule) -> dict[str, Any]:
