@@ -8,7 +8,24 @@ import torch
 from PIL import Image
 from tiny_vlms import IMAGE, PATCHES, VISION, tiny_vlm
 
-WORDS = ("USER", "ASSISTANT", ":", "?", ".", "what", "is", "there", "how", "many", "a", "cat", "dog", "in", "this", "image")
+WORDS = (
+    "USER",
+    "ASSISTANT",
+    ":",
+    "?",
+    ".",
+    "what",
+    "is",
+    "there",
+    "how",
+    "many",
+    "a",
+    "cat",
+    "dog",
+    "in",
+    "this",
+    "image",
+)
 
 
 def save_vlm(folder: Path, chat_template: str | None = None) -> Path:

@@ -138,7 +138,7 @@ def answer_questions(
     """
     candidates = candidates_of(vlm.model, prunings)
     texts: dict[str, list[str]] = {label: [] for label in candidates}
-    tokens: dict[str, list[float]] = {label: [] for label in candidates}
+    tokens = dict.fromkeys(candidates, 0)
     with reporter.stage("Answering", len(questions), unit="questions") as advance:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
@@ -149,8 +149,7 @@ def answer_questions(
                 with opened() as run, torch.inference_mode():
                     sequences = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens)
                 texts[label].extend(vlm.texts(sequences, inputs["input_ids"].shape[1]))
-                left = given if run is None else int(run.visual_tokens[:, -1].sum())
-                tokens[label].append(left / len(batch))
+                tokens[label] += given if run is None else int(run.visual_tokens[:, -1].sum())
                 if run is not None:
                     run.clear()
             advance(len(batch))
@@ -160,7 +159,7 @@ def answer_questions(
             label: np.array([one.is_right(text) for one, text in zip(questions, some, strict=True)])
             for label, some in texts.items()
         },
-        {label: float(np.mean(values)) for label, values in tokens.items()},
+        {label: total / len(questions) for label, total in tokens.items()},
     )
 
 

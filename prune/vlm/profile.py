@@ -100,7 +100,7 @@ def profile(
             f"--new-tokens is {new_tokens}, expected at least 2", "the first is timed apart from the others"
         )
     before = environment()
-    picture = load_image(image) if image is not None else _random_picture(seed)
+    picture = load_image(image) if image is not None else random_picture(seed)
     inputs = vlm.inputs([[picture] * images] * batch_size, [question] * batch_size)
     candidates = candidates_of(vlm.model, prunings)
     described = {}
@@ -251,7 +251,7 @@ class PeakBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _random_picture(seed: int):
+def random_picture(seed: int):
     from PIL import Image
 
     pixels = random_images(1, (3, 336, 336), seed=seed)[0]
