@@ -504,7 +504,7 @@ def _vlm_cell(rows: list[dict] | None, kind: str) -> str:
 
 
 def _vlm_tokens(rows: list[dict] | None) -> str:
-    """Mean over seeds and layers of the visual tokens that enter a layer: what a share costs depends on when they go."""
+    """Mean over seeds and layers of the visual tokens that enter a layer: what a share costs goes by that, too."""
     counts = [row["visual_tokens"][:-1] for row in rows or ()]
     return f"{statistics.fmean(statistics.fmean(layers) for layers in counts):.0f}" if counts else "–"
 

@@ -209,7 +209,7 @@ def test_reference_in_the_tower(train_llava, reference, tower):
         wanted = entering[:, None, 1:] + code[:, None]
         assert (grid - wanted).std() < 0.2 * wanted.std()
         code_found = grid.mean((0, 2)) - grid.mean((0, 1, 2))
-        torch.testing.assert_close(code_found, code - code.mean(0), atol=2e-3, rtol=0.1)
+        torch.testing.assert_close(code_found, code - code.mean(0), atol=4e-3, rtol=0.1)
         torch.testing.assert_close(
             tower.encoder.layers[3](entering, None), reference.blocks[3](entering), atol=1e-4, rtol=1e-4
         )

@@ -1,0 +1,60 @@
+"""Table and plot of benchmarks/vlm/accuracy.py."""
+
+import pytest
+
+
+@pytest.fixture
+def render(script, tmp_path, monkeypatch):
+    module = script("render")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return module
+
+
+def rows(method, keep, seed, lost=-0.02, model="one"):
+    common = dict(method=method, keep=keep, seed=seed, model_sha256=model, count=1000)
+    common["visual_tokens"] = None if method == "dense" else [256.0, 256.0 * keep, 256.0 * keep]
+    found = []
+    for number, kind in enumerate(("all", "position", "count", "presence")):
+        right = dict(question_kind=kind, metric="accuracy", value=0.9 - 0.1 * number, low=0.0, high=1.0)
+        found.append({**common, **right})
+        if method != "dense":
+            some = lost * number
+            change = dict(metric="accuracy_difference", value=some, low=some - 0.03, high=some + 0.03)
+            found.append({**common, **right, **change})
+    return found
+
+
+def test_points_lost_by_share_and_kind(render):
+    found = [
+        *rows("random", 0.25, 0, model="an older model"),
+        *(row for seed in (0, 1) for row in rows("dense", 1.0, seed)),
+        *rows("hybrid", 0.25, 0, lost=-0.5),  # Made again below: the newest counts.
+        *(row for seed in (0, 1) for row in rows("hybrid", 0.25, seed, lost=-0.01 - 0.02 * seed)),
+        *rows("fastv", 0.5, 0),
+        *rows("fastv", 0.25, 0),
+    ]
+    lines = render.vlm_accuracy(found).splitlines()
+    start = lines.index("| | 50 % | 25 % | position, 25 % | count, 25 % | presence, 25 % | tokens per layer |")
+    assert lines[start + 1 :] == [
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| FastV | +0.0 ± 3.0 | +0.0 ± 3.0 | -2.0 ± 3.0 | -4.0 ± 3.0 | -6.0 ± 3.0 | 160 |",
+        # Two seeds: 3 / sqrt(2).
+        "| SAINT, hybrid | – | +0.0 ± 2.1 | -2.0 ± 2.1 | -4.0 ± 2.1 | -6.0 ± 2.1 | 160 |",
+        "",
+        "The dense model answers right: position 80.0 %, count 70.0 %, presence 60.0 %; 2 seeds of 1,000 questions of "
+        "each kind (fewer: FastV); ± half of the 95 % interval, paired question by question; tokens per layer: mean of "
+        "the visual tokens that enter a language layer at 25 %.",
+    ]
+    assert render.vlm_accuracy([]) == render.vlm_accuracy(rows("dense", 1.0, 0)) == ""
+
+
+def test_plot(render, tmp_path):
+    pytest.importorskip("matplotlib")
+    found = [*rows("dense", 1.0, 0), *(row for method in render.VLM_METHODS for row in rows(method, 0.5, 0))]
+    path = tmp_path / render.VLM_ACCURACY_PLOT
+    render.plot_vlm_accuracy(found, path)
+    first = path.read_bytes()
+    assert first.startswith(b"<?xml") and b"FastV" in first and b"<dc:date>" not in first
+    render.plot_vlm_accuracy(found, path)
+    assert path.read_bytes() == first
+    assert f"]({render.VLM_ACCURACY_PLOT})" in render.vlm_accuracy(found)
