@@ -247,6 +247,7 @@ target_option = _options(
 #: know them load PyTorch, and help must not. A test compares them.
 REARRANGEMENTS = ("ppo", "greedy", "none")
 TUNINGS = ("weights", "gates", "gates-distill", "none")
+SELECTIONS = ("static", "content")
 EPISODES, EPISODES_UNTUNED, TIME_LIMIT = 384, 640, 600.0
 stage_options = _options(
     click.option(
@@ -262,6 +263,13 @@ stage_options = _options(
         show_default=True,
         type=click.Choice(TUNINGS),
         help="What to refit to the tokens that are left: weights are free at run time, gates are not.",
+    ),
+    click.option(
+        "--select",
+        default="static",
+        show_default=True,
+        type=click.Choice(SELECTIONS),
+        help="Keep the same patches of every image, or as many of each, chosen by a learnt score.",
     ),
     click.option(
         "--episodes",
@@ -613,6 +621,7 @@ def prune(
     strict,
     rearrange,
     tune,
+    select,
     episodes,
     time_limit,
     checkpoint,
@@ -638,6 +647,7 @@ def prune(
     reporter = Reporter(quiet=quiet)
     pipeline.check_output(output, ".json", model, weights)
     tuned = output.with_suffix(".tuned.onnx" if pipeline.is_onnx(model) else ".safetensors")
+    pipeline.check_select(select, tune, model)
     pipeline.check_checkpoint(checkpoint, rearrange, model, weights, output, tuned)
     if tune == "weights":
         pipeline.check_output(tuned, tuned.suffix, model, weights)
@@ -665,6 +675,7 @@ def prune(
         rounds=rounds,
         rearrangement=rearrange,
         tuning=tune,
+        selection=select,
         settings=pipeline.rearrange_settings(tune, episodes, time_limit),
         checkpoint=checkpoint,
         seed=seed,
@@ -675,7 +686,7 @@ def prune(
         _print_json({"plan": str(output), "weights": str(tuned) if learned.weights else None, **plan.to_json()})
         return
     _print_stages([stage.to_json() for stage in learned.stages])
-    _print_plan(plan)
+    _print_plan(learned.plan)
     for path in [output, tuned] if learned.weights else [output]:
         click.echo(path)
     if loaded.graph is not None:
@@ -759,8 +770,8 @@ def export(
     """
     from . import pipeline
     from .progress import Reporter
+    from .prune.content_plan import load_plan
     from .prune.models import open_model
-    from .prune.plan import TokenPlan
 
     if plan_path and method:
         raise UserError("--plan and --method both say which tokens leave", "give one of them")
@@ -771,7 +782,7 @@ def export(
         raise UserError(f"--{min(given)} goes with --method", "add --method saint-frozen, or leave it out")
     output = output or Path("pruned.onnx" if plan_path or method else "dense.onnx")
     pipeline.check_output(output, ".onnx", model, weights, plan_path)
-    plan = TokenPlan.load(plan_path) if plan_path else None
+    plan = load_plan(plan_path) if plan_path else None
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
     if method is None:
         options["plan"] = plan
@@ -1517,7 +1528,7 @@ def _gathered_prunings(command: Callable) -> Callable:
         from .extras import require
         from .progress import Reporter
 
-        for package in ("torch", "timm", "transformers"):
+        for package in ("transformers", "torch", "timm"):  # The first names the extra that brings all of them.
             require(package)
         from .prune.plan import TokenPlan
         from .prune.vlm.baselines import prunings_from

@@ -148,6 +148,8 @@ def test_a_plan_can_be_shown_without_any_extra(tmp_path):
         (["profile", "IN/pruned.onnx"], "cpu"),
         (["predict", "IN/pruned.onnx", "IN/image.png"], "cpu"),
         (["build", "IN/pruned.onnx", "-o", "OUT/pruned.engine"], "trt"),
+        (["vlm", "profile", "IN"], "vlm"),
+        (["vlm", "evaluate", "IN", "--data", "IN/questions.jsonl"], "vlm"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
