@@ -11,6 +11,7 @@ import torch
 from tiny_vits import tiny
 from token_rules import images_for
 
+from vpruner.prune.methods.diffrate import DiffRateRule
 from vpruner.prune.methods.evit import EvitRule
 from vpruner.prune.methods.saint import FrozenSaintRule
 from vpruner.prune.methods.tome import TomeRule
@@ -34,10 +35,10 @@ def export(adapter: ViTAdapter, rule, images: torch.Tensor, *, dynamic_batch: bo
     return program.model_proto
 
 
-@pytest.mark.parametrize("name", ["saint-frozen", "saint-frozen, any batch", "tome", "evit"])
+@pytest.mark.parametrize("name", ["saint-frozen", "saint-frozen, any batch", "tome", "evit", "diffrate"])
 def test_exported_equals_pytorch(name):
     kind, any_batch = "average pooling beside a class token", "any batch" in name
-    model = tiny(kind, depth=2 if name in ("saint-frozen", "tome") else 1).requires_grad_(False)
+    model = tiny(kind, depth=2 if name in ("saint-frozen", "tome", "diffrate") else 1).requires_grad_(False)
     if name == "saint-frozen":
         # All keys of block 0 are equal: which of them go is the tie-break's choice alone.
         model.blocks[0].attn.qkv.weight[32:64] = 0
@@ -48,6 +49,7 @@ def test_exported_equals_pytorch(name):
         "saint-frozen, any batch": lambda: FrozenSaintRule(geometry, (5,), (0.5,)),
         "tome": lambda: TomeRule(geometry, (4, 3)),
         "evit": lambda: EvitRule(geometry, 0.6, (0,)),
+        "diffrate": lambda: DiffRateRule(geometry, (2, 3), (5, 0)),
     }[name]()
     batch = 1 + any_batch
     graph = export(adapter, rule, images_for(adapter, batch, dtype=torch.float32), dynamic_batch=any_batch)

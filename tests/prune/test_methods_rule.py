@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vpruner.errors import UserError
 from vpruner.prune.cost import MacsCost, cost_ratio, macs_from_counts
 from vpruner.prune.methods import find_method, methods
+from vpruner.prune.methods.diffrate import DiffRateRule
 from vpruner.prune.methods.evit import EvitRule
 from vpruner.prune.methods.rule import TokenRule, check_blocks, rank_descending, run_batches, select_rows
 from vpruner.prune.methods.saint import FrozenSaintRule, SaintRule
@@ -33,6 +34,7 @@ def rules(geometry) -> dict[str, TokenRule]:
         "tome, not proportional": TomeRule(geometry, (1, 3) + (1,) * (depth - 2), proportional=False),
         "evit": EvitRule(geometry, 0.7, (1, depth - 1)),
         "evit, not fused": EvitRule(geometry, 0.7, (0, 2), fuse=False),
+        "diffrate": DiffRateRule(geometry, (1, 2, 1, 0), (2, 0, 1, 1), class_token=geometry.prefix_tokens > 0),
     }
 
 
@@ -196,7 +198,7 @@ def test_blocks_are_checked():
 
 def test_every_method_is_listed_under_its_name():
     found = methods()
-    assert {"saint", "saint-frozen", "tome", "evit", "random", "centre"} <= set(found)
+    assert {"saint", "saint-frozen", "tome", "evit", "diffrate", "random", "centre"} <= set(found)
     assert all(found[name].name == name and find_method(name) is found[name] for name in found)
     with pytest.raises(UserError, match=r"no method called 'topme'; choose one of centre, evit"):
         find_method("topme")
