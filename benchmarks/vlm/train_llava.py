@@ -6,15 +6,18 @@ writes a folder that ``LlavaForConditionalGeneration.from_pretrained`` and ``Aut
 a CLIP-shaped tower (class token, pre-norm, features of the layer before the last, as in LLaVA-1.5), a Llama and a
 word-level tokenizer. Weights are stored in float16 and load as float32.
 
-Two stages, as LLaVA's: the tower, then the language model on the frozen tower.
+Three stages:
 
 1. The tower starts as the reference ViT with its position embeddings tiled over the four cells, and with attention
    that prefers the own cell, as far as the weights alone can say that. It learns to tell what each cell holds from
    the mean of its patches (layer before the last), which cell a patch lies in, and, from the class token (last
    layer), which classes are there at all. The linear heads of this stage are thrown away.
-2. The projector and the language model learn the answers on stored features, first on patches averaged 2 x 2 (each
-   at the position of its first patch), which costs two fifths, then on all 256. No stage drops tokens: the model is
-   not taught to stand pruning. All questions of a mosaic share its visual tokens and do not see each other.
+2. The projector and the language model learn the answers on stored features of the frozen tower, patches averaged
+   2 x 2, each at the position of its first patch, which costs two fifths.
+3. All of it goes on together on all 256 patches of new mosaics.
+
+No stage drops tokens: the model is not taught to stand pruning. All questions of a mosaic share its visual tokens and
+do not see each other.
 
 Goes on where it stopped if OUTPUT/training.pt is there; the file is removed at the end.
 """
@@ -80,6 +83,8 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+#: Questions that a mosaic is asked in training.
+SLOTS = 10
 #: Tokens of the longest question with its answer, "what is at the top left ? ASSISTANT : airplane".
 SLOT = 10
 
@@ -434,9 +439,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="CIFAR-10 training images: folder or tar")
     parser.add_argument("--eval-data", required=True, help="CIFAR-10 images to report on")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder of the model")
-    parser.add_argument("--tower-steps", type=int, default=250)
+    parser.add_argument("--tower-steps", type=int, default=500)
     parser.add_argument("--tower-batch", type=int, default=16)
-    parser.add_argument("--tower-lr", type=float, default=5e-4)
+    parser.add_argument("--tower-lr", type=float, default=3e-4)
     parser.add_argument("--mosaics", type=int, default=3000, help="mosaics whose features the language model learns on")
     parser.add_argument("--pooled-steps", type=int, default=1000)
     parser.add_argument("--pooled-batch", type=int, default=8)
@@ -540,52 +545,61 @@ def main() -> None:
         return torch.cat([look(tower, batch)[0] for batch in pixels.split(16)])
 
     @torch.no_grad()
-    def told_right() -> dict[str, float]:
+    def told_right() -> float:
         """Share of held-out cells that the heads of stage 1 tell right."""
         features, pooled = zip(*(look(tower, batch) for batch in eval_pixels.split(25)), strict=True)
-        return {"cells": heads.loss(torch.cat(features), torch.cat(pooled), eval_cells)[1]}
+        return round(heads.loss(torch.cat(features), torch.cat(pooled), eval_cells)[1], 4)
+
+    @torch.no_grad()
+    def answered_right() -> dict[str, float]:
+        """Share of the held-out questions, one of each kind per mosaic, that are answered right."""
+        eval_sheet, total = Sheet(tokenizer, len(KINDS), pooled=False), dict.fromkeys(KINDS, 0.0)
+        for start in range(0, len(eval_pixels), 25):
+            pixels, questions = (some[start : start + 25] for some in (eval_pixels, eval_questions))
+            _, shares = eval_sheet.loss(model, features_of(pixels), questions)
+            total = {kind: total[kind] + share * len(pixels) for kind, share in shares.items()}
+        return {kind: round(right / len(eval_pixels), 4) for kind, right in total.items()}
 
     # The heads are new and the tower is not: they must not lag behind and spoil it.
     rates = {tower: args.tower_lr, heads: 10 * args.tower_lr}
     train("tower", rates, args.tower_steps, 30, tower_step)
-    tower.requires_grad_(False).eval()
-    reported = told_right()
-    print(f"tower on held-out mosaics: {reported}", flush=True)
+    tower.requires_grad_(False)
+    print(f"tower on held-out mosaics: {told_right()}", flush=True)
 
-    lessons = torch.Generator().manual_seed(args.seed + 1)
-    pixels, cells = draw(args.mosaics, lessons)
-    features = features_of(pixels)
-    eval_features = features_of(eval_pixels)
     language = [model.model.multi_modal_projector, model.model.language_model, model.lm_head]
+    if done["pooled"] < args.pooled_steps:
+        stored_pixels, stored_cells = draw(args.mosaics, torch.Generator().manual_seed(args.seed + 1))
+        stored = features_of(stored_pixels)
+        sheet = Sheet(tokenizer, SLOTS, pooled=True)
 
-    def language_step(sheet: Sheet, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        chosen = torch.randint(len(features), (batch,), generator=generator)
-        questions = [lesson(row, generator) for row in cells[chosen].tolist()]
-        return sheet.loss(model, features[chosen], questions)
+    def pooled_step(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        chosen = torch.randint(len(stored), (args.pooled_batch,), generator=generator)
+        questions = [lesson(row, generator) for row in stored_cells[chosen].tolist()]
+        return sheet.loss(model, stored[chosen], questions)
 
-    @torch.no_grad()
-    def answered_right(pooled: bool) -> dict[str, float]:
-        """Share of the held-out questions, one of each kind per mosaic, that are answered right."""
-        sheet = Sheet(tokenizer, len(KINDS), pooled)
-        shares = [
-            sheet.loss(model, eval_features[start : start + 25], eval_questions[start : start + 25])[1]
-            for start in range(0, len(eval_features), 25)
-        ]
-        return {kind: round(sum(share[kind] for share in shares) / len(shares), 4) for kind in KINDS}
+    train("pooled", dict.fromkeys(language, args.pooled_lr), args.pooled_steps, 50, pooled_step)
+    tower.requires_grad_(True)
+    whole_sheet = Sheet(tokenizer, SLOTS, pooled=False)
 
-    for stage, pooled in (("pooled", True), ("full", False)):
-        steps, batch, rate = (getattr(args, f"{stage}_{name}") for name in ("steps", "batch", "lr"))
-        sheet = Sheet(tokenizer, 10, pooled)
-        train(stage, dict.fromkeys(language, rate), steps, 50, partial(language_step, sheet, batch))
-        found = answered_right(pooled)
-        print(f"{stage} on held-out mosaics: {found}", flush=True)
+    def full_step(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        pixels, cells = draw(args.full_batch, generator)
+        features, pooled = look(tower, pixels)
+        tower_loss, share = heads.loss(features, pooled, cells)
+        questions = [lesson(row, generator) for row in cells.tolist()]
+        loss, shares = whole_sheet.loss(model, features, questions)
+        return loss + 0.5 * tower_loss, {"cells": share, **shares}
+
+    rates = {**dict.fromkeys(language, args.full_lr), tower: 0.3 * args.full_lr, heads: args.full_lr}
+    train("full", rates, args.full_steps, 20, full_step)
+    found = {"cells": told_right(), **answered_right()}
+    print(f"on held-out mosaics: {found}", flush=True)
     recipe = {k: v for k, v in vars(args).items() if k not in ("data", "eval_data", "output")}
-    reported |= {"questions": found, "mosaics": args.eval_mosaics}
+    found["mosaics"] = args.eval_mosaics
     write_model(
         args.output,
         model,
         processor,
-        {"classes": CLASSES, "recipe": recipe, "seconds": round(time.perf_counter() - started), "held out": reported},
+        {"classes": CLASSES, "recipe": recipe, "seconds": round(time.perf_counter() - started), "held out": found},
     )
     checkpoint.unlink()
 
