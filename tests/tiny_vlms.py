@@ -1,4 +1,4 @@
-"""Tiny random vision-language models of every kind that is pruned, in float64, and prompts for them."""
+"""Tiny random vision-language models of every kind that is pruned, and prompts for them."""
 
 import functools
 
@@ -24,8 +24,11 @@ PATCHES = 36
 PINPOINTS = [[24, 48], [48, 24], [48, 48]]
 
 
-def tiny_vlm(kind="llava", seed=0, attention="sdpa", text=None, **changes):
-    """A model whose parameters are all moved off their start; of ``kind`` llava, next, onevision."""
+def tiny_vlm(kind="llava", seed=0, attention="sdpa", dtype=torch.float64, text=None, **changes):
+    """A model whose parameters are all moved off their start; of ``kind`` llava, next, onevision.
+
+    transformers norms in float32 whatever the model is in, the same in both forms of it.
+    """
     import transformers as hf
 
     torch.manual_seed(seed)
@@ -53,17 +56,15 @@ def tiny_vlm(kind="llava", seed=0, attention="sdpa", text=None, **changes):
             image_grid_pinpoints=PINPOINTS,
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",
-            vision_aspect_ratio="anyres_max_9",
             video_token_id=61,
             video_token_index=61,
-            **{**common, **changes},
+            **{**common, "vision_aspect_ratio": "anyres_max_9", **changes},
         )
         model = hf.LlavaOnevisionForConditionalGeneration(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    model = model.double().eval()
-    # RMSNorm of transformers computes in float32, and positions are rotated with float32 angles; here all is float64.
+    model = model.to(dtype).eval()
     model.set_attn_implementation(attention)
     return model
 

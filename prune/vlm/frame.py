@@ -4,8 +4,8 @@
 the model sees prompts of their full length: logits have a row for each token of the prompt, and attention masks,
 position ids and generated sequences are those of the unpruned model. Inside, the language model works on *rows*: the
 tokens that are left, in their order, padded on the left where prompts keep different numbers of them. :class:`Layout`
-says which token of the prompt each row is. Every layer's cache holds the rows that entered the layer, so caches differ in length;
-each layer is given the mask that fits its own.
+says which token of the prompt each row is. Every layer's cache holds the rows that entered the layer, so caches differ
+in length; each layer is given the mask that fits its own.
 
 Where tokens leave. In an encoder block or decoder layer, a selector is asked after the keys are known; the tokens that
 it drops are keys and values there once more, and skip the MLP of that block and all that follows.
@@ -78,6 +78,7 @@ class Prefill:
         image: bool [batch, token]: visual tokens of the prompts as the model was given them.
         encoder_positions: int64 [crop, kept]: places in the grid of the patches that the tower kept; None where it was
             not asked to drop any.
+        patches: Patches of a crop that entered each block of the tower, that left the last, and that were projected.
         kv_bytes: Of the caches of all layers after this pass.
         dense_kv_bytes: Of the same prompts without pruning.
     """
@@ -85,6 +86,7 @@ class Prefill:
     layouts: tuple[Layout, ...]
     image: Tensor
     encoder_positions: Tensor | None
+    patches: tuple[int, ...]
     kv_bytes: int
     dense_kv_bytes: int
 
@@ -150,6 +152,7 @@ class VLMRun:
     _call: _Call | None = field(default=None, repr=False)
     _patches: Tensor | None = field(default=None, repr=False)
     _tower_ran: bool = field(default=False, repr=False)
+    _left: dict[int | str, int] = field(default_factory=dict, repr=False)
     _features_of: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _caches: WeakKeyDictionary = field(default_factory=WeakKeyDictionary, repr=False)
@@ -194,6 +197,7 @@ class VLMRun:
     def _enter_tower(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._patches = None
         self._features_of.clear()
+        self._left.clear()
 
     def _positions(self, crops: int, device: torch.device) -> Tensor:
         if self._patches is None:
@@ -207,6 +211,7 @@ class VLMRun:
             return None
         rows = rows.sort(dim=1).values
         self._patches = view.positions.gather(1, rows)
+        self._left[stage] = rows.shape[1]
         return rows
 
     def _before_blocks(self, module: nn.Module, args: tuple, kwargs: dict):
@@ -256,6 +261,8 @@ class VLMRun:
             dropout = attn.dropout if attn.training else 0.0
             attended, _ = attend(attn, query, key, value, None, scaling=attn.scale, dropout=dropout, is_causal=False)
             hidden = hidden + attn.out_proj(attended.reshape(*hidden.shape[:2], -1).contiguous())
+            # As after any attention: what it needed is not held while the MLP runs.
+            del hidden_states, view, normed, query, key, value, attended
             return hidden + block.mlp(block.layer_norm2(hidden))
 
         return forward
@@ -331,14 +338,14 @@ class VLMRun:
             return None
         kwargs = dict(kwargs)
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise UserError(
-                "the attention mask is not a tensor [batch, token]", "pass the mask of the processor, or none"
-            )
         if cache is not None and (cache.is_compileable or any(cache.is_sliding)):
             raise UserError(
                 f"a {type(cache).__name__} gives all layers one length; layers that drop tokens need their own",
                 "use a DynamicCache, which generate() does unless told otherwise",
+            )
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise UserError(
+                "the attention mask is not a tensor [batch, token]", "pass the mask of the processor, or none"
             )
         if cache is not None and cache.get_seq_length():
             return args, self._enter_decoding(call, cache, kwargs)
@@ -471,6 +478,7 @@ class VLMRun:
             rows = self._drop(index, attn, normed, kwargs["position_embeddings"])
             if rows is not None:
                 hidden = select_rows(hidden, rows)
+            del hidden_states, normed, attended
             return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
         return forward
@@ -536,6 +544,14 @@ class VLMRun:
         output.last_hidden_state = whole
         return output
 
+    def _patch_counts(self) -> tuple[int, ...]:
+        counts, left = [], self.parts.patches
+        for block in range(-1, len(self.parts.blocks)):
+            left = self._left.get(block, left)
+            counts.append(left)
+        # The last blocks may run for nothing, but none drops any behind the features.
+        return (*counts, self._left.get(OUTPUT, left))
+
     def _record(self, call: _Call, layouts: tuple[Layout, ...]) -> None:
         config = self.parts.language.config
         layers = self.parts.layers
@@ -549,6 +565,7 @@ class VLMRun:
             layouts,
             call.image,
             self._patches if self.encoder else None,
+            self._patch_counts(),
             per_row * sum(layout.index.shape[1] for layout in layouts[:-1]) * caching,
             per_row * length * config.num_hidden_layers * caching,
         )
