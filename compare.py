@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -344,8 +346,8 @@ def compare(
 
     taking_part = chosen_contenders(options)
     results = results or output / "results.jsonl"
+    earlier = _files_of_earlier(output, results)
     check_output(results, ".jsonl", option="--results")
-    _prepare_folder(output, results, force=force)
     with reporter.stage("Opening model and images"):
         loaded = open_prunable(
             options.model,
@@ -359,6 +361,9 @@ def compare(
         for target in options.targets:
             check_target(loaded.adapter.geometry, target)
         calibration, evaluation = choose(options, loaded, reporter)
+    if force:
+        for path in earlier:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     comparison = Comparison(options, loaded, calibration, evaluation, output, results, reporter)
     points = comparison.points(taking_part)
     for point in points:
@@ -496,7 +501,7 @@ class Comparison:
                 if not judged:
                     self.add(self._judged_row(point, made))
             except (UserError, ParityError) as error:
-                failed = {**point.row("compared"), **self._about(point), "failure": _one_line(error)}
+                failed = {**point.row("compared"), **self.about(point), "failure": _one_line(error)}
                 if row is None or row["failure"] != failed["failure"]:
                     self.add(failed)
                 self.reporter.remark(f"{point.contender.name} at {point.target:g}: {_one_line(error)}")
@@ -550,7 +555,7 @@ class Comparison:
         estimates, macs, counts = self.judge.judge(made)
         return {
             **point.row("compared"),
-            **self._about(point),
+            **self.about(point),
             "failure": None,
             "form": "static" if made.static else "rule" if made.counts is not None else "rule, counts by image",
             "macs_ratio": round(macs, 6),
@@ -562,7 +567,7 @@ class Comparison:
             **{estimate.metric: _without(asdict(estimate), "metric") for estimate in estimates},
         }
 
-    def _about(self, point: Point) -> dict[str, Any]:
+    def about(self, point: Point) -> dict[str, Any]:
         def described(images: ImageSet) -> dict[str, Any]:
             return {
                 # A name only: paths are nobody's business.
@@ -811,8 +816,6 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: It is not one of JSON objects.
     """
-    import json
-
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
         if line.strip():
@@ -826,30 +829,22 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _prepare_folder(output: Path, results: Path, *, force: bool) -> None:
-    """Make the folder; with ``force`` remove what a comparison left there and the rows.
+def _files_of_earlier(output: Path, results: Path) -> list[Path]:
+    """What an earlier comparison left in the folder, and its rows.
 
     Raises:
-        UserError: It is a file, or holds something that no comparison writes.
+        UserError: The folder is a file, or holds something that no comparison writes.
     """
-    import shutil
-
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file", "choose another folder with -o")
-    found = sorted(path.name for path in output.iterdir()) if output.exists() else []
-    foreign = [name for name in found if not COMPARE_FILES.fullmatch(name) and output / name != results]
+    found = set(output.iterdir()) if output.exists() else set()
+    foreign = sorted(path.name for path in found - {results} if not COMPARE_FILES.fullmatch(path.name))
     if foreign:
         raise UserError(
             f"{output} holds {foreign[0]}, which is not of a comparison",
             "choose another folder with -o, or move that away",
         )
-    if force:
-        for name in found:
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        results.unlink(missing_ok=True)
-    for folder in ("graphs", "plans"):
-        (output / folder).mkdir(parents=True, exist_ok=True)
+    return sorted(found | ({results} if results.exists() else set()))
 
 
 def _one_line(error: Exception) -> str:

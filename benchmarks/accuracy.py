@@ -27,22 +27,22 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from baselines import attention_exits, centre_exits, mean_attention, random_exits
 from torch import Tensor
 
 from vpruner import bundled
 from vpruner.artifacts import append_rows, read_rows
+from vpruner.compare import Judge, Made
 from vpruner.prune.calibration import Calibration
 from vpruner.prune.cost import cost_ratio
 from vpruner.prune.data import ImageSet, ImageSource, choose_indices, map_labels
-from vpruner.prune.evaluate import Estimate, Outputs, compare
+from vpruner.prune.evaluate import Estimate
 from vpruner.prune.fisher import batch_size_for
 from vpruner.prune.learn import Learned, learn
 from vpruner.prune.models import LoadedModel, open_model
 from vpruner.prune.plan import TokenPlan
 from vpruner.prune.rearrange import RearrangeSettings, World, swap_greedily
-from vpruner.prune.tune import tune, with_weights
+from vpruner.prune.tune import tune
 from vpruner.runtime.environment import environment
 
 #: What tells one result from another.
@@ -199,31 +199,22 @@ def played(method: str, episodes: int | None) -> int | None:
     return RearrangeSettings.for_tuning("weights" if "weights" in method else "none", episodes=episodes).episodes
 
 
-class Evaluation:
-    """Evaluation images in memory, and what the dense model, as timm runs it, makes of them."""
+class Evaluation(Judge):
+    """Judges candidates. Undone stages leave the same plan to several methods: it is run once."""
 
     def __init__(self, loaded: LoadedModel, images: ImageSet):
-        self.adapter = loaded.adapter
-        self.images = Calibration.load(images, loaded.preprocessing, held_out=0)
-        self.labels = None if self.images.labels is None else self.images.labels.numpy()
-        device = next(self.adapter.model.parameters()).device
-        batches = self.images.batches(self.images.fit, batch_size_for(self.adapter.geometry))
-        with torch.inference_mode():
-            self.dense = torch.cat([self.adapter.model(x.to(device)).float().cpu() for x, _ in batches]).numpy()
+        super().__init__(loaded, images)
         self._known: dict[str, list[Estimate]] = {}
 
-    def judge(self, candidate: Candidate) -> list[Estimate]:
-        """Paired with the dense model. Undone stages leave the same plan to several methods: it is run once."""
+    def estimates(self, candidate: Candidate) -> list[Estimate]:
+        """Paired with the dense model."""
         digest = candidate.plan.digest
         if candidate.weights is None and digest in self._known:
             return self._known[digest]
-        with with_weights(self.adapter.model, candidate.weights):
-            pruned = self.images.outputs(self.adapter, candidate.plan, self.images.fit).numpy()
-        outputs = Outputs({"dense": self.dense, "pruned": pruned}, self.labels)
-        estimates = compare(outputs, baseline="dense", output=self.adapter.geometry.output)["pruned"]
+        found, _, _ = self.judge(Made(candidate.plan, candidate.weights, candidate.seconds))
         if candidate.weights is None:
-            self._known[digest] = estimates
-        return estimates
+            self._known[digest] = found
+        return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -274,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for method in missing:
                 evaluation = evaluation or Evaluation(loaded, eval_set)
                 candidate = METHODS[method](candidates)
-                estimates = evaluation.judge(candidate)
+                estimates = evaluation.estimates(candidate)
                 facts[method] |= {
                     "macs_ratio": cost_ratio(candidate.plan),
                     "counts": [len(indices) for indices in candidate.plan.kept],

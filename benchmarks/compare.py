@@ -12,7 +12,8 @@ keeps, not which; the graph that is timed for them keeps as many, the first ones
 which tokens it keeps, nor on the weights.
 
 ``--phase speed`` times graphs of a larger model with random weights, for what the tiny one cannot show: at 64 patches
-the patch embedding, the head and the overhead of each node are a larger share of the time.
+the patch embedding, the head and the overhead of each node are a larger share of the time. ``--phase speed-graphs``
+exports them, if that is to be done before.
 """
 
 from __future__ import annotations
@@ -21,12 +22,25 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from latency_ort import linear_plan, open_dense
+
 from vpruner import bundled
-from vpruner.artifacts import read_rows
+from vpruner.artifacts import append_rows, read_rows
 from vpruner.compare import CompareOptions, Comparison, Contender, Point, chosen_contenders
-from vpruner.pipeline import choose, open_prunable
+from vpruner.export.fold import fold_file
+from vpruner.export.rules import export_rule
+from vpruner.pipeline import choose, open_prunable, write_dense
 from vpruner.progress import Reporter
-from vpruner.prune.plan import TokenPlan
+from vpruner.prune.cost import dense_macs, plan_macs
+from vpruner.prune.methods.content import ContentRule, ProbeScore
+from vpruner.prune.methods.evit import Evit
+from vpruner.prune.methods.method import budget_macs, least_reduction
+from vpruner.prune.methods.rule import TokenRule
+from vpruner.prune.methods.saint import FrozenSaintRule, first_blocks
+from vpruner.prune.methods.tome import Tome
+from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.runtime.measure import profile_onnx
 
 #: Contender -> what benchmarks/accuracy.py calls it.
 MEASURED_BEFORE = {"v-pruner": "fisher + ppo + weights", "fisher": "fisher"}
@@ -34,7 +48,7 @@ MEASURED_BEFORE = {"v-pruner": "fisher + ppo + weights", "fisher": "fisher"}
 
 def take_over(comparison: Comparison, contender: Contender, target: float, seed: int, rows: Sequence[dict]) -> bool:
     """Rows of ``benchmarks/accuracy.py`` as a row of the comparison; False where there are none of the same setting."""
-    about = comparison._about(comparison.point(contender, target, seed))
+    about = comparison.about(comparison.point(contender, target, seed))
     wanted = {
         "method": MEASURED_BEFORE.get(contender.name),
         "target": target,
@@ -110,15 +124,81 @@ def open_comparison(args: argparse.Namespace, reporter: Reporter) -> tuple[Compa
         reporter=reporter,
     )
     calibration, evaluation = choose(options, loaded, reporter)
-    for folder in ("graphs", "plans"):
-        (args.output / folder).mkdir(parents=True, exist_ok=True)
     comparison = Comparison(options, loaded, calibration, evaluation, args.output, args.results, reporter)
     return comparison, comparison.points(chosen_contenders(options))
 
 
+# -- a larger model, for speed alone ----------------------------------------------------------------------------------
+
+
+def reductions(adapter, target: float) -> dict[str, TokenPlan | TokenRule]:
+    """A static plan, the same counts with the patches chosen by content, and peers, all within the budget."""
+    geometry = adapter.geometry
+    plan = linear_plan(adapter.name, geometry, target, 0)
+    random = np.random.default_rng(0)
+    shapes = (geometry.depth - 1, geometry.embed_dim), (geometry.depth - 1, geometry.patches)
+    score = ProbeScore(*(random.standard_normal(shape, np.float32) for shape in shapes))
+    return {
+        "static": plan,
+        "content": ContentRule.of_plan(plan, score),
+        "saint-frozen": frozen_saint(geometry, target),
+        "tome": Tome().make(adapter, (), target),
+        "evit": Evit().make(adapter, (), target),
+    }
+
+
+def frozen_saint(geometry: Geometry, target: float) -> FrozenSaintRule:
+    """SAINT in the first half of the blocks, as many drops in each as the even patches allow, the first ones most."""
+    thresholds = first_blocks(geometry, 0.5)
+    acting = sum(threshold is not None for threshold in thresholds)
+    budget = budget_macs(geometry, target)
+
+    def rule(total: int) -> FrozenSaintRule:
+        each, more = divmod(total, acting)
+        drops, patches = [], geometry.patches
+        for block in range(geometry.depth):
+            drop = min(each + (block < more), (patches + 1) // 2) if block < acting else 0
+            drops.append(drop)
+            patches -= drop
+        return FrozenSaintRule(geometry, tuple(drops), thresholds)
+
+    return rule(least_reduction(lambda n: rule(n).static_macs() <= budget, geometry.patches, "saint-frozen", target))
+
+
+def speed(name: str, targets: Sequence[float], batches: Sequence[int], args: argparse.Namespace) -> None:
+    """Export what is missing; unless only graphs are wanted, time those of one budget and batch in turns."""
+    loaded = open_dense(name, None, 0)
+    geometry, folder = loaded.adapter.geometry, args.output / "speed"
+    folder.mkdir(parents=True, exist_ok=True)
+    for batch in batches:
+        dense = folder / f"{name}-dense-b{batch}.onnx"
+        if not dense.exists():
+            write_dense(loaded, dense, opset=20, dynamic_batch=False, batch_size=batch)
+        for target in targets:
+            files, macs = {"dense": dense}, {"dense": 1.0}
+            for method, reduction in reductions(loaded.adapter, target).items():
+                files[method] = folder / f"{name}-{method}-{target:g}-b{batch}.onnx"
+                static = isinstance(reduction, TokenPlan)
+                used = plan_macs(reduction) if static else reduction.static_macs()
+                macs[method] = round(used / dense_macs(geometry), 6)
+                if not files[method].exists():
+                    if static:
+                        fold_file(dense, reduction, files[method])
+                    else:
+                        export_rule(loaded, reduction, files[method], batch_size=batch)
+            if args.phase == "speed-graphs":
+                continue
+            timed = profile_onnx(files, batch=batch, threads=args.threads, seconds=args.speed_seconds)
+            common = {"kind": "speed", "model": name, "target": target, "weights": "random"}
+            append_rows(
+                args.results,
+                [{**row, **common, "method": row["label"], "macs_ratio": macs[row["label"]]} for row in timed],
+            )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--phase", choices=("accuracy", "latency"), required=True)
+    parser.add_argument("--phase", choices=("accuracy", "latency", "speed-graphs", "speed"), required=True)
     parser.add_argument("--model", help="model card; default: the bundled reference")
     parser.add_argument("--data", default=str(bundled.calibration_data()))
     parser.add_argument("--eval-data", default=str(bundled.evaluation_data()))
@@ -132,11 +212,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=15.0, help="for the graphs of one target and batch")
+    parser.add_argument("--speed-models", nargs="+", default=["deit_small_patch16_224"])
+    parser.add_argument("--speed-targets", type=float, nargs="+", default=[0.65, 0.5])
+    parser.add_argument("--speed-batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--speed-seconds", type=float, default=40.0, help="for the graphs of one target and batch")
     parser.add_argument("--taken-over", type=Path, help="rows of benchmarks/accuracy.py to take results from")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/compare.jsonl"))
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/compare"))
     args = parser.parse_args(argv)
 
+    if args.phase.startswith("speed"):
+        for name in args.speed_models:
+            speed(name, args.speed_targets, args.speed_batch, args)
+        return
     comparison, points = open_comparison(args, Reporter())
     if args.phase == "accuracy":
         before = read_rows(args.taken_over) if args.taken_over else []

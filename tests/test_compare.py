@@ -1,0 +1,265 @@
+"""``vpruner compare``: what it measures is so, what is there already is not made again, what fails is reported."""
+
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+
+pytest.importorskip("timm")
+
+from commands import call, fails
+from tiny_cards import write_card, write_images
+
+from vpruner import compare as module
+from vpruner.artifacts import read_rows
+from vpruner.compare import CompareOptions
+from vpruner.errors import UserError
+from vpruner.progress import Reporter
+from vpruner.prune.data import choose_images
+from vpruner.prune.evaluate import kl_divergence
+from vpruner.prune.methods.tome import Tome
+from vpruner.prune.models import open_model
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory):
+    return write_card(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def arguments(card, images):
+    """Of a comparison that takes seconds."""
+    return [
+        "compare", card, "--data", images, "--images", 16, "--targets", 0.8, "--episodes", 4, "--seconds", 0.1, "-q",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(arguments, tmp_path_factory):
+    """A folder with everything, and what the command printed."""
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path_factory.mktemp("compared") / "out"
+    return folder, call(*arguments, "--methods", "v-pruner,tome,saint", "-o", folder)
+
+
+@pytest.fixture
+def copied(compared, tmp_path):
+    """The same folder, to go on from."""
+    return shutil.copytree(compared[0], tmp_path / "out")
+
+
+def options(card, folder, **changes):
+    given = dict(model=str(card), data=str(folder), images=16, targets=(0.8,), latency=False, methods=("tome",))
+    return CompareOptions(**{**given, **changes})
+
+
+def of(rows, kind):
+    return {row["method"]: row for row in rows if row["kind"] == kind}
+
+
+def test_every_method_is_judged_and_timed(compared):
+    folder, result = compared
+    rows = read_rows(folder / "results.jsonl")
+    judged, timed = of(rows, "compared"), of(rows, "latency")
+    assert set(judged) == {"v-pruner", "tome", "saint"} and set(timed) == {*judged, "dense"}
+    for row in judged.values():
+        assert row["failure"] is None and 0.5 < row["macs_ratio"] <= 0.8
+        assert {"top1", "top1_difference", "agreement", "kl"} <= set(row) and row["eval_data"]["count"] == 6
+        assert row["counts"][0] == 17 and (row["data"] is None or row["data"]["count"] == 16)
+    assert {name: row["runtime"] for name, row in timed.items()} == {
+        "dense": "pytorch", "v-pruner": "onnxruntime", "tome": "onnxruntime", "saint": "pytorch",
+    }  # fmt: skip
+    assert all(row["threads"] == 1 and row["protocol"]["rounds"] == row["count"] >= 10 for row in timed.values())
+    for text in ("v-pruner", "saint", "†", "no ONNX graph", "ratio / MACs", str(folder / "report.html")):
+        assert text in result.stdout
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"results.jsonl", "graphs", "plans", "comparison.svg", "comparison.png", "report.html", "report.md"}
+
+
+def test_the_divergence_is_that_of_the_graphs(compared, card, images):
+    """Measured in PyTorch, on the images put aside; here again in onnxruntime, from the files."""
+    from vpruner.export.parity import run_onnx
+
+    folder, _ = compared
+    rows = read_rows(folder / "results.jsonl")
+    loaded = open_model(card)
+    _, evaluation, _ = choose_images(
+        images, None, calibration=16, evaluation=2000, classes=loaded.classes, outputs=4, seed=0
+    )
+    batch, _ = next(evaluation.batches(loaded.preprocessing, 100))
+    (dense,) = folder.glob("graphs/dense-*-b1.onnx")
+    reference = run_onnx(dense, batch.numpy())
+    for method in ("v-pruner", "tome"):
+        graph = next(row for row in rows if row["kind"] == "graph" and row["method"] == method)
+        assert graph["parity"] and all(rung["passed"] for rung in graph["parity"])
+        found = run_onnx(folder / "graphs" / graph["file"], batch.numpy())
+        expected = kl_divergence(reference, found).mean()
+        assert of(rows, "compared")[method]["kl"]["value"] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def test_the_same_command_again_makes_nothing(copied, arguments, monkeypatch):
+    before = (copied / "results.jsonl").read_bytes()
+    monkeypatch.setattr(module.Comparison, "made", lambda self, point: pytest.fail(f"{point} was made again"))
+    result = call(*arguments, "--methods", "v-pruner,tome,saint", "-o", copied, "--json")
+    assert (copied / "results.jsonl").read_bytes() == before
+    assert json.loads(result.stdout)["made"] == 3
+
+
+def test_another_batch_size_takes_the_plan_and_weights_that_are_there(copied, arguments, monkeypatch):
+    """The tuned weights come back from their file: the ladder compares the graph with the model that has them."""
+    (plan,) = copied.glob("plans/v-pruner-*.json")
+    provenance = json.loads(plan.read_text())["provenance"]
+    contender = module.contenders(CompareOptions())["v-pruner"]
+    assert contender.settings["tune"] == "weights"
+    monkeypatch.setattr("vpruner.prune.learn.learn", lambda *_, **__: pytest.fail("learned again"))
+    call(*arguments, "--methods", "v-pruner", "--batch-size", 2, "-o", copied)
+    rows = read_rows(copied / "results.jsonl")
+    (graph,) = (row for row in rows if row["kind"] == "graph" and row["batch"] == 2)
+    assert graph["failure"] is None and (copied / "graphs" / graph["file"]).exists()
+    assert Counter(row["method"] for row in rows if row["kind"] == "latency" and row["batch"] == 2) == {
+        "dense": 1, "v-pruner": 1,
+    }  # fmt: skip
+    assert bool(provenance.get("tuned_weights_sha256")) == bool(list(copied.glob("plans/v-pruner-*.safetensors")))
+
+
+def test_an_interrupted_comparison_goes_on(card, images, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    given = options(card, images, methods=("random", "tome"), targets=(0.8, 0.7))
+    with monkeypatch.context() as patch:
+        patch.setattr(Tome, "make", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            module.compare(given, tmp_path, Reporter(quiet=True))
+    first = read_rows(tmp_path / "results.jsonl")
+    assert [(row["method"], row["target"]) for row in first] == [("random", 0.8)]
+    result = module.compare(given, tmp_path, Reporter(quiet=True))
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert rows[:1] == first and result["made"] == 4
+    assert [(row["method"], row["target"]) for row in rows[1:]] == [("tome", 0.8), ("random", 0.7), ("tome", 0.7)]
+
+
+def test_what_depends_on_chance_is_made_with_every_seed(card, images, tmp_path):
+    given = options(card, images, methods=("random", "tome", "saint-frozen"), seeds=2)
+    module.compare(given, tmp_path, Reporter(quiet=True))
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert Counter(row["method"] for row in rows) == {"random": 2, "saint-frozen": 2, "tome": 1}
+    assert {row["seed"] for row in rows if row["method"] == "random"} == {0, 1}
+    drawn = [row["data"]["sha256"] for row in rows if row["method"] == "saint-frozen"]
+    assert len(set(drawn)) == 2
+    assert len({row["eval_data"]["sha256"] for row in rows}) == 1
+
+
+def test_images_of_further_seeds_are_none_that_are_evaluated_on(card, images, tmp_path):
+    loaded = open_model(card)
+    calibration, evaluation, _ = choose_images(
+        images, None, calibration=8, evaluation=5, classes=loaded.classes, outputs=4, seed=0
+    )
+    given = options(card, images, images=8, seeds=4)
+    comparison = module.Comparison(
+        given, loaded, calibration, evaluation, tmp_path, tmp_path / "results.jsonl", Reporter(quiet=True)
+    )
+    for seed in comparison.seeds:
+        chosen = comparison.images(seed)
+        assert len(set(chosen.indices)) == 8 and not set(chosen.indices) & set(evaluation.indices)
+        assert not chosen.image_hashes & evaluation.image_hashes
+
+
+def test_a_method_that_cannot_is_reported_and_the_others_go_on(images, tmp_path):
+    card = write_card(tmp_path, class_token=False, global_pool="avg")
+    common = ["compare", card, "--data", images, "--targets", 0.8, "--no-latency", "-q"]
+    result = call(*common, "--methods", "evit,tome", "-o", tmp_path / "out")
+    assert "evit at 0.8: EViT ranks patches by the attention of the class token" in result.stdout
+    assert "tome" in result.stdout
+    alone = call(*common, "--methods", "evit", "-o", tmp_path / "alone", code=1)
+    assert "class token" in alone.stdout and (tmp_path / "alone" / "report.md").exists()
+    # Tried again, it fails again: that is one row.
+    call(*common, "--methods", "evit", "-o", tmp_path / "alone", code=1)
+    assert len(read_rows(tmp_path / "alone" / "results.jsonl")) == 1
+
+
+def test_force_begins_anew_and_results_may_lie_elsewhere(card, images, tmp_path):
+    given, results = options(card, images), tmp_path / "rows.jsonl"
+    folder = tmp_path / "out"
+    for force in (False, True):
+        module.compare(given, folder, Reporter(quiet=True), results=results, force=force)
+        (row,) = read_rows(results)
+        assert row["method"] == "tome" and not (folder / "results.jsonl").exists()
+        results.write_text(json.dumps({**row, "top1": {**row["top1"], "value": 9.0}}) + "\n")
+    result = module.compare(given, folder, Reporter(quiet=True), results=results)
+    assert result["rows"][0]["top1"]["value"] == 9.0, "the row that was there was made again"
+
+
+@pytest.mark.parametrize(
+    "change", [{"images": 12}, {"targets": (0.75,)}, {"seed": 1}, {"loss": "self"}], ids=lambda value: next(iter(value))
+)
+def test_another_setting_is_another_result(card, images, tmp_path, change):
+    def key(**changes):
+        given = options(card, images, methods=("fisher",), **changes)
+        loaded = open_model(card)
+        calibration, evaluation = module.choose(given, loaded, Reporter(quiet=True))
+        # The images that are evaluated on are the first seed's: not to be what tells these keys apart.
+        comparison = module.Comparison(
+            given, loaded, calibration, evaluation, tmp_path, tmp_path / "none.jsonl", Reporter(quiet=True)
+        )
+        (point,) = comparison.points(module.chosen_contenders(given))
+        return point.key
+
+    assert key() == key() != key(**change)
+
+
+def test_an_interrupted_rearrangement_is_no_result(card, images, monkeypatch):
+    class Stage:
+        name, kept, seconds, note = "rearrange", True, 1.0, "rearrangement was interrupted after 3 episodes"
+
+    class Learned:
+        stages = (Stage,)
+
+    monkeypatch.setattr("vpruner.prune.learn.learn", lambda *_, **__: Learned)
+    contender = module.contenders(CompareOptions())["v-pruner"]
+    with pytest.raises(KeyboardInterrupt):
+        contender.make(None, None, None, 0.5, 0)
+
+
+def test_large_graphs_are_timed_in_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "GROUP_BYTES", 10)
+    waiting = {}
+    for name, size in {"a": 6, "b": 4, "c": 1, "d": 30, "e": 2}.items():
+        (tmp_path / name).write_bytes(bytes(size))
+        waiting[name] = None, tmp_path / name
+    assert [list(group) for group in module._groups(waiting)] == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+def test_calibration_images_are_prepared_as_asked_for(card, images):
+    from vpruner.prune.calibration import Calibration
+
+    loaded = open_model(card)
+    calibration, _, _ = choose_images(
+        images, None, calibration=7, evaluation=2, classes=loaded.classes, outputs=4, seed=0
+    )
+    calibration = Calibration.load(calibration, loaded.preprocessing)
+    batches = module._Batches(calibration, np.arange(7), 3)
+    assert [len(batch) for batch in batches] == [3, 3, 1] and len(batches) == 3
+    assert np.array_equal(batches[2].numpy(), calibration.images([6]).numpy())
+
+
+def test_mistakes_end_in_one_line(arguments, tmp_path):
+    fails(*arguments, "--methods", "tome,magic", says="there is no method called 'magic'")
+    fails(*arguments, "--targets", "0.8;0.5", says="is not numbers with commas")
+    fails(*arguments, "--targets", "0.8,0", "-o", tmp_path / "a", says="the target is 0.0")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
+    fails(*arguments, "-o", tmp_path / "photos", says="holds cat.jpg, which is not of a comparison")
+    fails(*arguments, "-o", tmp_path / "photos" / "cat.jpg", says="cat.jpg is a file")
+    (tmp_path / "rows.jsonl").write_text('{"kind": "compared"}\n{"kind": "comp')
+    fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="line 2 of")
+    with pytest.raises(UserError, match="is not a row"):
+        module.read_results(tmp_path / "rows.jsonl")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "rows.jsonl"], "a mistake left files"
