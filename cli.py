@@ -736,6 +736,7 @@ def _print_plan(plan) -> None:
 @main.command()
 @model_options
 @click.option("--plan", "plan_path", metavar="FILE", help="Export the model pruned by this plan, parity checked.")
+@click.option("--tokens", is_flag=True, help="Tower of a LLaVA: return its tokens, not the mean that plans preserve.")
 @click.option(
     "--method",
     metavar="NAME",
@@ -756,7 +757,7 @@ def _print_plan(plan) -> None:
 @json_option
 @quiet_option
 def export(
-    model, pretrained, weights, model_args, plan_path, method, target, seed, output, as_json, quiet, **options
+    model, pretrained, weights, model_args, plan_path, tokens, method, target, seed, output, as_json, quiet, **options
 ) -> None:
     """Export a model to ONNX, whole or pruned, and check that the file computes the same.
 
@@ -775,6 +776,8 @@ def export(
 
     if plan_path and method:
         raise UserError("--plan and --method both say which tokens leave", "give one of them")
+    if tokens and (method or options["precisions"]):
+        raise UserError("--tokens goes with neither --method nor --precision", "leave it out")
     given = {name: value for name, value in {"target": target, "seed": seed}.items() if value is not None}
     if method is not None:
         options.update(method=method, **given)
@@ -785,7 +788,7 @@ def export(
     plan = load_plan(plan_path) if plan_path else None
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
     if method is None:
-        options["plan"] = plan
+        options.update(plan=plan, tokens=tokens)
     rungs, deployed, conversions = pipeline.export_with_precisions(
         loaded, output, reporter=Reporter(quiet=quiet), **options
     )
@@ -1828,6 +1831,125 @@ def _print_comparison(result: dict[str, Any]) -> None:
         click.echo(line)
     for path in result["files"].values():
         click.echo(path)
+
+
+# -- analyze ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@model_options
+@click.option("--data", metavar="PATH", help="Images: a folder, a .tar, or a timm data set (hfds/...).")
+@click.option("--images", default=256, show_default=True, type=click.IntRange(1), help="Images to use, at most.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the choice of images."
+)
+@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@click.option(
+    "--output", "-o", metavar="FILE", type=click.Path(path_type=Path), help="Draw the curves there: .svg or .png."
+)
+@click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the row to this results.jsonl.")
+@json_option
+@quiet_option
+@preprocessing_options
+def analyze(
+    model,
+    pretrained,
+    weights,
+    model_args,
+    data,
+    images,
+    seed,
+    strict,
+    output,
+    results,
+    preprocessing,
+    as_json,
+    quiet,
+) -> None:
+    """What tokens do in each block: how alike they are, how far they move, where attention goes; and SAINT's stages.
+
+    MODEL is whatever run takes; nothing is pruned. The blocks are cut into the three stages of SAINT (aligner,
+    explorer, aggregator) where the curves show them, and the blocks follow in which SAINT should drop tokens.
+
+    \b
+    Example:
+      vpruner analyze -o analysis.svg
+      vpruner analyze deit_small_patch16_224 --weights deit_small.pth --data images/ --results results.jsonl
+    """
+    from . import pipeline
+    from .artifacts import atomic_path
+    from .progress import Reporter
+    from .prune.analyze import analysis_row, draw_analysis
+    from .prune.analyze import analyze as analyze_model
+    from .prune.fisher import batch_size_for
+
+    reporter = Reporter(quiet=quiet)
+    if output:
+        # What suffix it should have is said of the one that is more usual.
+        pipeline.check_output(output, ".png" if output.suffix.lower() == ".png" else ".svg", model, weights)
+    if results:
+        pipeline.check_output(results, ".jsonl", model, weights, option="--results")
+    loaded = pipeline.open_prunable(
+        model,
+        pretrained=pretrained,
+        weights=weights,
+        model_args=model_args,
+        preprocessing=preprocessing,
+        loss="auto",
+        reporter=reporter,
+        softmax=True,
+    )
+    adapter = loaded.adapter
+    chosen = pipeline.one_set(
+        loaded.classes, adapter.geometry, data, images, "calibration", reporter, seed=seed, strict=strict
+    )
+    size = batch_size_for(adapter.geometry, most=32)
+    batches = pipeline.at_least_one(chosen.batches(loaded.preprocessing, size), chosen)
+    with reporter.stage("Analyzing", total=len(chosen.indices)) as advance:
+        analysis = analyze_model(adapter, (batch for batch, _ in batches), on_batch=advance)
+    reporter.remark(chosen.skipped_remark("calibration"))
+    if output:
+        drawn = draw_analysis(analysis, output.suffix.lower()[1:], f"{loaded.name}, {analysis.images} images")
+        with atomic_path(output) as temporary:
+            temporary.write_bytes(drawn)
+    row = analysis_row(loaded, chosen, analysis)
+    if not _emit_rows([row], results, as_json):
+        _print_analysis(row, output)
+
+
+def _print_analysis(row: dict[str, Any], picture: Path | None) -> None:
+    columns = {
+        "key_similarity": "keys alike",
+        "token_similarity": "tokens alike",
+        "votes": "SAINT's votes",
+        "drift": "drift",
+        "from_input": "from input",
+        "entropy": "entropy",
+        "top": "top 10 %",
+        "distance": "distance",
+    }
+    stages = row["stages"]
+    _table(
+        f"{row['model']}: {row['images']} images, attention of the {row['attention_from']}",
+        ["block", *(["stage"] if stages else []), *columns.values()],
+        [
+            [
+                str(block["block"]),
+                *([block["stage"]] if stages else []),
+                *("" if block[name] is None else f"{block[name]:.3f}" for name in columns),
+            ]
+            for block in row["blocks"]
+        ],
+    )
+    if stages:
+        starts = ", ".join(f"{name} from block {start}" for name, start in stages["starts"].items())
+        explained = f"they explain {stages['explained']:.2f} of the variation, a straight line {stages['line']:.2f}"
+        click.echo(f"stages: {starts}; {explained}")
+    saint = row["saint"]
+    where = f"blocks 0 to {saint['blocks'][-1]} (share {saint['share']:.3f})" if saint["blocks"] else "no block"
+    click.echo(f"SAINT: {where}: {saint['why']}")
+    if picture:
+        click.echo(picture)
 
 
 if __name__ == "__main__":

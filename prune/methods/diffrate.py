@@ -39,11 +39,13 @@ from ..calibration import distance
 from ..cost import block_macs, dense_macs
 from ..plan import Geometry
 from ..vit import ALMOST_CLOSED, ViTAdapter, embed_images, query_key_value
-from .method import Method, budget_macs, least_reduction, out_of_reach, register
+from .method import BISECTIONS, Method, budget_macs, least_reduction, out_of_reach, register
 from .rule import BlockView, Keep, Merge, TokenRule, pooling_hooks, rank_descending, select_rows, top_rows, with_prefix
 
 #: Steps in which learned rates are scaled to the target.
 SCALE_STEPS = 4000
+#: How far outside the candidates the middle of a cut off distribution may lie, in widths.
+LONGEST_TAIL = 4.0
 #: Of outputs that are as good as equal.
 LEAST_DISTANCE = 1e-5
 #: Of a masked key, how far its logit may lie above those of the others in the gradients; keeps exp in range.
@@ -173,10 +175,19 @@ class Rates:
 
     @classmethod
     def around(cls, counts: np.ndarray, candidates: int, width: float, like: Tensor) -> Rates:
-        """Normal distributions, cut off at 0 and at the most, around ``counts`` (float [block L, 2])."""
+        """Normal distributions, cut off at 0 and at the most, whose means are ``counts`` (float [block L, 2]).
+
+        No distribution on the candidates has 0 as its mean, nor the most: there, nearly.
+        """
+        counts = torch.as_tensor(counts, dtype=like.dtype, device=like.device)
         places = torch.arange(candidates, dtype=like.dtype, device=like.device)
-        means = torch.as_tensor(counts, dtype=like.dtype, device=like.device)
-        return cls((-0.5 * ((places - means[..., None]) / width) ** 2).requires_grad_())
+        low, high = (torch.full_like(counts, end) for end in (-LONGEST_TAIL * width, candidates + LONGEST_TAIL * width))
+        for _ in range(BISECTIONS):
+            middle = 0.5 * (low + high)
+            rates = cls(-0.5 * ((places - middle[..., None]) / width) ** 2)
+            over = rates.expected() > counts
+            low, high = torch.where(over, low, middle), torch.where(over, middle, high)
+        return cls(rates.logits.requires_grad_())
 
     def probabilities(self) -> Tensor:
         return self.logits.softmax(-1)
@@ -340,9 +351,9 @@ class DiffRate(Method):
 
     steps: int = 64
     batch_size: int = 32
-    learning_rate: float = 0.2
+    learning_rate: float = 0.3
     penalty: float = 100.0
-    width: float = 0.025
+    width: float = 0.08
     first_block: int = 0
     proportional: bool = True
 

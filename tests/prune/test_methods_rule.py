@@ -200,7 +200,7 @@ def test_every_method_is_listed_under_its_name():
     found = methods()
     assert {"saint", "saint-frozen", "tome", "evit", "diffrate", "random", "centre"} <= set(found)
     assert all(found[name].name == name and find_method(name) is found[name] for name in found)
-    with pytest.raises(UserError, match=r"no method called 'topme'; choose one of centre, evit"):
+    with pytest.raises(UserError, match=r"no method called 'topme'; choose one of centre, content, diffrate, evit"):
         find_method("topme")
 
 
