@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .export.fold import FoldRecord
     from .export.parity import Rung
     from .export.precision import Agreement, Conversion, Lowered
+    from .prune.content_plan import ContentPlan
     from .prune.cost import Cost
     from .prune.data import ImageSet
     from .prune.evaluate import Estimate, Outputs
@@ -82,6 +83,7 @@ class RunOptions:
     rounds: int | None = None
     rearrange: str = "ppo"
     tune: str = "weights"
+    select: str = "static"
     episodes: int | None = None
     time_limit: float | None = None
     checkpoint: Path | None = None
@@ -118,13 +120,14 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         require(package)
     from .export.deploy import deploy_file, plain_opset
     from .export.fold import fold_file
-    from .export.parity import check_ladder
+    from .export.parity import check_dense, check_ladder
     from .export.precision import convert_beside
     from .prune.data import overlap
     from .prune.evaluate import compare
     from .prune.learn import learn
     from .prune.search import check_target
     from .prune.tune import with_weights
+    from .prune.vit import weights_sha256
     from .report import write_report
     from .runtime.measure import profile_onnx
 
@@ -135,6 +138,7 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             "leave out --opset and --dynamic-batch",
         )
     check_precisions(options.precisions, options.io)
+    check_select(options.select, options.tune, options.model)
     check_checkpoint(options.checkpoint, options.rearrange, options.model, options.weights)
     if options.checkpoint is not None and options.checkpoint.resolve().is_relative_to(output.resolve()):
         raise UserError(
@@ -172,13 +176,15 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             rounds=options.rounds,
             rearrangement=options.rearrange,
             tuning=options.tune,
+            selection=options.select,
             settings=rearrange_settings(options.tune, options.episodes, options.time_limit),
             checkpoint=options.checkpoint,
             seed=options.seed,
             reporter=reporter,
         )
         weights_file = "model.safetensors" if loaded.graph is None else "tuned.onnx"
-        plan = save_learned(loaded, learned, folder / "plan.json", folder / weights_file)
+        saved = save_learned(loaded, learned, folder / "plan.json", folder / weights_file)
+        plan, rule = learned.plan.with_provenance(**saved.provenance), rule_of(saved)
         as_asked = {"opset": opset, "dynamic_batch": options.dynamic_batch, "batch_size": options.batch_size}
         # Graphs that are measured and not kept.
         scratch = stack.enter_context(scratch_beside(folder / "graphs"))
@@ -187,22 +193,41 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         dense, pruned = plain / "dense.onnx", plain / "pruned.onnx"
         with reporter.stage("Exporting dense.onnx"):
             write_dense(loaded, dense, **as_asked)
-        tuned = dense
-        if learned.weights:
+        images = first_images(calibration, loaded, PARITY_IMAGES if rule is None else RULE_PARITY_IMAGES)
+        kept = {"dense": folder / "dense.onnx", "pruned": folder / "pruned.onnx"}
+        tuned, deployed = dense, None
+        if learned.weights and rule is None:
             tuned = scratch / "tuned.onnx"
             with reporter.stage("Exporting the tuned model"), with_weights(loaded.adapter.model, learned.weights):
                 sha256 = plan.provenance["tuned_weights_sha256"]
                 write_dense(replace(loaded, sha256=sha256), tuned, **as_asked)
-        with reporter.stage("Folding the plan into pruned.onnx"):
-            fold_file(tuned, plan, pruned)
-        with reporter.stage("Parity ladder"):
-            images = first_images(calibration, loaded, PARITY_IMAGES)
-            rungs = check_ladder(loaded.adapter, plan, dense, pruned, images, weights=learned.weights)
-        kept = {"dense": folder / "dense.onnx", "pruned": folder / "pruned.onnx"}
-        deployed = None
+        if rule is None:
+            with reporter.stage("Folding the plan into pruned.onnx"):
+                fold_file(tuned, plan, pruned)
+            with reporter.stage("Parity ladder"):
+                rungs = check_ladder(loaded.adapter, plan, dense, pruned, images, weights=learned.weights)
+        else:
+            rungs = check_dense(loaded.adapter, dense, images[:PARITY_IMAGES])
+            tuned_sha256 = saved.provenance.get("tuned_weights_sha256")
+            with with_weights(loaded.adapter.model, learned.weights):
+                more, deployed = export_rule_checked(
+                    replace(loaded, sha256=tuned_sha256 or loaded.sha256),
+                    kept["pruned"],
+                    rule=rule,
+                    images=images,
+                    reporter=reporter,
+                    opset=options.opset,
+                    deploy_for=options.deploy_for,
+                    dynamic_batch=options.dynamic_batch,
+                    batch_size=options.batch_size,
+                    trained_sha256=loaded.sha256 if tuned_sha256 else None,
+                )
+            rungs += more
         if options.deploy_for is not None:
+            plain_files = {"dense": dense} if rule is not None else {"dense": dense, "pruned": pruned}
             with reporter.stage(f"Writing the graphs for {options.deploy_for}"):
-                for source, path in zip((dense, pruned), kept.values(), strict=True):
+                for name, source in plain_files.items():
+                    path = kept[name]
                     deployed, rung = deploy_checked(
                         source,
                         options.deploy_for,
@@ -216,10 +241,21 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         graphs = {"dense": kept["dense"]}
         for stage, label in zip(learned.stages, labels, strict=True):
             if label != "pruned" and label not in graphs:
-                graphs[label] = scratch / f"{label}.onnx"
-                fold_file(dense, stage.plan, graphs[label])
+                graphs[label], source = scratch / f"{label}.onnx", dense
+                if stage.weights:
+                    source = scratch / f"{label}.dense.onnx"
+                    with with_weights(loaded.adapter.model, stage.weights):
+                        write_dense(replace(loaded, sha256=weights_sha256(loaded.adapter.model)), source, **as_asked)
+                fold_file(source, replace(stage.plan, provenance={}) if stage.weights else stage.plan, graphs[label])
         graphs["pruned"] = kept["pruned"]
         timed = dict(kept)
+        if rule is not None:
+            # What the choice costs in time: the same counts without it, in the same form as the pruned graph.
+            before = labels[[stage.name for stage in learned.stages].index("select") - 1]
+            timed["static"] = graphs[before]
+            if options.deploy_for is not None:
+                timed["static"] = scratch / "static.deployed.onnx"
+                deploy_file(graphs[before], options.deploy_for, timed["static"], opset=options.opset)
         if plan.gates is not None:
             timed["ungated"] = scratch / "ungated.onnx"
             fold_file(tuned, replace(plan, gates=None), timed["ungated"])
@@ -237,6 +273,11 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             )
             graphs.update({item.label: item.runs for item in lowered if item.runs is not None})
         stages = stage_rows(learned, labels)
+        chosen = None
+        if rule is not None:
+            shown = first_images(evaluation, loaded, EXAMPLE_IMAGES)
+            with with_weights(loaded.adapter.model, learned.weights):
+                chosen = chosen_plans(rule, loaded, shown)
 
         parameters, preprocessing, name = loaded.parameters, loaded.preprocessing, loaded.name
         # From here on the graphs speak for themselves; a large model's weights need not lie in memory twice.
@@ -266,7 +307,7 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
 
         rows = [
             run_row(options, name, plan, calibration, evaluation, reporter, deployed),
-            *cost_rows(plan, parameters, kept),
+            *cost_rows(plan, parameters, kept, None if rule is None else rule.static_macs()),
             *stages,
             *map(parity_row, rungs),
             *accuracy_rows(estimates, {item.label: item.precision for item in lowered}),
@@ -277,7 +318,8 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         ]
         append_rows(folder / "results.jsonl", rows)
         with reporter.stage("Writing the report"):
-            write_report(folder, plan=plan, rows=rows, examples=[preprocessing.crop(image) for image in examples])
+            crops = [preprocessing.crop(image) for image in examples]
+            write_report(folder, plan=plan, rows=rows, examples=crops, chosen=chosen)
     files = {path.name: str(path) for path in sorted(output.iterdir()) if path.is_file()}
     failed = [item.path.name for item in lowered if item.failure is not None]
     return {"rows": rows, "files": files, "remarks": reporter.remarks, "left_out": failed}
@@ -365,6 +407,57 @@ def check_checkpoint(checkpoint: Path | None, rearrange: str, *others: str | Pat
     check_output(checkpoint, "", *others, option="--checkpoint")
     if any(other is not None and Path(other).resolve() == checkpoint.resolve() for other in others):
         raise UserError(f"{checkpoint} is written by this command", "choose another name with --checkpoint")
+
+
+def check_select(select: str, tune: str, model: str | Path | None) -> None:
+    """Refuse, before any work, a selection that does not go with the other options.
+
+    Raises:
+        UserError: Says what to give instead.
+    """
+    if select == "static":
+        return
+    if is_onnx(model):
+        raise UserError(
+            f"{model} is an ONNX file, and --select content writes a graph of its own from a PyTorch model",
+            "leave out --select, or name the model instead of the file",
+        )
+    from .prune.learn import check_selection
+
+    check_selection(select, tune)
+
+
+def rule_of(plan: TokenPlan | ContentPlan) -> TokenRule | None:
+    """The rule of a plan by content; None for a static one."""
+    if isinstance(plan, TokenPlan):
+        return None
+    from .prune.methods.content import ContentRule
+
+    return ContentRule.of(plan)
+
+
+def chosen_plans(rule: TokenRule, loaded: LoadedModel, images: Tensor) -> list[TokenPlan]:
+    """What a rule that keeps tokens makes of each image: the plan that keeps the same patches.
+
+    Args:
+        images: [image, channel, height, width], preprocessed.
+    """
+    import torch
+
+    geometry, adapter = rule.geometry, loaded.adapter
+    positions = torch.arange(geometry.patches) if rule.entry is None else torch.tensor(rule.entry)
+    positions = positions.expand(len(images), -1)
+    with torch.inference_mode(), rule.applied(adapter) as run:
+        run(images.to(next(adapter.model.parameters())))
+        kept = [positions]
+        for block in range(geometry.depth - 1):
+            if (rows := run.decisions.get(block)) is not None:
+                positions = positions.gather(1, rows[:, geometry.prefix_tokens :].cpu() - geometry.prefix_tokens)
+            kept.append(positions)
+    return [
+        TokenPlan(loaded.name, geometry, tuple(tuple(sorted(part[image].tolist())) for part in kept))
+        for image in range(len(images))
+    ]
 
 
 def rearrange_settings(tuning: str, episodes: int | None, time_limit: float | None) -> RearrangeSettings:
@@ -599,9 +692,10 @@ def _is_tuned(path: Path) -> bool:
         return False
 
 
-def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights_path: Path) -> TokenPlan:
+def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights_path: Path) -> TokenPlan | ContentPlan:
     """Write the plan, and beside it the whole model with tuned weights where there are any; returns the plan written.
 
+    The plan is that by content where there is one.
     A model that came as an ONNX file is written as one, with the weights in the user's own graph. The plan comes last:
     where it stands, what it speaks of does.
 
@@ -613,7 +707,7 @@ def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights
     from .prune.tune import with_weights
     from .prune.vit import weights_sha256
 
-    plan, model = learned.plan, loaded.adapter.model
+    plan, model = learned.content or learned.plan, loaded.adapter.model
     if loaded.graph is not None:
         # What tells folding that this graph is the one, where its metadata does not.
         plan = plan.with_provenance(graph={"name": loaded.graph.name, "sha256": file_sha256(loaded.graph)})
@@ -644,7 +738,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
         save_file({name: value.contiguous() for name, value in state.items()}, temporary, {"format": "pt", **metadata})
 
 
-def remark_untuned(plan: TokenPlan, sha256: str, reporter: Reporter) -> None:
+def remark_untuned(plan: TokenPlan | ContentPlan, sha256: str, reporter: Reporter) -> None:
     """Say that a plan goes with tuned weights, where the model has those it was learned on."""
     tuned = plan.provenance.get("tuned_weights_sha256")
     if tuned and sha256 != tuned:
@@ -659,11 +753,11 @@ def remark_untuned(plan: TokenPlan, sha256: str, reporter: Reporter) -> None:
 def stage_labels(learned: Learned) -> list[str]:
     """For each stage the label of the graph that shows the model after it: ``"pruned"`` where that is the final one."""
 
-    def state(plan: TokenPlan, weights: Mapping[str, Tensor] | None) -> tuple[str, bool]:
+    def state(plan: TokenPlan | ContentPlan, weights: Mapping[str, Tensor] | None) -> tuple[str, bool]:
         return plan.digest, bool(weights)
 
-    names = {state(learned.plan, learned.weights): "pruned"}
-    return [names.setdefault(state(stage.plan, stage.weights), stage.name) for stage in learned.stages]
+    names = {state(learned.content or learned.plan, learned.weights): "pruned"}
+    return [names.setdefault(state(stage.content or stage.plan, stage.weights), stage.name) for stage in learned.stages]
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -707,22 +801,25 @@ def run_row(
     }
 
 
-def cost_rows(plan: TokenPlan, parameters: int, files: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """MACs, parameters and file sizes of dense, dead-token-free and pruned model."""
+def cost_rows(
+    plan: TokenPlan, parameters: int, files: Mapping[str, Path], macs: int | None = None
+) -> list[dict[str, Any]]:
+    """MACs, parameters and file sizes of dense, dead-token-free and pruned model.
+
+    Args:
+        macs: Of the pruned model, where its tokens are chosen by content; None: the plan's.
+    """
     geometry = plan.geometry
+    macs = plan_macs(plan) if macs is None else macs
     identity = TokenPlan.identity(plan.model, geometry)
     rows = []
-    for label, macs, ratio in (
-        ("dense", dense_macs(geometry), 1.0),
-        ("identity", plan_macs(identity), cost_ratio(identity)),
-        ("pruned", plan_macs(plan), cost_ratio(plan)),
-    ):
+    for label, cost in (("dense", dense_macs(geometry)), ("identity", plan_macs(identity)), ("pruned", macs)):
         row = {
             "schema": 1,
             "kind": "cost",
             "label": label,
-            "macs": macs,
-            "ratio": round(ratio, 6),
+            "macs": cost,
+            "ratio": round(cost / dense_macs(geometry), 6),
             "parameters": parameters,
         }
         if label in files:
@@ -1044,17 +1141,20 @@ def export_checked(
     loaded: LoadedModel,
     output: Path,
     *,
-    plan: TokenPlan | None,
+    plan: TokenPlan | ContentPlan | None,
     reporter: Reporter,
     opset: int | None = None,
     deploy_for: str | None = None,
     dynamic_batch: bool = False,
     batch_size: int = 1,
+    tokens: bool = False,
 ) -> tuple[list[Rung], Deployment | None]:
     """Export a model, whole or pruned; the file appears only when its parity holds.
 
     Args:
+        plan: Static or by content; None: whole.
         deploy_for: Write it in the form that this deployment target takes; None: in the plain form.
+        tokens: Of a model that ends in the mean of its tokens: return these instead.
 
     Raises:
         PlanError: The plan is for another model.
@@ -1068,9 +1168,29 @@ def export_checked(
 
     exported = plain_opset(deploy_for, opset)
     geometry = loaded.adapter.geometry
+    if tokens:
+        from .export.tokens import check_pools_by_mean, check_tokens, write_tokens
+
+        check_pools_by_mean(loaded.adapter)
     if plan is not None:
         plan.check_fits(loaded.name, geometry, loaded.sha256)
         remark_untuned(plan, loaded.sha256, reporter)
+    if (rule := None if plan is None else rule_of(plan)) is not None:
+        if tokens:
+            raise UserError("--tokens goes with a plan of static positions", "leave it out")
+        tuned = loaded.sha256 == plan.provenance.get("tuned_weights_sha256")
+        return export_rule_checked(
+            loaded,
+            output,
+            rule=rule,
+            images=torch.from_numpy(noise_images(geometry)),
+            reporter=reporter,
+            opset=opset,
+            deploy_for=deploy_for,
+            dynamic_batch=dynamic_batch,
+            batch_size=batch_size,
+            trained_sha256=plan.provenance.get("weights_sha256") if tuned else None,
+        )
     with scratch_beside(output) as scratch:
         dense, pruned = scratch / "dense.onnx", scratch / "pruned.onnx"
         with reporter.stage(f"Exporting {loaded.name}"):
@@ -1085,6 +1205,9 @@ def export_checked(
             else:
                 rungs = check_ladder(loaded.adapter, plan, dense, pruned, images)
         written, deployed = pruned if plan is not None else dense, None
+        if tokens:
+            written = write_tokens(written, scratch / output.name)
+            rungs.append(check_tokens(loaded.adapter, plan, written, images))
         if deploy_for is not None:
             with reporter.stage(f"Writing it for {deploy_for}"):
                 top1 = geometry.output == "logits"
@@ -1443,13 +1566,15 @@ def refuse_preprocessing(given: Mapping[str, Any]) -> None:
 def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_for, reporter):
     import torch
 
+    from .prune.content_plan import load_plan
     from .prune.evaluate import collect_outputs, compare
     from .prune.fisher import batch_size_for
     from .prune.models import open_model
 
-    plan = TokenPlan.load(plan_path) if plan_path else None
+    plan = load_plan(plan_path) if plan_path else None
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
     adapter = loaded.adapter
+    rule = None if plan is None else rule_of(plan)
     tuned = False
     if plan is not None:
         plan.check_fits(loaded.name, adapter.geometry, loaded.sha256)
@@ -1467,7 +1592,7 @@ def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_fo
             return adapter.model(batch).numpy()
 
     def pruned(batch):
-        with adapter.applied(plan, "dead"):
+        with adapter.applied(plan, "dead") if rule is None else rule.applied(adapter):
             return dense(batch)
 
     runners = {"dense": dense} if plan is None else {"dense": dense, "pruned": pruned}

@@ -32,6 +32,7 @@ from .draw import (
     exit_map,
     moved_map,
 )
+from .prune.content_plan import ContentPlan, load_plan
 from .prune.cost import block_macs, cost_ratio, dense_macs, plan_macs
 from .prune.plan import TokenPlan
 
@@ -170,6 +171,7 @@ def write_report(
     plan: TokenPlan | None = None,
     rows: Iterable[Row] | None = None,
     examples: Sequence[Image.Image] = (),
+    chosen: Sequence[TokenPlan] | None = None,
 ) -> tuple[Path, Path]:
     """Write ``report.html`` and ``report.md`` into a run's folder; each is whole or not there at all.
 
@@ -179,12 +181,15 @@ def write_report(
             precision; by default ``results.jsonl`` of the folder, where there is one. A latency ``ratio`` is time over
             the dense model's time, that of a precision over the pruned float32 model's.
         examples: Images as the model sees them, to draw the plan on; at most :data:`MOST_EXAMPLES` are used.
+        chosen: Where each image chooses its own patches: what each example keeps. None: all keep what the plan says.
 
     Raises:
         UserError: There is no plan, the folder cannot be written, or matplotlib is missing.
     """
     folder = Path(folder)
-    plan = TokenPlan.load(folder / "plan.json") if plan is None else plan
+    if plan is None:
+        saved = load_plan(folder / "plan.json")
+        plan, chosen = (saved.plan, chosen or ()) if isinstance(saved, ContentPlan) else (saved, None)
     if rows is None:
         rows = read_rows(folder / "results.jsonl") if (folder / "results.jsonl").is_file() else ()
     results = Results(tuple(rows))
@@ -193,7 +198,7 @@ def write_report(
         results_section(plan, results),
         notes_section(plan, results),
         *stages_sections(plan, results),
-        tokens_section(plan, list(examples)[:MOST_EXAMPLES]),
+        tokens_section(plan, list(examples)[:MOST_EXAMPLES], chosen),
         blocks_section(plan),
         usage_section(folder, plan),
         parity_section(results),
@@ -517,13 +522,21 @@ def _moves_as_text(plan: TokenPlan, before: np.ndarray) -> str:
     return "how many blocks later (+) or earlier (-) each patch leaves than the search had it\n" + _as_grid(plan, names)
 
 
-def tokens_section(plan: TokenPlan, examples: Sequence[Image.Image]) -> Section:
-    """Where patches leave, and what that means on images."""
+def tokens_section(
+    plan: TokenPlan, examples: Sequence[Image.Image], chosen: Sequence[TokenPlan] | None = None
+) -> Section:
+    """Where patches leave, and what that means on images; ``chosen`` as in :func:`write_report`."""
     heat = exit_map(plan, title=False, density=2)
     section = Section(
         "What the model looks at",
         [
-            Text("The set of tokens is the same for every image: that is what makes the graph static."),
+            Text(
+                "The set of tokens is the same for every image: that is what makes the graph static."
+                if chosen is None
+                else "How many tokens each block sees is the same for every image: that is what makes the graph "
+                "static. Which ones, each image chooses by a score; the map is of the plan that the choice was learnt "
+                "from."
+            ),
             Figure(
                 _picture(heat, "heat map: the block at which each patch leaves"),
                 "The first block that each patch does not enter, counted from 0, and how many patches leave there.",
@@ -534,7 +547,7 @@ def tokens_section(plan: TokenPlan, examples: Sequence[Image.Image]) -> Section:
     legend = ((None, "kept"), (LEAVES_HERE, "leaves at this block"), (LEFT_EARLIER, "left earlier"))
     for position, image in enumerate(examples):
         markup = _picture(
-            draw_kept_tokens(image, plan, title=False, density=2),
+            draw_kept_tokens(image, chosen[position] if chosen else plan, title=False, density=2),
             f"example {position + 1}: patches that enter each block",
         )
         section.blocks.append(Figure(markup, f"Example {position + 1}: what each block sees.", legend=legend))

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..artifacts import json_sha256
 from ..errors import PlanError
-from .plan import CONTENT_SCHEMA, SCHEMA, TokenPlan, read_plan_json, shown, write_plan_json
+from .plan import CONTENT_SCHEMA, SCHEMA, Geometry, TokenPlan, read_plan_json, shown, write_plan_json
 
 #: Digits that tell every float32 from its neighbours.
 _DIGITS = 9
@@ -51,6 +51,10 @@ class ContentPlan:
     @property
     def provenance(self) -> Mapping[str, Any]:
         return self.plan.provenance
+
+    def check_fits(self, model: str, geometry: Geometry, weights_sha256: str | None = None) -> None:
+        """As :meth:`TokenPlan.check_fits`."""
+        self.plan.check_fits(model, geometry, weights_sha256)
 
     def with_provenance(self, **provenance: Any) -> ContentPlan:
         return replace(self, plan=self.plan.with_provenance(**provenance))
@@ -106,7 +110,8 @@ def load_plan(path: str | PathLike) -> TokenPlan | ContentPlan:
 
 def _checked(name: str, values: Any, shape: tuple[int, int]) -> np.ndarray:
     try:
-        array = np.array(values, np.float32)
+        with np.errstate(over="ignore"):  # Not finite then, which is told below.
+            array = np.array(values, np.float32)
     except (TypeError, ValueError, OverflowError):
         raise PlanError(f"{name} of the score is not a table of numbers") from None
     if array.shape != shape and not (array.size == 0 == shape[0]):
