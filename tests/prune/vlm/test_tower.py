@@ -179,9 +179,30 @@ def test_a_plan_for_the_tower_of_a_llava_is_learned_and_exported(llava_folder, c
     plan = TokenPlan.load(tmp_path / "plan.json")
     assert plan.model == "tiny-llava" and plan.geometry.depth == 2 and len(plan.kept[-1]) < 16
     assert plan.provenance["preprocessing"]["crop_pct"] == pytest.approx(32 / 36)
-    # export compares the file with the rebuilt tower, rung by rung.
-    call("export", llava_folder, "--plan", tmp_path / "plan.json", "-o", tmp_path / "pruned.onnx", "-q")
-    assert (tmp_path / "pruned.onnx").is_file()
+    # export compares the pooled graph with the rebuilt tower, rung by rung; here the file, with transformers.
+    tokens = tmp_path / "tokens.onnx"
+    call("export", llava_folder, "--plan", tmp_path / "plan.json", "--tokens", "-o", tokens, "-q")
+    tower = transformers.LlavaForConditionalGeneration.from_pretrained(llava_folder).eval().model.vision_tower
+    picture = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    places = list(range(16))
+    with torch.inference_mode():
+        stream = tower.pre_layrnorm(tower.embeddings(picture))
+        for layer, kept in zip(tower.encoder.layers, plan.kept, strict=False):
+            stream = layer(stream[:, [0, *(1 + places.index(place) for place in kept)]], None)
+            places = list(kept)
+    from vpruner.runtime.ort import OrtSession
+
+    with OrtSession(tokens) as session:
+        assert session.outputs[0].name == "tokens" and session.metadata.kept == plan.kept
+        found = session.run({session.inputs[0].name: picture.numpy()})["tokens"]
+    close(torch.from_numpy(found), stream[:, 1:])
+
+
+def test_a_model_that_does_not_end_in_a_mean_has_no_tokens_to_return(tmp_path):
+    folder = save(build("CLIP"), tmp_path / "tower")
+    refused = ("export", folder, "--tokens", "-o", tmp_path / "x.onnx", "-q")
+    fails(*refused, says="does not end in the mean of its tokens")
+    fails(*refused, "--precision", "fp16", says="--tokens goes with neither --method nor --precision")
 
 
 @pytest.mark.slow

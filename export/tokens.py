@@ -1,0 +1,84 @@
+"""Towers that feed a language model are read token by token: graphs that end in their mean, without the mean."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from torch import nn
+
+from ..errors import GraphError, UserError
+from ..prune.plan import TokenPlan
+from ..prune.vit import ViTAdapter
+from .files import load_model, save_model
+from .parity import Rung, compare, evaluating, run_in_chunks, run_onnx
+
+
+def check_pools_by_mean(adapter: ViTAdapter) -> None:
+    """Refuse a model whose output is something else than the mean of its tokens.
+
+    Raises:
+        UserError: Names the model.
+    """
+    model = adapter.model
+    parts = (model.fc_norm, model.head)
+    if model.global_pool != "avg" or not all(isinstance(part, nn.Identity) for part in parts):
+        raise UserError(
+            f"{adapter.name} does not end in the mean of its tokens, so there are none to return instead",
+            "--tokens is for the tower of a LLaVA, given as its folder",
+        )
+
+
+def write_tokens(path: str | os.PathLike, output: str | os.PathLike) -> Path:
+    """Write the graph in ``path`` with the tokens as its output, float32 [batch, token, channel], called "tokens".
+
+    They come in the order of the positions that the last block keeps (``vpruner.kept`` in the metadata), behind the
+    class token where the mean counts that.
+
+    Raises:
+        GraphError: The graph does not end in a mean over tokens.
+    """
+    model = load_model(path)
+    pooled = model.graph.outputs[0]
+    node = pooled.producer()
+    if node is None or node.op_type != "ReduceMean" or node.inputs[0].shape is None or len(node.inputs[0].shape) != 3:
+        found = "no node" if node is None else f"{node.op_type} {node.name!r}"
+        raise GraphError(f"{path} ends in {found}, expected the mean over tokens (ReduceMean)")
+    tokens = node.inputs[0]
+    model.graph.outputs[0] = tokens
+    model.graph.remove(node, safe=True)
+    tokens.name, tokens.dtype = "tokens", ir.DataType.FLOAT
+    tokens.shape = ir.Shape([pooled.shape[0], *list(tokens.shape)[1:]])
+    passes.RemoveUnusedNodesPass()(model)
+    return save_model(model, output)
+
+
+def check_tokens(
+    adapter: ViTAdapter,
+    plan: TokenPlan | None,
+    path: str | os.PathLike,
+    images: torch.Tensor,
+    *,
+    tolerance: float = 1e-4,
+) -> Rung:
+    """The rung of :func:`write_tokens`: what the file gives is what the mean is of in PyTorch, token by token.
+
+    Raises:
+        ParityError: It is not.
+    """
+    model, first = adapter.model, 0 if adapter.model.pool_include_prefix else adapter.geometry.prefix_tokens
+
+    def tokens(batch: torch.Tensor) -> torch.Tensor:
+        return model.forward_features(batch)[:, first:].flatten(1)
+
+    plan = TokenPlan.identity(adapter.name, adapter.geometry) if plan is None else plan
+    with evaluating(model), torch.no_grad(), adapter.applied(plan, "gathered"):
+        reference = run_in_chunks(tokens, images, next(model.parameters()).device)
+    found = run_onnx(path, images.cpu().numpy())
+    return compare(
+        f"{Path(path).name} returns the tokens", reference, np.reshape(found, (len(found), -1)), tolerance, top1=False
+    )
