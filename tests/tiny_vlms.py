@@ -37,7 +37,9 @@ def tiny_vlm(kind="llava", seed=0, attention="sdpa", dtype=torch.float64, text=N
     words = {**TEXT, **(text or {})}
     if kind == "llava":
         config = hf.LlavaConfig(
-            vision_config=clip, text_config=hf.LlamaConfig(**words), vision_feature_layer=-2, **{**common, **changes}
+            vision_config=clip,
+            text_config=hf.LlamaConfig(**words),
+            **{**common, "vision_feature_layer": -2, **changes},
         )
         model = hf.LlavaForConditionalGeneration(config)
     elif kind == "next":

@@ -60,6 +60,11 @@ class Layout:
     valid: Tensor
     full: bool
 
+    def to(self, device: torch.device) -> Layout:
+        if self.index.device == device:
+            return self
+        return Layout(self.index.to(device), self.valid.to(device), self.full)
+
     def only(self, keep: Tensor) -> tuple[Tensor, Layout]:
         """Rows int64 [batch, most kept] and the layout of what ``keep`` (bool [batch, row]) leaves, padded in front."""
         kept = keep.sum(1)
@@ -92,7 +97,7 @@ class Prefill:
 
     def kept(self, layer: int) -> Tensor:
         """bool [batch, token]: the tokens of the prompts that entered ``layer``; with the depth: that left the last."""
-        layout = self.layouts[layer]
+        layout = self.layouts[layer].to(self.image.device)
         # A row's places are all different, padding included.
         return torch.zeros_like(self.image).scatter(1, layout.index, layout.valid)
 
@@ -101,7 +106,8 @@ class Prefill:
         counts: dict[int, Tensor] = {}
         for layout in self.layouts:
             if id(layout) not in counts:
-                counts[id(layout)] = (self.image.gather(1, layout.index) & layout.valid).sum(1)
+                here = layout.to(self.image.device)
+                counts[id(layout)] = (self.image.gather(1, here.index) & here.valid).sum(1)
         return torch.stack([counts[id(layout)] for layout in self.layouts], 1).cpu().numpy()
 
 
@@ -425,7 +431,7 @@ class VLMRun:
         valid = layout.valid
         if suffix is None:
             suffix = valid.new_ones(len(valid), decoded)
-        return torch.cat([valid, suffix], 1).long()
+        return torch.cat([valid, suffix.to(valid.device)], 1).long()
 
     def _before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict):
         call = self._call
@@ -489,7 +495,10 @@ class VLMRun:
 
     def _drop(self, index: int, attn: nn.Module, normed: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor | None:
         """int64 [batch, kept]: rows that stay after layer ``index``; None: all."""
-        call, layout = self._call, self._call.layout
+        call = self._call
+        # Layers of a model may lie on several devices.
+        layout = call.layout = call.layout.to(normed.device)
+        call.image, call.total = call.image.to(normed.device), call.total.to(normed.device)
         key = self._keys.pop(index).unflatten(-1, (-1, attn.head_dim))
         image = call.image.gather(1, layout.index) & layout.valid
         counts = image.sum(1)
@@ -524,6 +533,7 @@ class VLMRun:
         call = self._call
         if call is None or call.layouts is None:
             return None
+        call.layout = call.layout.to(output[0].device)
         layouts = (*call.layouts, call.layout)
         length = call.image.shape[1]
         if call.cache is not None:
@@ -605,8 +615,11 @@ def pruned(
         for hook in _hooks(run):
             undo.callback(hook.remove)
         for owner, name, value in _replacements(run):
+            if name in vars(owner):
+                undo.callback(setattr, owner, name, vars(owner)[name])
+            else:
+                undo.callback(delattr, owner, name)
             setattr(owner, name, value)
-            undo.callback(delattr, owner, name)
         yield run
 
 
@@ -636,11 +649,18 @@ def _replacements(run: VLMRun) -> Iterator[tuple[nn.Module, str, Callable]]:
     parts = run.parts
     for index in run.encoder:
         if isinstance(index, int) and index >= 0:
-            yield parts.blocks[index], "forward", run._block_forward(index, parts.blocks[index])
+            block = parts.blocks[index]
+            yield block, _forward_name(block), run._block_forward(index, block)
     for index in run.language:
-        yield parts.layers[index], "forward", run._layer_forward(index, parts.layers[index])
+        layer = parts.layers[index]
+        yield layer, _forward_name(layer), run._layer_forward(index, layer)
     if run.encoder and hasattr(parts.inner, "pack_image_features"):
         yield parts.inner, "pack_image_features", partial(run._pack, parts.inner.pack_image_features)
+
+
+def _forward_name(module: nn.Module) -> str:
+    """Where accelerate moves what a module is given to its device, around the forward that it has put aside."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
 def _check_stages(parts: VLMParts, encoder: Mapping, language: Mapping, positions: str) -> None:

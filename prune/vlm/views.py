@@ -88,8 +88,8 @@ class SpanView:
         return torch.full_like(self.total, self.rows.shape[1]) if self.valid is None else self.valid.sum(1)
 
     def drop_to(self, share: float) -> Tensor:
-        """int64 [batch]: how many to drop so that ``share`` of the prompt's visual tokens are left; 0 if fewer are."""
-        return (self.count - (self.total * share).round().long()).clamp(min=0)
+        """int64 [batch]: how many to drop so that ``share`` of the prompt's visual tokens, or one, are left."""
+        return (self.count - (self.total * share).round().long().clamp(min=1)).clamp(min=0)
 
     def without_first(self, drop: Tensor, order: Tensor) -> Tensor:
         """bool [batch, image token]: all stay but the first ``drop[i]`` (int64 [batch]) of ``order[i]``.

@@ -362,6 +362,84 @@ def test_no_mask_is_made_where_nothing_is_padded(llava):
     assert masks and all(mask is None for mask in masks)
 
 
+def unpadding(module, query, key, value, attention_mask, scaling, is_causal=None, **options):
+    """Attention as flash kernels do it: no mask, or which keys of each prompt are no padding; causal from the end."""
+    assert attention_mask is None or attention_mask.shape == (len(key), key.shape[2])
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    logits = query @ key.transpose(2, 3) * scaling
+    if module.is_causal if is_causal is None else is_causal:
+        ahead = torch.ones(logits.shape[2:], dtype=torch.bool).triu(logits.shape[3] - logits.shape[2] + 1)
+        logits = logits.masked_fill(ahead, -torch.inf)
+    if attention_mask is not None:
+        logits = logits.masked_fill(~attention_mask[:, None, None].bool(), -torch.inf)
+    return (logits.softmax(-1).nan_to_num() @ value).transpose(1, 2), None
+
+
+def test_attention_without_square_masks(batch):
+    """FlashAttention is told which keys are padding, for each layer's own rows, and nothing else."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    AttentionInterface.register("unpadding", unpadding)
+    AttentionMaskInterface.register("unpadding", flash_attention_mask)
+    model = tiny_vlm("llava", attention="unpadding")
+    settings = dict(mode="hybrid", keep=0.3, layers=[1, 3])
+    with saint(model, **settings):
+        sequences, logits = generated(model, batch)
+    other = shared_vlm("llava")
+    with saint(other, **settings):
+        expected = generated(other, batch)
+    assert torch.equal(sequences, expected[0])
+    torch.testing.assert_close(logits, expected[1], **EXACT)
+
+
+def test_prompts_given_as_embeddings(llava, batch):
+    with torch.inference_mode(), saint(llava, "hybrid", keep=0.3, layers=[1, 3]) as run:
+        expected = llava(**batch).logits
+        embeds = llava.get_input_embeddings()(batch["input_ids"])
+        rest = {key: value for key, value in batch.items() if key != "input_ids"}
+        torch.testing.assert_close(llava(inputs_embeds=embeds, **rest).logits, expected, **EXACT)
+        assert (run.visual_tokens[:3] == run.visual_tokens[3:]).all()
+
+
+def test_features_of_several_blocks():
+    model = tiny_vlm("llava", vision_feature_layer=[-3, -2])
+    inputs = prompts([6], [1])
+    with saint(model, "vit", keep=0.5) as run:
+        assert tuple(run.encoder) == (1,)
+        cached = generated(model, inputs)
+        torch.testing.assert_close(cached[1], generated(model, inputs, use_cache=False)[1], **EXACT)
+    with pytest.raises(UserError, match="block 2 comes after"), saint(model, "vit", keep=0.5, blocks=[2]):
+        pass
+
+
+def test_a_model_spread_by_accelerate_keeps_its_hooks(batch):
+    """accelerate puts forwards aside and runs them between moving inputs and outputs; ours goes where it put them."""
+    model = tiny_vlm("llava")
+    moved = []
+    with torch.inference_mode(), saint(model, "hybrid", keep=0.3, layers=[1, 3]):
+        expected = model(**batch).logits
+
+    def spread(module):
+        module._hf_hook, module._old_forward = object(), module.forward
+
+        def forward(*args, **kwargs):
+            moved.append(module)
+            return module._old_forward(*args, **kwargs)
+
+        module.forward = forward
+
+    for module in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
+        spread(module)
+    before = {module: dict(vars(module)) for module in model.modules()}
+    with torch.inference_mode(), saint(model, "hybrid", keep=0.3, layers=[1, 3]):
+        torch.testing.assert_close(model(**batch).logits, expected, **EXACT)
+    assert len(moved) == 4 + 5
+    for module, attributes in before.items():
+        assert all(vars(module)[name] is value for name, value in attributes.items() if "forward" in name)
+
+
 def state_of(model):
     return [
         (name, sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
