@@ -270,7 +270,7 @@ def _key_measures(attn, normed: Tensor, geometry: Geometry, apart: Tensor, has_c
     prefix = geometry.prefix_tokens
     query, key, _ = query_key_value(attn, normed, normed)
     metric = F.normalize(key.mean(1)[:, prefix:], dim=-1)
-    votes = redundancy(metric, THRESHOLD, Saint.neighbours, Saint.gamma).votes / geometry.patches
+    votes = redundancy(metric, THRESHOLD, Saint.neighbours, Saint.gamma).votes.to(metric) / geometry.patches
     # [image, head, query, patch]: of the attention what goes to patches, as shares of that.
     weights = ((query * attn.scale) @ key[:, :, prefix:].transpose(-2, -1)).softmax(-1)
     distance = (weights[:, :, prefix:] * apart).sum(-1).mean((1, 2))
@@ -278,7 +278,7 @@ def _key_measures(attn, normed: Tensor, geometry: Geometry, apart: Tensor, has_c
     entropy = torch.special.entr(looking).sum(-1).mean((1, 2)) / math.log(geometry.patches)
     most = max(1, round(TOP_SHARE * geometry.patches))
     top = looking.topk(most, dim=-1).values.sum(-1).mean((1, 2))
-    return [mean_cosine(metric), votes.to(entropy), entropy, top, distance]
+    return [mean_cosine(metric), votes, entropy, top, distance]
 
 
 def _token_measures(first: Tensor, entering: Tensor, leaving: Tensor) -> list[Tensor]:

@@ -474,7 +474,7 @@ def tune_gates_by_distillation(
     rows = [plan.query_rows(index) for index in range(geometry.depth)]
     entry = torch.from_numpy(plan.token_positions(0)).to(parameter.device)
     size = min(DISTILL_BATCH, batch_size_for(geometry, backward=True))
-    with _frozen(model):
+    with frozen(model):
         for _ in range(epochs):
             order = random.permutation(calibration.fit)
             for start in range(0, len(order), size):
@@ -964,7 +964,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No gradients for the model's parameters: autograd then need not keep the inputs of its layers."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:

@@ -24,8 +24,7 @@ Differences to the released code, each on purpose:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -38,6 +37,7 @@ from ...errors import UserError
 from ..calibration import distance
 from ..cost import block_macs, dense_macs
 from ..plan import Geometry
+from ..tune import frozen
 from ..vit import ALMOST_CLOSED, ViTAdapter, embed_images, query_key_value
 from .method import BISECTIONS, Method, budget_macs, least_reduction, out_of_reach, register
 from .rule import BlockView, Keep, Merge, TokenRule, pooling_hooks, rank_descending, select_rows, top_rows, with_prefix
@@ -316,19 +316,6 @@ def expected_macs(geometry: Geometry, expected: Tensor) -> Tensor:
     return total
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Without weight gradients autograd need not keep the inputs of the linear layers."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
 @register
 @dataclass(frozen=True)
 class DiffRate(Method):
@@ -413,7 +400,7 @@ class DiffRate(Method):
         unit: float | None = None
         whole = dense_macs(geometry)
         acts = torch.from_numpy(acting).to(rates.logits)[:, None]
-        with adapter.exclusive(), _frozen(adapter.model), torch.enable_grad():
+        with adapter.exclusive(), frozen(adapter.model), torch.enable_grad():
             for step in range(self.steps):
                 order = order or random.permutation(len(chunks)).tolist()
                 number = order.pop()

@@ -230,7 +230,9 @@ def similarity_macs(geometry: Geometry, keys: np.ndarray) -> np.ndarray:
 
 def first_blocks(geometry: Geometry, threshold: float, share: float = 0.5) -> tuple[float | None, ...]:
     """The threshold in the first half of the blocks, as published, or in another share; None in the others."""
-    return tuple(threshold if block < int(geometry.depth * share) else None for block in range(geometry.depth))
+    # 7 of 12 blocks are a share of 0.583, and 0.583 of 12 are 7, not 6.
+    acting = int(geometry.depth * share + 0.05)
+    return tuple(threshold if block < acting else None for block in range(geometry.depth))
 
 
 def freeze(rule: SaintRule, adapter: ViTAdapter, batches: Sequence[Tensor]) -> FrozenSaintRule:

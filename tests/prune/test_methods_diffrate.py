@@ -14,7 +14,13 @@ from vpruner.prune.methods.diffrate import DiffRate, DiffRateRule, Rates, expect
 from vpruner.prune.vit import ViTAdapter
 
 TOLERANCE = 1e-10
-COUNTS = [((2, 0, 3, 1), (3, 2, 0, 1)), ((0, 2, 1, 0), (0, 0, 0, 0)), ((1, 0, 100, 2), (0, 100, 2, 1))]
+#: Pruned and merged in each block, and whether tokens count as often as the patches they stand for.
+CASES = [
+    ((2, 0, 3, 1), (3, 2, 0, 1), True),
+    ((2, 1, 0, 1), (3, 2, 2, 1), False),
+    ((0, 2, 1, 0), (0, 0, 0, 0), True),
+    ((1, 0, 100, 2), (0, 100, 2, 1), True),
+]
 
 
 def double(kind: str, **changes) -> ViTAdapter:
@@ -61,7 +67,7 @@ def by_hand(model, image, rule: DiffRateRule) -> tuple[torch.Tensor, list[int]]:
 def test_model_is_the_definition(kind):
     adapter = double(kind)
     images = images_for(adapter, 2)
-    for (prune, merge), proportional in product(COUNTS, [True, False]):
+    for prune, merge, proportional in CASES:
         rule = rule_of(adapter, prune, merge, proportional)
         expected, counts = zip(*(by_hand(adapter.model, image, rule) for image in images), strict=True)
         with rule.applied(adapter) as run:
@@ -76,7 +82,7 @@ def test_masks_of_learning_are_the_rule(kind):
     images = images_for(adapter, 3)
     # Attention pooling takes logarithms, so that what has left keeps a weight of 1e-7 there.
     tolerance = 1e-6 if adapter.model.attn_pool is not None else TOLERANCE
-    for (prune, merge), proportional in product(COUNTS, [True, False]):
+    for prune, merge, proportional in CASES:
         rule = rule_of(adapter, prune, merge, proportional)
         with rule.applied(adapter) as run:
             expected = run(images)

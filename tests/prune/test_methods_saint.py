@@ -1,6 +1,8 @@
 """SAINT against its definition, pair by pair and image by image."""
 
 import math
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -161,6 +163,11 @@ def test_settings_are_used_and_default_to_the_published_ones():
     assert not torch.equal(redundancy(keys, 0.75, 5, 0.0).score.argsort(1), order)
     assert first_blocks(rule.geometry, 0.75) == rule.thresholds  # The first half by default.
     assert first_blocks(rule.geometry, 0.75, 1.0) == (0.75,) * 4
+    for depth, share in product(range(1, 25), (0.5, 1.0)):  # As written down with three digits too.
+        geometry = replace(rule.geometry, depth=depth)
+        assert first_blocks(geometry, 0.75, share).count(0.75) == int(depth * share)
+        for acting in range(depth + 1):
+            assert first_blocks(geometry, 0.75, round(acting / depth, 3)).count(0.75) == acting
 
 
 @pytest.mark.parametrize("kind", ["class token", "average pooling", "distilled"])
