@@ -67,8 +67,7 @@ class Layout:
 
     def only(self, keep: Tensor) -> tuple[Tensor, Layout]:
         """Rows int64 [batch, most kept] and the layout of what ``keep`` (bool [batch, row]) leaves, padded in front."""
-        kept = keep.sum(1)
-        most, least = int(kept.max()), int(kept.min())
+        least, most = torch.stack(keep.sum(1).aminmax()).tolist()
         # False sorts before True, and what is equal stays in order.
         rows = keep.byte().sort(dim=1, stable=True).indices[:, keep.shape[1] - most :]
         return rows, Layout(self.index.gather(1, rows), keep.gather(1, rows), most == least)
@@ -160,7 +159,7 @@ class VLMRun:
     _tower_ran: bool = field(default=False, repr=False)
     _left: dict[int | str, int] = field(default_factory=dict, repr=False)
     _features_of: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    _keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _keys: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _caches: WeakKeyDictionary = field(default_factory=WeakKeyDictionary, repr=False)
     _counts: list[np.ndarray] = field(default_factory=list, repr=False)
     _kv_bytes: list[tuple[int, int]] = field(default_factory=list, repr=False)
@@ -305,6 +304,7 @@ class VLMRun:
             split_heads(self._features_of["key"], attn.head_dim),
         )
         rows = self._choose(OUTPUT, view)
+        self._features_of.clear()
         return None if rows is None else (select_rows(features, with_prefix(rows, leading)),)
 
     def _after_projector(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -327,6 +327,8 @@ class VLMRun:
         Features that are gone count nothing then, and what has more of them than of others around it is gone, too.
         """
         result, lengths = packed(image_features, image_sizes, *args, image_newline=image_newline, **kwargs)
+        if self._patches is None or self._patches.shape[1] == self.parts.patches:
+            return result, lengths
         mask = [features.any(-1, keepdim=True).to(features.dtype) for features in image_features]
         newline = None if image_newline is None else image_newline.new_ones(1)
         weight, _ = packed(mask, image_sizes, *args, image_newline=newline, **kwargs)
@@ -501,8 +503,7 @@ class VLMRun:
         call.image, call.total = call.image.to(normed.device), call.total.to(normed.device)
         key = self._keys.pop(index).unflatten(-1, (-1, attn.head_dim))
         image = call.image.gather(1, layout.index) & layout.valid
-        counts = image.sum(1)
-        most, least = int(counts.max()), int(counts.min())
+        least, most = torch.stack(image.sum(1).aminmax()).tolist()
         if not most:
             return None
         # Visual tokens first, in their order; rows with fewer are padded at the end.
