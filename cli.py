@@ -1533,14 +1533,13 @@ def _gathered_prunings(command: Callable) -> Callable:
 
         for package in ("transformers", "torch", "timm"):  # The first names the extra that brings all of them.
             require(package)
-        from .prune.plan import TokenPlan
-        from .prune.vlm.baselines import prunings_from
+        from .prune.vlm.baselines import open_plan, prunings_from
         from .prune.vlm.loading import open_vlm
 
         taken = {name: options.pop(name) for name in ("threshold", "layers", "encoder_keep")}
-        loaded = TokenPlan.load(plan) if plan else None
-        prunings = prunings_from(modes, keeps, plan=loaded, seed=options["seed"], **taken)
         reporter = Reporter(quiet=quiet)
+        loaded, weights = open_plan(plan, reporter) if plan else (None, None)
+        prunings = prunings_from(modes, keeps, plan=loaded, weights=weights, seed=options["seed"], **taken)
         with reporter.stage(f"Opening {model}"):
             vlm = open_vlm(model, device=device, dtype=dtype)
         return command(vlm=vlm, prunings=prunings, reporter=reporter, **options)

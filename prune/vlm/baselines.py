@@ -13,22 +13,26 @@ name and one call: :class:`Pruning`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import UserError
+from ...errors import UserError, first_line
+from ...progress import Reporter
 from ..methods.rule import rank_descending
 from ..plan import TokenPlan
+from ..tune import with_weights
 from .frame import OUTPUT, VLMRun, pruned
 from .modes import MODES as SAINT_MODES
 from .modes import saint_stages
 from .parts import find_parts
+from .tower import tuned_in_tower
 from .views import EncoderSelector, EncoderView, SpanView
 
 #: What ``--mode`` takes: SAINT's three, and the baselines.
@@ -182,6 +186,7 @@ class Pruning:
         encoder_keep: Of a hybrid, share that the tower keeps; None: SAINT's own.
         seed: Of ``random``.
         plan: Of ``static``.
+        weights: State dict with the weights that were tuned for the plan, under timm's names; None: the tower's own.
 
     Raises:
         UserError: The parts do not go together.
@@ -194,6 +199,7 @@ class Pruning:
     encoder_keep: float | None = None
     seed: int = 0
     plan: TokenPlan | None = None
+    weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -231,6 +237,8 @@ class Pruning:
         parts = [self.mode]
         if self.plan is not None:
             parts.append(f"{len(self.plan.kept[-1]) / self.plan.geometry.patches:.2f}")
+        if self.weights is not None:
+            parts.append("tuned")
         if self.keep is not None:
             parts.append(f"{self.keep:g}")
         if self.threshold is not None:
@@ -248,6 +256,7 @@ class Pruning:
             "encoder_keep": self.encoder_keep,
             "seed": self.seed if self.mode == "random" else None,
             "plan_sha256": None if self.plan is None else self.plan.digest,
+            "tuned": self.weights is not None,
         }
 
     def prepare(self, model: nn.Module) -> Callable[[], AbstractContextManager[VLMRun]]:
@@ -276,7 +285,11 @@ class Pruning:
                 )
             return partial(pruned, model, language={seeing - 1: LastQueryAttention(self.keep)})
         if self.mode == "static":
-            return partial(pruned, model, encoder=plan_selectors(self.plan, model))
+            opened = partial(pruned, model, encoder=plan_selectors(self.plan, model))
+            if self.weights is None:
+                return opened
+            tower = find_parts(model).tower
+            return partial(_with_tower_weights, opened, tower, tuned_in_tower(tower, self.weights))
         selector = RandomPatches(self.keep, self.seed) if self.mode == "random" else AttentionAndDiversity(self.keep)
         return partial(pruned, model, encoder={OUTPUT: selector})
 
@@ -290,6 +303,7 @@ def prunings_from(
     encoder_keep: float | None = None,
     seed: int = 0,
     plan: TokenPlan | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> list[Pruning]:
     """Each mode with each share; what goes with some modes only is given to those.
 
@@ -309,6 +323,8 @@ def prunings_from(
     prunings = []
     for mode in modes:
         given = {name: value for name, (value, takers) in options.items() if mode in takers}
+        if mode == "static":
+            given["weights"] = weights
         some = (None,) if mode == "static" else shares
         prunings += [Pruning(mode, share, seed=seed, **given) for share in some]
     return prunings
@@ -330,6 +346,35 @@ def candidates_of(model: nn.Module, prunings: Sequence[Pruning]) -> dict[str, Op
             raise UserError(f"{pruning.label!r} is asked for twice", "leave one out")
         candidates[pruning.label] = pruning.prepare(model)
     return candidates
+
+
+def open_plan(path: str | Path, reporter: Reporter) -> tuple[TokenPlan, dict[str, Tensor] | None]:
+    """A plan, and the weights that were tuned for it where they lie beside it; says so where they do not.
+
+    Raises:
+        UserError: The plan, or the weights, cannot be read.
+    """
+    plan = TokenPlan.load(path)
+    name = plan.provenance.get("tuned_weights_file")
+    if not isinstance(name, str):
+        return plan, None
+    weights = Path(path).parent / Path(name).name
+    if not weights.is_file():
+        reporter.remark(f"{weights}, with the weights tuned for the plan, is not there: the tower's own are used")
+        return plan, None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return plan, load_file(weights)
+    except SafetensorError as error:
+        raise UserError(f"{weights} cannot be read: {first_line(error)}", "learn the plan again") from None
+
+
+@contextmanager
+def _with_tower_weights(opened: Opened, tower: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[VLMRun]:
+    with with_weights(tower, weights), opened() as run:
+        yield run
 
 
 def _kept(share: float, view: EncoderView) -> int:

@@ -401,6 +401,39 @@ def timm_from_tower(tower: Tower, where: str) -> VisionTransformer:
     return model.eval()
 
 
+def tuned_in_tower(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What tuning changed, under the names that the tower itself has for it.
+
+    Args:
+        module: A CLIP or SigLIP tower of transformers.
+        state: Of the timm model rebuilt from it, such as a run's ``model.safetensors``. Tuning changes attention
+            projections and second MLP layers only, and only these are looked at.
+
+    Raises:
+        UserError: Something has another shape than in the tower.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    family, changed = FAMILIES[module.config.model_type], {}
+    for index, encoder_layer in enumerate(_layers(module)):
+        layer = _layer(family, encoder_layer)
+        for prefix, linear in (
+            (f"blocks.{index}.attn.proj", layer.projection),
+            (f"blocks.{index}.mlp.fc2", layer.mlp.fc2),
+        ):
+            for leaf, parameter in linear.named_parameters():
+                tuned = state.get(f"{prefix}.{leaf}")
+                if tuned is None:
+                    continue
+                if tuned.shape != parameter.shape:
+                    raise UserError(
+                        f"the tuned {prefix}.{leaf} is {list(tuned.shape)}, the tower's {list(parameter.shape)}",
+                        "give the plan that was learned on this tower",
+                    )
+                if not torch.equal(tuned.to(parameter), parameter):
+                    changed[names[id(parameter)]] = tuned
+    return changed
+
+
 @torch.inference_mode()
 def largest_difference(tower: Tower, model: VisionTransformer, preprocessing: Preprocessing) -> float:
     """Largest difference of the two on smooth random images, relative to the largest value that the tower gives."""

@@ -7,11 +7,13 @@ from tiny_vlms import PATCHES, prompts, shared_vlm, tiny_vlm
 
 from vpruner import cli
 from vpruner.errors import UserError
+from vpruner.progress import Reporter
 from vpruner.prune.plan import Geometry, TokenPlan
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from vpruner.prune.vlm import baselines, loading
+from vpruner.prune.vlm import tower as towers
 from vpruner.prune.vlm.baselines import Pruning, candidates_of, plan_selectors, prunings_from
 from vpruner.prune.vlm.modes import prefill
 from vpruner.prune.vlm.views import EncoderView
@@ -169,6 +171,43 @@ def test_a_static_plan_is_selecting_the_same_places_ahead_of_the_towers_blocks(m
             stream = tower.encoder.layers[block](stream, None)
     assert found.tolist() == [list(plan.kept[2])] * 4
     assert float((seen[0] - stream[:, 1:]).abs().max()) < 1e-12
+
+
+def test_weights_tuned_for_a_plan_are_the_towers_while_it_is_pruned(model, inputs, tmp_path):
+    """The rebuilt timm model with the tuned weights gives the features that transformers' tower then gives."""
+    from safetensors.torch import save_file
+
+    tower = towers.Tower(model.model.vision_tower, "clip", 3, "patches")
+    adapter = towers.ViTAdapter(towers.timm_from_tower(tower, "tower"), "tower")
+    with torch.no_grad():
+        for name in ("blocks.0.attn.proj.weight", "blocks.2.mlp.fc2.bias"):
+            parameter = adapter.model.get_parameter(name)
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    exits = staged_plan(3).exits
+    plan = TokenPlan.from_exits("tower", adapter.geometry, exits, tuned_weights_file="tuned.safetensors")
+    plan.save(tmp_path / "plan.json")
+    reporter = Reporter(quiet=True)
+    assert baselines.open_plan(tmp_path / "plan.json", reporter)[1] is None and "is not there" in reporter.remarks[0]
+    save_file(
+        {name: value.contiguous() for name, value in adapter.model.state_dict().items()}, tmp_path / "tuned.safetensors"
+    )
+    plan, weights = baselines.open_plan(tmp_path / "plan.json", reporter)
+    assert len(towers.tuned_in_tower(model.model.vision_tower, weights)) == 2
+    asked = Pruning("static", plan=plan, weights=weights)
+    assert asked.label.endswith("tuned")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen = []
+    handle = model.model.multi_modal_projector.linear_1.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    try:
+        kept_places(model, inputs, asked)
+    finally:
+        handle.remove()
+    with torch.inference_mode(), adapter.applied(plan, "gathered"):
+        expected = adapter.model.forward_features(inputs["pixel_values"])[:, 1:]
+    assert float((seen[0] - expected).abs().max()) < 1e-12
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
