@@ -28,11 +28,12 @@ from ...progress import Reporter
 from ..methods.rule import rank_descending
 from ..plan import TokenPlan
 from ..tune import with_weights
+from ..vit import weights_sha256
 from .frame import OUTPUT, VLMRun, pruned
 from .modes import MODES as SAINT_MODES
 from .modes import saint_stages
 from .parts import find_parts
-from .tower import tuned_in_tower
+from .tower import timm_from_tower, tower_of_llava, tuned_in_tower
 from .views import EncoderSelector, EncoderView, SpanView
 
 #: What ``--mode`` takes: SAINT's three, and the baselines.
@@ -145,6 +146,23 @@ class StaticPositions:
     def __call__(self, view: EncoderView) -> Tensor:
         wanted = torch.tensor(self.kept, device=view.positions.device).expand(len(view.positions), -1)
         return torch.searchsorted(view.positions.contiguous(), wanted.contiguous())
+
+
+def _check_learned_on(plan: TokenPlan, model: nn.Module) -> None:
+    """Refuse a plan of other weights, where that can be told: in float32, weights are what it was learned on.
+
+    Raises:
+        UserError: Names both hashes.
+    """
+    learned = plan.provenance.get("weights_sha256")
+    if learned is None or model.dtype != torch.float32:
+        return
+    found = weights_sha256(timm_from_tower(tower_of_llava(model, "the model"), "the model"))
+    if found != learned:
+        raise UserError(
+            f"the plan was learned on weights {str(learned)[:12]}, the tower's are {found[:12]}",
+            "learn one for it: vpruner prune MODEL_FOLDER --data DIR -o plan.json",
+        )
 
 
 def plan_selectors(plan: TokenPlan, model: nn.Module) -> dict[int | str, EncoderSelector]:
@@ -285,6 +303,7 @@ class Pruning:
                 )
             return partial(pruned, model, language={seeing - 1: LastQueryAttention(self.keep)})
         if self.mode == "static":
+            _check_learned_on(self.plan, model)
             opened = partial(pruned, model, encoder=plan_selectors(self.plan, model))
             if self.weights is None:
                 return opened

@@ -76,11 +76,9 @@ class LoadedVLM:
             images: For each question its images, at least one.
         """
         prompts = [self.prompt(question, len(some)) for question, some in zip(questions, images, strict=True)]
-        nested = [list(some) for some in images]
-        flat = [image for some in nested for image in some]
         batch = self.processor(
-            # LLaVA-NeXT's processor takes one flat list, in the order of the placeholders; so do the others.
-            images=flat,
+            # Nested: LLaVA-OneVision cuts an image that is alone in its prompt into crops, and others not.
+            images=[list(some) for some in images],
             text=prompts,
             return_tensors="pt",
             padding=len(prompts) > 1,

@@ -73,7 +73,7 @@ class Tower:
     """A transformers vision tower, and which part of it is wanted.
 
     Attributes:
-        module: The tower, float32, in evaluation mode.
+        module: The tower, in evaluation mode.
         family: A value of :data:`FAMILIES`.
         layers: Encoder layers that what is read has gone through.
         reads: ``"token"`` (class token, normed), ``"head"`` (the family's attention pooling), ``"patches"`` or
@@ -212,7 +212,7 @@ def tower_of_llava(model: nn.Module, where: str) -> Tower:
         UserError: Hidden states of several layers are joined, or the tower is of no known family.
     """
     config = model.config
-    module = model.model.vision_tower.float()
+    module = model.model.vision_tower
     kind = module.config.model_type
     if kind not in FAMILIES:
         raise UserError(f"{where}: its vision tower is a {kind!r}, expected one of {', '.join(sorted(FAMILIES))}")
@@ -226,7 +226,7 @@ def tower_of_llava(model: nn.Module, where: str) -> Tower:
     if not 1 <= layers <= depth:
         raise UserError(f"{where}: vision_feature_layer is {layer}, its tower has {depth} layers")
     reads = "patches" if config.vision_feature_select_strategy == "default" else "all"
-    return Tower(module.eval(), FAMILIES[kind], layers, reads)
+    return Tower(module, FAMILIES[kind], layers, reads)
 
 
 def read_preprocessing(folder: str | Path, size: tuple[int, int]) -> Preprocessing:

@@ -210,6 +210,17 @@ def test_weights_tuned_for_a_plan_are_the_towers_while_it_is_pruned(model, input
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_plan_of_other_weights_is_refused():
+    model = tiny_vlm().float()
+    tower = towers.tower_of_llava(model, "tiny")
+    sha256 = towers.weights_sha256(towers.timm_from_tower(tower, "tiny"))
+    Pruning("static", plan=staged_plan(3).with_provenance(weights_sha256=sha256)).prepare(model)
+    other = Pruning("static", plan=staged_plan(3).with_provenance(weights_sha256="0" * 64))
+    with pytest.raises(UserError, match=f"weights 000000000000, the tower's are {sha256[:12]}"):
+        other.prepare(model)
+    assert model.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "changes",
     [dict(grid=(6, 5), image_size=(24, 20)), dict(prefix_tokens=0, head_prefix=0), dict(embed_dim=16), dict(depth=2)],

@@ -65,6 +65,21 @@ def test_dense_answers_are_those_of_transformers(vlm, questions, plain, quiet, b
     assert found.visual_tokens == {"dense": expected, "random 1": expected}
 
 
+@pytest.mark.parametrize("kind", ["next", "onevision"])
+def test_models_with_several_crops_answer_and_lose_as_many_tokens_as_asked(tmp_path, questions, quiet, kind):
+    folder = save_vlm(tmp_path / kind, kind=kind)
+    opened = open_vlm(str(folder), device="cpu")
+    some = evaluation.read_questions(questions, 3)
+    asked = [Pruning("hybrid", 0.5), Pruning("random", 0.5), Pruning("fastv", 0.5)]
+    found = evaluation.answer_questions(opened, some, asked, batch_size=2, max_new_tokens=2, reporter=quiet)
+    assert found.of["dense"] == answered(opened.model, folder, questions, 2)[:3]
+    dense = found.visual_tokens["dense"]
+    assert dense > 2 * PATCHES
+    for label in ("hybrid 0.5", "random 0.5", "fastv 0.5"):
+        # Ends of rows and margins are not of the grid: the tower's selectors leave them.
+        assert found.visual_tokens[label] == pytest.approx(dense / 2, rel=0.1), label
+
+
 def test_rows_count_right_answers_over_all_and_by_kind(vlm, questions, plain, quiet, tmp_path):
     """Answers of the first four questions are planted to be right, the fifth with another spelling."""
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
