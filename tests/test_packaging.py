@@ -13,7 +13,7 @@ import pytest
 import vpruner
 from vpruner.extras import EXTRA_OF
 
-PACKAGES = (".", "prune", "prune/methods", "export", "runtime")
+PACKAGES = (".", "prune", "prune/methods", "prune/vlm", "export", "runtime")
 
 
 @pytest.fixture(scope="module")
