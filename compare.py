@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .prune.calibration import Calibration
+    from .prune.content_plan import ContentPlan
     from .prune.data import ImageSet
     from .prune.evaluate import Estimate
     from .prune.methods.method import Method
@@ -113,6 +114,7 @@ class Made:
     seconds: float
     note: str = ""
     cpu_seconds: float | None = None
+    content: ContentPlan | None = None
 
     @property
     def static(self) -> bool:
@@ -181,6 +183,9 @@ def contenders(options: CompareOptions) -> dict[str, Contender]:
 
     found = {
         "v-pruner": _learned("v-pruner", options, rearrangement="ppo", tuning="weights"),
+        "v-pruner-content": _learned(
+            "v-pruner-content", options, rearrangement="ppo", tuning="weights", selection="content"
+        ),
         "fisher": _learned("fisher", options, rearrangement="none", tuning="none"),
     }
     return found | {name: _registered(method()) for name, method in methods().items()}
@@ -199,12 +204,19 @@ def chosen_contenders(options: CompareOptions) -> list[Contender]:
     return [known[name] for name in dict.fromkeys(options.methods or known)]
 
 
-def _learned(name: str, options: CompareOptions, rearrangement: str, tuning: str) -> Contender:
+def _learned(
+    name: str, options: CompareOptions, rearrangement: str, tuning: str, selection: str = "static"
+) -> Contender:
     settings = rearrange_settings(tuning, options.episodes, options.time_limit)
 
     def make(loaded: LoadedModel, images: ImageSet, calibration: Calibration, target: float, seed: int) -> Made:
         from .prune.learn import learn
 
+        if selection == "content" and loaded.graph is not None:
+            raise UserError(
+                f"{loaded.graph.name} is an ONNX file: patches are chosen by content in PyTorch models alone",
+                "name the model instead of the file",
+            )
         learned = learn(
             loaded,
             images,
@@ -212,6 +224,7 @@ def _learned(name: str, options: CompareOptions, rearrangement: str, tuning: str
             loss=options.loss,
             rearrangement=rearrangement,
             tuning=tuning,
+            selection=selection,
             settings=settings,
             seed=seed,
         )
@@ -219,12 +232,22 @@ def _learned(name: str, options: CompareOptions, rearrangement: str, tuning: str
             raise KeyboardInterrupt  # A plan that was cut short is worth having in a run, and no result here.
         undone = [stage.name for stage in learned.stages[1:] if not stage.kept]
         note = f"undone, as it did not help: {', '.join(undone)}" if undone else ""
-        return Made(learned.plan, learned.weights, sum(stage.seconds for stage in learned.stages), note)
+        reduction = learned.plan if learned.content is None else _rule_of(learned.content)
+        seconds = sum(stage.seconds for stage in learned.stages)
+        return Made(reduction, learned.weights, seconds, note, content=learned.content)
 
     how = {"rearrange": rearrangement, "tune": tuning, "loss": options.loss}
+    if selection != "static":
+        how["select"] = selection
     if rearrangement == "ppo":
         how |= {"episodes": settings.episodes, "time_limit": settings.time_limit}
     return Contender(name, how, True, True, make)
+
+
+def _rule_of(plan: ContentPlan) -> TokenRule:
+    from .prune.methods.content import ContentRule
+
+    return ContentRule.of(plan)
 
 
 def _registered(method: Method) -> Contender:
@@ -520,26 +543,30 @@ class Comparison:
             started = time.process_time()
             made = contender.make(self.loaded, images, calibration, point.target, point.seed)
             made = replace(made, cpu_seconds=time.process_time() - started)
-            if isinstance(made.reduction, TokenPlan):
-                made = replace(made, reduction=self._save(point, made))
+            if made.static or made.content is not None:
+                made = self._save(point, made)
         return made
 
-    def _save(self, point: Point, made: Made) -> TokenPlan:
-        """Write a plan (and the weights tuned for it) into the folder; returns the plan as written."""
+    def _save(self, point: Point, made: Made) -> Made:
+        """Write a plan (and the weights tuned for it) into the folder; the same with the plan as written."""
         from .prune.learn import Learned
 
         about = {"seconds": round(made.seconds, 3), "cpu_seconds": round(made.cpu_seconds, 3), "note": made.note}
-        plan = made.reduction.with_provenance(**about)
         path = self.output / "plans" / f"{point.name}.json"
         weights = path.with_suffix(".safetensors" if self.loaded.graph is None else ".tuned.onnx")
         path.parent.mkdir(parents=True, exist_ok=True)
-        return save_learned(self.loaded, Learned(plan, made.weights, ()), path, weights)
+        content = None if made.content is None else made.content.with_provenance(**about)
+        plan = made.reduction.with_provenance(**about) if content is None else content.plan
+        written = save_learned(self.loaded, Learned(plan, made.weights, (), content), path, weights)
+        return replace(made, **_followed(written))
 
     def _saved(self, point: Point) -> Made | None:
+        from .prune.content_plan import load_plan
+
         path = self.output / "plans" / f"{point.name}.json"
         if not path.exists():
             return None
-        plan, weights = TokenPlan.load(path), None
+        plan, weights = load_plan(path), None
         if plan.provenance.get("tuned_weights_sha256"):
             file = path.with_suffix(".safetensors")
             if not file.exists():  # A model from an ONNX file has its tuned weights in a graph.
@@ -549,7 +576,13 @@ class Comparison:
             own = {name for name, _ in self.loaded.adapter.model.named_parameters()}
             weights = {name: value for name, value in load_file(file).items() if name in own}
         said = {name: plan.provenance.get(name) for name in ("seconds", "note", "cpu_seconds")}
-        return Made(plan, weights, said["seconds"] or 0.0, said["note"] or "", said["cpu_seconds"])
+        return Made(
+            **_followed(plan),
+            weights=weights,
+            seconds=said["seconds"] or 0.0,
+            note=said["note"] or "",
+            cpu_seconds=said["cpu_seconds"],
+        )
 
     def _judged_row(self, point: Point, made: Made) -> dict[str, Any]:
         estimates, macs, counts = self.judge.judge(made)
@@ -684,15 +717,19 @@ class Comparison:
                     waiting[point.contender.name] = point, self.output / "graphs" / row["file"]
             for number, group in enumerate(_groups(waiting)):
                 again = f", group {number + 1}" if number else ""
+                names = {name: point for name, (point, _) in group.items()}
                 with self.reporter.stage(f"Timing {len(group)} graphs at {target:g}, batch {batch}{again}"):
-                    dense = self.dense_graph(batch)
-                    timed = profile_onnx(
-                        {"dense": dense, **{name: path for name, (_, path) in group.items()}},
-                        batch=batch,
-                        threads=self.options.threads,
-                        seconds=self.options.seconds,
-                    )
-                self._add_latencies(timed, {name: point for name, (point, _) in group.items()}, target)
+                    try:
+                        timed = profile_onnx(
+                            {"dense": self.dense_graph(batch), **{name: path for name, (_, path) in group.items()}},
+                            batch=batch,
+                            threads=self.options.threads,
+                            seconds=self.options.seconds,
+                        )
+                    except UserError as error:  # The batch of a model that came as an ONNX file is its own.
+                        self.reporter.remark(f"not timed at {target:g}, batch {batch}: {_one_line(error)}")
+                        continue
+                self._add_latencies(timed, names, target)
 
     def time_rules(self, points: Sequence[Point]) -> None:
         """What has no graph, in PyTorch, in turns with the dense model there."""
@@ -764,6 +801,13 @@ class Comparison:
             }
             for label in candidates
         ]
+
+
+def _followed(plan: TokenPlan | ContentPlan) -> dict[str, Any]:
+    """What :class:`Made` says of a plan of either kind."""
+    if isinstance(plan, TokenPlan):
+        return {"reduction": plan, "content": None}
+    return {"reduction": _rule_of(plan), "content": plan}
 
 
 @contextmanager

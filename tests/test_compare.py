@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,10 +18,13 @@ from vpruner.artifacts import read_rows
 from vpruner.compare import CompareOptions
 from vpruner.errors import UserError
 from vpruner.progress import Reporter
+from vpruner.prune.content_plan import ContentPlan, load_plan
 from vpruner.prune.data import choose_images
 from vpruner.prune.evaluate import kl_divergence
+from vpruner.prune.learn import Learned
 from vpruner.prune.methods.tome import Tome
 from vpruner.prune.models import open_model
+from vpruner.prune.plan import TokenPlan
 
 
 @pytest.fixture(scope="module")
@@ -220,12 +224,30 @@ def test_an_interrupted_rearrangement_is_no_result(card, images, monkeypatch):
         name, kept, seconds, note = "rearrange", True, 1.0, "rearrangement was interrupted after 3 episodes"
 
     class Learned:
-        stages = (Stage,)
+        stages, content = (Stage,), None
 
     monkeypatch.setattr("vpruner.prune.learn.learn", lambda *_, **__: Learned)
     contender = module.contenders(CompareOptions())["v-pruner"]
     with pytest.raises(KeyboardInterrupt):
         contender.make(None, None, None, 0.5, 0)
+
+
+def test_a_plan_by_content_is_saved_with_its_score_and_exported(card, images, tmp_path, monkeypatch):
+    geometry = open_model(card).adapter.geometry
+    plan = TokenPlan("tiny", geometry, [range(16), range(10), range(6)])
+    random = np.random.default_rng(0)
+    content = ContentPlan(plan, random.normal(size=(2, 48)), random.normal(size=(2, 16)))
+    learned = Learned(plan, None, (), content)
+    monkeypatch.setattr("vpruner.prune.learn.learn", lambda *_, selection, **__: {"content": learned}[selection])
+    given = options(card, images, methods=("v-pruner-content",), latency=True, seconds=0.1)
+    rows = of(module.compare(given, tmp_path, Reporter(quiet=True))["rows"], "compared")
+    assert rows["v-pruner-content"]["form"] == "rule" and rows["v-pruner-content"]["counts"] == [17, 11, 7]
+    (path,) = (tmp_path / "plans").iterdir()
+    assert np.allclose(load_plan(path).prior, content.prior)
+    monkeypatch.setattr("vpruner.prune.learn.learn", lambda *_, **__: pytest.fail("learned again"))
+    result = module.compare(replace(given, batches=(1, 2)), tmp_path, Reporter(quiet=True))
+    graphs = [row for row in result["rows"] if row["kind"] == "graph"]
+    assert [(row["batch"], row["failure"]) for row in graphs] == [(1, None), (2, None)]
 
 
 def test_large_graphs_are_timed_in_groups(tmp_path, monkeypatch):

@@ -1,0 +1,77 @@
+"""benchmarks/compare.py: what another benchmark measured is taken over, with a graph of as many tokens."""
+
+import json
+
+import pytest
+
+pytest.importorskip("timm")
+
+from tiny_cards import write_card, write_images
+
+from vpruner.artifacts import append_rows, read_rows
+from vpruner.prune.cost import dense_macs
+from vpruner.prune.plan import Geometry, TokenPlan
+
+GEOMETRY = Geometry(
+    depth=12, embed_dim=384, num_heads=6, head_dim=64, grid=(14, 14), prefix_tokens=1, image_size=(224, 224)
+)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+    return write_images(tmp_path / "train"), write_images(tmp_path / "val")
+
+
+def measured(metric, value, **changes):
+    """A row as benchmarks/accuracy.py writes it."""
+    row = {
+        "kind": "accuracy", "label": "pruned", "metric": metric, "value": value, "low": value - 0.1,
+        "high": value + 0.1, "count": 24, "method": "fisher + ppo + weights", "target": 0.8, "seed": 0, "images": 16,
+        "eval_images": 24, "data": "train", "eval_data": "val", "episodes": 384, "macs_ratio": 0.79,
+        "counts": [16, 12, 9], "kept": {"rearrange": True, "tune": False}, "seconds": 7.5, "environment": {},
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def test_results_are_taken_over_where_everything_is_the_same(script, folders, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    benchmark = script("compare")
+    train, val = folders
+    append_rows(
+        tmp_path / "accuracy.jsonl",
+        [
+            measured("top1_difference", -0.25),
+            measured("kl", 0.125),
+            measured("kl", 9.0, seed=1),
+            measured("kl", 9.0, images=17),
+            measured("kl", 9.0, episodes=8),
+        ],
+    )
+    monkeypatch.setattr("vpruner.prune.learn.learn", lambda *_, **__: pytest.fail("learned what is there"))
+    results, folder = tmp_path / "compare.jsonl", tmp_path / "out"
+    benchmark.main(
+        [
+            "--phase", "accuracy", "--model", str(write_card(tmp_path)), "--data", str(train), "--eval-data", str(val),
+            "--images", "16", "--eval-images", "24", "--targets", "0.8", "--seeds", "1", "--methods", "v-pruner",
+            "--batch", "1", "--taken-over", str(tmp_path / "accuracy.jsonl"), "--results", str(results),
+            "-o", str(folder),
+        ]
+    )  # fmt: skip
+    row, graph = read_rows(results)
+    assert (row["kind"], row["method"], row["from"]) == ("compared", "v-pruner", "benchmarks/accuracy.py")
+    assert row["kl"] == {"value": 0.125, "low": 0.025, "high": 0.225, "count": 24}
+    assert row["top1_difference"]["value"] == -0.25 and row["counts"] == [17, 13, 10] and not row["tuned"]
+    assert graph["kind"] == "graph" and graph["failure"] is None and graph["key"] == row["key"]
+    (path,) = (folder / "plans").iterdir()
+    assert [len(kept) for kept in TokenPlan.load(path).kept] == [16, 12, 9]
+    assert str(tmp_path) not in json.dumps([row, graph]), "rows name folders of this machine"
+
+
+@pytest.mark.parametrize("target", [0.8, 0.65])
+def test_saint_without_trained_weights_meets_the_budget(script, target):
+    rule = script("compare").frozen_saint(GEOMETRY, target)
+    ratio = rule.static_macs() / dense_macs(GEOMETRY)
+    assert target - 0.02 < ratio <= target
+    assert rule.drops[6:] == (0,) * 6 and sum(rule.drops) > 0
