@@ -810,7 +810,15 @@ def _print_rungs(rungs, output: Path, as_json: bool, deployed, **more: Any) -> N
     _table(
         "parity",
         ["rung", "difference", "tolerance", "images"],
-        [[r.name, f"{r.difference:.1e}", f"{r.tolerance:.0e}", str(r.compared)] for r in rungs],
+        [
+            [
+                r.name,
+                f"{r.difference:.1e}",
+                f"{r.tolerance:.0e}",
+                f"{r.compared}, {r.near_ties} near-ties" if r.near_ties else str(r.compared),
+            ]
+            for r in rungs
+        ],
     )
     if deployed is not None:
         click.echo(deployed.summary)
