@@ -269,7 +269,7 @@ stage_options = _options(
         default="static",
         show_default=True,
         type=click.Choice(SELECTIONS),
-        help="Keep the same patches of every image, or as many of each, chosen by a learnt score.",
+        help="Keep the same patches of every image, or as many of each, chosen by similarity.",
     ),
     click.option(
         "--episodes",

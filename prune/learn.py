@@ -5,7 +5,7 @@
 3. *Tuning* (:mod:`vpruner.prune.tune`): weights or gates are refitted to restore the dense model's behaviour.
 
 Asked for, a fourth follows, *selection by content* (:mod:`vpruner.prune.methods.content`): the counts stay, and each
-image chooses its own patches by a score that is learnt.
+image chooses its own patches by a score.
 
 Each stage is judged on calibration images that no stage fits to, and undone where it does not help there.
 
@@ -270,9 +270,9 @@ def learn(
     content = None
     if drops and selection == "content":
         started, refit = time.perf_counter(), tuning == "weights"
-        steps = choosing_steps(geometry, len(calibration.fit), refit)
+        steps = choosing_steps(geometry, refit)
         with reporter.stage("Selection by content", steps, unit="steps") as advance:
-            chosen = choose_by_content(adapter, plan, weights, calibration, refit=refit, seed=seed, on_step=advance)
+            chosen = choose_by_content(adapter, plan, weights, calibration, refit=refit, on_step=advance)
         reporter.remark(chosen.note)
         content, kept = chosen.plan, chosen.plan is not None
         weights = chosen.weights if kept else weights
@@ -299,7 +299,7 @@ def learn(
         stages=[{k: v for k, v in stage.to_json().items() if k != "history"} for stage in stages],
     )
     if content is not None:
-        content = ContentPlan(plan, content.token, content.prior)
+        content = ContentPlan(plan, content.prior_weight)
     return Learned(plan, weights, tuple(stages), content)
 
 

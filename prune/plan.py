@@ -385,8 +385,8 @@ def write_plan_json(path: str | PathLike, content: Mapping[str, Any]) -> None:
     """Write what ``to_json`` gives, one block's list per line."""
     lines = {
         name: "[\n  " + ",\n  ".join(json.dumps(row) for row in content[name]) + "\n ]"
-        for name in ("kept", "gates", "token", "prior")
-        if content.get(name)
+        for name in ("kept", "gates")
+        if content[name]
     }
     text = json.dumps({**content, **{name: f"@{name}@" for name in lines}}, indent=1)
     for name, rows in lines.items():

@@ -48,7 +48,6 @@ def finished(card, images, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Judgement, "better", True)
-        patch.setattr(content, "BATCH", 6)
         patch.setattr(learn, "tune", tuning(1.5))
         patch.setattr(content, "tune", tuning(1.25))
         call("run", card, "--data", images, *OPTIONS, "--select", "content", "--seconds", 0.3, "-o", folder)
@@ -120,7 +119,6 @@ def test_commands_for_static_plans_say_that_it_is_none(finished, tmp_path):
 
 def test_what_does_not_help_is_undone(card, images, tmp_path, monkeypatch):
     monkeypatch.setattr(Judgement, "better", False)
-    monkeypatch.setattr(content, "EPOCHS", 1)
     output = tmp_path / "plan.json"
     result = call("prune", card, "--data", images, *OPTIONS, "--select", "content", "-o", output)
     assert isinstance(load_plan(output), TokenPlan)

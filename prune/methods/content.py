@@ -3,20 +3,21 @@
 How many patches enter each block is fixed, as in a :class:`~vpruner.prune.plan.TokenPlan`, so costs and shapes are the
 plan's. Which ones, a cheap score decides: in each block that drops patches, it ranks them before the attention, and
 those that leave give keys and values, but are no queries any more (dead tokens, as in the plan). That is one
-matrix-vector product, one TopK and one Gather per block that drops.
+product of keys with themselves, one TopK and one Gather per block that drops.
 
-The score is a linear probe on each patch with a prior of its place (:class:`ProbeScore`). At the start it is the static
-plan: the prior alone, by the block at which each place leaves. From there it is learnt (:func:`learn_score`) so that
-the model *as pruned* agrees with the dense one. That matters: fitted to the Fisher importance of single patches in the
-dense model, the same probe tells far better than a prior which patch matters, and chooses worse, because neighbours
-carry the same and leave together. Scores of other methods serve for comparison: attention of the class token (EViT,
-arXiv 2202.07800), length of the key, and how little the key resembles the others.
+The score (:class:`AnchoredScore`) needs no training. Every other patch of the grid, as on a checkerboard, is an anchor;
+of the rest, those leave whose key is most like an anchor's that is left, so that what they carried is still there.
+Similarity of keys as in ToMe (arXiv 2210.09461) and SAINT (arXiv 2503.11549), but the sides are places of the grid. To
+that the plan is added as a prior, by the block at which each place leaves; how much it counts is chosen on calibration
+images. Scores that look at one patch alone serve for comparison: attention of the class token (EViT, arXiv 2202.07800),
+length of the key, and how little it resembles the mean. They rank neighbours alike, which carry the same, and so leave
+together: all of them choose worse than the static plan does (``benchmarks/content_scores.py``).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -24,7 +25,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..calibration import Calibration, Judgement, divergence
 from ..content_plan import ContentPlan
@@ -33,20 +33,17 @@ from ..fisher import batch_size_for
 from ..plan import Geometry, TokenPlan
 from ..search import check_target, minimum_macs
 from ..tune import tune, with_weights
-from ..vit import ALMOST_CLOSED, ViTAdapter, embed_images
+from ..vit import ViTAdapter
 from .method import Method, register
-from .rule import BlockView, Keep, TokenRule, pooling_hooks, top_rows, with_prefix
+from .rule import BlockView, Keep, TokenRule, top_rows, with_prefix
 
-#: How often the images are gone through, and how many make a step.
-EPOCHS, BATCH = 4, 64
-#: A probe has few weights: more images than this change little.
-SCORE_IMAGES = 2048
-#: Step sizes of Adam at their height, for probe and prior; a unit of the score is a block earlier or later.
-PROBE_RATE, PRIOR_RATE = 2e-3, 0.05
-#: Share of the steps in which the step size rises.
-WARM_UP = 0.1
-#: Width of the sigmoid that stands for the choice in the backward pass.
-TEMPERATURE = 1.0
+#: What the prior may count: the similarity that staying for the whole depth is worth. On the bundled model at half of
+#: its MACs, without a refit, the KL divergence is 0.074 with none and 0.065 with 0.15 or 0.4; the plan's own is 0.093.
+PRIOR_WEIGHTS = (0.0, 0.15, 0.4, 0.8, 1.6)
+#: Images that the weight is chosen on.
+CHOICE_IMAGES = 512
+#: Added to the similarity to what is no anchor, and to the score of what is one: cosines are within -1 and 1.
+NO_ANCHOR, LIFT = -4.0, 16.0
 
 
 class Score(ABC):
@@ -106,35 +103,61 @@ class DistinctScore(Score):
         return (keys - geometry.prefix_tokens) * geometry.head_dim
 
 
+def anchors_of(grid: tuple[int, int]) -> np.ndarray:
+    """bool [patch]: every other patch of the grid, as on a checkerboard."""
+    rows, columns = np.indices(grid)
+    return ((rows + columns) % 2 == 1).ravel()
+
+
+def nearest_anchor(metric: Tensor, others: Tensor) -> Tensor:
+    """float [batch, patch]: the highest similarity of each patch to an anchor other than itself.
+
+    Args:
+        metric: [batch, patch, head_dim], each of length 1.
+        others: float [batch, patch]: 0 for anchors, :data:`NO_ANCHOR` for what is none.
+    """
+    itself = NO_ANCHOR * torch.eye(metric.shape[1], dtype=metric.dtype, device=metric.device)
+    return (metric @ metric.transpose(1, 2) + (others[:, None] + itself)).amax(2)
+
+
 @dataclass(frozen=True, eq=False)
-class ProbeScore(Score):
-    """A linear probe on each patch, with a prior of its place in the grid.
+class AnchoredScore(Score):
+    """How little a patch resembles its nearest anchor, with a prior of its place.
 
-        score of patch i at place p = x_i . w + prior[p]
+        score of patch i at place p = prior[p] - max over anchors j of cos(k_i, k_j) + (LIFT where i is an anchor)
 
-    with x what the attention of this block reads.
+    with k the key of this block, averaged over heads. Anchors are the patches of a checkerboard that are left; none of
+    them leaves as long as another patch can, so every patch that leaves has neighbours that stay.
 
     Attributes:
-        token: float32 [block L - 1, channel]: w.
-        prior: float32 [block L - 1, patch].
+        grid: Of the patches.
+        prior: float32 [patch].
     """
 
-    name: ClassVar[str] = "probe"
+    name: ClassVar[str] = "anchored"
 
-    token: np.ndarray
+    grid: tuple[int, int]
     prior: np.ndarray
 
-    def __call__(self, block: int, view: BlockView) -> Tensor:
-        patches = view.normed[:, view.prefix :]
-        prior = self._weights(self.prior, block, patches).index_select(0, view.positions.flatten())
-        return (patches @ self._weights(self.token, block, patches)[:, None])[..., 0] + prior.view(patches.shape[:2])
+    @classmethod
+    def of_plan(cls, plan: TokenPlan, weight: float) -> AnchoredScore:
+        """With ``weight`` times the share of the blocks that each place enters in ``plan`` as the prior."""
+        return cls(plan.geometry.grid, (weight * plan.exits / plan.geometry.depth).astype(np.float32))
 
-    @staticmethod
-    def _weights(values: np.ndarray, block: int, like: Tensor) -> Tensor:
-        return torch.from_numpy(values[block]).to(like)
+    def __call__(self, block: int, view: BlockView) -> Tensor:
+        metric = view.mean_key()[:, view.prefix :]
+        places, anchors = view.positions.flatten(), anchors_of(self.grid)
+
+        def at_places(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(metric).index_select(0, places).view(metric.shape[:2])
+
+        others = at_places(np.where(anchors, np.float32(0), np.float32(NO_ANCHOR)))
+        lifted = at_places(self.prior + np.where(anchors, np.float32(LIFT), np.float32(0)))
+        return lifted - nearest_anchor(metric, others)
 
     def macs(self, geometry: Geometry, keys: np.ndarray) -> np.ndarray:
-        return (keys - geometry.prefix_tokens) * geometry.embed_dim
+        patches = keys - geometry.prefix_tokens
+        return patches * patches * geometry.head_dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +197,7 @@ class ContentRule(TokenRule):
     @classmethod
     def of(cls, plan: ContentPlan) -> ContentRule:
         """The rule that a plan by content describes."""
-        return cls.of_plan(plan.plan, ProbeScore(plan.token, plan.prior))
+        return cls.of_plan(plan.plan, AnchoredScore.of_plan(plan.plan, plan.prior_weight))
 
     @classmethod
     def of_plan(cls, plan: TokenPlan, score: Score) -> ContentRule:
@@ -207,133 +230,23 @@ class ContentRule(TokenRule):
         return Keep(with_prefix(rows, view.prefix))
 
 
-# -- learning the score -----------------------------------------------------------------------------------------------
+# -- how much the prior counts -----------------------------------------------------------------------------------------
 
 
-def prior_of(plan: TokenPlan) -> ProbeScore:
-    """The score that chooses what ``plan`` keeps, in every image: places by the block at which they leave."""
-    blocks = plan.geometry.depth - 1
-    prior = np.tile(plan.exits.astype(np.float32), (blocks, 1))
-    return ProbeScore(np.zeros((blocks, plan.geometry.embed_dim), np.float32), prior)
-
-
-def learn_score(
-    adapter: ViTAdapter,
-    plan: TokenPlan,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    steps: int,
-    *,
-    start: ProbeScore | None = None,
-    probe_rate: float = PROBE_RATE,
-    prior_rate: float = PRIOR_RATE,
-    temperature: float = TEMPERATURE,
-    on_step: Callable[[int], None] = lambda count: None,
-) -> ProbeScore:
-    """Learn which patches to keep of each image, so that the model as pruned agrees with the dense one.
-
-    Every block computes every token; those that have left are masked as keys, as in the forward pass of a gate that is
-    closed. The choice is hard going forward, and going backward a sigmoid of the score's distance from the last place
-    (straight-through), so that a patch that has left gets a gradient too: what letting it back in would change. Weights
-    stay as they are; within :func:`~vpruner.prune.tune.with_weights` they may be others than the dense model's.
+def best_prior_weight(
+    plan: TokenPlan, losses: Callable[[ContentRule], float], on_step: Callable[[int], None] = lambda count: None
+) -> tuple[float, dict[float, float]]:
+    """The weight from :data:`PRIOR_WEIGHTS` whose rule loses least, and what each of them loses.
 
     Args:
-        adapter: The model, in evaluation mode.
-        plan: Gives the counts, and what leaves before the first block.
-        batches: (images float [batch, channel, height, width], output of the dense model [batch, output]), in the order
-            of training, ``steps`` of them.
-        steps: For the schedule of the step size.
-        start: Where to begin; None: at the plan, :func:`prior_of`.
-        probe_rate, prior_rate, temperature: See the module's constants.
-        on_step: Called with 1 after each batch.
+        losses: What a rule loses.
+        on_step: Called with 1 after each weight.
     """
-    geometry, model = adapter.geometry, adapter.model
-    parameter = next(model.parameters())
-    start = prior_of(plan) if start is None else start
-    probe, prior = (
-        torch.from_numpy(values).to(parameter.device, torch.float32, copy=True).requires_grad_()
-        for values in (start.token, start.prior)
-    )
-    optimizer = torch.optim.Adam([{"params": [probe]}, {"params": [prior]}], betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [probe_rate, prior_rate], total_steps=max(steps, 2), pct_start=WARM_UP
-    )
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        for images, dense in batches:
-            with torch.enable_grad():
-                output = _run_choosing(adapter, plan, probe, prior, images, temperature)
-                loss = divergence(dense.to(output.device), output, geometry.output).mean()
-                probe.grad, prior.grad = torch.autograd.grad(loss, (probe, prior))
-            optimizer.step()
-            schedule.step()
-            on_step(1)
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-    return ProbeScore(probe.detach().cpu().numpy(), prior.detach().cpu().numpy())
-
-
-def _run_choosing(
-    adapter: ViTAdapter, plan: TokenPlan, probe: Tensor, prior: Tensor, images: Tensor, temperature: float
-) -> Tensor:
-    """[image, output] of the masked model, with a gradient to probe and prior."""
-    geometry, model = adapter.geometry, adapter.model
-    parameter = next(model.parameters())
-    prefix, kept = geometry.prefix_tokens, [len(indices) for indices in plan.kept]
-    with torch.no_grad():
-        x = embed_images(model, images.to(parameter))
-    mask = torch.from_numpy(plan.mask[0]).to(x).expand(len(x), -1)
-    for index, block in enumerate(model.blocks):
-        after = mask
-        if index + 1 < geometry.depth and kept[index + 1] < kept[index]:
-            with torch.no_grad():
-                normed = block.norm1(x)[:, prefix:].float()
-            score = normed @ probe[index] + prior[index]
-            left = score.detach().masked_fill(mask.detach() < 0.5, -torch.inf)
-            edge = left.topk(kept[index + 1] + 1, dim=1).values[:, -2:].mean(1, keepdim=True)
-            soft = ((score - edge) / temperature).sigmoid()
-            after = mask * ((left > edge).to(soft) + soft - soft.detach()).to(mask)
-        bias = F.pad((mask + ALMOST_CLOSED).log(), (prefix, 0))[:, None, None]
-        x = block(x, attn_mask=bias)
-        mask = after
-    weight = F.pad(mask + ALMOST_CLOSED, (prefix, 0), value=1.0)
-    hooks = list(pooling_hooks(geometry, model, lambda: weight))
-    try:
-        return model.forward_head(model.norm(x)).float()
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def shuffled_batches(
-    count: int,
-    images_of: Callable[[np.ndarray], Tensor],
-    outputs_of: Callable[[np.ndarray], Tensor],
-    *,
-    epochs: int = EPOCHS,
-    seed: int = 0,
-) -> tuple[Iterator[tuple[Tensor, Tensor]], int]:
-    """What :func:`learn_score` goes through, and how many batches that is.
-
-    Args:
-        count: Images.
-        images_of, outputs_of: int64 [batch] below ``count`` -> those images, and what the dense model makes of them.
-        epochs: How often each image comes.
-        seed: Of their order.
-    """
-    size = min(BATCH, count)
-    random = np.random.default_rng(seed)
-
-    def draw() -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(epochs):
-            order = random.permutation(count)
-            for first in range(0, count - size + 1, size):
-                chosen = order[first : first + size]
-                yield images_of(chosen), outputs_of(chosen)
-
-    return draw(), epochs * (count // size)
+    found = {}
+    for weight in PRIOR_WEIGHTS:
+        found[weight] = losses(ContentRule.of_plan(plan, AnchoredScore.of_plan(plan, weight)))
+        on_step(1)
+    return min(found, key=found.__getitem__), found
 
 
 @dataclass(frozen=True)
@@ -362,44 +275,40 @@ def choose_by_content(
     calibration: Calibration,
     *,
     refit: bool = True,
-    epochs: int = EPOCHS,
-    images: int | None = None,
-    seed: int = 0,
     on_step: Callable[[int], None] = lambda count: None,
 ) -> Chosen:
     """Let each image choose its patches, where that brings the model closer to the dense one than ``plan`` does.
 
-    The score is learnt in view of the weights tuned for the plan, which stand in for the rule's; then weights are
-    refitted with the rows that the rule keeps. Both are fitted to ``calibration.fit`` and judged on
+    How much the plan counts as a prior is chosen with the weights tuned for the plan, which stand in for the rule's;
+    then weights are refitted with the rows that the rule keeps. Both are fitted to ``calibration.fit`` and judged on
     ``calibration.held_out``.
 
     Args:
         plan, weights: The static plan, and what was tuned for it (None: nothing).
         refit: Whether weights are tuned for the rule, too.
-        epochs, images, seed: How often the score's images are gone through, how many they are at most (None:
-            :data:`SCORE_IMAGES`), and their order.
-        on_step: Called with the number of steps done, :func:`choosing_steps` of them.
+        on_step: Called with the number of steps done, :func:`choosing_steps` of them at most.
     """
-    fit = calibration.fit[: SCORE_IMAGES if images is None else images]
-    before = _judged(adapter, plan, weights, calibration)
+    images = calibration.fit[:CHOICE_IMAGES]
+    calibration.dense_outputs(adapter, np.concatenate([images, calibration.held_out]))
 
-    def outputs_of(chosen: np.ndarray) -> Tensor:
-        return calibration.dense_outputs(adapter, fit[chosen])
+    def divergences(reduction: TokenPlan | TokenRule, tuned: Mapping[str, Tensor] | None, on: np.ndarray) -> np.ndarray:
+        with with_weights(adapter.model, tuned):
+            return calibration.divergence(adapter, reduction, on)
 
-    outputs_of(np.arange(len(fit)))  # All at once: larger batches.
-    stream, steps = shuffled_batches(
-        len(fit), lambda chosen: calibration.images(fit[chosen]), outputs_of, epochs=epochs, seed=seed
-    )
-    with with_weights(adapter.model, weights):
-        score = learn_score(adapter, plan, stream, steps, on_step=on_step)
-    rule = ContentRule.of_plan(plan, score)
-    details: dict[str, Any] = {"score": score.name, "score_images": len(fit), "epochs": epochs}
+    before = divergences(plan, weights, calibration.held_out)
+    weight, losses = best_prior_weight(plan, lambda rule: float(divergences(rule, weights, images).mean()), on_step)
+    rule = ContentRule.of_plan(plan, AnchoredScore.of_plan(plan, weight))
+    details: dict[str, Any] = {
+        "score": rule.score.name,
+        "prior_weight": weight,
+        "prior_weights": [[candidate, round(loss, 6)] for candidate, loss in losses.items()],
+        "choice_images": len(images),
+    }
     found = None if weights is None else dict(weights)
     if refit:
         tuned = tune(adapter, rule, calibration, "weights", on_step=on_step)
-        found, details = tuned.weights, {**details, **tuned.details}
-    after = _judged(adapter, rule, found, calibration)
-    judgement = Judgement.of(before, after)
+        found, details = tuned.weights, {**tuned.details, **details}
+    judgement = Judgement.of(before, divergences(rule, found, calibration.held_out))
     if not judgement.better:
         note = (
             f"Choice by content was undone: on {judgement.images} held-out images the divergence from the dense model "
@@ -408,45 +317,29 @@ def choose_by_content(
         )
         return Chosen(None, None, judgement, note, details)
     details["score_share"] = round((rule.static_macs() - plan_macs(plan)) / dense_macs(plan.geometry), 6)
-    return Chosen(ContentPlan(plan, score.token, score.prior), found, judgement, "", details)
+    return Chosen(ContentPlan(plan, weight), found, judgement, "", details)
 
 
-def choosing_steps(geometry: Geometry, images: int, refit: bool, epochs: int = EPOCHS) -> int:
-    """How many steps :func:`choose_by_content` reports for so many images to fit to."""
-    count = min(images, SCORE_IMAGES)
-    return epochs * (count // max(1, min(BATCH, count))) + (geometry.depth if refit else 0)
-
-
-def _judged(
-    adapter: ViTAdapter,
-    plan: TokenPlan | TokenRule,
-    weights: Mapping[str, Tensor] | None,
-    calibration: Calibration,
-) -> np.ndarray:
-    # The dense model's outputs are those of its own weights.
-    calibration.dense_outputs(adapter, calibration.held_out)
-    with with_weights(adapter.model, weights):
-        return calibration.divergence(adapter, plan, calibration.held_out)
+def choosing_steps(geometry: Geometry, refit: bool) -> int:
+    return len(PRIOR_WEIGHTS) + (geometry.depth if refit else 0)
 
 
 @register
 @dataclass(frozen=True)
 class Content(Method):
-    """The counts of a Fisher search, the patches of each image chosen by a learnt score.
+    """The counts of a Fisher search; each image keeps patches unlike those that others stand for.
 
     Attributes:
         plan: A plan whose counts to take; None: one is searched for.
-        epochs: How often the images are gone through to learn the score.
     """
 
     name: ClassVar[str] = "content"
-    source: ClassVar[str] = "counts of a Fisher search, as V-Pruner (AAAI 2026); scored by a linear probe per block"
+    source: ClassVar[str] = "counts of a Fisher search, as V-Pruner (AAAI 2026); similarity of keys to anchors"
     needs_images: ClassVar[bool] = True
     enough_images: ClassVar[int | None] = 1024
     seeded: ClassVar[bool] = True
 
     plan: TokenPlan | None = None
-    epochs: int = EPOCHS
 
     def make(self, adapter: ViTAdapter, batches: Sequence[Tensor], target: float, *, seed: int = 0) -> ContentRule:
         from ..learn import round_sizes, search_in_rounds
@@ -463,16 +356,23 @@ class Content(Method):
                 for images_of_round in images.split(round_sizes(len(images), None))
             ]
             plan = search_in_rounds(adapter, rounds, loss, counts_target(geometry, target), seed=seed).plan
-        with torch.inference_mode():
-            parts = images.split(batch_size_for(geometry))
-            dense = torch.cat([adapter.model(part.to(parameter)).float() for part in parts]).clone()
-        stream, steps = shuffled_batches(
-            len(images), images.__getitem__, dense.__getitem__, epochs=self.epochs, seed=seed
-        )
-        return ContentRule.of_plan(plan, learn_score(adapter, plan, stream, steps))
+        few = images[:CHOICE_IMAGES].split(batch_size_for(geometry))
+
+        def outputs(model: Callable[[Tensor], Tensor]) -> Tensor:
+            with torch.inference_mode():
+                return torch.cat([model(part.to(parameter)).float() for part in few])
+
+        dense = outputs(adapter.model)
+
+        def loss_of(rule: ContentRule) -> float:
+            with rule.applied(adapter) as run:
+                return float(divergence(dense, outputs(run), geometry.output).mean())
+
+        weight, _ = best_prior_weight(plan, loss_of)
+        return ContentRule.of_plan(plan, AnchoredScore.of_plan(plan, weight))
 
 
 def counts_target(geometry: Geometry, target: float) -> float:
     """The share of the dense MACs that is left for the model where the scores are paid for too."""
-    most = (geometry.depth - 1) * geometry.patches * geometry.embed_dim / dense_macs(geometry)
+    most = (geometry.depth - 1) * geometry.patches**2 * geometry.head_dim / dense_macs(geometry)
     return max(target - most, min(target, minimum_macs(geometry) / dense_macs(geometry)))

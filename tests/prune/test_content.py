@@ -7,18 +7,19 @@ from tiny_vits import KINDS, calibration_for, half_plan, tiny
 from token_rules import images_for
 from torch.nn import functional as F
 
-from vpruner.prune.calibration import divergence
+from vpruner.prune.content_plan import ContentPlan
 from vpruner.prune.cost import dense_macs, plan_macs
 from vpruner.prune.methods import content, find_method
 from vpruner.prune.methods.content import (
+    PRIOR_WEIGHTS,
+    AnchoredScore,
     AttentionScore,
     ContentRule,
     DistinctScore,
     NormScore,
-    ProbeScore,
-    learn_score,
-    prior_of,
-    shuffled_batches,
+    Score,
+    choose_by_content,
+    choosing_steps,
 )
 from vpruner.prune.plan import TokenPlan
 from vpruner.prune.tune import refit_weights, tune
@@ -29,29 +30,47 @@ def adapter_of(kind: str = "class token", **changes) -> ViTAdapter:
     return ViTAdapter(tiny(kind, **changes).requires_grad_(False), kind)
 
 
-def random_score(geometry, seed: int = 0) -> ProbeScore:
-    random = np.random.default_rng(seed)
-    blocks = geometry.depth - 1
-    return ProbeScore(
-        random.standard_normal((blocks, geometry.embed_dim), np.float32),
-        random.standard_normal((blocks, geometry.patches), np.float32),
-    )
+class PlanScore(Score):
+    """Ranks places as a plan does, whatever the image: the rule must then be the plan."""
+
+    name = "plan"
+
+    def __init__(self, plan: TokenPlan):
+        self.exits = torch.from_numpy(plan.exits).double()
+
+    def __call__(self, block, view):
+        return self.exits[view.positions]
+
+    def macs(self, geometry, keys):
+        return 7 * keys
 
 
-def masked_output(adapter: ViTAdapter, plan: TokenPlan, score: ProbeScore, image: torch.Tensor) -> torch.Tensor:
+def masked_output(adapter: ViTAdapter, plan: TokenPlan, weight: float, image: torch.Tensor) -> torch.Tensor:
     """[output] of one image, the slow way: every token computed, those that have left masked as keys and in the head.
 
     Patches are chosen one after the other, in a loop over the grid.
     """
+
+    def is_anchor(patch: int) -> bool:
+        row, column = divmod(patch, plan.geometry.grid[1])
+        return (row + column) % 2 == 1
+
     model, prefix = adapter.model, adapter.geometry.prefix_tokens
     x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))
     alive = set(plan.kept[0])
     for index, block in enumerate(model.blocks):
         entering = sorted(alive)
         if index + 1 < len(plan.kept):
-            normed = block.norm1(x)[0, prefix:]
-            token, prior = (torch.from_numpy(v[index]).to(x) for v in (score.token, score.prior))
-            ranked = sorted(alive, key=lambda patch: float(-(normed[patch] @ token + prior[patch])))
+            qkv = block.attn.qkv(block.norm1(x))[0].unflatten(-1, (3, block.attn.num_heads, block.attn.head_dim))
+            keys = block.attn.k_norm(qkv[prefix:, 1]).mean(1)
+            cosine = F.cosine_similarity(keys[:, None], keys[None], dim=-1)
+
+            def score(patch, cosine=cosine, alive=tuple(alive)):
+                near = [float(cosine[patch, other]) for other in alive if is_anchor(other) and other != patch]
+                stays = weight * int(plan.exits[patch]) / len(plan.kept)
+                return (is_anchor(patch), stays - max(near, default=0.0))
+
+            ranked = sorted(alive, key=score, reverse=True)
             alive = set(ranked[: len(plan.kept[index + 1])])
         bias = torch.full((1, 1, 1, x.shape[1]), -torch.inf, dtype=x.dtype)
         bias[..., :prefix] = 0
@@ -67,11 +86,10 @@ def test_each_image_keeps_what_its_score_says(kind, first):
     adapter = adapter_of(kind)
     adapter.model.double()
     plan, images = half_plan(adapter, first), images_for(adapter, 3)
-    score = random_score(adapter.geometry)
-    rule = ContentRule.of_plan(plan, score)
+    rule = ContentRule.of(ContentPlan(plan, 0.3))
     with rule.applied(adapter) as run:
         found = run(images)
-    expected = torch.stack([masked_output(adapter, plan, score, image) for image in images])
+    expected = torch.stack([masked_output(adapter, plan, 0.3, image) for image in images])
     assert (found - expected).abs().max() < 1e-10
     assert not torch.allclose(expected, adapter.model(images), atol=1e-3)
     assert run.key_counts.tolist() == [list(plan.key_counts)] * 3
@@ -79,18 +97,33 @@ def test_each_image_keeps_what_its_score_says(kind, first):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_starts_as_the_plan_at_the_cost_of_the_scores(kind):
+def test_a_score_that_ranks_as_the_plan_is_the_plan_at_the_cost_of_the_scores(kind):
     adapter = adapter_of(kind)
     adapter.model.double()
     plan, images = half_plan(adapter, first=0), images_for(adapter, 2)
-    rule = ContentRule.of_plan(plan, prior_of(plan))
+    rule = ContentRule.of_plan(plan, PlanScore(plan))
     with adapter.applied(plan):
         expected = adapter.model(images)
     with rule.applied(adapter) as run:
         assert (run(images) - expected).abs().max() < 1e-10
-    geometry, kept = adapter.geometry, [len(indices) for indices in plan.kept]
-    scores = sum(before * geometry.embed_dim for before, after in zip(kept, kept[1:], strict=False) if after < before)
-    assert rule.static_macs() == plan_macs(plan) + scores
+    scored = [keys for keys, after in zip(plan.key_counts, plan.key_counts[1:], strict=False) if after < keys]
+    assert rule.static_macs() == plan_macs(plan) + 7 * sum(scored)
+
+
+def test_anchors_leave_last_and_one_is_no_anchor_of_itself():
+    adapter = adapter_of()
+    geometry, images = adapter.geometry, images_for(adapter, 2, dtype=torch.float32)
+    anchors = content.anchors_of(geometry.grid)
+    assert anchors.reshape(geometry.grid)[:2, :3].tolist() == [[False, True, False], [True, False, True]]
+    score = AnchoredScore(geometry.grid, np.zeros(geometry.patches, np.float32))
+    half = int(anchors.sum())
+    for kept in (half + 3, half, half - 5):
+        with ContentRule(geometry, (geometry.patches, kept, kept, kept), score).applied(adapter) as run:
+            run(images)
+        rows = run.decisions[0][:, 1:] - 1
+        assert (anchors[rows.numpy()].sum(1) == min(kept, half)).all()
+    # Of equal similarity to themselves, anchors would leave in the order of the grid.
+    assert rows[0].sort().values.tolist() != np.flatnonzero(anchors)[: half - 5].tolist()
 
 
 @pytest.mark.parametrize("score", [AttentionScore(), NormScore(), NormScore(-1.0), DistinctScore()])
@@ -130,81 +163,68 @@ def test_counts_that_no_plan_has_are_refused(kept, entry):
 def test_nothing_to_keep_needs_no_score():
     adapter = adapter_of()
     geometry = adapter.geometry
-    rule = ContentRule(geometry, (geometry.patches, 0, 0, 0), prior_of(half_plan(adapter)))
+    rule = ContentRule(geometry, (geometry.patches, 0, 0, 0), DistinctScore())
     with rule.applied(adapter) as run:
         assert run(images_for(adapter, 2, dtype=torch.float32)).shape == (2, geometry.outputs)
     assert rule.static_macs() == run.macs[0]
 
 
-# -- learning ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["class token", "average pooling", "attention pooling"])
-def test_what_is_learnt_from_is_what_the_rule_computes(kind):
-    adapter = adapter_of(kind)
-    plan, images = half_plan(adapter, first=0), images_for(adapter, 3, dtype=torch.float32)
-    score = random_score(adapter.geometry)
-    with ContentRule.of_plan(plan, score).applied(adapter) as run:
-        expected = run(images)
-    tensors = (torch.from_numpy(values) for values in (score.token, score.prior))
-    found = content._run_choosing(adapter, plan, *tensors, images, 1.0)
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
-
-
-@pytest.mark.parametrize("kind", ["class token", "average pooling", "features"])
-def test_learning_brings_the_model_closer_and_leaves_it_as_it_was(kind):
-    adapter = adapter_of(kind)
-    for parameter in adapter.model.blocks[0].parameters():
-        parameter.requires_grad_(True)
-    before = {name: value.clone() for name, value in adapter.model.state_dict().items()}
-    flags = [parameter.requires_grad for parameter in adapter.model.parameters()]
-    plan, images = half_plan(adapter), images_for(adapter, 16, dtype=torch.float32)
-    with torch.no_grad():
-        dense = adapter.model(images)
-
-    def loss(score):
-        with torch.no_grad(), ContentRule.of_plan(plan, score).applied(adapter) as run:
-            return float(divergence(dense, run(images), adapter.geometry.output).mean())
-
-    stream, steps = shuffled_batches(16, images.__getitem__, dense.__getitem__, epochs=30)
-    score = learn_score(adapter, plan, stream, steps, probe_rate=0.02)
-    assert loss(score) < 0.8 * loss(prior_of(plan))
-    assert [parameter.requires_grad for parameter in adapter.model.parameters()] == flags
-    assert all(torch.equal(value, before[name]) for name, value in adapter.model.state_dict().items())
-
-
-def test_batches_go_through_every_image_once_per_epoch(monkeypatch):
-    monkeypatch.setattr(content, "BATCH", 4)
-    values = torch.arange(10)
-    stream, steps = shuffled_batches(10, values.__getitem__, values.__getitem__, epochs=2, seed=3)
-    batches = [left.tolist() for left, right in stream if torch.equal(left, right)]
-    assert len(batches) == steps == 4 and {len(batch) for batch in batches} == {4}
-    for epoch in (batches[:2], batches[2:]):
-        assert len({index for batch in epoch for index in batch}) == 8
+# -- method -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, target", [("class token", 0.6), ("average pooling", 0.7), ("features", 0.5)])
 def test_method_stays_within_the_target_scores_included(kind, target):
     adapter = adapter_of(kind)
     images = images_for(adapter, 24, dtype=torch.float32)
-    method = find_method("content")(epochs=1)
+    method = find_method("content")()
     rule = method.make(adapter, images.split(10), target, seed=1)
     assert isinstance(rule, ContentRule)
     assert 0.9 * target < rule.static_macs() / dense_macs(adapter.geometry) <= target
     again = method.make(adapter, images.split(24), target, seed=1)
-    assert again.kept == rule.kept and np.allclose(again.score.prior, rule.score.prior, atol=1e-4)
+    assert again.kept == rule.kept and (again.score.prior == rule.score.prior).all()
+
+
+def test_the_prior_counts_as_much_as_helps_most(monkeypatch):
+    plan = half_plan(adapter_of())
+    wanted = PRIOR_WEIGHTS[2]
+    priors = []
+
+    def loss(rule):
+        priors.append(rule.score.prior)
+        return abs(float(rule.score.prior.max()) - wanted)
+
+    weight, losses = content.best_prior_weight(plan, loss)
+    assert weight == wanted and list(losses) == list(PRIOR_WEIGHTS)
+    # A patch that never leaves has the whole weight, one that leaves before block 1 of 4 a quarter of it.
+    assert np.allclose(priors[2], wanted * plan.exits / 4)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_choice_is_kept_where_it_helps(better, monkeypatch):
+    monkeypatch.setattr(content.Judgement, "better", better)
+    adapter = adapter_of()
+    plan, calibration = half_plan(adapter), calibration_for(adapter)
+    steps = []
+    found = choose_by_content(adapter, plan, None, calibration, refit=False, on_step=steps.append)
+    assert sum(steps) == choosing_steps(adapter.geometry, False)
+    losses = dict(map(tuple, found.details["prior_weights"]))
+    assert losses[found.details["prior_weight"]] == min(losses.values()) and len(losses) == len(PRIOR_WEIGHTS)
+    rule = ContentRule.of(ContentPlan(plan, found.details["prior_weight"]))
+    after = calibration.divergence(adapter, rule, calibration.held_out).mean()
+    before = calibration.divergence(adapter, plan, calibration.held_out).mean()
+    assert (found.judgement.before, found.judgement.after) == pytest.approx((before, after))
+    assert (found.plan is not None) is better and bool(found.note) is not better
 
 
 # -- refit ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["class token", "average pooling", "attention pooling", "distilled"])
-def test_refit_under_the_prior_is_the_refit_of_the_plan(kind):
+@pytest.mark.parametrize("kind", ["class token", "attention pooling", "distilled"])
+def test_refit_under_the_plans_ranking_is_the_refit_of_the_plan(kind):
     adapter = adapter_of(kind)
     plan, calibration = half_plan(adapter, first=0), calibration_for(adapter)
     expected, _ = refit_weights(adapter, plan, calibration, calibration.fit)
-    rule = ContentRule.of_plan(plan, prior_of(plan))
-    found, _ = refit_weights(adapter, rule, calibration, calibration.fit)
+    found, _ = refit_weights(adapter, ContentRule.of_plan(plan, PlanScore(plan)), calibration, calibration.fit)
     assert found.keys() == expected.keys() and expected
     for name, value in expected.items():
         assert (found[name] - value).abs().max() < 1e-3 * value.abs().max(), name
@@ -213,15 +233,14 @@ def test_refit_under_the_prior_is_the_refit_of_the_plan(kind):
 def test_refit_helps_the_rule_on_images_it_was_not_fitted_to():
     adapter = adapter_of()
     plan, calibration = half_plan(adapter), calibration_for(adapter, 96, 32)
-    rule = ContentRule.of_plan(plan, random_score(adapter.geometry))
+    rule = ContentRule.of(ContentPlan(plan, 0.4))
     tuned = tune(adapter, rule, calibration)
-    assert tuned.kept and tuned.plan is rule and tuned.judgement.after < 0.8 * tuned.judgement.before
+    assert tuned.kept and tuned.plan is rule and tuned.judgement.after < 0.9 * tuned.judgement.before
 
 
 def test_what_a_rule_cannot_be_tuned_in_is_refused():
     adapter = adapter_of()
-    calibration = calibration_for(adapter)
-    rule = ContentRule.of_plan(half_plan(adapter), prior_of(half_plan(adapter)))
+    calibration, rule = calibration_for(adapter), ContentRule.of(ContentPlan(half_plan(adapter), 0.4))
     with pytest.raises(ValueError, match="gates belong to places"):
         tune(adapter, rule, calibration, "gates")
     merging = find_method("tome")().make(adapter, [], 0.7)
