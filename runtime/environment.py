@@ -21,6 +21,7 @@ PACKAGES = (
     "tensorrt",
     "torch",
     "timm",
+    "transformers",
     "onnx",
 )
 
