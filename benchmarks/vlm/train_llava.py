@@ -17,8 +17,9 @@ Four stages:
 3. The tower goes on alone, as in stage 1. Nothing in it depends on stage 2, so the two can run side by side.
 4. All of it goes on together on all 256 patches of new mosaics.
 
-No stage drops tokens: the model is not taught to stand pruning. All questions of a mosaic share its visual tokens and
-do not see each other.
+No stage drops tokens: the model is not taught to stand pruning. But positions are drawn as if some were gone, because
+a language model that has only seen 256 visual tokens reads no other distance between image and question, as those that
+learned from texts do. All questions of a mosaic share its visual tokens and do not see each other.
 
 Goes on where it stopped if OUTPUT/training.pt is there; the file is removed at the end.
 """
@@ -333,18 +334,32 @@ class Sheet:
         self.tokenizer = tokenizer
         self.start = torch.tensor(tokenizer("USER:").input_ids)
         self.slots = slots
-        first = len(self.start)
         patches = torch.arange(GRID**2).view(GRID, GRID)
         self.visual = patches[::2, ::2].flatten() if pooled else patches.flatten()
-        after = first + GRID**2
-        self.positions = torch.cat(
-            [torch.arange(first), first + self.visual, (after + torch.arange(SLOT)).repeat(slots)]
-        )[None]
-        self.prefix = first + len(self.visual)
+        self.prefix = len(self.start) + len(self.visual)
         slot = torch.cat([torch.full((self.prefix,), -1), torch.arange(slots).repeat_interleave(SLOT)])
         allowed = (slot[None, :] == -1) | (slot[:, None] == slot[None, :])
         allowed &= torch.ones_like(allowed).tril()
         self.mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
+
+    def positions(self, mosaics: int, generator: torch.Generator | None) -> torch.Tensor:
+        """int64 [mosaic, token]: the usual ones, or with a generator as if some patches, of some rows more, were gone.
+
+        None is. But all images here have as many tokens, and a language model that has seen one distance between image
+        and question alone cannot read any other; those of real LLaVAs have read texts of all lengths.
+        """
+        steps = torch.ones(mosaics, GRID**2, dtype=torch.long)
+        if generator is not None:
+            share = 0.1 + 0.9 * torch.rand(mosaics, 1, 1, generator=generator)
+            share = share * (0.5 + torch.rand(mosaics, GRID, 1, generator=generator))
+            missing = torch.rand(mosaics, GRID, GRID, generator=generator) > share
+            # A third of the images as they are.
+            missing &= torch.rand(mosaics, 1, 1, generator=generator) > 1 / 3
+            steps -= missing.flatten(1).long()
+        first = len(self.start)
+        patches = first + (steps.cumsum(1) - 1).clamp(min=0)
+        after = patches[:, -1:] + 1 + torch.arange(SLOT).repeat(self.slots)
+        return torch.cat([torch.arange(first).expand(mosaics, -1), patches[:, self.visual], after], 1)
 
     @cache  # noqa: B019 - a sheet lives as long as the training.
     def tokens(self, question: Question) -> tuple[int, ...]:
@@ -352,11 +367,16 @@ class Sheet:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def loss(
-        self, model: LlavaForConditionalGeneration, features: torch.Tensor, questions: list[list[Question]]
+        self,
+        model: LlavaForConditionalGeneration,
+        features: torch.Tensor,
+        questions: list[list[Question]],
+        generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss of the answers, and the share of right ones by kind.
 
-        ``features``: [mosaic, 256, width] of the tower; ``questions``: ``slots`` for each mosaic.
+        ``features``: [mosaic, 256, width] of the tower; ``questions``: ``slots`` for each mosaic; ``generator``: see
+        :meth:`positions`.
         """
         tokenizer, mosaics = self.tokenizer, len(features)
         if len(self.visual) < GRID**2:
@@ -379,7 +399,7 @@ class Sheet:
         hidden = model.model.language_model(
             inputs_embeds=inputs,
             attention_mask=self.mask.expand(mosaics, -1, -1, -1),
-            position_ids=self.positions.expand(mosaics, -1),
+            position_ids=self.positions(mosaics, generator),
             use_cache=False,
         ).last_hidden_state
         at_answer = self.prefix + SLOT * torch.arange(self.slots) + last
@@ -583,7 +603,7 @@ def main() -> None:
     def pooled_step(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         chosen = torch.randint(len(stored), (args.pooled_batch,), generator=generator)
         questions = [lesson(row, generator) for row in stored_cells[chosen].tolist()]
-        return sheet.loss(model, stored[chosen], questions)
+        return sheet.loss(model, stored[chosen], questions, generator)
 
     train("pooled", dict.fromkeys(language, args.pooled_lr), args.pooled_steps, 50, pooled_step)
     tower.requires_grad_(True)
@@ -596,7 +616,7 @@ def main() -> None:
         features, pooled = look(tower, pixels)
         tower_loss, share = heads.loss(features, pooled, cells)
         questions = [lesson(row, generator) for row in cells.tolist()]
-        loss, shares = whole_sheet.loss(model, features, questions)
+        loss, shares = whole_sheet.loss(model, features, questions, generator)
         return loss + 0.5 * tower_loss, {"cells": share, **shares}
 
     rates = {**dict.fromkeys(language, args.full_lr), tower: 0.3 * args.full_lr, heads: args.full_lr}

@@ -185,6 +185,19 @@ def test_questions_on_one_sheet_are_answered_as_alone(train_llava, mosaic, small
     assert shares["position"] == np.mean(right[:2])
 
 
+def test_positions_as_if_patches_were_gone(train_llava):
+    sheet = train_llava.Sheet(train_llava.make_tokenizer(), 2, pooled=False)
+    positions = sheet.positions(200, torch.Generator().manual_seed(0))
+    usual = sheet.positions(1, None)[0]
+    assert usual[:259].tolist() == list(range(259)) and usual[259:].tolist() == [*range(259, 269)] * 2
+    visual, after = positions[:, 3:259], positions[:, 259:]
+    assert (positions[:, :3] == torch.arange(3)).all()
+    assert set(visual.diff(dim=1).unique().tolist()) == {0, 1}
+    # Questions begin right behind the image, wherever that ends; a third of the images keep all positions.
+    assert (after[:, 0] == visual[:, -1] + 1).all() and (after[:, :10] == after[:, 10:]).all()
+    assert 0.25 < (after[:, 0] == 259).float().mean() < 0.5 and after[:, 0].min() < 80
+
+
 @pytest.fixture(scope="module")
 def reference():
     return open_model().adapter.model
