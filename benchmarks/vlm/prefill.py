@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -41,14 +42,14 @@ MODES = ("vit", "llm", "hybrid")
 
 
 def build(layers: int, dtype: torch.dtype, small: bool = False) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5-7B with fewer layers, or ``small``: a hundredth of its width, for trying out."""
+    """LLaVA-1.5-7B with fewer layers, or ``small``: a sixteenth of its width and a third of its image, for trying."""
     scale = 16 if small else 1
     vision = CLIPVisionConfig(
         hidden_size=1024 // scale,
         intermediate_size=4096 // scale,
         num_hidden_layers=24,
         num_attention_heads=16,
-        image_size=336,
+        image_size=112 if small else 336,
         patch_size=14,
         hidden_act="quick_gelu",
     )
@@ -132,7 +133,7 @@ def macs(parts, run: VLMRun | None, length: int) -> int:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=10.0, help="of weights")
     parser.add_argument("--layers", type=int, help="decoder layers, instead of as many as fit")
@@ -140,12 +141,14 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=40, help="words around the image")
     parser.add_argument("--keep", type=float, default=0.25)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=420.0, help="no new round after that")
+    parser.add_argument("--rounds", type=int, default=9, help="at most; fewer where --minutes would be exceeded")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything, but at least 3 rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--small", action="store_true", help="a sixteenth of the width, to try the script")
+    parser.add_argument(
+        "--small", action="store_true", help="a sixteenth of the width, a third of the image: to try the script"
+    )
     parser.add_argument("--output", type=Path, default=HERE.parent / "results" / "vlm_prefill.jsonl")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype) if options.dtype else faster_dtype(options.small)
     layers = options.layers or layers_that_fit(options.gib, dtype)
@@ -157,10 +160,11 @@ def main() -> None:
 
     words = torch.randint(3, 30000, (options.text,), generator=torch.Generator().manual_seed(1))
     ids = torch.cat([words[: len(words) // 2], torch.full((parts.features,), IMAGE_TOKEN), words[len(words) // 2 :]])
+    side = parts.tower.config.image_size
     inputs = {
         "input_ids": ids[None],
         "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-        "pixel_values": torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(2)).to(dtype),
+        "pixel_values": torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(2)).to(dtype),
     }
     forms: dict[str, AbstractContextManager] = {"dense": nullcontext}
     forms |= {mode: partial(saint, model, mode, options.keep) for mode in options.modes}
@@ -169,7 +173,7 @@ def main() -> None:
         with form():
             prefill(model, inputs)
 
-    described = {}
+    described, round_seconds = {}, 0.0
     for name, form in forms.items():
         with form() as run, PeakBytes() as counter:
             prefill(model, inputs)
@@ -180,13 +184,20 @@ def main() -> None:
             "peak_tensor_bytes": counter.peak,
             "peak_rss_bytes": peak_rss(partial(once, form)),
         }
+        start = time.perf_counter()
+        once(form)
+        round_seconds += time.perf_counter() - start
         print(f"{name}: {described[name]['macs'] / described['dense']['macs']:.3f} of the multiply-adds", flush=True)
+    left = 60 * options.minutes - (time.perf_counter() - started)
+    # These runs were warm-up for the one that measure() makes.
+    rounds = max(3, min(options.rounds, int(left / round_seconds) - 1))
+    print(f"a round takes {round_seconds:.0f} s: {rounds} rounds", flush=True)
     comparison = measure(
         {name: partial(once, form) for name, form in forms.items()},
         warmup=1,
         warmup_limit=1,
-        rounds=options.rounds,
-        seconds=options.seconds,
+        rounds=rounds,
+        seconds=None,
         protocol={
             "clock": "time.perf_counter around one prefill, logits of one token, cache filled, image in memory",
             "threads": options.threads,
@@ -203,7 +214,7 @@ def main() -> None:
                 "kind": "vlm_prefill",
                 "mode": name,
                 "keep": 1.0 if name == "dense" else options.keep,
-                "model": "LLaVA-1.5-7B shapes" + (", a sixteenth as wide" if options.small else ""),
+                "model": "LLaVA-1.5-7B shapes" + (", a sixteenth as wide, images of 112 px" if options.small else ""),
                 "layers": layers,
                 "dtype": str(dtype).removeprefix("torch."),
                 "weight_bytes": weights,
