@@ -22,7 +22,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from latency_ort import linear_plan, open_dense
 
 from vpruner import bundled
@@ -32,8 +31,9 @@ from vpruner.export.fold import fold_file
 from vpruner.export.rules import export_rule
 from vpruner.pipeline import choose, open_prunable, write_dense
 from vpruner.progress import Reporter
+from vpruner.prune.content_plan import ContentPlan
 from vpruner.prune.cost import dense_macs, plan_macs
-from vpruner.prune.methods.content import ContentRule, ProbeScore
+from vpruner.prune.methods.content import ContentRule
 from vpruner.prune.methods.evit import Evit
 from vpruner.prune.methods.method import budget_macs, least_reduction
 from vpruner.prune.methods.rule import TokenRule
@@ -135,12 +135,9 @@ def reductions(adapter, target: float) -> dict[str, TokenPlan | TokenRule]:
     """A static plan, the same counts with the patches chosen by content, and peers, all within the budget."""
     geometry = adapter.geometry
     plan = linear_plan(adapter.name, geometry, target, 0)
-    random = np.random.default_rng(0)
-    shapes = (geometry.depth - 1, geometry.embed_dim), (geometry.depth - 1, geometry.patches)
-    score = ProbeScore(*(random.standard_normal(shape, np.float32) for shape in shapes))
     return {
         "static": plan,
-        "content": ContentRule.of_plan(plan, score),
+        "content": ContentRule.of(ContentPlan(plan, 1.0)),
         "saint-frozen": frozen_saint(geometry, target),
         "tome": Tome().make(adapter, (), target),
         "evit": Evit().make(adapter, (), target),
