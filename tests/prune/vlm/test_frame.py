@@ -321,6 +321,22 @@ def test_a_given_cache_is_filled_and_its_layers_differ_in_length(llava, batch):
     )
 
 
+def test_several_tokens_are_decoded_at_once(llava, batch):
+    """As assisted generation does; the first rows are padded, and layers see different numbers of them."""
+    more = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+    ones = torch.ones_like(more)
+    mask = torch.cat([batch["attention_mask"], ones], 1)
+    length = batch["input_ids"].shape[1]
+    with torch.inference_mode(), saint(llava, "hybrid", keep=0.3, layers=[1, 3]):
+        cache = llava(**batch, use_cache=True).past_key_values
+        together = llava(input_ids=more, attention_mask=mask, past_key_values=cache).logits
+        cache = llava(**batch, use_cache=True).past_key_values
+        for step in range(3):
+            end = length + step + 1
+            alone = llava(input_ids=more[:, step : step + 1], attention_mask=mask[:, :end], past_key_values=cache)
+            torch.testing.assert_close(alone.logits[:, 0], together[:, step], **EXACT)
+
+
 def test_logits_have_a_row_for_each_token_of_the_prompt(llava, batch):
     ids = batch["input_ids"]
     positions = positions_of(batch["attention_mask"])
