@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ..calibration import distance
 from ..cost import block_macs, dense_macs
+from ..fisher import batch_size_for
 from ..plan import Geometry
 from ..tune import frozen
 from ..vit import ALMOST_CLOSED, ViTAdapter, embed_images, query_key_value
@@ -398,6 +399,7 @@ class DiffRate(Method):
         random, dense = np.random.default_rng(seed), {}
         order: list[int] = []
         unit: float | None = None
+        at_once = batch_size_for(geometry, backward=True)
         whole = dense_macs(geometry)
         acts = torch.from_numpy(acting).to(rates.logits)[:, None]
         with adapter.exclusive(), frozen(adapter.model), torch.enable_grad():
@@ -410,13 +412,18 @@ class DiffRate(Method):
                         dense[number] = adapter.model(images)
                 expected = rates.expected() * acts
                 rule = self._rule(adapter, expected.detach().double().cpu().numpy())
-                outputs = masked_outputs(adapter, images, rule, rates.stays())
                 over = expected_macs(geometry, expected) / whole - target
-                loss = distance(dense[number], outputs, geometry.output).mean()
-                # In units of the first one: no model's outputs are too small to count against the penalty.
-                unit = max(float(loss.detach()), LEAST_DISTANCE) if unit is None else unit
-                loss = loss / unit + self.penalty * over.square()
-                (rates.logits.grad,) = torch.autograd.grad(loss, [rates.logits])
+                (penalty,) = torch.autograd.grad(self.penalty * over.square(), [rates.logits])
+                # As many images at once as fit; the update is that of all.
+                away, gradient = 0.0, torch.zeros_like(penalty)
+                for part, wanted in zip(images.split(at_once), dense[number].split(at_once), strict=True):
+                    outputs = masked_outputs(adapter, part, rule, rates.stays())
+                    loss = distance(wanted, outputs, geometry.output).sum() / len(images)
+                    gradient += torch.autograd.grad(loss, [rates.logits])[0]
+                    away += float(loss.detach())
+                # In units of the first distance: no model's outputs are too small to count against the penalty.
+                unit = max(away, LEAST_DISTANCE) if unit is None else unit
+                rates.logits.grad = gradient / unit + penalty
                 adam.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.steps)
                 adam.step()
         return (rates.expected() * acts).detach().double().cpu().numpy()
