@@ -26,9 +26,10 @@ def exported(card, images, tmp_path_factory):
     call("export", card, "-o", folder / "dense.onnx")
     result = call(
         "export", card, "--method", "saint-frozen", "--data", images, "--target", 0.5, "--for", "trt10",
-        "-o", folder / "saint.onnx", "--json",
+        "--precision", "fp16,int8-dynamic", "-o", folder / "saint.onnx", "--json",
     )  # fmt: skip
-    assert sorted(path.name for path in folder.iterdir()) == ["dense.onnx", "saint.onnx"]
+    written = ["dense.onnx", "saint.fp16.onnx", "saint.int8-dynamic.onnx", "saint.onnx"]
+    assert sorted(path.name for path in folder.iterdir()) == written
     return folder / "dense.onnx", folder / "saint.onnx", result
 
 
@@ -40,11 +41,14 @@ def test_the_rungs_and_the_cost_are_told(exported):
         "masked equals gathered",
         "saint.onnx equals saint-frozen in PyTorch",
         "saint.onnx for trt10 equals saint-frozen in PyTorch",
+        "saint.fp16.onnx stays near saint.onnx",
+        "saint.int8-dynamic.onnx stays near saint.onnx",
     ]
-    assert all(rung["passed"] for rung in told["parity"])
-    assert [rung["near_ties"] for rung in told["parity"]] == [None, None, 0, 0]
+    exact, low = told["parity"][:4], told["parity"][4:]
+    assert all(rung["passed"] for rung in exact) and all(rung["difference"] > 0 for rung in low)
+    assert [rung["near_ties"] for rung in exact] == [None, None, 0, 0]
     # 24 images are there, and all of them are compared.
-    assert [rung["compared"] for rung in told["parity"]] == [2, 2, 24, 24]
+    assert [rung["compared"] for rung in exact] == [2, 2, 24, 24]
     assert told["deployment"]["target"] == "trt10" and told["file"] == str(path)
     assert "saint-frozen: 0." in result.stderr and "tokens that enter each block: 17, " in result.stderr
 
