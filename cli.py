@@ -448,8 +448,9 @@ def run(model, pretrained, weights, model_args, output, force, as_json, quiet, *
     """Prune, export, prove and measure: everything, in one folder.
 
     MODEL is a timm name (with --weights or --pretrained), a model card (.json), an ONNX file of any exporter, the
-    folder of a transformers vision tower or LLaVA, or nothing for the bundled reference. The folder that is written holds plan.json, dense.onnx, pruned.onnx, results.jsonl and
-    report.html when all of it has succeeded, and model.safetensors (or tuned.onnx) where tuning changed weights.
+    folder of a transformers vision tower or LLaVA, or nothing for the bundled reference. The folder that is written
+    holds plan.json, dense.onnx, pruned.onnx, results.jsonl and report.html when all of it has succeeded, and
+    model.safetensors (or tuned.onnx) where tuning changed weights.
 
     \b
     Example:
