@@ -61,7 +61,7 @@ def test_results_are_taken_over_where_everything_is_the_same(script, folders, tm
     )  # fmt: skip
     row, graph = read_rows(results)
     assert (row["kind"], row["method"], row["from"]) == ("compared", "v-pruner", "benchmarks/accuracy.py")
-    assert row["kl"] == {"value": 0.125, "low": 0.025, "high": 0.225, "count": 24}
+    assert row["kl"] == pytest.approx({"value": 0.125, "low": 0.025, "high": 0.225, "count": 24})
     assert row["top1_difference"]["value"] == -0.25 and row["counts"] == [17, 13, 10] and not row["tuned"]
     assert graph["kind"] == "graph" and graph["failure"] is None and graph["key"] == row["key"]
     (path,) = (folder / "plans").iterdir()
