@@ -432,6 +432,53 @@ def _precision_cells(row: dict | None) -> list[str]:
     return [f"{100 * row['top1']['value']:.2f}", spread, f"{row['file_bytes'] / 1e6:.2f}"]
 
 
+#: Score of benchmarks/content_scores.py -> what the table calls it; in the order of the table.
+SCORES = {
+    "static": "none: the static plan",
+    "attention": "attention of the class token",
+    "norm": "longest keys",
+    "short": "shortest keys",
+    "distinct": "keys least like the mean",
+    "fisher probe": "linear probe of Fisher importance",
+    "anchored, no prior": "keys least like an anchor",
+    "anchored": "the same, plan as prior (`--select content`)",
+}
+
+
+def content_scores(rows: list[dict]) -> str:
+    """Top-1 and KL of each score on equal counts, by budget, without and with refitted weights; the newest rows."""
+    found = {(row["score"], row["target"], row["refit"], row["metric"]): row for row in rows}
+    columns = [
+        (target, refit)
+        for target in sorted({row["target"] for row in rows}, reverse=True)
+        for refit in (False, True)
+        if any(key[1:3] == (target, refit) for key in found)
+    ]
+    heads = [f"{target:g}{', refitted' if refit else ''}" for target, refit in columns]
+    table = []
+    for score, name in SCORES.items():
+        cells = [_score_cell(found, score, *column) for column in columns]
+        if any(cell != "–" for cell in cells):
+            table.append([name, *cells])
+    newest = rows[-1]
+    top1, lost = (found[("static", *columns[0], metric)]["value"] for metric in ("top1", "top1_difference"))
+    dense = 100 * (top1 - lost)
+    caption = (
+        f"{newest['images']:,} calibration and {newest['eval_images']:,} evaluation images, on which the dense model "
+        f"has {dense:.1f} %."
+    )
+    lines = [f"| {' | '.join(cells)} |" for cells in (["top-1 in % / KL", *heads], *table)]
+    lines.insert(1, f"| --- |{' ---: |' * len(heads)}")
+    return "\n".join([*lines, "", caption])
+
+
+def _score_cell(found: dict[tuple, dict], score: str, target: float, refit: bool) -> str:
+    if (score, target, refit, "top1") not in found:
+        return "–"
+    top1, kl = (found[score, target, refit, metric]["value"] for metric in ("top1", "kl"))
+    return f"{100 * top1:.1f} / {kl:.3f}"
+
+
 #: Method of benchmarks/vlm/accuracy.py -> what the table calls it, and colour, marker and line of the plot.
 VLM_METHODS = {
     "random": ("random", "#b4b4b4", "o", ":"),
@@ -620,6 +667,7 @@ SAY_MISSING = ("gpu",)
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "accuracy": accuracy,
     "compare": compare,
+    "content_scores": content_scores,
     "demo": demo,
     "fisher_rounds": fisher_rounds,
     "gpu": gpu,

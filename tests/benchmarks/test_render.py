@@ -184,3 +184,28 @@ def test_rows_of_a_gpu_and_that_there_are_none(render, monkeypatch, repository):
     # Another machine has a table of its own.
     other = gpu_row("dense", 1.0, environment={"gpu": "Orin", "cuda": "12.6"})
     assert render.gpu([*found, other]).count("| model | batch |") == 2
+
+
+def test_content_scores_table(render):
+    def row(score, target, refit, metric, value):
+        facts = dict(score=score, target=target, refit=refit, images=1024, eval_images=2000)
+        return dict(metric=metric, value=value, **facts)
+
+    found = []
+    for score, target, refit, top1, kl in (
+        ("static", 0.5, False, 0.74, 0.09),
+        ("anchored", 0.5, False, 0.1, 0.9),  # Made again below: the newest counts.
+        ("anchored", 0.5, True, 0.77, 0.04),
+        ("anchored", 0.5, False, 0.76, 0.06),
+        ("static", 0.65, False, 0.765, 0.04),
+    ):
+        found += [row(score, target, refit, "top1", top1), row(score, target, refit, "top1_difference", top1 - 0.78)]
+        found += [row(score, target, refit, "kl", kl)]
+    assert render.content_scores(found).splitlines() == [
+        "| top-1 in % / KL | 0.65 | 0.5 | 0.5, refitted |",
+        "| --- | ---: | ---: | ---: |",
+        "| none: the static plan | 76.5 / 0.040 | 74.0 / 0.090 | – |",
+        "| the same, plan as prior (`--select content`) | – | 76.0 / 0.060 | 77.0 / 0.040 |",
+        "",
+        "1,024 calibration and 2,000 evaluation images, on which the dense model has 78.0 %.",
+    ]
