@@ -186,7 +186,7 @@ def plan_selectors(plan: TokenPlan, model: nn.Module) -> dict[int | str, Encoder
         )
     if plan.gates is not None and any(gate != 1 for gates in plan.gates for gate in gates):
         raise UserError(
-            "the plan has real-valued gates, which the tower of transformers has no place for", "use --tune none"
+            "the plan has real-valued gates, which the tower of transformers has no place for", "use --tune weights"
         )
     return {block - 1: StaticPositions(plan.kept[block]) for block in range(blocks) if plan.drops_before(block)}
 

@@ -162,14 +162,10 @@ def load_tower(folder: str | Path) -> Tower:
         )
     architecture = (described.get("architectures") or [""])[0]
 
-    def load(name: str) -> nn.Module:
+    def load(name: str, dtype: torch.dtype | str = torch.float32) -> nn.Module:
         try:
             with quiet_transformers():
-                return (
-                    getattr(transformers, name)
-                    .from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-                    .eval()
-                )
+                return getattr(transformers, name).from_pretrained(folder, local_files_only=True, dtype=dtype).eval()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise UserError(
                 f"{folder} cannot be loaded as {name}: {first_line(error)}",
@@ -177,7 +173,17 @@ def load_tower(folder: str | Path) -> Tower:
             ) from None
 
     if kind in LLAVAS:
-        return tower_of_llava(load("AutoModelForImageTextToText"), str(folder))
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder / 'config.json'} is not understood: {first_line(error)}",
+                "expected a folder that save_pretrained wrote",
+            ) from None
+        module = _tower_alone(folder, config)
+        if module is None:
+            module = load("AutoModelForImageTextToText", "auto").model.vision_tower.float()
+        return _tower_inside(config, module, str(folder))
     family = FAMILIES[kind]
     if family == "clip":
         if architecture not in ("CLIPModel", "CLIPVisionModelWithProjection"):
@@ -211,8 +217,10 @@ def tower_of_llava(model: nn.Module, where: str) -> Tower:
     Raises:
         UserError: Hidden states of several layers are joined, or the tower is of no known family.
     """
-    config = model.config
-    module = model.model.vision_tower
+    return _tower_inside(model.config, model.model.vision_tower, where)
+
+
+def _tower_inside(config: Any, module: nn.Module, where: str) -> Tower:
     kind = module.config.model_type
     if kind not in FAMILIES:
         raise UserError(f"{where}: its vision tower is a {kind!r}, expected one of {', '.join(sorted(FAMILIES))}")
@@ -227,6 +235,34 @@ def tower_of_llava(model: nn.Module, where: str) -> Tower:
         raise UserError(f"{where}: vision_feature_layer is {layer}, its tower has {depth} layers")
     reads = "patches" if config.vision_feature_select_strategy == "default" else "all"
     return Tower(module, FAMILIES[kind], layers, reads)
+
+
+def _tower_alone(folder: Path, config: Any) -> nn.Module | None:
+    """The tower of a LLaVA, float32, from its own tensors: a language model of 7B has no place beside the learning.
+
+    Returns:
+        None where the tensors have names that are not known here; ``from_pretrained`` may still know them.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    state: dict[str, Tensor] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (no mapping)
+                    _, found, name = key.partition("vision_tower.")
+                    if found:
+                        # Files of transformers 4 have one module more around the tower.
+                        state[name.removeprefix("vision_model.")] = file.get_tensor(key).float()
+    except (SafetensorError, OSError):
+        return None
+    with quiet_transformers():
+        module = require("transformers").AutoModel.from_config(config.vision_config, dtype=torch.float32)
+    expected = module.state_dict()
+    if any(name not in state or state[name].shape != value.shape for name, value in expected.items()):
+        return None
+    module.load_state_dict({name: state[name] for name in expected})
+    return module.eval()
 
 
 def read_preprocessing(folder: str | Path, size: tuple[int, int]) -> Preprocessing:

@@ -161,6 +161,35 @@ def test_of_a_llava_the_tower_is_taken_up_to_the_layer_it_reads(tmp_path, images
         close(loaded.adapter.model(images), seen[0].mean(1))
 
 
+@pytest.mark.parametrize("names", ["today's", "of transformers 4", "unknown"])
+def test_of_a_llava_only_the_tower_is_loaded_where_its_tensors_are_found(names, tmp_path, llava_folder, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(llava_folder / "model.safetensors")
+    folder = tmp_path / "llava"
+    folder.mkdir()
+    for path in llava_folder.glob("*.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    before = "vision_tower.", {"of transformers 4": "vision_tower.vision_model.", "unknown": "eyes."}.get(names)
+    for shard in (0, 1):
+        some = {key: value for index, (key, value) in enumerate(sorted(state.items())) if index % 2 == shard}
+        renamed = {key.replace(*before) if before[1] else key: value.bfloat16() for key, value in some.items()}
+        save_file(renamed, folder / f"model-{shard}.safetensors")
+    whole = []
+
+    def load_whole(*args, **kwargs):
+        whole.append(kwargs["dtype"])
+        return transformers.LlavaForConditionalGeneration.from_pretrained(llava_folder, dtype=torch.bfloat16)
+
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", load_whole)
+    tower = towers.load_tower(folder)
+    assert whole == (["auto"] if names == "unknown" else [])
+    expected = transformers.LlavaForConditionalGeneration.from_pretrained(llava_folder).model.vision_tower
+    assert tower.layers == 2 and tower.module.dtype == torch.float32 and not tower.module.training
+    for name, value in expected.state_dict().items():
+        assert torch.equal(tower.module.state_dict()[name], value.bfloat16().float()), name
+
+
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory):
     random = np.random.default_rng(0)
