@@ -11,6 +11,7 @@ so at most half of the patches leave in a block, and not always those that voted
 prefix, even side from most to least redundant, odd side, and the next block's sides follow that order.
 
 The released code takes K and gamma as arguments and never passes them on; its results are those of K = 5, gamma = 10.
+It protects class and distillation tokens; here register tokens stay too.
 """
 
 from __future__ import annotations
