@@ -520,14 +520,14 @@ def vlm_accuracy(rows: list[dict]) -> str:
 
 
 def _newest_vlm(rows: list[dict]) -> dict[tuple[str, float], list[dict]]:
-    """(method, share) -> rows of the model measured last, of rows for the same thing the newest."""
+    """(method, share) -> rows of the model measured last, text left where it was; of the same thing the newest."""
     if not rows:
         return {}
     model = rows[-1]["model_sha256"]
     newest = {
         tuple(row[k] for k in ("method", "keep", "seed", "question_kind", "metric")): row
         for row in rows
-        if row["model_sha256"] == model
+        if row["model_sha256"] == model and row["positions"] == "original"
     }
     found: dict[tuple[str, float], list[dict]] = {}
     for key, row in sorted(newest.items()):

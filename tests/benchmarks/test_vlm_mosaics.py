@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -182,7 +183,7 @@ def test_questions_on_one_sheet_are_answered_as_alone(train_llava, mosaic, small
         vlm.processor.decode(logits.argmax()) == question.answer
         for logits, question in zip(expected, questions, strict=True)
     ]
-    assert shares["position"] == np.mean(right[:2])
+    assert shares["position"] == np.mean(right[:4])
 
 
 def test_positions_as_if_patches_were_gone(train_llava):
@@ -257,7 +258,7 @@ def test_shared_features_change_no_answer(accuracy, small, colours):
     vlm = open_vlm(str(small), device="cpu")
     asked = accuracy.Asked.draw(colours, 5, 1)
     for pruning in (None, accuracy.Pruning("hybrid", 0.5), accuracy.Pruning("vispruner", 0.25)):
-        opened = accuracy.candidates_of(vlm.model, [pruning] if pruning else [])[pruning.label if pruning else "dense"]
+        opened = pruning.prepare(vlm.model) if pruning else nullcontext
         with torch.inference_mode():
             found, layers = accuracy.answer(vlm, asked, opened, batch=2)
         assert layers is None if pruning is None else layers[-1] == 256 * pruning.keep
@@ -281,6 +282,11 @@ def test_rows_of_the_benchmark(accuracy, mosaic, small, colours, tmp_path, monke
     accuracy.main([*options, "--methods", "vit", "random", "static"])
     rows = accuracy.read_rows(output)
     assert rows[: len(before)] == before and {row["method"] for row in rows[len(before) :]} == {"static"}
+    accuracy.main([*options, "--methods", "vit", "--positions", "compact"])
+    moved = accuracy.read_rows(output)[len(rows) :]
+    assert [row["method"] for row in moved[:5]] == ["dense"] * 4 + ["vit"] and {row["positions"] for row in moved} == {
+        "compact"
+    }
     kinds = [*mosaic.KINDS, "all"]
     assert [row["question_kind"] for row in rows if row["method"] == "dense"] == kinds
     for method in ("vit", "random", "static"):

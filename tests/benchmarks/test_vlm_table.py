@@ -11,7 +11,7 @@ def render(script, tmp_path, monkeypatch):
 
 
 def rows(method, keep, seed, lost=-0.02, model="one"):
-    common = dict(method=method, keep=keep, seed=seed, model_sha256=model, count=1000)
+    common = dict(method=method, keep=keep, seed=seed, model_sha256=model, count=1000, positions="original")
     common["visual_tokens"] = None if method == "dense" else [256.0, 256.0 * keep, 256.0 * keep]
     found = []
     for number, kind in enumerate(("all", "position", "count", "presence")):
@@ -28,6 +28,7 @@ def test_points_lost_by_share_and_kind(render):
     found = [
         *rows("random", 0.25, 0, model="an older model"),
         *(row for seed in (0, 1) for row in rows("dense", 1.0, seed)),
+        *({**row, "positions": "compact"} for row in rows("vispruner", 0.25, 0)),
         *rows("hybrid", 0.25, 0, lost=-0.5),  # Made again below: the newest counts.
         *(row for seed in (0, 1) for row in rows("hybrid", 0.25, seed, lost=-0.01 - 0.02 * seed)),
         *rows("fastv", 0.5, 0),
