@@ -365,6 +365,7 @@ def compare(
     for package in PACKAGES:  # Missing extras are said now, not after an hour.
         require(package)
     from .compare_report import write_comparison
+    from .prune.data import overlap
     from .prune.search import check_target
 
     taking_part = chosen_contenders(options)
@@ -394,10 +395,17 @@ def compare(
     if options.latency:
         comparison.time_graphs(points)
         comparison.time_rules(points)
+    if any(contender.needs_images for contender in taking_part):
+        reporter.remark(calibration.skipped_remark("calibration"))
+        if seen_before := overlap(calibration, evaluation):
+            reporter.remark(
+                f"{seen_before} of the {evaluation.count} evaluation images are also calibration images: "
+                "what is reported of methods that learn is not on unseen images alone"
+            )
     reporter.remark(evaluation.skipped_remark("evaluation"))
     rows = comparison.rows_of(points)
     with reporter.stage("Writing the report"):
-        files = write_comparison(output, rows)
+        files = write_comparison(output, rows, reporter.remarks)
     failed = [row for row in rows if row["kind"] == "compared" and row["failure"] is not None]
     made = sum(row["kind"] == "compared" for row in rows) - len(failed)
     paths = {path.name: str(path) for path in (results, *files)}

@@ -416,10 +416,13 @@ def _draw_method(axis, entries: Sequence[Entry], batch: int | None) -> dict[str,
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def write_comparison(folder: Path, rows: Sequence[Row]) -> list[Path]:
+def write_comparison(folder: Path, rows: Sequence[Row], remarks: Sequence[str] = ()) -> list[Path]:
     """Write ``comparison.svg``, ``comparison.png``, ``report.html`` and ``report.md``; returns their paths.
 
     Without one result there is nothing to draw, and the report says why.
+
+    Args:
+        remarks: What else its reader should know.
     """
     entries = entries_of(rows)
     good = [entry for entry in entries if not entry.failure]
@@ -437,7 +440,7 @@ def write_comparison(folder: Path, rows: Sequence[Row]) -> list[Path]:
         sections.append(
             Section("Results", [Figure(f'<div class="wide">{markup}</div>'), Table(tuple(heads), _frozen(table), True)])
         )
-    sections.append(Section("Remarks", [Items(tuple(remarks_of(entries)))]))
+    sections.append(Section("Remarks", [Items(tuple(dict.fromkeys([*remarks_of(entries), *remarks])))]))
     batches = batches_of(good)
     if batches:
         heads, table = equal_time_table(at_equal_time(good, batches[0]))

@@ -189,6 +189,15 @@ def test_a_method_that_cannot_is_reported_and_the_others_go_on(images, tmp_path)
     assert len(read_rows(tmp_path / "alone" / "results.jsonl")) == 1
 
 
+def test_images_in_both_sets_are_said(card, images, tmp_path):
+    copies = shutil.copytree(images, tmp_path / "copies")
+    reporter = Reporter(quiet=True)
+    given = options(card, images, methods=("fisher",), eval_data=str(copies), images=24)
+    module.compare(given, tmp_path / "out", reporter)
+    (said,) = (line for line in reporter.remarks if "also calibration images" in line)
+    assert said.startswith("24 of the 24 evaluation images") and said in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_force_begins_anew_and_results_may_lie_elsewhere(card, images, tmp_path):
     given, results = options(card, images), tmp_path / "rows.jsonl"
     folder = tmp_path / "out"

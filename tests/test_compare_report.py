@@ -184,9 +184,10 @@ def test_the_report_is_written_and_the_same_twice(rows, tmp_path):
 
 def test_a_report_on_nothing_says_why(tmp_path):
     failed = {"kind": "compared", "method": "evit", "target": 0.5, "seed": None, "failure": "no class token"}
-    written = write_comparison(tmp_path, [failed])
+    written = write_comparison(tmp_path, [failed], ["evit at 0.5: no class token", "3 images are in both sets"])
     assert [path.name for path in written] == ["report.html", "report.md"]
-    assert "no class token" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("no class token") == 1 and "3 images are in both sets" in text
 
 
 def test_without_times_there_is_one_panel(rows, tmp_path):
