@@ -52,7 +52,7 @@ def saint(
     neighbours: int = 5,
     gamma: float = 10.0,
     rotated: bool = True,
-    positions: str = "compact",
+    positions: str = "original",
 ) -> Iterator[VLMRun]:
     """Drop redundant visual tokens of ``model`` until the context is left; ``model.generate(...)`` stays as it is.
 
@@ -68,7 +68,7 @@ def saint(
         neighbours: K, alike tokens that make a vote.
         gamma: Weight of the similarity in the score.
         rotated: Compare the language model's keys rotated by position.
-        positions: Text after tokens that the tower dropped moves up ("compact") or stays ("original").
+        positions: Tokens after those that the tower dropped stay where they were ("original") or move up ("compact").
 
     Yields:
         What is done to each batch of prompts: visual tokens per layer, bytes of the caches, positions kept.

@@ -141,7 +141,7 @@ def test_cost_in_closed_form_equals_what_is_counted(mode):
         ("hybrid", dict(keep=0.5, encoder_keep=0.4), r"keep is 0\.5, more than the 0\.4"),
         ("vit", dict(keep=0.5, blocks=[3]), "block 3 comes after the features"),
         ("llm", dict(keep=0.5, layers=[7]), "no layer 7"),
-        ("vit", dict(keep=0.5, positions="kept"), "positions is 'kept'; expected one of compact, original"),
+        ("vit", dict(keep=0.5, positions="kept"), "positions is 'kept'; expected one of original, compact"),
     ],
 )
 def test_settings_that_contradict_each_other(llava, mode, settings, message):
