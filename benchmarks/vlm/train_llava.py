@@ -420,7 +420,7 @@ class Sheet:
 
 
 def lesson(cells: list[int], generator: torch.Generator) -> list[Question]:
-    """``SLOTS`` questions about one mosaic: all cells, four counts, and two presences, one of what is there.
+    """``SLOTS`` questions about one mosaic: two cells, four counts, and four presences, two of what is there.
 
     What is asked of one mosaic differs by class and answer: from single questions, drawn one by one, the language model
     learned the positions within 300 steps and nothing else in 700.
@@ -429,9 +429,9 @@ def lesson(cells: list[int], generator: torch.Generator) -> list[Question]:
     order = torch.randperm(len(CLASSES), generator=generator).tolist()
     there, absent = ([label for label in order if (label in present) == wanted] for wanted in (True, False))
     return [
-        *(ask_position(cells, place) for place in range(4)),
+        *(ask_position(cells, place) for place in torch.randperm(4, generator=generator).tolist()[:2]),
         *(ask_count(cells, label) for label in order[:4]),
-        *(ask_presence(cells, label) for label in (there[0], absent[0])),
+        *(ask_presence(cells, label) for label in (there * 2)[:2] + absent[:2]),
     ]
 
 
@@ -470,11 +470,11 @@ def main() -> None:
     parser.add_argument("--tower-batch", type=int, default=16)
     parser.add_argument("--tower-lr", type=float, default=3e-4)
     parser.add_argument("--mosaics", type=int, default=3000, help="mosaics whose features the language model learns on")
-    parser.add_argument("--pooled-steps", type=int, default=2200)
+    parser.add_argument("--pooled-steps", type=int, default=1600)
     parser.add_argument("--pooled-batch", type=int, default=8)
     parser.add_argument("--pooled-lr", type=float, default=1e-3)
     parser.add_argument("--again-steps", type=int, default=600)
-    parser.add_argument("--full-steps", type=int, default=250)
+    parser.add_argument("--full-steps", type=int, default=300)
     parser.add_argument("--full-batch", type=int, default=16)
     parser.add_argument("--full-lr", type=float, default=5e-4)
     parser.add_argument("--eval-mosaics", type=int, default=250)
