@@ -20,7 +20,7 @@ Differences to the released code, each on purpose:
 * merging weighs by size, so that what is merged twice counts twice, and sizes are not scaled by similarities;
 * counts are removals, not what is left: a block that has nothing to do cannot lose its gradient to an earlier one;
 * without a class token, the query is the mean of the patches, which is what such models pool. In the bundled model,
-  which has one, that costs a little: at 0.5 of the multiply-adds the divergence is 0.064, not 0.056, at the same counts.
+  which has one, that costs a little: at 0.5 of the multiply-adds a divergence of 0.064, not 0.056, at the same counts.
 """
 
 from __future__ import annotations
