@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from click import BadParameter
 from tiny_vlms import PATCHES, prompts, shared_vlm, tiny_vlm
 
 from vpruner import cli
@@ -293,6 +294,17 @@ def test_candidates_are_told_apart(model):
     assert list(found) == ["dense", "vit 0.5"]
     with found["dense"]() as run:
         assert run is None
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("7-16", tuple(range(7, 17))), ("2", (2,)), ("2,5-6", (2, 5, 6)), ("x", None), ("9-7", None)]
+)
+def test_layers_are_numbers_and_ranges(text, layers):
+    if layers is None:
+        with pytest.raises(BadParameter, match="is not layers, as in 7-16"):
+            cli._Layers().convert(text, None, None)
+    else:
+        assert cli._Layers().convert(text, None, None) == layers
 
 
 def test_the_command_line_knows_the_names():
