@@ -13,8 +13,8 @@ it drops are keys and values there once more, and skip the MLP of that block and
 Positions. What is left keeps the position that it has in the whole prompt ("original"), wherever tokens were dropped:
 where a patch stands in the image is in its position too. Or, of those dropped in the tower, tokens after them move up
 ("compact"), as if the processor had made fewer placeholders. That is what the released code of SAINT does; the small
-LLaVA of the benchmarks then loses a third of its right answers about places at a quarter of the tokens, and next to none
-with its positions kept.
+LLaVA of the benchmarks then loses a third of its right answers about places at a quarter of the tokens, and next to
+none with its positions kept.
 
 Masks are made by transformers itself (``create_causal_mask`` with the number of the layer), so that SDPA and
 FlashAttention stay in use, without a mask where no row is padded.
