@@ -41,6 +41,7 @@ from vpruner.prune.methods.content import (
     ContentRule,
     DistinctScore,
     NormScore,
+    PatchScore,
     Score,
     best_prior_weight,
 )
@@ -60,7 +61,7 @@ PROBE_IMAGES = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeScore(Score):
+class ProbeScore(PatchScore):
     """x_i . w + prior[p] for patch i at place p, with x what the attention of the block reads.
 
     Attributes:
@@ -78,7 +79,7 @@ class ProbeScore(Score):
         token, prior = (torch.from_numpy(values[block]).to(patches) for values in (self.token, self.prior))
         return patches @ token + prior.index_select(0, view.positions.flatten()).view(patches.shape[:2])
 
-    def macs(self, geometry: Geometry, keys: np.ndarray) -> np.ndarray:
+    def macs(self, geometry: Geometry, keys: np.ndarray, kept: int) -> np.ndarray:
         return (keys - geometry.prefix_tokens) * geometry.embed_dim
 
 

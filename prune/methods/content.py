@@ -42,26 +42,37 @@ from .rule import BlockView, Keep, TokenRule, top_rows, with_prefix
 PRIOR_WEIGHTS = (0.0, 0.15, 0.4, 0.8, 1.6)
 #: Images that the weight is chosen on.
 CHOICE_IMAGES = 512
-#: Added to the similarity to what is no anchor, and to the score of what is one: cosines are within -1 and 1.
-NO_ANCHOR, LIFT = -4.0, 16.0
+#: Taken off the similarity of an anchor to itself: cosines are within -1 and 1.
+BEYOND = 4.0
 
 
 class Score(ABC):
-    """What patches are ranked by; those with the highest score stay."""
+    """What decides which patches stay."""
 
     name: ClassVar[str]
+
+    @abstractmethod
+    def rows(self, block: int, view: BlockView, kept: int) -> Tensor:
+        """int64 [batch, kept]: which of the patches stay, at least one of them, in the order they go on in."""
+
+    @abstractmethod
+    def macs(self, geometry: Geometry, keys: np.ndarray, kept: int) -> np.ndarray:
+        """MACs of the decision in one block, for int64 [...] tokens (prefix included) that enter it."""
+
+
+class PatchScore(Score):
+    """Scores of single patches; those with the highest stay."""
 
     @abstractmethod
     def __call__(self, block: int, view: BlockView) -> Tensor:
         """float [batch, patch]."""
 
-    @abstractmethod
-    def macs(self, geometry: Geometry, keys: np.ndarray) -> np.ndarray:
-        """MACs of one block's scores, for int64 [...] tokens (prefix included) that enter it."""
+    def rows(self, block: int, view: BlockView, kept: int) -> Tensor:
+        return top_rows(self(block, view), kept)
 
 
 @dataclass(frozen=True)
-class AttentionScore(Score):
+class AttentionScore(PatchScore):
     """Attention of the class token in the same block, mean over heads."""
 
     name: ClassVar[str] = "attention"
@@ -69,13 +80,13 @@ class AttentionScore(Score):
     def __call__(self, block: int, view: BlockView) -> Tensor:
         return view.class_attention()
 
-    def macs(self, geometry: Geometry, keys: np.ndarray) -> np.ndarray:
+    def macs(self, geometry: Geometry, keys: np.ndarray, kept: int) -> np.ndarray:
         inner = geometry.num_heads * geometry.head_dim
         return geometry.embed_dim * inner + keys * inner
 
 
 @dataclass(frozen=True)
-class NormScore(Score):
+class NormScore(PatchScore):
     """Length of the key, all heads together. ``sign`` -1: short keys stay."""
 
     name: ClassVar[str] = "norm"
@@ -85,12 +96,12 @@ class NormScore(Score):
     def __call__(self, block: int, view: BlockView) -> Tensor:
         return self.sign * view.key[:, :, view.prefix :].square().sum((1, 3))
 
-    def macs(self, geometry: Geometry, keys: np.ndarray) -> np.ndarray:
+    def macs(self, geometry: Geometry, keys: np.ndarray, kept: int) -> np.ndarray:
         return (keys - geometry.prefix_tokens) * geometry.num_heads * geometry.head_dim
 
 
 @dataclass(frozen=True)
-class DistinctScore(Score):
+class DistinctScore(PatchScore):
     """How little the key, averaged over heads, resembles the mean of all patches' keys: cosine, turned round."""
 
     name: ClassVar[str] = "distinct"
@@ -99,7 +110,7 @@ class DistinctScore(Score):
         metric = view.mean_key()[:, view.prefix :]
         return -(metric @ metric.mean(1)[..., None])[..., 0]
 
-    def macs(self, geometry: Geometry, keys: np.ndarray) -> np.ndarray:
+    def macs(self, geometry: Geometry, keys: np.ndarray, kept: int) -> np.ndarray:
         return (keys - geometry.prefix_tokens) * geometry.head_dim
 
 
@@ -109,55 +120,77 @@ def anchors_of(grid: tuple[int, int]) -> np.ndarray:
     return ((rows + columns) % 2 == 1).ravel()
 
 
-def nearest_anchor(metric: Tensor, others: Tensor) -> Tensor:
-    """float [batch, patch]: the highest similarity of each patch to an anchor other than itself.
-
-    Args:
-        metric: [batch, patch, head_dim], each of length 1.
-        others: float [batch, patch]: 0 for anchors, :data:`NO_ANCHOR` for what is none.
-    """
-    itself = NO_ANCHOR * torch.eye(metric.shape[1], dtype=metric.dtype, device=metric.device)
-    return (metric @ metric.transpose(1, 2) + (others[:, None] + itself)).amax(2)
-
-
 @dataclass(frozen=True, eq=False)
 class AnchoredScore(Score):
     """How little a patch resembles its nearest anchor, with a prior of its place.
 
-        score of patch i at place p = prior[p] - max over anchors j of cos(k_i, k_j) + (LIFT where i is an anchor)
+        score of patch i at place p = prior[p] - max over anchors j != i of cos(k_i, k_j)
 
-    with k the key of this block, averaged over heads. Anchors are the patches of a checkerboard that are left; none of
-    them leaves as long as another patch can, so every patch that leaves has neighbours that stay.
+    with k the key of this block, averaged over heads. Anchors are the patches of a checkerboard that are left; they
+    leave, by the same score, once nothing else can, so every patch that leaves early has neighbours that stay. Anchors
+    go on in front of the others: where they are is then known without looking, and similarities are taken between the
+    two sides alone.
 
     Attributes:
         grid: Of the patches.
         prior: float32 [patch].
+        entry: Patches that enter block 0, ascending.
     """
 
     name: ClassVar[str] = "anchored"
 
     grid: tuple[int, int]
     prior: np.ndarray
+    entry: tuple[int, ...]
 
     @classmethod
     def of_plan(cls, plan: TokenPlan, weight: float) -> AnchoredScore:
         """With ``weight`` times the share of the blocks that each place enters in ``plan`` as the prior."""
-        return cls(plan.geometry.grid, (weight * plan.exits / plan.geometry.depth).astype(np.float32))
+        prior = (weight * plan.exits / plan.geometry.depth).astype(np.float32)
+        return cls(plan.geometry.grid, prior, plan.kept[0])
 
-    def __call__(self, block: int, view: BlockView) -> Tensor:
+    def _sides(self, patches: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [anchor], int64 [other]: rows among so many patches that are left; what enters is in the grid's order.
+
+        Without any anchor all patches are taken for one.
+        """
+        anchors = anchors_of(self.grid)[list(self.entry)]
+        count = int(anchors.sum()) or patches
+        if patches == len(self.entry) and count < patches:
+            return np.flatnonzero(anchors), np.flatnonzero(~anchors)
+        return np.split(np.arange(patches), [min(count, patches)])
+
+    def rows(self, block: int, view: BlockView, kept: int) -> Tensor:
         metric = view.mean_key()[:, view.prefix :]
-        places, anchors = view.positions.flatten(), anchors_of(self.grid)
+        anchors, others = (torch.from_numpy(rows).to(metric.device) for rows in self._sides(metric.shape[1]))
+        all_anchors = anchors.expand(len(metric), -1)
+        if kept == len(anchors):
+            return all_anchors
+        near = metric.index_select(1, anchors)
+        if kept > len(anchors):
+            nearest = (metric.index_select(1, others) @ near.transpose(1, 2)).amax(2)
+            chosen = top_rows(self._priors(view, others).to(nearest) - nearest, kept - len(anchors))
+            return torch.cat([all_anchors, _taken(others, chosen)], 1)
+        itself = torch.eye(len(anchors), dtype=near.dtype, device=near.device)
+        nearest = (near @ near.transpose(1, 2) - BEYOND * itself).amax(2)
+        return _taken(anchors, top_rows(self._priors(view, anchors).to(nearest) - nearest, kept))
 
-        def at_places(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(metric).index_select(0, places).view(metric.shape[:2])
+    def _priors(self, view: BlockView, rows: Tensor) -> Tensor:
+        """float32 [batch, row]."""
+        places = view.positions.index_select(1, rows)
+        return _taken(torch.from_numpy(self.prior).to(places.device), places)
 
-        others = at_places(np.where(anchors, np.float32(0), np.float32(NO_ANCHOR)))
-        lifted = at_places(self.prior + np.where(anchors, np.float32(LIFT), np.float32(0)))
-        return lifted - nearest_anchor(metric, others)
+    def macs(self, geometry: Geometry, keys: np.ndarray, kept: int) -> np.ndarray:
+        found = []
+        for patches in (keys - geometry.prefix_tokens).ravel().tolist():
+            anchors, others = map(len, self._sides(patches))
+            found.append(0 if kept == anchors else anchors * (others if kept > anchors else anchors))
+        return np.array(found, np.int64).reshape(keys.shape) * geometry.head_dim
 
-    def macs(self, geometry: Geometry, keys: np.ndarray) -> np.ndarray:
-        patches = keys - geometry.prefix_tokens
-        return patches * patches * geometry.head_dim
+
+def _taken(values: Tensor, indices: Tensor) -> Tensor:
+    """``values[indices]`` of a vector: exported as a plain Gather, which indexing is not."""
+    return values.index_select(0, indices.flatten()).view(indices.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,14 +252,15 @@ class ContentRule(TokenRule):
 
     def step_macs(self, block: int, keys: np.ndarray) -> np.ndarray:
         # Where no patch stays there is nothing to rank.
-        return self.score.macs(self.geometry, keys) if self.kept[block + 1] else np.zeros_like(keys)
+        kept = self.kept[block + 1]
+        return self.score.macs(self.geometry, keys, kept) if kept else np.zeros_like(keys)
 
     def _keep(self, block: int, view: BlockView) -> Keep:
         kept = self.kept[block + 1]
         if kept == 0:
             rows = torch.zeros(len(view.normed), 0, dtype=torch.int64, device=view.normed.device)
         else:
-            rows = top_rows(self.score(block, view), kept)
+            rows = self.score.rows(block, view, kept)
         return Keep(with_prefix(rows, view.prefix))
 
 
@@ -374,5 +408,6 @@ class Content(Method):
 
 def counts_target(geometry: Geometry, target: float) -> float:
     """The share of the dense MACs that is left for the model where the scores are paid for too."""
-    most = (geometry.depth - 1) * geometry.patches**2 * geometry.head_dim / dense_macs(geometry)
+    # No side has more than half of the patches, rounded up.
+    most = (geometry.depth - 1) * (-(-geometry.patches // 2)) ** 2 * geometry.head_dim / dense_macs(geometry)
     return max(target - most, min(target, minimum_macs(geometry) / dense_macs(geometry)))

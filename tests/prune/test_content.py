@@ -17,7 +17,7 @@ from vpruner.prune.methods.content import (
     ContentRule,
     DistinctScore,
     NormScore,
-    Score,
+    PatchScore,
     choose_by_content,
     choosing_steps,
 )
@@ -30,7 +30,7 @@ def adapter_of(kind: str = "class token", **changes) -> ViTAdapter:
     return ViTAdapter(tiny(kind, **changes).requires_grad_(False), kind)
 
 
-class PlanScore(Score):
+class PlanScore(PatchScore):
     """Ranks places as a plan does, whatever the image: the rule must then be the plan."""
 
     name = "plan"
@@ -41,7 +41,7 @@ class PlanScore(Score):
     def __call__(self, block, view):
         return self.exits[view.positions]
 
-    def macs(self, geometry, keys):
+    def macs(self, geometry, keys, kept):
         return 7 * keys
 
 
@@ -115,7 +115,8 @@ def test_anchors_leave_last_and_one_is_no_anchor_of_itself():
     geometry, images = adapter.geometry, images_for(adapter, 2, dtype=torch.float32)
     anchors = content.anchors_of(geometry.grid)
     assert anchors.reshape(geometry.grid)[:2, :3].tolist() == [[False, True, False], [True, False, True]]
-    score = AnchoredScore(geometry.grid, np.zeros(geometry.patches, np.float32))
+    everything = tuple(range(geometry.patches))
+    score = AnchoredScore(geometry.grid, np.zeros(geometry.patches, np.float32), everything)
     half = int(anchors.sum())
     for kept in (half + 3, half, half - 5):
         with ContentRule(geometry, (geometry.patches, kept, kept, kept), score).applied(adapter) as run:
@@ -124,6 +125,35 @@ def test_anchors_leave_last_and_one_is_no_anchor_of_itself():
         assert (anchors[rows.numpy()].sum(1) == min(kept, half)).all()
     # Of equal similarity to themselves, anchors would leave in the order of the grid.
     assert rows[0].sort().values.tolist() != np.flatnonzero(anchors)[: half - 5].tolist()
+
+
+def test_the_decision_costs_its_similarities():
+    """Counted by hand: 24 patches, 12 of them anchors, 16 channels per head."""
+    geometry = adapter_of().geometry
+    plan = TokenPlan.identity("tiny", geometry)
+    costs = {}
+    for kept in ((24, 20, 14, 14), (24, 12, 12, 12), (24, 24, 5, 5), (24, 20, 12, 7)):
+        rule = ContentRule(geometry, kept, AnchoredScore.of_plan(plan, 0.1))
+        blocks = [rule.step_macs(block, np.array([kept[block] + 1])) for block in range(3) if rule.drops_in(block)]
+        costs[kept] = [int(macs[0]) // 16 for macs in blocks]
+    assert costs == {
+        (24, 20, 14, 14): [12 * 12, 12 * 8],
+        (24, 12, 12, 12): [0],
+        (24, 24, 5, 5): [12 * 12],
+        (24, 20, 12, 7): [12 * 12, 0, 12 * 12],
+    }
+
+
+def test_without_any_anchor_all_patches_are_compared():
+    adapter = adapter_of()
+    geometry = adapter.geometry
+    others = np.flatnonzero(~content.anchors_of(geometry.grid))
+    exits = np.zeros(geometry.patches, np.int64)
+    exits[others] = [4] * 6 + [1] * (len(others) - 6)
+    plan = TokenPlan.from_exits("tiny", geometry, exits)
+    with ContentRule.of(ContentPlan(plan, 0.0)).applied(adapter) as run:
+        run(images_for(adapter, 2, dtype=torch.float32))
+    assert run.key_counts[0].tolist() == [13, 7, 7, 7] and run.decisions[0].shape == (2, 7)
 
 
 @pytest.mark.parametrize("score", [AttentionScore(), NormScore(), NormScore(-1.0), DistinctScore()])
