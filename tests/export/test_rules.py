@@ -63,7 +63,7 @@ CASES = {
     # The last block drops too, because the head pools over what is left.
     "saint, pooling": ("average pooling", lambda g: FrozenSaintRule(g, (4, 3), (0.5, 0.4)), {"dynamic_batch": True}),
     "tome": ("average pooling beside a class token", lambda g: TomeRule(g, (4, 3)), {"opset": 17}),
-    "evit, dropping": ("registers", lambda g: EvitRule(g, 0.6, (0,), fuse=False), {"batch_size": 2}),
+    "evit": ("registers", lambda g: EvitRule(g, 0.6, (0,)), {"batch_size": 2}),
 }
 
 
@@ -116,7 +116,7 @@ def test_the_graph_is_static_and_scatters_nothing(exported, name):
 
 @pytest.mark.parametrize("target, opset", [("trt10", 20), ("trt8.5", 16), ("ort-cpu", 20)])
 def test_deployment_targets_take_it(exported, target, opset, tmp_path):
-    for name in ("saint", "evit, dropping"):
+    for name in ("saint", "evit"):
         ruled = exported(name)
         paths = tmp_path / "rule.onnx", tmp_path / "audit.onnx"
         for source, path in zip((ruled.path, ruled.audit), paths, strict=True):
