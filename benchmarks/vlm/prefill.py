@@ -111,12 +111,13 @@ def layers_that_fit(gib: float, dtype: torch.dtype) -> int:
 
 
 def peak_rss(call) -> int | None:
-    """Bytes; None where the system does not tell."""
+    """Most bytes in memory during the call; None where the system does not tell. The call is made either way."""
     gc.collect()
     try:
         # 5: forget the peak so far (Linux).
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
+        call()
         return None
     call()
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -177,30 +178,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, form in forms.items():
         with form() as run, PeakBytes() as counter:
             prefill(model, inputs)
+        start = time.perf_counter()
+        rss = peak_rss(partial(once, form))
+        round_seconds += time.perf_counter() - start
         described[name] = {
             "macs": macs(parts, run, len(ids)),
             "visual_tokens": None if run is None else run.visual_tokens[0].tolist(),
             "kv_bytes": None if run is None else run.kv_bytes[0],
             "peak_tensor_bytes": counter.peak,
-            "peak_rss_bytes": peak_rss(partial(once, form)),
+            "peak_rss_bytes": rss,
         }
-        start = time.perf_counter()
-        once(form)
-        round_seconds += time.perf_counter() - start
         print(f"{name}: {described[name]['macs'] / described['dense']['macs']:.3f} of the multiply-adds", flush=True)
     left = 60 * options.minutes - (time.perf_counter() - started)
-    # These runs were warm-up for the one that measure() makes.
-    rounds = max(3, min(options.rounds, int(left / round_seconds) - 1))
+    rounds = max(3, min(options.rounds, int(left / round_seconds)))
     print(f"a round takes {round_seconds:.0f} s: {rounds} rounds", flush=True)
     comparison = measure(
         {name: partial(once, form) for name, form in forms.items()},
-        warmup=1,
-        warmup_limit=1,
+        # Each has run twice by now.
+        warmup=0,
+        warmup_limit=0,
         rounds=rounds,
         seconds=None,
         protocol={
             "clock": "time.perf_counter around one prefill, logits of one token, cache filled, image in memory",
             "threads": options.threads,
+            "warmup_runs_before": 2,
             "prompt_tokens": len(ids),
         },
     )
