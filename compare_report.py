@@ -82,7 +82,7 @@ class Entry:
 
 
 def entries_of(rows: Iterable[Row]) -> list[Entry]:
-    """Entries by target, the largest first, and within one in the order of the rows."""
+    """Entries by target, the largest first; at each ours before the others, methods in the order of the rows."""
     results: dict[tuple[float, str], dict[Any, Row]] = {}
     latencies: dict[tuple[float, str], dict[int, Row]] = {}
     missing: dict[tuple[float, str], str | None] = {}
@@ -100,7 +100,8 @@ def entries_of(rows: Iterable[Row]) -> list[Entry]:
         failure = None if good else next(row["failure"] for row in seeds.values())
         name = target, method
         found.append(Entry(method, target, good, failure, latencies.get(name, {}), missing.get(name)))
-    return sorted(found, key=lambda entry: -entry.target)
+    order = list(dict.fromkeys(entry.method for entry in found))
+    return sorted(found, key=lambda entry: (-entry.target, not entry.ours, order.index(entry.method)))
 
 
 def pareto(entries: Sequence[Entry], batch: int | None) -> set[tuple[str, float]]:

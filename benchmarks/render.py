@@ -346,8 +346,8 @@ def _compare_caption(entries: list[compare_report.Entry]) -> str:
         [
             f"{results[0]['eval_data']['count']:,} evaluation images; methods that look at images were given "
             f"{' or '.join(f'{count:,}' for count in images)} to calibrate on.",
-            "Where several seeds were made, mean ± standard deviation; else the 95 % interval over images, paired with "
-            f"the dense model, which is ± {min(widths):.1f} to {max(widths):.1f} pp wide for every row.",
+            "± is the standard deviation over seeds; in brackets, where there is one seed, stands the 95 % interval "
+            f"over images, paired with the dense model: ± {min(widths):.1f} to {max(widths):.1f} pp.",
             compare_report.protocol_sentence(entries),
             *(f"{line}." for line in compare_report.remarks_of(entries)),
         ]
