@@ -141,7 +141,7 @@ class DiffRateRule(TokenRule):
             return torch.cat([x[:, :prefix], together], 1) / total[..., None]
 
         patches = tokens - prefix
-        pairs = order[:, stay:] * patches + order.gather(1, targets) + patches
+        pairs = order[:, stay:] * patches + select_rows(order, targets) + patches
         return Merge(make, total, torch.cat([order[:, :stay], pairs], 1), rows)
 
 
