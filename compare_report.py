@@ -332,7 +332,7 @@ _STYLES = {
     "random": ("#b4b4b4", "x", ":"),
     "centre": ("#8c8c8c", "+", ":"),
 }
-_Y_AXES = {"top1_difference": "top-1 lost, pp", "kl": "KL to dense, nats", "cosine": "cosine to dense features"}
+_Y_AXES = {"top1_difference": "change of top-1, pp", "kl": "KL to dense, nats", "cosine": "cosine to dense features"}
 
 
 def plot_comparison(entries: Sequence[Entry], path: Path, *, title: str = "", batch: int | None = None) -> None:
@@ -370,6 +370,7 @@ def _drawn(entries: Sequence[Entry], form: str, title: str, batch: int | None) -
         axes[0].set_ylabel(_Y_AXES[metric])
         if not QUALITIES[metric][3]:
             axes[0].invert_yaxis()  # Up is better in every plot.
+        _cut_below(axes[0], good, metric)
         if title:
             figure.suptitle(title, fontsize=10)
         figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
@@ -377,6 +378,18 @@ def _drawn(entries: Sequence[Entry], form: str, title: str, batch: int | None) -
         nothing = {"Date": None} if form == "svg" else {"Software": None}
         figure.savefig(stream, format=form, dpi=150, metadata=nothing)
     return stream.getvalue()
+
+
+def _cut_below(axis, entries: Sequence[Entry], metric: str) -> None:
+    """End the axis at twice what our worst plan loses: a method that collapses must not squeeze the others together."""
+    factor, nothing_lost = QUALITIES[metric][1], 1.0 if metric == "cosine" else 0.0
+    lost = [
+        abs(entry.mean(metric) - nothing_lost) for entry in entries if entry.ours and entry.mean(metric) is not None
+    ]
+    bottom, top = axis.get_ylim()
+    if lost and max(lost) and abs(bottom - factor * nothing_lost) > 2 * factor * max(lost):
+        sign = -1 if QUALITIES[metric][3] else 1
+        axis.set_ylim(factor * (nothing_lost + 2 * sign * max(lost)), top)
 
 
 def _draw_method(axis, entries: Sequence[Entry], batch: int | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vpruner.compare_report import (
+    _cut_below,
     at_equal_time,
     comparison_table,
     entries_of,
@@ -198,3 +199,19 @@ def test_without_times_there_is_one_panel(rows, tmp_path):
     heads, _ = comparison_table(entries)
     assert not any("batch" in head for head in heads)
     assert json.dumps(remarks_of(entries)).count("multiply-adds") == 1
+
+
+@pytest.mark.parametrize(
+    "metric, limits, cut", [("top1_difference", (-40.0, 1.0), (-12.0, 1.0)), ("kl", (0.4, 0.0), (0.12, 0.0))]
+)
+def test_a_method_that_collapses_does_not_squeeze_the_others(rows, metric, limits, cut):
+    class Axis:
+        def get_ylim(self):
+            return limits
+
+        def set_ylim(self, *limits):
+            self.cut = limits
+
+    axis = Axis()
+    _cut_below(axis, entries_of([*rows, result("evit", 0.5, -0.4)]), metric)
+    assert axis.cut == pytest.approx(cut)
