@@ -499,6 +499,7 @@ def vlm_accuracy(rows: list[dict]) -> str:
     if not keeps:
         return ""
     least, kinds = keeps[-1], VLM_KINDS[1:]
+    seeds = len({row["seed"] for rows in found.values() for row in rows})
     heads = [*(f"{100 * keep:g} %" for keep in keeps), *(f"{kind}, {100 * least:g} %" for kind in kinds)]
     lines = [
         "Points of accuracy lost, by the share of visual tokens that the last layer of the language model still has.",
@@ -512,11 +513,11 @@ def vlm_accuracy(rows: list[dict]) -> str:
         f"| --- |{' ---: |' * (len(heads) + 1)}",
     ]
     for method, (name, *_) in VLM_METHODS.items():
-        cells = [_vlm_cell(found.get((method, keep)), "all") for keep in keeps]
-        cells += [_vlm_cell(found.get((method, least)), kind) for kind in kinds]
+        cells = [_vlm_cell(found.get((method, keep)), "all", seeds) for keep in keeps]
+        cells += [_vlm_cell(found.get((method, least)), kind, seeds) for kind in kinds]
         if any(cell != "–" for cell in cells):
             lines.append(f"| {name} | {' | '.join(cells)} | {_vlm_tokens(found.get((method, least)))} |")
-    return "\n".join([*lines, "", _vlm_caption(found, least)])
+    return "\n".join([*lines, "", _vlm_caption(found, least, seeds)])
 
 
 def _newest_vlm(rows: list[dict]) -> dict[tuple[str, float], list[dict]]:
@@ -545,9 +546,12 @@ def _vlm_mean(rows: list[dict] | None, kind: str, metric: str) -> tuple[float, f
     return mean, sum(half**2 for half in halves) ** 0.5 / len(some), len(some)
 
 
-def _vlm_cell(rows: list[dict] | None, kind: str) -> str:
+def _vlm_cell(rows: list[dict] | None, kind: str, seeds: int) -> str:
+    """Such as "-1.5 ± 0.8"; fewer than ``seeds`` seeds are counted behind it, in brackets."""
     mean = _vlm_mean(rows, kind, "accuracy_difference")
-    return "–" if mean is None else f"{100 * mean[0]:+.1f} ± {100 * mean[1]:.1f}"
+    if mean is None:
+        return "–"
+    return f"{100 * mean[0]:+.1f} ± {100 * mean[1]:.1f}" + (f" ({mean[2]})" if mean[2] < seeds else "")
 
 
 def _vlm_tokens(rows: list[dict] | None) -> str:
@@ -556,22 +560,15 @@ def _vlm_tokens(rows: list[dict] | None) -> str:
     return f"{statistics.fmean(statistics.fmean(layers) for layers in counts):.0f}" if counts else "–"
 
 
-def _vlm_caption(found: dict[tuple[str, float], list[dict]], least: float) -> str:
+def _vlm_caption(found: dict[tuple[str, float], list[dict]], least: float, seeds: int) -> str:
     dense = [row for (method, _), rows in found.items() if method == "dense" for row in rows]
-    shares = []
-    for kind in VLM_KINDS[1:]:
-        mean = _vlm_mean(dense, kind, "accuracy")
-        shares.append(f"{kind} {100 * mean[0]:.1f} %")
-    seeds = {method: len({row["seed"] for row in rows}) for (method, keep), rows in found.items() if keep == least}
-    most = max(seeds.values())
+    shares = [f"{kind} {100 * _vlm_mean(dense, kind, 'accuracy')[0]:.1f} %" for kind in VLM_KINDS[1:]]
+    count = next(row["count"] for row in dense if row["question_kind"] == VLM_KINDS[1])
+    fewer = any(len({row["seed"] for row in rows}) < seeds for rows in found.values())
     sentences = [
         f"The dense model answers right: {', '.join(shares)}",
-        f"{most} seed{'s' if most > 1 else ''} of {dense[0]['count']:,} questions of each kind",
-    ]
-    fewer = [VLM_METHODS[method][0] for method, count in seeds.items() if count < most]
-    if fewer:
-        sentences[-1] += f" (fewer: {', '.join(fewer)})"
-    sentences += [
+        f"{seeds} seed{'s' if seeds > 1 else ''} of {count:,} questions of each kind"
+        + (", or as many as stand in brackets" if fewer else ""),
         "± half of the 95 % interval, paired question by question",
         f"tokens per layer: mean of the visual tokens that enter a language layer at {100 * least:g} %",
     ]

@@ -38,13 +38,13 @@ def test_points_lost_by_share_and_kind(render):
     start = lines.index("| | 50 % | 25 % | position, 25 % | count, 25 % | presence, 25 % | tokens per layer |")
     assert lines[start + 1 :] == [
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| FastV | +0.0 ± 3.0 | +0.0 ± 3.0 | -2.0 ± 3.0 | -4.0 ± 3.0 | -6.0 ± 3.0 | 160 |",
+        "| FastV | +0.0 ± 3.0 (1) | +0.0 ± 3.0 (1) | -2.0 ± 3.0 (1) | -4.0 ± 3.0 (1) | -6.0 ± 3.0 (1) | 160 |",
         # Two seeds: 3 / sqrt(2).
         "| SAINT, hybrid | – | +0.0 ± 2.1 | -2.0 ± 2.1 | -4.0 ± 2.1 | -6.0 ± 2.1 | 160 |",
         "",
         "The dense model answers right: position 80.0 %, count 70.0 %, presence 60.0 %; 2 seeds of 1,000 questions of "
-        "each kind (fewer: FastV); ± half of the 95 % interval, paired question by question; tokens per layer: mean of "
-        "the visual tokens that enter a language layer at 25 %.",
+        "each kind, or as many as stand in brackets; ± half of the 95 % interval, paired question by question; tokens "
+        "per layer: mean of the visual tokens that enter a language layer at 25 %.",
     ]
     assert render.vlm_accuracy([]) == render.vlm_accuracy(rows("dense", 1.0, 0)) == ""
 
