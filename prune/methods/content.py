@@ -11,7 +11,7 @@ Similarity of keys as in ToMe (arXiv 2210.09461) and SAINT (arXiv 2503.11549), b
 that the plan is added as a prior, by the block at which each place leaves; how much it counts is chosen on calibration
 images. Scores that look at one patch alone serve for comparison: attention of the class token (EViT, arXiv 2202.07800),
 length of the key, and how little it resembles the mean. They rank neighbours alike, which carry the same, and so leave
-together: each loses more than the static plan does, and so does a linear probe that tells the Fisher importance of single
+together: each loses more than the static plan, and so does a linear probe that tells the Fisher importance of single
 patches well.
 """
 
