@@ -19,6 +19,7 @@ from vpruner.export.check import check
 from vpruner.export.deploy import deploy_file
 from vpruner.export.metadata import GraphMetadata
 from vpruner.export.rules import check_rule, compare_rule, describe_rule, export_rule
+from vpruner.prune.methods.diffrate import DiffRateRule
 from vpruner.prune.methods.evit import EvitRule
 from vpruner.prune.methods.rule import Keep, TokenRule, rank_descending, with_prefix
 from vpruner.prune.methods.saint import FrozenSaintRule, SaintRule
@@ -64,6 +65,7 @@ CASES = {
     "saint, pooling": ("average pooling", lambda g: FrozenSaintRule(g, (4, 3), (0.5, 0.4)), {"dynamic_batch": True}),
     "tome": ("average pooling beside a class token", lambda g: TomeRule(g, (4, 3)), {"opset": 17}),
     "evit": ("registers", lambda g: EvitRule(g, 0.6, (0,)), {"batch_size": 2}),
+    "diffrate": ("average pooling", lambda g: DiffRateRule(g, (2, 3), (5, 2), class_token=False), {"batch_size": 2}),
 }
 
 
