@@ -41,15 +41,14 @@ LAYERS = 32
 MODES = ("vit", "llm", "hybrid")
 
 
-def build(layers: int, dtype: torch.dtype, small: bool = False) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5-7B with fewer layers, or ``small``: a sixteenth of its width and a third of its image, for trying."""
-    scale = 16 if small else 1
+def build(layers: int, dtype: torch.dtype, scale: int = 1, side: int = 336) -> LlavaForConditionalGeneration:
+    """LLaVA-1.5-7B with fewer layers, its widths divided by ``scale``, for images of ``side`` pixels."""
     vision = CLIPVisionConfig(
         hidden_size=1024 // scale,
         intermediate_size=4096 // scale,
         num_hidden_layers=24,
         num_attention_heads=16,
-        image_size=112 if small else 336,
+        image_size=side,
         patch_size=14,
         hidden_act="quick_gelu",
     )
@@ -89,9 +88,9 @@ def fill(model: nn.Module) -> None:
             part.copy_(draws[: len(part)])
 
 
-def faster_dtype(small: bool) -> torch.dtype:
+def faster_dtype(scale: int) -> torch.dtype:
     """float32 or bfloat16, by one MLP of a prompt."""
-    width, hidden = (256, 688) if small else (4096, 11008)
+    width, hidden = 4096 // scale, 11008 // scale
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         weight, x = torch.ones(hidden, width, dtype=dtype), torch.ones(640, width, dtype=dtype)
@@ -145,27 +144,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="at most; fewer where --minutes would be exceeded")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything, but at least 3 rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--small", action="store_true", help="a sixteenth of the width, a third of the image: to try the script"
-    )
+    parser.add_argument("--scale", type=int, default=1, help="divides all widths, to try the script")
+    parser.add_argument("--image", type=int, default=336, help="pixels of a side")
     parser.add_argument("--output", type=Path, default=HERE.parent / "results" / "vlm_prefill.jsonl")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype) if options.dtype else faster_dtype(options.small)
+    dtype = getattr(torch, options.dtype) if options.dtype else faster_dtype(options.scale)
     layers = options.layers or layers_that_fit(options.gib, dtype)
     started = time.perf_counter()
-    model = build(layers, dtype, options.small)
+    model = build(layers, dtype, options.scale, options.image)
     parts = find_parts(model)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     print(f"{layers} layers in {dtype}, {weights / 2**30:.1f} GiB, built in {time.perf_counter() - started:.0f} s")
 
     words = torch.randint(3, 30000, (options.text,), generator=torch.Generator().manual_seed(1))
     ids = torch.cat([words[: len(words) // 2], torch.full((parts.features,), IMAGE_TOKEN), words[len(words) // 2 :]])
-    side = parts.tower.config.image_size
     inputs = {
         "input_ids": ids[None],
         "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-        "pixel_values": torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(2)).to(dtype),
+        "pixel_values": torch.randn(1, 3, options.image, options.image, generator=torch.Generator().manual_seed(2)).to(
+            dtype
+        ),
     }
     forms: dict[str, AbstractContextManager] = {"dense": nullcontext}
     forms |= {mode: partial(saint, model, mode, options.keep) for mode in options.modes}
@@ -216,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "kind": "vlm_prefill",
                 "mode": name,
                 "keep": 1.0 if name == "dense" else options.keep,
-                "model": "LLaVA-1.5-7B shapes" + (", a sixteenth as wide, images of 112 px" if options.small else ""),
+                "model": f"LLaVA-1.5-7B shapes, widths / {options.scale}, {options.image} px",
                 "layers": layers,
                 "dtype": str(dtype).removeprefix("torch."),
                 "weight_bytes": weights,

@@ -15,7 +15,22 @@ def prefill(script):
 
 def test_rows(prefill, tmp_path, capsys):
     output = tmp_path / "rows.jsonl"
-    options = ["--small", "--layers", "3", "--dtype", "float32", "--modes", "vit", "--text", "8", "--minutes", "0"]
+    options = [
+        "--scale",
+        "16",
+        "--image",
+        "112",
+        "--layers",
+        "3",
+        "--dtype",
+        "float32",
+        "--modes",
+        "vit",
+        "--text",
+        "8",
+        "--minutes",
+        "0",
+    ]
     prefill.main([*options, "--threads", str(torch.get_num_threads()), "--output", str(output)])
     dense, pruned = [json.loads(line) for line in output.read_text().splitlines()]
     assert (dense["mode"], pruned["mode"]) == ("dense", "vit") and dense["protocol"]["rounds"] == 3
