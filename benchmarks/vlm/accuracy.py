@@ -6,10 +6,10 @@ asks the small LLaVA of this folder (or ``--model``) one question of each kind a
 seed, dense and pruned, and appends one row per method, share, seed, kind of question and metric to ``--output``. Rows
 that are there already are not made again, so a stopped run goes on.
 
-Methods are those of ``vpruner vlm evaluate``; the accuracies are those that it gives. Here the three questions of a
-mosaic share the features of its image, and the answer is the first token after the prompt, as every answer is one
-word. ``static`` keeps the positions of a Fisher plan of the tower, learned on mosaics of the training images and
-searched so that as many patches are left at its end as the other methods keep.
+Methods are those of ``vpruner vlm evaluate``, and so, with ``--positions compact``, are the accuracies. Here the three
+questions of a mosaic share the features of its image, and the answer is the first token after the prompt, as every
+answer is one word. ``static`` keeps the positions of a Fisher plan of the tower, learned on mosaics of the training
+images and searched so that as many patches are left at its end as the other methods keep.
 
 ``--positions original`` (the default) lets text stay where it was when the tower drops tokens, ``compact`` moves it up.
 The language model of this folder has seen images of one size alone, and answers worse when text moves, whichever
