@@ -18,6 +18,8 @@ from .report import Figure, Items, Section, Table, Text, to_html, to_markdown
 
 Row = Mapping[str, Any]
 
+#: Costs that differ by less are equal: budgets are met to whole tokens.
+SAME_COST = 0.01
 #: Methods of this project; the others are its peers.
 OURS = ("v-pruner", "v-pruner-content", "content", "fisher")
 #: Choices that look at nothing, to compare with; drawn in grey.
@@ -105,7 +107,7 @@ def entries_of(rows: Iterable[Row]) -> list[Entry]:
 
 
 def pareto(entries: Sequence[Entry], batch: int | None) -> set[tuple[str, float]]:
-    """(method, target) of the entries that none other beats in both cost and quality.
+    """(method, target) of the entries that none other beats in quality at no more than 1 % more cost.
 
     Args:
         batch: Cost is the latency ratio of the ONNX graph at this batch; None: MACs.
@@ -119,7 +121,7 @@ def pareto(entries: Sequence[Entry], batch: int | None) -> set[tuple[str, float]
         name
         for name, (cost, quality) in costs.items()
         if not any(
-            other_cost <= cost and other >= quality and (other_cost, other) != (cost, quality)
+            (other > quality and other_cost <= (1 + SAME_COST) * cost) or (other == quality and other_cost < cost)
             for other_cost, other in costs.values()
         )
     }
@@ -270,7 +272,7 @@ def remarks_of(entries: Sequence[Entry]) -> list[str]:
         lines.append("†: timed in PyTorch, ratio to the dense model in PyTorch; not to be compared with the others")
     batches = batches_of(entries)
     front = f"latency at batch {batches[0]}" if batches else "multiply-adds"
-    lines.append(f"*: no other method here is both at least as good and at least as fast ({front})")
+    lines.append(f"*: nothing else here is better at no more than 1 % more cost ({front})")
     return lines
 
 

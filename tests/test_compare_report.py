@@ -80,6 +80,15 @@ def test_the_front_by_time_and_by_macs(rows):
     assert pareto(entries, None) == {("tome", 0.7), ("v-pruner", 0.5)}
 
 
+def test_costs_within_a_hundredth_are_equal_on_the_front():
+    rows = [
+        result("a", 0.5, -0.02, macs=0.500),
+        result("b", 0.5, -0.03, macs=0.496),
+        result("c", 0.5, -0.04, macs=0.48),
+    ]
+    assert pareto(entries_of(rows), None) == {("a", 0.5), ("c", 0.5)}
+
+
 def test_a_peer_at_our_time_is_read_off_its_line(rows):
     found = {one.peer: one for one in at_equal_time(entries_of(rows), 1)}
     assert set(found) == {"tome"}  # random is no peer, and fisher is ours
