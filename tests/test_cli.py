@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
+import click
 import numpy as np
 import onnx
 import pytest
@@ -653,21 +654,26 @@ def test_features_model_reports_cosine(images, tmp_path):
     assert len(prediction["features"]) == 48
 
 
-def commands():
-    return sorted(main.commands)
+def commands(group=main, prefix=""):
+    """"run" or "vlm profile" -> command; groups are gone through."""
+    found = {}
+    for name, command in sorted(group.commands.items()):
+        inner = commands(command, f"{name} ") if isinstance(command, click.Group) else {name: command}
+        found |= {f"{prefix}{key}": value for key, value in inner.items()}
+    return found
 
 
 @pytest.mark.parametrize("name", commands())
 def test_help_ends_in_a_runnable_example(name):
     """Every example in the help parses: the options exist and the values have the right type."""
-    command = main.commands[name]
+    command = commands()[name]
     assert "--json" in [option for p in command.params for option in p.opts]
     lines = [line.strip() for line in command.help.splitlines() if line.strip()]
     examples = [line for line in lines if line.startswith(f"vpruner {name}")]
     assert examples and lines[-1] in examples
     for example in examples:
-        command.make_context(name, shlex.split(example)[2:], resilient_parsing=False)
-    text = call(name, "--help").stdout
+        command.make_context(name, shlex.split(example)[1 + len(name.split()) :], resilient_parsing=False)
+    text = call(*name.split(), "--help").stdout
     assert "Example:" in text
 
 
