@@ -655,7 +655,7 @@ def test_features_model_reports_cosine(images, tmp_path):
 
 
 def commands(group=main, prefix=""):
-    """"run" or "vlm profile" -> command; groups are gone through."""
+    """Name such as "run" or "vlm profile" -> command; groups are gone through."""
     found = {}
     for name, command in sorted(group.commands.items()):
         inner = commands(command, f"{name} ") if isinstance(command, click.Group) else {name: command}
