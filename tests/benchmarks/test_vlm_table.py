@@ -1,4 +1,4 @@
-"""Table and plot of benchmarks/vlm/accuracy.py."""
+"""Tables and plot of benchmarks/vlm."""
 
 import pytest
 
@@ -59,3 +59,25 @@ def test_plot(render, tmp_path):
     render.plot_vlm_accuracy(found, path)
     assert path.read_bytes() == first
     assert f"]({render.VLM_ACCURACY_PLOT})" in render.vlm_accuracy(found)
+
+
+def prefill(mode, p50_ms, ratio, macs_saved, **more):
+    limits = dict(ratio=ratio, ratio_low=ratio - 0.02, ratio_high=ratio + 0.02, ratio_to="dense")
+    about = dict(model="LLaVA", layers=4, dtype="float32", count=9, protocol=dict(prompt_tokens=616, threads=2))
+    saved = dict(macs_saved=macs_saved, saved_of_macs_saved=(1 - ratio) / macs_saved if macs_saved else None)
+    sizes = dict(peak_tensor_bytes=200 << 20, kv_bytes=30 << 20 if macs_saved else None)
+    environment = dict(environment=dict(cpu="a CPU"))
+    return dict(mode=mode, keep=0.25, p50_ms=p50_ms, **limits, **about, **saved, **sizes, **environment) | more
+
+
+def test_time_to_the_first_token(render):
+    older = [prefill("dense", 1.0, 1.0, 0.0), prefill("llm", 0.5, 0.5, 0.5)]
+    newest = [prefill("dense", 8195.6, 1.0, 0.0), prefill("vit", 3900, 0.48, 0.5, peak_tensor_bytes=92 << 20)]
+    assert render.vlm_prefill([*older, *newest]).splitlines()[2:] == [
+        "| dense | 1 | 8.2 s | | 200 MiB | |",
+        "| SAINT, vit | 0.500 | 0.480 (0.460 to 0.500) | 1.04 | 92 MiB | 30 MiB |",
+        "",
+        "LLaVA, 4 language layers in float32, random weights, one image and 616 tokens in all; 25 % of the visual "
+        "tokens kept; 9 rounds in turns, 2 threads of a CPU. Peak: what the prefill needs beside the weights.",
+    ]
+    assert render.vlm_prefill([]) == ""
