@@ -5,6 +5,11 @@
 Random weights: times do not depend on them. The calibration images are resized by the model's own preprocessing. Peak
 memory is the most that was resident in RAM during the stage (Linux: the high-water mark, set back before each stage),
 with everything that the process holds: PyTorch, the model, the images. One row per step of the progress display.
+
+Of a model too large for the time at hand, the stages can be run apart, on few images: memory hardly depends on them.
+
+    python benchmarks/stage_costs.py --model vit_large_patch16_224 --images 16 --rearrange none
+    python benchmarks/stage_costs.py --model vit_large_patch16_224 --images 16 --tune none --episodes 16
 """
 
 from __future__ import annotations
@@ -22,8 +27,9 @@ from vpruner import bundled
 from vpruner.artifacts import append_rows
 from vpruner.progress import Reporter
 from vpruner.prune.data import ImageSet, ImageSource, choose_indices
-from vpruner.prune.learn import learn
+from vpruner.prune.learn import REARRANGEMENTS, learn
 from vpruner.prune.rearrange import RearrangeSettings
+from vpruner.prune.tune import TUNINGS
 from vpruner.runtime.environment import environment
 
 
@@ -57,6 +63,8 @@ def main() -> None:
     parser.add_argument("--data", default=str(bundled.calibration_data()))
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--target", type=float, default=0.65)
+    parser.add_argument("--rearrange", choices=REARRANGEMENTS, default="ppo")
+    parser.add_argument("--tune", choices=TUNINGS, default="weights")
     parser.add_argument("--episodes", type=int, default=RearrangeSettings.episodes)
     parser.add_argument(
         "--time-limit", type=float, default=RearrangeSettings.time_limit, help="seconds of rearrangement"
@@ -69,8 +77,16 @@ def main() -> None:
     images = ImageSet(source, choose_indices(source, args.images, 0))
     watch = Watch()
     settings = RearrangeSettings(episodes=args.episodes, time_limit=args.time_limit)
-    learned = learn(loaded, images, target=args.target, settings=settings, reporter=watch)
-    played = next((s.details["episodes"] for s in learned.stages if s.name == "rearrange"), None)
+    learned = learn(
+        loaded,
+        images,
+        target=args.target,
+        rearrangement=args.rearrange,
+        tuning=args.tune,
+        settings=settings,
+        reporter=watch,
+    )
+    played = next((s.details["episodes"] for s in learned.stages if s.method == "ppo"), None)
     here = environment()
     rows = [
         {
