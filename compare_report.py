@@ -129,11 +129,12 @@ def pareto(entries: Sequence[Entry], batch: int | None) -> set[tuple[str, float]
 
 @dataclass(frozen=True)
 class AtEqualTime:
-    """One of ours against a peer at the time that ours takes.
+    """Ours against a peer at the time that one of our plans takes.
 
     Attributes:
-        ratio: Latency ratio of ours.
-        value: Mean of the metric, ours.
+        method: Which of ours takes that time.
+        ratio: Its latency ratio.
+        value: Mean of the metric of our best method at that time.
         peer_value: The peer's, read off the line between its two budgets around that time; None where the peer was not
             measured on both sides of it.
     """
@@ -156,29 +157,43 @@ class AtEqualTime:
 
 
 def at_equal_time(entries: Sequence[Entry], batch: int, peers: Sequence[str] | None = None) -> list[AtEqualTime]:
-    """At each budget our best plan against each peer at equal measured time, in onnxruntime.
+    """At each budget, and the time of our best static plan and of our best by content, ours against each peer.
 
-    A peer's accuracy over time is the broken line through its budgets and the dense model (ratio 1, nothing lost).
+    The accuracy of a method over time, in onnxruntime, is the broken line through its budgets and the dense model
+    (ratio 1, nothing lost). Ours at a time is the better of what was measured and of the lines of our other methods:
+    somebody with so much time would take that.
     """
     timed = [entry for entry in entries if not entry.failure and entry.latency_ratio(batch) and entry.metric]
     if peers is None:
         peers = [name for name in dict.fromkeys(e.method for e in timed) if name not in (*OURS, *BLIND)]
     found = []
     for target in dict.fromkeys(entry.target for entry in timed):
-        ours = [entry for entry in timed if entry.ours and entry.target == target]
-        if not ours:
-            continue
-        best = max(ours, key=lambda entry: entry.quality)
-        metric, ratio = best.metric, best.latency_ratio(batch)
-        for peer in peers:
-            curve = {1.0: 1.0 if metric == "cosine" else 0.0}
-            for entry in timed:
-                if entry.method == peer and entry.mean(metric) is not None:
-                    curve[entry.latency_ratio(batch)] = entry.mean(metric)
-            if len(curve) > 1:
-                value = _interpolated(ratio, curve)
-                found.append(AtEqualTime(target, best.method, ratio, best.mean(metric), peer, value, metric))
+        best: dict[str, Entry] = {}
+        for entry in timed:
+            if entry.ours and entry.target == target:
+                form = entry.results[0]["form"]
+                best[form] = max(best.get(form, entry), entry, key=lambda one: one.quality)
+        for one in sorted(best.values(), key=lambda entry: -entry.quality):
+            metric, ratio = one.metric, one.latency_ratio(batch)
+            lines = {
+                name: _interpolated(ratio, _line(timed, name, batch, metric))
+                for name in dict.fromkeys(entry.method for entry in timed)
+            }
+            better = max if QUALITIES[metric][3] else min
+            ours = {name: value for name, value in lines.items() if name in OURS and value is not None}
+            ours[one.method] = one.mean(metric)
+            value = better(ours.values())
+            found += [AtEqualTime(target, one.method, ratio, value, peer, lines.get(peer), metric) for peer in peers]
     return found
+
+
+def _line(timed: Sequence[Entry], method: str, batch: int, metric: str) -> dict[float, float]:
+    """Latency ratio -> mean of the metric, of one method at all of its budgets, and of the dense model."""
+    line = {1.0: 1.0 if metric == "cosine" else 0.0}
+    for entry in timed:
+        if entry.method == method and entry.mean(metric) is not None:
+            line[entry.latency_ratio(batch)] = entry.mean(metric)
+    return line
 
 
 def _interpolated(x: float, curve: Mapping[float, float]) -> float | None:
@@ -277,19 +292,20 @@ def remarks_of(entries: Sequence[Entry]) -> list[str]:
 
 
 def equal_time_table(found: Sequence[AtEqualTime]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of text: one row for each budget, a column for each peer."""
+    """Heads and rows of text: one row for each budget and plan of ours, a column for each peer."""
     if not found:
         return [], []
     peers = list(dict.fromkeys(one.peer for one in found))
     name, factor, digits, _ = QUALITIES[found[0].metric]
-    heads = ["MACs", "ours", "latency ratio", name, *(f"{peer} at that time" for peer in peers)]
-    rows: dict[float, list[str]] = {}
+    heads = ["MACs", "time of", "latency ratio", f"ours, {name}", *(f"{peer} at that time" for peer in peers)]
+    rows: dict[tuple[float, str], list[str]] = {}
     for one in found:
         rows.setdefault(
-            one.target, [f"{one.target:g}", one.method, f"{one.ratio:.3f}", format(factor * one.value, digits)]
+            (one.target, one.method),
+            [f"{one.target:g}", one.method, f"{one.ratio:.3f}", format(factor * one.value, digits)],
         )
-    for target, row in rows.items():
-        at = {one.peer: one for one in found if one.target == target}
+    for key, row in rows.items():
+        at = {one.peer: one for one in found if (one.target, one.method) == key}
         for peer in peers:
             one = at.get(peer)
             if one is None or one.peer_value is None:
@@ -462,8 +478,8 @@ def write_comparison(folder: Path, rows: Sequence[Row], remarks: Sequence[str] =
         heads, table = equal_time_table(at_equal_time(good, batches[0]))
         if table:
             text = (
-                f"Our best plan at each budget against each peer at the time ours takes (batch {batches[0]}), read off "
-                "the line between the peer's own budgets. Beyond those there is no value."
+                f"At the time of our best plan of each budget and form (batch {batches[0]}): our best method and each "
+                "peer, read off the line between the method's own budgets. Beyond those there is no value."
             )
             sections.append(Section("At equal measured time", [Text(text), Table(tuple(heads), _frozen(table), True)]))
     sections.append(Section("How it was measured", [Text(_data_sentence(entries)), Text(protocol_sentence(good))]))

@@ -324,7 +324,7 @@ def compare(rows: list[dict]) -> str:
         heads, table = compare_report.equal_time_table(compare_report.at_equal_time(entries, batches[0]))
         if table:
             where = f"batch {batches[0]}, in onnxruntime"
-            lines += ["", f"Our best plan at each budget, and its peers at the time that it takes ({where}):", ""]
+            lines += ["", f"Our best method and its peers at equal time: that of each of our plans ({where}):", ""]
             lines += _markdown_table(heads, table)
     speed = [row for row in rows if row["kind"] == "speed"]
     if speed:

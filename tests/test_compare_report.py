@@ -96,7 +96,19 @@ def test_a_peer_at_our_time_is_read_off_its_line(rows):
     # A quarter of the way from 0.6 to 0.8.
     assert one.method == "v-pruner" and one.peer_value == pytest.approx(-0.05 + 0.25 * 0.04) and one.better
     heads, table = equal_time_table([one])
-    assert heads[-1] == "tome at that time" and table == [["0.5", "v-pruner", "0.650", "-3.00", "-4.00"]]
+    assert heads[1:4] == ["time of", "latency ratio", "ours, top-1, pp"] and heads[-1] == "tome at that time"
+    assert table == [["0.5", "v-pruner", "0.650", "-3.00", "-4.00"]]
+
+
+def test_ours_at_a_time_is_the_best_of_our_methods(rows):
+    """The plan by content is slower than the static one, whose line to the dense model has lost less by then."""
+    rows = [*rows, result("content", 0.5, -0.025, form="rule"), latency("content", 0.5, 0.79)]
+    static, content = at_equal_time(entries_of(rows), 1)[::-1]
+    assert (static.method, static.ratio, static.value) == ("v-pruner", 0.65, pytest.approx(-0.03))
+    assert (content.method, content.ratio, content.value) == ("content", 0.79, pytest.approx(-0.018))
+    assert content.peer_value == pytest.approx(-0.05 + 0.95 * 0.04)
+    _, table = equal_time_table([static, content])
+    assert [row[:4] for row in table] == [["0.5", "v-pruner", "0.650", "-3.00"], ["0.5", "content", "0.790", "-1.80"]]
 
 
 def test_a_peer_that_is_better_is_said_to_be(rows):
