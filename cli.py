@@ -1834,7 +1834,7 @@ def _print_comparison(result: dict[str, Any]) -> None:
         for batch in batches_of(entries)[:1]:
             heads, rows = equal_time_table(at_equal_time(entries, batch))
             if rows:
-                _table(f"ours at each budget, and its peers at the time that ours takes (batch {batch})", heads, rows)
+                _table(f"our best and its peers at the time of each of our plans (batch {batch})", heads, rows)
     for line in remarks_of(entries):
         click.echo(line)
     for path in result["files"].values():

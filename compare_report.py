@@ -24,6 +24,8 @@ SAME_COST = 0.01
 OURS = ("v-pruner", "v-pruner-content", "content", "fisher")
 #: Choices that look at nothing, to compare with; drawn in grey.
 BLIND = ("random", "centre")
+#: What an axis of costs spans at least.
+LEAST_WIDTH = 0.1
 #: What is compared, the strongest first -> (name, factor, format, whether more is better).
 QUALITIES = {
     "top1_difference": ("top-1, pp", 100, "+.2f", True),
@@ -384,6 +386,9 @@ def _drawn(entries: Sequence[Entry], form: str, title: str, batch: int | None) -
                 handles |= _draw_method(axis, [e for e in good if e.method == method], of)
             axis.set_xlabel(label)
             axis.grid(alpha=0.25, linewidth=0.5)
+            left, right = axis.get_xlim()
+            if right - left < LEAST_WIDTH:  # One budget alone: its fourth digits are no spread.
+                axis.set_xlim((left + right - LEAST_WIDTH) / 2, (left + right + LEAST_WIDTH) / 2)
         metric = good[0].metric if good else "top1_difference"
         axes[0].set_ylabel(_Y_AXES[metric])
         if not QUALITIES[metric][3]:
