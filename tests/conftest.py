@@ -12,6 +12,23 @@ def repository() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
+# The makers import torch, which collecting the suite must not do.
+@pytest.fixture(scope="module")
+def card(tmp_path_factory) -> Path:
+    """A model card of a tiny random ViT with weights beside it."""
+    from tiny_cards import write_card
+
+    return write_card(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """A folder of labelled images for it."""
+    from tiny_cards import write_images
+
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
 def _nvidia_gpu() -> bool:
     # nvidia-smi, not torch.cuda: collecting the suite must not import torch.
     if not shutil.which("nvidia-smi"):

@@ -19,7 +19,7 @@ from commands import call, fails
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_cards import CLASSES, TINY, write_card, write_images
+from tiny_cards import CLASSES, TINY
 
 from vpruner import bundled, cli
 from vpruner.cli import main
@@ -34,17 +34,6 @@ from vpruner.prune.tune import TUNINGS
 
 #: For tests of anything but the stages after the search.
 SEARCH_ALONE = ("--rearrange", "none", "--tune", "none")
-
-
-@pytest.fixture(scope="module")
-def card(tmp_path_factory):
-    """A model card of a tiny random ViT with weights beside it."""
-    return write_card(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

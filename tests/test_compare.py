@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("timm")
 
 from commands import call, fails
-from tiny_cards import write_card, write_images
+from tiny_cards import write_card
 
 from vpruner import compare as module
 from vpruner.artifacts import read_rows
@@ -25,16 +25,6 @@ from vpruner.prune.learn import Learned
 from vpruner.prune.methods.tome import Tome
 from vpruner.prune.models import open_model
 from vpruner.prune.plan import TokenPlan
-
-
-@pytest.fixture(scope="module")
-def card(tmp_path_factory):
-    return write_card(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

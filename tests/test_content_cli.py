@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from commands import call, fails
-from tiny_cards import write_card, write_images
 
 from vpruner import cli
 from vpruner.prune import learn
@@ -22,16 +21,6 @@ from vpruner.prune.tune import Tuned
 pytest.importorskip("onnxruntime")
 
 OPTIONS = ("--rounds", 1, "--rearrange", "none", "--target", 0.6)
-
-
-@pytest.fixture(scope="module")
-def card(tmp_path_factory):
-    return write_card(tmp_path_factory.mktemp("card"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

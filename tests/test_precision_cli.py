@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from commands import call
-from tiny_cards import write_card, write_images
+from tiny_cards import write_card
 
 from vpruner import cli, pipeline
 from vpruner.errors import UserError
@@ -22,11 +22,6 @@ RUN = ("--target", 0.6, "--rearrange", "none", "--tune", "none", "--seconds", 0.
 @pytest.fixture(scope="module")
 def card(tmp_path_factory):
     return write_card(tmp_path_factory.mktemp("model"), depth=DEPTH)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from commands import call, fails
-from tiny_cards import write_card, write_images
+from tiny_cards import write_card
 
 DEPTH = 2
 
@@ -12,11 +12,6 @@ DEPTH = 2
 @pytest.fixture(scope="module")
 def card(tmp_path_factory):
     return write_card(tmp_path_factory.mktemp("model"), depth=DEPTH)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
