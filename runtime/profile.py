@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..extras import require
 from .environment import usable_cores
 from .layers import block_map, blocks_row, fold_layers, parse_ort_profile
-from .measure import common_image_shape, measure, profile_onnx, random_images
+from .measure import SETTLE_SECONDS, common_image_shape, measure, profile_onnx, random_images
 from .ort import PROVIDERS, OrtSession, short_provider
 from .power import Source
 from .profile_trt import prepare_times, profile_engines, steady_power
@@ -148,7 +148,7 @@ def profile_resident(
             }
             shape = common_image_shape(sessions, batch)
             calls = {label: bound_call(session, batch, shape, device, seed) for label, session in sessions.items()}
-            comparison = measure(calls, seconds=seconds, batch=batch, seed=seed)
+            comparison = measure(calls, seconds=seconds, batch=batch, seed=seed, settle=SETTLE_SECONDS)
             for label in paths:
                 found[label][name] = comparison.row(label)
     return found

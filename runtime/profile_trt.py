@@ -26,7 +26,7 @@ from ..errors import UserError
 from . import cuda
 from .environment import environment
 from .layers import block_map, blocks_row, fold_layers, parse_layer_information
-from .measure import ROW_SCHEMA, Comparison, Latency, common_image_shape, measure, random_images
+from .measure import ROW_SCHEMA, SETTLE_SECONDS, Comparison, Latency, common_image_shape, measure, random_images
 from .power import Source, Watch, jetson_state
 from .preprocess import Preprocessing
 from .session import Session
@@ -187,8 +187,9 @@ def measure_engines(
     calls: dict[str, Callable[[], float]] = {label: run.on_gpu for label, run in runs.items()}
     if both:
         calls |= {label + _PLAIN: run.without_graph for label, run in runs.items() if run.session.use_graph}
-    gpu = measure(calls, own_time=True, seconds=_SHARES[0] * seconds, **limits)
-    host = measure({label: run.end_to_end for label, run in runs.items()}, seconds=_SHARES[1] * seconds, **limits)
+    turns = dict(settle=SETTLE_SECONDS, **limits)
+    gpu = measure(calls, own_time=True, seconds=_SHARES[0] * seconds, **turns)
+    host = measure({label: run.end_to_end for label, run in runs.items()}, seconds=_SHARES[1] * seconds, **turns)
     for label, run in runs.items():
         run.burst = min(max(1, round(BURST_SECONDS * 1e3 / gpu.latencies[label].p50_ms)), MOST_BURST)
     burst = measure(

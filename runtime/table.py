@@ -43,7 +43,7 @@ from ..artifacts import json_sha256, write_text
 from ..errors import PlanError, UserError
 from ..prune.plan import Geometry, TokenPlan
 from .environment import environment
-from .measure import measure
+from .measure import SETTLE_SECONDS, measure, settling_runs
 
 #: Version of the JSON layout. Raise it when an older reader would misread a newer file.
 SCHEMA = 1
@@ -527,7 +527,8 @@ def measure_table(
     for grid in GRIDS if graphs.step == 1 else STAIR_GRIDS:
         chains = design(geometry, blocks, *grid, step=graphs.step)
         samples = [sample for sample in (*extra, *chains) if sample != reference]
-        if (once * GOOD_ROUNDS + opening) * sum(sample.share(geometry) for sample in samples) <= seconds:
+        turns = sum(turn(once * sample.share(geometry)) for sample in samples)
+        if GOOD_ROUNDS * turns + opening * sum(sample.share(geometry) for sample in samples) <= seconds:
             break
     # Engines may take all of the time there is; what is left for measuring must still be worth it.
     seconds = max(seconds - opening * sum(sample.share(geometry) for sample in samples), 0.25 * seconds)
@@ -547,6 +548,11 @@ def measure_table(
         protocol={**protocol, **graphs.protocol, "chain_blocks": blocks},
         environment=before,
     )
+
+
+def turn(seconds: float) -> float:
+    """How long a graph that runs so long takes to be timed once, with the runs that settle it."""
+    return seconds * (1 + settling_runs([seconds]))
 
 
 def chain_blocks(geometry: Geometry, weight_bytes: int) -> int:
@@ -648,7 +654,7 @@ def time_samples(
             own = graphs.own_time
             first = measure(calls, warmup=1, warmup_limit=1, rounds=1, seconds=None, seed=seed, own_time=own)
             share = seconds * (sum(s.share(geometry) for s in group) + reference.share(geometry)) / total
-            fit = int(share / sum(float(times[0]) for times in first.seconds.values()))
+            fit = int(share / sum(turn(float(times[0])) for times in first.seconds.values()))
             wanted = min(max(fit, LEAST_ROUNDS), MOST_ROUNDS)
             warmup = min(1 + wanted // 4, 10)
             found = measure(
@@ -659,6 +665,7 @@ def time_samples(
                 seconds=max(share, 1e-3),
                 seed=seed,
                 own_time=own,
+                settle=SETTLE_SECONDS,
             )
         medians.append(float(np.median(found.seconds[reference.label])) * 1e3)
         ratios |= {sample.label: found.ratios[sample.label].ratio for sample in group}
@@ -675,6 +682,7 @@ def time_samples(
         "graphs": len(samples),
         "groups": len(groups),
         "order": f"interleaved, shuffled each round, seed {seed}",
+        "settle_seconds": SETTLE_SECONDS,
         "warmup_stable": stable,
         "garbage_collector": "off",
     }

@@ -196,6 +196,42 @@ def test_time_limit_and_its_floor():
     assert measure({"a": clock.candidate("a", 60.0)}, rounds=3, seconds=1.0, clock=clock).protocol["rounds"] == 3
 
 
+def test_candidates_settle_before_their_turn_counts():
+    clock = FakeTime()
+    candidates = {"slow": clock.candidate("slow", 0.010), "quick": clock.candidate("quick", 0.004)}
+    result = measure(candidates, warmup=10, rounds=50, seconds=None, clock=clock, settle=0.015)
+    # As many untimed runs as fit into 15 ms; the timed ones are all that counts.
+    assert result.protocol["untimed_before_each"] == {"slow": 1, "quick": 3}
+    assert result.protocol["settle_seconds"] == 0.015
+    assert clock.log[20:].count("slow") == 50 * 2 and clock.log[20:].count("quick") == 50 * 4
+    assert result.latencies["quick"].count == 50 and result.latencies["quick"].p50_ms == pytest.approx(4)
+    # In one piece: nothing comes between a candidate's untimed runs and its timed one.
+    turns = "".join("s" if name == "slow" else "q" for name in clock.log[20:])
+    assert not turns.replace("ss", "").replace("qqqq", "")
+    assert measure({"a": clock.candidate("a", 0.02)}, rounds=10, clock=clock, settle=0.015).protocol[
+        "untimed_before_each"
+    ] == {"a": 0}
+
+
+def test_a_candidate_is_fast_only_after_itself():
+    """As with caches: 10 ms after another candidate, 5 ms after itself."""
+    clock, last = FakeTime(), [None]
+
+    def candidate(name):
+        def call():
+            clock.now += 0.005 if last[0] == name else 0.010
+            last[0] = name
+
+        return call
+
+    def p50(**options):
+        pair = {name: candidate(name) for name in "ab"}
+        return measure(pair, rounds=50, seconds=None, clock=clock, **options).latencies["a"].p50_ms
+
+    assert p50(settle=0.015) == pytest.approx(5)
+    assert p50() > 7
+
+
 def test_rounds_are_bounded_without_a_limit_that_acts(monkeypatch):
     monkeypatch.setattr(module, "MAX_ROUNDS", 500)
     clock = FakeTime()
@@ -224,6 +260,7 @@ def test_garbage_collector_is_off_inside_and_back_on_after():
         {"warmup": -1},
         {"warmup_limit": 1},
         {"batch": 0},
+        {"settle": -0.1},
     ],
 )
 def test_a_protocol_that_is_none(options):

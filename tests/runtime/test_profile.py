@@ -15,7 +15,7 @@ from vpruner.runtime.profile import is_engine, ort_blocks, profile_files, profil
 from vpruner.runtime.profile_trt import EngineRun, prepare_times, profile_engines, steady_power
 from vpruner.runtime.trt import TrtSession
 
-QUICK = dict(warmup=1, warmup_limit=2, rounds=12, seconds=0.4)
+QUICK = dict(warmup=1, warmup_limit=2, rounds=12, seconds=4.0)
 
 
 @pytest.fixture

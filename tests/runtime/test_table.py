@@ -437,7 +437,7 @@ def test_a_grid_with_steps_holds_both_edges_of_each():
 @pytest.mark.parametrize("target", [0.55, 0.7, 0.85])
 def test_a_staircase_is_measured_and_the_search_lands_on_its_edges(target):
     shape = geometry(grid=(8, 8))
-    table = measure_table(Stairs(shape), "m", shape, seconds=10.0)
+    table = measure_table(Stairs(shape), "m", shape, seconds=60.0)
     LatencyTable.from_json(json.loads(json.dumps(table.to_json())))
     graphs = Stairs(shape)
     for edge in range(8, 64, 8):
