@@ -44,8 +44,8 @@ from .preprocess import Preprocessing
 
 #: Version of the rows written by :func:`profile_onnx`.
 ROW_SCHEMA = 1
-#: How long a candidate runs untimed before each timed run. More than four runs of a model of 3 ms, or ten of one of 1 ms,
-#: change nothing; what takes longer than this fills the caches itself.
+#: How long a candidate runs untimed before each timed run. More than four runs of a model of 3 ms, or ten of one of
+#: 1 ms, change nothing; what takes longer than this fills the caches itself.
 SETTLE_SECONDS = 0.015
 MOST_SETTLING_RUNS = 100
 #: Fewer rounds than this are not worth a median; a time limit is overrun for them.
