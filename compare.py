@@ -31,7 +31,7 @@ from .pipeline import (
     choose,
     model_bytes,
     move_model,
-    open_prunable,
+    open_as_given,
     parity_row,
     rearrange_settings,
     save_learned,
@@ -373,15 +373,7 @@ def compare(
     earlier = _files_of_earlier(output, results)
     check_output(results, ".jsonl", option="--results")
     with reporter.stage("Opening model and images"):
-        loaded = open_prunable(
-            options.model,
-            pretrained=options.pretrained,
-            weights=options.weights,
-            model_args=options.model_args,
-            preprocessing=options.preprocessing,
-            loss=options.loss,
-            reporter=reporter,
-        )
+        loaded = open_as_given(options, reporter)
         for target in options.targets:
             check_target(loaded.adapter.geometry, target)
         calibration, evaluation = choose(options, loaded, reporter)

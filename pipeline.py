@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from .compare import CompareOptions
     from .export.deploy import Deployment
     from .export.fold import FoldRecord
     from .export.parity import Rung
@@ -146,15 +147,7 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         )
     with finished_folder(output, force=force) as folder, ExitStack() as stack:
         with reporter.stage("Opening model and images"):
-            loaded = open_prunable(
-                options.model,
-                pretrained=options.pretrained,
-                weights=options.weights,
-                model_args=options.model_args,
-                preprocessing=options.preprocessing,
-                loss=options.loss,
-                reporter=reporter,
-            )
+            loaded = open_as_given(options, reporter)
             geometry = loaded.adapter.geometry
             cost = open_cost(
                 options.cost, loaded.name, geometry, reporter, threads=options.threads, batch=options.batch_size
@@ -466,7 +459,7 @@ def rearrange_settings(tuning: str, episodes: int | None, time_limit: float | No
     return RearrangeSettings.for_tuning(tuning, episodes=episodes, time_limit=time_limit)
 
 
-def choose(options: RunOptions, loaded: LoadedModel, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
+def choose(options: RunOptions | CompareOptions, loaded: LoadedModel, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
     """Calibration and evaluation images as the options say, with the remarks passed on."""
     from .prune.data import choose_images
 
@@ -912,6 +905,19 @@ def peak_memory_bytes() -> int:
 
 def is_onnx(model: str | Path | None) -> bool:
     return model is not None and str(model).lower().endswith(".onnx")
+
+
+def open_as_given(options: RunOptions | CompareOptions, reporter: Reporter) -> LoadedModel:
+    """:func:`open_prunable` with what the options say."""
+    return open_prunable(
+        options.model,
+        pretrained=options.pretrained,
+        weights=options.weights,
+        model_args=options.model_args,
+        preprocessing=options.preprocessing,
+        loss=options.loss,
+        reporter=reporter,
+    )
 
 
 def open_prunable(

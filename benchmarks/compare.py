@@ -29,7 +29,7 @@ from vpruner.artifacts import append_rows, read_rows
 from vpruner.compare import CompareOptions, Comparison, Contender, Point, chosen_contenders
 from vpruner.export.fold import fold_file
 from vpruner.export.rules import export_rule
-from vpruner.pipeline import choose, open_prunable, write_dense
+from vpruner.pipeline import choose, open_as_given, write_dense
 from vpruner.progress import Reporter
 from vpruner.prune.content_plan import ContentPlan
 from vpruner.prune.cost import dense_macs, plan_macs
@@ -114,15 +114,7 @@ def open_comparison(args: argparse.Namespace, reporter: Reporter) -> tuple[Compa
         threads=args.threads,
         seconds=args.seconds,
     )
-    loaded = open_prunable(
-        args.model,
-        pretrained=False,
-        weights=None,
-        model_args={},
-        preprocessing={},
-        loss=options.loss,
-        reporter=reporter,
-    )
+    loaded = open_as_given(options, reporter)
     calibration, evaluation = choose(options, loaded, reporter)
     comparison = Comparison(options, loaded, calibration, evaluation, args.output, args.results, reporter)
     return comparison, comparison.points(chosen_contenders(options))

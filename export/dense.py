@@ -75,7 +75,8 @@ def finish(exported: ir.Model, about: GraphMetadata, opset: int) -> ir.Model:
     clean(exported)
     FoldWeightTransposes()(exported)
     passes.RemoveUnusedNodesPass()(exported)
-    passes.DeduplicateInitializersPass()(exported)
+    with _quiet():  # It says so of every initializer that is an output too, and leaves it alone, as it should.
+        passes.DeduplicateInitializersPass()(exported)
     if opset < _EXPORTER_FLOOR:
         LowerOpset(opset)(exported)
     passes.RemoveUnusedOpsetsPass()(exported)
