@@ -213,7 +213,8 @@ def check_rule(
     Where onnxruntime decides otherwise for an image than PyTorch, the rule must do so too when its input moves by
     :data:`_NOISE`: then scores were equal within rounding, and the image is counted in
     :attr:`~vpruner.export.parity.Rung.near_ties`. If the rule drops tokens, such an image is compared with the PyTorch
-    form that is made to keep what onnxruntime kept; if it merges them, it is left out of the comparison.
+    form that is made to keep what onnxruntime kept; if it merges them, it is left out of the comparison, and with no
+    image left the last rung passes with none compared.
 
     Args:
         path, audit: The two files of :func:`export_rule`.
@@ -280,8 +281,11 @@ def compare_rule(
                 reference[which] = _replay(adapter, rule, forced, images[torch.from_numpy(which)])
         for index in np.flatnonzero(others):
             _prove_near_tie(adapter, rule, images[index], name, int(index))
+    near_ties = int(others.sum())
+    if not alike.any():  # Every image is a proven near-tie of a rule that merges: no outputs are left to compare.
+        return Rung(name, 0.0, tolerance, 0, True, 0 if classifies else None, near_ties)
     rung = compare(name, reference[alike], found[alike], tolerance, top1=classifies)
-    return dataclasses.replace(rung, near_ties=int(others.sum()))
+    return dataclasses.replace(rung, near_ties=near_ties)
 
 
 def _follow(adapter: ViTAdapter, rule: TokenRule, images: torch.Tensor) -> tuple[np.ndarray, dict[int, np.ndarray]]:

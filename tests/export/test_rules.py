@@ -15,6 +15,7 @@ from token_rules import images_for
 
 from vpruner import bundled
 from vpruner.errors import ParityError, UserError
+from vpruner.export import rules
 from vpruner.export.check import check
 from vpruner.export.deploy import deploy_file
 from vpruner.export.metadata import GraphMetadata
@@ -246,6 +247,14 @@ def test_merged_images_that_part_without_a_tie_are_a_fault(exported, tmp_path):
     ruled = exported("tome")
     with pytest.raises(ParityError, match="rule.onnx equals tome in PyTorch"):
         check_rule(ruled.adapter, ruled.rule, *edited(ruled, tmp_path, flip_ranking), ruled.images(3))
+
+
+def test_a_merge_with_no_image_but_near_ties_passes_and_compares_none(exported, tmp_path, monkeypatch):
+    ruled = exported("tome")
+    files = edited(ruled, tmp_path, flip_ranking)  # Every image merges others there; the proof is taken as given.
+    monkeypatch.setattr(rules, "_prove_near_tie", lambda *about: None)
+    rung = compare_rule(ruled.adapter, ruled.rule, *files, ruled.images(3))
+    assert rung.passed and (rung.compared, rung.near_ties, rung.difference, rung.top1_changed) == (0, 3, 0.0, 0)
 
 
 @pytest.mark.parametrize("name", ["saint, pooling", "tome"])
