@@ -349,6 +349,9 @@ class DiffRate(Method):
     def make(self, adapter: ViTAdapter, batches: Sequence[Tensor], target: float, *, seed: int = 0) -> DiffRateRule:
         geometry = adapter.geometry
         budget = budget_macs(geometry, target)
+        untouched = self._rule(adapter, np.zeros((geometry.depth, 2)))
+        if untouched.static_macs() <= budget:  # Dead tokens of the last block can be enough; then nothing is learned.
+            return untouched
         acting = np.array(
             [
                 self.first_block <= block and (block < geometry.depth - 1 or geometry.head_patches)

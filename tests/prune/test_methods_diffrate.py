@@ -207,6 +207,14 @@ def test_first_block_may_be_left_alone():
     assert rule.prune[0] == rule.merge[0] == 0 and sum(rule.prune[1:] + rule.merge[1:])
 
 
+@pytest.mark.parametrize(("depth", "target"), [(1, 0.9), (4, 1.0)])
+def test_a_target_that_the_model_meets_untouched_removes_nothing_and_needs_no_images(depth, target):
+    adapter = ViTAdapter(tiny("class token", depth=depth), "tiny")
+    rule = DiffRate().make(adapter, [], target)
+    assert rule == rule_of(adapter, (0,) * depth, (0,) * depth)
+    assert rule.static_macs() <= target * dense_macs(adapter.geometry)
+
+
 def test_wrong_settings_are_refused():
     geometry = ViTAdapter(tiny("average pooling"), "tiny").geometry
     for wrong, match in [(((1, 2), (0,) * 4), "prune is"), (((0,) * 4, (1, 2, -1, 0)), "merge is .*none negative")]:
