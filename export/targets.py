@@ -44,6 +44,9 @@ OPENVINO_MEASURED = "measured: openvino 2026.4.1 reads a model of this node with
 OPENVINO_SHAPES = "https://docs.openvino.ai/2024/openvino-workflow/model-preparation/setting-input-shapes.html"
 ONNX_OPERATORS = "https://onnx.ai/onnx/operators/"
 
+#: What writes a graph in the form that a target takes: its operator set, and other operators for those that it lacks.
+WRITERS = "vpruner export MODEL --for {0}, or: vpruner fold DENSE --plan PLAN --for {0}"
+WRITE_FOR = f"write it for this target, with: {WRITERS}"
 FOLD_CONSTANTS = "fold the constants, with: onnxsim MODEL OUT, or: polygraphy surgeon sanitize --fold-constants"
 
 
@@ -365,7 +368,7 @@ TRT85 = Target(
         Bound(
             "error",
             "TensorRT 8.5 reads operators up to opset 17",
-            "export again with: vpruner export MODEL --opset 17",
+            WRITE_FOR.format("trt8.5"),
             OPERATORS_85,
             high=17,
         ),
@@ -378,7 +381,7 @@ TRT85 = Target(
         ("", "LayerNormalization"): Rule(
             "error",
             "TensorRT 8.5 has no LayerNormalization, which came with 8.6",
-            "write it out as ReduceMean, Sub, Pow, Sqrt, Div, Mul and Add, as exporters at opset 16 do",
+            f"write it out as ReduceMean, Sub, Pow, Sqrt, Div, Mul and Add, with: {WRITERS.format('trt8.5')}",
             OPERATORS_85,
         ),
     },
@@ -440,7 +443,7 @@ TRT10 = Target(
         Bound(
             "error",
             "the first releases of TensorRT 10, as on JetPack 6, read opset 20 at most; 10.15 reads 24",
-            "export again with: vpruner export MODEL --opset 20",
+            WRITE_FOR.format("trt10"),
             OPERATORS_100,
             high=20,
         ),
@@ -483,7 +486,7 @@ TRT11 = Target(
         Bound(
             "error",
             "TensorRT 11 reads operators up to opset 25",
-            "export again with: vpruner export MODEL --opset 20",
+            WRITE_FOR.format("trt11"),
             OPSET_GUIDE,
             high=25,
         ),
@@ -511,32 +514,36 @@ TRT11 = Target(
 
 # -- onnxruntime ------------------------------------------------------------------------------------------------------
 
-_ORT_COMMON = dict(
-    opset=(
-        Bound(
+
+def _ort_common(target: str) -> dict:
+    return dict(
+        opset=(
+            Bound(
+                "error",
+                "onnxruntime 1.31 knows operator sets up to 26",
+                WRITE_FOR.format(target),
+                ORT_MEASURED,
+                high=26,
+            ),
+            Bound(
+                "warning",
+                "onnxruntime supports opset 7 and newer",
+                "export again with a newer opset",
+                ORT_COMPATIBILITY,
+                low=7,
+            ),
+        ),
+        ir_version=Bound(
             "error",
-            "onnxruntime 1.31 knows operator sets up to 26",
-            "export again with: vpruner export MODEL --opset 20",
+            "onnxruntime 1.31 reads file formats up to IR version 13",
+            "write the file again with an older onnx package",
             ORT_MEASURED,
-            high=26,
+            high=13,
         ),
-        Bound(
-            "warning",
-            "onnxruntime supports opset 7 and newer",
-            "export again with a newer opset",
-            ORT_COMPATIBILITY,
-            low=7,
-        ),
-    ),
-    ir_version=Bound(
-        "error",
-        "onnxruntime 1.31 reads file formats up to IR version 13",
-        "write the file again with an older onnx package",
-        ORT_MEASURED,
-        high=13,
-    ),
-    domains=frozenset({"", "ai.onnx.ml", "com.microsoft"}),
-)
+        domains=frozenset({"", "ai.onnx.ml", "com.microsoft"}),
+    )
+
+
 #: Operators of com.microsoft that have a schema and no kernel for CPUs.
 _ORT_NOT_ON_CPU = """BiasAdd BiasSoftmax BiasSplitGelu DecoderAttention DecoderMaskedSelfAttention
     GatedRelativePositionBias GemmFastGelu GemmFloat8 GroupNorm LongformerAttention NhwcConv NhwcFusedConv
@@ -546,7 +553,7 @@ _ORT_NOT_ON_CPU = """BiasAdd BiasSoftmax BiasSplitGelu DecoderAttention DecoderM
 ORT_CPU = Target(
     "ort-cpu",
     "onnxruntime on CPUs",
-    **_ORT_COMMON,
+    **_ort_common("ort-cpu"),
     forbidden=_operators(
         _ORT_NOT_ON_CPU,
         Rule(
@@ -567,7 +574,7 @@ ORT_CPU = Target(
 ORT_CUDA = Target(
     "ort-cuda",
     "onnxruntime on NVIDIA GPUs",
-    **_ORT_COMMON,
+    **_ort_common("ort-cuda"),
     data_dependent=Rule(
         "remark",
         "the shape of its output depends on values, so all shapes after it are known only when it has run",
@@ -621,7 +628,7 @@ GENERIC = Target(
         Bound(
             "warning",
             "the first releases of TensorRT 10, as on JetPack 6, read opset 20 at most",
-            "export again with: vpruner export MODEL --opset 20",
+            WRITE_FOR.format("generic"),
             OPERATORS_100,
             high=20,
         ),

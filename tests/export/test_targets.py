@@ -37,6 +37,15 @@ def test_every_rule_says_why_and_what_to_do_and_where_that_is_from(name):
         assert not rule.why.endswith(".") and not rule.todo.endswith(".")
 
 
+def test_what_the_form_of_a_graph_decides_is_mended_by_writing_it_for_the_target():
+    for name, target in TARGETS.items():
+        for bound in target.opset:
+            if bound.high is not None:
+                assert f"vpruner export MODEL --for {name}, or: vpruner fold" in bound.todo
+    norm = TARGETS["trt8.5"].forbidden["", "LayerNormalization"]
+    assert "vpruner export MODEL --for trt8.5" in norm.todo and "--plan PLAN --for trt8.5" in norm.todo
+
+
 def test_targets_are_found_by_their_own_name():
     assert list(TARGETS) == ["ort-cpu", "ort-cuda", "trt10", "trt11", "trt8.5", "openvino", "generic"]
     for name in TARGETS:
