@@ -19,13 +19,14 @@ from typing import Any
 import timm
 import torch
 from timm.models import load_state_dict
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
 from .. import bundled
 from ..artifacts import file_sha256
 from ..errors import UserError, first_line
 from ..runtime.preprocess import Preprocessing
+from .data import IMAGE_SUFFIXES
 from .vit import ViTAdapter, read_geometry, weights_sha256
 
 
@@ -100,6 +101,8 @@ def open_model(
         )
     name = str(spec).split(".")[0]
     if not str(spec).startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
+        if Path(spec).exists():
+            raise _no_model(Path(spec))
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = (
             f"did you mean {' or '.join(near)}?" if near else "run: python -c 'import timm; print(timm.list_models())'"
@@ -112,6 +115,20 @@ def open_model(
     return _open_timm(spec, pretrained, weights, dict(model_args or {}))
 
 
+def _no_model(path: Path) -> UserError:
+    """For a path that is there and that no model can be opened from."""
+    images = "images go to --data, as a folder or .tar: vpruner run MODEL --data FOLDER"
+    expected = "expected a timm model name or a model card (.json)"
+    if path.is_dir():
+        return UserError(f"{path} is a folder without config.json, {expected}", images)
+    if path.suffix.lower() in (*IMAGE_SUFFIXES, ".tar"):
+        kind = "a .tar file" if path.suffix.lower() == ".tar" else "an image"
+        return UserError(f"{path} is {kind}, {expected}", images)
+    return UserError(
+        f"{path} is a file, {expected}", "weights in a file go to --weights: vpruner run MODEL --weights FILE"
+    )
+
+
 def _check_weights_file(weights: str | Path | None) -> None:
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"there is no weights file {weights}", "check the path after --weights")
@@ -122,7 +139,9 @@ def _open_timm(name: str, pretrained: bool, weights: str | Path | None, model_ar
         with _quiet_logging():
             model = timm.create_model(name, pretrained=pretrained, **model_args)
     except TypeError as error:
-        raise UserError(f"{name} does not take these arguments: {error}", "check --model-arg") from None
+        raise UserError(
+            f"{name} does not take these arguments: {_unexpected(error)}", _near_argument(error) or "check --model-arg"
+        ) from None
     except Exception as error:
         if not pretrained:
             raise UserError(f"{name} could not be built: {first_line(error)}", "check --model-arg") from error
@@ -138,6 +157,23 @@ def _open_timm(name: str, pretrained: bool, weights: str | Path | None, model_ar
     return _ready(model, name, None, _imagenet_classes() if imagenet else None)
 
 
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+
+
+def _unexpected(error: Exception) -> str:
+    """What the error says, without the constructor that says it."""
+    found = _UNEXPECTED.search(str(error))
+    return found[0] if found else first_line(error)
+
+
+def _near_argument(error: Exception) -> str:
+    """A hint with the argument of timm's models that a misspelt one is nearest to; empty where none is near."""
+    found = _UNEXPECTED.search(str(error))
+    known = list(inspect.signature(VisionTransformer.__init__).parameters)[1:]
+    near = difflib.get_close_matches(found[1], known, n=1) if found else []
+    return f"did you mean {near[0]}?" if near else ""
+
+
 def _open_card(path: Path, model_args: dict[str, Any], instead: str | Path | None) -> LoadedModel:
     card = read_card(path)
     arguments = {**card["args"], **model_args}
@@ -148,7 +184,8 @@ def _open_card(path: Path, model_args: dict[str, Any], instead: str | Path | Non
             model = timm.create_model(card["name"], **arguments)
     except (TypeError, RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
-            f"{path}: the model could not be built: {first_line(error)}", "check 'args' in the card"
+            f"{path}: the model could not be built: {_unexpected(error)}",
+            _near_argument(error) or f"check 'args' in the card{' and --model-arg' if model_args else ''}",
         ) from None
     weights = Path(instead) if instead else path.parent / card["weights"]
     if not weights.is_file():
@@ -234,7 +271,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
         with _quiet_logging():
             state = load_state_dict(str(path))
     except Exception as error:
-        reason, hint = _why_unreadable(error)
+        reason, hint = _why_unreadable(error) if _may_be_weights(path) else _NOT_WEIGHTS
         raise UserError(f"{path} cannot be read as weights: {reason}", hint) from None
     problem = _mismatch(model, state)
     if problem:
@@ -253,6 +290,17 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
         raise UserError(f"{path} holds values that are not finite", "the file is damaged or the training diverged")
 
 
+_WEIGHTS_EXPECTED = "expected a .safetensors, .pth, .pt or .bin state dict"
+_NOT_WEIGHTS = ("it is not a PyTorch or safetensors file", _WEIGHTS_EXPECTED)
+
+
+def _may_be_weights(path: str | Path) -> bool:
+    """Whether the first bytes are those of a zip or a pickle, which PyTorch writes, or of a safetensors header."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start.startswith((b"PK\x03\x04", b"\x80")) or start[8:] == b"{"
+
+
 def _why_unreadable(error: Exception) -> tuple[str, str]:
     """(reason, hint) for a failure of timm's ``load_state_dict``."""
     cause = error if isinstance(error, pickle.UnpicklingError) else error.__cause__
@@ -262,7 +310,7 @@ def _why_unreadable(error: Exception) -> tuple[str, str]:
         reason = f"it holds more than tensors ({refused[1]})" if refused else "its pickle is damaged or holds objects"
         return reason, "save the tensors alone with torch.save(model.state_dict(), FILE)"
     reason = first_line(error).split(". ")[0]
-    return f"{reason} ({type(error).__name__})", "expected a .safetensors, .pth, .pt or .bin state dict"
+    return f"{reason} ({type(error).__name__})", _WEIGHTS_EXPECTED
 
 
 def _mismatch(model: nn.Module, state: Mapping[str, Any]) -> str:

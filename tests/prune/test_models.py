@@ -81,6 +81,31 @@ def test_what_cannot_be_opened(arguments, reason):
         open_model(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("photos", "photos is a folder without config.json, expected .*; images go to --data"),
+        ("cat.png", "cat.png is an image, expected .*; images go to --data"),
+        ("images.tar", "images.tar is a .tar file, expected .*; images go to --data"),
+        ("notes.txt", "notes.txt is a file, expected .* model card .*; weights in a file go to --weights"),
+    ],
+)
+def test_a_path_that_is_no_model_is_called_what_it_is(name, reason, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for file in ("cat.png", "images.tar", "notes.txt"):
+        (tmp_path / file).write_text("anything")
+    with pytest.raises(UserError, match=reason):
+        open_model(str(tmp_path / name), weights="w")
+
+
+@pytest.mark.parametrize("content", ["some text", ""])
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_a_file_of_another_kind_as_weights(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="as weights: it is not a PyTorch or safetensors file; expected a"):
+        open_model(NAME, weights=tmp_path / name, model_args=SMALL)
+
+
 def test_weights_of_another_model_are_refused_with_the_first_misfit(weights):
     with pytest.raises(
         UserError, match=r"does not fit vit_small_patch16_224: \d+ of \d+ tensors fit; .* is \[.*192.*\] there"
@@ -123,8 +148,13 @@ def test_a_state_dict_with_something_else_than_a_tensor(small_model, tmp_path):
 
 
 def test_unknown_model_arguments(weights):
-    with pytest.raises(UserError, match="does not take these arguments: .*colour"):
+    with pytest.raises(UserError, match="does not take these arguments: .*colour.*check --model-arg"):
         open_model(NAME, weights=weights, model_args={"colour": 1})
+    wrong = r"arguments: unexpected keyword argument 'img_siz'; did you mean img_size\?"
+    with pytest.raises(UserError, match=wrong):
+        open_model(NAME, weights=weights, model_args={"img_siz": 64})
+    with pytest.raises(UserError, match=r"not be built: unexpected keyword argument 'dept'; did you mean depth\?"):
+        open_model(model_args={"dept": 1})
 
 
 def test_pretrained_goes_to_the_hub_and_fails_in_one_line(monkeypatch):
