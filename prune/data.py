@@ -71,9 +71,8 @@ class ImageSource:
             _require_reader(prefix)
         name, root = (self.spec, None) if prefix in _REMOTE else ("", self.spec)
         if root is not None and not Path(root).exists():
-            raise UserError(
-                f"there is no folder or tar file {root}", "give images with --data FOLDER, a .tar, or hfds/NAME"
-            )
+            # No option is named: whether it is --data or --eval-data, the caller knows.
+            raise UserError(f"there is no folder or tar file {root}", "give a folder of images, a .tar, or hfds/NAME")
         if root is not None and Path(root).is_file() and Path(root).suffix != ".tar":
             raise UserError(f"{root} is neither a folder nor a .tar file", "give a folder of images")
         self.dataset = self._open(name, root, split)
@@ -166,6 +165,8 @@ class ImageSet:
     _image_hashes: set[bytes] | None = field(default=None, repr=False)
     #: Of a stream: where it ended, once that has been seen.
     _end: int | None = field(default=None, repr=False)
+    #: The first image that could not be read, and why.
+    _unreadable: str = field(default="", repr=False)
 
     @property
     def labelled(self) -> bool:
@@ -255,8 +256,11 @@ class ImageSet:
         if self._end == 0:
             raise UserError(f"{self.source.spec} holds no images", "check its name and its split")
         if self.count == 0:
+            count = len(self.skipped)
+            images = f"none of the {count} images" if count > 1 else "the one image taken"
             raise UserError(
-                f"none of the {len(self.skipped)} images of {self.source.spec} can be read", "check the files"
+                f"{images} of {self.source.spec} {'can' if count > 1 else 'cannot'} be read: {self._unreadable}",
+                "check the files",
             )
 
     def _raw(self) -> Iterator[tuple[Image.Image, Any]]:
@@ -301,10 +305,16 @@ class ImageSet:
     def _skip(self, position: int, name: str, error: Exception) -> None:
         if self.strict:
             raise UserError(
-                f"{name} in {self.source.spec} is not a readable image ({first_line(error, 160)})",
+                f"{name} in {self.source.spec} is not a readable image ({_reason(error)})",
                 "remove it, or leave out --strict to skip it",
             ) from None
         self.skipped[position] = name
+        self._unreadable = self._unreadable or f"{name} ({_reason(error)})"
+
+
+def _reason(error: Exception) -> str:
+    """In one line, without the open file that Pillow puts at its end: the name is said already."""
+    return first_line(error, 160).partition(" <_io.")[0]
 
 
 def overlap(calibration: ImageSet, evaluation: ImageSet) -> int:

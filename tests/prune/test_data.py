@@ -76,8 +76,25 @@ def test_no_readable_image_at_all(tmp_path):
         path.write_bytes(b"")
     images = ImageSet(ImageSource(tmp_path), range(2), None)
     assert list(images.images()) == []
-    with pytest.raises(UserError, match="none of the 2 images"):
+    with pytest.raises(
+        UserError, match=r"none of the 2 images of .* can be read: cat/0\.png \(cannot identify [^<]*\)"
+    ):
         images.require_any()
+    alone = ImageSet(images.source, [1], None)
+    assert list(alone.images()) == []
+    with pytest.raises(
+        UserError, match=r"the one image taken of .* cannot be read: dog/\d\.png \(.+\); check the files"
+    ):
+        alone.require_any()
+
+
+def test_what_is_not_there_names_no_option(tmp_path):
+    """Commands take images by --data or by --eval-data."""
+    with pytest.raises(
+        UserError, match=r"no folder or tar file .*nope; give a folder of images, a \.tar, or"
+    ) as caught:
+        ImageSource(tmp_path / "nope")
+    assert "--data" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
