@@ -14,10 +14,12 @@ Recognition comes first and refuses before anything is touched; rewriting follow
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -92,7 +94,7 @@ def fold_file(dense_path: str | os.PathLike, plan: TokenPlan, output_path: str |
     about = read_metadata(model, str(dense_path))
     if about is not None:
         if about.plan is not None:
-            raise already_pruned(str(dense_path), about.plan)
+            raise already_pruned(str(dense_path), about.plan, about.rule)
         plan.check_fits(about.model, about.geometry, about.weights_sha256)
     with naming(dense_path):
         prepared = prepare(model, plan.geometry)
@@ -166,7 +168,8 @@ class FoldTokens(ir.passes.InPlacePass):
         # The base class would wrap a GraphError from requires() in an error of its own, hiding the node from the user.
         model = model_or_result.model if isinstance(model_or_result, ir.passes.PassResult) else model_or_result
         if metadata.PLAN in model.metadata_props:
-            raise already_pruned("the graph", model.metadata_props[metadata.PLAN])
+            rule = model.metadata_props.get(metadata.RULE)
+            raise already_pruned("the graph", model.metadata_props[metadata.PLAN], rule and json.loads(rule))
         return super().__call__(model)
 
     def call(self, model: ir.Model) -> FoldResult:
@@ -194,10 +197,12 @@ class FoldTokens(ir.passes.InPlacePass):
         return FoldResult(model, modified or changed, tuple(blocks))
 
 
-def already_pruned(source: str, digest: str) -> GraphError:
+def already_pruned(source: str, digest: str, rule: Mapping[str, Any] | None = None) -> GraphError:
+    """Of a file whose metadata names the plan ``digest``, or the ``rule`` that chooses the tokens of each image."""
+    found = f"holds plan {digest[:12]} already" if rule is None else f"chooses tokens with {rule['method']} already"
     return GraphError(
-        f"{source} holds plan {digest[:12]} already, expected a dense graph",
-        "fold into the dense.onnx that is written by: vpruner export MODEL",
+        f"{source} {found}, expected a dense graph",
+        "give the dense.onnx that is written by: vpruner export MODEL",
     )
 
 

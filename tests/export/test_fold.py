@@ -13,7 +13,8 @@ from timm.layers import SwiGLU, SwiGLUPacked
 from tiny_vits import KINDS
 
 from vpruner.errors import PlanError, UserError
-from vpruner.export.files import load_model
+from vpruner.export import metadata
+from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold, fold_file
 from vpruner.export.recognise import recognise
 from vpruner.prune.plan import TokenPlan
@@ -290,6 +291,18 @@ def test_a_pruned_file_is_not_pruned_again(exported, tmp_path):
     with pytest.raises(UserError, match="already"):
         fold(load_model(path), plan)
     assert path.read_bytes() == before
+
+
+def test_a_file_that_follows_a_method_is_refused_by_the_method(exported, tmp_path):
+    dense = exported("class token")
+    plan, path = random_plan(dense.geometry, 1), tmp_path / "tome.onnx"
+    model = load_model(dense.path)
+    rule = {"method": "tome", "merges": True, "counts": [], "settings": {}}
+    model.metadata_props.update({metadata.PLAN: "7c52" * 16, metadata.RULE: json.dumps(rule)})
+    save_model(model, path)
+    for attempt in (lambda: fold_file(path, plan, tmp_path / "out.onnx"), lambda: fold(load_model(path), plan)):
+        with pytest.raises(UserError, match=r"chooses tokens with tome already, expected .*; give the dense\.onnx"):
+            attempt()
 
 
 def test_a_failed_fold_leaves_no_file(exported, tmp_path, monkeypatch):
