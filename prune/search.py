@@ -111,14 +111,12 @@ def check_target(geometry: Geometry, target: float, cost: Cost | None = None) ->
     """
     cost = cost or MacsCost(geometry)
     if not 0 < target <= 1:
-        raise UserError(
-            f"the target is {target}, expected a fraction of the dense {cost.noun} in (0, 1]", "try --target 0.65"
-        )
+        raise UserError(f"the target is {target}, expected a fraction of the dense {cost.noun} in (0, 1]", "try 0.65")
     floor = minimum_cost(cost) / cost.dense
     if target < floor:
         raise UserError(
             f"a target of {target} of the dense {cost.noun} cannot be reached: the cheapest plan costs {floor:.4f}",
-            f"use --target {np.ceil(floor * 1000) / 1000:g} or more",
+            f"use a target of {np.ceil(floor * 1000) / 1000:g} or more",
         )
 
 

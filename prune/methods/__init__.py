@@ -28,9 +28,12 @@ def find_method(name: str) -> type[Method]:
     """The method called ``name``.
 
     Raises:
-        UserError: There is none; the message lists those that are.
+        UserError: There is none; the message lists those that are, apart where counts are not fixed: these cannot be
+            exported.
     """
     known = methods()
     if name not in known:
-        raise UserError(f"there is no method called {name!r}", f"choose one of {', '.join(known)}")
+        fixed, free = ([key for key, one in known.items() if one.fixed_counts is fix] for fix in (True, False))
+        others = f", or where images may decide the counts {', '.join(free)}" if free else ""
+        raise UserError(f"there is no method called {name!r}", f"choose one of {', '.join(fixed)}{others}")
     return known[name]
