@@ -59,6 +59,8 @@ GRIDS = ((10, 4), (8, 3), (6, 3), (4, 2))
 STAIR_GRIDS = ((48, 3), (24, 3), (14, 2), (8, 2))
 #: Rounds that are worth a median, and those below which nothing is measured at all.
 GOOD_ROUNDS, LEAST_ROUNDS, MOST_ROUNDS = 15, 3, 2000
+#: A table that is further off on plans kept out is remarked on: budgets are met about as well as it predicts.
+GOOD_ERROR = 0.1
 #: Of the geometry, what decides the time of a model; a table serves every model that agrees in these.
 _DECISIVE = (
     "depth", "embed_dim", "num_heads", "head_dim", "prefix_tokens", "mlp_macs", "stem_macs", "head_macs",
@@ -237,6 +239,16 @@ class LatencyTable:
         """Largest |predicted / measured - 1| over the plans kept out; None where there were none."""
         return max((abs(row["error"]) for row in self.validation), default=None)
 
+    def error_remark(self) -> str:
+        """One sentence where predictions of plans kept out are more than :data:`GOOD_ERROR` off; else empty."""
+        off = self.largest_error
+        if off is None or off <= GOOD_ERROR:
+            return ""
+        return (
+            f"the latency table is off by up to {100 * off:.0f} % on plans kept out: measure again with more "
+            "--seconds, on a quiet machine"
+        )
+
     # -- what it is of --------------------------------------------------------------------------------------------
 
     def check_fits(self, geometry: Geometry) -> None:
@@ -255,7 +267,9 @@ class LatencyTable:
             )
 
     def remarks(self, *, threads: int | None = None, batch: int | None = None, model: str | None = None) -> list[str]:
-        """What a user should know before trusting this table here: one sentence for each thing that differs.
+        """What a user should know before trusting this table here: one sentence for each thing.
+
+        These are how far it is off, and what differs from where it was measured.
 
         Args:
             threads, batch, model: What the table is used for; None where that does not matter.
@@ -272,7 +286,8 @@ class LatencyTable:
         if self.provider != "cpu":
             pairs.append(("gpus", self.environment.get("gpus"), here["gpus"]))
         pairs += [(name, versions[name], found[name]) for name in packages]
-        return [
+        off = self.error_remark()
+        return [off] * bool(off) + [
             f"the latency table was measured with {name} {was}, here it is {now}: measure again for predictions to hold"
             for name, was, now in pairs
             if was is not None and now is not None and was != now
