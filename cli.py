@@ -647,7 +647,7 @@ def prune(
 
     reporter = Reporter(quiet=quiet)
     pipeline.check_output(output, ".json", model, weights)
-    tuned = output.with_suffix(".tuned.onnx" if pipeline.is_onnx(model) else ".safetensors")
+    tuned = pipeline.tuned_beside(output, model)
     pipeline.check_select(select, tune, model)
     pipeline.check_checkpoint(checkpoint, rearrange, model, weights, output, tuned)
     if tune == "weights":
@@ -682,7 +682,7 @@ def prune(
         seed=seed,
         reporter=reporter,
     )
-    plan = pipeline.save_learned(loaded, learned, output, tuned)
+    plan = pipeline.replace_learned(loaded, learned, output, tuned, (model, weights, checkpoint), reporter)
     if as_json:
         _print_json({"plan": str(output), "weights": str(tuned) if learned.weights else None, **plan.to_json()})
         return

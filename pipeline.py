@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -659,30 +659,89 @@ def precision_rows(
 
 def check_tuned_output(path: Path) -> None:
     """Refuse a file for tuned weights whose place is taken by something else: weights are not had again for nothing."""
-    if path.is_dir() or (path.exists() and not _is_tuned(path)):
+    if path.is_dir() or (path.exists() and _tuned_for(path) is None):
         raise UserError(
             f"the tuned weights would go to {path}, which holds something else", "choose another name with -o"
         )
 
 
-def _is_tuned(path: Path) -> bool:
-    """Whether a file holds tuned weights that vpruner wrote."""
+def _tuned_for(path: Path) -> str | None:
+    """The digest of the plan that a file's weights were tuned for; None for a file that does not say so."""
     from .export.metadata import TUNED_FOR
 
     if is_onnx(path):
         from .export.files import read_model
 
         try:
-            return TUNED_FOR in read_model(path).metadata_props
+            return read_model(path).metadata_props.get(TUNED_FOR)
         except UserError:
-            return False
+            return None
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            return TUNED_FOR in (file.metadata() or {})
-    except SafetensorError:
-        return False
+            return (file.metadata() or {}).get(TUNED_FOR)
+    except (SafetensorError, OSError):
+        return None
+
+
+def tuned_beside(plan_path: Path, model: str | Path | None) -> Path:
+    """Where the weights go that are tuned for a plan: an ONNX file's into the same graph, a PyTorch model's alone."""
+    return plan_path.with_suffix(".tuned.onnx" if is_onnx(model) else ".safetensors")
+
+
+def replace_learned(
+    loaded: LoadedModel,
+    learned: Learned,
+    plan_path: Path,
+    weights_path: Path,
+    inputs: Sequence[str | Path | None],
+    reporter: Reporter,
+) -> TokenPlan | ContentPlan:
+    """:func:`save_learned` where an earlier plan may stand: weights tuned for that one do not stay beside the new one.
+
+    Under the name of the new plan they would be taken for its own. They go once the new plan stands, and only those
+    that say they are of the plan it replaced; anything else of that name is the user's, and is remarked on.
+
+    Args:
+        inputs: Files that the command reads, which stay; None for those not given.
+    """
+    from .prune.content_plan import load_plan
+
+    read = [Path(path) for path in inputs if path is not None and Path(path).exists()]
+    places = (tuned_beside(plan_path, None), tuned_beside(plan_path, "graph.onnx"))
+    beside = [
+        path
+        for path in places
+        if path.is_file()
+        and not (learned.weights and path == weights_path)
+        and not any(path.samefile(other) for other in read)
+    ]
+    replaced = None
+    if beside and plan_path.exists():
+        with suppress(UserError):
+            replaced = load_plan(plan_path)
+    # A card may name them as the weights that were just pruned.
+    if replaced is not None and replaced.provenance.get("tuned_weights_sha256") == loaded.sha256:
+        beside = []
+    stale = [path for path in beside if replaced is not None and _tuned_for(path) == replaced.digest]
+    plan = save_learned(loaded, learned, plan_path, weights_path)
+    for path in beside:
+        if path in stale:
+            remove_tuned(path)
+            reporter.remark(f"removed {path}: its weights were tuned for the plan that {plan_path.name} held before")
+        else:
+            reporter.remark(f"{path} stays; it does not belong to {plan_path.name}, which was written beside it")
+    return plan
+
+
+def remove_tuned(path: Path) -> None:
+    if not is_onnx(path):
+        path.unlink(missing_ok=True)
+        return
+    from .export.files import remove_model
+
+    remove_model(path)
 
 
 def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights_path: Path) -> TokenPlan | ContentPlan:

@@ -311,14 +311,14 @@ class TokenPlan:
         if differences:
             raise PlanError(
                 f"the plan is for {self.model}, this is {model}: {', '.join(differences[:3])}",
-                f"make a plan for this model with: vpruner prune {model}",
+                "make a plan for this model with: vpruner prune MODEL -o plan.json",
             )
         mine = self.provenance.get("weights_sha256")
         tuned = self.provenance.get("tuned_weights_sha256")
         if mine and weights_sha256 and weights_sha256 not in (mine, tuned):
             raise PlanError(
                 f"the plan was learned on weights {mine[:12]}, this {model} has weights {weights_sha256[:12]}",
-                f"make a plan for these weights with: vpruner prune {model}",
+                "make a plan for these weights with: vpruner prune MODEL -o plan.json",
             )
 
     # -- JSON -----------------------------------------------------------------------------------------------------

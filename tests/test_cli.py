@@ -417,6 +417,31 @@ def test_prune_writes_tuned_weights_beside_the_plan(card, images, tmp_path, monk
     assert {path.name for path in tmp_path.iterdir()} == {"p.json", "p.safetensors"}
 
 
+def test_tuned_weights_of_an_earlier_plan_do_not_stay_beside_a_new_one(card, images, tmp_path):
+    output, tuned = tmp_path / "p.json", tmp_path / "p.safetensors"
+    prune = ("prune", card, "--data", images, *SEARCH_ALONE, "-o", output, "--target")
+
+    def tuned_for(digest):
+        state = load_file(card.parent / "tiny.safetensors")
+        save_file(state, tuned, {"format": "pt", "vpruner.tuned_for_plan": digest})
+
+    call(*prune, 0.6, "-q")
+    tuned_for(TokenPlan.load(output).digest)
+    said = " ".join(call(*prune, 0.7).stderr.split())
+    assert f"removed {tuned}: its weights were tuned for the plan that p.json held before" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"p.json"}
+    # Weights of any other plan, or of the user's own, are not ours to remove.
+    for digest in ("0" * 64, None):
+        tuned_for(digest) if digest else tuned.write_bytes(b"mine")
+        before = tuned.read_bytes()
+        said = " ".join(call(*prune, 0.6).stderr.split())
+        assert f"{tuned} stays; it does not belong to p.json" in said and tuned.read_bytes() == before
+    # Nor are those that were pruned just now.
+    tuned_for(TokenPlan.load(output).digest)
+    said = call(*prune, 0.7, "--weights", tuned).stderr
+    assert tuned.exists() and "stays" not in said and "removed" not in said
+
+
 def test_weights_of_the_users_are_never_overwritten(card, tmp_path):
     weights = tmp_path / "mine.safetensors"
     weights.write_bytes((card.parent / "tiny.safetensors").read_bytes())

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import json
 
 import numpy as np
@@ -229,7 +230,7 @@ JUNK = st.one_of(
     st.floats(),
     st.text(max_size=3),
     st.sampled_from([10**30, -(10**400), [], {}, [[]], {"": None}, [1, "x"], [100_000, 100_000], [[0], [0], [0]]]),
-)
+).map(copy.deepcopy)  # A list put into a plan twice, or into itself, is none that a file can hold.
 
 
 def places(value, path=()):
@@ -280,10 +281,13 @@ def test_unreadable_files_are_refused(tmp_path):
 def test_a_plan_for_another_model_is_refused():
     plan = TokenPlan.identity("small", geometry(), weights_sha256="a" * 64)
     plan.check_fits("small", geometry(), "a" * 64)
-    with pytest.raises(PlanError, match=r"the plan is for small, this is big: depth 3 != 4"):
+    with pytest.raises(PlanError, match=r"the plan is for small, this is big: depth 3 != 4") as one:
         plan.check_fits("big", geometry(depth=4))
-    with pytest.raises(PlanError, match=r"learned on weights aaaaaaaaaaaa, this small has weights bbbbbbbbbbbb"):
+    with pytest.raises(PlanError, match=r"learned on weights aaaaaaaaaaaa, this small has weights bbbbbbbbbb") as two:
         plan.check_fits("small", geometry(), "b" * 64)
+    # The name that a card shows is no argument of the command.
+    for refused in (one, two):
+        assert refused.value.hint.endswith("with: vpruner prune MODEL -o plan.json")
 
 
 def test_a_plan_fits_the_weights_it_was_learned_on_and_those_tuned_for_it():
