@@ -275,7 +275,8 @@ stage_options = _options(
         "--episodes",
         show_default=f"{EPISODES} with --tune weights, else {EPISODES_UNTUNED}",
         type=click.IntRange(1),
-        help="Plans that --rearrange ppo tries, at most; Ctrl-C ends it early with the best one so far.",
+        help="Episodes of --rearrange ppo, each of which tries a plan, at most; Ctrl-C ends it early with the best one "
+        "so far.",
     ),
     click.option(
         "--time-limit",
@@ -283,7 +284,7 @@ stage_options = _options(
         show_default=True,
         metavar="SECONDS",
         type=_Seconds(0.1),
-        help="Time for --rearrange ppo, at most.",
+        help="Time for the episodes of --rearrange ppo: no batch of 16 begins that would outlast it, after the first.",
     ),
     click.option(
         "--checkpoint",
@@ -1756,13 +1757,13 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
     type=click.Choice(["auto", "labels", "self", "features"]),
     help="v-pruner and fisher: what the gradients are of.",
 )
-@click.option("--episodes", show_default=f"{EPISODES}", type=click.IntRange(1), help="v-pruner: plans that it tries.")
+@click.option("--episodes", show_default=f"{EPISODES}", type=click.IntRange(1), help="v-pruner: episodes, at most.")
 @click.option(
     "--time-limit",
     show_default=f"{TIME_LIMIT:g}",
     metavar="SECONDS",
     type=_Seconds(0.1),
-    help="v-pruner: time for trying plans, at most.",
+    help="v-pruner: time for its episodes; no batch of 16 begins that would outlast it, after the first.",
 )
 @click.option(
     "--batch-size",

@@ -105,8 +105,9 @@ class RearrangeSettings:
 
     Attributes:
         episodes: Plans that are run on images, at most.
-        time_limit: Seconds, at most; checked after every batch of episodes.
-        batch: Episodes per update of the policy: all are judged on the same images.
+        time_limit: Seconds: no batch of episodes begins that would not end within them if it took as long as the last
+            one. The first is always played.
+        batch: Episodes per update of the policy: all are judged on the same images. The last update may have fewer.
         screened: Episodes sampled for each that is run; the quadratic estimate picks.
         images: Images that a batch of episodes is judged on, drawn anew each time.
         effect_images: Images of a gradient pass at an incumbent.
@@ -816,30 +817,29 @@ def rearrange(
     run = _Run(world, plan, target, cost, importance, settings, seed, firsts)
     if checkpoint is not None:
         run.resume(Path(checkpoint))
-    interrupted = ""
+    interrupted, begun, took = False, None, 0.0
     try:
-        while run.played < settings.episodes and time.monotonic() - started < settings.time_limit:
-            before = run.played
+        while run.played < settings.episodes:
+            now = time.monotonic()
+            if begun is not None:
+                took = now - begun
+                if now - started + took > settings.time_limit:
+                    break
+            begun, before = now, run.played
             run.batch()
             on_batch(run.played - before, run.improvement)
             if checkpoint is not None and run.batches % 5 == 0:
                 run.save(Path(checkpoint))
     except KeyboardInterrupt:
-        interrupted = f"rearrangement was interrupted after {run.played} episodes; the best plan so far was kept"
+        interrupted = True
     if checkpoint is not None:
         run.save(Path(checkpoint))
     judgement = Judgement.of(run.held_out_start[1], run.held_out_best[1])
     if world.stand_in is not None:  # What is reported is of the model with its own weights.
         judgement = Judgement.of(*world.judge([plan, run.best], world.held_out, foresee=False)[1])
     kept = run.best is not plan and _clearly_better(run.held_out_start, run.held_out_best, run.looks)
-    note = interrupted
-    if not kept:
-        note = (
-            f"rearrangement found nothing better than the Fisher plan on {judgement.images} held-out images"
-            f" ({run.played} episodes{', interrupted' if interrupted else ''}); the Fisher plan was kept"
-        )
-    elif not interrupted and run.played < settings.episodes:
-        note = f"rearrangement stopped at its time limit after {run.played} of {settings.episodes} episodes"
+    played = (run.played, settings.episodes, interrupted)
+    note = _told(judgement, kept, run.best is plan, *played, refitted=world.stand_in is not None)
     details = {
         "episodes": run.played,
         "incumbents": run.incumbents,
@@ -849,6 +849,37 @@ def rearrange(
         "seed": seed,
     }
     return Rearranged(run.best if kept else plan, judgement, kept, note, details, run.history)
+
+
+def _told(
+    judgement: Judgement, kept: bool, nothing: bool, played: int, most: int, interrupted: bool, *, refitted: bool
+) -> str:
+    """The note of a rearrangement: what became of its best plan, and what ended it early; empty where all is as asked.
+
+    Args:
+        nothing: Whether no plan was better on the held-out images at all. One that was, and by too little, is another
+            matter: its numbers stand beside the note, and they look better.
+        played, most: Episodes, and how many were asked for.
+        refitted: Whether plans were judged with stand-in weights; ``judgement`` is with the model's own.
+    """
+    played_of = f"{played} episode{'' if played == 1 else 's'}"
+    cut = interrupted or played < most
+    if kept:
+        if interrupted:
+            return f"rearrangement was interrupted after {played_of}; the best plan so far was kept"
+        return f"rearrangement stopped at its time limit after {played} of {most} episodes" if cut else ""
+    if cut:
+        played_of = f"{played} of {most} episodes, {'interrupted' if interrupted else 'stopped at its time limit'}"
+    where = f"on {judgement.images} held-out image{'' if judgement.images == 1 else 's'}"
+    if nothing:
+        return (
+            f"rearrangement found nothing better than the Fisher plan {where} ({played_of}); the Fisher plan was kept"
+        )
+    # The numbers are with the model's own weights, and with those that tuning would give the gain may be another.
+    return (
+        f"rearrangement was undone: {judgement.before:.4f} to {judgement.after:.4f} {where} is no gain beyond what "
+        f"chance explains{' once weights are refitted' if refitted else ''} ({played_of}); the Fisher plan was kept"
+    )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -918,12 +949,13 @@ class _Run:
     def batch(self) -> None:
         """One batch of episodes: sample, screen, run, learn, and let the best challenge the incumbent."""
         settings, world = self.settings, self.world
+        most = min(settings.batch, settings.episodes - self.played)
         low, high = np.log(TEMPERATURES)
-        temperature = self.heat * np.exp(self.random.uniform(low, high, settings.batch * settings.screened))
+        temperature = self.heat * np.exp(self.random.uniform(low, high, most * settings.screened))
         # Episodes of a batch open alike, as the incumbent does: what they share is run once.
         opening = int(self.random.integers(0, world.geometry.depth))
         sampled = self.game.play(self.policy, self.prospect, temperature, self.random, opening)
-        rows = self._screen(sampled)
+        rows = self._screen(sampled, most)
         self.batches += 1
         self.played += max(1, len(rows))
         if not rows:
@@ -959,8 +991,9 @@ class _Run:
     def _look_around(self) -> Prospect:
         return _look_around(self.world, self.incumbent, self.settings.effect_images, self.random)
 
-    def _screen(self, sampled: Episodes) -> list[int]:
-        """The rows worth running: not run before around this incumbent, distinct, best by the quadratic estimate.
+    def _screen(self, sampled: Episodes, most: int) -> list[int]:
+        """At most ``most`` rows worth running: not run before around this incumbent, distinct, best by the quadratic
+        estimate.
 
         A policy that has settled down samples what it knows. When few samples are new, it is heated until more are.
         """
@@ -972,7 +1005,7 @@ class _Run:
                 estimates.append((self.prospect.estimate(exits), row))
         scarce = len(estimates) < len(sampled.exits) // 2
         self.heat = min(MOST_HEAT, self.heat * 1.25) if scarce else max(1.0, self.heat / 1.25)
-        rows = [row for _, row in sorted(estimates)[: self.settings.batch]]
+        rows = [row for _, row in sorted(estimates)[:most]]
         self.run_before |= {sampled.exits[row].tobytes() for row in rows}
         return rows
 

@@ -310,7 +310,13 @@ def garbage_effects(kind):
 def test_noise_leaves_the_plan(seed):
     plan, found = play(Noise(seed), seed=seed)
     assert found.plan is plan and not found.kept
-    assert "nothing better than the Fisher plan" in found.note
+    judged = found.judgement
+    # Luck on the held-out images is told by its numbers, which nobody would call "nothing better".
+    said = "rearrangement found nothing better than the Fisher plan"
+    if judged.before != judged.after:
+        said = f"rearrangement was undone: {judged.before:.4f} to {judged.after:.4f}"
+    assert found.note.startswith(f"{said} on {judged.images} held-out images")
+    assert found.note.endswith(f"({found.details['episodes']} episodes); the Fisher plan was kept")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0])
@@ -360,12 +366,18 @@ def cut(episodes: int) -> RearrangeSettings:
     return RearrangeSettings(episodes=episodes, batch=8, images=32, effect_images=48)
 
 
-@pytest.mark.parametrize("episodes", [8, 40])
-def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, episodes):
+@pytest.mark.parametrize("batches", [1, 5])
+def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, batches):
     world = SmallWorld()
     _, whole = play(world, settings=cut(96))
-    path = tmp_path / "run.pt"
-    _, first = play(world, settings=cut(episodes), checkpoint=path)
+    path, played = tmp_path / "run.pt", []
+
+    def interrupt(*args):
+        played.append(args)
+        if len(played) == batches:
+            raise KeyboardInterrupt
+
+    _, first = play(world, settings=cut(96), checkpoint=path, on_batch=interrupt)
     assert first.history == whole.history[: len(first.history)] and len(first.history) < len(whole.history)
     _, rest = play(world, settings=cut(96), checkpoint=path)
     assert rest.history == whole.history and rest.plan == whole.plan
@@ -375,6 +387,44 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, episodes):
     calls = []
     _, again = play(world, settings=cut(96), checkpoint=path, on_batch=lambda *args: calls.append(1))
     assert again.plan == whole.plan and again.kept is whole.kept and not calls
+
+
+@pytest.mark.parametrize("episodes", [1, 5, 8, 20])
+def test_no_more_episodes_are_played_than_asked_for(episodes, monkeypatch):
+    judged, real = [], module._Run._rewards
+    monkeypatch.setattr(module._Run, "_rewards", lambda self, *args: judged.append(len(args[-1])) or real(self, *args))
+    _, found = play(settings=cut(episodes))
+    assert found.details["episodes"] == episodes and sum(judged) <= episodes
+
+
+@pytest.mark.parametrize(("limit", "batches"), [(0.5, 1), (3.5, 1), (4, 2), (5.5, 2), (6, 3), (11.5, 3)])
+def test_no_batch_begins_that_would_outlast_the_time_limit(monkeypatch, limit, batches):
+    now, real, ended = [0.0], module._Run.batch, []
+
+    def batch(run):
+        real(run)
+        now[0] += 2 if run.batches < 3 else 4
+        ended.append(run.batches)
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module._Run, "batch", batch)
+    _, found = play(settings=RearrangeSettings(**{**vars(FEW), "time_limit": limit}))
+    assert len(ended) == batches and "stopped at its time limit" in found.note
+    assert f"{found.details['episodes']} of 64 episodes" in found.note
+
+
+def test_what_a_note_tells():
+    better = module.Judgement(0.0349, 0.0253, 0.01, 32)
+    told = module._told(better, False, False, 16, 384, False, refitted=True)
+    assert told == (
+        "rearrangement was undone: 0.0349 to 0.0253 on 32 held-out images is no gain beyond what chance explains once "
+        "weights are refitted (16 of 384 episodes, stopped at its time limit); the Fisher plan was kept"
+    )
+    told = module._told(better, False, True, 1, 1, False, refitted=False)
+    assert told.endswith("held-out images (1 episode); the Fisher plan was kept") and "nothing better" in told
+    assert "(3 of 9 episodes, interrupted)" in module._told(better, False, True, 3, 9, True, refitted=False)
+    assert "interrupted after 3 episodes" in module._told(better, True, False, 3, 9, True, refitted=False)
+    assert module._told(better, True, False, 9, 9, False, refitted=True) == ""
 
 
 def test_a_run_at_its_time_limit_goes_on_from_there(tmp_path, monkeypatch):
