@@ -9,6 +9,7 @@ or another budget makes that alone.
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import re
@@ -21,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .artifacts import append_rows, file_sha256, json_sha256, scratch_beside
+from .artifacts import append_rows, file_sha256, json_sha256, scratch_beside, write_text
 from .errors import ParityError, UserError
 from .extras import require
 from .pipeline import (
@@ -52,8 +53,9 @@ if TYPE_CHECKING:
     from .prune.methods.rule import TokenRule
     from .prune.models import LoadedModel
 
-#: What the folder of a comparison holds besides its rows; ``--force`` removes these and nothing else.
-COMPARE_FILES = re.compile(r"(graphs|plans|results\.jsonl|comparison\.(svg|png)|report\.(html|md))")
+#: What the folder of a comparison holds besides its rows; ``--force`` removes these and nothing else. With a dot before
+#: and more behind: what a process that was killed left unfinished.
+COMPARE_FILES = re.compile(r"graphs|plans|\.?(results\.jsonl|comparison\.(svg|png)|report\.(html|md))(\..*)?")
 #: Graphs that are timed in turns lie in memory together, weights and all: beyond this they are timed in groups.
 GROUP_BYTES = 4 << 30
 #: Images that a rule in PyTorch is timed on, one batch after the other: how many tokens it drops depends on them.
@@ -372,21 +374,25 @@ def compare(
     results = results or output / "results.jsonl"
     earlier = _files_of_earlier(output, results)
     check_output(results, ".jsonl", option="--results")
+    check_output(output / "report.html", ".html")
+    before = read_results(results)
     with reporter.stage("Opening model and images"):
         loaded = open_as_given(options, reporter)
         for target in options.targets:
             check_target(loaded.adapter.geometry, target)
         calibration, evaluation = choose(options, loaded, reporter)
+    comparison = Comparison(options, loaded, calibration, evaluation, output, results, reporter, before)
+    points = comparison.points(taking_part)
     if force:
         for path in earlier:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    comparison = Comparison(options, loaded, calibration, evaluation, output, results, reporter)
-    points = comparison.points(taking_part)
+        comparison.forget(points)
     for point in points:
         comparison.make(point)
     if options.latency:
         comparison.time_graphs(points)
         comparison.time_rules(points)
+    seen_before = 0
     if any(contender.needs_images for contender in taking_part):
         reporter.remark(calibration.skipped_remark("calibration"))
         if seen_before := overlap(calibration, evaluation):
@@ -397,7 +403,7 @@ def compare(
     reporter.remark(evaluation.skipped_remark("evaluation"))
     rows = comparison.rows_of(points)
     with reporter.stage("Writing the report"):
-        files = write_comparison(output, rows, reporter.remarks)
+        files = write_comparison(output, rows, reporter.remarks, unseen=not seen_before)
     failed = [row for row in rows if row["kind"] == "compared" and row["failure"] is not None]
     made = sum(row["kind"] == "compared" for row in rows) - len(failed)
     paths = {path.name: str(path) for path in (results, *files)}
@@ -410,7 +416,8 @@ class Comparison:
     Args:
         calibration, evaluation: Images; those of further seeds are drawn from the same source.
         output: Folder for plans and graphs.
-        results: Rows are read from it, and added to it at once.
+        results: Rows are added to it at once.
+        rows: Those that it has already; None: to be read.
     """
 
     def __init__(
@@ -422,13 +429,13 @@ class Comparison:
         output: Path,
         results: Path,
         reporter: Reporter,
+        rows: list[dict[str, Any]] | None = None,
     ):
         self.options, self.loaded, self.output, self.results, self.reporter = options, loaded, output, results, reporter
         self.evaluation = evaluation
         self._sets = {options.seed: calibration}
         self._calibrations: dict[int, Calibration] = {}
-        self.rows = read_results(results)
-        self._made: dict[str, Made] = {}
+        self.rows = read_results(results) if rows is None else rows
 
     @property
     def seeds(self) -> range:
@@ -443,6 +450,20 @@ class Comparison:
         from .runtime.environment import environment
 
         return environment()
+
+    @cached_property
+    def model_key(self) -> str:
+        """Identity of what is compared: weights alone do not say what a model computes."""
+        model, preprocessing = self.loaded.adapter.model, self.loaded.preprocessing
+        return json_sha256(
+            {
+                "weights": self.loaded.sha256,
+                "modules": hashlib.sha256(repr(model).encode()).hexdigest(),  # with their kinds, epsilons and such
+                "geometry": self.loaded.adapter.geometry.to_json(),
+                "preprocessing": preprocessing.to_json(),
+                "classes": self.loaded.classes,
+            }
+        )
 
     def images(self, seed: int) -> ImageSet:
         """Calibration images of a seed; never any that are evaluated on."""
@@ -478,14 +499,16 @@ class Comparison:
         ]
 
     def point(self, contender: Contender, target: float, seed: int) -> Point:
+        label_map = self.evaluation.label_map
         identity = {
-            "weights": self.loaded.sha256,
+            "model": self.model_key,
             "method": contender.name,
             "settings": dict(contender.settings),
             "target": target,
             "seed": seed if contender.seeded else None,
             "data": self.images(seed).sha256 if contender.needs_images else None,
             "eval_data": self.evaluation.sha256,
+            "eval_labels": None if label_map is None else sorted(label_map.items()),
         }
         return Point(contender, target, seed, json_sha256(identity)[:16])
 
@@ -499,14 +522,36 @@ class Comparison:
         self.rows.extend(rows)
 
     def rows_of(self, points: Sequence[Point]) -> list[dict[str, Any]]:
-        """The newest row of each measurement about those points and the dense model."""
+        """The newest row of each measurement about those points and the dense model, as this comparison takes them."""
         keys = {point.key for point in points} | {self.dense_key}
         newest = {}
         for row in self.rows:
-            if row.get("key") in keys:
+            if row.get("key") in keys and self._counts(row):
                 what = row["kind"], row["key"], row.get("batch"), row.get("threads"), row.get("runtime")
                 newest[what if row["key"] != self.dense_key else (*what, row.get("target"))] = row
         return list(newest.values())
+
+    def _counts(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row is of the threads and the opset asked for, and not of PyTorch where there is a graph."""
+        if row["kind"] == "graph":
+            return row["opset"] == self.options.opset
+        if row["kind"] != "latency":
+            return True
+        if row["threads"] != self.options.threads:
+            return False
+        if row["runtime"] == "onnxruntime":
+            return row.get("opset") == self.options.opset
+        graph = self.find("graph", row["key"], batch=row["batch"], opset=self.options.opset)
+        return graph is None or graph["failure"] is not None
+
+    def forget(self, points: Sequence[Point]) -> None:
+        """Drop the rows about those points and the dense model; those of other comparisons stay in the file."""
+        keys = {point.key for point in points} | {self.dense_key}
+        if self.results.exists():
+            self.rows = [row for row in self.rows if row.get("key") not in keys]
+            write_text(self.results, "".join(json.dumps(row) + "\n" for row in self.rows))
+        else:
+            self.rows = []
 
     # -- making and judging -------------------------------------------------------------------------------------------
 
@@ -520,21 +565,26 @@ class Comparison:
             return
         with self.reporter.stage(f"{point.contender.name} at {point.target:g}, seed {point.seed}"):
             try:
-                made = self.made(point)
+                made = self.made(point, stand_in=judged)
                 if not judged:
                     self.add(self._judged_row(point, made))
             except (UserError, ParityError) as error:
                 failed = {**point.row("compared"), **self.about(point), "failure": _one_line(error)}
-                if row is None or row["failure"] != failed["failure"]:
+                # What was judged stays judged, though no graph can be made of it any more.
+                if row is None or (not judged and row["failure"] != failed["failure"]):
                     self.add(failed)
                 self.reporter.remark(f"{point.contender.name} at {point.target:g}: {_one_line(error)}")
                 return
             for batch in missing:
                 self.add(self._graph_row(point, made, batch))
 
-    def made(self, point: Point) -> Made:
-        """What the contender makes of it; a plan that was made and saved is not made again."""
-        made = self._saved(point)
+    def made(self, point: Point, stand_in: bool = False) -> Made:
+        """What the contender makes of it; a plan that was made and saved is not made again.
+
+        Args:
+            stand_in: Whether a plan will do that has the counts alone, for its time.
+        """
+        made = self._saved(point, stand_in)
         if made is None:
             contender = point.contender
             images, calibration = (
@@ -560,21 +610,20 @@ class Comparison:
         written = save_learned(self.loaded, Learned(plan, made.weights, (), content), path, weights)
         return replace(made, **_followed(written))
 
-    def _saved(self, point: Point) -> Made | None:
+    def _saved(self, point: Point, stand_in: bool) -> Made | None:
+        """None where there is no plan, or not the weights that were tuned for it."""
         from .prune.content_plan import load_plan
 
         path = self.output / "plans" / f"{point.name}.json"
         if not path.exists():
             return None
         plan, weights = load_plan(path), None
-        if plan.provenance.get("tuned_weights_sha256"):
-            file = path.with_suffix(".safetensors")
-            if not file.exists():  # A model from an ONNX file has its tuned weights in a graph.
+        if plan.provenance.get("stand_in") and not stand_in:
+            return None
+        if sha256 := plan.provenance.get("tuned_weights_sha256"):
+            weights = self._saved_weights(path.with_suffix(".safetensors"), sha256)
+            if weights is None:
                 return None
-            from safetensors.torch import load_file
-
-            own = {name for name, _ in self.loaded.adapter.model.named_parameters()}
-            weights = {name: value for name, value in load_file(file).items() if name in own}
         said = {name: plan.provenance.get(name) for name in ("seconds", "note", "cpu_seconds")}
         return Made(
             **_followed(plan),
@@ -583,6 +632,23 @@ class Comparison:
             note=said["note"] or "",
             cpu_seconds=said["cpu_seconds"],
         )
+
+    def _saved_weights(self, path: Path, sha256: str) -> dict[str, Tensor] | None:
+        """Those of the model with that identity; None where they are not there, damaged, or of another plan."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from .prune.tune import with_weights
+        from .prune.vit import weights_sha256
+
+        model = self.loaded.adapter.model
+        own = {name for name, _ in model.named_parameters()}
+        try:
+            weights = {name: value for name, value in load_file(path).items() if name in own}
+            with with_weights(model, weights):
+                return weights if weights_sha256(model) == sha256 else None
+        except (OSError, SafetensorError, ValueError):  # A model from an ONNX file has its tuned weights in a graph.
+            return None
 
     def _judged_row(self, point: Point, made: Made) -> dict[str, Any]:
         estimates, macs, counts = self.judge.judge(made)
@@ -624,16 +690,23 @@ class Comparison:
 
     @property
     def dense_key(self) -> str:
-        return f"dense-{self.loaded.sha256[:12]}"
+        return f"dense-{self.model_key[:12]}-o{self.options.opset}"
+
+    def _graph(self, point: Point, batch: int) -> dict[str, Any] | None:
+        return self.find("graph", point.key, batch=batch, opset=self.options.opset)
+
+    def _latency(self, point: Point, batch: int, runtime: str) -> dict[str, Any] | None:
+        of_graph = {"opset": self.options.opset} if runtime == "onnxruntime" else {}
+        return self.find("latency", point.key, batch=batch, threads=self.options.threads, runtime=runtime, **of_graph)
 
     def _has_graph(self, point: Point, batch: int) -> bool:
         """Whether the graph is there, or is known not to be possible, or has been timed and is not needed again."""
-        row = self.find("graph", point.key, batch=batch)
+        row = self._graph(point, batch)
         if row is None:
             return False
         if row["failure"] is not None or (self.output / "graphs" / row["file"]).exists():
             return True
-        return self.find("latency", point.key, batch=batch, threads=self.options.threads) is not None
+        return self._latency(point, batch, "onnxruntime") is not None
 
     def dense_graph(self, batch: int) -> Path:
         path = self.output / "graphs" / f"{self.dense_key}-b{batch}.onnx"
@@ -647,16 +720,17 @@ class Comparison:
         return {"opset": self.options.opset, "dynamic_batch": False, "batch_size": batch}
 
     def _graph_row(self, point: Point, made: Made, batch: int) -> dict[str, Any]:
-        path = self.output / "graphs" / f"{point.name}-b{batch}.onnx"
+        path = self.output / "graphs" / f"{point.name}-b{batch}-o{self.options.opset}.onnx"
         row = {**point.row("graph"), "batch": batch, "opset": self.options.opset, "file": path.name}
-        try:
-            with scratch_beside(path) as scratch:
-                export = self._export_plan if made.static else self._export_rule
+        export = self._export_plan if made.static else self._export_rule
+        # A folder that cannot be written says nothing of the method: it ends the comparison, and is no row.
+        with scratch_beside(path) as scratch:
+            try:
                 rungs = export(made, batch, scratch)
-                row["parity"] = [_without(parity_row(rung), "schema", "kind") for rung in rungs]
-                move_model(scratch / "pruned.onnx", path)
-        except (UserError, ParityError) as error:
-            return {**row, "file": None, "failure": _one_line(error)}
+            except (UserError, ParityError) as error:
+                return {**row, "file": None, "failure": _one_line(error)}
+            row["parity"] = [_without(parity_row(rung), "schema", "kind") for rung in rungs]
+            move_model(scratch / "pruned.onnx", path)
         return {**row, "failure": None, "file_sha256": file_sha256(path), "file_bytes": model_bytes(path)}
 
     def _export_plan(self, made: Made, batch: int, scratch: Path):
@@ -710,10 +784,10 @@ class Comparison:
         for batch, target in itertools.product(self.options.batches, dict.fromkeys(self.options.targets)):
             waiting = {}
             for point in points:
-                row = self.find("graph", point.key, batch=batch) if point.target == target else None
+                row = self._graph(point, batch) if point.target == target else None
                 if row is None or row["failure"] is not None or point.seed != self.options.seed:
                     continue
-                if self.find("latency", point.key, batch=batch, threads=self.options.threads) is None:
+                if self._latency(point, batch, "onnxruntime") is None:
                     waiting[point.contender.name] = point, self.output / "graphs" / row["file"]
             for number, group in enumerate(_groups(waiting)):
                 again = f", group {number + 1}" if number else ""
@@ -736,10 +810,10 @@ class Comparison:
         for batch, target in itertools.product(self.options.batches, dict.fromkeys(self.options.targets)):
             waiting = {}
             for point in points:
-                row = self.find("graph", point.key, batch=batch)
+                row = self._graph(point, batch)
                 if point.target != target or point.seed != self.options.seed or row is None or row["failure"] is None:
                     continue
-                if self.find("latency", point.key, batch=batch, threads=self.options.threads) is None:
+                if self._latency(point, batch, "pytorch") is None:
                     waiting[point.contender.name] = point
             if waiting:
                 with self.reporter.stage(f"Timing {len(waiting)} methods in PyTorch at {target:g}, batch {batch}"):
@@ -751,7 +825,8 @@ class Comparison:
         rows = []
         for row in timed:
             about = points[row["label"]].row("latency") if row["label"] in points else {**common, "seed": None}
-            rows.append({**row, **about, "dense_p50_ms": timed[0]["p50_ms"]})
+            opset = self.options.opset if row["runtime"] == "onnxruntime" else None
+            rows.append({**row, **about, "opset": opset, "dense_p50_ms": timed[0]["p50_ms"]})
         self.add(*rows)
 
     def _time_in_torch(self, made: Mapping[str, Made], batch: int) -> list[dict[str, Any]]:
@@ -861,34 +936,39 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         UserError: It is not one of JSON objects.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as rows: {error}", "name another file with --results") from None
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
             except ValueError:
                 row = None
             if not isinstance(row, dict):
-                raise UserError(f"line {number} of {path} is not a row", "correct it, or begin anew with --force")
+                raise UserError(f"line {number} of {path} is not a row", "correct it, or name another with --results")
             rows.append(row)
     return rows
 
 
 def _files_of_earlier(output: Path, results: Path) -> list[Path]:
-    """What an earlier comparison left in the folder, and its rows.
+    """What an earlier comparison left in the folder; rows that lie elsewhere are not of the folder.
 
     Raises:
         UserError: The folder is a file, or holds something that no comparison writes.
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file", "choose another folder with -o")
-    found = set(output.iterdir()) if output.exists() else set()
-    foreign = sorted(path.name for path in found - {results} if not COMPARE_FILES.fullmatch(path.name))
+    found = sorted(output.iterdir()) if output.exists() else []
+    rows = results.resolve()
+    foreign = [path.name for path in found if path.resolve() != rows and not COMPARE_FILES.fullmatch(path.name)]
     if foreign:
         raise UserError(
             f"{output} holds {foreign[0]}, which is not of a comparison",
             "choose another folder with -o, or move that away",
         )
-    return sorted(found | ({results} if results.exists() else set()))
+    return found
 
 
 def _one_line(error: Exception) -> str:

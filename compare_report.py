@@ -42,7 +42,8 @@ class Entry:
         results: A row for each seed.
         failure: Why there are none, or None.
         latencies: Batch -> row; of the first seed.
-        no_graph: Why there is no ONNX graph of it; None where there is one, or none was asked for.
+        no_graph: Why there is no ONNX graph of it, with the batch sizes where that is not all of them; None where there
+            is one of each, or none was asked for.
     """
 
     method: str
@@ -89,7 +90,7 @@ def entries_of(rows: Iterable[Row]) -> list[Entry]:
     """Entries by target, the largest first; at each ours before the others, methods in the order of the rows."""
     results: dict[tuple[float, str], dict[Any, Row]] = {}
     latencies: dict[tuple[float, str], dict[int, Row]] = {}
-    missing: dict[tuple[float, str], str | None] = {}
+    graphs: dict[tuple[float, str], dict[int, str | None]] = {}
     for row in rows:
         name = row.get("target"), row.get("method")
         if row["kind"] == "compared":
@@ -97,15 +98,24 @@ def entries_of(rows: Iterable[Row]) -> list[Entry]:
         elif row["kind"] == "latency":
             latencies.setdefault(name, {})[row["batch"]] = row
         elif row["kind"] == "graph":
-            missing[name] = row["failure"]
+            graphs.setdefault(name, {})[row["batch"]] = row["failure"]
     found = []
     for (target, method), seeds in results.items():
         good = tuple(row for row in seeds.values() if row["failure"] is None)
         failure = None if good else next(row["failure"] for row in seeds.values())
         name = target, method
-        found.append(Entry(method, target, good, failure, latencies.get(name, {}), missing.get(name)))
+        found.append(Entry(method, target, good, failure, latencies.get(name, {}), _no_graph(graphs.get(name, {}))))
     order = list(dict.fromkeys(entry.method for entry in found))
     return sorted(found, key=lambda entry: (-entry.target, not entry.ours, order.index(entry.method)))
+
+
+def _no_graph(failures: Mapping[int, str | None]) -> str | None:
+    """Why batches (the keys) have no graph; None where all have one."""
+    reason = next((failure for failure in failures.values() if failure is not None), None)
+    batches = [batch for batch, failure in failures.items() if failure is not None]
+    if reason is None or len(batches) == len(failures):
+        return reason
+    return f"at batch {', '.join(map(str, batches))}: {reason}"
 
 
 def pareto(entries: Sequence[Entry], batch: int | None) -> set[tuple[str, float]]:
@@ -320,20 +330,30 @@ def equal_time_table(found: Sequence[AtEqualTime]) -> tuple[list[str], list[list
 
 def protocol_sentence(entries: Sequence[Entry]) -> str:
     """How what is in the table was timed."""
-    rows = [row for entry in entries for row in entry.latencies.values()]
-    if not rows:
+    every = [row for entry in entries for row in entry.latencies.values()]
+    if not every:
         return "Latency was not measured."
+    rows = [row for row in every if row["runtime"] == "onnxruntime"]
+    what, dense = ("Graphs", "graph") if rows else ("Methods", "model")
+    # Without any graph it is PyTorch alone that was timed; else † says what was timed there.
+    rows = rows or every
     first = rows[0]
     rounds = sorted({row["count"] for row in rows})
-    threads = sorted({row["threads"] for row in rows})
-    cpus = sorted({str(row["environment"].get("cpu")) for row in rows})
-    version = first["environment"].get("packages", {}).get("onnxruntime")
+    threads = " or ".join(map(str, sorted({row["threads"] for row in rows})))
+    cpus = ", ".join(sorted({str(row["environment"].get("cpu")) for row in rows}))
+    package = "onnxruntime" if first["runtime"] == "onnxruntime" else "torch"
+    version = first["environment"].get("packages", {}).get(package)
+    settled = " and up to 15 ms of untimed runs before each timed one" if _settled(rows) else ""
     return (
-        f"Graphs of one budget and batch were timed in turns with the dense graph, {' or '.join(map(str, threads))} "
-        f"thread(s), {rounds[0]}{f' to {rounds[-1]}' if len(rounds) > 1 else ''} rounds in shuffled order after "
-        f"warm-up, on {', '.join(cpus)}, onnxruntime {version}. Ratios are medians over rounds, paired with the dense "
-        "graph in the same round, with 95 % intervals of the median."
+        f"{what} of one budget and batch were timed in turns with the dense {dense}, {threads} thread(s), "
+        f"{rounds[0]}{f' to {rounds[-1]}' if len(rounds) > 1 else ''} rounds in shuffled order after "
+        f"warm-up{settled}, on {cpus}, {package} {version}. Ratios are medians over rounds, paired with the dense "
+        f"{dense} in the same round, with 95 % intervals of the median."
     )
+
+
+def _settled(rows: Iterable[Row]) -> bool:
+    return all(row.get("protocol", {}).get("settle_seconds") for row in rows)
 
 
 # -- plots ------------------------------------------------------------------------------------------------------------
@@ -453,13 +473,16 @@ def _draw_method(axis, entries: Sequence[Entry], batch: int | None) -> dict[str,
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def write_comparison(folder: Path, rows: Sequence[Row], remarks: Sequence[str] = ()) -> list[Path]:
+def write_comparison(
+    folder: Path, rows: Sequence[Row], remarks: Sequence[str] = (), *, unseen: bool = True
+) -> list[Path]:
     """Write ``comparison.svg``, ``comparison.png``, ``report.html`` and ``report.md``; returns their paths.
 
     Without one result there is nothing to draw, and the report says why.
 
     Args:
         remarks: What else its reader should know.
+        unseen: Whether no evaluation image was calibrated on.
     """
     entries = entries_of(rows)
     good = [entry for entry in entries if not entry.failure]
@@ -487,8 +510,10 @@ def write_comparison(folder: Path, rows: Sequence[Row], remarks: Sequence[str] =
                 "peer, read off the line between the method's own budgets. Beyond those there is no value."
             )
             sections.append(Section("At equal measured time", [Text(text), Table(tuple(heads), _frozen(table), True)]))
-    sections.append(Section("How it was measured", [Text(_data_sentence(entries)), Text(protocol_sentence(good))]))
-    lead = _lead(good)
+    sections.append(
+        Section("How it was measured", [Text(_data_sentence(entries, unseen)), Text(protocol_sentence(good))])
+    )
+    lead = _lead(good, unseen)
     page, text = to_html(title, lead, [], sections), to_markdown(title, lead, sections)
     for path, content in ((folder / "report.html", page), (folder / "report.md", text)):
         write_text(path, content)
@@ -500,28 +525,49 @@ def _frozen(table: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
     return tuple(map(tuple, table))
 
 
-def _lead(entries: Sequence[Entry]) -> str:
-    """Which method is best at each budget: one sentence."""
+def _lead(entries: Sequence[Entry], unseen: bool = True) -> str:
+    """Which method is best at each budget, and whose intervals overlap with its own: one sentence."""
     if not entries:
         return "No method could be compared; the remarks say why."
     parts = []
     for target in dict.fromkeys(entry.target for entry in entries):
         at = [entry for entry in entries if entry.target == target and entry.quality is not None]
         if at:
-            best = max(at, key=lambda entry: entry.quality)
+            best, *others = sorted(at, key=lambda entry: -entry.quality)
             name, factor, digits, _ = QUALITIES[best.metric]
-            parts.append(f"{best.method} at {target:g} ({name} {factor * best.mean(best.metric):{digits}})")
-    return f"Best on unseen images: {'; '.join(parts)}."
+            alike = [entry.method for entry in others if _overlap(entry, best)]
+            also = f"; intervals overlap with {', '.join(alike)}" if alike else ""
+            parts.append(f"{best.method} at {target:g} ({name} {factor * best.mean(best.metric):{digits}}{also})")
+    on = " on unseen images" if unseen else ""
+    if len({entry.method for entry in entries}) == 1:
+        return f"One method was measured{on}: {'; '.join(parts)}."
+    return f"Most accurate{on}: {'; '.join(parts)}."
 
 
-def _data_sentence(entries: Sequence[Entry]) -> str:
+def _overlap(entry: Entry, best: Entry) -> bool:
+    """Whether the 95 % intervals over images of the two overlap."""
+    if entry.metric != best.metric:
+        return False
+
+    def interval(one: Entry) -> tuple[float, float]:
+        rows = [row[one.metric] for row in one.results if one.metric in row]
+        # The mean over seeds, with the half-width of a single seed: images are the same for all of them.
+        middle, half = statistics.fmean(row["value"] for row in rows), max(row["high"] - row["low"] for row in rows) / 2
+        return middle - half, middle + half
+
+    (low, high), (best_low, best_high) = interval(entry), interval(best)
+    return low <= best_high and best_low <= high
+
+
+def _data_sentence(entries: Sequence[Entry], unseen: bool = True) -> str:
     rows = [row for entry in entries for row in entry.results]
     if not rows:
         return "Nothing was measured."
     evaluation = rows[0]["eval_data"]
     calibration = next((row["data"] for row in rows if row.get("data")), None)
     seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
-    sentences = [f"Judged on {evaluation['count']:,} images of {evaluation['name']} that no method has seen"]
+    which = " that no method has seen" if unseen else ""
+    sentences = [f"Judged on {evaluation['count']:,} images of {evaluation['name']}{which}"]
     if calibration:
         sentences.append(f"methods that learn were given {calibration['count']:,} images of {calibration['name']}")
     if len(seeds) > 1:

@@ -65,15 +65,20 @@ def take_over(comparison: Comparison, contender: Contender, target: float, seed:
     point = comparison.point(contender, target, seed)
     first = next(iter(found.values()))
     geometry = comparison.loaded.adapter.geometry
-    if seed == comparison.options.seed:
+    path = comparison.output / "plans" / f"{point.name}.json"
+    if seed == comparison.options.seed and not path.exists():
         kept = [list(range(count)) for count in first["counts"]]
         plan = TokenPlan(
             comparison.loaded.name,
             geometry,
             kept,
-            provenance={"note": "counts of a learned plan, for its time", "seconds": first["seconds"]},
+            provenance={
+                "stand_in": True,
+                "note": "counts of a learned plan, for its time",
+                "seconds": first["seconds"],
+            },
         )
-        plan.save(comparison.output / "plans" / f"{point.name}.json")
+        plan.save(path)
     if comparison.find("compared", point.key) is None:
         estimates = {
             metric: {name: row[name] for name in ("value", "low", "high", "count")} for metric, row in found.items()

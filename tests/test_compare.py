@@ -106,6 +106,116 @@ def test_the_same_command_again_makes_nothing(copied, arguments, monkeypatch):
     assert json.loads(result.stdout)["made"] == 3
 
 
+def test_the_opset_and_the_threads_that_are_asked_for_are_what_is_reported(copied, arguments):
+    def timed(*more):
+        told = json.loads(call(*arguments, "--methods", "tome", "-o", copied, "--json", *more).stdout)
+        timed = [row for row in told["rows"] if row["kind"] == "latency" and row["runtime"] == "onnxruntime"]
+        return {(row["threads"], row["opset"]) for row in timed}, told
+
+    older, told = timed("--opset", 18)
+    assert older == {(1, 18)} and [row["opset"] for row in told["rows"] if row["kind"] == "graph"] == [18]
+    assert len(list(copied.glob("graphs/dense-*-b1.onnx"))) == 2, "dense graphs of both opsets"
+    assert timed("--threads", 2)[0] == {(2, 20)}
+    assert timed()[0] == {(1, 20)}, "times of other threads are still there"
+
+
+def test_a_graph_that_could_not_be_written_is_no_result(card, images, tmp_path):
+    given = options(card, images, latency=True, seconds=0.1)
+    (tmp_path / "graphs").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write"):
+        module.compare(given, tmp_path, Reporter(quiet=True))
+    assert [row["kind"] for row in read_rows(tmp_path / "results.jsonl")] == ["compared"]
+    (tmp_path / "graphs").unlink()
+    rows = module.compare(given, tmp_path, Reporter(quiet=True))["rows"]
+    assert of(rows, "graph")["tome"]["failure"] is None and of(rows, "latency")["tome"]["runtime"] == "onnxruntime"
+
+
+def test_a_time_in_pytorch_gives_way_to_that_of_a_graph(copied, arguments):
+    rows = read_rows(copied / "results.jsonl")
+    (graph,) = (row for row in rows if row["kind"] == "graph" and row["method"] == "tome")
+    timed = next(row for row in rows if row["kind"] == "latency" and row["method"] == "tome")
+    with open(copied / "results.jsonl", "a") as file:
+        file.write(json.dumps({**timed, "runtime": "pytorch", "opset": None, "ratio": 9.0}) + "\n")
+    told = json.loads(call(*arguments, "--methods", "tome", "-o", copied, "--json").stdout)["rows"]
+    assert graph["failure"] is None and of(told, "latency")["tome"]["ratio"] == timed["ratio"]
+
+
+def test_what_was_judged_stays_judged_when_its_plan_is_damaged(copied, arguments):
+    (plan,) = copied.glob("plans/v-pruner-*.json")
+    plan.write_text("{")
+    told = json.loads(call(*arguments, "--methods", "v-pruner", "--batch-size", 2, "-o", copied, "--json").stdout)
+    assert of(told["rows"], "compared")["v-pruner"]["failure"] is None and told["failed"] == 0
+    assert any("v-pruner at 0.8" in remark for remark in told["remarks"])
+
+
+@pytest.mark.parametrize("damage", ["others", "cut"])
+def test_weights_of_another_plan_are_not_taken(comparison, monkeypatch, damage, tmp_path):
+    """Beside the plan lie other tensors than those it was judged with, or half of them."""
+    from safetensors.torch import save_file
+
+    from vpruner.prune.tune import with_weights
+    from vpruner.prune.vit import weights_sha256
+
+    model = comparison.loaded.adapter.model
+    name = "blocks.0.mlp.fc2.bias"
+    tuned = {name: model.get_parameter(name).detach() + 1}
+    with with_weights(model, tuned):
+        sha256 = weights_sha256(model)
+    path = tmp_path / "plan.safetensors"
+    save_file(tuned, path)
+    assert comparison._saved_weights(path, sha256)[name].equal(tuned[name])
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-8])
+    else:
+        save_file({name: tuned[name] + 1}, path)
+    assert comparison._saved_weights(path, sha256) is None
+    assert comparison._saved_weights(tmp_path / "none.safetensors", sha256) is None
+
+
+def test_a_stand_in_with_the_counts_alone_is_never_judged(comparison):
+    (point,) = comparison.points([module.contenders(comparison.options)["fisher"]])
+    plan = TokenPlan("tiny", comparison.loaded.adapter.geometry, [range(16), range(9), range(4)])
+    plan.with_provenance(stand_in=True).save(comparison.output / "plans" / f"{point.name}.json")
+    assert comparison._saved(point, stand_in=False) is None
+    assert comparison._saved(point, stand_in=True).counts == (17, 10, 5)
+
+
+@pytest.fixture
+def comparison(card, images, tmp_path):
+    return opened(card, images, tmp_path)
+
+
+def opened(card, images, folder, change=lambda loaded: loaded):
+    """A comparison under way of a model that was changed."""
+    given = options(card, images)
+    loaded = change(open_model(card))
+    calibration, evaluation = module.choose(given, loaded, Reporter(quiet=True))
+    return module.Comparison(
+        given, loaded, calibration, evaluation, folder, folder / "results.jsonl", Reporter(quiet=True)
+    )
+
+
+def test_another_model_of_the_same_weights_is_another_result(card, images, tmp_path):
+    def key(change=lambda loaded: loaded):
+        comparison = opened(card, images, tmp_path, change)
+        (point,) = comparison.points([module.contenders(comparison.options)["tome"]])
+        return point.key, comparison.dense_key
+
+    def darker(loaded):
+        return replace(loaded, preprocessing=replace(loaded.preprocessing, mean=(0.1, 0.1, 0.1)))
+
+    def smoother(loaded):
+        for block in loaded.adapter.model.blocks:
+            block.norm1.eps = 0.1
+        return loaded
+
+    def renamed(loaded):
+        return replace(loaded, classes=tuple(reversed(loaded.classes)))
+
+    keys = [key(), key(darker), key(smoother), key(renamed)]
+    assert key() == keys[0] and all(len(set(one)) == 4 for one in zip(*keys, strict=True))
+
+
 def test_another_batch_size_takes_the_plan_and_weights_that_are_there(copied, arguments, monkeypatch):
     """The tuned weights come back from their file: the ladder compares the graph with the model that has them."""
     (plan,) = copied.glob("plans/v-pruner-*.json")
@@ -196,7 +306,13 @@ def test_force_begins_anew_and_results_may_lie_elsewhere(card, images, tmp_path)
         (row,) = read_rows(results)
         assert row["method"] == "tome" and not (folder / "results.jsonl").exists()
         results.write_text(json.dumps({**row, "top1": {**row["top1"], "value": 9.0}}) + "\n")
+    # Rows of something else in a file that several comparisons share are not this one's to drop.
+    other = {"kind": "compared", "key": "of another", "method": "tome"}
+    with open(results, "a") as file:
+        file.write(json.dumps(other) + "\n")
     result = module.compare(given, folder, Reporter(quiet=True), results=results)
+    module.compare(given, folder, Reporter(quiet=True), results=results, force=True)
+    assert [row["key"] == "of another" for row in read_rows(results)] == [True, False]
     assert result["rows"][0]["top1"]["value"] == 9.0, "the row that was there was made again"
 
 
@@ -248,6 +364,16 @@ def test_a_plan_by_content_is_saved_with_its_score_and_exported(card, images, tm
     assert [(row["batch"], row["failure"]) for row in graphs] == [(1, None), (2, None)]
 
 
+def test_rows_of_the_folder_itself_are_no_strangers_however_they_are_named(card, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "out" / "mine.jsonl"
+    for folder in ("out", tmp_path / "out"):
+        module.compare(options(card, images), module.Path(folder), Reporter(quiet=True), results=results)
+    (tmp_path / "out" / ".report.html.x1.html").write_text("left by a process that was killed")
+    module.compare(options(card, images), tmp_path / "out", Reporter(quiet=True), results=results)
+    assert len(read_rows(results)) == 1
+
+
 def test_large_graphs_are_timed_in_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "GROUP_BYTES", 10)
     waiting = {}
@@ -282,4 +408,9 @@ def test_mistakes_end_in_one_line(arguments, tmp_path):
     fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="line 2 of")
     with pytest.raises(UserError, match="is not a row"):
         module.read_results(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\n")
+    fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="cannot be read as rows")
+    (tmp_path / "rows.jsonl").unlink()
+    fails(*arguments, "-o", "/proc/out", "--results", tmp_path / "rows.jsonl", says="cannot write to /proc")
+    (tmp_path / "rows.jsonl").write_text("")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "rows.jsonl"], "a mistake left files"

@@ -12,6 +12,7 @@ from vpruner.compare_report import (
     equal_time_table,
     pareto,
     plot_comparison,
+    protocol_sentence,
     remarks_of,
     write_comparison,
 )
@@ -202,6 +203,45 @@ def test_the_report_is_written_and_the_same_twice(rows, tmp_path):
     text = first["report.md"].decode()
     assert "v-pruner at 0.5" in text and "At equal measured time" in text and "500 images of val" in text
     assert first["report.html"].count(b"<svg") == 1 and b"axes_2" in first["comparison.svg"]
+
+
+def graph(method, target, batch, failure):
+    return {"kind": "graph", "method": method, "target": target, "seed": 0, "batch": batch, "failure": failure}
+
+
+@pytest.mark.parametrize("order", [(1, 8), (8, 1)])
+def test_a_graph_that_is_missing_at_one_batch_is_said_with_it(rows, order):
+    failures = {1: "too small", 8: None}
+    rows += [graph("tome", 0.5, batch, failures[batch]) for batch in order]
+    (remark,) = (line for line in remarks_of(entries_of(rows)) if "no ONNX graph" in line)
+    assert remark == "tome (0.5): no ONNX graph: at batch 1: too small"
+    rows += [graph("tome", 0.5, 8, "too small")]
+    assert "tome (0.5): no ONNX graph: too small" in remarks_of(entries_of(rows))
+
+
+def test_the_protocol_is_that_of_what_was_timed(rows):
+    text = protocol_sentence(entries_of(rows))
+    assert text.startswith("Graphs of one budget") and "onnxruntime 1.20" in text and "untimed" not in text
+    for row in rows:
+        if row["kind"] == "latency":
+            row["protocol"] = {"settle_seconds": 0.015}
+    assert "up to 15 ms of untimed runs" in protocol_sentence(entries_of(rows))
+    alone = [result("saint", 0.5, -0.02), latency("saint", 0.5, 0.9, runtime="pytorch")]
+    text = protocol_sentence(entries_of(alone))
+    assert text.startswith("Methods of one budget") and "onnxruntime" not in text and "dense model" in text
+
+
+def test_the_best_is_named_with_those_whose_intervals_overlap(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    rows[2] = result("fisher", 0.5, -0.07, seed=0)
+    write_comparison(tmp_path, rows)
+    text = (tmp_path / "report.md").read_text()
+    # 3 points wide each: -3 of two seeds overlaps with -5, not with -7.
+    assert "v-pruner at 0.5 (top-1, pp -3.00; intervals overlap with tome)" in text
+    assert "tome at 0.7 (top-1, pp -1.00)" in text and "on unseen images" in text
+    write_comparison(tmp_path, rows, unseen=False)
+    text = (tmp_path / "report.md").read_text()
+    assert "unseen" not in text and "no method has seen" not in text
 
 
 def test_a_report_on_nothing_says_why(tmp_path):
