@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from .tower import quiet_transformers
 
 #: What ``--dtype`` takes; "auto" is what the weights are saved in.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: ``NAME`` or ``OWNER/NAME``.
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 #: The prompt of models whose processor has no chat template, as LLaVA-1.5 was trained with.
 PLAIN_PROMPT = "USER: {images}\n{question} ASSISTANT:"
 
@@ -113,6 +116,11 @@ def open_vlm(spec: str, *, device: str | None = None, dtype: str = "auto") -> Lo
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(
             f"{spec} holds no config.json", "give a folder that save_pretrained wrote, or a name on the hub"
+        )
+    # Else the hub client says which letters names may have, which helps nobody who mistyped a path.
+    if not folder.exists() and not _HUB_NAME.fullmatch(spec):
+        raise UserError(
+            f"there is no folder {spec}", "give a folder that save_pretrained wrote, or a name on the hub (OWNER/NAME)"
         )
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
