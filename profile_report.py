@@ -302,11 +302,12 @@ def _blocks_section(group: Mapping[str, Row]) -> Section:
         caption = "Milliseconds (bars) and tokens that enter (dashed) by block"
         blocks.append(Figure(blocks_chart(bars), caption, Code("", _plain_bars(bars)), legend))
     blocks.append(table)
+    scaled = all(row.get("profiler_total_ms") is not None for row in group.values())
     blocks.append(
         Text(
             f"From {first.get('source', 'a profiler')}. Tokens are those that enter a block, and behind the arrow "
-            "those that leave it. Layers are measured one by one, slower than in a run as a whole: read the shares, "
-            "not the sum."
+            "those that leave it. Layers are measured one by one, slower than in a run as a whole: "
+            + ("here their sum is scaled to its p50." if scaled else "read the shares, not the sum.")
         )
     )
     return Section(f"Where the time goes: {named(first)}", blocks)

@@ -20,7 +20,7 @@ import statistics
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -350,6 +350,20 @@ class BlockTimes:
     @property
     def total_ms(self) -> float:
         return sum(self.blocks) + self.stem_ms + self.head_ms + self.several_ms + self.other_ms
+
+    def scaled(self, total_ms: float) -> BlockTimes:
+        """The same shares of another total; as they are where nothing took any time."""
+        if self.total_ms == 0:
+            return self
+        factor = total_ms / self.total_ms
+        return replace(
+            self,
+            blocks=tuple(factor * ms for ms in self.blocks),
+            stem_ms=factor * self.stem_ms,
+            head_ms=factor * self.head_ms,
+            several_ms=factor * self.several_ms,
+            other_ms=factor * self.other_ms,
+        )
 
     @property
     def explained(self) -> float:

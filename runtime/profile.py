@@ -21,8 +21,10 @@ from .power import Source
 from .profile_trt import prepare_times, profile_engines, steady_power
 from .session import ENGINE_SUFFIXES
 
-#: Runs under onnxruntime's profiler: the first ones warm up and do not count.
-_LAYER_WARMUP, _LAYER_RUNS = 5, 20
+#: Runs of each file under onnxruntime's profiler, a turn at a time; the first turn warms up and does not count.
+_LAYER_TURN, _LAYER_TURNS = 5, 5
+#: Of rows whose milliseconds are shares of a measured time.
+_SCALED = "milliseconds of blocks are shares of the p50 of the whole run: the profiler slows every layer down"
 
 
 def is_engine(path: str | PathLike) -> bool:
@@ -103,9 +105,8 @@ def _profile_ort(
                 run = _random_run(session, batch)
                 row["power"] = steady_power(power, run, batch, seconds=max(2.0, seconds / 4))
     if layers:
-        rows += [
-            ort_blocks(path, label, batch=batch, provider=provider, threads=threads) for label, path in paths.items()
-        ]
+        whole = {row["label"]: row["p50_ms"] for row in rows}
+        rows += ort_blocks(paths, batch=batch, provider=provider, threads=threads, whole_ms=whole)
     return rows
 
 
@@ -178,9 +179,22 @@ def bound_call(
 
 
 def ort_blocks(
-    path: str | PathLike, label: str, *, batch: int = 1, provider: str = "cpu", threads: int | None = None
-) -> dict[str, Any]:
-    """Times of an ONNX file's nodes on the CPU, by block.
+    paths: Mapping[str, str | PathLike],
+    *,
+    batch: int = 1,
+    provider: str = "cpu",
+    threads: int | None = None,
+    whole_ms: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Times of ONNX files' nodes on the CPU, by block. The files run in turns: load on the machine meets all of them.
+
+    Args:
+        paths: Files by label.
+        whole_ms: ms of a run of each without the profiler; a row's times are scaled to add up to that. None: as the
+            profiler has them, slower.
+
+    Returns:
+        A row of kind ``"blocks"`` for each, in order; of scaled times ``profiler_total_ms`` is the sum before.
 
     Raises:
         UserError: The provider is another: onnxruntime's profiler sees there when a kernel is launched, not how long it
@@ -191,29 +205,51 @@ def ort_blocks(
             f"onnxruntime does not tell how long single nodes take on {provider}",
             "leave out --layers, or measure an engine: vpruner build, then vpruner profile MODEL.engine --layers",
         )
-    ort = require("onnxruntime")
     threads = usable_cores() if threads is None else threads
-    with OrtSession(path, [provider], threads, spinning=False) as session, tempfile.TemporaryDirectory() as folder:
-        shape, spec = common_image_shape({label: session}, batch), session.inputs[0]
-        images = random_images(batch, shape, session.preprocessing).astype(spec.dtype, copy=False)
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
-        settings.enable_profiling = True
-        settings.profile_file_prefix = str(Path(folder, "run"))
-        profiled = ort.InferenceSession(str(path), settings, providers=[PROVIDERS["cpu"]])
-        for _ in range(_LAYER_WARMUP + _LAYER_RUNS):
-            profiled.run(None, {spec.name: images})
-        text = Path(profiled.end_profiling()).read_text(encoding="utf-8")
-        times = parse_ort_profile(text, skip=_LAYER_WARMUP)
-        metadata = session.metadata
-        return blocks_row(
-            fold_layers(times, block_map(path, metadata)),
-            metadata,
-            "onnxruntime's profiler",
+    known, calls = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (label, path) in enumerate(paths.items()):
+            # Closed again before anything is timed: a model need not lie in memory twice.
+            with OrtSession(path, [provider], threads, spinning=False) as session:
+                shape, spec = common_image_shape({label: session}, batch), session.inputs[0]
+                images = random_images(batch, shape, session.preprocessing).astype(spec.dtype, copy=False)
+                known[label] = session.metadata, spec.dtype
+            calls[label] = _profiled(path, threads, Path(folder, f"run{number}")), {spec.name: images}
+        for _ in range(_LAYER_TURNS):
+            for profiled, feeds in calls.values():
+                for _ in range(_LAYER_TURN):
+                    profiled.run(None, feeds)
+        texts = {
+            label: Path(profiled.end_profiling()).read_text(encoding="utf-8") for label, (profiled, _) in calls.items()
+        }
+    rows = []
+    for label, (metadata, dtype) in known.items():
+        times = fold_layers(parse_ort_profile(texts[label], skip=_LAYER_TURN), block_map(paths[label], metadata))
+        about = dict(
             label=label,
             runtime="onnxruntime",
             provider="cpu",
-            precision=metadata.precision or {"float32": "fp32", "float16": "fp16"}.get(spec.dtype, spec.dtype),
+            precision=metadata.precision or {"float32": "fp32", "float16": "fp16"}.get(dtype, dtype),
             batch=batch,
             threads=threads,
         )
+        if whole_ms is None:
+            rows.append(blocks_row(times, metadata, "onnxruntime's profiler", **about))
+            continue
+        row = blocks_row(times.scaled(whole_ms[label]), metadata, "onnxruntime's profiler", **about)
+        row["profiler_total_ms"] = times.total_ms
+        row["remarks"].append(_SCALED)
+        rows.append(row)
+    return rows
+
+
+def _profiled(path: str | PathLike, threads: int, prefix: Path) -> Any:
+    """A session of onnxruntime's own that writes down what each node takes."""
+    ort = require("onnxruntime")
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
+    # Threads of a session that is not in turn must not take the cores from the one that is.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.enable_profiling = True
+    settings.profile_file_prefix = str(prefix)
+    return ort.InferenceSession(str(path), settings, providers=[PROVIDERS["cpu"]])

@@ -362,6 +362,9 @@ def test_rows_say_the_tokens_of_each_block(vit):
     assert row["kind"] == "blocks" and row["label"] == "pruned" and row["total_ms"] == 6.5 and row["plan"] == "ab"
     assert row["blocks"][1] == {"block": 1, "ms": 2.0, "keys": 7, "queries": 3}
     json.dumps(row, allow_nan=False)
+    scaled = times.scaled(13.0)
+    assert (scaled.blocks, scaled.stem_ms, scaled.total_ms) == ((2.0, 4.0, 6.0), 1.0, 13.0)
+    assert BlockTimes((0.0,)).scaled(2.0) == BlockTimes((0.0,))
     assert "keys" not in blocks_row(times, ModelMetadata(), "a test")["blocks"][0]
     assert block_map(vit, metadata).depth == DEPTH
     assert block_map(vit.with_name("gone.onnx"), metadata) == BlockMap(depth=DEPTH)

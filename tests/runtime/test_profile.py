@@ -175,13 +175,39 @@ def test_power_on_a_cpu(make_onnx, monkeypatch):
 
 
 def test_nodes_of_onnxruntime_are_timed(make_onnx):
-    row = ort_blocks(make_onnx(repeat=3), "it", threads=1)
+    (row,) = ort_blocks({"it": make_onnx(repeat=3)}, threads=1)
     # This graph has no blocks; its whole time is on the books all the same.
     assert row["kind"] == "blocks" and row["total_ms"] > 0 and row["layers"] >= 4
     rows = profile_files({"it": make_onnx()}, threads=1, seconds=0.1, layers=True)
     assert [one["kind"] for one in rows] == ["latency", "blocks"] and rows[1]["threads"] == 1
     with pytest.raises(UserError, match="single nodes take on CUDAExecutionProvider"):
-        ort_blocks(make_onnx(), "it", provider="CUDAExecutionProvider")
+        ort_blocks({"it": make_onnx()}, provider="CUDAExecutionProvider")
+
+
+def test_layers_of_two_files_run_in_turns_and_add_up_to_the_time_of_a_run(make_onnx, monkeypatch):
+    from vpruner.runtime import profile
+
+    order, open_profiled = [], profile._profiled
+
+    class Noted:
+        def __init__(self, path, *rest):
+            self.name, self.session = path.stem, open_profiled(path, *rest)
+
+        def run(self, *arguments):
+            order.append(self.name)
+            return self.session.run(*arguments)
+
+        def end_profiling(self):
+            return self.session.end_profiling()
+
+    monkeypatch.setattr(profile, "_profiled", Noted)
+    paths = {"dense": make_onnx("slow.onnx", repeat=3), "pruned": make_onnx("fast.onnx")}
+    rows = profile_files(paths, threads=1, seconds=0.1, layers=True)
+    turns = [name for name, after in zip(order, [*order[1:], None], strict=True) if name != after]
+    assert turns == ["slow", "fast"] * profile._LAYER_TURNS and order.count("slow") == order.count("fast")
+    for latency, blocks in zip(rows[:2], rows[2:], strict=True):
+        assert blocks["label"] == latency["label"] and blocks["total_ms"] == pytest.approx(latency["p50_ms"])
+        assert blocks["profiler_total_ms"] > 0 and "shares of the p50" in blocks["remarks"][-1]
 
 
 def test_tensors_can_stay_on_the_device(make_onnx):
