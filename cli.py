@@ -349,8 +349,16 @@ export_options = _options(
     click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open."),
     click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Batch size of the graph."),
 )
+#: The short names in :mod:`vpruner.runtime.ort`, in its order. A test compares them.
+PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino", "coreml", "directml")
 runtime_options = _options(
-    click.option("--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, tensorrt."),
+    click.option(
+        "--provider",
+        default="cpu",
+        show_default=True,
+        metavar="NAME",
+        help=f"onnxruntime provider: {', '.join(PROVIDERS)}, or onnxruntime's own name of one.",
+    ),
     click.option("--threads", type=click.IntRange(1), help="Threads; by default all cores."),
 )
 trust_option = click.option(
@@ -517,7 +525,7 @@ def _print_run(rows: list[dict[str, Any]]) -> None:
         both = [accuracy.get((label, metric)) for label in ("dense", "pruned")]
         if any(both):
             count = next(row for row in both if row)["count"]
-            table.append([f"{title}, {count} images", *(_format_estimate(row) if row else "" for row in both), ""])
+            table.append([f"{title}, {_images(count)}", *(_format_estimate(row) if row else "" for row in both), ""])
     table.append(["MACs", _short(dense["macs"]), _short(pruned["macs"]), f"{pruned['ratio']:.3f}"])
     table.append(["parameters", _short(dense["parameters"]), _short(pruned["parameters"]), "1.000"])
     one, other = latency["dense"], latency["pruned"]
@@ -569,7 +577,7 @@ def _print_precisions(precisions: list[dict[str, Any]], rows: list[dict[str, Any
             ]
         )
     _table(
-        f"precisions of pruned.onnx, against fp32, on {precisions[0]['images']} images",
+        f"precisions of pruned.onnx, against fp32, on {_images(precisions[0]['images'])}",
         ["", *(METRIC_NAMES[name] for name in shown), "same class", "largest error", "MB", "p50 ms", "ratio"],
         table,
     )
@@ -584,6 +592,10 @@ def _stage_name(stage: dict[str, Any]) -> str:
 
 def _stage_outcome(stage: dict[str, Any]) -> str:
     return "kept" if stage["kept"] else "nothing to drop" if stage["stage"] == "search" else "undone"
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'' if count == 1 else 's'}"
 
 
 def _short(number: float) -> str:
@@ -790,7 +802,7 @@ def export(
     plan = load_plan(plan_path) if plan_path else None
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
     if method is None:
-        options.update(plan=plan, tokens=tokens)
+        options.update(plan=plan, plan_path=plan_path, tokens=tokens)
     rungs, deployed, conversions = pipeline.export_with_precisions(
         loaded, output, reporter=Reporter(quiet=quiet), **options
     )
@@ -856,7 +868,9 @@ def fold(dense, plan_path, identity, deploy_for, output, as_json, quiet) -> None
         raise UserError("fold takes one of --plan FILE and --identity", "make a plan with: vpruner prune MODEL")
     pipeline.check_output(output, ".onnx", dense, plan_path)
     plan = TokenPlan.load(plan_path) if plan_path else None
-    record, rungs, deployed = pipeline.fold_checked(dense, plan, output, Reporter(quiet=quiet), deploy_for=deploy_for)
+    record, rungs, deployed = pipeline.fold_checked(
+        dense, plan, output, Reporter(quiet=quiet), deploy_for=deploy_for, plan_path=plan_path
+    )
     _print_rungs(rungs, output, as_json, deployed, modified=record.modified)
 
 
@@ -896,7 +910,7 @@ def evaluate(as_json, quiet, results, **options) -> None:
     if _emit_rows(rows, results, as_json):
         return
     _table(
-        f"{rows[0]['count']} images",
+        _images(rows[0]["count"]),
         ["model", "metric", "value [95 %]"],
         [[row["label"], METRIC_NAMES[row["metric"]], _format_estimate(row)] for row in rows],
     )
@@ -1894,8 +1908,7 @@ def analyze(
 
     reporter = Reporter(quiet=quiet)
     if output:
-        # What suffix it should have is said of the one that is more usual.
-        pipeline.check_output(output, ".png" if output.suffix.lower() == ".png" else ".svg", model, weights)
+        pipeline.check_output(output, (".svg", ".png"), model, weights)
     if results:
         pipeline.check_output(results, ".jsonl", model, weights, option="--results")
     loaded = pipeline.open_prunable(
@@ -1918,7 +1931,7 @@ def analyze(
         analysis = analyze_model(adapter, (batch for batch, _ in batches), on_batch=advance)
     reporter.remark(chosen.skipped_remark("calibration"))
     if output:
-        drawn = draw_analysis(analysis, output.suffix.lower()[1:], f"{loaded.name}, {analysis.images} images")
+        drawn = draw_analysis(analysis, output.suffix.lower()[1:], f"{loaded.name}, {_images(analysis.images)}")
         with atomic_path(output) as temporary:
             temporary.write_bytes(drawn)
     row = analysis_row(loaded, chosen, analysis)
@@ -1939,7 +1952,7 @@ def _print_analysis(row: dict[str, Any], picture: Path | None) -> None:
     }
     stages = row["stages"]
     _table(
-        f"{row['model']}: {row['images']} images, attention of the {row['attention_from']}",
+        f"{row['model']}: {_images(row['images'])}, attention of the {row['attention_from']}",
         ["block", *(["stage"] if stages else []), *columns.values()],
         [
             [

@@ -6,6 +6,7 @@ import gc
 import itertools
 import re
 import resource
+import shlex
 import shutil
 import sys
 import tempfile
@@ -155,8 +156,9 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             check_target(geometry, options.target, cost)
             calibration, evaluation = choose(options, loaded, reporter)
             if "int8" in options.precisions and calibration.count < options.batch_size:
+                found = counted(calibration.count, "calibration image")
                 raise UserError(
-                    f"{calibration.count} calibration images, int8 needs a whole batch of {options.batch_size}",
+                    f"{found}, int8 needs a whole batch of {options.batch_size}",
                     "give more with --data, or a smaller --batch-size",
                 )
 
@@ -286,8 +288,9 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         timed.update({item.label: item.path for item in lowered if item.runs == item.path})
         reporter.remark(evaluation.skipped_remark("evaluation"))
         if seen_before := overlap(calibration, evaluation):
+            also = "is also a calibration image" if seen_before == 1 else "are also calibration images"
             reporter.remark(
-                f"{seen_before} of the {evaluation.count} evaluation images are also calibration images: "
+                f"{seen_before} of the {counted(evaluation.count, 'evaluation image')} {also}: "
                 "the accuracy reported is not on unseen images alone"
             )
         with reporter.stage("Measuring latency"):
@@ -358,21 +361,23 @@ def check_free(output: Path, *, force: bool) -> None:
         )
 
 
-def check_output(output: Path, suffix: str, *inputs: str | Path | None, option: str = "-o") -> None:
+def check_output(output: Path, suffix: str | Sequence[str], *inputs: str | Path | None, option: str = "-o") -> None:
     """Refuse, before any work, a file that cannot be written or that the command still needs.
 
     Args:
         output: The file to write.
-        suffix: What its name must end in; empty: whatever the user likes.
+        suffix: What its name must end in, or several of which one; empty: whatever the user likes.
         inputs: Files the command reads; None for those not given.
         option: What the user named it with.
 
     Raises:
         UserError: Says which.
     """
-    file = f"a {suffix} file" if suffix else "a file"
-    if suffix and output.suffix.lower() != suffix:
-        raise UserError(f"{output} does not end in {suffix}", f"name {file} with {option}")
+    suffixes = [suffix] if isinstance(suffix, str) else list(suffix)
+    ending = " or ".join(suffixes)
+    file = f"a {ending} file" if ending else "a file"
+    if ending and output.suffix.lower() not in suffixes:
+        raise UserError(f"{output} does not end in {ending}", f"name {file} with {option}")
     if output.is_dir():
         raise UserError(f"{output} is a folder", f"name {file} with {option}")
     for path in inputs:
@@ -480,6 +485,11 @@ def choose(options: RunOptions | CompareOptions, loaded: LoadedModel, reporter: 
     for remark in remarks:
         reporter.remark(remark)
     return calibration, evaluation
+
+
+def counted(count: int, what: str) -> str:
+    """``"1 image"``, ``"2 images"``."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def first_images(images: ImageSet, loaded: LoadedModel, count: int):
@@ -790,15 +800,32 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
         save_file({name: value.contiguous() for name, value in state.items()}, temporary, {"format": "pt", **metadata})
 
 
-def remark_untuned(plan: TokenPlan | ContentPlan, sha256: str, reporter: Reporter) -> None:
-    """Say that a plan goes with tuned weights, where the model has those it was learned on."""
+def remark_untuned(
+    plan: TokenPlan | ContentPlan,
+    sha256: str,
+    reporter: Reporter,
+    *,
+    plan_path: str | Path | None = None,
+    command: str = "export",
+) -> None:
+    """Say that a plan goes with tuned weights, where the model has those it was learned on.
+
+    Args:
+        plan_path: Where the plan was read from; None: not known here.
+        command: What to type again with those weights, where they are a PyTorch model's; of an ONNX file it is fold.
+    """
     tuned = plan.provenance.get("tuned_weights_sha256")
     if tuned and sha256 != tuned:
-        name = plan.provenance.get("tuned_weights_file") or "model.safetensors"
-        command = f"vpruner fold {name}" if is_onnx(name) else f"vpruner export MODEL --weights {name}"
+        name = str(plan.provenance.get("tuned_weights_file") or "model.safetensors")
+        weights, where = name, "PLAN"
+        if plan_path is not None:
+            where, beside = shlex.quote(str(plan_path)), Path(plan_path).with_name(Path(name).name)
+            weights = str(beside) if beside.is_file() else name
+        weights = shlex.quote(weights)
+        again = f"fold {weights}" if is_onnx(name) else f"{command} MODEL --weights {weights}"
         reporter.remark(
             f"the model has its weights from before tuning; those tuned for this plan are in {name}, written beside "
-            f"it, to be given as in: {command} --plan PLAN"
+            f"it, to be given as in: vpruner {again} --plan {where}"
         )
 
 
@@ -1213,11 +1240,13 @@ def export_checked(
     dynamic_batch: bool = False,
     batch_size: int = 1,
     tokens: bool = False,
+    plan_path: str | Path | None = None,
 ) -> tuple[list[Rung], Deployment | None]:
     """Export a model, whole or pruned; the file appears only when its parity holds.
 
     Args:
         plan: Static or by content; None: whole.
+        plan_path: Where the plan was read from, for remarks.
         deploy_for: Write it in the form that this deployment target takes; None: in the plain form.
         tokens: Of a model that ends in the mean of its tokens: return these instead.
 
@@ -1239,7 +1268,7 @@ def export_checked(
         check_pools_by_mean(loaded.adapter)
     if plan is not None:
         plan.check_fits(loaded.name, geometry, loaded.sha256)
-        remark_untuned(plan, loaded.sha256, reporter)
+        remark_untuned(plan, loaded.sha256, reporter, plan_path=plan_path)
     if (rule := None if plan is None else rule_of(plan)) is not None:
         if tokens:
             raise UserError("--tokens goes with a plan of static positions", "leave it out")
@@ -1327,8 +1356,9 @@ def export_rule_checked(
         move_model(written, output)
     for rung in rungs:
         if rung.near_ties:
+            keep = "keeps" if rung.near_ties == 1 else "keep"
             reporter.remark(
-                f"{rung.near_ties} of {len(images)} images keep other tokens in onnxruntime than in PyTorch: scores "
+                f"{rung.near_ties} of {len(images)} images {keep} other tokens in onnxruntime than in PyTorch: scores "
                 "that are equal within rounding can fall either way in any two programs"
             )
             break
@@ -1489,7 +1519,13 @@ def deploy_checked(
 
 
 def fold_checked(
-    dense: Path, plan: TokenPlan | None, output: Path, reporter: Reporter, *, deploy_for: str | None = None
+    dense: Path,
+    plan: TokenPlan | None,
+    output: Path,
+    reporter: Reporter,
+    *,
+    deploy_for: str | None = None,
+    plan_path: str | Path | None = None,
 ) -> tuple[FoldRecord, list[Rung], Deployment | None]:
     """Fold a plan (None: the identity plan) into a dense file and check the result in onnxruntime, without PyTorch.
 
@@ -1513,9 +1549,9 @@ def fold_checked(
         with reporter.stage(f"Folding the plan into {output.name}"):
             record = fold_file(dense, plan, scratch / "pruned.onnx")
         if about is not None:
-            remark_untuned(plan, about.weights_sha256, reporter)
+            remark_untuned(plan, about.weights_sha256, reporter, plan_path=plan_path)
         elif _learned_from(plan, dense):
-            remark_untuned(plan, "", reporter)
+            remark_untuned(plan, "", reporter, plan_path=plan_path)
         elif not plan.is_identity:
             reporter.remark(
                 f"{dense.name} does not name its weights; whether they are those the plan was learned on "
@@ -1643,7 +1679,7 @@ def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_fo
     tuned = False
     if plan is not None:
         plan.check_fits(loaded.name, adapter.geometry, loaded.sha256)
-        remark_untuned(plan, loaded.sha256, reporter)
+        remark_untuned(plan, loaded.sha256, reporter, plan_path=plan_path, command="evaluate")
         tuned = loaded.sha256 == plan.provenance.get("tuned_weights_sha256")
     if tuned:
         reporter.remark(

@@ -390,14 +390,15 @@ def test_evaluate_with_tuned_weights_has_no_dense_model(tuned, card, images, tmp
 def test_weights_before_tuning_go_on_with_a_remark(tuned, card, images, tmp_path):
     output, _ = tuned
     plan = ("--plan", output / "plan.json")
-    for command in (
-        ("export", card, *plan, "-o", tmp_path / "a.onnx"),
-        ("fold", output / "dense.onnx", *plan, "-o", tmp_path / "b.onnx"),
-        ("evaluate", card, *plan, "--eval-data", images),
+    for again, command in (
+        ("export", ("export", card, *plan, "-o", tmp_path / "a.onnx")),
+        ("export", ("fold", output / "dense.onnx", *plan, "-o", tmp_path / "b.onnx")),
+        ("evaluate", ("evaluate", card, *plan, "--eval-data", images)),
     ):
         said = " ".join(call(*command).stderr.split())
         assert "those tuned for this plan are in model.safetensors" in said
-        assert "--weights model.safetensors --plan" in said
+        weights = f"--weights {output / 'model.safetensors'} --plan {output / 'plan.json'}"
+        assert f"vpruner {again} MODEL {weights}" in said
     assert "vpruner.tuned_sha256" not in properties_of(tmp_path / "a.onnx")
 
 
@@ -504,6 +505,22 @@ def test_ctrl_c_elsewhere_ends_the_program(card, images, tmp_path, monkeypatch):
     )
     assert result.exit_code == 1 and "Aborted" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_image_is_not_called_images():
+    assert [cli._images(count) for count in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+
+
+def test_help_names_every_provider_that_is_known():
+    from vpruner.runtime.ort import PROVIDERS
+
+    assert tuple(PROVIDERS) == cli.PROVIDERS
+    assert ", ".join(PROVIDERS) in " ".join(call("predict", "--help").stdout.split())
+
+
+def test_an_output_of_another_ending_is_told_all_that_fit(card, images, tmp_path):
+    start = ("analyze", card, "--data", images, "-o", tmp_path / "curves.foo")
+    fails(*start, says="curves.foo does not end in .svg or .png; name a .svg or .png file with -o")
 
 
 def test_bad_checkpoints(finished, card, images, tmp_path, monkeypatch):
