@@ -507,6 +507,25 @@ def test_ctrl_c_elsewhere_ends_the_program(card, images, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_unreadable_evaluation_images_are_refused_before_anything_is_learned(card, images, tmp_path, monkeypatch):
+    folder = tmp_path / "eval"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(b"no image")
+
+    def learned(*args, **options):
+        raise AssertionError
+
+    monkeypatch.setattr("vpruner.prune.learn.learn", learned)
+    start = ("run", card, "--data", images, "--eval-data", folder, "-q", "-o", tmp_path / "out")
+    fails(*start, says="none of the 3 evaluation images")
+    fails(*start, says=".jpg first; check the files")
+    # One that can be read is enough, wherever it is.
+    Image.new("RGB", (16, 16)).save(folder / "9.png")
+    with pytest.raises(AssertionError):
+        call(*start)
+
+
 def test_one_image_is_not_called_images():
     assert [cli._images(count) for count in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
 
