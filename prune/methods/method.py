@@ -94,7 +94,7 @@ def least_reduction(fits: Callable[[int], bool], most: int, method: str, target:
 def out_of_reach(method: str, target: float) -> UserError:
     return UserError(
         f"{method} cannot reach {target} of the dense MACs of this model at its settings",
-        "use a higher --target, or let it act in more blocks",
+        "use a higher target, or let it act in more blocks",
     )
 
 
