@@ -11,7 +11,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -437,8 +437,14 @@ def notes_section(plan: TokenPlan, results: Results) -> Section:
             "The interval of the change in top-1 includes 0: more images are needed to tell which model is better."
         )
     own = run.get("note")
-    notes += [own] if isinstance(own, str) else [str(note) for note in own] if isinstance(own, list) else []
+    own = [own] if isinstance(own, str) else [str(note) for note in own] if isinstance(own, list) else []
+    # What a stage has to say stands with its numbers.
+    notes += [note for note in own if note not in _stage_notes(results.stages(plan))]
     return Section("Notes", [Items(tuple(dict.fromkeys(notes)))] if notes else [Text("Nothing out of the ordinary.")])
+
+
+def _stage_notes(stages: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row["note"] for row in stages if isinstance(row.get("note"), str) and row["note"]))
 
 
 def stages_sections(plan: TokenPlan, results: Results) -> list[Section]:
@@ -469,7 +475,7 @@ def stages_sections(plan: TokenPlan, results: Results) -> list[Section]:
             )
         )  # fmt: skip
     held_out = next((n for row in stages if (n := _number(row.get("held_out"), "images")) is not None), None)
-    on = "" if held_out is None else f" ({held_out:,.0f} images)"
+    on = "" if held_out is None else f" ({_counted(held_out, 'image')})"
     section = Section("What each stage contributed")
     header = ("stage", *(METRICS[name] for name in quality), "divergence, held out", "time", "")
     section.blocks.append(Table(header, tuple(lines), wordy=True))
@@ -480,14 +486,15 @@ def stages_sections(plan: TokenPlan, results: Results) -> list[Section]:
             f"{on}; a stage that does not lower it there by more than chance is undone."
         )
     )
-    notes = [str(row["note"]) for row in stages if isinstance(row.get("note"), str) and row["note"]]
-    if notes:
-        section.blocks.append(Items(tuple(dict.fromkeys(notes))))
+    if notes := _stage_notes(stages):
+        section.blocks.append(Items(notes))
     for row in stages:
         if chart := _learning_chart(row.get("history")):
             episodes, better = (_number(row, name) for name in ("episodes", "incumbents"))
-            told = "" if episodes is None else f"{episodes:,.0f} plans were tried"
-            told += f", and {better:,.0f} times one became the new best." if told and better is not None else ""
+            told = (
+                "" if episodes is None else f"{_counted(episodes, 'plan')} {'was' if episodes == 1 else 'were'} tried"
+            )
+            told += f", and {_counted(better, 'time')} one became the new best." if told and better is not None else ""
             section.blocks.append(
                 Figure(chart, "How the rearrangement went; a batch is compared with the best plan so far.")
             )
@@ -675,7 +682,7 @@ def precision_sections(results: Results) -> list[Section]:
             )
         )
         if calibrated := _number(row, "calibrated_on"):
-            notes.append(f"{name}: calibrated on {calibrated:,.0f} calibration images.")
+            notes.append(f"{name}: calibrated on {_counted(calibrated, 'calibration image')}.")
         if row.get("computed") == "float32 emulation":
             notes.append(f"{name}: accuracy is that of float32 with every value rounded as the precision rounds it.")
         if row.get("latency_note"):
@@ -688,7 +695,7 @@ def precision_sections(results: Results) -> list[Section]:
     section = Section("Precision")
     if lines:
         images = next((n for row in results.precisions if (n := _number(row, "images")) is not None), None)
-        on = "" if images is None else f", on {images:,.0f} images that no stage has learned from"
+        on = "" if images is None else f", on {_counted(images, 'image')} that no stage has learned from"
         section.blocks.append(Text(f"Each file against pruned.onnx in float32{on}; times are in turns with it."))
         header = ("file", "size", "largest error", "same class", "top-1", "change", "p50", "time / pruned")
         section.blocks.append(Table(header, tuple(lines)))
@@ -697,34 +704,55 @@ def precision_sections(results: Results) -> list[Section]:
     return [section]
 
 
+#: What rows of the latency table may differ in, and how a sentence says what they share: a column of which every cell
+#: is the same takes the room of those that tell something.
+SETTINGS: Mapping[str, Callable[[str], str]] = {
+    "runtime": str,
+    "precision": str,
+    "batch": "batch {}".format,
+    "threads": lambda value: f"{value} thread{'' if value == '1' else 's'}",
+}
+
+
+def _setting(row: Row, name: str) -> str:
+    """One of :data:`SETTINGS` as a cell; empty where the row does not tell."""
+    names = ("runtime", "provider") if name == "runtime" else (name,)
+    return " ".join(str(row[part]) for part in names if row.get(part))
+
+
 def latency_section(results: Results) -> Section:
     section = Section("Latency")
     if not results.latencies:
         section.blocks.append(Text("Not measured."))
         return section
     lines, protocols = [], {}
+    rows = [row for pair in results.latencies.values() for row in pair.values()]
+    shared = {name for name in SETTINGS if len({_setting(row, name) for row in rows}) == 1}
+    alike = [SETTINGS[name](_setting(rows[0], name)) for name in SETTINGS if name in shared and _setting(rows[0], name)]
+    apart = [name for name in SETTINGS if name not in shared]
+    if alike:
+        section.blocks.append(Text(f"Timed with {', '.join(alike)}."))
     for pair in results.latencies.values():
         for label, row in pair.items():
             milliseconds = [_ms(_number(row, key)) for key in ("p50_ms", "p90_ms", "p99_ms")]
             rate = _number(row, "images_per_s")
             lines.append(
                 (
-                    label, _runtime(row), str(row.get("batch", "")), str(row.get("threads", "")),
-                    *milliseconds, NOT_MEASURED if rate is None else f"{rate:,.4g}",
+                    label, *(_setting(row, name) for name in apart), *milliseconds,
+                    NOT_MEASURED if rate is None else f"{rate:,.4g}",
                     "1" if label == "dense" else _ratio_with_spread({"pruned": row, "dense": pair.get("dense", {})}),
                 )
             )  # fmt: skip
             described = tuple(_flat(row.get("protocol"))), tuple(_flat(row.get("environment")))
             if any(described):
                 protocols.setdefault(described, []).append(label)
-    header = ("model", "runtime", "batch", "threads", "p50", "p90", "p99", "images/s", "time / dense")
-    section.blocks.append(Table(header, tuple(lines)))
+    header = ("model", *apart, "p50", "p90", "p99", "images/s", "time / dense")
+    section.blocks += [Table(header, tuple(lines)), *_prediction_blocks(results), *_gate_blocks(results)]
     for number, (protocol, environment) in enumerate(protocols, 1):
         which = f" {number}" if len(protocols) > 1 else ""
         for name, pairs in ((f"Protocol{which}", protocol), (f"Environment{which}", environment)):
             if pairs:
                 section.blocks.append(Table((name, ""), pairs, wordy=True))
-    section.blocks[1:1] = [*_prediction_blocks(results), *_gate_blocks(results)]
     if not protocols:
         section.blocks.append(Text("The rows carry no protocol: read these numbers as an impression."))
     return section
@@ -798,7 +826,7 @@ def _rounds_sentence(rounds: Any) -> str:
     if not sizes or None in sizes:
         return ""
     least, most = min(sizes), max(sizes)
-    images = f"{most:,.0f} image{'' if most == 1 else 's'}"
+    images = _counted(most, "image")
     if len(sizes) == 1:
         return f"Searched in 1 round on {images}."
     return f"Searched in {len(sizes)} rounds on {images if least == most else f'{least:,.0f} to {images}'} each."
@@ -1001,7 +1029,11 @@ def _spread(row: Row, show) -> str:
 def _images(row: Row) -> str:
     """``"2,000 unseen images"``; empty where the row does not say how many."""
     count = _number(row, "count")
-    return "" if count is None else f"{count:,.0f} unseen image{'' if count == 1 else 's'}"
+    return "" if count is None else _counted(count, "unseen image")
+
+
+def _counted(count: float, what: str) -> str:
+    return f"{count:,.0f} {what}{'' if count == 1 else 's'}"
 
 
 def _latency_ratio(pair: Mapping[str, Row]) -> float | None:
@@ -1111,7 +1143,8 @@ def _block_html(block: Text | Items | Table | Code | Figure) -> str:
         return f"<pre><code>{html.escape(block.code)}</code></pre>"
     if isinstance(block, Table):
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
-        rows = "".join(f"<tr>{''.join(map(_cell_html, row))}</tr>" for row in block.rows)
+        others = _cell_html if block.wordy else _number_html
+        rows = "".join(f"<tr>{_cell_html(row[0])}{''.join(map(others, row[1:]))}</tr>" for row in block.rows)
         kind = "numbers" if not block.wordy else "wordy pairs" if len(block.header) == 2 else "wordy"
         return (
             f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
@@ -1131,6 +1164,14 @@ def _cell_html(cell: str) -> str:
     if re.fullmatch(r"[0-9a-f]{40,}", cell):
         kind = ' class="hash"'
     return f"<td{kind}>{html.escape(cell)}</td>"
+
+
+def _number_html(cell: str) -> str:
+    """A cell that may break before the interval of its number, and nowhere else."""
+    number, _, interval = cell.partition(" (")
+    if not interval.endswith(")"):
+        return _cell_html(cell)
+    return f'<td class="spread"><span>{html.escape(number)}</span> <span>({html.escape(interval)}</span></td>'
 
 
 STYLE = """
@@ -1161,7 +1202,10 @@ th, td { padding: 7px 18px 7px 0; text-align: left; vertical-align: top; border-
 th { color: var(--muted); font-size: 13px; font-weight: 500; white-space: nowrap; }
 tbody tr:last-child td { border-bottom: 0; }
 th:last-child, td:last-child { padding-right: 0; }
-.numbers th:not(:first-child), .numbers td:not(:first-child) { text-align: right; white-space: nowrap; }
+.numbers th:not(:first-child), .numbers td:not(:first-child) { text-align: right; }
+.numbers th, .numbers td { padding-right: 12px; } .numbers th { white-space: normal; vertical-align: bottom; }
+.numbers th:last-child, .numbers td:last-child { padding-right: 0; }
+.numbers td:not(:first-child):not(.spread), .spread span { white-space: nowrap; }
 .wordy td:first-child { white-space: nowrap; color: var(--muted); }
 .wordy td { overflow-wrap: anywhere; }
 .pairs td:first-child { width: 240px; }
@@ -1175,10 +1219,13 @@ figcaption { color: var(--muted); font-size: 13px; margin-bottom: 8px; display: 
 figcaption i { display: inline-block; width: 11px; height: 11px; border: 1px solid var(--muted); margin-right: 6px; }
 .picture .wide { background: #fff; border: 1px solid var(--line); border-radius: 8px; text-align: center; }
 .picture img { display: block; margin: 0 auto; max-width: 100%; height: auto; }
+.wide svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .chart svg { display: block; width: 100%; height: auto; max-width: 860px; margin: 0 auto; color: var(--ink); }
 footer { color: var(--muted); font-size: 13px; margin-top: 20px; text-align: center; }
-@media (max-width: 640px) { section { padding: 18px 16px 10px; } th, td { padding-right: 10px; font-size: 14px; }
-  .numbers th:not(:first-child), .numbers td:not(:first-child) { white-space: normal; }
-  .wordy td:first-child { white-space: normal; } .pairs td:first-child { width: 40%; } }
+@media (max-width: 760px) { section { padding: 18px 16px 10px; } th, td { padding-right: 10px; font-size: 14px; }
+  .numbers td:not(:first-child):not(.spread), .spread span { white-space: normal; }
+  .wordy td:nth-child(-n+3):not(:last-child), th { white-space: normal; }
+  .wordy:not(.pairs) td:not(.hash) { overflow-wrap: normal; }
+  .pairs td:first-child { width: 40%; } }
 @media print { body { background: #fff; } section, .tile { break-inside: avoid; } }
 """

@@ -233,6 +233,32 @@ def test_a_stage_that_was_undone_says_so(tmp_path):
     assert "- nothing better was found" in markdown and Outline(page).tags.count("svg") == 1
 
 
+def test_what_a_stage_says_is_said_once_beside_its_numbers(tmp_path):
+    note = "rearrangement stopped at its time limit after 64 of 384 episodes"
+    rows = [{**row, "note": [note, "another remark"]} if row["kind"] == "run" else row for row in make_rows()]
+    _, markdown = written(tmp_path, rows + make_stages(note=note))
+    notes, stages = (markdown.split(f"## {name}")[1].split("\n## ")[0] for name in ("Notes", "What each stage"))
+    assert note in stages and note not in notes and "another remark" in notes
+    assert "another remark" in written(tmp_path, rows)[1] and note in written(tmp_path, rows)[1]
+
+
+def test_columns_of_the_latency_table_that_are_the_same_in_every_row_are_a_sentence(tmp_path):
+    rows = [row for row in make_rows() if row["kind"] == "latency"]
+    alike = [{**row, "batch": 1, "threads": 1, "precision": "fp32"} for row in rows]
+    section = written(tmp_path, alike)[1].split("## Latency")[1]
+    assert "Timed with onnxruntime cpu, fp32, batch 1, 1 thread." in section
+    assert "| model | p50 | p90 | p99 | images/s | time / dense |" in section
+    section = written(tmp_path, alike + [{**row, "batch": 8, "threads": 4} for row in alike])[1].split("## Latency")[1]
+    assert "Timed with onnxruntime cpu, fp32." in section and "| model | batch | threads | p50 |" in section
+
+
+def test_pictures_and_numbers_fit_the_page(tmp_path):
+    page, _ = written(tmp_path, make_rows())
+    assert ".wide svg { display: block; max-width: 100%; height: auto;" in page
+    # A cell may break before its interval, or eight columns of them are wider than the page.
+    assert '<td class="spread"><span>78.10 %</span> <span>(76.20 to 79.90)</span></td>' in page
+
+
 def test_results_without_stages_have_no_such_section(tmp_path):
     assert "What each stage" not in written(tmp_path, make_rows())[1]
     # The plan alone knows it too, without the accuracy in between.
