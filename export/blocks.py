@@ -147,7 +147,7 @@ class _FoldedGraphs(Graphs):
         model = load_model(self.dense)
         metadata = GraphMetadata.from_props(model.metadata_props, str(dense))
         if metadata.plan is not None:
-            raise already_pruned(str(dense), metadata.plan)
+            raise already_pruned(str(dense), metadata.plan, metadata.rule)
         self.name, self.geometry = metadata.model, metadata.geometry
         self._cut: dict[int, Path] = {self.geometry.depth: self.dense}
         weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]

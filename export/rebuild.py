@@ -119,7 +119,7 @@ def rebuild(
     model = load_model(path)
     about = read_metadata(model, str(path))
     if about is not None and about.plan is not None:
-        raise already_pruned(str(path), about.plan)
+        raise already_pruned(str(path), about.plan, about.rule)
     if model.functions:
         passes.InlinePass()(model)
     prepared = prepare(model, None if about is None else about.geometry)
