@@ -484,21 +484,16 @@ def choose(options: RunOptions | CompareOptions, loaded: LoadedModel, reporter: 
         reporter.remark("no --data: the bundled CIFAR-10 images calibrate; give images like those the model will see")
     for remark in remarks:
         reporter.remark(remark)
-    require_readable(evaluation, "evaluation")
+    require_readable(evaluation)
     return calibration, evaluation
 
 
-def require_readable(images: ImageSet, what: str) -> None:
+def require_readable(images: ImageSet) -> None:
     """Refuse a set of which no image can be read, before the hours that it would have been the end of.
 
     Reads up to the first that can be read, which is the first as a rule; those before it count as skipped.
     """
-    if next(images.images(), None) is None and images.skipped:
-        raise UserError(
-            f"none of the {counted(len(images.skipped), f'{what} image')} of {images.source.spec} can be read, "
-            f"{next(iter(images.skipped.values()))} first",
-            "check the files",
-        )
+    next(images.images(), None)
     images.require_any()
 
 
