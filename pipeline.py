@@ -1201,6 +1201,8 @@ def make_table(
                 graphs, graphs.name, graphs.geometry, seconds=seconds, on_group=lambda done, groups: advance(1)
             )
         table.save(output)
+    if remark := table.error_remark():
+        reporter.remark(remark)
     return table
 
 

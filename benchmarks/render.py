@@ -384,8 +384,11 @@ def stage_costs(rows: list[dict]) -> str:
     def cell(row: dict | None) -> str:
         if row is None:
             return "–"
+        memory = f"{row['peak_bytes'] / 2**30:.1f} GiB"
+        if row["seconds"] is None:  # Something else was running.
+            return f"{row['episodes']} episodes, {memory}" if row["episodes"] else memory
         played = f"{row['episodes']} episodes in " if row["episodes"] else ""
-        return f"{played}{row['seconds']:.0f} s, {row['peak_bytes'] / 2**30:.1f} GiB"
+        return f"{played}{row['seconds']:.0f} s, {memory}"
 
     lines += [f"| {step} | {' | '.join(cell(found.get(step)) for found in newest.values())} |" for step in steps]
     some = rows[-1]
