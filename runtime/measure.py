@@ -47,7 +47,8 @@ ROW_SCHEMA = 1
 #: How long a candidate runs untimed before each timed run. More than four runs of a model of 3 ms, or ten of one of
 #: 1 ms, change nothing; what takes longer than this fills the caches itself.
 SETTLE_SECONDS = 0.015
-MOST_SETTLING_RUNS = 100
+#: More runs than this never are needed, however short.
+MOST_SETTLING_RUNS = 20
 #: Fewer rounds than this are not worth a median; a time limit is overrun for them.
 MIN_ROUNDS = 10
 #: A time limit and a function that takes microseconds would otherwise fill the memory with samples.
