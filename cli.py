@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .errors import ParityError, UserError
+from .errors import ParityError, UserError, counted
 from .extras import missing_extra
 
 
@@ -525,7 +525,8 @@ def _print_run(rows: list[dict[str, Any]]) -> None:
         both = [accuracy.get((label, metric)) for label in ("dense", "pruned")]
         if any(both):
             count = next(row for row in both if row)["count"]
-            table.append([f"{title}, {_images(count)}", *(_format_estimate(row) if row else "" for row in both), ""])
+            title = f"{title}, {counted(count, 'image')}"
+            table.append([title, *(_format_estimate(row) if row else "" for row in both), ""])
     table.append(["MACs", _short(dense["macs"]), _short(pruned["macs"]), f"{pruned['ratio']:.3f}"])
     table.append(["parameters", _short(dense["parameters"]), _short(pruned["parameters"]), "1.000"])
     one, other = latency["dense"], latency["pruned"]
@@ -577,7 +578,7 @@ def _print_precisions(precisions: list[dict[str, Any]], rows: list[dict[str, Any
             ]
         )
     _table(
-        f"precisions of pruned.onnx, against fp32, on {_images(precisions[0]['images'])}",
+        f"precisions of pruned.onnx, against fp32, on {counted(precisions[0]['images'], 'image')}",
         ["", *(METRIC_NAMES[name] for name in shown), "same class", "largest error", "MB", "p50 ms", "ratio"],
         table,
     )
@@ -592,10 +593,6 @@ def _stage_name(stage: dict[str, Any]) -> str:
 
 def _stage_outcome(stage: dict[str, Any]) -> str:
     return "kept" if stage["kept"] else "nothing to drop" if stage["stage"] == "search" else "undone"
-
-
-def _images(count: int) -> str:
-    return f"{count} image{'' if count == 1 else 's'}"
 
 
 def _short(number: float) -> str:
@@ -910,7 +907,7 @@ def evaluate(as_json, quiet, results, **options) -> None:
     if _emit_rows(rows, results, as_json):
         return
     _table(
-        _images(rows[0]["count"]),
+        counted(rows[0]["count"], "image"),
         ["model", "metric", "value [95 %]"],
         [[row["label"], METRIC_NAMES[row["metric"]], _format_estimate(row)] for row in rows],
     )
@@ -1299,8 +1296,7 @@ def check(model, target, as_json) -> None:
         _print_json({"file": str(model), "target": target, "counts": counts, "findings": rows})
     else:
         _print_findings(findings)
-        counted = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
-        click.echo(f"{model} for {target}: {counted}")
+        click.echo(f"{model} for {target}: {', '.join(counted(count, name) for name, count in counts.items())}")
     if counts["error"]:
         sys.exit(1)
 
@@ -1931,7 +1927,8 @@ def analyze(
         analysis = analyze_model(adapter, (batch for batch, _ in batches), on_batch=advance)
     reporter.remark(chosen.skipped_remark("calibration"))
     if output:
-        drawn = draw_analysis(analysis, output.suffix.lower()[1:], f"{loaded.name}, {_images(analysis.images)}")
+        title = f"{loaded.name}, {counted(analysis.images, 'image')}"
+        drawn = draw_analysis(analysis, output.suffix.lower()[1:], title)
         with atomic_path(output) as temporary:
             temporary.write_bytes(drawn)
     row = analysis_row(loaded, chosen, analysis)
@@ -1952,7 +1949,7 @@ def _print_analysis(row: dict[str, Any], picture: Path | None) -> None:
     }
     stages = row["stages"]
     _table(
-        f"{row['model']}: {_images(row['images'])}, attention of the {row['attention_from']}",
+        f"{row['model']}: {counted(row['images'], 'image')}, attention of the {row['attention_from']}",
         ["block", *(["stage"] if stages else []), *columns.values()],
         [
             [

@@ -53,9 +53,10 @@ if TYPE_CHECKING:
     from .prune.methods.rule import TokenRule
     from .prune.models import LoadedModel
 
+_FILES = r"(results\.jsonl|comparison\.(svg|png)|report\.(html|md))"
 #: What the folder of a comparison holds besides its rows; ``--force`` removes these and nothing else. With a dot before
 #: and more behind: what a process that was killed left unfinished.
-COMPARE_FILES = re.compile(r"graphs|plans|\.?(results\.jsonl|comparison\.(svg|png)|report\.(html|md))(\..*)?")
+COMPARE_FILES = re.compile(rf"graphs|plans|{_FILES}|\.{_FILES}\..*")
 #: Graphs that are timed in turns lie in memory together, weights and all: beyond this they are timed in groups.
 GROUP_BYTES = 4 << 30
 #: Images that a rule in PyTorch is timed on, one batch after the other: how many tokens it drops depends on them.
@@ -521,10 +522,13 @@ class Comparison:
         append_rows(self.results, rows)
         self.rows.extend(rows)
 
+    def _keys(self, points: Sequence[Point]) -> set[str]:
+        """What rows about those points and the dense model are filed under."""
+        return {point.key for point in points} | {self.dense_key}
+
     def rows_of(self, points: Sequence[Point]) -> list[dict[str, Any]]:
         """The newest row of each measurement about those points and the dense model, as this comparison takes them."""
-        keys = {point.key for point in points} | {self.dense_key}
-        newest = {}
+        keys, newest = self._keys(points), {}
         for row in self.rows:
             if row.get("key") in keys and self._counts(row):
                 what = row["kind"], row["key"], row.get("batch"), row.get("threads"), row.get("runtime")
@@ -546,12 +550,10 @@ class Comparison:
 
     def forget(self, points: Sequence[Point]) -> None:
         """Drop the rows about those points and the dense model; those of other comparisons stay in the file."""
-        keys = {point.key for point in points} | {self.dense_key}
-        if self.results.exists():
-            self.rows = [row for row in self.rows if row.get("key") not in keys]
+        keys = self._keys(points)
+        self.rows = [row for row in self.rows if row.get("key") not in keys]
+        if self.results.exists():  # The folder's own went with its other files.
             write_text(self.results, "".join(json.dumps(row) + "\n" for row in self.rows))
-        else:
-            self.rows = []
 
     # -- making and judging -------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artifacts import append_rows, scratch_beside
-from .errors import UserError
+from .errors import UserError, counted
 from .progress import Reporter
 from .prune.cost import cost_ratio, dense_macs, plan_macs
 from .prune.plan import Geometry, TokenPlan
@@ -495,11 +495,6 @@ def require_readable(images: ImageSet) -> None:
     """
     next(images.images(), None)
     images.require_any()
-
-
-def counted(count: int, what: str) -> str:
-    """``"1 image"``, ``"2 images"``."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def first_images(images: ImageSet, loaded: LoadedModel, count: int):

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from .check import Finding, check, summarize
 from .clean import ClampSliceBounds, LowerOpset, WriteOut, add_constant, add_node, infer_shapes_anew
 from .files import load_model, save_model
@@ -54,8 +54,8 @@ class Deployment:
     def summary(self) -> str:
         """Such as "trt10: opset 20, 0 errors, 1 warning, 2 remarks"."""
         counts = summarize(list(self.findings))
-        counted = (f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
-        return f"{self.target}: opset {self.opset}, {', '.join(counted)}"
+        found = (counted(count, name) for name, count in counts.items())
+        return f"{self.target}: opset {self.opset}, {', '.join(found)}"
 
     def to_json(self) -> dict[str, Any]:
         return {

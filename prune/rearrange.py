@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifacts import atomic_path, json_sha256
-from ..errors import UserError, first_line
+from ..errors import UserError, counted, first_line
 from .calibration import Calibration, Judgement, distance, divergence
 from .cost import Cost, MacsCost
 from .fisher import batch_size_for, gate_gradients
@@ -817,19 +817,17 @@ def rearrange(
     run = _Run(world, plan, target, cost, importance, settings, seed, firsts)
     if checkpoint is not None:
         run.resume(Path(checkpoint))
-    interrupted, begun, took = False, None, 0.0
+    interrupted, took = False, 0.0
     try:
         while run.played < settings.episodes:
-            now = time.monotonic()
-            if begun is not None:
-                took = now - begun
-                if now - started + took > settings.time_limit:
-                    break
-            begun, before = now, run.played
+            begun, before = time.monotonic(), run.played
+            if took and begun - started + took > settings.time_limit:
+                break
             run.batch()
             on_batch(run.played - before, run.improvement)
             if checkpoint is not None and run.batches % 5 == 0:
                 run.save(Path(checkpoint))
+            took = time.monotonic() - begun
     except KeyboardInterrupt:
         interrupted = True
     if checkpoint is not None:
@@ -838,8 +836,8 @@ def rearrange(
     if world.stand_in is not None:  # What is reported is of the model with its own weights.
         judgement = Judgement.of(*world.judge([plan, run.best], world.held_out, foresee=False)[1])
     kept = run.best is not plan and _clearly_better(run.held_out_start, run.held_out_best, run.looks)
-    played = (run.played, settings.episodes, interrupted)
-    note = _told(judgement, kept, run.best is plan, *played, refitted=world.stand_in is not None)
+    refitted = world.stand_in is not None
+    note = _told(judgement, kept, run.best is plan, run.played, settings.episodes, interrupted, refitted=refitted)
     details = {
         "episodes": run.played,
         "incumbents": run.incumbents,
@@ -862,7 +860,7 @@ def _told(
         played, most: Episodes, and how many were asked for.
         refitted: Whether plans were judged with stand-in weights; ``judgement`` is with the model's own.
     """
-    played_of = f"{played} episode{'' if played == 1 else 's'}"
+    played_of = counted(played, "episode")
     cut = interrupted or played < most
     if kept:
         if interrupted:
@@ -870,7 +868,7 @@ def _told(
         return f"rearrangement stopped at its time limit after {played} of {most} episodes" if cut else ""
     if cut:
         played_of = f"{played} of {most} episodes, {'interrupted' if interrupted else 'stopped at its time limit'}"
-    where = f"on {judgement.images} held-out image{'' if judgement.images == 1 else 's'}"
+    where = f"on {counted(judgement.images, 'held-out image')}"
     if nothing:
         return (
             f"rearrangement found nothing better than the Fisher plan {where} ({played_of}); the Fisher plan was kept"

@@ -23,7 +23,7 @@ from tiny_cards import CLASSES, TINY
 
 from vpruner import bundled, cli
 from vpruner.cli import main
-from vpruner.errors import ParityError
+from vpruner.errors import ParityError, counted
 from vpruner.prune import learn, rearrange
 from vpruner.prune.calibration import Judgement
 from vpruner.prune.cost import cost_ratio
@@ -527,7 +527,7 @@ def test_unreadable_evaluation_images_are_refused_before_anything_is_learned(car
 
 
 def test_one_image_is_not_called_images():
-    assert [cli._images(count) for count in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert [counted(count, "image") for count in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
 
 
 def test_help_names_every_provider_that_is_known():

@@ -372,6 +372,9 @@ def test_rows_of_the_folder_itself_are_no_strangers_however_they_are_named(card,
     (tmp_path / "out" / ".report.html.x1.html").write_text("left by a process that was killed")
     module.compare(options(card, images), tmp_path / "out", Reporter(quiet=True), results=results)
     assert len(read_rows(results)) == 1
+    (tmp_path / "out" / "report.html.bak").write_text("somebody's copy, which --force would remove")
+    with pytest.raises(UserError, match=r"report\.html\.bak"):
+        module.compare(options(card, images), tmp_path / "out", Reporter(quiet=True), results=results, force=True)
 
 
 def test_large_graphs_are_timed_in_groups(tmp_path, monkeypatch):
