@@ -30,20 +30,24 @@ import numpy as np
 from baselines import attention_exits, centre_exits, mean_attention, random_exits
 from torch import Tensor
 
-from vpruner import bundled
-from vpruner.artifacts import append_rows, read_rows
-from vpruner.compare import Judge, Made
+from vpruner.core import bundled
+from vpruner.core.cost import cost_ratio
+from vpruner.core.environment import environment
+from vpruner.core.plan import TokenPlan
+from vpruner.core.rows import append_rows, read_rows
+from vpruner.core.statistics import Estimate
+from vpruner.pipeline.compare.judge import Judge
+from vpruner.pipeline.compare.made import Made
 from vpruner.prune.calibration import Calibration
-from vpruner.prune.cost import cost_ratio
-from vpruner.prune.data import ImageSet, ImageSource, choose_indices, map_labels
-from vpruner.prune.evaluate import Estimate
+from vpruner.prune.choose_images import choose_indices, map_labels
+from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.fisher import batch_size_for
-from vpruner.prune.learn import Learned, learn
-from vpruner.prune.models import LoadedModel, open_model
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.rearrange import RearrangeSettings, World, swap_greedily
-from vpruner.prune.tune import tune
-from vpruner.runtime.environment import environment
+from vpruner.prune.learn import learn
+from vpruner.prune.loaded import LoadedModel
+from vpruner.prune.models import open_model
+from vpruner.prune.rearrange.search import RearrangeSettings, World, swap_greedily
+from vpruner.prune.stages import Learned
+from vpruner.prune.tune.stage import tune
 
 #: What tells one result from another.
 KEY = ("model", "method", "target", "seed", "episodes", "images", "eval_images", "data", "eval_data")

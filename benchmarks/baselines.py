@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vpruner.core.plan import TokenPlan
+from vpruner.prune.backbones.vit import ViTAdapter, embed_images, query_key_value
 from vpruner.prune.methods.positions import centre_exits, centre_order, random_exits
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.vit import ViTAdapter, embed_images, query_key_value
 
 __all__ = ["attention_exits", "centre_exits", "centre_order", "mean_attention", "random_exits"]
 

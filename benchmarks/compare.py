@@ -24,22 +24,26 @@ from pathlib import Path
 
 from latency_ort import linear_plan, open_dense
 
-from vpruner import bundled
-from vpruner.artifacts import append_rows, read_rows
-from vpruner.compare import CompareOptions, Comparison, Contender, Point, chosen_contenders
+from vpruner.core import bundled
+from vpruner.core.content_plan import ContentPlan
+from vpruner.core.cost import dense_macs, plan_macs
+from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.core.progress import Reporter
+from vpruner.core.rows import append_rows, read_rows
 from vpruner.export.fold import fold_file
 from vpruner.export.rules import export_rule
-from vpruner.pipeline import choose, open_as_given, write_dense
-from vpruner.progress import Reporter
-from vpruner.prune.content_plan import ContentPlan
-from vpruner.prune.cost import dense_macs, plan_macs
+from vpruner.pipeline.compare.comparison import Comparison
+from vpruner.pipeline.compare.contenders import chosen_contenders
+from vpruner.pipeline.compare.made import Contender, Point
+from vpruner.pipeline.graphs import write_dense
+from vpruner.pipeline.inputs import choose, open_as_given
+from vpruner.pipeline.options import CompareOptions
 from vpruner.prune.methods.content import ContentRule
 from vpruner.prune.methods.evit import Evit
 from vpruner.prune.methods.method import budget_macs, least_reduction
 from vpruner.prune.methods.rule import TokenRule
 from vpruner.prune.methods.saint import FrozenSaintRule, first_blocks
 from vpruner.prune.methods.tome import Tome
-from vpruner.prune.plan import Geometry, TokenPlan
 from vpruner.runtime.measure import profile_onnx
 
 #: Contender -> what benchmarks/accuracy.py calls it.

@@ -27,13 +27,18 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from vpruner import bundled
-from vpruner.artifacts import append_rows, read_rows
-from vpruner.compare import Judge, Made
+from vpruner.core import bundled
+from vpruner.core.environment import environment
+from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.core.rows import append_rows, read_rows
+from vpruner.pipeline.compare.judge import Judge
+from vpruner.pipeline.compare.made import Made
+from vpruner.prune.backbones.vit import embed_images
 from vpruner.prune.calibration import Calibration
-from vpruner.prune.data import ImageSet, ImageSource, choose_indices, map_labels
+from vpruner.prune.choose_images import choose_indices, map_labels
+from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.fisher import batch_size_for, gate_gradients
-from vpruner.prune.learn import SEARCH_IMAGES, choose_loss, round_sizes, search_in_rounds
+from vpruner.prune.loaded import LoadedModel
 from vpruner.prune.methods.content import (
     CHOICE_IMAGES,
     AnchoredScore,
@@ -46,11 +51,10 @@ from vpruner.prune.methods.content import (
     best_prior_weight,
 )
 from vpruner.prune.methods.rule import BlockView
-from vpruner.prune.models import LoadedModel, open_model
-from vpruner.prune.plan import Geometry, TokenPlan
-from vpruner.prune.tune import NormalEquations, refit_weights, with_weights
-from vpruner.prune.vit import embed_images
-from vpruner.runtime.environment import environment
+from vpruner.prune.models import open_model
+from vpruner.prune.rounds import SEARCH_IMAGES, choose_loss, round_sizes, search_in_rounds
+from vpruner.prune.tune.ridge import NormalEquations
+from vpruner.prune.tune.weights import refit_weights, with_weights
 
 #: What tells one result from another.
 KEY = ("model", "score", "refit", "target", "seed", "images", "eval_images", "data", "eval_data")

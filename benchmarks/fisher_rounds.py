@@ -14,14 +14,15 @@ from pathlib import Path
 
 import torch
 
-from vpruner import bundled
-from vpruner.artifacts import append_rows
-from vpruner.prune.cost import cost_ratio
-from vpruner.prune.data import ImageSet, ImageSource, choose_indices, map_labels
-from vpruner.prune.evaluate import Outputs, compare
+from vpruner.core import bundled
+from vpruner.core.cost import cost_ratio
+from vpruner.core.environment import environment
+from vpruner.core.rows import append_rows
+from vpruner.core.statistics import Outputs, compare
+from vpruner.prune.choose_images import choose_indices, map_labels
+from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.learn import learn_plan
 from vpruner.prune.models import open_model
-from vpruner.runtime.environment import environment
 
 
 def main() -> None:

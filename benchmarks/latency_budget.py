@@ -14,20 +14,22 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from vpruner import bundled
-from vpruner.artifacts import append_rows
+from vpruner.core import bundled
+from vpruner.core.cost import LatencyCost, MacsCost, cost_ratio
+from vpruner.core.environment import environment
+from vpruner.core.latency_table import LatencyTable
+from vpruner.core.plan import TokenPlan
+from vpruner.core.rows import append_rows
 from vpruner.export.fold import fold_file
-from vpruner.pipeline import evaluate_graphs, open_graphs, write_dense
-from vpruner.prune.cost import LatencyCost, MacsCost, cost_ratio
-from vpruner.prune.data import ImageSet, ImageSource, choose_indices, map_labels
+from vpruner.pipeline.evaluate import evaluate_graphs, open_graphs
+from vpruner.pipeline.graphs import write_dense
+from vpruner.prune.choose_images import choose_indices, map_labels
+from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.learn import learn, learn_plan
 from vpruner.prune.models import open_model
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.rearrange import RearrangeSettings
+from vpruner.prune.rearrange.search import RearrangeSettings
 from vpruner.prune.search import minimum_cost
-from vpruner.runtime.environment import environment
 from vpruner.runtime.measure import profile_onnx
-from vpruner.runtime.table import LatencyTable
 
 
 def main() -> None:

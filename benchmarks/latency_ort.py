@@ -4,7 +4,7 @@
     python benchmarks/latency_ort.py --models runs/demo/model.json --plan runs/demo/plan.json
     python benchmarks/latency_ort.py --models deit_tiny_patch16_224 --variants pruned --variants "pruned int8"
 
-For each model and batch these files are measured in turns (see :mod:`vpruner.runtime.measure` for the protocol):
+For each model and batch these files are measured in turns (see :mod:`vpruner.core.timing` for the protocol):
 
 * ``torch default``: ``torch.onnx.export(model, images, file, dynamo=True)`` of the untouched timm model, nothing else.
   It is the 1 of all ratios, and always measured;
@@ -40,10 +40,10 @@ import onnx
 from rich.console import Console
 from rich.table import Table
 
-from vpruner.artifacts import append_rows
-from vpruner.errors import UserError
-from vpruner.prune.cost import cost_ratio, dense_macs, macs_from_counts
-from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.core.cost import cost_ratio, dense_macs, macs_from_counts
+from vpruner.core.errors import UserError
+from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.core.rows import append_rows
 from vpruner.runtime.measure import profile_onnx
 
 DEFAULT_MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "vit_base_patch16_224")
@@ -98,7 +98,7 @@ def linear_plan(model: str, geometry: Geometry, target: float, seed: int) -> Tok
 
 
 def open_dense(spec: str, weights: str | None, seed: int):
-    """The model as a :class:`vpruner.prune.models.LoadedModel`, with random weights where none are named."""
+    """The model as a :class:`vpruner.prune.loaded.LoadedModel`, with random weights where none are named."""
     from vpruner.prune.models import open_model
 
     if weights or spec.endswith(".json"):

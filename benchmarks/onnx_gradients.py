@@ -5,7 +5,7 @@
 The bundled reference as an ONNX file, and a few of its calibration images with their labels. Three ways to dLoss/dgate,
 where a gate is an additive bias on the attention logits of one key in one block:
 
-* *rebuilt*: ``vpruner.export.rebuild`` makes a timm model of the graph; one backward pass per batch.
+* *rebuilt*: ``vpruner.export.rebuild.graph`` makes a timm model of the graph; one backward pass per batch.
 * *one-sided*, *two-sided*: the graph gets the biases as an input, and onnxruntime runs it once (twice) per gate.
 
 Each is compared with one backward pass of the PyTorch model that was exported: CPU time per image, and correlation of
@@ -25,18 +25,19 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from vpruner import bundled
-from vpruner.artifacts import append_rows
-from vpruner.export.clean import add_constant, add_node
+from vpruner.core import bundled
+from vpruner.core.environment import environment
+from vpruner.core.plan import Geometry
+from vpruner.core.rows import append_rows
 from vpruner.export.files import load_model, save_model
-from vpruner.export.normalise import prepare
-from vpruner.export.rebuild import rebuild
-from vpruner.pipeline import write_dense
-from vpruner.prune.data import ImageSet, ImageSource, choose_indices, map_labels
+from vpruner.export.passes.edit import add_constant, add_node
+from vpruner.export.rebuild.graph import rebuild
+from vpruner.export.recognise.normalise import prepare
+from vpruner.pipeline.graphs import write_dense
+from vpruner.prune.choose_images import choose_indices, map_labels
+from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.fisher import GateGradients, gate_gradients
 from vpruner.prune.models import open_model
-from vpruner.prune.plan import Geometry
-from vpruner.runtime.environment import environment
 
 #: Perturbed copies of an image per run: fills the products of a small model, and stays within the caches.
 COPIES = 64

@@ -15,20 +15,25 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from vpruner import bundled
-from vpruner.artifacts import append_rows
+from vpruner.core import bundled
+from vpruner.core.cost import cost_ratio
+from vpruner.core.environment import environment
+from vpruner.core.plan import TokenPlan
+from vpruner.core.rows import append_rows
+from vpruner.core.statistics import proportion
 from vpruner.export.fold import fold_file
 from vpruner.export.precision import Agreement, Conversion, compare_outputs, convert, cpu_form
 from vpruner.export.quantize import CALIBRATIONS
-from vpruner.pipeline import INT8_IMAGES, collect_graphs, first_images, open_graphs, write_dense
-from vpruner.prune.cost import cost_ratio
-from vpruner.prune.data import ImageSet, ImageSource, choose_indices, map_labels
-from vpruner.prune.evaluate import proportion
+from vpruner.pipeline.evaluate import collect_graphs, open_graphs
+from vpruner.pipeline.graphs import write_dense
+from vpruner.pipeline.inputs import first_images
+from vpruner.pipeline.options import INT8_IMAGES
+from vpruner.prune.choose_images import choose_indices, map_labels
+from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.learn import learn
-from vpruner.prune.models import LoadedModel, open_model
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.tune import with_weights
-from vpruner.runtime.environment import environment
+from vpruner.prune.loaded import LoadedModel
+from vpruner.prune.models import open_model
+from vpruner.prune.tune.weights import with_weights
 
 FORMS = (("fp16", None), ("bf16", None), *(("int8", name) for name in CALIBRATIONS), ("int8-dynamic", None))
 

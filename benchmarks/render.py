@@ -15,8 +15,9 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vpruner import compare_report
-from vpruner.artifacts import atomic_path, read_rows, write_text
+from vpruner.core.files import atomic_path, write_text
+from vpruner.core.rows import read_rows
+from vpruner.report.run import compare as compare_report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -23,14 +23,15 @@ from pathlib import Path
 import torch
 from latency_ort import open_dense
 
-from vpruner import bundled
-from vpruner.artifacts import append_rows
-from vpruner.progress import Reporter
-from vpruner.prune.data import ImageSet, ImageSource, choose_indices
+from vpruner.core import bundled
+from vpruner.core.environment import environment
+from vpruner.core.progress import Reporter
+from vpruner.core.rows import append_rows
+from vpruner.prune.choose_images import choose_indices
+from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.learn import REARRANGEMENTS, learn
-from vpruner.prune.rearrange import RearrangeSettings
-from vpruner.prune.tune import TUNINGS
-from vpruner.runtime.environment import environment
+from vpruner.prune.rearrange.search import RearrangeSettings
+from vpruner.prune.tune.stage import TUNINGS
 
 
 def reset_peak() -> None:

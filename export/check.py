@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .files import check_tensors, external_problem, read_model
 from .targets import MISSING_WEIGHTS, NO_PRODUCER, SEVERITIES, UNKNOWN_DOMAIN, Bound, Rule, Target, find_target
 

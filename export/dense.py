@@ -15,12 +15,14 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..errors import UserError
-from ..extras import require
-from ..prune.plan import Geometry
-from .clean import FoldWeightTransposes, LowerOpset, clean
+from ..core.errors import UserError
+from ..core.extras import require
+from ..core.metadata import GraphMetadata
+from ..core.plan import Geometry
 from .files import save_model
-from .metadata import GraphMetadata
+from .passes.clean import clean
+from .passes.fold_weight_transposes import FoldWeightTransposes
+from .passes.lower_opset import LowerOpset
 
 if TYPE_CHECKING:
     from torch import nn

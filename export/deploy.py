@@ -17,13 +17,17 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..errors import UserError, counted
+from ..core.errors import UserError
+from ..core.metadata import TARGET
+from ..core.text import counted
 from .check import Finding, check, summarize
-from .clean import ClampSliceBounds, LowerOpset, WriteOut, add_constant, add_node, infer_shapes_anew
 from .files import load_model, save_model
-from .metadata import TARGET
-from .normalise import OLDEST_OPSET, WriteOutAttention
-from .recognise import attribute_int, attribute_ints, constant
+from .passes.clamp_slice_bounds import ClampSliceBounds
+from .passes.edit import add_constant, add_node, infer_shapes_anew
+from .passes.lower_opset import LowerOpset
+from .passes.write_out import WriteOut
+from .recognise.graph import attribute_int, attribute_ints, constant
+from .recognise.normalise import OLDEST_OPSET, WriteOutAttention
 from .targets import find_target
 
 #: What graphs are exported in where neither a target nor the user says otherwise; it has Gelu, which 18 lacks.

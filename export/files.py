@@ -11,8 +11,8 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from ..artifacts import atomic_path, json_sha256, scratch_beside
-from ..errors import GraphError, UserError
+from ..core.errors import GraphError, UserError
+from ..core.files import atomic_path, json_sha256, scratch_beside
 
 #: Bytes of weights up to which they stay inside the file. Protobuf's limit is 2 GiB; the rest is room for the graph.
 INLINE_LIMIT = (1 << 31) - (1 << 25)

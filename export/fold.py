@@ -25,14 +25,16 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..errors import GraphError, PlanError
-from ..prune.plan import Geometry, TokenPlan
-from . import metadata
-from .clean import add_constant, add_node, add_shape, clean, infer_shapes_anew, split_sizes
+from ..core import metadata
+from ..core.errors import GraphError, PlanError
+from ..core.metadata import GraphMetadata
+from ..core.plan import Geometry, TokenPlan
 from .files import load_model, naming, save_model
-from .metadata import GraphMetadata
-from .normalise import prepare
-from .recognise import BlockSite, VitSite, integers, recognise
+from .passes.clean import clean
+from .passes.edit import add_constant, add_node, add_shape, infer_shapes_anew
+from .passes.split_heads_once import split_sizes
+from .recognise.graph import BlockSite, VitSite, integers, recognise
+from .recognise.normalise import prepare
 
 
 @dataclass(frozen=True)

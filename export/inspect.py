@@ -10,15 +10,14 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..errors import UserError
-from ..prune.cost import cost_ratio, dense_macs
-from ..prune.plan import Geometry, TokenPlan
-from ..runtime.metadata import ModelMetadata
+from ..core.cost import cost_ratio, dense_macs
+from ..core.errors import UserError
+from ..core.metadata import MODEL, PLAN, ModelMetadata
+from ..core.plan import Geometry, TokenPlan
 from .files import load_model, naming
 from .fold import check_shape, read_metadata
-from .metadata import MODEL, PLAN
-from .normalise import prepare
-from .recognise import HeadSite, VitSite, integers, is_constant
+from .recognise.graph import HeadSite, VitSite, integers, is_constant
+from .recognise.normalise import prepare
 
 
 def inspect_file(path: str | os.PathLike) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..prune.plan import TokenPlan
-from .clean import add_constant, add_node, infer_shapes_anew
+from ..core.plan import TokenPlan
 from .fold import fold_head
-from .normalise import prepare
-from .recognise import recognise
+from .passes.edit import add_constant, add_node, infer_shapes_anew
+from .recognise.graph import recognise
+from .recognise.normalise import prepare
 
 
 def mask_tokens(model: ir.Model, plan: TokenPlan) -> ir.Model:

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import ParityError
-from ..extras import require
-from ..prune.plan import TokenPlan
+from ..core.errors import ParityError
+from ..core.extras import require
+from ..core.plan import TokenPlan
 from .dense import evaluating
 from .files import load_model, save_model
 from .mask import mask_tokens
-from .normalise import prepare
+from .recognise.normalise import prepare
 
 if TYPE_CHECKING:
     import torch
 
-    from ..prune.vit import ViTAdapter
+    from ..prune.backbones.vit import ViTAdapter
 
 #: In float64 a wrong softmax shows at 1e-7 against 1e-14 for rounding; in float32 it would hide in rounding.
 EXACT = 1e-10
@@ -89,7 +89,7 @@ def check_ladder(
         ParityError: The first rung that fails, with its numbers. The model is as it was, in that case too.
     """
     torch = require("torch")
-    from ..prune.tune import with_weights
+    from ..prune.tune.weights import with_weights
 
     model = adapter.model
     rungs = []

@@ -12,33 +12,27 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..artifacts import canonical_json, scratch_beside
-from ..errors import UserError, first_line
-from ..prune.evaluate import Estimate, paired_difference, proportion
-from ..runtime.metadata import ModelMetadata
-from ..runtime.preprocess import Preprocessing, resolve_preprocessing
+from ..core.errors import UserError
+from ..core.metadata import PRECISION
+from ..core.statistics import Estimate, paired_difference, proportion
+from ..core.text import first_line
 from . import half, quantize
-from .clean import infer_shapes_anew
-from .files import into_memory, load_model, remove_model, save_model
-from .metadata import PRECISION, PREPROCESSING
+from .files import into_memory, load_model, save_model
 from .parity import run_onnx
+from .passes.edit import infer_shapes_anew
 from .quantize import CALIBRATIONS, DEFAULT_CALIBRATION, QUANTIZED, QUANTIZED_OPS
-
-if TYPE_CHECKING:
-    from ..progress import Reporter
 
 PRECISIONS = (*half.PRECISIONS, *quantize.PRECISIONS)
 IO = ("float32", "same")
-
 #: Largest finite float16.
 FP16_MAX = 65504.0
 #: Images to compare on where none are given, and to see whether outputs are finite.
@@ -125,9 +119,6 @@ class Agreement:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-# -- converting -------------------------------------------------------------------------------------------------------
 
 
 def convert(
@@ -272,9 +263,6 @@ def _stored_bytes(path: Path) -> int:
     return path.stat().st_size + sum((path.parent / name).stat().st_size for name in located)
 
 
-# -- what it cost -----------------------------------------------------------------------------------------------------
-
-
 def agreement(
     reference_path: str | os.PathLike,
     converted_path: str | os.PathLike,
@@ -391,204 +379,6 @@ def _run(path: str | os.PathLike, images: np.ndarray, *, optimized: bool = True)
         raise UserError(f"{path}: onnxruntime cannot run it: {first_line(error)}", "check the float32 file") from error
 
 
-# -- several precisions of one file -----------------------------------------------------------------------------------
-
-
-#: Where a latency on onnxruntime's CPU provider is no hint of what the target takes, and why.
-LATENCY_NOTES = {
-    "fp16": "computed in float32 with casts around it by onnxruntime's CPU provider: the time says nothing of a GPU",
-    "bf16": "not timed: onnxruntime's CPU provider lacks kernels for it",
-    "int8": "its Q/DQ nodes are for TensorRT; onnxruntime's CPU provider dequantizes and multiplies in float32: the "
-    "time says nothing of a GPU, and on CPUs int8-dynamic is the one to take",
-}
-
-
 def beside(path: Path, precision: str) -> Path:
     """Where the form of ``path`` in ``precision`` lies: ``pruned.onnx`` -> ``pruned.fp16.onnx``."""
     return path.with_suffix(f".{precision}{path.suffix}")
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """One precision of a file, as :func:`convert_beside` made it.
-
-    Attributes:
-        runs: What onnxruntime's CPU provider runs in its place (:func:`cpu_form`).
-        calibrated_on: Images, for static INT8.
-        failure: Why there is no file, in one sentence; ``conversion`` and ``runs`` are None then.
-    """
-
-    precision: str
-    path: Path
-    conversion: Conversion | None = None
-    runs: Path | None = None
-    calibrated_on: int | None = None
-    failure: str | None = None
-
-    @property
-    def label(self) -> str:
-        return self.path.stem
-
-    @property
-    def emulated(self) -> bool:
-        return self.runs not in (None, self.path)
-
-
-def convert_beside(
-    source: Path,
-    precisions: Sequence[str],
-    scratch: Path,
-    images: np.ndarray,
-    *,
-    io: str = "float32",
-    calibration: str = DEFAULT_CALIBRATION,
-    reporter: Reporter,
-) -> list[Lowered]:
-    """Write ``source`` in each of the precisions beside it.
-
-    A precision that this model cannot be had in is left out, and why is said: what else a long run made is not lost.
-
-    Args:
-        scratch: Folder for what is run in place of BF16 graphs.
-        images: float32 [image, channel, height, width], preprocessed: static INT8 is calibrated on all of them, and a
-            few say whether the outputs are finite.
-    """
-    made = []
-    for precision in precisions:
-        path = beside(source, precision)
-        options: dict[str, Any] = {"io": io}
-        if precision.startswith("int8"):
-            options = {"calibration": calibration, "images": images}
-        try:
-            with reporter.stage(f"Converting to {precision}"):
-                done = convert(source, path, precision, **options)
-                agreement(source, path, images[:_NOISE])
-        except UserError as error:
-            remove_model(path)
-            # The folder may be one that the user never sees.
-            made.append(Lowered(precision, path, failure=str(error).replace(f"{source.parent}{os.sep}", "")))
-            continue
-        count = len(images) if precision == "int8" else None
-        made.append(Lowered(precision, path, done, cpu_form(path, scratch), count))
-    return made
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
-
-
-def convert_checked(
-    model_path: Path,
-    output: Path,
-    precision: str,
-    *,
-    reporter: Reporter,
-    data: str | None = None,
-    count: int = 128,
-    eval_data: str | None = None,
-    eval_count: int = 2000,
-    seed: int = 0,
-    strict: bool = False,
-    preprocessing: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> tuple[Conversion, Agreement, str]:
-    """Convert a file and compare the two on images; the file appears only when its outputs are finite.
-
-    Args:
-        data, count: Calibration images of static INT8. Without ``eval_data`` a quarter is put aside to compare on.
-        eval_data, eval_count: Images to compare on; without any, seeded noise for the other precisions.
-        preprocessing: How images become the input, over what the file says; written into the converted file. Fields of
-            :class:`~vpruner.runtime.preprocess.Preprocessing` but for the size.
-        options: Of :func:`convert`.
-
-    Returns:
-        The conversion, the agreement, and in words what it was measured on.
-    """
-    from ..pipeline import move_model
-
-    calibration, evaluation, labels, what, prepared = _images(
-        model_path, precision, data, count, eval_data, eval_count, seed, strict, preprocessing or {}, reporter
-    )
-    if preprocessing:
-        options["props"] = {PREPROCESSING: canonical_json(prepared.to_json())}
-    with scratch_beside(output) as scratch:
-        with reporter.stage(f"Converting to {precision}"):
-            done = convert(model_path, scratch / "converted.onnx", precision, images=calibration, **options)
-        with reporter.stage("Comparing", unit="images"):
-            cost = agreement(model_path, done.path, evaluation, labels)
-        move_model(done.path, output)
-    for sentence in cost.beyond:
-        reporter.remark(f"beyond what {precision} is expected to cost: {sentence}")
-    return replace(done, path=output), cost, what
-
-
-def _images(
-    path: Path,
-    precision: str,
-    data: str | None,
-    count: int,
-    eval_data: str | None,
-    eval_count: int,
-    seed: int,
-    strict: bool,
-    preprocessing: Mapping[str, Any],
-    reporter: Reporter,
-) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None, str, Preprocessing | None]:
-    """Calibration images (None but for static INT8), images to compare on, their labels, what they are, how prepared.
-
-    The last is None where no image was read and ``preprocessing`` says nothing.
-    """
-    if data is not None and precision != "int8":
-        raise UserError(f"--data calibrates static int8, found --precision {precision}", "leave it out, or --eval-data")
-    model = load_model(path)
-    if len(model.graph.outputs) > 1:
-        outputs = ", ".join(str(value.name) for value in model.graph.outputs)
-        reporter.remark(f"{path} gives {outputs}; what is compared is the first alone")
-    name, _ = quantize.image_input(model, str(path))
-    shape = next(value.shape for value in model.graph.inputs if value.name == name)
-    fixed = shape is not None and len(shape) == 4 and all(isinstance(size, int) for size in shape[1:])
-    about = ModelMetadata.from_props(dict(model.metadata_props), str(path))
-    noise_serves = precision != "int8" and eval_data is None
-    prepared = None
-    if preprocessing or not noise_serves:
-        size = tuple(map(int, shape[2:])) if fixed else None
-        prepared = resolve_preprocessing(about.preprocessing, preprocessing, size=size, source=str(path))
-    if noise_serves:
-        if not fixed:
-            raise UserError(f"{path}: the input {name} has no fixed image size", "expected [batch, 3, height, width]")
-        noise = np.random.default_rng(seed).standard_normal((_NOISE, *map(int, shape[1:])), dtype=np.float32)
-        return None, noise, None, f"{_NOISE} noise images", prepared
-    outputs = model.graph.outputs[0].shape
-    classes = outputs[-1] if about.output == "logits" and outputs is not None and isinstance(outputs[-1], int) else None
-    from ..prune.data import ImageSet, ImageSource, choose_images, choose_indices, map_labels
-
-    remarks: list[str] = []
-    calibration = None
-    if precision == "int8":
-        if data is None:
-            raise UserError("static int8 is calibrated on images", "give them with --data DIR, or use int8-dynamic")
-        calibration, evaluation, remarks = choose_images(
-            data,
-            eval_data,
-            calibration=count,
-            evaluation=eval_count,
-            classes=about.classes,
-            outputs=classes,
-            seed=seed,
-            strict=strict,
-        )
-    else:
-        source = ImageSource(eval_data)
-        labels = map_labels(source, about.classes, classes, remarks)
-        evaluation = ImageSet(source, choose_indices(source, eval_count, seed), labels, strict)
-    read = []
-    for role, images in (("calibration", calibration), ("evaluation", evaluation)):
-        found = [] if images is None else list(images.images())
-        if images is not None:
-            images.require_any()
-            remarks.append(images.skipped_remark(role))
-        read.append((prepared.batch([image for image, _ in found]) if found else None, found))
-    for remark in remarks:
-        reporter.remark(remark)
-    (inputs, _), (compared, found) = read
-    labels = np.asarray([label for _, label in found]) if evaluation.labelled else None
-    return inputs, compared, labels, f"{len(found)} images of {evaluation.source.spec}", prepared

@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ..errors import UserError, first_line
+from ..core.errors import UserError
+from ..core.text import first_line
 from .files import into_memory, load_model, proto_for_converters, stored_outside
 
 PRECISIONS = ("int8", "int8-dynamic")

@@ -24,21 +24,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx_ir.passes import common as passes
 
-from ..artifacts import json_sha256
-from ..errors import ParityError, UserError
-from ..extras import require
-from ..prune.plan import Geometry, TokenPlan
+from ..core.errors import ParityError, UserError
+from ..core.extras import require
+from ..core.files import json_sha256
+from ..core.metadata import GraphMetadata
+from ..core.plan import Geometry, TokenPlan
 from .dense import evaluating, finish, trace
 from .files import save_model
-from .metadata import GraphMetadata
 from .parity import EXACT, EXACT_IMAGES, Rung, compare, in_float64, run_all_outputs, run_in_chunks, run_onnx
 
 if TYPE_CHECKING:
     import torch
 
+    from ..prune.backbones.vit import ViTAdapter
+    from ..prune.loaded import LoadedModel
     from ..prune.methods.rule import RuleRun, TokenRule
-    from ..prune.models import LoadedModel
-    from ..prune.vit import ViTAdapter
 
 #: What no graph of a rule may hold: shapes that depend on data, scatters, and an index written out for each channel.
 REFUSED = (
@@ -309,7 +309,7 @@ def _masked(
     """The unpatched model's own blocks on all tokens, those that have left masked as keys: [image, output]."""
     import torch
 
-    from ..prune.vit import embed_images
+    from ..prune.backbones.vit import embed_images
 
     model, geometry = adapter.model, adapter.geometry
     device = next(model.parameters()).device

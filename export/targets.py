@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 #: Severities, worst first. An error: the target refuses the graph, or computes something else. A warning: it depends
 #: on the release, the build or the data. A remark: it works, and is worth knowing.

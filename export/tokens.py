@@ -11,9 +11,9 @@ import torch
 from onnx_ir.passes import common as passes
 from torch import nn
 
-from ..errors import GraphError, UserError
-from ..prune.plan import TokenPlan
-from ..prune.vit import ViTAdapter
+from ..core.errors import GraphError, UserError
+from ..core.plan import TokenPlan
+from ..prune.backbones.vit import ViTAdapter
 from .files import load_model, save_model
 from .parity import Rung, compare, evaluating, run_in_chunks, run_onnx
 

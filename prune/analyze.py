@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.plan import Geometry
+from .backbones.vit import ViTAdapter, embed_images, query_key_value
 from .methods.saint import Saint, first_blocks, redundancy
-from .plan import Geometry
-from .vit import ViTAdapter, embed_images, query_key_value
 
 if TYPE_CHECKING:
     from .data import ImageSet
-    from .models import LoadedModel
+    from .loaded import LoadedModel
 
 STAGES = ("aligner", "explorer", "aggregator")
 #: The threshold of SAINT's published examples, at which votes are counted.
@@ -301,7 +301,7 @@ def mean_cosine(unit: Tensor) -> Tensor:
 
 def analysis_row(loaded: LoadedModel, images: ImageSet, analysis: Analysis) -> dict[str, Any]:
     """A row for a results.jsonl: the curves, and what they were measured on."""
-    from ..runtime.environment import environment
+    from ..core.environment import environment
 
     return {
         "schema": 1,
@@ -334,7 +334,7 @@ def draw_analysis(analysis: Analysis, form: str, title: str) -> bytes:
     """
     import io
 
-    from ..extras import require
+    from ..core.extras import require
 
     matplotlib, figures = require("matplotlib"), require("matplotlib.figure")
     require(f"matplotlib.backends.backend_{'svg' if form == 'svg' else 'agg'}")

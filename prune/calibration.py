@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..runtime.preprocess import Preprocessing
+from ..core.plan import TokenPlan
+from ..core.preprocess import Preprocessing
+from .backbones.vit import ViTAdapter
 from .data import ImageSet
 from .fisher import batch_size_for
 from .methods.rule import TokenRule
-from .plan import TokenPlan
-from .vit import ViTAdapter
 
 #: Share of the calibration images that no stage fits to, and the most of them: 512 tell apart plans whose divergence
 #: differs by a few per cent, because both are judged on the same images.

@@ -10,7 +10,6 @@ import logging
 import struct
 import tarfile
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,9 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import bundled
-from ..errors import UserError, first_line
-from ..runtime.preprocess import Preprocessing, large_images, to_rgb
+from ..core.errors import UserError
+from ..core.preprocess import Preprocessing, large_images, to_rgb
+from ..core.text import first_line
 
 #: Prefixes of ``create_dataset`` names that are not paths -> module and distribution that read them.
 _REMOTE = {
@@ -317,166 +316,9 @@ def _reason(error: Exception) -> str:
     return first_line(error, 160).partition(" <_io.")[0]
 
 
-def overlap(calibration: ImageSet, evaluation: ImageSet) -> int:
-    """How many different images are in both sets, pixel for pixel. Cheap once both have been read."""
-    return len(calibration.image_hashes & evaluation.image_hashes)
-
-
-def choose_images(
-    data: str | Path | None,
-    eval_data: str | Path | None,
-    *,
-    calibration: int,
-    evaluation: int,
-    classes: Sequence[str] | None,
-    outputs: int | None,
-    seed: int = 0,
-    strict: bool = False,
-) -> tuple[ImageSet, ImageSet, list[str]]:
-    """Pick calibration and evaluation images, never the same file twice (:func:`overlap` finds copies).
-
-    With one source for both, a quarter (at most ``evaluation``) is put aside for evaluation first. With neither, the
-    bundled images serve.
-
-    Args:
-        data, eval_data: What the user gave.
-        calibration, evaluation: How many images at most.
-        classes: Class names of the model, to map folder names to outputs.
-        outputs: Number of the model's classes; None for a model of features.
-        seed: Of the choice.
-        strict: Fail on the first unreadable image instead of skipping it.
-
-    Returns:
-        calibration set, evaluation set, remarks for the user.
-
-    Raises:
-        UserError: A source cannot be opened, is too small, or lies inside the other.
-    """
-    remarks: list[str] = []
-    if data is None and eval_data is None:
-        data, eval_data = bundled.calibration_data(), bundled.evaluation_data()
-    elif data is None:
-        raise UserError("--eval-data without --data", "give calibration images with --data, not the evaluation images")
-    source = ImageSource(data, split="train")
-    label_map = map_labels(source, classes, outputs, remarks)
-    eval_source = None
-    if eval_data is not None and not _same_place(data, eval_data):
-        eval_source = ImageSource(eval_data, split="validation")
-        _check_apart(source, eval_source)
-        if source.folder is not None and source.folder == eval_source.folder:
-            eval_source = None
-    if eval_source is None:
-        if source.streams:
-            raise UserError(f"{data} is a stream and cannot be split", "give other images with --eval-data")
-        if len(source) < 2:
-            raise UserError(f"{data} holds one image", "give at least two, or more with --eval-data")
-        shuffled = np.random.default_rng(seed).permutation(len(source))
-        put_aside = min(evaluation, max(1, len(source) // 4))
-        calibration_set = ImageSet(source, shuffled[put_aside:][:calibration].tolist(), label_map, strict)
-        evaluation_set = ImageSet(source, shuffled[:put_aside].tolist(), label_map, strict)
-        place = _shown(source)
-        reason = "no --eval-data" if eval_data is None else f"--data and --eval-data are both {place}"
-        images = "1 image" if put_aside == 1 else f"{put_aside} images"
-        of_it = f"of {place} " if eval_data is None else ""
-        remarks.append(f"{reason}: {images} {of_it}{'was' if put_aside == 1 else 'were'} put aside for evaluation")
-        return calibration_set, evaluation_set, remarks
-    eval_map = map_labels(eval_source, classes, outputs, remarks)
-    sets = []
-    for one, mapping, count in ((source, label_map, calibration), (eval_source, eval_map, evaluation)):
-        sets.append(ImageSet(one, choose_indices(one, count, seed), mapping, strict))
-    return sets[0], sets[1], remarks
-
-
-def choose_indices(source: ImageSource, count: int, seed: int) -> Sequence[int]:
-    """At most ``count`` positions in random order, so that any part is a fair sample; of a stream its start.
-
-    A stream's length is not known: it may end before ``range(count)`` does.
-    """
-    if source.streams:
-        return range(count)
-    return np.random.default_rng(seed).permutation(len(source))[:count].tolist()
-
-
-def map_labels(
-    source: ImageSource, classes: Sequence[str] | None, outputs: int | None, remarks: list[str]
-) -> dict[int, int] | None:
-    """Translate the source's labels to the model's outputs, or None when they cannot be.
-
-    By class name where the folder names are class names or ImageNet synsets of the model; by position where the numbers
-    of classes agree and there are no names to compare. Anything else would count right answers as wrong ones, so such
-    data counts as unlabelled, and the user is told. That goes for a name that two outputs bear, too (in ImageNet
-    "crane" is a bird and a machine).
-    """
-    if outputs is None:
-        return None
-    names = source.class_names
-    if names is None:
-        if source.streams or not hasattr(getattr(source.dataset, "reader", None), "samples"):
-            return {index: index for index in range(outputs)}
-        return None
-    synsets = timm.data.ImageNetInfo().label_names() if outputs == 1000 else None
-    for outputs_named in (classes, synsets):
-        if outputs_named is None or not set(names) <= set(outputs_named):
-            continue
-        bearers = Counter(outputs_named)
-        ambiguous = [name for name in names if bearers[name] > 1]
-        if ambiguous:
-            remarks.append(
-                f"{bearers[ambiguous[0]]} classes of the model are called {ambiguous[0]!r}, like a folder of "
-                f"{_shown(source)}: its images are used without labels"
-            )
-            return None
-        position = {name: index for index, name in enumerate(outputs_named)}
-        return {label: position[name] for label, name in enumerate(names)}
-    if classes is None and len(names) == outputs:
-        return {label: label for label in range(outputs)}
-    known = set(classes or synsets or ())
-    unknown = [name for name in names if name not in known]
-    if not known:
-        reason = f"{_shown(source)} has {len(names)} classes ({_some(names)}), the model {outputs} without names"
-    elif len(unknown) == len(names):
-        reason = f"the {len(names)} folder names of {_shown(source)} ({_some(names)}) are not classes of the model"
-    else:
-        reason = (
-            f"{len(unknown)} of the {len(names)} folder names of {_shown(source)} ({_some(unknown)}) "
-            f"{'is not a class' if len(unknown) == 1 else 'are not classes'} of the model"
-        )
-    remarks.append(f"{reason}: its images are used without labels")
-    return None
-
-
-def _same_place(one: str | Path, other: str | Path) -> bool:
-    return str(one) == str(other) or (
-        Path(one).exists() and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
-    )
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first three; images that lie beside the class folders form a class without a name."""
-    shown = [name or "images in no folder" for name in names[:3]]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _shown(source: ImageSource) -> str:
     """What remarks call a source: the folder's own name, also for ``--data .``, or the data set's."""
     return source.spec if source.folder is None else Path(source.spec).resolve().name or source.spec
-
-
-def _check_apart(source: ImageSource, eval_source: ImageSource) -> None:
-    """Refuse a folder inside the other: a folder is read with all that lies below it."""
-    outer, inner = source.folder, eval_source.folder
-    if outer is None or inner is None or outer == inner or not (outer.is_dir() and inner.is_dir()):
-        return
-    if inner.is_relative_to(outer):
-        raise UserError(
-            f"--eval-data {eval_source.spec} lies inside --data {source.spec}: its images would be calibrated on",
-            "give separate folders",
-        )
-    if outer.is_relative_to(inner):
-        raise UserError(
-            f"--data {source.spec} lies inside --eval-data {eval_source.spec}: its images would be evaluated on",
-            "give separate folders",
-        )
 
 
 def _require_reader(prefix: str) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .plan import Geometry, TokenPlan
-from .vit import ViTAdapter
+from ..core.plan import Geometry, TokenPlan
+from .backbones.vit import ViTAdapter
 
 LOSSES = ("labels", "self", "features")
 

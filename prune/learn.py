@@ -1,7 +1,7 @@
 """From a model and calibration images to a token plan and what goes with it: the three stages of V-Pruner, in a row.
 
 1. *Search* (:func:`learn_plan`): Fisher importance of every gate, and the mask within budget that loses least of it.
-2. *Rearrangement* (:mod:`vpruner.prune.rearrange`): PPO moves tokens so that the model as pruned agrees better.
+2. *Rearrangement* (:mod:`vpruner.prune.rearrange.search`): PPO moves tokens so that the model as pruned agrees better.
 3. *Tuning* (:mod:`vpruner.prune.tune`): weights or gates are refitted to restore the dense model's behaviour.
 
 Asked for, a fourth follows, *selection by content* (:mod:`vpruner.prune.methods.content`): the counts stay, and each
@@ -19,27 +19,23 @@ model, on images kept out, by 20 to 30 % at budgets of 0.65 and less (``benchmar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from ..errors import UserError
-from ..progress import Reporter
+from ..core.content_plan import ContentPlan
+from ..core.cost import Cost, MacsCost, dense_macs, plan_macs
+from ..core.errors import UserError
+from ..core.plan import TokenPlan
+from ..core.progress import Reporter
 from .calibration import Calibration, Judgement
-from .content_plan import ContentPlan
-from .cost import Cost, MacsCost, dense_macs, plan_macs
 from .data import ImageSet
-from .fisher import batch_size_for, gate_gradients
+from .fisher import batch_size_for
+from .loaded import LoadedModel
 from .methods.content import choose_by_content, choosing_steps, counts_target
-from .models import LoadedModel
-from .plan import TokenPlan
-from .rearrange import (
+from .rearrange.search import (
     Rearranged,
     RearrangeSettings,
     World,
@@ -49,84 +45,18 @@ from .rearrange import (
     rearrange,
     swap_greedily,
 )
-from .search import check_target, search_mask
-from .tune import TUNINGS, tune
-from .vit import ViTAdapter
-
-#: Rounds of scoring and searching, when there are images enough.
-ROUNDS = 8
-#: More images than this make plans no better: clean scores drop whole neighbourhoods of tokens, noise spreads them.
-SEARCH_IMAGES = 1024
-#: Fewer images than this do not tell tokens apart; with a small calibration set there are fewer rounds instead.
-IMAGES_PER_ROUND = 32
+from .rounds import SEARCH_IMAGES, choose_loss, round_sizes, search_in_rounds
+from .search import check_target
+from .stages import Learned, Stage
+from .tune.stage import TUNINGS, tune
 
 #: Greedily swapped plans that the rearrangement may begin at, where weights stay as they are. How good one is depends
 #: on the images that happen to give its gradients: by 5 to 10 % in KL divergence.
 RESTARTS = 3
-
 #: What ``--select`` accepts.
 SELECTIONS = ("static", "content")
 #: What ``--rearrange`` accepts.
 REARRANGEMENTS = ("ppo", "greedy", "none")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage as it went.
-
-    Attributes:
-        name: ``"search"``, ``"rearrange"``, ``"tune"`` or ``"select"``.
-        method: Such as ``"fisher"``, ``"ppo"``, ``"weights"``.
-        plan: The plan after it.
-        weights: State-dict name -> tensor, where weights differ from the model's; else None.
-        kept: Whether the stage changed anything; it is undone where it does not help on held-out images.
-        seconds: Wall-clock time.
-        judgement: Divergence from the dense model on held-out images, before and after; None without such images.
-        note: One sentence for the report, or empty.
-        details: JSON values.
-        content: The plan by content, after a selection that was kept.
-    """
-
-    name: str
-    method: str
-    plan: TokenPlan
-    weights: Mapping[str, Tensor] | None
-    kept: bool
-    seconds: float
-    judgement: Judgement | None
-    note: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)
-    content: ContentPlan | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """What provenance and result rows say of it."""
-        return {
-            "stage": self.name,
-            "method": self.method,
-            "kept": self.kept,
-            "seconds": round(self.seconds, 2),
-            "held_out": None if self.judgement is None else self.judgement.to_json(),
-            "note": self.note,
-            **self.details,
-        }
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What :func:`learn` hands back.
-
-    Attributes:
-        plan: The plan to ship, with provenance.
-        weights: State-dict name -> tensor for the weights that tuning changed; None when none did.
-        stages: What each stage did, in order.
-        content: The plan by content to ship instead, with provenance and on the counts of ``plan``; the weights are
-            those for it. None where none was asked for, or where it did not help.
-    """
-
-    plan: TokenPlan
-    weights: Mapping[str, Tensor] | None
-    stages: tuple[Stage, ...]
-    content: ContentPlan | None = None
 
 
 def learn(
@@ -154,7 +84,7 @@ def learn(
         cost: What the budget is of; None: MACs.
         loss, rounds: Of the search, see :func:`learn_plan`.
         rearrangement: One of :data:`REARRANGEMENTS`.
-        tuning: One of :data:`~vpruner.prune.tune.TUNINGS`.
+        tuning: One of :data:`~vpruner.prune.tune.stage.TUNINGS`.
         selection: One of :data:`SELECTIONS`; with ``"content"`` gates cannot be tuned.
         settings: How much the rearrangement plays; None: what goes with ``tuning``.
         checkpoint: File that the rearrangement resumes from and writes.
@@ -410,83 +340,3 @@ def _search(
         versions={name: version(name) for name in ("torch", "timm", "numpy")},
     )
     return plan, found.dense_importance
-
-
-@dataclass(frozen=True)
-class FisherSearch:
-    """What :func:`search_in_rounds` found.
-
-    Attributes:
-        plan: Without provenance.
-        dense_importance: float64 [exit L + 1, patch N], at the dense model, as the first round saw it.
-        rounds: JSON values of each.
-        note: As of :class:`~vpruner.prune.search.SearchResult`, of the last round.
-    """
-
-    plan: TokenPlan
-    dense_importance: np.ndarray
-    rounds: tuple[Mapping[str, Any], ...]
-    note: str
-
-
-def search_in_rounds(
-    adapter: ViTAdapter,
-    rounds: Sequence[Iterable[tuple[Tensor, Tensor | None]]],
-    loss: str,
-    target: float,
-    *,
-    cost: Cost | None = None,
-    seed: int = 0,
-    on_batch: Callable[[int], None] = lambda count: None,
-) -> FisherSearch:
-    """Fisher importance and the mask that loses least of it, in equal steps of cost from all tokens to the target.
-
-    Args:
-        rounds: For each its (images, labels or None), as :func:`~vpruner.prune.fisher.gate_gradients` takes them.
-        loss: One of :data:`~vpruner.prune.fisher.LOSSES`.
-        target: Budget as a fraction of the dense model's cost.
-        cost: What the budget is of; None: MACs.
-        seed: For losses that draw random directions.
-        on_batch: Called with the number of images after each batch.
-    """
-    geometry = adapter.geometry
-    cost = cost or MacsCost(geometry)
-    plan = TokenPlan.identity(adapter.name, geometry)
-    start = cost.ratio(plan)
-    dense_importance, steps = None, []
-    for number, batches in enumerate(rounds, 1):
-        gradients = gate_gradients(adapter, batches, loss, plan=plan, seed=seed + number, on_batch=on_batch)
-        importance = gradients.importance(geometry.depth)
-        dense_importance = importance if dense_importance is None else dense_importance
-        # Equal steps in cost.
-        step = target if number == len(rounds) else max(target, start - (start - target) * number / len(rounds))
-        found = search_mask(importance, geometry, step, plan.exits, cost)
-        plan = found.plan(adapter.name, geometry)
-        steps.append(
-            {
-                "images": len(gradients.values),
-                "ratio": round(cost.ratio(plan), 6),
-                "importance_lost": found.importance_lost,
-                "quadratic_estimate": gradients.quadratic_estimate(plan),
-            }
-        )
-    return FisherSearch(plan, dense_importance, tuple(steps), found.note)
-
-
-def round_sizes(count: int, rounds: int | None) -> list[int]:
-    """How many of ``count`` images each round gets: shares equal but for one image."""
-    if rounds is None:
-        rounds = min(ROUNDS, max(1, count // IMAGES_PER_ROUND))
-    rounds = max(1, min(rounds, count))
-    return [count // rounds + (number < count % rounds) for number in range(rounds)]
-
-
-def choose_loss(loss: str, output: str, labelled: bool) -> str:
-    """Resolve ``"auto"`` and refuse a loss that model or data cannot give."""
-    if loss == "auto":
-        return "features" if output == "features" else "labels" if labelled else "self"
-    if (loss == "features") != (output == "features"):
-        raise UserError(f"loss {loss!r} for a model of {output}", "leave --loss at auto")
-    if loss == "labels" and not labelled:
-        raise UserError("loss 'labels', but the calibration images have no usable labels", "use --loss self")
-    return loss

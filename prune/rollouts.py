@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .plan import TokenPlan
-from .vit import ViTAdapter, block_outputs, embed_images
+from ..core.plan import TokenPlan
+from .backbones.vit import ViTAdapter, block_outputs, embed_images
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """Stage 1b: the budgeted search for the token mask with the least Fisher importance lost.
 
 For each patch token the search picks the block at which it leaves (or never). With importance F[l, i] lost when token i
-leaves at block l, and a cost(counts) in MACs or in milliseconds (:class:`~vpruner.prune.cost.Cost`), it solves
+leaves at block l, and a cost(counts) in MACs or in milliseconds (:class:`~vpruner.core.cost.Cost`), it solves
 
     minimise  sum_i F[exit_i, i]   subject to   cost(counts(exit)) <= budget
 
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import UserError
-from .cost import Cost, MacsCost
-from .plan import Geometry, TokenPlan
+from ..core.cost import Cost, MacsCost
+from ..core.errors import UserError
+from ..core.plan import Geometry, TokenPlan
 
 #: How far below the budget a result may end, as a fraction of the dense cost, before it is called a miss.
 BUDGET_TOLERANCE = 0.01
@@ -63,7 +63,7 @@ def search_mask(
         target: Budget as a fraction of the dense model's cost.
         latest: int [patch N]: the block at which each token leaves at the latest, because an earlier round has
             decided so. None: no token has left.
-        cost: What the budget is of; None: :class:`~vpruner.prune.cost.MacsCost`.
+        cost: What the budget is of; None: :class:`~vpruner.core.cost.MacsCost`.
 
     Returns:
         The best mask found; it never costs more than the budget.

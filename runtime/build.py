@@ -22,9 +22,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..artifacts import atomic_path, file_sha256, scratch_beside
-from ..errors import UserError, first_line
-from ..extras import require
+from ..core.errors import UserError
+from ..core.extras import require
+from ..core.files import atomic_path, file_sha256, scratch_beside
+from ..core.text import first_line
 from . import cuda
 from .capabilities import Capabilities
 from .onnx_file import OnnxFile, read_onnx
@@ -32,7 +33,7 @@ from .session import ENGINE_SUFFIXES
 from .sidecar import AMPERE_PLUS, SAME_COMPUTE_CAPABILITY, EngineRecord
 
 if TYPE_CHECKING:
-    from ..progress import Reporter
+    from ..core.progress import Reporter
 
 #: What weights and products are computed in.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -217,7 +218,7 @@ def build_engine(
             cuda-bindings, the driver or the GPU is missing; TensorRT cannot build it. Nothing is written then.
         KeyboardInterrupt: Ctrl-C, taken at the next step of the builder.
     """
-    from ..progress import Reporter
+    from ..core.progress import Reporter
 
     options = options or BuildOptions()
     reporter = reporter or Reporter(quiet=True)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 #: The first release with tensors addressed by name, which everything here is written on.
 OLDEST = (8, 5)

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError, first_line
+from ..core.errors import UserError
+from ..core.text import first_line
 
 # Numbers of cudaError_t. The names are the same in every release; the enum's place in the package is not.
 _OUT_OF_MEMORY = 2

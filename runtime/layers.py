@@ -25,9 +25,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..prune.plan import TokenPlan
-from .metadata import ModelMetadata
+from ..core.errors import UserError
+from ..core.metadata import ModelMetadata
+from ..core.plan import TokenPlan
 from .onnx_file import GraphNode, read_nodes, read_onnx
 
 #: A block by its number, or what is not a block.

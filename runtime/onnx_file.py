@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from ..artifacts import file_sha256
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.files import file_sha256
 
 _Read = TypeVar("_Read")
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear")

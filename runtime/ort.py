@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from ..extras import require
-from .environment import usable_cores
-from .metadata import ModelMetadata
-from .session import Prediction, Score, Session, TensorSpec, open
+from ..core.environment import usable_cores
+from ..core.errors import UserError
+from ..core.extras import require
+from ..core.metadata import ModelMetadata
+from .opening import open
+from .session import Prediction, Score, Session, TensorSpec
 
 __all__ = ["OrtSession", "Prediction", "Score", "open", "provider_name", "short_provider"]
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from ..extras import require
-from .environment import usable_cores
+from ..core.environment import usable_cores
+from ..core.errors import UserError
+from ..core.extras import require
+from ..core.timing import SETTLE_SECONDS, measure, random_images
 from .layers import block_map, blocks_row, fold_layers, parse_ort_profile
-from .measure import SETTLE_SECONDS, common_image_shape, measure, profile_onnx, random_images
+from .measure import common_image_shape, profile_onnx
 from .ort import PROVIDERS, OrtSession, short_provider
 from .power import Source
 from .profile_trt import prepare_times, profile_engines, steady_power

@@ -7,7 +7,7 @@
 * **Throughput** is the GPU time of many runs queued at once, so that none waits for the host.
 * **Preparing images** is done on the CPU, before all that, and timed apart.
 
-Several engines run in turns (:mod:`vpruner.runtime.measure`), so that their ratio holds whatever the clocks do.
+Several engines run in turns (:mod:`vpruner.core.timing`), so that their ratio holds whatever the clocks do.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from ..artifacts import file_sha256
-from ..errors import UserError
+from ..core.environment import environment
+from ..core.errors import UserError
+from ..core.files import file_sha256
+from ..core.preprocess import Preprocessing
+from ..core.timing import SETTLE_SECONDS, Comparison, Latency, measure, random_images
 from . import cuda
-from .environment import environment
 from .layers import block_map, blocks_row, fold_layers, parse_layer_information
-from .measure import ROW_SCHEMA, SETTLE_SECONDS, Comparison, Latency, common_image_shape, measure, random_images
+from .measure import ROW_SCHEMA, common_image_shape
 from .power import Source, Watch, jetson_state
-from .preprocess import Preprocessing
 from .session import Session
 from .trt import TrtSession
 
@@ -65,7 +66,7 @@ def profile_engines(
         trust: As in :class:`~vpruner.runtime.trt.TrtSession`.
         layers: Measure single layers too, and give a row of kind ``"blocks"`` for each engine.
         power: Where power and clocks are read, during a time of steady work of each engine alone; None: not at all.
-        warmup, warmup_limit, rounds, seed: As in :func:`~vpruner.runtime.measure.measure`.
+        warmup, warmup_limit, rounds, seed: As in :func:`~vpruner.core.timing.measure`.
         seconds: Time for the measurements of latency and throughput together; power and layers come on top.
 
     Returns:
@@ -180,7 +181,7 @@ def measure_engines(
 
     Args:
         both: Add what can run with a graph a second time without, as ``"LABEL without graph"``.
-        limits: Of :func:`~vpruner.runtime.measure.measure`.
+        limits: Of :func:`~vpruner.core.timing.measure`.
     """
     for run in runs.values():
         run.on_gpu()  # Records the graph, or finds that it cannot be.

@@ -6,7 +6,6 @@ images, filling the graph's batch and turning logits into labels is done here, o
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import UserError
-from .metadata import ModelMetadata
-from .preprocess import Preprocessing
+from ..core.errors import UserError
+from ..core.metadata import ModelMetadata
+from ..core.preprocess import Preprocessing
 
 #: Images per run of a graph whose batch is dynamic. On a CPU larger batches gain nothing and cost memory.
 DEFAULT_BATCH_SIZE = 16
@@ -292,45 +291,6 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     values = logits.astype(np.float64)
     values = np.exp(values - values.max(axis=-1, keepdims=True))
     return values / values.sum(axis=-1, keepdims=True)
-
-
-def open(path: str | PathLike, **options: Any) -> Session:
-    """Open a model file with the backend its suffix asks for.
-
-    Args:
-        path: ``*.onnx``, or an engine of TensorRT: ``*.engine``, ``*.plan``, ``*.trt``.
-        options: Arguments of the backend's session: of :class:`vpruner.runtime.ort.OrtSession` or
-            :class:`vpruner.runtime.trt.TrtSession`.
-
-    Raises:
-        UserError: No backend for the suffix, or the backend refuses the file or an option.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix == ".onnx":
-        from .ort import OrtSession as backend
-    elif suffix in ENGINE_SUFFIXES:
-        from .trt import TrtSession as backend
-    else:
-        raise UserError(
-            f"{path}: the suffix {suffix or '(none)'} is not a model that can be run", "expected .onnx or .engine"
-        )
-    unknown = [name for name in options if name not in _options_of(backend)]
-    if unknown:
-        raise UserError(
-            f"{path}: {', '.join(unknown)} is no option for {suffix} files",
-            f"expected some of {', '.join(_options_of(backend))}",
-        )
-    return backend(path, **options)
-
-
-def _options_of(backend: type[Session]) -> list[str]:
-    """Names of the arguments of a session, those of the base class included, without the path."""
-    return [
-        name
-        for kind in (backend, Session)
-        for name, parameter in inspect.signature(kind.__init__).parameters.items()
-        if name not in ("self", "path") and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
 
 
 def _as_images(images: Any) -> Iterator[Any]:

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import file_sha256, write_text
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.files import file_sha256, write_text
 from .capabilities import version_tuple
 from .cuda import DeviceProperties, architecture
 

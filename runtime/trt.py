@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from ..extras import require
+from ..core.errors import UserError
+from ..core.extras import require
+from ..core.metadata import ModelMetadata
 from . import cuda
 from .capabilities import Capabilities
-from .metadata import ModelMetadata
 from .session import DEFAULT_BATCH_SIZE, Session, TensorSpec
 from .sidecar import EngineRecord, sidecar_path
 

@@ -17,19 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from ..artifacts import file_sha256
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.files import file_sha256
+from ..core.metadata import ModelMetadata
+from ..core.timing import Latency
 from .capabilities import version_tuple
-from .layers import (
-    block_map,
-    blocks_row,
-    fold_layers,
-    parse_json,
-    parse_layer_information,
-    parse_layer_times,
-)
-from .measure import ROW_SCHEMA, Latency
-from .metadata import ModelMetadata
+from .layers import block_map, blocks_row, fold_layers, parse_json, parse_layer_information, parse_layer_times
+from .measure import ROW_SCHEMA
 from .onnx_file import read_onnx
 from .session import ENGINE_SUFFIXES
 from .sidecar import EngineRecord

@@ -1,7 +1,7 @@
 """Latency tables from a formula, shared by the tests of costs, search and tables."""
 
-from vpruner.prune.plan import Geometry
-from vpruner.runtime.table import LatencyTable
+from vpruner.core.latency_table import LatencyTable
+from vpruner.core.plan import Geometry
 
 ABOUT = dict(runtime="onnxruntime", provider="cpu", precision="fp32", threads=1, batch=1, opset=20)
 

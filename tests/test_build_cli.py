@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from fake_tensorrt import install
 from PIL import Image
 
-from vpruner import cli
+from vpruner.cli import main as cli
 from vpruner.runtime import build
 from vpruner.runtime.sidecar import sidecar_path
 

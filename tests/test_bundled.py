@@ -8,9 +8,9 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from vpruner import bundled
-from vpruner.artifacts import file_sha256
-from vpruner.errors import UserError
+from vpruner.core import bundled
+from vpruner.core.errors import UserError
+from vpruner.core.files import file_sha256
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
-from vpruner.cli import CHECK_TARGETS, main
+from vpruner.cli.main import CHECK_TARGETS, main
 from vpruner.export.targets import TARGETS
 
 

@@ -21,16 +21,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_cards import CLASSES, TINY
 
-from vpruner import bundled, cli
-from vpruner.cli import main
-from vpruner.errors import ParityError, counted
-from vpruner.prune import learn, rearrange
+from vpruner.cli import main as cli
+from vpruner.cli.main import main
+from vpruner.core import bundled
+from vpruner.core.cost import cost_ratio
+from vpruner.core.errors import ParityError
+from vpruner.core.plan import TokenPlan
+from vpruner.core.text import counted
+from vpruner.prune import learn
 from vpruner.prune.calibration import Judgement
-from vpruner.prune.cost import cost_ratio
 from vpruner.prune.learn import REARRANGEMENTS
 from vpruner.prune.models import open_model
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.tune import TUNINGS
+from vpruner.prune.rearrange import search as rearrange
+from vpruner.prune.tune.stage import TUNINGS
 
 #: For tests of anything but the stages after the search.
 SEARCH_ALONE = ("--rearrange", "none", "--tune", "none")
@@ -160,7 +163,7 @@ def test_a_run_that_finished_first_is_not_replaced(card, images, tmp_path, monke
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "plan.json").write_text("the other run")
 
-    monkeypatch.setattr("vpruner.report.write_report", meanwhile)
+    monkeypatch.setattr("vpruner.report.run.write_report", meanwhile)
     fails(
         "run",
         card,
@@ -184,7 +187,7 @@ def test_termination_leaves_nothing(card, images, tmp_path):
     """SIGTERM in the middle of a run: the scratch folder goes, as with Ctrl-C."""
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "vpruner.cli", "run", card, "--data", images, "--seconds", "60"),
+            *(sys.executable, "-m", "vpruner.cli.main", "run", card, "--data", images, "--seconds", "60"),
             *("-o", tmp_path / "out", *SEARCH_ALONE),
         ],
         stdout=subprocess.DEVNULL,

@@ -13,18 +13,18 @@ pytest.importorskip("timm")
 from commands import call, fails
 from tiny_cards import write_card
 
-from vpruner import compare as module
-from vpruner.artifacts import read_rows
-from vpruner.compare import CompareOptions
-from vpruner.errors import UserError
-from vpruner.progress import Reporter
-from vpruner.prune.content_plan import ContentPlan, load_plan
-from vpruner.prune.data import choose_images
-from vpruner.prune.evaluate import kl_divergence
-from vpruner.prune.learn import Learned
+from vpruner.core.content_plan import ContentPlan, load_plan
+from vpruner.core.errors import UserError
+from vpruner.core.plan import TokenPlan
+from vpruner.core.progress import Reporter
+from vpruner.core.rows import read_rows
+from vpruner.core.statistics import kl_divergence
+from vpruner.pipeline.compare import comparison as module
+from vpruner.pipeline.options import CompareOptions
+from vpruner.prune.choose_images import choose_images
 from vpruner.prune.methods.tome import Tome
 from vpruner.prune.models import open_model
-from vpruner.prune.plan import TokenPlan
+from vpruner.prune.stages import Learned
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +153,8 @@ def test_weights_of_another_plan_are_not_taken(comparison, monkeypatch, damage, 
     """Beside the plan lie other tensors than those it was judged with, or half of them."""
     from safetensors.torch import save_file
 
-    from vpruner.prune.tune import with_weights
-    from vpruner.prune.vit import weights_sha256
+    from vpruner.prune.backbones.vit import weights_sha256
+    from vpruner.prune.tune.weights import with_weights
 
     model = comparison.loaded.adapter.model
     name = "blocks.0.mlp.fc2.bias"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vpruner.compare_report import (
+from vpruner.report.compare import (
     _cut_below,
     at_equal_time,
     comparison_table,

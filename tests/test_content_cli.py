@@ -7,16 +7,16 @@ import pytest
 import torch
 from commands import call, fails
 
-from vpruner import cli
+from vpruner.cli import main as cli
+from vpruner.core.content_plan import ContentPlan, load_plan
+from vpruner.core.plan import TokenPlan
 from vpruner.prune import learn
 from vpruner.prune.calibration import Judgement
-from vpruner.prune.content_plan import ContentPlan, load_plan
 from vpruner.prune.learn import SELECTIONS
 from vpruner.prune.methods import content
 from vpruner.prune.methods.content import ContentRule
 from vpruner.prune.models import open_model
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.tune import Tuned
+from vpruner.prune.tune.stage import Tuned
 
 pytest.importorskip("onnxruntime")
 
@@ -78,7 +78,7 @@ def test_rows_and_report_tell_the_choice_and_its_cost(finished):
 
 
 def test_the_examples_of_the_report_are_drawn_as_each_chose(finished, card):
-    from vpruner.pipeline import chosen_plans
+    from vpruner.pipeline.learned import chosen_plans
 
     loaded, rule = open_model(str(card)), ContentRule.of(load_plan(finished / "plan.json"))
     batch = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

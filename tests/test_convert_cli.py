@@ -12,11 +12,11 @@ from commands import call
 from PIL import Image
 from tiny_vits import tiny
 
+from vpruner.core.preprocess import Preprocessing
 from vpruner.export import quantize
 from vpruner.export.dense import export_dense
-from vpruner.prune.vit import read_geometry, weights_sha256
+from vpruner.prune.backbones.vit import read_geometry, weights_sha256
 from vpruner.runtime.ort import OrtSession
-from vpruner.runtime.preprocess import Preprocessing
 
 PREPROCESSING = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": [32, 48], "interpolation": "bicubic"}
 

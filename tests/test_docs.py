@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from vpruner.bundled import reference_card
-from vpruner.cli import main
-from vpruner.prune.plan import TokenPlan
+from vpruner.cli.main import main
+from vpruner.core.bundled import reference_card
+from vpruner.core.plan import TokenPlan
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpruner.draw import (
+from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.report.tokens import (
     LEAVES_EARLIER,
     LEAVES_HERE,
     LEAVES_LATER,
@@ -18,7 +19,6 @@ from vpruner.draw import (
     exit_map,
     moved_map,
 )
-from vpruner.prune.plan import Geometry, TokenPlan
 
 #: What no cover and no caption has: a bright green that shows wherever the image itself is visible.
 GREEN = (40, 220, 60)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import vpruner
-from vpruner.extras import EXTRA_OF
+from vpruner.core.extras import EXTRA_OF
 
 BLOCKED = sorted({*EXTRA_OF, "torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt"}
                  | {"polygraphy", "matplotlib", "safetensors"})  # fmt: skip
@@ -49,7 +49,7 @@ def test_light_modules_import_without_heavy_packages(repository):
         "vpruner",
         *(f"vpruner.{name}" for name in ("errors", "artifacts", "extras", "bundled", "draw", "report", "cli")),
     ]
-    names += ["vpruner.prune.plan", "vpruner.prune.cost", "vpruner.runtime"]
+    names += ["vpruner.core.plan", "vpruner.core.cost", "vpruner.runtime"]
     runtime = [path.stem for path in (repository / "runtime").glob("*.py") if path.stem != "__init__"]
     names += [f"vpruner.runtime.{name}" for name in sorted(runtime)]
     probe("import importlib\nfor name in sys.argv[1:]:\n    importlib.import_module(name)", *names)
@@ -93,8 +93,8 @@ print(json.dumps(results))
 def test_require_names_the_extra(name):
     done = probe(
         """
-from vpruner.errors import UserError
-from vpruner.extras import require
+from vpruner.core.errors import UserError
+from vpruner.core.extras import require
 try:
     require(sys.argv[1])
 except UserError as error:
@@ -108,7 +108,7 @@ except UserError as error:
 
 def test_require_passes_other_failures_on(tmp_path, monkeypatch):
     """A package that is there and broken is no missing extra: hiding its error would send the user to pip in vain."""
-    from vpruner import extras
+    from vpruner.core import extras
 
     (tmp_path / "broken_package.py").write_text("import a_module_that_nobody_has\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -118,7 +118,7 @@ def test_require_passes_other_failures_on(tmp_path, monkeypatch):
 
 
 def make_plan():
-    from vpruner.prune.plan import Geometry, TokenPlan
+    from vpruner.core.plan import Geometry, TokenPlan
 
     geometry = Geometry(
         depth=2, embed_dim=8, num_heads=2, head_dim=4, grid=(4, 4), prefix_tokens=1, image_size=(32, 32)

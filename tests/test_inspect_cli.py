@@ -10,9 +10,9 @@ import torch
 from commands import call
 from tiny_vits import tiny
 
+from vpruner.core.plan import TokenPlan
 from vpruner.export.parity import run_onnx
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.vit import ViTAdapter, read_geometry
+from vpruner.prune.backbones.vit import ViTAdapter, read_geometry
 
 
 def export(model, path, *, dynamic: bool = False):

@@ -7,13 +7,15 @@ import sys
 import tarfile
 import zipfile
 from importlib.metadata import requires
+from pathlib import Path
 
 import pytest
 
 import vpruner
-from vpruner.extras import EXTRA_OF
+from vpruner.core.extras import EXTRA_OF
 
-PACKAGES = (".", "prune", "prune/methods", "prune/vlm", "export", "runtime")
+#: Top-level folders with Python files that are no part of the package.
+OUTSIDE = ("tests", "benchmarks")
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +48,11 @@ def built(sources, tmp_path_factory):
 
 
 def test_wheel_holds_the_package_and_nothing_else(built, sources):
-    modules = {path.relative_to(sources) for folder in PACKAGES for path in (sources / folder).glob("*.py")}
+    modules = {path.relative_to(sources) for path in sources.rglob("*.py")}
+    modules = {path for path in modules if path.parts[0] not in OUTSIDE} | {Path("py.typed")}
     assets = {path.relative_to(sources) for path in (sources / "assets").iterdir()}
     expected = {f"vpruner/{path.as_posix()}" for path in modules | assets}
-    assert {"vpruner/cli.py", "vpruner/prune/plan.py", "vpruner/assets/reference.json"} <= expected
+    assert {"vpruner/cli/main.py", "vpruner/core/plan.py", "vpruner/assets/reference.json"} <= expected
     with zipfile.ZipFile(built[".whl"]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == expected
@@ -66,7 +69,7 @@ def test_wheel_metadata(built):
         entry_points = wheel.read(f"{info}/entry_points.txt").decode()
         licence = wheel.read(f"{info}/licenses/LICENSE").decode()
     assert f"\nVersion: {vpruner.__version__}\n" in metadata and "\nLicense-Expression: Apache-2.0\n" in metadata
-    assert "vpruner = vpruner.cli:main" in entry_points
+    assert "vpruner = vpruner.cli.main:main" in entry_points
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
 
 
@@ -74,7 +77,8 @@ def test_wheel_works_without_the_repository(built, tmp_path):
     with zipfile.ZipFile(built[".whl"]) as wheel:
         wheel.extractall(tmp_path)
     code = (
-        "import vpruner.bundled as b, vpruner.cli; print(b.reference_card(), b.calibration_data(), b.evaluation_data())"
+        "import vpruner.core.bundled as b, vpruner.cli;"
+        "print(b.reference_card(), b.calibration_data(), b.evaluation_data())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, cwd=tmp_path,

@@ -8,11 +8,14 @@ import pytest
 from commands import call
 from tiny_cards import write_card
 
-from vpruner import cli, pipeline
-from vpruner.errors import UserError
+from vpruner.cli import main as cli
+from vpruner.core.errors import UserError
 from vpruner.export import precision as precisions
 from vpruner.export import quantize
 from vpruner.export.precision import BOUNDS, agreement
+from vpruner.pipeline.evaluate import collect_graphs
+from vpruner.pipeline.folders import RUN_FILES, check_free
+from vpruner.pipeline.options import INT8_IMAGES
 from vpruner.prune.models import open_model
 
 DEPTH = 2
@@ -40,14 +43,14 @@ def rows_of(folder, kind):
 
 def test_the_command_line_names_the_precisions_that_there_are():
     assert cli.PRECISIONS == precisions.PRECISIONS
-    assert cli.INT8_IMAGES == pipeline.INT8_IMAGES
+    assert cli.INT8_IMAGES == INT8_IMAGES
 
 
 def test_a_run_writes_each_precision_beside_the_pruned_file(finished):
     output, _ = finished
     written = {path.name for path in output.iterdir()}
     assert {f"pruned.{name}.onnx" for name in precisions.PRECISIONS} < written
-    assert all(pipeline.RUN_FILES.fullmatch(name) for name in written), written
+    assert all(RUN_FILES.fullmatch(name) for name in written), written
     about = {}
     for name in ("pruned", *(f"pruned.{precision}" for precision in precisions.PRECISIONS)):
         model = onnx.load(output / f"{name}.onnx")
@@ -110,7 +113,7 @@ def test_the_table_and_the_report_show_them(finished):
 
 def test_force_replaces_a_run_with_precisions(finished, card, images):
     output, _ = finished
-    assert pipeline.check_free(output, force=True) is None
+    assert check_free(output, force=True) is None
 
 
 def test_what_cannot_be_had_is_left_out_and_the_run_is_not_lost(images, tmp_path, tmp_path_factory):
@@ -129,14 +132,14 @@ def test_what_cannot_be_had_is_left_out_and_the_run_is_not_lost(images, tmp_path
 
 
 def test_outputs_that_are_not_finite_on_the_evaluation_images_take_the_file_away(card, images, tmp_path, monkeypatch):
-    real = pipeline.collect_graphs
+    real = collect_graphs
 
     def overflowing(sessions, *arguments):
         outputs, examples = real(sessions, *arguments)
         outputs.of["pruned.fp16"][0, 0] = np.nan
         return outputs, examples
 
-    monkeypatch.setattr(pipeline, "collect_graphs", overflowing)
+    monkeypatch.setattr("vpruner.pipeline.run.collect_graphs", overflowing)
     output = tmp_path / "out"
     call("run", card, "--data", images, *RUN, "--precision", "fp16", "-o", output, code=1)
     assert not (output / "pruned.fp16.onnx").exists()

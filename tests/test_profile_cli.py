@@ -7,8 +7,8 @@ import pytest
 from commands import call, fails
 from fake_tensorrt import install
 
-from vpruner.charts import Bars, blocks_chart, nice_ticks, staircase_chart
-from vpruner.profile_report import profile_sections, remarks_of, settings_of, throughput_table
+from vpruner.report.charts import Bars, blocks_chart, nice_ticks, staircase_chart
+from vpruner.report.profile import profile_sections, remarks_of, settings_of, throughput_table
 
 TIMES = [
     {"startComputeMs": 2.0 * n, "endComputeMs": 2.0 * n + 1.5, "h2dMs": 0.1, "computeMs": 1.5, "d2hMs": 0.1,

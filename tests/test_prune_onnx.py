@@ -13,18 +13,23 @@ from commands import call, fails
 from PIL import Image
 from tiny_vits import tiny
 
-from vpruner import bundled, pipeline
+from vpruner.core import bundled
+from vpruner.core.plan import TokenPlan
+from vpruner.core.progress import Reporter
 from vpruner.export.files import load_model, save_model
 from vpruner.export.parity import run_onnx
-from vpruner.export.rebuild import probe_images, rebuild
-from vpruner.progress import Reporter
+from vpruner.export.rebuild.graph import probe_images, rebuild
+from vpruner.pipeline.fold import fold_checked
+from vpruner.pipeline.folders import check_free
+from vpruner.pipeline.graphs import write_dense
+from vpruner.pipeline.inputs import open_prunable
 from vpruner.prune import learn
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.calibration import Calibration, Judgement
-from vpruner.prune.data import ImageSet, ImageSource, choose_indices, map_labels
+from vpruner.prune.choose_images import choose_indices, map_labels
+from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.fisher import gate_gradients
 from vpruner.prune.models import open_model
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.vit import ViTAdapter
 
 sys.path.append(str(Path(__file__).parent / "export"))
 
@@ -85,7 +90,7 @@ def reference():
 def reference_graph(request, reference, tmp_path_factory):
     path, geometry = tmp_path_factory.mktemp("reference") / "reference.onnx", reference.adapter.geometry
     if request.param == "ours":
-        pipeline.write_dense(reference, path, opset=20, dynamic_batch=False, batch_size=1)
+        write_dense(reference, path, opset=20, dynamic_batch=False, batch_size=1)
     else:
         zeros = torch.zeros(1, geometry.in_chans, *geometry.image_size)
         write_module(reference.adapter.model, zeros, path, request.param, 18, False)
@@ -110,7 +115,7 @@ def test_the_plan_from_the_graph_is_the_one_from_pytorch(reference, reference_gr
     if rebuilt.classes is not None:  # A file of ours: what is learned from it is a plan for the model itself.
         plans[1].check_fits(reference.name, reference.adapter.geometry, reference.sha256)
         reporter = Reporter(quiet=True)
-        pipeline.fold_checked(reference_graph, plans[1], tmp_path / "pruned.onnx", reporter)
+        fold_checked(reference_graph, plans[1], tmp_path / "pruned.onnx", reporter)
         assert not reporter.remarks
 
 
@@ -199,7 +204,7 @@ def test_run_takes_the_file_as_its_dense_graph(graph, images, tmp_path, tuning_h
         images,
     )
     # --force knows its own files again, tuned.onnx among them.
-    pipeline.check_free(tmp_path / "out", force=True)
+    check_free(tmp_path / "out", force=True)
 
 
 def test_a_folded_file_is_compared_with_the_graph_it_came_from(graph, images, tmp_path):
@@ -214,7 +219,7 @@ def test_a_folded_file_is_compared_with_the_graph_it_came_from(graph, images, tm
 def test_what_the_output_is_follows_the_loss(graph, images):
     def opened(loss):
         reporter = Reporter(quiet=True)
-        loaded = pipeline.open_prunable(
+        loaded = open_prunable(
             str(graph), pretrained=False, weights=None, model_args={}, loss=loss, reporter=reporter,
             preprocessing={"mean": (0.5,) * 3, "std": (0.5,) * 3},
         )  # fmt: skip

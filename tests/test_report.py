@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpruner import report
-from vpruner.errors import UserError
-from vpruner.prune.cost import cost_ratio, dense_macs, plan_macs
-from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.core.cost import cost_ratio, dense_macs, plan_macs
+from vpruner.core.errors import UserError
+from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.report import run as report
 
 pytest.importorskip("matplotlib")
 

@@ -10,8 +10,8 @@ from commands import call, fails
 from PIL import Image
 from safetensors.torch import save_file
 
-from vpruner.prune.plan import TokenPlan
-from vpruner.runtime.table import LatencyTable
+from vpruner.core.latency_table import LatencyTable
+from vpruner.core.plan import TokenPlan
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 4}
 SEARCH_ALONE = ("--rearrange", "none", "--tune", "none")

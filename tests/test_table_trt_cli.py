@@ -6,9 +6,9 @@ from commands import call, fails
 from fake_tensorrt import install
 from tiny_vits import tiny
 
+from vpruner.core.latency_table import LatencyTable
 from vpruner.export.dense import export_dense
-from vpruner.prune.vit import read_geometry, weights_sha256
-from vpruner.runtime.table import LatencyTable
+from vpruner.prune.backbones.vit import read_geometry, weights_sha256
 
 pytest.importorskip("polygraphy")
 PREPROCESSING = {

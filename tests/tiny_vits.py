@@ -6,10 +6,10 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vpruner.core.plan import TokenPlan
+from vpruner.core.preprocess import Preprocessing
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.calibration import Calibration
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.vit import ViTAdapter
-from vpruner.runtime.preprocess import Preprocessing
 
 BASE = dict(img_size=(32, 48), patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
 

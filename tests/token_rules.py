@@ -5,8 +5,8 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.nn import functional as F
 
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.methods.rule import TokenRule
-from vpruner.prune.vit import ViTAdapter
 
 
 class NoRule(TokenRule):

@@ -35,10 +35,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vpruner.artifacts import append_rows, write_text
-from vpruner.errors import UserError, first_line
-from vpruner.extras import require
-from vpruner.runtime.environment import environment
+from vpruner.core.environment import environment
+from vpruner.core.errors import UserError
+from vpruner.core.extras import require
+from vpruner.core.files import write_text
+from vpruner.core.rows import append_rows
+from vpruner.core.text import first_line
 
 #: The most important first.
 MODELS = ("vit_large_patch16_224", "deit_base_patch16_224", "deit_small_patch16_224", "deit_tiny_patch16_224")
@@ -124,12 +126,12 @@ def prepare(model: str, folder: Path, *, target: str | None = None, seed: int = 
     """Write the variants of a model as FP32 and FP16 ONNX files with an open batch, and an index of them."""
     from latency_ort import linear_plan, open_dense
 
+    from vpruner.core.cost import cost_ratio
+    from vpruner.core.plan import TokenPlan
     from vpruner.export.dense import export_dense
     from vpruner.export.deploy import deploy_file, plain_opset
     from vpruner.export.fold import fold_file
     from vpruner.export.precision import convert
-    from vpruner.prune.cost import cost_ratio
-    from vpruner.prune.plan import TokenPlan
 
     folder = folder / model
     folder.mkdir(parents=True, exist_ok=True)
@@ -307,7 +309,7 @@ class Check:
 
     def images(self, model: str, batch: int) -> np.ndarray:
         """float32 [batch, 3, height, width]; the first ones are the same at every batch size."""
-        from vpruner.runtime.measure import random_images
+        from vpruner.core.timing import random_images
 
         shape = (3, *self.indices[model]["image_size"])
         some = random_images(COMPARED, shape, seed=self.seed)
@@ -444,9 +446,9 @@ class Check:
     def _torch(self, case: Case) -> list[dict[str, Any]]:
         from latency_ort import open_dense
 
-        from vpruner.prune.plan import TokenPlan
-        from vpruner.prune.vit import ViTAdapter
-        from vpruner.runtime.measure import measure
+        from vpruner.core.plan import TokenPlan
+        from vpruner.core.timing import measure
+        from vpruner.prune.backbones.vit import ViTAdapter
 
         torch = require("torch")
         compiled = case.runtime == "torch compiled"

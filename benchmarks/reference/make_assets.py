@@ -16,8 +16,8 @@ import tarfile
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
-from vpruner.artifacts import atomic_path, file_sha256, write_text
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
+from vpruner.core.files import atomic_path, file_sha256, write_text
 
 README = """\
 # Data and model inside the package

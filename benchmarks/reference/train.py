@@ -26,7 +26,7 @@ from timm.data import create_dataset
 from timm.layers import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 
-from vpruner.artifacts import file_sha256
+from vpruner.core.files import file_sha256
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

@@ -33,11 +33,13 @@ from mosaic import KINDS, Question, draw_cells, load_cells, make_set, paint
 from PIL import Image
 from torch import Tensor, nn
 
-from vpruner.artifacts import append_rows, file_sha256, read_rows
+from vpruner.core.environment import environment
+from vpruner.core.files import file_sha256
+from vpruner.core.plan import TokenPlan
+from vpruner.core.rows import append_rows, read_rows
+from vpruner.core.statistics import Estimate, paired_difference, proportion
 from vpruner.prune.calibration import Calibration
-from vpruner.prune.evaluate import Estimate, paired_difference, proportion
 from vpruner.prune.fisher import gate_gradients
-from vpruner.prune.plan import TokenPlan
 from vpruner.prune.search import search_mask
 from vpruner.prune.vlm.baselines import MODES, Opened, Pruning
 from vpruner.prune.vlm.frame import POSITIONS
@@ -45,7 +47,6 @@ from vpruner.prune.vlm.loading import LoadedVLM, normalise_answer, open_vlm
 from vpruner.prune.vlm.modes import prefill
 from vpruner.prune.vlm.parts import find_parts
 from vpruner.prune.vlm.tower import open_tower
-from vpruner.runtime.environment import environment
 
 HERE = Path(__file__).resolve().parent
 #: What tells one result from another.

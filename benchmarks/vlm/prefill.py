@@ -28,12 +28,12 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.initialization import no_init_weights
 
-from vpruner.artifacts import append_rows
+from vpruner.core.environment import environment
+from vpruner.core.rows import append_rows
+from vpruner.core.timing import measure
 from vpruner.prune.vlm import VLMRun, find_parts, prefill, saint
 from vpruner.prune.vlm.cost import language_macs, tower_macs
 from vpruner.prune.vlm.profile import PeakBytes
-from vpruner.runtime.environment import environment
-from vpruner.runtime.measure import measure
 
 HERE = Path(__file__).resolve().parent
 IMAGE_TOKEN, WORDS = 32000, 32064

@@ -67,7 +67,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vpruner.bundled import reference_card
+from vpruner.core.bundled import reference_card
 from vpruner.prune.models import open_model
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "reference"))

@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
-from ...errors import UserError
+from ...core.errors import UserError
 
 if TYPE_CHECKING:
     from .method import Method

@@ -1,6 +1,6 @@
 """Content-chosen plans: the counts of a static plan, but which patches stay is decided from each image.
 
-How many patches enter each block is fixed, as in a :class:`~vpruner.prune.plan.TokenPlan`, so costs and shapes are the
+How many patches enter each block is fixed, as in a :class:`~vpruner.core.plan.TokenPlan`, so costs and shapes are the
 plan's. Which ones, a cheap score decides: in each block that drops patches, it ranks them before the attention, and
 those that leave give keys and values, but are no queries any more (dead tokens, as in the plan). That is one
 product of keys with themselves, one TopK and one Gather per block that drops.
@@ -27,14 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...core.content_plan import ContentPlan
+from ...core.cost import dense_macs, plan_macs
+from ...core.plan import Geometry, TokenPlan
+from ..backbones.vit import ViTAdapter
 from ..calibration import Calibration, Judgement, divergence
-from ..content_plan import ContentPlan
-from ..cost import dense_macs, plan_macs
 from ..fisher import batch_size_for
-from ..plan import Geometry, TokenPlan
 from ..search import check_target, minimum_macs
-from ..tune import tune, with_weights
-from ..vit import ViTAdapter
+from ..tune.stage import tune
+from ..tune.weights import with_weights
 from .method import Method, register
 from .rule import BlockView, Keep, TokenRule, top_rows, with_prefix
 
@@ -377,7 +378,7 @@ class Content(Method):
     plan: TokenPlan | None = None
 
     def make(self, adapter: ViTAdapter, batches: Sequence[Tensor], target: float, *, seed: int = 0) -> ContentRule:
-        from ..learn import round_sizes, search_in_rounds
+        from ..rounds import round_sizes, search_in_rounds
 
         geometry, parameter = adapter.geometry, next(adapter.model.parameters())
         check_target(geometry, target)

@@ -34,13 +34,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import UserError
+from ...core.cost import block_macs, dense_macs
+from ...core.errors import UserError
+from ...core.plan import Geometry
+from ..backbones.vit import ALMOST_CLOSED, ViTAdapter, embed_images, query_key_value
 from ..calibration import distance
-from ..cost import block_macs, dense_macs
 from ..fisher import batch_size_for
-from ..plan import Geometry
-from ..tune import frozen
-from ..vit import ALMOST_CLOSED, ViTAdapter, embed_images, query_key_value
+from ..tune.streams import frozen
 from .method import BISECTIONS, Method, budget_macs, least_reduction, out_of_reach, register
 from .rule import BlockView, Keep, Merge, TokenRule, pooling_hooks, rank_descending, select_rows, top_rows, with_prefix
 

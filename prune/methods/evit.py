@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import UserError
-from ..plan import Geometry
-from ..vit import ViTAdapter
+from ...core.errors import UserError
+from ...core.plan import Geometry
+from ..backbones.vit import ViTAdapter
 from .method import Method, budget_macs, least_reduction, register
 from .rule import BlockView, Keep, Merge, TokenRule, check_blocks, rank_descending, select_rows, with_prefix
 

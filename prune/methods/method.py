@@ -11,11 +11,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ...errors import UserError
-from ..cost import dense_macs
-from ..plan import Geometry, TokenPlan
+from ...core.cost import dense_macs
+from ...core.errors import UserError
+from ...core.plan import Geometry, TokenPlan
+from ..backbones.vit import ViTAdapter
 from ..search import check_target
-from ..vit import ViTAdapter
 from .rule import TokenRule
 
 #: Halvings in which a threshold or a rate is found.

@@ -14,9 +14,9 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from ..cost import plan_macs
-from ..plan import Geometry, TokenPlan
-from ..vit import ViTAdapter
+from ...core.cost import plan_macs
+from ...core.plan import Geometry, TokenPlan
+from ..backbones.vit import ViTAdapter
 from .method import Method, budget_macs, least_reduction, register
 
 

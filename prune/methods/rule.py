@@ -10,7 +10,7 @@ any attention, takes part in no decision and in no pooling, so a batch gives wha
 scattered, and rows are gathered along one axis, so rules whose counts are static can be exported.
 
 Everything goes through an instance-level ``forward`` of the blocks and a hook on the head, as in
-:mod:`vpruner.prune.vit`, and leaving the context restores the model.
+:mod:`vpruner.prune.backbones.vit`, and leaving the context restores the model.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..cost import block_macs, dense_macs
-from ..plan import Geometry
-from ..vit import ViTAdapter, attend, project_keys_values, project_queries
+from ...core.cost import block_macs, dense_macs
+from ...core.plan import Geometry
+from ..backbones.vit import ViTAdapter, attend, project_keys_values, project_queries
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class TokenRule(ABC):
 def rule_macs(rule: TokenRule, keys: np.ndarray, queries: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """MACs, int64 [image], of runs that recorded these counts (each int64 [image, block L], prefix included).
 
-    As :func:`vpruner.prune.cost.macs_from_counts`, with two differences: tokens that are merged are queries, but not
+    As :func:`vpruner.core.cost.macs_from_counts`, with two differences: tokens that are merged are queries, but not
     inputs of the MLP, and the decisions themselves cost their matrix products.
 
     Args:

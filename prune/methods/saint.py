@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..plan import Geometry
-from ..vit import ViTAdapter
+from ...core.plan import Geometry
+from ..backbones.vit import ViTAdapter
 from .method import BISECTIONS, Method, budget_macs, out_of_reach, register
 from .rule import BlockView, Keep, TokenRule, rank_descending, run_batches, with_prefix
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..plan import Geometry
-from ..vit import ViTAdapter
+from ...core.plan import Geometry
+from ..backbones.vit import ViTAdapter
 from .method import Method, budget_macs, least_reduction, register
 from .rule import BlockView, Merge, TokenRule, rank_descending, select_rows
 

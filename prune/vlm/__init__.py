@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import importlib
 
-from ...extras import require
+from ...core.extras import require
 
 #: Public name -> module that has it.
 _HOME = {

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import UserError, first_line
-from ...progress import Reporter
+from ...core.errors import UserError
+from ...core.plan import TokenPlan
+from ...core.progress import Reporter
+from ...core.text import first_line
+from ..backbones.vit import weights_sha256
 from ..methods.rule import rank_descending
-from ..plan import TokenPlan
-from ..tune import with_weights
-from ..vit import weights_sha256
+from ..tune.weights import with_weights
 from .frame import OUTPUT, VLMRun, pruned
 from .modes import MODES as SAINT_MODES
 from .modes import saint_stages

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...artifacts import file_sha256
-from ...errors import UserError, first_line
-from ...progress import Reporter
-from ...runtime.environment import environment
-from ...runtime.preprocess import load_image
-from ..evaluate import Estimate, paired_difference, proportion
+from ...core.environment import environment
+from ...core.errors import UserError
+from ...core.files import file_sha256
+from ...core.preprocess import load_image
+from ...core.progress import Reporter
+from ...core.statistics import Estimate, paired_difference, proportion
+from ...core.text import first_line
 from .baselines import Pruning, candidates_of
 from .loading import LoadedVLM, normalise_answer
 

@@ -37,7 +37,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...errors import UserError
+from ...core.errors import UserError
 from ..methods.rule import select_rows, with_prefix
 from .parts import VLMParts, find_parts
 from .views import EncoderSelector, EncoderView, SpanSelector, SpanView, split_heads

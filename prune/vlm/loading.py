@@ -13,8 +13,9 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
-from ...errors import UserError, first_line
-from ...extras import require
+from ...core.errors import UserError
+from ...core.extras import require
+from ...core.text import first_line
 from .parts import find_parts
 from .tower import quiet_transformers
 

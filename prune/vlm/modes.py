@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import UserError
+from ...core.errors import UserError
 from .frame import VLMRun, pruned
 from .parts import VLMParts, find_parts
 from .selectors import THRESHOLD, BipartiteVotes, FullGraphDrop

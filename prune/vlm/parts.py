@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...errors import UserError
+from ...core.errors import UserError
 
 #: Class name of the whole model -> what users call it.
 MODELS = {

@@ -1,6 +1,6 @@
 """What pruning visual tokens saves: time to the first token, time of decoding, memory and cache, dense and pruned.
 
-Dense and pruned forms run in turns in one process, as :func:`vpruner.runtime.measure.measure` has it, so ratios are of
+Dense and pruned forms run in turns in one process, as :func:`vpruner.core.timing.measure` has it, so ratios are of
 paired rounds. One round of one candidate is one whole ``generate``; the times come from inside it.
 """
 
@@ -19,11 +19,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ...errors import UserError
-from ...progress import Reporter
-from ...runtime.environment import environment
-from ...runtime.measure import Ratio, measure, random_images
-from ...runtime.preprocess import load_image
+from ...core.environment import environment
+from ...core.errors import UserError
+from ...core.preprocess import load_image
+from ...core.progress import Reporter
+from ...core.timing import Ratio, measure, random_images
 from .baselines import Opened, Pruning, candidates_of
 from .loading import LoadedVLM
 
@@ -90,7 +90,7 @@ def profile(
         image: A file; None: a smooth random image, seeded.
         images: Images of each prompt.
         new_tokens: Tokens to generate, at least 2; the first is counted apart.
-        rounds, seconds, warmup: As in :func:`~vpruner.runtime.measure.measure`.
+        rounds, seconds, warmup: As in :func:`~vpruner.core.timing.measure`.
 
     Raises:
         UserError: What a pruning asks for is not to be had with this model.

@@ -31,12 +31,14 @@ from timm.layers import GluMlp, LayerNorm, Mlp, get_act_layer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ...errors import UserError, first_line
-from ...extras import require
-from ...runtime.measure import random_images
-from ...runtime.preprocess import Preprocessing
-from ..models import LoadedModel, load_weights
-from ..vit import ViTAdapter, weights_sha256
+from ...core.errors import UserError
+from ...core.extras import require
+from ...core.preprocess import Preprocessing
+from ...core.text import first_line
+from ...core.timing import random_images
+from ..backbones.vit import ViTAdapter, weights_sha256
+from ..loaded import LoadedModel
+from ..weights_file import load_weights
 
 #: Largest difference between the tower and the timm model, both float32, relative to the largest value.
 TOLERANCE = 1e-4

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vpruner.artifacts import read_rows
+from vpruner.core.rows import read_rows
 
 
 @pytest.fixture

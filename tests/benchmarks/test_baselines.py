@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny_vits import tiny
 
-from vpruner.prune.cost import plan_macs
-from vpruner.prune.plan import Geometry, TokenPlan
-from vpruner.prune.vit import ViTAdapter
+from vpruner.core.cost import plan_macs
+from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.prune.backbones.vit import ViTAdapter
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ pytest.importorskip("timm")
 
 from tiny_cards import write_card, write_images
 
-from vpruner.artifacts import append_rows, read_rows
-from vpruner.prune.cost import dense_macs
-from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.core.cost import dense_macs
+from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.core.rows import append_rows, read_rows
 
 GEOMETRY = Geometry(
     depth=12, embed_dim=384, num_heads=6, head_dim=64, grid=(14, 14), prefix_tokens=1, image_size=(224, 224)

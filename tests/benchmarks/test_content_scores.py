@@ -5,10 +5,10 @@ import pytest
 import torch
 from tiny_vits import calibration_for, tiny
 
-from vpruner.artifacts import read_rows
+from vpruner.core.rows import read_rows
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.fisher import GateGradients
 from vpruner.prune.methods.content import PRIOR_WEIGHTS
-from vpruner.prune.vit import ViTAdapter
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 from fake_tensorrt import install
 
-from vpruner.artifacts import read_rows
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
+from vpruner.core.rows import read_rows
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from vpruner.artifacts import append_rows
+from vpruner.core.rows import append_rows
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vpruner import bundled
+from vpruner.core import bundled
 from vpruner.prune.data import ImageSource
 from vpruner.prune.models import open_model
 from vpruner.prune.vlm.evaluate import read_questions

@@ -8,7 +8,7 @@ import torch
 from tiny_vits import tiny
 
 from vpruner.export.dense import export_dense
-from vpruner.prune.vit import read_geometry, weights_sha256
+from vpruner.prune.backbones.vit import read_geometry, weights_sha256
 
 # Tests are imported by file (see pyproject.toml), so a module beside them is found only this way.
 sys.path.append(str(Path(__file__).parent))

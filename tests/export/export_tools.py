@@ -9,7 +9,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.core.plan import Geometry, TokenPlan
 
 PREPROCESSING = {
     "mean": [0.5, 0.5, 0.5],

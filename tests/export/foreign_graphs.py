@@ -12,8 +12,8 @@ import torch
 from tiny_vits import tiny
 from torch import nn
 
-from vpruner.prune.plan import Geometry
-from vpruner.prune.vit import read_geometry
+from vpruner.core.plan import Geometry
+from vpruner.prune.backbones.vit import read_geometry
 
 
 @dataclass(frozen=True)

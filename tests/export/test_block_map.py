@@ -3,11 +3,11 @@
 import onnx_ir as ir
 import pytest
 
-from vpruner.export.clean import clean
+from vpruner.core.plan import TokenPlan
 from vpruner.export.files import load_model
 from vpruner.export.fold import fold_file
-from vpruner.export.recognise import recognise
-from vpruner.prune.plan import TokenPlan
+from vpruner.export.passes.clean import clean
+from vpruner.export.recognise.graph import recognise
 from vpruner.runtime.layers import BlockMap
 
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from export_tools import dims, nodes, relative_difference, run, token_gathers
 
-from vpruner.errors import UserError
-from vpruner.export.blocks import OrtGraphs, cut_to_blocks, make_chain
+from vpruner.core.errors import UserError
+from vpruner.core.plan import TokenPlan
 from vpruner.export.files import load_model
 from vpruner.export.fold import fold, fold_file
-from vpruner.export.recognise import recognise
-from vpruner.prune.plan import TokenPlan
-from vpruner.runtime.table import Graphs, measure_table
+from vpruner.export.recognise.graph import recognise
+from vpruner.pipeline.blocks import OrtGraphs, cut_to_blocks, make_chain
+from vpruner.runtime.table.graphs import Graphs
+from vpruner.runtime.table.measure import measure_table
 
 KINDS = ["class token", "registers", "average pooling", "attention pooling", "distilled", "layer scale", "qk-norm"]
 

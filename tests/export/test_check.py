@@ -7,7 +7,7 @@ import pytest
 from export_tools import random_plan
 from onnx import TensorProto, helper, numpy_helper
 
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
 from vpruner.export.check import check, summarize
 from vpruner.export.fold import fold_file
 from vpruner.export.targets import SEVERITIES, TARGETS, find_target

@@ -9,9 +9,9 @@ import torch
 from export_tools import PREPROCESSING, relative_difference, run
 from tiny_vits import tiny
 
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
 from vpruner.export.dense import export_dense
-from vpruner.prune.vit import read_geometry, weights_sha256
+from vpruner.prune.backbones.vit import read_geometry, weights_sha256
 
 
 def export(model, path, **options):

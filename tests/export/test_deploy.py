@@ -12,17 +12,20 @@ from export_tools import nodes, only, random_plan, relative_difference, run
 from foreign_graphs import Foreign, tiny_model, write_foreign
 from onnx import TensorProto, helper, numpy_helper
 
-from vpruner import cli, pipeline
-from vpruner.errors import UserError
+from vpruner.cli import main as cli
+from vpruner.core.errors import UserError
+from vpruner.core.metadata import TARGET
+from vpruner.core.progress import Reporter
 from vpruner.export.check import check
-from vpruner.export.clean import ClampSliceBounds, LowerOpset, WriteOut
 from vpruner.export.deploy import FUSIONS, deploy_file, fuse, opset_for, plain_opset, prepare_for
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold_file
-from vpruner.export.metadata import TARGET
 from vpruner.export.parity import run_onnx
+from vpruner.export.passes.clamp_slice_bounds import ClampSliceBounds
+from vpruner.export.passes.lower_opset import LowerOpset
+from vpruner.export.passes.write_out import WriteOut
 from vpruner.export.targets import TARGETS
-from vpruner.progress import Reporter
+from vpruner.pipeline.fold import fold_checked
 
 FOREIGN = [
     Foreign("class token", "dynamo", 23, dynamic=True),
@@ -321,7 +324,7 @@ def test_options_that_contradict_each_other(tmp_path):
 
 
 def test_a_deployed_graph_that_differs_is_not_written(exported, tmp_path, monkeypatch):
-    from vpruner.errors import ParityError
+    from vpruner.core.errors import ParityError
     from vpruner.export import deploy
 
     def spoil(model):
@@ -333,7 +336,7 @@ def test_a_deployed_graph_that_differs_is_not_written(exported, tmp_path, monkey
     monkeypatch.setattr(deploy, "find_target", lambda name: TARGETS[name].__class__(name, "", fusions={"spoiled"}))
     dense = exported("class token")
     with pytest.raises(ParityError, match="for trt10 equals the plain graph"):
-        pipeline.fold_checked(dense.path, None, tmp_path / "out.onnx", Reporter(quiet=True), deploy_for="trt10")
+        fold_checked(dense.path, None, tmp_path / "out.onnx", Reporter(quiet=True), deploy_for="trt10")
     assert not list(tmp_path.iterdir())
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from timm.layers import SwiGLU, SwiGLUPacked
 from tiny_vits import KINDS
 
-from vpruner.errors import PlanError, UserError
-from vpruner.export import metadata
+from vpruner.core import metadata
+from vpruner.core.errors import PlanError, UserError
+from vpruner.core.plan import TokenPlan
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold, fold_file
-from vpruner.export.recognise import recognise
-from vpruner.prune.plan import TokenPlan
+from vpruner.export.recognise.graph import recognise
 
 #: Float32 rounding of these models is near 1e-6; a wrong token shows above 1e-3 (see test_a_wrong_token_is_seen).
 TOLERANCE = 2e-5

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_vits import KINDS, tiny
 
-from vpruner.errors import GraphError, PlanError, UserError
+from vpruner.core.errors import GraphError, PlanError, UserError
+from vpruner.core.plan import TokenPlan
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold_file
-from vpruner.export.normalise import prepare
 from vpruner.export.parity import check_fold, run_onnx
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.vit import ViTAdapter, read_geometry
+from vpruner.export.recognise.normalise import prepare
+from vpruner.prune.backbones.vit import ViTAdapter, read_geometry
 
 DYNAMO = [
     Foreign(exporter="dynamo", opset=opset, dynamic=dynamic, fused=fused)
@@ -216,8 +216,9 @@ def test_a_second_output_is_named(written, tmp_path):
 
 def test_the_check_sees_a_rewriting_that_changes_results(written, tmp_path, monkeypatch):
     """The rewritten graph is compared with the file as it came, so a defect of rewriting cannot hide in both forms."""
-    from vpruner.errors import ParityError
-    from vpruner.export import clean, normalise
+    from vpruner.core.errors import ParityError
+    from vpruner.export.passes import clean
+    from vpruner.export.recognise import normalise
 
     path, (_, geometry) = written(Foreign()), tiny_model("class token")
     plan = random_plan(geometry, 0)

@@ -14,8 +14,8 @@ from torch import nn
 
 from vpruner.export.files import load_model
 from vpruner.export.fold import fold_file
-from vpruner.export.normalise import prepare
 from vpruner.export.parity import run_onnx
+from vpruner.export.recognise.normalise import prepare
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -7,13 +7,13 @@ import torch
 from export_tools import random_plan
 from tiny_vits import KINDS
 
-from vpruner.errors import ParityError
+from vpruner.core.errors import ParityError
+from vpruner.core.plan import TokenPlan
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold_file
 from vpruner.export.mask import mask_tokens
 from vpruner.export.parity import check_dense, check_fold, run_onnx
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.vit import ViTAdapter
+from vpruner.prune.backbones.vit import ViTAdapter
 
 
 @pytest.mark.parametrize("kind", KINDS)

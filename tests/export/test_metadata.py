@@ -4,10 +4,9 @@ import dataclasses
 
 import pytest
 
-from vpruner.errors import UserError
-from vpruner.export.metadata import GraphMetadata
-from vpruner.prune.plan import Geometry, TokenPlan
-from vpruner.runtime.metadata import ModelMetadata
+from vpruner.core.errors import UserError
+from vpruner.core.metadata import GraphMetadata, ModelMetadata
+from vpruner.core.plan import Geometry, TokenPlan
 
 GEOMETRY = Geometry(
     depth=2, embed_dim=8, num_heads=2, head_dim=4, grid=(2, 3), prefix_tokens=1, image_size=(16, 24), outputs=3

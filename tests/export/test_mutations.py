@@ -18,15 +18,15 @@ from export_tools import random_plan, relative_difference
 from foreign_graphs import write_module
 from tiny_vits import tiny
 
-from vpruner.cli import main
-from vpruner.errors import GraphError, PlanError
+from vpruner.cli.main import main
+from vpruner.core.errors import GraphError, PlanError
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import check_shape, fold, fold_file
 from vpruner.export.inspect import inspect_file
-from vpruner.export.normalise import prepare
 from vpruner.export.parity import run_onnx
 from vpruner.export.precision import convert
-from vpruner.prune.vit import read_geometry
+from vpruner.export.recognise.normalise import prepare
+from vpruner.prune.backbones.vit import read_geometry
 
 SMALL = {"img_size": (16, 24), "depth": 2, "embed_dim": 16, "num_heads": 2}
 #: Name -> kind of model, exporter, opset, dynamic batch.

@@ -5,9 +5,10 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes import common as passes
 
-from vpruner.export.clean import infer_shapes_anew
 from vpruner.export.files import save_model
-from vpruner.export.normalise import (
+from vpruner.export.parity import run_onnx
+from vpruner.export.passes.edit import infer_shapes_anew
+from vpruner.export.recognise.normalise import (
     CanonicalAttention,
     CanonicalPatches,
     DropNoOps,
@@ -16,7 +17,6 @@ from vpruner.export.normalise import (
     SelectByGather,
     WriteOutAttention,
 )
-from vpruner.export.parity import run_onnx
 
 TOKENS, WIDTH, HEADS = 6, 8, 2
 INNER = WIDTH // HEADS

@@ -6,13 +6,13 @@ import torch
 from export_tools import PREPROCESSING, random_plan
 from tiny_vits import tiny
 
-from vpruner.errors import ParityError
+from vpruner.core.errors import ParityError
 from vpruner.export import parity
 from vpruner.export.dense import export_dense
 from vpruner.export.fold import fold_file
 from vpruner.export.parity import check_ladder, compare
-from vpruner.prune.tune import with_weights
-from vpruner.prune.vit import ViTAdapter
+from vpruner.prune.backbones.vit import ViTAdapter
+from vpruner.prune.tune.weights import with_weights
 
 RUNGS = [
     "identity plan changes nothing",

@@ -8,7 +8,7 @@ import torch
 from export_tools import nodes, only, random_plan, run
 from foreign_graphs import Foreign, write_foreign
 
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
 from vpruner.export import files
 from vpruner.export import precision as precisions
 from vpruner.export.files import load_model, save_model

@@ -10,16 +10,16 @@ from foreign_graphs import Foreign, tiny_model, write_module
 from tiny_vits import KINDS, tiny
 from torch import nn
 
-from vpruner.errors import GraphError, ParityError, UserError
-from vpruner.export import rebuild as module
-from vpruner.export.clean import add_constant
+from vpruner.core.errors import GraphError, ParityError, UserError
+from vpruner.core.metadata import TUNED_FOR
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold_file
-from vpruner.export.metadata import TUNED_FOR
-from vpruner.export.normalise import prepare
 from vpruner.export.parity import run_onnx
-from vpruner.export.rebuild import probe_images, rebuild, write_graph
-from vpruner.prune.vit import read_geometry
+from vpruner.export.passes.edit import add_constant
+from vpruner.export.rebuild import graph as module
+from vpruner.export.rebuild.graph import probe_images, rebuild, write_graph
+from vpruner.export.recognise.normalise import prepare
+from vpruner.prune.backbones.vit import read_geometry
 
 GIVEN = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.25, 0.5)}
 

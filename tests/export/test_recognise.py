@@ -5,11 +5,11 @@ import onnx_ir as ir
 import pytest
 from export_tools import nodes, random_plan
 
-from vpruner.errors import GraphError
+from vpruner.core.errors import GraphError
+from vpruner.core.plan import Geometry
 from vpruner.export.files import load_model
 from vpruner.export.fold import fold
-from vpruner.export.recognise import recognise
-from vpruner.prune.plan import Geometry
+from vpruner.export.recognise.graph import recognise
 
 
 def refusal(model: ir.Model, geometry: Geometry) -> str:

@@ -13,22 +13,22 @@ from export_tools import dims, nodes, run
 from tiny_vits import tiny
 from token_rules import images_for
 
-from vpruner import bundled
-from vpruner.errors import ParityError, UserError
+from vpruner.core import bundled
+from vpruner.core.errors import ParityError, UserError
+from vpruner.core.metadata import GraphMetadata, ModelMetadata
+from vpruner.core.preprocess import Preprocessing
 from vpruner.export import rules
 from vpruner.export.check import check
 from vpruner.export.deploy import deploy_file
-from vpruner.export.metadata import GraphMetadata
 from vpruner.export.rules import check_rule, compare_rule, describe_rule, export_rule
+from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
+from vpruner.prune.loaded import LoadedModel
 from vpruner.prune.methods.diffrate import DiffRateRule
 from vpruner.prune.methods.evit import EvitRule
 from vpruner.prune.methods.rule import Keep, TokenRule, rank_descending, with_prefix
 from vpruner.prune.methods.saint import FrozenSaintRule, SaintRule
 from vpruner.prune.methods.tome import TomeRule
-from vpruner.prune.models import LoadedModel, open_model
-from vpruner.prune.vit import ViTAdapter, weights_sha256
-from vpruner.runtime.metadata import ModelMetadata
-from vpruner.runtime.preprocess import Preprocessing
+from vpruner.prune.models import open_model
 
 DEPTH = 2
 

@@ -7,7 +7,7 @@ import sys
 import onnx
 import pytest
 
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
 from vpruner.export.targets import REDUCTIONS, SEVERITIES, TARGETS, Bound, Rule, Target, find_target
 
 

@@ -9,11 +9,11 @@ import torch
 from tiny_vits import KINDS, tiny
 from token_rules import add_mlp, attention_matrix, cosine, embed, heads, images_for, project
 
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
 from vpruner.prune import analyze as analysis_module
 from vpruner.prune.analyze import MEASURES, STAGES, Analysis, Segments, analyze, draw_analysis, find_stages
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.methods.saint import SaintRule, first_blocks
-from vpruner.prune.vit import ViTAdapter
 
 TOLERANCE = 1e-9
 #: Few neighbours make a vote in models of 24 patches.

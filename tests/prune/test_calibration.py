@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_vits import tiny
 
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
+from vpruner.core.plan import TokenPlan
+from vpruner.core.preprocess import Preprocessing
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.calibration import MOST_HELD_OUT, Calibration, Judgement, distance, divergence
 from vpruner.prune.data import ImageSet, ImageSource
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.vit import ViTAdapter
-from vpruner.runtime.preprocess import Preprocessing
 
 PREPROCESSING = Preprocessing(
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size=(32, 48), crop_pct=0.9, interpolation="bicubic"

@@ -7,8 +7,10 @@ from tiny_vits import KINDS, calibration_for, half_plan, tiny
 from token_rules import images_for
 from torch.nn import functional as F
 
-from vpruner.prune.content_plan import ContentPlan
-from vpruner.prune.cost import dense_macs, plan_macs
+from vpruner.core.content_plan import ContentPlan
+from vpruner.core.cost import dense_macs, plan_macs
+from vpruner.core.plan import TokenPlan
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.methods import content, find_method
 from vpruner.prune.methods.content import (
     PRIOR_WEIGHTS,
@@ -21,9 +23,8 @@ from vpruner.prune.methods.content import (
     choose_by_content,
     choosing_steps,
 )
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.tune import refit_weights, tune
-from vpruner.prune.vit import ViTAdapter
+from vpruner.prune.tune.stage import tune
+from vpruner.prune.tune.weights import refit_weights
 
 
 def adapter_of(kind: str = "class token", **changes) -> ViTAdapter:

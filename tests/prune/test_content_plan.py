@@ -5,10 +5,10 @@ import json
 import pytest
 from tiny_vits import half_plan, tiny
 
-from vpruner.errors import PlanError
-from vpruner.prune.content_plan import ContentPlan, load_plan
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.vit import ViTAdapter
+from vpruner.core.content_plan import ContentPlan, load_plan
+from vpruner.core.errors import PlanError
+from vpruner.core.plan import TokenPlan
+from vpruner.prune.backbones.vit import ViTAdapter
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latency_tables import make_table, stairs
 
-from vpruner.errors import UserError
-from vpruner.prune.cost import LatencyCost, MacsCost, block_macs, cost_ratio, dense_macs, macs_from_counts
-from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.core.cost import LatencyCost, MacsCost, block_macs, cost_ratio, dense_macs, macs_from_counts
+from vpruner.core.errors import UserError
+from vpruner.core.plan import Geometry, TokenPlan
 
 
 def geometry(pooled=False, **changes) -> Geometry:

@@ -9,9 +9,10 @@ import timm
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from vpruner.errors import UserError
-from vpruner.prune.data import ImageSet, ImageSource, choose_images, choose_indices, map_labels, overlap
-from vpruner.runtime.preprocess import Preprocessing
+from vpruner.core.errors import UserError
+from vpruner.core.preprocess import Preprocessing
+from vpruner.prune.choose_images import choose_images, choose_indices, map_labels, overlap
+from vpruner.prune.data import ImageSet, ImageSource
 
 PREPROCESSING = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, size=(16, 16))
 

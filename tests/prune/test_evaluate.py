@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from vpruner.artifacts import append_rows, read_rows
-from vpruner.prune.evaluate import (
+from vpruner.core.rows import append_rows, read_rows
+from vpruner.core.statistics import (
     Outputs,
     collect_outputs,
     compare,

@@ -4,9 +4,9 @@ import torch
 from tiny_vits import tiny
 from torch.nn import functional as F
 
+from vpruner.core.plan import TokenPlan
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.fisher import GateGradients, activation_bytes, batch_size_for, gate_gradients
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.vit import ViTAdapter
 
 POOLS = ["class token", "registers", "average pooling", "average pooling before the norm", "attention pooling",
          "average pooling with the class token in it", "attention pooling over the class token too",

@@ -4,17 +4,18 @@ import torch
 from PIL import Image
 from tiny_vits import tiny
 
-from vpruner.errors import UserError
-from vpruner.progress import Reporter
+from vpruner.core.cost import cost_ratio
+from vpruner.core.errors import UserError
+from vpruner.core.preprocess import Preprocessing
+from vpruner.core.progress import Reporter
 from vpruner.prune import learn
+from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
 from vpruner.prune.calibration import Calibration
-from vpruner.prune.cost import cost_ratio
 from vpruner.prune.data import ImageSet, ImageSource
-from vpruner.prune.learn import choose_loss, learn_plan, round_sizes
-from vpruner.prune.models import LoadedModel
-from vpruner.prune.rearrange import STAND_IN_PLANS, RearrangeSettings, World
-from vpruner.prune.vit import ViTAdapter, weights_sha256
-from vpruner.runtime.preprocess import Preprocessing
+from vpruner.prune.learn import learn_plan
+from vpruner.prune.loaded import LoadedModel
+from vpruner.prune.rearrange.search import STAND_IN_PLANS, RearrangeSettings, World
+from vpruner.prune.rounds import choose_loss, round_sizes
 
 
 @pytest.fixture(scope="module")

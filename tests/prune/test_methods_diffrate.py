@@ -8,12 +8,12 @@ import torch
 from tiny_vits import KINDS, tiny
 from token_rules import add_mlp, attention_matrix, classify, cosine, embed, heads, images_for, project
 
-from vpruner.errors import UserError
+from vpruner.core.cost import dense_macs
+from vpruner.core.errors import UserError
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.calibration import distance
-from vpruner.prune.cost import dense_macs
 from vpruner.prune.methods import diffrate
 from vpruner.prune.methods.diffrate import DiffRate, DiffRateRule, Rates, expected_macs, masked_outputs
-from vpruner.prune.vit import ViTAdapter
 
 TOLERANCE = 1e-10
 #: Pruned and merged in each block, and whether tokens count as often as the patches they stand for.

@@ -7,9 +7,9 @@ import torch
 from tiny_vits import KINDS, tiny
 from token_rules import add_mlp, attention_matrix, classify, embed, heads, images_for, project
 
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.methods.evit import Evit, EvitRule, quarter_blocks
-from vpruner.prune.vit import ViTAdapter
 
 TOLERANCE = 1e-10
 WITH_CLASS_TOKEN = [kind for kind, extra in KINDS.items() if (extra or {}).get("class_token", True)]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tiny_vits import half_plan, tiny
 
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.methods.positions import Centre, Random, even_schedule
-from vpruner.prune.vit import ViTAdapter
 
 
 @pytest.fixture(scope="module")

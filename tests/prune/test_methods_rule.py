@@ -8,16 +8,16 @@ from token_rules import NoRule, images_for
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpruner.errors import UserError
-from vpruner.prune.cost import MacsCost, cost_ratio, macs_from_counts
+from vpruner.core.cost import MacsCost, cost_ratio, macs_from_counts
+from vpruner.core.errors import UserError
+from vpruner.core.plan import TokenPlan
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.methods import find_method, methods
 from vpruner.prune.methods.diffrate import DiffRateRule
 from vpruner.prune.methods.evit import EvitRule
 from vpruner.prune.methods.rule import TokenRule, check_blocks, rank_descending, run_batches, select_rows
 from vpruner.prune.methods.saint import FrozenSaintRule, SaintRule
 from vpruner.prune.methods.tome import TomeRule
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.vit import ViTAdapter
 
 TOLERANCE = 1e-10
 

@@ -10,6 +10,7 @@ import torch
 from tiny_vits import KINDS, tiny
 from token_rules import add_mlp, attention_matrix, classify, cosine, embed, heads, images_for, project
 
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.methods.saint import (
     FrozenSaint,
     FrozenSaintRule,
@@ -21,7 +22,6 @@ from vpruner.prune.methods.saint import (
     freeze,
     redundancy,
 )
-from vpruner.prune.vit import ViTAdapter
 
 TOLERANCE = 1e-10
 

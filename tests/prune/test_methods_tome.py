@@ -6,8 +6,8 @@ import torch
 from tiny_vits import KINDS, tiny
 from token_rules import add_mlp, attention_matrix, classify, cosine, embed, heads, images_for, project
 
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.methods.tome import TomeRule, match
-from vpruner.prune.vit import ViTAdapter
 
 TOLERANCE = 1e-10
 

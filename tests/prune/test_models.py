@@ -7,8 +7,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from vpruner import bundled
-from vpruner.errors import UserError
+from vpruner.core import bundled
+from vpruner.core.errors import UserError
 from vpruner.prune.models import open_model
 
 NAME = "vit_tiny_patch16_224"

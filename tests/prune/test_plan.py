@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpruner.errors import PlanError
-from vpruner.prune.cost import dense_macs, plan_macs
-from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.core.cost import dense_macs, plan_macs
+from vpruner.core.errors import PlanError
+from vpruner.core.plan import Geometry, TokenPlan
 
 
 def geometry(**changes) -> Geometry:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpruner.prune.ppo import PPOSettings, clipped_loss, generalized_advantages, normalized, update
-from vpruner.prune.rearrange import plackett_luce
+from vpruner.prune.rearrange.search import plackett_luce
 
 SHARES = st.floats(0, 1)
 

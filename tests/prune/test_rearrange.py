@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from vpruner.errors import UserError
-from vpruner.prune import rearrange as module
-from vpruner.prune.cost import MacsCost
-from vpruner.prune.plan import Geometry, TokenPlan
-from vpruner.prune.rearrange import EFFECTS, Evidence, Game, Prospect, RearrangeSettings, rearrange, swap_greedily
+from vpruner.core.cost import MacsCost
+from vpruner.core.errors import UserError
+from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.prune.rearrange import search as module
+from vpruner.prune.rearrange.search import (
+    EFFECTS,
+    Evidence,
+    Game,
+    Prospect,
+    RearrangeSettings,
+    rearrange,
+    swap_greedily,
+)
 from vpruner.prune.search import search_mask
 
 FEW = RearrangeSettings(episodes=64, batch=8, images=32, effect_images=48)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny_vits import KINDS, tiny
 
-from vpruner.prune.plan import TokenPlan
+from vpruner.core.plan import TokenPlan
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.rollouts import evaluate_plans
-from vpruner.prune.vit import ViTAdapter
 
 
 def images_for(adapter: ViTAdapter, count: int = 2) -> torch.Tensor:

@@ -7,23 +7,16 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from tiny_vits import KINDS, calibration_for, half_plan, tiny
 
-from vpruner.prune import tune as tuning
+from vpruner.core.plan import TokenPlan
+from vpruner.prune.backbones.vit import ViTAdapter, attended_values, weights_sha256
 from vpruner.prune.calibration import Calibration
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.tune import (
-    RIDGES,
-    TUNINGS,
-    ActivationStore,
-    NormalEquations,
-    gate_jacobian,
-    refit_weights,
-    tune,
-    tune_gates_by_distillation,
-    tune_gates_least_squares,
-    tuning_steps,
-    with_weights,
-)
-from vpruner.prune.vit import ViTAdapter, attended_values, weights_sha256
+from vpruner.prune.tune import stage as tuning
+from vpruner.prune.tune.gates import tune_gates_by_distillation, tune_gates_least_squares
+from vpruner.prune.tune.jacobian import gate_jacobian
+from vpruner.prune.tune.ridge import RIDGES, NormalEquations
+from vpruner.prune.tune.stage import TUNINGS, tune, tuning_steps
+from vpruner.prune.tune.store import ActivationStore
+from vpruner.prune.tune.weights import refit_weights, with_weights
 
 TUNED = [kind for kind in TUNINGS if kind != "none"]
 

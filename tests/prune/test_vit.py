@@ -8,10 +8,10 @@ from timm.layers import LayerNormFp32, RmsNorm
 from tiny_vits import KINDS, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpruner.errors import PlanError, UserError
-from vpruner.prune.cost import cost_ratio, dense_macs, gathered_macs, plan_macs
-from vpruner.prune.plan import TokenPlan
-from vpruner.prune.vit import FORMS, ViTAdapter, weights_sha256
+from vpruner.core.cost import cost_ratio, dense_macs, gathered_macs, plan_macs
+from vpruner.core.errors import PlanError, UserError
+from vpruner.core.plan import TokenPlan
+from vpruner.prune.backbones.vit import FORMS, ViTAdapter, weights_sha256
 
 TOLERANCE = 1e-10
 

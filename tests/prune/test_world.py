@@ -5,11 +5,11 @@ import pytest
 import torch
 from tiny_vits import calibration_for, half_plan, tiny
 
-from vpruner.prune import rearrange as module
-from vpruner.prune.cost import cost_ratio
-from vpruner.prune.rearrange import World, plans_around
-from vpruner.prune.tune import refit_weights, with_weights
-from vpruner.prune.vit import ViTAdapter, weights_sha256
+from vpruner.core.cost import cost_ratio
+from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
+from vpruner.prune.rearrange import search as module
+from vpruner.prune.rearrange.search import World, plans_around
+from vpruner.prune.tune.weights import refit_weights, with_weights
 
 
 def world_and_plans(kind="class token"):

@@ -14,9 +14,9 @@ import pytest
 from fake_cuda import Error
 from fake_tensorrt import RELEASES, install
 
-from vpruner.artifacts import file_sha256
-from vpruner.errors import UserError
-from vpruner.progress import Reporter
+from vpruner.core.errors import UserError
+from vpruner.core.files import file_sha256
+from vpruner.core.progress import Reporter
 from vpruner.runtime import build
 from vpruner.runtime.build import BuildOptions, PrecisionChoice, build_engine, choose_precision
 from vpruner.runtime.capabilities import Capabilities

@@ -14,7 +14,7 @@ import pytest
 from fake_cuda import FakeCuda
 from fake_tensorrt import NAMES, RELEASES, make_tensorrt, recorded
 
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
 from vpruner.runtime.capabilities import Capabilities, version_tuple
 
 

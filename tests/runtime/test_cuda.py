@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fake_cuda import Error, FakeCuda
 
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
 from vpruner.runtime import cuda
 
 

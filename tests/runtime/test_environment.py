@@ -7,7 +7,7 @@ import platform
 import sys
 from pathlib import Path
 
-from vpruner.runtime.environment import cpu_model_from_cpuinfo, environment, usable_cores
+from vpruner.core.environment import cpu_model_from_cpuinfo, environment, usable_cores
 
 X86 = """processor\t: 0
 vendor_id\t: AuthenticAMD
@@ -45,7 +45,7 @@ def test_cpu_model():
 
 
 def test_usable_cores_follow_a_container_quota(monkeypatch):
-    from vpruner.runtime import environment as module
+    from vpruner.core import environment as module
 
     for quota, cores in (("150000 100000", 1), ("50000 100000", 1), ("max 100000", 8), (None, 8)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)

@@ -8,11 +8,11 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from vpruner.artifacts import read_rows
-from vpruner.bundled import reference_card
-from vpruner.errors import UserError
-from vpruner.prune.cost import cost_ratio
-from vpruner.prune.plan import Geometry
+from vpruner.core.bundled import reference_card
+from vpruner.core.cost import cost_ratio
+from vpruner.core.errors import UserError
+from vpruner.core.plan import Geometry
+from vpruner.core.rows import read_rows
 
 DEIT_SMALL = Geometry(
     depth=12,

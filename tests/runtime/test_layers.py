@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from vpruner.errors import UserError
-from vpruner.prune.plan import Geometry
+from vpruner.core.errors import UserError
+from vpruner.core.metadata import ModelMetadata
+from vpruner.core.plan import Geometry
 from vpruner.runtime.layers import (
     BlockMap,
     BlockTimes,
@@ -17,7 +18,6 @@ from vpruner.runtime.layers import (
     parse_ort_profile,
     tokens_of,
 )
-from vpruner.runtime.metadata import ModelMetadata
 
 DEPTH = 3
 

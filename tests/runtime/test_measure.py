@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vpruner.errors import UserError
-from vpruner.runtime import measure as module
-from vpruner.runtime.measure import (
+from vpruner.core import timing as module
+from vpruner.core.errors import UserError
+from vpruner.core.timing import (
     MIN_ROUNDS,
     Latency,
     Ratio,
@@ -19,9 +19,9 @@ from vpruner.runtime.measure import (
     measure,
     median_interval,
     nearest_rank,
-    profile_onnx,
     random_images,
 )
+from vpruner.runtime.measure import profile_onnx
 
 
 class FakeTime:

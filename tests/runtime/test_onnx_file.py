@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
 from vpruner.runtime.onnx_file import GraphInput, read_onnx
 
 onnx = pytest.importorskip("onnx")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import vpruner.runtime
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
 from vpruner.runtime import Preprocessing
 from vpruner.runtime.ort import OrtSession, provider_name, short_provider
 
@@ -453,7 +453,7 @@ import pkgutil, importlib, vpruner.runtime
 for module in pkgutil.iter_modules(vpruner.runtime.__path__):
     importlib.import_module("vpruner.runtime." + module.name)
 import pathlib, tempfile
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
 with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
     try:
         vpruner.runtime.open(file.name)

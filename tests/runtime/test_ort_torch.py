@@ -37,7 +37,7 @@ def torch_logits(model, preprocessing, paths) -> np.ndarray:
 
 def export(model, path, name, preprocessing, classes=None, **options):
     from vpruner.export.dense import export_dense
-    from vpruner.prune.vit import ViTAdapter, weights_sha256
+    from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
 
     export_dense(
         model,

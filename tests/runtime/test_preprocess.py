@@ -9,15 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vpruner.errors import UserError
-from vpruner.runtime.preprocess import (
-    CROP_MODES,
-    INTERPOLATIONS,
-    Preprocessing,
-    load_image,
-    resolve_preprocessing,
-    to_rgb,
-)
+from vpruner.core.errors import UserError
+from vpruner.core.preprocess import CROP_MODES, INTERPOLATIONS, Preprocessing, load_image, resolve_preprocessing, to_rgb
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CARD = {

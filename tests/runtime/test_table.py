@@ -9,24 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latency_tables import ABOUT, make_table, stairs
 
-from vpruner.errors import UserError
-from vpruner.prune.cost import LatencyCost
-from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.core.cost import LatencyCost
+from vpruner.core.errors import UserError
+from vpruner.core.latency_table import LatencyTable
+from vpruner.core.plan import Geometry, TokenPlan
 from vpruner.prune.search import search_mask
-from vpruner.runtime import table as module
-from vpruner.runtime.table import (
-    Graphs,
-    LatencyTable,
-    Sample,
-    chain_blocks,
-    design,
-    fit_table,
-    held_out_plans,
-    key_grid,
-    measure_table,
-    monotone,
-    time_samples,
-)
+from vpruner.runtime.table import measure as module
+from vpruner.runtime.table.design import chain_blocks, design, held_out_plans, key_grid
+from vpruner.runtime.table.fit import fit_table, monotone
+from vpruner.runtime.table.graphs import Graphs, Sample
+from vpruner.runtime.table.measure import measure_table, time_samples
 
 
 def geometry(depth=6, grid=(6, 6), pooled=False, prefix=1, **changes) -> Geometry:
@@ -464,7 +456,7 @@ def test_a_staircase_is_measured_and_the_search_lands_on_its_edges(target):
 def test_engines_that_take_long_to_build_leave_time_for_fewer(monkeypatch):
     shape, moments = geometry(grid=(14, 14)), iter(np.arange(10**6) * 3.0)
     monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(moments)))
-    monkeypatch.setattr("vpruner.runtime.measure.MOST_SETTLING_RUNS", 0)  # Of graphs that fill no caches.
+    monkeypatch.setattr("vpruner.core.timing.MOST_SETTLING_RUNS", 0)  # Of graphs that fill no caches.
     # Opening the dense model takes 3 s by this clock, whatever is measured takes nothing.
     graphs = Stairs(shape)
     lengths = [len(measure_table(graphs, "m", shape, seconds=seconds).keys) for seconds in (1e5, 30.0)]

@@ -12,7 +12,7 @@ from fake_tensorrt import RELEASES
 from PIL import Image
 
 import vpruner.runtime
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
 from vpruner.runtime import cuda
 from vpruner.runtime.build import BuildOptions, build_engine
 from vpruner.runtime.ort import OrtSession

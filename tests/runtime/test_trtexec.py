@@ -6,7 +6,7 @@ import shlex
 import numpy as np
 import pytest
 
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
 from vpruner.runtime.sidecar import EngineRecord
 from vpruner.runtime.trtexec import RELEASES, parse_times, rows_from_trtexec, trtexec_commands
 

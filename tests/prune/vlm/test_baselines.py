@@ -6,10 +6,10 @@ import torch
 from click import BadParameter
 from tiny_vlms import PATCHES, prompts, shared_vlm, tiny_vlm
 
-from vpruner import cli
-from vpruner.errors import UserError
-from vpruner.progress import Reporter
-from vpruner.prune.plan import Geometry, TokenPlan
+from vpruner.cli import main as cli
+from vpruner.core.errors import UserError
+from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.core.progress import Reporter
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 

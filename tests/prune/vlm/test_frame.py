@@ -8,7 +8,7 @@ pytest.importorskip("transformers", reason="the vlm extra brings transformers")
 from masked_vlms import masked, positions_of
 from tiny_vlms import IMAGE, PATCHES, prompts, shared_vlm, tiny_vlm
 
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
 from vpruner.prune.vlm import OUTPUT, pruned, saint
 
 NEW = 8

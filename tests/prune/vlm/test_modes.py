@@ -8,7 +8,7 @@ pytest.importorskip("transformers", reason="the vlm extra brings transformers")
 from tiny_vlms import PATCHES, prompts, shared_vlm
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
 from vpruner.prune.vlm import (
     choose_encoder_keep,
     default_blocks,

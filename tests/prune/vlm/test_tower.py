@@ -8,9 +8,9 @@ import torch
 from commands import call, fails
 from PIL import Image
 
-from vpruner.errors import UserError
+from vpruner.core.errors import UserError
+from vpruner.core.plan import TokenPlan
 from vpruner.prune.models import open_model
-from vpruner.prune.plan import TokenPlan
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

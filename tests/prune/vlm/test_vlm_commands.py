@@ -12,10 +12,10 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from tiny_vlms import PATCHES, TEXT, shared_vlm, tiny_vlm
 from vlm_folders import answered, save_vlm, write_questions
 
-from vpruner.artifacts import read_rows
-from vpruner.errors import UserError
-from vpruner.progress import Reporter
-from vpruner.prune.evaluate import paired_difference, proportion
+from vpruner.core.errors import UserError
+from vpruner.core.progress import Reporter
+from vpruner.core.rows import read_rows
+from vpruner.core.statistics import paired_difference, proportion
 from vpruner.prune.vlm import evaluate as evaluation
 from vpruner.prune.vlm import profile as profiling
 from vpruner.prune.vlm.baselines import Pruning

@@ -1,0 +1,5 @@
+"""``python -m vpruner``: the command."""
+
+from .cli import main
+
+main()

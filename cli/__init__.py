@@ -1,0 +1,5 @@
+"""The ``vpruner`` command."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,1979 @@
+"""The ``vpruner`` command: a thin layer over the library; heavy packages load only when a command needs them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..core.errors import ParityError, UserError
+from ..core.extras import missing_extra
+from ..core.text import counted
+
+
+class _Reported(click.ClickException):
+    """A user's mistake: one line, exit code 2."""
+
+    exit_code = 2
+
+
+class Commands(click.Group):
+    """Turns the library's errors into one line on stderr. ``VPRUNER_DEBUG=1`` shows the traceback instead."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with _terminated_cleanly():
+                return super().invoke(ctx)
+        except UserError as error:
+            if os.environ.get("VPRUNER_DEBUG"):
+                raise
+            raise _Reported(" ".join(str(error).split())) from None
+        except ParityError as error:
+            if os.environ.get("VPRUNER_DEBUG"):
+                raise
+            failure = click.ClickException(
+                f"{error}. Nothing was written. This is a defect of vpruner, not of your input: please report it with "
+                "the model's name and the versions of torch, timm and onnxruntime"
+            )
+            raise failure from None
+        except ImportError as error:
+            missing = missing_extra(error)
+            if missing is None or os.environ.get("VPRUNER_DEBUG"):
+                raise
+            raise _Reported(str(missing)) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if os.environ.get("VPRUNER_DEBUG"):
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise _Reported(f"{where}{error.strerror or error}") from None
+
+
+@contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind like Ctrl-C does, so that scratch folders go; restored on the way out."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        names = []  # Only the main thread may set handlers.
+    before = {
+        name: signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number)) for name in names
+    }
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+class _Seconds(click.FloatRange):
+    """A finite time; FloatRange alone lets NaN through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a time in seconds", param, ctx)
+        return number
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="vpruner")
+def main() -> None:
+    """Learn which tokens a Vision Transformer can do without, fold that into a static ONNX graph, and measure the gain.
+
+    \b
+    The whole job on the bundled model and images:
+      vpruner run --target 0.65 -o runs/demo
+    On your own:
+      vpruner run deit_small_patch16_224 --weights deit_small.safetensors --data images/ --target 0.65
+    """
+
+
+# -- options that several commands share ------------------------------------------------------------------------------
+
+
+def _options(*decorators: Callable) -> Callable:
+    def decorate(command: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+def _key_values(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """``("img_size=384", "qk_norm=true")`` -> {"img_size": 384, "qk_norm": True}; values are JSON where they parse."""
+    result = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        if not equals or not key.isidentifier():
+            raise click.BadParameter(f"{value!r} is not key=value, as in --model-arg img_size=384")
+        try:
+            result[key] = json.loads(text)
+        except ValueError:
+            result[key] = text
+    return result
+
+
+model_options = _options(
+    click.argument("model", required=False),
+    click.option("--pretrained", is_flag=True, help="Let timm download the weights of MODEL."),
+    click.option(
+        "--weights",
+        metavar="FILE",
+        help="Weights of MODEL: .safetensors, .pth, .pt or .bin; a card's or the reference's own are then not read.",
+    ),
+    click.option(
+        "--model-arg",
+        "model_args",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=_key_values,
+        help="Argument for the model, such as img_size=384; may be repeated.",
+    ),
+)
+calibration_options = _options(
+    click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...)."),
+    click.option(
+        "--images", default=4096, show_default=True, type=click.IntRange(1), help="Calibration images to use, at most."
+    ),
+    click.option(
+        "--loss",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "labels", "self", "features"]),
+        help="What the gradients are of: labels, the model's own distribution, or its features.",
+    ),
+    click.option(
+        "--rounds",
+        type=click.IntRange(1),
+        help="Rounds of scoring and searching; by default up to 8, 1 is plain Fisher.",
+    ),
+    click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0, 2**63 - 1),
+        help="Of the choice of images and random directions.",
+    ),
+    click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
+)
+
+
+class _PerChannel(click.ParamType):
+    """Three numbers, or one for all channels: ``0.485,0.456,0.406`` -> (0.485, 0.456, 0.406), ``0.5`` -> three."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
+            self.fail(f"{value!r} is not one number, or three with commas between them", param, ctx)
+        return numbers * 3 if len(numbers) == 1 else numbers
+
+
+def _gathered_preprocessing(command: Callable) -> Callable:
+    """Hand the options of :data:`preprocessing_options` on as one mapping, ``preprocessing``, of those given."""
+
+    @functools.wraps(command)
+    def gathering(*arguments: Any, **options: Any) -> Any:
+        found = {name: options.pop(name) for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+        given = {name: value for name, value in found.items() if value is not None}
+        return command(*arguments, preprocessing=given, **options)
+
+    return gathering
+
+
+#: How images become the input of an ONNX file that does not say it. The command gets one argument ``preprocessing``,
+#: which :func:`vpruner.core.preprocess.resolve_preprocessing` takes.
+preprocessing_options = _options(
+    click.option(
+        "--mean",
+        metavar="R,G,B",
+        type=_PerChannel(),
+        help="Of pixels between 0 and 1, subtracted from them; for ONNX files that do not say how images are prepared.",
+    ),
+    click.option("--std", metavar="R,G,B", type=_PerChannel(), help="Divided by after that."),
+    click.option(
+        "--interpolation",
+        type=click.Choice(["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]),
+        help="Of resizing  [default: the file's, or bicubic]",
+    ),
+    click.option(
+        "--crop-pct", type=float, help="Share of the resized image that the crop keeps  [default: the file's, or 1]"
+    ),
+    click.option(
+        "--crop-mode",
+        type=click.Choice(["center", "squash", "border"]),
+        help="Crop the middle, squash to the size, or fill up  [default: the file's, or center]",
+    ),
+    _gathered_preprocessing,
+)
+eval_data_option = click.option(
+    "--eval-data", metavar="PATH", help="Images to report on; none of them is used to prune."
+)
+eval_images_option = click.option(
+    "--eval-images", default=2000, show_default=True, type=click.IntRange(1), help="Images to report on, at most."
+)
+target_option = _options(
+    click.option(
+        "--target", default=0.65, show_default=True, type=float, help="Budget as a fraction of the dense model's cost."
+    ),
+    click.option(
+        "--cost",
+        default="macs",
+        show_default=True,
+        metavar="macs|latency:TABLE.json",
+        help="What the budget is of: MACs, or milliseconds by a table that vpruner table measured.",
+    ),
+)
+#: What ``--rearrange`` and ``--tune`` take, and the defaults of the settings: written here because the modules that
+#: know them load PyTorch, and help must not. A test compares them.
+REARRANGEMENTS = ("ppo", "greedy", "none")
+TUNINGS = ("weights", "gates", "gates-distill", "none")
+SELECTIONS = ("static", "content")
+EPISODES, EPISODES_UNTUNED, TIME_LIMIT = 384, 640, 600.0
+stage_options = _options(
+    click.option(
+        "--rearrange",
+        default="ppo",
+        show_default=True,
+        type=click.Choice(REARRANGEMENTS),
+        help="Move tokens within the budget: by reinforcement learning, by greedy swaps, or not.",
+    ),
+    click.option(
+        "--tune",
+        default="weights",
+        show_default=True,
+        type=click.Choice(TUNINGS),
+        help="What to refit to the tokens that are left: weights are free at run time, gates are not.",
+    ),
+    click.option(
+        "--select",
+        default="static",
+        show_default=True,
+        type=click.Choice(SELECTIONS),
+        help="Keep the same patches of every image, or as many of each, chosen by similarity.",
+    ),
+    click.option(
+        "--episodes",
+        show_default=f"{EPISODES} with --tune weights, else {EPISODES_UNTUNED}",
+        type=click.IntRange(1),
+        help="Episodes of --rearrange ppo, each of which tries a plan, at most; Ctrl-C ends it early with the best one "
+        "so far.",
+    ),
+    click.option(
+        "--time-limit",
+        default=TIME_LIMIT,
+        show_default=True,
+        metavar="SECONDS",
+        type=_Seconds(0.1),
+        help="Time for the episodes of --rearrange ppo: no batch of 16 begins that would outlast it, after the first.",
+    ),
+    click.option(
+        "--checkpoint",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Save the state of --rearrange ppo there, and go on from it where it exists.",
+    ),
+)
+#: The names in :mod:`vpruner.export.targets`, in its order. A test compares them.
+CHECK_TARGETS = ("ort-cpu", "ort-cuda", "trt10", "trt11", "trt8.5", "openvino", "generic")
+#: The names in :mod:`vpruner.export.precision`. A test compares them.
+PRECISIONS = ("fp16", "bf16", "int8", "int8-dynamic")
+INT8_IMAGES = 128
+
+
+def _precisions(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """``("fp16,int8", "bf16")`` -> ("fp16", "int8", "bf16"); fp32 is always written, and named twice is named once."""
+    names = [name.strip() for value in values for name in value.split(",")]
+    unknown = [name for name in names if name not in ("fp32", *PRECISIONS)]
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r} is not one of fp32, {', '.join(PRECISIONS)}")
+    return tuple(dict.fromkeys(name for name in names if name != "fp32"))
+
+
+io_option = click.option(
+    "--io",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "same"]),
+    help="fp16 and bf16: inputs and outputs stay float32, or change too.",
+)
+precision_options = _options(
+    click.option(
+        "--precision",
+        "precisions",
+        multiple=True,
+        metavar="NAME[,NAME...]",
+        callback=_precisions,
+        help="Write the file in these precisions too: fp16, bf16, int8 (static, calibrated on images), int8-dynamic "
+        "(for CPUs); may be repeated  [default: fp32 alone]",
+    ),
+    io_option,
+)
+int8_images_option = click.option(
+    "--images",
+    default=INT8_IMAGES,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Calibration images to use, at most.",
+)
+deploy_option = click.option(
+    "--for",
+    "deploy_for",
+    type=click.Choice(CHECK_TARGETS),
+    help="Write the graph in the form that this runtime takes: opset, operators, fusion.",
+)
+export_options = _options(
+    deploy_option,
+    click.option(
+        "--opset", type=click.IntRange(16, 23), help="ONNX opset  [default: 20, with --for the newest it takes]"
+    ),
+    click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open."),
+    click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Batch size of the graph."),
+)
+#: The short names in :mod:`vpruner.runtime.ort`, in its order. A test compares them.
+PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino", "coreml", "directml")
+runtime_options = _options(
+    click.option(
+        "--provider",
+        default="cpu",
+        show_default=True,
+        metavar="NAME",
+        help=f"onnxruntime provider: {', '.join(PROVIDERS)}, or onnxruntime's own name of one.",
+    ),
+    click.option("--threads", type=click.IntRange(1), help="Threads; by default all cores."),
+)
+trust_option = click.option(
+    "--trust",
+    is_flag=True,
+    help="Engines: load one whatever lies beside it. An engine can carry code; trust only what you built.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+
+
+def _session_options(model: Path, provider: str, threads: int | None, trust: bool) -> dict[str, Any]:
+    """What the options of the command line are for the session that opens ``model``; it refuses those of the other."""
+    from ..runtime.session import ENGINE_SUFFIXES
+
+    if model.suffix.lower() in ENGINE_SUFFIXES:
+        given = {"providers": [provider] if provider != "cpu" else None, "threads": threads}
+        return {"trust": trust, **{name: value for name, value in given.items() if value is not None}}
+    return {"providers": [provider], "threads": threads, **({"trust": True} if trust else {})}
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+def _emit_rows(rows: list[dict[str, Any]], results: Path | None, as_json: bool) -> bool:
+    """Append rows to a results.jsonl if one is named; print them if JSON is wanted, and say whether that was done."""
+    from ..core.rows import append_rows
+
+    if results:
+        append_rows(results, rows)
+    if as_json:
+        _print_json(rows)
+    return as_json
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """One aligned table on stdout; the first column reads, the others are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for position, name in enumerate(columns):
+        table.add_column(name, justify="left" if position == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # A cell that is cut off is worse than a long line, so the table takes the width it needs.
+    console = Console(highlight=False)
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    Console(highlight=False, width=max(console.width, needed)).print(table)
+
+
+def _format_estimate(row: dict[str, Any]) -> str:
+    if row["low"] is None:
+        row = {**row, "low": math.nan, "high": math.nan}  # One image has no interval.
+    if row["metric"] in ("top1", "agreement", "top1_difference", "accuracy", "accuracy_difference"):
+        difference = row["metric"].endswith("_difference")
+        signed = "+.2f" if difference else ".2f"
+        unit = " pp" if difference else " %"
+        value, low, high = (format(100 * row[key], signed) for key in ("value", "low", "high"))
+        return f"{value}{unit} [{low}, {high}]"
+    return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+
+
+METRIC_NAMES = {
+    "top1": "top-1",
+    "top1_difference": "top-1, paired difference",
+    "agreement": "same class as dense",
+    "kl": "KL to dense (nats)",
+    "cosine": "cosine to dense features",
+}
+
+
+# -- run --------------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@model_options
+@calibration_options
+@eval_data_option
+@eval_images_option
+@target_option
+@stage_options
+@export_options
+@precision_options
+@click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement."
+)
+@click.option("--seconds", default=10.0, show_default=True, type=_Seconds(0.1), help="Time to measure latency for.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write  [default: runs/MODEL]")
+@click.option("--force", is_flag=True, help="Replace an earlier run in that folder.")
+@json_option
+@quiet_option
+@preprocessing_options
+def run(model, pretrained, weights, model_args, output, force, as_json, quiet, **options) -> None:
+    """Prune, export, prove and measure: everything, in one folder.
+
+    MODEL is a timm name (with --weights or --pretrained), a model card (.json), an ONNX file of any exporter, the
+    folder of a transformers vision tower or LLaVA, or nothing for the bundled reference. The folder that is written
+    holds plan.json, dense.onnx, pruned.onnx, results.jsonl and report.html when all of it has succeeded, and
+    model.safetensors (or tuned.onnx) where tuning changed weights.
+
+    \b
+    Example:
+      vpruner run --target 0.65 -o runs/demo
+      vpruner run vit_base_patch16_224 --pretrained --data train/ --eval-data val/ --target 0.5 -o runs/vit_base
+    """
+    from ..core.progress import Reporter
+    from ..pipeline.options import RunOptions
+    from ..pipeline.run import run as run_pipeline
+
+    output = output or Path("runs") / (Path(model).stem if model else "reference")
+    everything = RunOptions(
+        model=model,
+        pretrained=pretrained,
+        weights=weights,
+        model_args=model_args,
+        command=shlex.join(["vpruner", *sys.argv[1:]]),
+        **options,
+    )
+    result = run_pipeline(everything, output, Reporter(quiet=quiet), force=force)
+    if as_json:
+        _print_json(result)
+        sys.exit(1 if result["left_out"] else 0)
+    _print_run(result["rows"])
+    deployment = next(row for row in result["rows"] if row["kind"] == "run")["deployment"]
+    if deployment:
+        click.echo(deployment["summary"])
+    for path in result["files"].values():
+        click.echo(path)
+    if result["left_out"]:
+        sys.exit(1)
+
+
+def _print_run(rows: list[dict[str, Any]]) -> None:
+    run_row = next(row for row in rows if row["kind"] == "run")
+    cost = {row["label"]: row for row in rows if row["kind"] == "cost"}
+    accuracy = {(row["label"], row["metric"]): row for row in rows if row["kind"] == "accuracy"}
+    latency = {row["label"]: row for row in rows if row["kind"] == "latency"}
+    dense, pruned = cost["dense"], cost["pruned"]
+    stages = [row for row in rows if row["kind"] == "stage"]
+    if stages:
+        quality = [metric for metric in ("top1", "kl", "cosine") if ("pruned", metric) in accuracy]
+        _table(
+            "what each stage made of it, on the same images",
+            ["stage", *(METRIC_NAMES[metric] for metric in quality), "seconds", ""],
+            [
+                [
+                    _stage_name(stage),
+                    *(
+                        _format_estimate(accuracy[stage["label"], metric])
+                        if stage["kept"] and (stage["label"], metric) in accuracy
+                        else ""
+                        for metric in quality
+                    ),
+                    f"{stage['seconds']:.1f}",
+                    _stage_outcome(stage),
+                ]
+                for stage in stages
+            ],
+        )
+    table = []
+    for metric, title in METRIC_NAMES.items():
+        both = [accuracy.get((label, metric)) for label in ("dense", "pruned")]
+        if any(both):
+            count = next(row for row in both if row)["count"]
+            title = f"{title}, {counted(count, 'image')}"
+            table.append([title, *(_format_estimate(row) if row else "" for row in both), ""])
+    table.append(["MACs", _short(dense["macs"]), _short(pruned["macs"]), f"{pruned['ratio']:.3f}"])
+    table.append(["parameters", _short(dense["parameters"]), _short(pruned["parameters"]), "1.000"])
+    one, other = latency["dense"], latency["pruned"]
+    threads = "1 thread" if one["threads"] == 1 else f"{one['threads'] or 'default'} threads"
+    table.append(
+        [
+            f"ORT {one['provider']} p50, batch {one['batch']}, {threads}",
+            f"{one['p50_ms']:.2f} ms",
+            f"{other['p50_ms']:.2f} ms",
+            f"{other['ratio']:.3f} [{other['ratio_low']:.3f}, {other['ratio_high']:.3f}]",
+        ]
+    )
+    others = {row["kind"]: row for row in rows}
+    if row := others.get("prediction"):
+        title = f"predicted by the table (ratio {100 * row['error_ratio']:+.1f} %)"
+        values = (f"{row[name]:.2f} ms" for name in ("predicted_dense_ms", "predicted_ms"))
+        table.append([title, *values, f"{row['predicted_ratio']:.3f}"])
+    if row := others.get("gates"):
+        title = f"gate constants: {row['ungated_p50_ms']:.2f} ms without them"
+        table.append([title, "", f"{row['p50_ms']:.2f} ms", f"{row['ratio']:.3f}"])
+    of = "milliseconds" if run_row["target_kind"] == "latency" else "MACs"
+    _table(f"{run_row['model']} at {run_row['target']:g} of its {of}", ["", "dense", "pruned", "ratio"], table)
+    _print_precisions([row for row in rows if row["kind"] == "precision" and row["failure"] is None], rows)
+
+
+def _print_precisions(precisions: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    """Each precision beside the float32 pruned graph, and under the table what its latency does not say."""
+    if not precisions:
+        return
+    size = next(row["file_bytes"] for row in rows if row["kind"] == "cost" and row["label"] == "pruned")
+    latency = next(row["p50_ms"] for row in rows if row["kind"] == "latency" and row["label"] == "pruned")
+    top1 = next(
+        (row for row in rows if row["kind"] == "accuracy" and (row["label"], row["metric"]) == ("pruned", "top1")), None
+    )
+    shown = ["top1", "top1_difference"] if top1 else []
+    table = [
+        ["fp32", *([_format_estimate(top1), ""] if top1 else []), "", "", f"{size / 1e6:.2f}", f"{latency:.2f}", ""]
+    ]
+    for row in precisions:
+        estimates = [row["top1_converted"], row["top1_difference"]] if top1 else []
+        table.append(
+            [
+                row["precision"] + (" *" if row["latency_note"] else ""),
+                *(_format_estimate(estimate) for estimate in estimates),
+                _format_estimate(row["top1_agreement"]) if row["top1_agreement"] else "",
+                f"{row['max_relative_error']:.1e}",
+                f"{row['file_bytes'] / 1e6:.2f}",
+                *((f"{row['p50_ms']:.2f}", f"{row['ratio']:.3f}") if "ratio" in row else ("", "")),
+            ]
+        )
+    _table(
+        f"precisions of pruned.onnx, against fp32, on {counted(precisions[0]['images'], 'image')}",
+        ["", *(METRIC_NAMES[name] for name in shown), "same class", "largest error", "MB", "p50 ms", "ratio"],
+        table,
+    )
+    for row in precisions:
+        if row["latency_note"]:
+            click.echo(f"* {row['precision']}: {row['latency_note']}")
+
+
+def _stage_name(stage: dict[str, Any]) -> str:
+    return f"{stage['stage']} ({stage['method']})"
+
+
+def _stage_outcome(stage: dict[str, Any]) -> str:
+    return "kept" if stage["kept"] else "nothing to drop" if stage["stage"] == "search" else "undone"
+
+
+def _short(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@model_options
+@calibration_options
+@target_option
+@stage_options
+@click.option(
+    "--output", "-o", default="plan.json", show_default=True, type=click.Path(path_type=Path), help="Plan to write."
+)
+@json_option
+@quiet_option
+@preprocessing_options
+def prune(
+    model,
+    pretrained,
+    weights,
+    model_args,
+    output,
+    target,
+    cost,
+    data,
+    images,
+    loss,
+    rounds,
+    seed,
+    strict,
+    rearrange,
+    tune,
+    select,
+    episodes,
+    time_limit,
+    checkpoint,
+    preprocessing,
+    as_json,
+    quiet,
+) -> None:
+    """Learn a token plan: which patch tokens enter each block. Search, rearrangement and tuning, in a row.
+
+    MODEL is whatever run takes. Where tuning changes weights, the model with them is written beside the plan:
+    plan.safetensors for plan.json, or for an ONNX file plan.tuned.onnx, the same graph with those weights.
+
+    \b
+    Example:
+      vpruner prune --target 0.65 -o plan.json
+      vpruner prune deit_small_patch16_224 --weights deit_small.pth --data images/ -o plan.json
+      vpruner prune model.onnx --data images/ --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 -o plan.json
+    """
+    from ..core.progress import Reporter
+    from ..pipeline.folders import check_checkpoint, check_output
+    from ..pipeline.inputs import one_set, open_cost, open_prunable
+    from ..pipeline.learned import check_select, check_tuned_output, rearrange_settings, replace_learned, tuned_beside
+    from ..prune.learn import learn
+
+    reporter = Reporter(quiet=quiet)
+    check_output(output, ".json", model, weights)
+    tuned = tuned_beside(output, model)
+    check_select(select, tune, model)
+    check_checkpoint(checkpoint, rearrange, model, weights, output, tuned)
+    if tune == "weights":
+        check_output(tuned, tuned.suffix, model, weights)
+        check_tuned_output(tuned)
+    loaded = open_prunable(
+        model,
+        pretrained=pretrained,
+        weights=weights,
+        model_args=model_args,
+        preprocessing=preprocessing,
+        loss=loss,
+        reporter=reporter,
+        softmax=True,
+    )
+    cost = open_cost(cost, loaded.name, loaded.adapter.geometry, reporter)
+    calibration = one_set(
+        loaded.classes, loaded.adapter.geometry, data, images, "calibration", reporter, seed=seed, strict=strict
+    )
+    learned = learn(
+        loaded,
+        calibration,
+        target=target,
+        cost=cost,
+        loss=loss,
+        rounds=rounds,
+        rearrangement=rearrange,
+        tuning=tune,
+        selection=select,
+        settings=rearrange_settings(tune, episodes, time_limit),
+        checkpoint=checkpoint,
+        seed=seed,
+        reporter=reporter,
+    )
+    plan = replace_learned(loaded, learned, output, tuned, (model, weights, checkpoint), reporter)
+    if as_json:
+        _print_json({"plan": str(output), "weights": str(tuned) if learned.weights else None, **plan.to_json()})
+        return
+    _print_stages([stage.to_json() for stage in learned.stages])
+    _print_plan(learned.plan)
+    for path in [output, tuned] if learned.weights else [output]:
+        click.echo(path)
+    if loaded.graph is not None:
+        graph = tuned if learned.weights else model
+        command = ["vpruner", "fold", str(graph), "--plan", str(output), "-o", "pruned.onnx"]
+        reporter.remark(f"next: {shlex.join(command)}")
+
+
+def _print_stages(stages: list[dict[str, Any]]) -> None:
+    rows = []
+    for stage in stages:
+        judged = stage["held_out"]
+        values = ["", "", ""]
+        if judged is not None:
+            values = [f"{judged['before']:.4f}", f"{judged['after']:.4f}", str(judged["images"])]
+        rows.append([_stage_name(stage), *values, f"{stage['seconds']:.1f}", _stage_outcome(stage)])
+    _table(
+        "divergence from the dense model, on held-out calibration images",
+        ["stage", "before", "after", "images", "seconds", ""],
+        rows,
+    )
+
+
+def _print_plan(plan) -> None:
+    from ..core.cost import cost_ratio, dense_macs, plan_macs
+
+    macs, dense = plan_macs(plan), dense_macs(plan.geometry)
+    costs = f"{_short(macs)} of {_short(dense)} MACs ({cost_ratio(plan):.4f})"
+    cost = plan.provenance.get("cost")
+    if isinstance(cost, dict) and cost.get("kind") == "latency":
+        table, whole = (cost.get(name) for name in ("plan", "dense"))
+        # A plan is a file of the user's: what stands beside kept may be anything.
+        if isinstance(table, float) and isinstance(whole, float) and whole > 0:
+            costs = f"{table:.3f} of {whole:.3f} ms by the latency table ({table / whole:.4f}), {costs}"
+    _table(
+        f"{plan.model}: {costs}",
+        ["block", "patches", "tokens in (keys)", "tokens out (queries)"],
+        [
+            [str(block), f"{len(kept)} of {plan.geometry.patches}", str(keys), str(queries)]
+            for block, (kept, keys, queries) in enumerate(
+                zip(plan.kept, plan.key_counts, plan.query_counts, strict=True)
+            )
+        ],
+    )
+
+
+@main.command()
+@model_options
+@click.option("--plan", "plan_path", metavar="FILE", help="Export the model pruned by this plan, parity checked.")
+@click.option("--tokens", is_flag=True, help="Tower of a LLaVA: return its tokens, not the mean that plans preserve.")
+@click.option(
+    "--method",
+    metavar="NAME",
+    help="Export the model with this method, calibrated here: saint-frozen, tome, evit or another of vpruner compare "
+    "with fixed counts.",
+)
+@click.option("--target", type=float, help="--method: budget as a fraction of the dense MACs  [default: 0.65]")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="--method: of the choice of images  [default: 0]")
+@export_options
+@precision_options
+@click.option("--data", metavar="PATH", help="--method and int8: calibration images, a folder or .tar.")
+@click.option(
+    "--images", type=click.IntRange(1), help="Calibration images to use, at most  [default: int8 128, --method 512]"
+)
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), help="File to write  [default: dense.onnx, or pruned.onnx]"
+)
+@json_option
+@quiet_option
+def export(
+    model, pretrained, weights, model_args, plan_path, tokens, method, target, seed, output, as_json, quiet, **options
+) -> None:
+    """Export a model to ONNX, whole or pruned, and check that the file computes the same.
+
+    \b
+    Example:
+      vpruner export deit_small_patch16_224 --weights deit_small.pth -o dense.onnx
+      vpruner export --plan plan.json -o pruned.onnx
+      vpruner export --plan plan.json --for trt8.5 -o pruned.onnx
+      vpruner export --plan plan.json --precision fp16,int8 --data train/ -o pruned.onnx
+      vpruner export --method saint-frozen --data train/ --target 0.65 -o pruned.onnx
+    """
+    from ..core.content_plan import load_plan
+    from ..core.progress import Reporter
+    from ..pipeline.export import export_with_precisions
+    from ..pipeline.folders import check_output
+    from ..prune.models import open_model
+
+    if plan_path and method:
+        raise UserError("--plan and --method both say which tokens leave", "give one of them")
+    if tokens and (method or options["precisions"]):
+        raise UserError("--tokens goes with neither --method nor --precision", "leave it out")
+    given = {name: value for name, value in {"target": target, "seed": seed}.items() if value is not None}
+    if method is not None:
+        options.update(method=method, **given)
+    elif given:
+        raise UserError(f"--{min(given)} goes with --method", "add --method saint-frozen, or leave it out")
+    output = output or Path("pruned.onnx" if plan_path or method else "dense.onnx")
+    check_output(output, ".onnx", model, weights, plan_path)
+    plan = load_plan(plan_path) if plan_path else None
+    loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
+    if method is None:
+        options.update(plan=plan, plan_path=plan_path, tokens=tokens)
+    rungs, deployed, conversions = export_with_precisions(loaded, output, reporter=Reporter(quiet=quiet), **options)
+    more = [{**done.to_json(), "compared_on": what, "agreement": cost.to_json()} for done, cost, what in conversions]
+    _print_rungs(rungs, output, as_json, deployed, precisions=more)
+    if not as_json:
+        for done, _, _ in conversions:
+            click.echo(done.path)
+
+
+def _print_rungs(rungs, output: Path, as_json: bool, deployed, **more: Any) -> None:
+    from ..pipeline.results import parity_row
+
+    if as_json:
+        if deployed is not None:
+            more["deployment"] = deployed.to_json()
+        _print_json({"file": str(output), "parity": [parity_row(rung) for rung in rungs], **more})
+        return
+    _table(
+        "parity",
+        ["rung", "difference", "tolerance", "images"],
+        [
+            [
+                r.name,
+                f"{r.difference:.1e}",
+                f"{r.tolerance:.0e}",
+                f"{r.compared}, {r.near_ties} near-ties" if r.near_ties else str(r.compared),
+            ]
+            for r in rungs
+        ],
+    )
+    if deployed is not None:
+        click.echo(deployed.summary)
+    click.echo(output)
+
+
+@main.command()
+@click.argument("dense", type=click.Path(path_type=Path))
+@click.option("--plan", "plan_path", metavar="FILE", help="The token plan to fold in.")
+@click.option("--identity", is_flag=True, help="Drop no token, only what nothing reads: exact, and free.")
+@deploy_option
+@click.option(
+    "--output", "-o", default="pruned.onnx", show_default=True, type=click.Path(path_type=Path), help="File to write."
+)
+@json_option
+@quiet_option
+def fold(dense, plan_path, identity, deploy_for, output, as_json, quiet) -> None:
+    """Fold a token plan into the dense ONNX graph of a Vision Transformer; needs no PyTorch.
+
+    The graph is one that vpruner export wrote, or one of another exporter that vpruner inspect understands.
+
+    \b
+    Example:
+      vpruner fold dense.onnx --plan plan.json -o pruned.onnx
+      vpruner fold dense.onnx --identity -o lean.onnx
+      vpruner fold dense.onnx --plan plan.json --for trt10 -o pruned.onnx
+    """
+    from ..core.plan import TokenPlan
+    from ..core.progress import Reporter
+    from ..pipeline.fold import fold_checked
+    from ..pipeline.folders import check_output
+
+    if bool(plan_path) == identity:
+        raise UserError("fold takes one of --plan FILE and --identity", "make a plan with: vpruner prune MODEL")
+    check_output(output, ".onnx", dense, plan_path)
+    plan = TokenPlan.load(plan_path) if plan_path else None
+    record, rungs, deployed = fold_checked(
+        dense, plan, output, Reporter(quiet=quiet), deploy_for=deploy_for, plan_path=plan_path
+    )
+    _print_rungs(rungs, output, as_json, deployed, modified=record.modified)
+
+
+@main.command()
+@model_options
+@click.option(
+    "--plan", "plan_path", metavar="FILE", help="With a PyTorch model: compare it with itself pruned by this plan."
+)
+@click.option("--against", metavar="DENSE.ONNX", help="With an ONNX file: the file to compare it with.")
+@preprocessing_options
+@eval_data_option
+@eval_images_option
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the choice of images."
+)
+@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl.")
+@json_option
+@quiet_option
+def evaluate(as_json, quiet, results, **options) -> None:
+    """Accuracy of a pruned model and what it lost, with paired 95 % intervals.
+
+    MODEL is an ONNX file, or whatever prune takes together with --plan. Models without classes are compared by the
+    cosine of their features.
+
+    \b
+    Example:
+      vpruner evaluate runs/demo/pruned.onnx --against runs/demo/dense.onnx
+      vpruner evaluate deit_small_patch16_224 --weights deit_small.pth --plan plan.json --eval-data val/
+    """
+    from ..core.progress import Reporter
+    from ..pipeline.evaluate import evaluate
+    from ..pipeline.folders import check_output
+
+    if results:
+        check_output(results, ".jsonl")
+    rows = evaluate(reporter=Reporter(quiet=quiet), **options)
+    if _emit_rows(rows, results, as_json):
+        return
+    _table(
+        counted(rows[0]["count"], "image"),
+        ["model", "metric", "value [95 %]"],
+        [[row["label"], METRIC_NAMES[row["metric"]], _format_estimate(row)] for row in rows],
+    )
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--against", metavar="DENSE", type=click.Path(path_type=Path), help="Baseline, measured in turns with MODEL."
+)
+@click.option(
+    "--batch-size",
+    "batches",
+    multiple=True,
+    default=[1],
+    show_default=True,
+    type=click.IntRange(1),
+    help="Images per run; may be repeated.",
+)
+@runtime_options
+@click.option(
+    "--cuda-graph/--no-cuda-graph",
+    default=None,
+    help="Launch a run as a whole, or kernel by kernel  [default: both, where a graph can be recorded]",
+)
+@click.option("--layers", is_flag=True, help="Milliseconds of each block, from the times of single layers.")
+@click.option("--power", is_flag=True, help="Power, clocks, temperature and throttling during steady work.")
+@click.option("--trust", is_flag=True, help="Load an engine without a record beside it; engines can carry code.")
+@click.option("--seconds", default=10.0, show_default=True, type=_Seconds(0.1), help="Time for each batch size.")
+@click.option(
+    "--print-trtexec", is_flag=True, help="Measure nothing: print the commands for a device that has no Python."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+    help="With --print-trtexec: of the engine  [default: the file's]",
+)
+@click.option(
+    "--from-trtexec",
+    nargs=3,
+    metavar="TIMES PROFILE LAYERS",
+    help="Measure nothing: read what those commands wrote (JSON files; - for one that there is not).",
+)
+@click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl.")
+@json_option
+@quiet_option
+def profile(
+    model, against, batches, power, results, as_json, quiet, print_trtexec, precision, from_trtexec, **options
+) -> None:
+    """Latency of an ONNX file in onnxruntime or of a TensorRT engine, and its ratio to a baseline.
+
+    Both are measured in turns. Of an engine: GPU time, the time with copies, throughput, with a CUDA graph and without.
+
+    \b
+    Example:
+      vpruner profile runs/demo/pruned.onnx --against runs/demo/dense.onnx --threads 1 --layers
+      vpruner profile pruned.engine --against dense.engine --batch-size 1 --batch-size 8 --power --results results.jsonl
+      vpruner profile pruned.onnx --print-trtexec --precision fp16
+      vpruner profile pruned.onnx --from-trtexec pruned.times.json pruned.profile.json pruned.layers.json
+    """
+    from ..core.progress import Reporter
+    from ..pipeline.folders import check_output
+    from ..runtime.power import open_source
+    from ..runtime.profile import profile_files
+    from ..runtime.trtexec import rows_from_trtexec
+
+    if print_trtexec:
+        _print_trtexec(model, against, batches, precision, options["cuda_graph"], options["seconds"], as_json)
+        return
+    if precision:
+        raise UserError("--precision goes with --print-trtexec", "build the engine in it: vpruner build --precision")
+    if results:
+        check_output(results, ".jsonl", model, against)
+    reporter = Reporter(quiet=quiet)
+    if from_trtexec:
+        files = [None if name == "-" else name for name in from_trtexec]
+        if len(batches) > 1:
+            raise UserError("--from-trtexec takes one --batch-size", "read the files of each batch size by themselves")
+        rows = rows_from_trtexec(model, files, batch=batches[0])
+    else:
+        if against:
+            _check_baseline(model, against)
+        paths = {"dense": against, "pruned": model} if against else {model.stem: model}
+        with open_source(power) as (source, remark):
+            reporter.remark(remark)
+            with reporter.stage("Measuring latency"):
+                rows = profile_files(paths, batches=batches, power=source, **options)
+    if _emit_rows(rows, results, as_json):
+        return
+    _print_profile(rows, reporter)
+
+
+def _check_baseline(model: Path, against: Path) -> None:
+    """Refuse a baseline that is none, of either kind of file."""
+    from ..core.metadata import ModelMetadata
+    from ..pipeline.evaluate import check_against, refuse_pruned, refuse_same
+    from ..runtime.profile import is_engine
+    from ..runtime.sidecar import EngineRecord
+
+    if not is_engine(against):
+        check_against(model, against)
+        return
+    refuse_same(model, against)
+    if record := EngineRecord.load(against):
+        refuse_pruned(against, ModelMetadata.from_props(record.metadata, str(against)))
+
+
+def _print_trtexec(model, against, batches, precision, cuda_graph, seconds, as_json) -> None:
+    from ..runtime.trtexec import JETSON_PATH, trtexec_commands
+
+    if len(batches) > 1:
+        raise UserError("--print-trtexec takes one --batch-size", "print the commands of each batch size by itself")
+    options = dict(batch=batches[0], precision=precision, cuda_graph=cuda_graph is not False, seconds=seconds)
+    files = [path for path in (against, model) if path is not None]
+    commands = [(path, command) for path in files for command in trtexec_commands(path, **options)]
+    if as_json:
+        _print_json([{"file": str(path), **command.to_json()} for path, command in commands])
+        return
+    click.echo(f"# trtexec comes with TensorRT, not with its Python packages; on a Jetson it is in {JETSON_PATH}")
+    for release in dict.fromkeys(command.release for _, command in commands):
+        click.echo(f"\n# TensorRT {release}")
+        for _, command in commands:
+            if command.release == release:
+                click.echo(command.line)
+
+
+def _print_profile(rows, reporter) -> None:
+    from ..report.profile import (
+        blocks_table,
+        latency_table,
+        named,
+        power_table,
+        remarks_of,
+        settings_of,
+        throughput_table,
+    )
+
+    for kind, table in (("latency", latency_table), ("blocks", blocks_table)):
+        for group in settings_of(rows, kind).values():
+            found = table(group)
+            _table(named(next(iter(group.values()))), list(found.header), [list(line) for line in found.rows])
+    for title, found in (("throughput", throughput_table(rows)), ("steady work", power_table(rows))):
+        if found:
+            _table(title, list(found.header), [list(line) for line in found.rows])
+    for remark in remarks_of(rows):
+        reporter.remark(remark)
+
+
+@main.command()
+@click.argument("results", nargs=-1, required=True, metavar="RESULTS...", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    "-o",
+    default="profile",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder for report.html and report.md.",
+)
+@json_option
+def report(results, output, as_json) -> None:
+    """Render measured latencies for a person: tables, milliseconds and tokens by block, protocol.
+
+    RESULTS are files that profile --results wrote, or the results.jsonl of a run; those of several devices too.
+
+    \b
+    Example:
+      vpruner profile pruned.engine --against dense.engine --layers --power --results results.jsonl
+      vpruner report results.jsonl -o profile/
+    """
+    from ..pipeline.folders import check_output
+    from ..report.profile import write_profile_report
+
+    if output.is_file():
+        raise UserError(f"{output} is a file", "name a folder with -o")
+    check_output(output / "report.html", ".html")
+    page, text = write_profile_report(results, output)
+    if as_json:
+        _print_json({"html": str(page), "markdown": str(text)})
+        return
+    click.echo(page)
+    click.echo(text)
+
+
+@main.command()
+@model_options
+@click.option("--opset", type=click.IntRange(17, 23), help="ONNX opset of the graphs  [default: 20]")
+@click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Images per run.")
+@click.option(
+    "--runtime",
+    default="ort",
+    show_default=True,
+    type=click.Choice(["ort", "trt"]),
+    help="onnxruntime, or TensorRT: an engine is built for every graph that is measured.",
+)
+@runtime_options
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="With --runtime trt: of the engines  [default: fp16]",
+)
+@click.option(
+    "--step",
+    type=click.IntRange(1),
+    help="With --runtime trt: kernels like multiples of so many tokens, and both edges are measured  [default: 8]",
+)
+@click.option(
+    "--seconds",
+    default=60.0,
+    show_default=True,
+    type=_Seconds(0.1),
+    help="Time to measure for, about; with --runtime trt building counts too, and 600 is a good start.",
+)
+@click.option(
+    "--output", "-o", default="table.json", show_default=True, type=click.Path(path_type=Path), help="Table to write."
+)
+@json_option
+@quiet_option
+def table(output, as_json, quiet, **options) -> None:
+    """Measure a latency table: the time of one block by its tokens, for a search that aims at time instead of MACs.
+
+    MODEL is whatever prune takes, or the dense.onnx of one. The table holds for the machine, provider, threads and
+    batch size it was measured with; give it to run or prune as --cost latency:TABLE.json.
+
+    \b
+    Example:
+      vpruner table --threads 1 -o table.json
+      vpruner table dense.onnx --threads 4 --batch-size 8 --seconds 120 -o table.json
+      vpruner table dense.onnx --runtime trt --precision fp16 --seconds 600 -o table.json
+    """
+    from ..core.progress import Reporter
+    from ..pipeline.folders import check_output
+    from ..pipeline.table import make_table
+
+    check_output(output, ".json", options["model"], options["weights"])
+    measured = make_table(output, reporter=Reporter(quiet=quiet), **options)
+    if as_json:
+        _print_json({"table": str(output), **measured.to_json()})
+        return
+    _print_latency_table(measured)
+    click.echo(output)
+
+
+def _print_latency_table(measured) -> None:
+    prefix = measured.geometry.prefix_tokens
+    _table(
+        f"{measured.model}, ms of a block: {measured.runtime} {measured.provider} {measured.precision}, batch "
+        f"{measured.batch}, {measured.threads} thread(s)",
+        ["tokens in (keys)", "patches", "all stay", "half stay", "one stays"],
+        [
+            [
+                str(keys),
+                str(keys - prefix),
+                f"{whole:.4f}",
+                *(f"{float(measured.split_ms(keys, left)):.4f}" for left in (keys / 2, 1)),
+            ]
+            for keys, whole in zip(measured.keys, measured.whole, strict=True)
+        ],
+    )
+    click.echo(f"besides blocks {measured.fixed_ms:.4f} ms, dense model {measured.dense_ms:.4f} ms")
+    errors = ", ".join(
+        f"{row['label']} {row['predicted_ms']:.3f} of {row['measured_ms']:.3f} ms ({100 * row['error']:+.1f} %)"
+        for row in measured.validation
+    )
+    click.echo(f"predicted of measured for plans kept out: {errors}")
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes per image.")
+@runtime_options
+@trust_option
+@json_option
+def predict(model, images, top, provider, threads, trust, as_json) -> None:
+    """Classify image files with an ONNX file or a TensorRT engine; needs onnxruntime or TensorRT, not PyTorch.
+
+    \b
+    Example:
+      vpruner predict runs/demo/pruned.onnx cat.jpg dog.png --top 3
+      vpruner predict pruned.engine cat.jpg
+    """
+    from ..runtime.opening import open as open_session
+
+    with open_session(model, **_session_options(model, provider, threads, trust)) as session:
+        predictions = session.predict(list(images), top=top)
+    if as_json:
+        _print_json([{"image": image, **p.to_json()} for image, p in zip(images, predictions, strict=True)])
+        return
+    for image, prediction in zip(images, predictions, strict=True):
+        click.echo(image)
+        if prediction.features is not None:
+            shown = ", ".join(f"{value:.4f}" for value in prediction.features[:6])
+            click.echo(f"  features [{len(prediction.features)}]: {shown}, ...")
+        for score in prediction.scores:
+            click.echo(f"  {score.score:7.2%}  {score.label}")
+
+
+@main.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--image", metavar="FILE", help="Image to draw on  [default: one of the bundled ones]")
+@click.option(
+    "--output", "-o", default="tokens.png", show_default=True, type=click.Path(path_type=Path), help="PNG to write."
+)
+@json_option
+def show(plan, image, output, as_json) -> None:
+    """Draw the tokens that each block keeps on an image.
+
+    PLAN is a plan.json or a pruned.onnx.
+
+    \b
+    Example:
+      vpruner show runs/demo/plan.json --image cat.jpg -o tokens.png
+    """
+    from ..pipeline.show import show
+
+    plan_object = show(plan, image, output)
+    if as_json:
+        _print_json({"file": str(output), "model": plan_object.model, "kept": [len(k) for k in plan_object.kept]})
+        return
+    _print_plan(plan_object)
+    click.echo(output)
+
+
+# -- inspect ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@json_option
+def inspect(model, as_json) -> None:
+    """Say what is recognised in the ONNX graph of a Vision Transformer, or name the node where recognition stopped.
+
+    MODEL is a file of any exporter; vpruner fold takes the ones that are understood.
+
+    \b
+    Example:
+      vpruner inspect model.onnx
+    """
+    from ..export.inspect import inspect_file, lines_of
+
+    described = inspect_file(model)
+    if as_json:
+        _print_json(described)
+        return
+    for line in lines_of(described):
+        click.echo(line)
+    columns = ["keys", "queries", "dead"]
+    names = ["enters", "after_attention", "leaves"] if described["head"] else []
+    _table(
+        "tokens of each block" + (", and the values of the residual stream" if names else ""),
+        ["block", *columns, *(name.replace("_", " ") for name in names)],
+        [[str(block[name]) for name in ("block", *columns, *names)] for block in described["blocks"]],
+    )
+
+
+# -- check ------------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--for",
+    "target",
+    default="generic",
+    show_default=True,
+    type=click.Choice(CHECK_TARGETS),
+    help="Where the graph is to run.",
+)
+@json_option
+def check(model, target, as_json) -> None:
+    """Look through any ONNX file for what a runtime does not take, or takes with a cost; node by node.
+
+    Nothing is run or changed. The exit code is 1 where something is an error on the target, and 0 otherwise.
+
+    \b
+    Example:
+      vpruner check runs/demo/pruned.onnx --for trt10
+      vpruner check anything.onnx --for trt8.5 --json
+    """
+    from ..export.check import check as check_model
+    from ..export.check import summarize
+
+    findings = check_model(model, target)
+    counts = summarize(findings)
+    if as_json:
+        rows = [finding.to_json() for finding in findings]
+        _print_json({"file": str(model), "target": target, "counts": counts, "findings": rows})
+    else:
+        _print_findings(findings)
+        click.echo(f"{model} for {target}: {', '.join(counted(count, name) for name, count in counts.items())}")
+    if counts["error"]:
+        sys.exit(1)
+
+
+def _print_findings(findings) -> None:
+    """A table of what was found where, and under it, once for each kind, why that matters and what to do."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not findings:
+        return
+    notes: dict[tuple[str, str, str], int] = {}
+    table = Table()
+    for name in ("severity", "node", "operator", "found", "note"):
+        table.add_column(name, no_wrap=True)
+    for finding in findings:
+        note = notes.setdefault((finding.why, finding.todo, finding.source), len(notes) + 1)
+        cells = (finding.severity, finding.node, finding.op_type, finding.found, str(note))
+        # Text: the names are the file's, and brackets in them are no markup.
+        table.add_row(*(Text(cell) for cell in cells))
+    console = Console(highlight=False)
+    needed = console.measure(table, options=console.options.update(width=100_000)).maximum
+    Console(highlight=False, width=max(console.width, needed)).print(table)
+    for (why, todo, source), note in notes.items():
+        click.echo(f"{note}. {why[0].upper()}{why[1:]}.\n   {todo[0].upper()}{todo[1:]}.\n   Source: {source}")
+
+
+# -- convert ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--precision",
+    required=True,
+    type=click.Choice(PRECISIONS),
+    help="int8 is static (Q/DQ nodes, calibrated on --data); int8-dynamic is for CPUs and needs no images.",
+)
+@io_option
+@click.option("--data", metavar="PATH", help="int8: calibration images, a folder or .tar.")
+@int8_images_option
+@click.option(
+    "--calibration",
+    default="minmax",
+    show_default=True,
+    type=click.Choice(["minmax", "entropy", "percentile"]),
+    help="int8: how the range of an activation comes from what was seen.",
+)
+@click.option("--first-and-last", is_flag=True, help="int8: quantize the patch embedding and the classifier too.")
+@click.option("--eval-data", metavar="PATH", help="Images to compare the two files on, with accuracy where labelled.")
+@eval_images_option
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the choice of images."
+)
+@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@preprocessing_options
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="File to write.")
+@json_option
+@quiet_option
+def convert(model, precision, images, eval_images, output, as_json, quiet, **options) -> None:
+    """Convert a float32 ONNX file to FP16, BF16 or INT8, and say what that costs.
+
+    \b
+    Example:
+      vpruner convert runs/demo/pruned.onnx --precision fp16 -o fp16.onnx
+      vpruner convert runs/demo/pruned.onnx --precision int8 --data train/ --eval-data val/ -o int8.onnx
+      vpruner convert theirs.onnx --precision int8 --data train/ --mean 0.5 --std 0.5 --crop-mode squash -o int8.onnx
+    """
+    from ..core.progress import Reporter
+    from ..pipeline.convert import convert_checked
+    from ..pipeline.folders import check_output
+
+    check_output(output, ".onnx", model)
+    done, cost, what = convert_checked(
+        model, output, precision, count=images, eval_count=eval_images, reporter=Reporter(quiet=quiet), **options
+    )
+    if as_json:
+        _print_json({**done.to_json(), "compared_on": what, "agreement": cost.to_json()})
+        return
+    rows = [
+        ["MB", f"{done.bytes_before / 1e6:.2f}", f"{done.bytes_after / 1e6:.2f}"],
+        ["relative error, largest", "", f"{cost.max_relative_error:.1e}"],
+        ["relative error, mean", "", f"{cost.mean_relative_error:.1e}"],
+    ]
+    for title, before, after in (
+        ("same class", None, cost.top1_agreement),
+        ("top-1", cost.top1_reference, cost.top1_converted),
+        ("top-1, paired difference", None, cost.top1_difference),
+    ):
+        if after is not None:
+            rows.append([title, *(_format_estimate(one.row("")) if one else "" for one in (before, after))])
+    _table(f"{what}, {cost.computed}", ["", "float32", precision], rows)
+    click.echo(output)
+
+
+# -- build ------------------------------------------------------------------------------------------------------------
+
+#: As in :mod:`vpruner.runtime.build`, which loads numpy; a test compares them.
+ENGINE_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+HARDWARE_COMPATIBILITY = ("ampere-plus", "same-compute-capability")
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--precision",
+    type=click.Choice(ENGINE_PRECISIONS),
+    help="What the engine computes in; int8 needs a file with Q/DQ nodes (vpruner convert)  [default: as the file]",
+)
+@click.option(
+    "--tf32/--no-tf32",
+    default=False,
+    show_default=True,
+    help="Let FP32 products be rounded to TF32: faster, and no longer FP32. TensorRT itself does that by default.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), help="Of a graph with an open batch: the one size it is built for."
+)
+@click.option(
+    "--batch-range",
+    nargs=3,
+    type=click.IntRange(1),
+    metavar="MIN OPT MAX",
+    help="Of a graph with an open batch: from MIN to MAX images, fastest at OPT.",
+)
+@click.option("--workspace", metavar="MIB", type=click.IntRange(1), help="Scratch memory of a layer, at most.")
+@click.option(
+    "--optimization-level",
+    type=click.IntRange(0, 5),
+    help="0 builds quickly, 5 tries most  [default: TensorRT's own, 3]",
+)
+@click.option(
+    "--version-compatible", is_flag=True, help="Let newer TensorRT of the same major version load it; may cost speed."
+)
+@click.option(
+    "--hardware-compatible",
+    type=click.Choice(HARDWARE_COMPATIBILITY),
+    help="Let other GPUs load it; may cost speed.",
+)
+@click.option(
+    "--tactic-sources",
+    metavar="NAMES",
+    help="Libraries that kernels may come from, as CUBLAS,CUDNN; none for TensorRT's own alone.",
+)
+@click.option(
+    "--timing-cache",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where measured times of kernels are kept for the next build  [default: ~/.cache/vpruner]",
+)
+@click.option("--no-timing-cache", is_flag=True, help="Measure every kernel anew, and keep nothing.")
+@click.option("--layer-details/--no-layer-details", default=True, help="Let the engine describe its layers (default).")
+@click.option("--check/--no-check", default=True, help="Read the graph against this TensorRT first (default).")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Engine to write, *.engine.")
+@json_option
+@quiet_option
+def build(
+    model,
+    batch_size,
+    batch_range,
+    workspace,
+    hardware_compatible,
+    tactic_sources,
+    timing_cache,
+    no_timing_cache,
+    output,
+    as_json,
+    quiet,
+    **options,
+) -> None:
+    """Build a TensorRT engine from an ONNX file, for the GPU and the TensorRT of this machine.
+
+    What it was built with goes into a file beside it (model.engine.json); vpruner loads an engine only where that fits.
+    Whatever the installed TensorRT does not have is refused, from 8.5 (JetPack 5) to 11.
+
+    \b
+    Example:
+      vpruner build pruned.onnx -o pruned.engine --precision fp16
+      vpruner build pruned.onnx -o pruned.engine --precision fp16 --batch-range 1 8 32
+      vpruner build int8.onnx -o int8.engine --batch-size 8
+    """
+    from ..core.progress import Reporter
+    from ..pipeline.folders import check_output
+    from ..runtime import build as builder
+
+    check_output(output, "", model)
+    if batch_size and batch_range:
+        raise click.UsageError("--batch-size and --batch-range exclude each other")
+    if timing_cache and no_timing_cache:
+        raise click.UsageError("--timing-cache and --no-timing-cache exclude each other")
+    if tactic_sources is not None:
+        names = [name.strip().upper() for name in tactic_sources.split(",") if name.strip()]
+        tactic_sources = [] if names == ["NONE"] else names
+    record = builder.build_engine(
+        model,
+        output,
+        builder.BuildOptions(
+            batch=batch_size or batch_range or None,
+            workspace_bytes=workspace << 20 if workspace else None,
+            hardware_compatibility=builder.HARDWARE_COMPATIBILITY.get(hardware_compatible),
+            tactic_sources=tactic_sources,
+            timing_cache=False if no_timing_cache else timing_cache,
+            **options,
+        ),
+        reporter=Reporter(quiet=quiet),
+    )
+    if as_json:
+        _print_json({"engine": str(output), **record.to_json()})
+        return
+    tf32 = " with TF32" if record.tf32 else ""
+    size = output.stat().st_size / 1e6
+    click.echo(
+        f"{record.precision}{tf32}, {size:.1f} MB, for {record.gpu} (compute capability {record.compute_capability}) "
+        f"and TensorRT {record.tensorrt}, built in {record.seconds:.0f} s"
+    )
+    click.echo(output)
+
+
+# -- vlm --------------------------------------------------------------------------------------------------------------
+
+#: As in :mod:`vpruner.prune.vlm.baselines` and :mod:`vpruner.prune.vlm.loading`, which load PyTorch; a test compares.
+VLM_MODES = ("vit", "llm", "hybrid", "random", "fastv", "vispruner", "static")
+VLM_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class _Layers(click.ParamType):
+    """Numbers of layers, with ranges: ``7-16`` -> (7, ..., 16), ``2,5`` -> (2, 5)."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        layers: list[int] = []
+        try:
+            for part in value.split(","):
+                first, dash, last = part.partition("-")
+                layers += range(int(first), int(last if dash else first) + 1)
+        except ValueError:
+            layers = []
+        if not layers:
+            self.fail(f"{value!r} is not layers, as in 7-16 or 2,5", param, ctx)
+        return tuple(layers)
+
+
+def _gathered_prunings(command: Callable) -> Callable:
+    """Hand the options of :data:`vlm_options` on as ``vlm``, the opened model, and ``prunings``."""
+
+    @functools.wraps(command)
+    def gathering(model, modes, keeps, plan, device, dtype, quiet, **options: Any) -> Any:
+        from ..core.extras import require
+        from ..core.progress import Reporter
+
+        for package in ("transformers", "torch", "timm"):  # The first names the extra that brings all of them.
+            require(package)
+        from ..prune.vlm.baselines import open_plan, prunings_from
+        from ..prune.vlm.loading import open_vlm
+
+        taken = {name: options.pop(name) for name in ("threshold", "layers", "encoder_keep")}
+        reporter = Reporter(quiet=quiet)
+        loaded, weights = open_plan(plan, reporter) if plan else (None, None)
+        prunings = prunings_from(modes, keeps, plan=loaded, weights=weights, seed=options["seed"], **taken)
+        with reporter.stage(f"Opening {model}"):
+            vlm = open_vlm(model, device=device, dtype=dtype)
+        return command(vlm=vlm, prunings=prunings, reporter=reporter, **options)
+
+    return gathering
+
+
+vlm_options = _options(
+    click.argument("model"),
+    click.option(
+        "--mode",
+        "modes",
+        multiple=True,
+        default=("hybrid",),
+        show_default=True,
+        type=click.Choice(VLM_MODES),
+        help="How visual tokens are dropped: by SAINT in the vision tower, in the language model or in both, or by a "
+        "baseline; may be repeated.",
+    ),
+    click.option(
+        "--keep",
+        "keeps",
+        multiple=True,
+        type=float,
+        help="Share of the visual tokens that is left; may be repeated  [default: 0.25]",
+    ),
+    click.option(
+        "--threshold",
+        type=float,
+        help="llm, hybrid: instead of --keep, drop as many tokens as have enough others at least this alike.",
+    ),
+    click.option(
+        "--layers",
+        type=_Layers(),
+        metavar="N-M",
+        help="Language layers, from 0, that llm and hybrid drop in; fastv: how many layers see every token.",
+    ),
+    click.option("--encoder-keep", type=float, help="hybrid: share that the vision tower keeps."),
+    click.option("--plan", metavar="FILE", help="static: a plan.json for the vision tower, from vpruner prune MODEL."),
+    click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of what is random."),
+    click.option("--device", help="cpu, cuda, cuda:1  [default: the GPU where there is one]"),
+    click.option(
+        "--dtype", default="auto", show_default=True, type=click.Choice(VLM_DTYPES), help="Of weights; auto: as saved."
+    ),
+    click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Prompts at a time."),
+    click.option("--results", type=click.Path(path_type=Path), help="Append the rows to this results.jsonl."),
+    json_option,
+    quiet_option,
+    _gathered_prunings,
+)
+
+
+@main.group()
+def vlm() -> None:
+    """Drop visual tokens of vision-language models (LLaVA-1.5, -NeXT, -OneVision): what it saves and what it costs.
+
+    \b
+    Example:
+      vpruner vlm profile llava-1.5-7b-hf/ --mode hybrid --keep 0.25
+      vpruner vlm evaluate llava-1.5-7b-hf/ --data questions.jsonl --mode hybrid --mode fastv --keep 0.5 --keep 0.25
+    """
+
+
+@vlm.command("profile")
+@vlm_options
+@click.option("--image", metavar="FILE", help="Image of the prompt  [default: a smooth random one]")
+@click.option("--question", default="What is in this image?", show_default=True, help="Text of the prompt.")
+@click.option("--images", default=1, show_default=True, type=click.IntRange(1), help="Images in each prompt.")
+@click.option(
+    "--new-tokens", default=16, show_default=True, type=click.IntRange(2), help="Tokens that each prompt generates."
+)
+@click.option("--rounds", type=click.IntRange(1), help="Timed rounds  [default: as many as fit, at least 10]")
+@click.option("--seconds", default=30.0, show_default=True, type=_Seconds(0.1), help="Time to measure for.")
+def profile_vlm(vlm, prunings, results, as_json, **options) -> None:
+    """Time to the first token, speed of decoding, memory, cache and visual tokens: dense and pruned in turns.
+
+    \b
+    Example:
+      vpruner vlm profile llava-1.5-7b-hf/ --mode hybrid --keep 0.25
+      vpruner vlm profile llava-1.5-7b-hf/ --mode static --plan plan.json --mode llm --threshold 0.83
+    """
+    from ..prune.vlm.profile import profile as profile_pruned
+
+    rows = profile_pruned(vlm, prunings, **options)
+    if _emit_rows(rows, results, as_json):
+        return
+    first = rows[0]
+    prompt = first["protocol"]["prompt_tokens"]
+    _table(
+        f"{first['model']}, {first['dtype']} on {first['device']}, batch {first['batch']}, prompts of {prompt} tokens",
+        ["", "first token ms", "ratio", "decode tokens/s", "ratio of time", "peak MB", "cache MB", "visual tokens"],
+        [
+            [
+                row["label"],
+                f"{row['p50_ms']:.1f}",
+                f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]",
+                f"{row['decode_tokens_per_s']:.2f}",
+                f"{row['decode_ratio']:.3f} [{row['decode_ratio_low']:.3f}, {row['decode_ratio_high']:.3f}]",
+                f"{row['peak_memory_bytes'] / 1e6:.1f}",
+                f"{row['kv_bytes'] / 1e6:.2f}",
+                f"{row['visual_tokens'][0]} to {row['visual_tokens'][-1]}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+@vlm.command("evaluate")
+@vlm_options
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help='Lines of {"image": "cat.png", "question": "...", "answer": "..."}, with "kind" to be counted apart.',
+)
+@click.option("--questions", "count", type=click.IntRange(1), help="Take the first so many  [default: all]")
+@click.option(
+    "--max-new-tokens", default=16, show_default=True, type=click.IntRange(1), help="Length of an answer, at most."
+)
+def evaluate_vlm(vlm, prunings, results, as_json, data, seed, **options) -> None:
+    """Accuracy of answers, dense and pruned, on the same questions: exact match but for case, articles and the like.
+
+    \b
+    Example:
+      vpruner vlm evaluate llava-1.5-7b-hf/ --data questions.jsonl --mode hybrid --mode random --keep 0.25
+    """
+    from ..prune.vlm.evaluate import evaluate as evaluate_pruned
+
+    rows = evaluate_pruned(vlm, data, prunings, **options)
+    if _emit_rows(rows, results, as_json):
+        return
+    for kind in dict.fromkeys(row["question_kind"] for row in rows):
+        some = [row for row in rows if row["question_kind"] == kind]
+        found = {(row["label"], row["metric"]): row for row in some}
+        labels = dict.fromkeys(row["label"] for row in some)
+        metrics = ("accuracy", "accuracy_difference", "agreement")
+        _table(
+            f"{some[0]['model']}, {some[0]['count']} questions{f' of kind {kind}' if kind else ''}",
+            ["", "visual tokens", "accuracy", "paired difference", "same answer as dense"],
+            [
+                [
+                    label,
+                    f"{found[label, 'accuracy']['visual_tokens']:.1f}",
+                    *(_format_estimate(found[label, metric]) if (label, metric) in found else "" for metric in metrics),
+                ]
+                for label in labels
+            ],
+        )
+
+
+# -- compare ----------------------------------------------------------------------------------------------------------
+
+
+def _names(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...] | None:
+    """``("saint,tome", "evit")`` -> ("saint", "tome", "evit"); None where nothing is named."""
+    names = [name.strip() for value in values for name in value.split(",") if name.strip()]
+    return tuple(dict.fromkeys(names)) or None
+
+
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
+    """``"0.8,0.65"`` -> (0.8, 0.65)."""
+    try:
+        return tuple(dict.fromkeys(float(part) for part in value.split(",")))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not numbers with commas between them, as in 0.8,0.65") from None
+
+
+@main.command()
+@model_options
+@click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...).")
+@click.option(
+    "--images", default=1024, show_default=True, type=click.IntRange(1), help="Calibration images to use, at most."
+)
+@eval_data_option
+@eval_images_option
+@click.option(
+    "--methods",
+    multiple=True,
+    metavar="NAME[,NAME...]",
+    callback=_names,
+    help="v-pruner (what run does), fisher (its search alone), saint, tome, ...; may be repeated  [default: all]",
+)
+@click.option(
+    "--targets",
+    default="0.8,0.65,0.5",
+    show_default=True,
+    metavar="NUMBER[,NUMBER...]",
+    callback=_numbers,
+    help="Budgets, as fractions of the dense model's multiply-adds.",
+)
+@click.option(
+    "--seeds",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="How many times to make what depends on chance or on which images calibrate.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="The first of them; draws images."
+)
+@click.option(
+    "--loss",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "labels", "self", "features"]),
+    help="v-pruner and fisher: what the gradients are of.",
+)
+@click.option("--episodes", show_default=f"{EPISODES}", type=click.IntRange(1), help="v-pruner: episodes, at most.")
+@click.option(
+    "--time-limit",
+    show_default=f"{TIME_LIMIT:g}",
+    metavar="SECONDS",
+    type=_Seconds(0.1),
+    help="v-pruner: time for its episodes; no batch of 16 begins that would outlast it, after the first.",
+)
+@click.option(
+    "--batch-size",
+    "batches",
+    default=(1,),
+    show_default=True,
+    multiple=True,
+    type=click.IntRange(1),
+    help="Batch size to time; may be repeated.",
+)
+@click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement."
+)
+@click.option(
+    "--seconds",
+    default=10.0,
+    show_default=True,
+    type=_Seconds(0.1),
+    help="Time to measure the graphs of one budget and batch size for.",
+)
+@click.option("--latency/--no-latency", default=True, help="Export graphs and time them, or not (default: do).")
+@click.option("--opset", default=20, show_default=True, type=click.IntRange(17, 23), help="ONNX opset of the graphs.")
+@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write  [default: runs/compare-MODEL]")
+@click.option(
+    "--results",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Where rows are read from and added to  [default: results.jsonl in the folder]",
+)
+@click.option("--force", is_flag=True, help="Begin anew instead of going on from the rows that are there.")
+@json_option
+@quiet_option
+@preprocessing_options
+def compare(model, pretrained, weights, model_args, output, results, force, as_json, quiet, **options) -> None:
+    """Compare methods of token reduction on your model: accuracy, multiply-adds, measured latency.
+
+    MODEL is whatever run takes. All methods get the same budgets and images; graphs are exported, checked and timed in
+    turns with the dense graph. Rows are written as they are made: the same command goes on where it was interrupted,
+    and with more methods or budgets makes those alone. A method that cannot do a model or a budget is reported.
+
+    \b
+    Example:
+      vpruner compare --methods v-pruner,saint-frozen,tome --targets 0.65,0.5 -o runs/compare
+      vpruner compare deit_small_patch16_224 --pretrained --data train/ --eval-data val/ --batch-size 1 --batch-size 8
+    """
+    from ..core.progress import Reporter
+    from ..pipeline.compare.comparison import compare as compare_methods
+    from ..pipeline.options import CompareOptions
+
+    output = output or Path("runs") / f"compare-{Path(model).stem if model else 'reference'}"
+    everything = CompareOptions(model=model, pretrained=pretrained, weights=weights, model_args=model_args, **options)
+    result = compare_methods(everything, output, Reporter(quiet=quiet), results=results, force=force)
+    if as_json:
+        _print_json(result)
+    else:
+        _print_comparison(result)
+    if not result["made"]:
+        sys.exit(1)
+
+
+def _print_comparison(result: dict[str, Any]) -> None:
+    from ..report.compare import at_equal_time, batches_of, comparison_table, entries_of, equal_time_table, remarks_of
+
+    entries = entries_of(result["rows"])
+    if result["made"]:
+        heads, rows = comparison_table(entries)
+        _table("methods at each budget, on the same images", heads, rows)
+        for batch in batches_of(entries)[:1]:
+            heads, rows = equal_time_table(at_equal_time(entries, batch))
+            if rows:
+                _table(f"our best and its peers at the time of each of our plans (batch {batch})", heads, rows)
+    for line in remarks_of(entries):
+        click.echo(line)
+    for path in result["files"].values():
+        click.echo(path)
+
+
+# -- analyze ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@model_options
+@click.option("--data", metavar="PATH", help="Images: a folder, a .tar, or a timm data set (hfds/...).")
+@click.option("--images", default=256, show_default=True, type=click.IntRange(1), help="Images to use, at most.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the choice of images."
+)
+@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@click.option(
+    "--output", "-o", metavar="FILE", type=click.Path(path_type=Path), help="Draw the curves there: .svg or .png."
+)
+@click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the row to this results.jsonl.")
+@json_option
+@quiet_option
+@preprocessing_options
+def analyze(
+    model,
+    pretrained,
+    weights,
+    model_args,
+    data,
+    images,
+    seed,
+    strict,
+    output,
+    results,
+    preprocessing,
+    as_json,
+    quiet,
+) -> None:
+    """What tokens do in each block: how alike they are, how far they move, where attention goes; and SAINT's stages.
+
+    MODEL is whatever run takes; nothing is pruned. The blocks are cut into the three stages of SAINT (aligner,
+    explorer, aggregator) where the curves show them, and the blocks follow in which SAINT should drop tokens.
+
+    \b
+    Example:
+      vpruner analyze -o analysis.svg
+      vpruner analyze deit_small_patch16_224 --weights deit_small.pth --data images/ --results results.jsonl
+    """
+    from ..core.files import atomic_path
+    from ..core.progress import Reporter
+    from ..pipeline.folders import check_output
+    from ..pipeline.inputs import at_least_one, one_set, open_prunable
+    from ..prune.analyze import analysis_row, draw_analysis
+    from ..prune.analyze import analyze as analyze_model
+    from ..prune.fisher import batch_size_for
+
+    reporter = Reporter(quiet=quiet)
+    if output:
+        check_output(output, (".svg", ".png"), model, weights)
+    if results:
+        check_output(results, ".jsonl", model, weights, option="--results")
+    loaded = open_prunable(
+        model,
+        pretrained=pretrained,
+        weights=weights,
+        model_args=model_args,
+        preprocessing=preprocessing,
+        loss="auto",
+        reporter=reporter,
+        softmax=True,
+    )
+    adapter = loaded.adapter
+    chosen = one_set(loaded.classes, adapter.geometry, data, images, "calibration", reporter, seed=seed, strict=strict)
+    size = batch_size_for(adapter.geometry, most=32)
+    batches = at_least_one(chosen.batches(loaded.preprocessing, size), chosen)
+    with reporter.stage("Analyzing", total=len(chosen.indices)) as advance:
+        analysis = analyze_model(adapter, (batch for batch, _ in batches), on_batch=advance)
+    reporter.remark(chosen.skipped_remark("calibration"))
+    if output:
+        title = f"{loaded.name}, {counted(analysis.images, 'image')}"
+        drawn = draw_analysis(analysis, output.suffix.lower()[1:], title)
+        with atomic_path(output) as temporary:
+            temporary.write_bytes(drawn)
+    row = analysis_row(loaded, chosen, analysis)
+    if not _emit_rows([row], results, as_json):
+        _print_analysis(row, output)
+
+
+def _print_analysis(row: dict[str, Any], picture: Path | None) -> None:
+    columns = {
+        "key_similarity": "keys alike",
+        "token_similarity": "tokens alike",
+        "votes": "SAINT's votes",
+        "drift": "drift",
+        "from_input": "from input",
+        "entropy": "entropy",
+        "top": "top 10 %",
+        "distance": "distance",
+    }
+    stages = row["stages"]
+    _table(
+        f"{row['model']}: {counted(row['images'], 'image')}, attention of the {row['attention_from']}",
+        ["block", *(["stage"] if stages else []), *columns.values()],
+        [
+            [
+                str(block["block"]),
+                *([block["stage"]] if stages else []),
+                *("" if block[name] is None else f"{block[name]:.3f}" for name in columns),
+            ]
+            for block in row["blocks"]
+        ],
+    )
+    if stages:
+        starts = ", ".join(f"{name} from block {start}" for name, start in stages["starts"].items())
+        explained = f"they explain {stages['explained']:.2f} of the variation, a straight line {stages['line']:.2f}"
+        click.echo(f"stages: {starts}; {explained}")
+    saint = row["saint"]
+    where = f"blocks 0 to {saint['blocks'][-1]} (share {saint['share']:.3f})" if saint["blocks"] else "no block"
+    click.echo(f"SAINT: {where}: {saint['why']}")
+    if picture:
+        click.echo(picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What every other package builds on: needs the standard library and numpy."""

@@ -1,0 +1,1 @@
+"""Read an ONNX graph as a timm model."""

@@ -1,0 +1,1 @@
+"""Find the parts of a Vision Transformer in an ONNX graph."""

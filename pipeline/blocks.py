@@ -1,0 +1,319 @@
+"""Chains: a real model in which every block does the same work, for measuring what one block costs.
+
+A chain is a dense graph cut to its first n blocks. Each is entered by K tokens and folded to Q queries exactly as
+:mod:`vpruner.export.fold` folds it; where Q < K a ``Gather`` repeats rows until there are K again, so that the next
+block finds its K tokens. What a chain computes is of no use; its time is.
+:mod:`vpruner.runtime.table.measure` says which chains are measured and what follows from them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from ..core.errors import UserError
+from ..core.metadata import GraphMetadata
+from ..core.plan import Geometry, TokenPlan
+from ..core.timing import random_images
+from ..export.files import load_model, save_model
+from ..export.fold import already_pruned, fold_block, fold_entry, fold_file, fold_head, gather_rows, infer_static_shapes
+from ..export.passes.clean import clean
+from ..export.recognise.graph import recognise
+from ..runtime import cuda
+from ..runtime.build import BuildOptions, build_engine
+from ..runtime.onnx_file import read_onnx
+from ..runtime.ort import OrtSession, short_provider
+from ..runtime.profile_trt import EngineRun
+from ..runtime.session import Session
+from ..runtime.table.graphs import Graphs
+from ..runtime.trt import TrtSession
+
+if TYPE_CHECKING:
+    from ..core.progress import Reporter
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """What folding asks of a plan, for a model in which each block maps ``keys`` tokens to ``queries`` and back.
+
+    No :class:`~vpruner.core.plan.TokenPlan`: tokens come back, so it is not nested.
+    """
+
+    geometry: Geometry
+    keys: int
+    queries: int
+
+    @property
+    def key_counts(self) -> tuple[int, ...]:
+        return (self.keys,) * self.geometry.depth
+
+    @property
+    def query_counts(self) -> tuple[int, ...]:
+        return (self.queries,) * self.geometry.depth
+
+    @property
+    def kept(self) -> tuple[tuple[int, ...], ...]:
+        return (tuple(range(self.keys - self.geometry.prefix_tokens)),) * self.geometry.depth
+
+    def token_positions(self, block: int) -> np.ndarray:
+        """int64 [token]: of the unpruned sequence; the head finds all tokens that entered the last block."""
+        return np.arange(self.keys)
+
+    def entry_rows(self, block: int) -> np.ndarray:
+        return np.arange(self.keys)
+
+    def query_rows(self, block: int) -> np.ndarray:
+        return np.arange(self.queries)
+
+
+def cut_to_blocks(model: ir.Model, geometry: Geometry, blocks: int) -> Geometry:
+    """Keep the first ``blocks`` blocks of a dense model, in place: the head reads what the last of them gives.
+
+    Returns:
+        The geometry of what is left.
+
+    Raises:
+        GraphError: The graph is not a dense ViT of ``geometry``.
+    """
+    if not 1 <= blocks <= geometry.depth:
+        raise ValueError(f"{blocks} of {geometry.depth} blocks")
+    clean(model)
+    site = recognise(model, geometry)
+    if blocks < geometry.depth:
+        ir.convenience.replace_all_uses_with(site.blocks[-1].output, site.blocks[blocks - 1].output)
+        passes.RemoveUnusedNodesPass()(model)
+    return replace(geometry, depth=blocks)
+
+
+def make_chain(model: ir.Model, geometry: Geometry, keys: int, queries: int, *, refill: bool = False) -> None:
+    """Turn a dense model into a chain, in place.
+
+    Args:
+        model: Dense.
+        geometry: Its shape.
+        keys: K, tokens that enter each block, prefix included; at least one patch.
+        queries: Q, at most K.
+        refill: Add the ``Gather`` after each block even where Q = K and nothing needs it, to measure what it costs.
+
+    Raises:
+        GraphError: The graph is not a dense ViT of ``geometry``.
+    """
+    if not geometry.prefix_tokens < keys <= geometry.tokens or not 1 <= queries <= keys:
+        raise ValueError(f"no chain of {keys} to {queries} tokens, of {geometry.tokens}")
+    graph, outputs = model.graph, [value.shape for value in model.graph.outputs]
+    clean(model)
+    site, plan = recognise(model, geometry), ChainPlan(geometry, keys, queries)
+    fold_entry(graph, site, plan)
+    for block in site.blocks:
+        fold_block(graph, block, plan)
+        if queries < keys or refill:
+            readers = list(block.output.uses())
+            rows = np.arange(keys) % queries
+            # Before the first reader in the order of the graph: the residual Add may stand behind the norm or ahead.
+            first = next(node for node in graph if any(node is reader for reader, _ in readers))
+            again = gather_rows(graph, first, block.output, rows, f"vpruner.block.{block.index}.again")
+            for node, position in readers:
+                node.replace_input_with(position, again)
+    fold_head(graph, site, plan)
+    passes.RemoveUnusedNodesPass()(model)
+    infer_static_shapes(model, outputs)
+
+
+class _FoldedGraphs(Graphs):
+    """Chains and pruned forms of one dense file; how a file is opened is for subclasses to say.
+
+    Graphs are written into ``folder``, opened, and removed at once, so that there is never more than one on the disk.
+
+    Args:
+        dense: A file that ``vpruner export`` wrote.
+        folder: A scratch folder.
+        batch: Images per run; a file with a static batch has its own.
+        seed: Of the images.
+
+    Raises:
+        UserError: The file cannot be read, or is pruned already.
+    """
+
+    def __init__(self, dense: str | os.PathLike, folder: Path, *, batch: int, seed: int):
+        self.dense, self.folder, self.batch, self.seed = Path(dense), folder, batch, seed
+        model = load_model(self.dense)
+        metadata = GraphMetadata.from_props(model.metadata_props, str(dense))
+        if metadata.plan is not None:
+            raise already_pruned(str(dense), metadata.plan, metadata.rule)
+        self.name, self.geometry = metadata.model, metadata.geometry
+        self._cut: dict[int, Path] = {self.geometry.depth: self.dense}
+        weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+        self.weight_bytes = sum(tensor.nbytes for tensor in weights)
+        self.opset = model.opset_imports[""]
+
+    @contextmanager
+    def chain(self, blocks: int, keys: int, queries: int, refill: bool) -> Iterator[Callable[[], object]]:
+        model = load_model(self._cut_file(blocks))
+        make_chain(model, replace(self.geometry, depth=blocks), keys, queries, refill=refill)
+        path = self.folder / "chain.onnx"
+        save_model(model, path)
+        with self._open(path) as call:
+            yield call
+
+    @contextmanager
+    def model(self, plan: TokenPlan | None) -> Iterator[Callable[[], object]]:
+        path = self.dense
+        if plan is not None:
+            path = self.folder / "model.onnx"
+            fold_file(self.dense, plan, path)
+        with self._open(path) as call:
+            yield call
+
+    def _cut_file(self, blocks: int) -> Path:
+        """The dense model of so many blocks, written once: every chain is made from it."""
+        if blocks not in self._cut:
+            model = load_model(self.dense)
+            cut_to_blocks(model, self.geometry, blocks)
+            self._cut[blocks] = self.folder / f"dense-{blocks}.onnx"
+            save_model(model, self._cut[blocks])
+        return self._cut[blocks]
+
+    def _open(self, path: Path) -> AbstractContextManager[Callable[[], object]]:
+        raise NotImplementedError
+
+    def _images(self, session: Session) -> np.ndarray:
+        """float [batch, channel, height, width], of the session's dtype.
+
+        Raises:
+            UserError: The file has another batch.
+        """
+        if session.static_batch not in (None, self.batch):
+            raise UserError(
+                f"{self.dense} runs at its own batch size {session.static_batch}, asked for {self.batch}",
+                f"measure with --batch-size {session.static_batch}, or export it again with --batch-size {self.batch}",
+            )
+        shape = (self.geometry.in_chans, *self.geometry.image_size)
+        images = random_images(self.batch, shape, session.preprocessing, self.seed)
+        return images.astype(session.inputs[0].dtype, copy=False)
+
+    def _remove(self, path: Path) -> None:
+        """What a runtime needs of a file it has read by now, but weights of their own file may be mapped, not read."""
+        if path != self.dense:
+            for part in self.folder.glob(f"{path.name}*"):
+                part.unlink()
+
+
+class OrtGraphs(_FoldedGraphs):
+    """Graphs opened in onnxruntime: :class:`~vpruner.runtime.table.graphs.Graphs`.
+
+    Args:
+        dense, folder, batch, seed: The file, a scratch folder, images per run, and of the images.
+        threads, provider: As in :class:`~vpruner.runtime.ort.OrtSession`.
+
+    Raises:
+        UserError: The file cannot be read, is pruned already, or has another batch.
+    """
+
+    def __init__(
+        self,
+        dense: str | os.PathLike,
+        folder: Path,
+        *,
+        threads: int,
+        batch: int = 1,
+        provider: str = "cpu",
+        seed: int = 0,
+    ):
+        super().__init__(dense, folder, batch=batch, seed=seed)
+        self.threads, self.provider = threads, provider
+        with OrtSession(self.dense, provider, threads, spinning=False) as session:
+            spec = session.inputs[0]
+            self._feeds = session.check_feeds({spec.name: self._images(session)})
+            precision = session.metadata.precision or {"float32": "fp32", "float16": "fp16"}.get(spec.dtype, spec.dtype)
+            self.about: dict[str, Any] = {
+                "runtime": "onnxruntime",
+                "provider": short_provider(session.providers[0]),
+                "precision": precision,
+                "threads": threads,
+                "batch": batch,
+                "opset": self.opset,
+            }
+        self.protocol: dict[str, Any] = {
+            "clock": "time.perf_counter around InferenceSession.run; host arrays in and out, no preprocessing",
+            "input": f"smooth random images, seed {seed}, the same for all",
+            "inter_op_threads": 1,
+            "spinning": "off",
+            "graph_optimization": "all",
+        }
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[Callable[[], object]]:
+        with OrtSession(path, self.provider, self.threads, spinning=False) as session:
+            self._remove(path)
+            feeds = self._feeds
+            yield lambda: session._run(feeds)
+
+
+class TrtGraphs(_FoldedGraphs):
+    """Graphs built into TensorRT engines and timed by the GPU's events: :class:`~vpruner.runtime.table.graphs.Graphs`.
+
+    An engine is built for every graph, with the device's timing cache, so that only the first few builds take long.
+
+    Args:
+        dense, folder, batch, seed: As for :class:`OrtGraphs`.
+        precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
+        step: Multiples that kernels like: both edges of such steps are measured.
+        reporter: Shows remarks of the builder.
+
+    Raises:
+        UserError: The file cannot be read, is pruned already or has another batch; TensorRT, its driver or a GPU is
+            missing.
+    """
+
+    own_time, opening_counts = True, True
+
+    def __init__(
+        self,
+        dense: str | os.PathLike,
+        folder: Path,
+        *,
+        batch: int = 1,
+        precision: str = "fp16",
+        step: int = 8,
+        seed: int = 0,
+        reporter: Reporter | None = None,
+    ):
+        cuda.device_properties()
+        super().__init__(dense, folder, batch=batch, seed=seed)
+        self.precision, self.step, self.reporter = precision, step, reporter
+        self.about: dict[str, Any] = {
+            "runtime": "tensorrt",
+            "provider": "cuda",
+            "precision": precision,
+            "threads": 1,
+            "batch": batch,
+            "opset": self.opset,
+        }
+        self.protocol: dict[str, Any] = {
+            "clock": "CUDA events around one run; input on the GPU, no copies, CUDA graph where it can be recorded",
+            "input": f"smooth random images, seed {seed}, the same for all",
+            "step": step,
+        }
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[Callable[[], object]]:
+        engine = self.folder / "graph.engine"
+        open_batch = any(not isinstance(size, int) for one in read_onnx(path).inputs for size in one.shape[:1])
+        options = BuildOptions(
+            precision=self.precision, batch=self.batch if open_batch else None, layer_details=False, check=False
+        )
+        build_engine(path, engine, options, reporter=self.reporter)
+        self._remove(path)
+        with TrtSession(engine, batch_size=self.batch) as session:
+            for part in self.folder.glob(f"{engine.name}*"):
+                part.unlink()
+            run = EngineRun(session, self._images(session))
+            yield run.on_gpu

@@ -1,0 +1,1 @@
+"""Compare methods of token reduction side by side."""

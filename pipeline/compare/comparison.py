@@ -1,0 +1,585 @@
+"""Methods of token reduction on one model, side by side: what each loses, and how fast its graph really is.
+
+Every method gets the same calibration images and the same budgets, is judged on the same evaluation images against the
+unpatched model, and its graph is timed in turns with the dense graph. Rows are written as they are made, and what a
+results file has already is not made again: a comparison that was interrupted goes on, and one that gets another method
+or another budget makes that alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...core.errors import ParityError, UserError
+from ...core.extras import require
+from ...core.files import file_sha256, json_sha256, scratch_beside, write_text
+from ...core.progress import Reporter
+from ...core.rows import append_rows
+from ..folders import check_output
+from ..graphs import model_bytes, move_model, write_dense
+from ..inputs import choose, open_as_given
+from ..learned import save_learned
+from ..options import PACKAGES, PARITY_IMAGES, CompareOptions
+from ..results import parity_row
+from .contenders import chosen_contenders
+from .files import _files_of_earlier, read_results
+from .judge import Judge
+from .made import SCHEMA, Contender, Made, Point, _followed
+from .timing import TIMED_IMAGES, _caller, _groups, _reduced_copy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...prune.calibration import Calibration
+    from ...prune.data import ImageSet
+    from ...prune.loaded import LoadedModel
+
+
+def compare(
+    options: CompareOptions, output: Path, reporter: Reporter, *, results: Path | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Compare methods; see the module.
+
+    Args:
+        output: Folder for plans, graphs, pictures and report; made where it is missing.
+        results: File that rows are read from and added to; None: ``results.jsonl`` of the folder.
+        force: Forget what an earlier comparison left there.
+
+    Returns:
+        JSON-able summary: the rows of this comparison, the paths of the files, and how many results and failures.
+
+    Raises:
+        UserError: Something the user gave cannot be used.
+    """
+    for package in PACKAGES:  # Missing extras are said now, not after an hour.
+        require(package)
+    from ...prune.choose_images import overlap
+    from ...prune.search import check_target
+    from ...report.compare import write_comparison
+
+    taking_part = chosen_contenders(options)
+    results = results or output / "results.jsonl"
+    earlier = _files_of_earlier(output, results)
+    check_output(results, ".jsonl", option="--results")
+    check_output(output / "report.html", ".html")
+    before = read_results(results)
+    with reporter.stage("Opening model and images"):
+        loaded = open_as_given(options, reporter)
+        for target in options.targets:
+            check_target(loaded.adapter.geometry, target)
+        calibration, evaluation = choose(options, loaded, reporter)
+    comparison = Comparison(options, loaded, calibration, evaluation, output, results, reporter, before)
+    points = comparison.points(taking_part)
+    if force:
+        for path in earlier:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        comparison.forget(points)
+    for point in points:
+        comparison.make(point)
+    if options.latency:
+        comparison.time_graphs(points)
+        comparison.time_rules(points)
+    seen_before = 0
+    if any(contender.needs_images for contender in taking_part):
+        reporter.remark(calibration.skipped_remark("calibration"))
+        if seen_before := overlap(calibration, evaluation):
+            reporter.remark(
+                f"{seen_before} of the {evaluation.count} evaluation images are also calibration images: "
+                "what is reported of methods that learn is not on unseen images alone"
+            )
+    reporter.remark(evaluation.skipped_remark("evaluation"))
+    rows = comparison.rows_of(points)
+    with reporter.stage("Writing the report"):
+        files = write_comparison(output, rows, reporter.remarks, unseen=not seen_before)
+    failed = [row for row in rows if row["kind"] == "compared" and row["failure"] is not None]
+    made = sum(row["kind"] == "compared" for row in rows) - len(failed)
+    paths = {path.name: str(path) for path in (results, *files)}
+    return {"rows": rows, "files": paths, "made": made, "failed": len(failed), "remarks": reporter.remarks}
+
+
+class Comparison:
+    """A comparison under way: what is shared by all methods, and the rows that are there.
+
+    Args:
+        calibration, evaluation: Images; those of further seeds are drawn from the same source.
+        output: Folder for plans and graphs.
+        results: Rows are added to it at once.
+        rows: Those that it has already; None: to be read.
+    """
+
+    def __init__(
+        self,
+        options: CompareOptions,
+        loaded: LoadedModel,
+        calibration: ImageSet,
+        evaluation: ImageSet,
+        output: Path,
+        results: Path,
+        reporter: Reporter,
+        rows: list[dict[str, Any]] | None = None,
+    ):
+        self.options, self.loaded, self.output, self.results, self.reporter = options, loaded, output, results, reporter
+        self.evaluation = evaluation
+        self._sets = {options.seed: calibration}
+        self._calibrations: dict[int, Calibration] = {}
+        self.rows = read_results(results) if rows is None else rows
+
+    @property
+    def seeds(self) -> range:
+        return range(self.options.seed, self.options.seed + self.options.seeds)
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.loaded, self.evaluation)
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        from ...core.environment import environment
+
+        return environment()
+
+    @cached_property
+    def model_key(self) -> str:
+        """Identity of what is compared: weights alone do not say what a model computes."""
+        model, preprocessing = self.loaded.adapter.model, self.loaded.preprocessing
+        return json_sha256(
+            {
+                "weights": self.loaded.sha256,
+                "modules": hashlib.sha256(repr(model).encode()).hexdigest(),  # with their kinds, epsilons and such
+                "geometry": self.loaded.adapter.geometry.to_json(),
+                "preprocessing": preprocessing.to_json(),
+                "classes": self.loaded.classes,
+            }
+        )
+
+    def images(self, seed: int) -> ImageSet:
+        """Calibration images of a seed; never any that are evaluated on."""
+        if seed not in self._sets:
+            from ...prune.choose_images import choose_indices
+            from ...prune.data import ImageSet
+
+            first = self._sets[self.options.seed]
+            indices: Sequence[int] = choose_indices(first.source, self.options.images, seed)
+            if first.source is self.evaluation.source:
+                aside = set(self.evaluation.indices)
+                every = choose_indices(first.source, len(first.source), seed)
+                indices = [index for index in every if index not in aside][: self.options.images]
+            self._sets[seed] = ImageSet(first.source, indices, first.label_map, first.strict)
+        return self._sets[seed]
+
+    def calibration(self, seed: int) -> Calibration:
+        if seed not in self._calibrations:
+            from ...prune.calibration import Calibration
+
+            self._calibrations[seed] = Calibration.load(self.images(seed), self.loaded.preprocessing)
+        return self._calibrations[seed]
+
+    # -- points -------------------------------------------------------------------------------------------------------
+
+    def points(self, taking_part: Sequence[Contender]) -> list[Point]:
+        """Everything to be compared, the first seed of all methods before the others."""
+        return [
+            self.point(contender, target, seed)
+            for seed in self.seeds
+            for target in dict.fromkeys(self.options.targets)
+            for contender in taking_part
+            if contender.seeded or seed == self.options.seed
+        ]
+
+    def point(self, contender: Contender, target: float, seed: int) -> Point:
+        label_map = self.evaluation.label_map
+        identity = {
+            "model": self.model_key,
+            "method": contender.name,
+            "settings": dict(contender.settings),
+            "target": target,
+            "seed": seed if contender.seeded else None,
+            "data": self.images(seed).sha256 if contender.needs_images else None,
+            "eval_data": self.evaluation.sha256,
+            "eval_labels": None if label_map is None else sorted(label_map.items()),
+        }
+        return Point(contender, target, seed, json_sha256(identity)[:16])
+
+    def find(self, kind: str, key: str, **values: Any) -> dict[str, Any] | None:
+        """The newest row of that kind about a key, if there is one."""
+        wanted = {"kind": kind, "key": key, **values}
+        return next((row for row in reversed(self.rows) if wanted.items() <= row.items()), None)
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        append_rows(self.results, rows)
+        self.rows.extend(rows)
+
+    def _keys(self, points: Sequence[Point]) -> set[str]:
+        """What rows about those points and the dense model are filed under."""
+        return {point.key for point in points} | {self.dense_key}
+
+    def rows_of(self, points: Sequence[Point]) -> list[dict[str, Any]]:
+        """The newest row of each measurement about those points and the dense model, as this comparison takes them."""
+        keys, newest = self._keys(points), {}
+        for row in self.rows:
+            if row.get("key") in keys and self._counts(row):
+                what = row["kind"], row["key"], row.get("batch"), row.get("threads"), row.get("runtime")
+                newest[what if row["key"] != self.dense_key else (*what, row.get("target"))] = row
+        return list(newest.values())
+
+    def _counts(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row is of the threads and the opset asked for, and not of PyTorch where there is a graph."""
+        if row["kind"] == "graph":
+            return row["opset"] == self.options.opset
+        if row["kind"] != "latency":
+            return True
+        if row["threads"] != self.options.threads:
+            return False
+        if row["runtime"] == "onnxruntime":
+            return row.get("opset") == self.options.opset
+        graph = self.find("graph", row["key"], batch=row["batch"], opset=self.options.opset)
+        return graph is None or graph["failure"] is not None
+
+    def forget(self, points: Sequence[Point]) -> None:
+        """Drop the rows about those points and the dense model; those of other comparisons stay in the file."""
+        keys = self._keys(points)
+        self.rows = [row for row in self.rows if row.get("key") not in keys]
+        if self.results.exists():  # The folder's own went with its other files.
+            write_text(self.results, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    # -- making and judging -------------------------------------------------------------------------------------------
+
+    def make(self, point: Point) -> None:
+        """Everything about a point but its latency, as far as it is not there already."""
+        row = self.find("compared", point.key)
+        judged = row is not None and row["failure"] is None
+        batches = self.options.batches if self.options.latency and point.seed == self.options.seed else ()
+        missing = [batch for batch in batches if not self._has_graph(point, batch)]
+        if judged and not missing:
+            return
+        with self.reporter.stage(f"{point.contender.name} at {point.target:g}, seed {point.seed}"):
+            try:
+                made = self.made(point, stand_in=judged)
+                if not judged:
+                    self.add(self._judged_row(point, made))
+            except (UserError, ParityError) as error:
+                failed = {**point.row("compared"), **self.about(point), "failure": _one_line(error)}
+                # What was judged stays judged, though no graph can be made of it any more.
+                if row is None or (not judged and row["failure"] != failed["failure"]):
+                    self.add(failed)
+                self.reporter.remark(f"{point.contender.name} at {point.target:g}: {_one_line(error)}")
+                return
+            for batch in missing:
+                self.add(self._graph_row(point, made, batch))
+
+    def made(self, point: Point, stand_in: bool = False) -> Made:
+        """What the contender makes of it; a plan that was made and saved is not made again.
+
+        Args:
+            stand_in: Whether a plan will do that has the counts alone, for its time.
+        """
+        made = self._saved(point, stand_in)
+        if made is None:
+            contender = point.contender
+            images, calibration = (
+                (self.images(point.seed), self.calibration(point.seed)) if contender.needs_images else (None, None)
+            )
+            started = time.process_time()
+            made = contender.make(self.loaded, images, calibration, point.target, point.seed)
+            made = replace(made, cpu_seconds=time.process_time() - started)
+            if made.static or made.content is not None:
+                made = self._save(point, made)
+        return made
+
+    def _save(self, point: Point, made: Made) -> Made:
+        """Write a plan (and the weights tuned for it) into the folder; the same with the plan as written."""
+        from ...prune.stages import Learned
+
+        about = {"seconds": round(made.seconds, 3), "cpu_seconds": round(made.cpu_seconds, 3), "note": made.note}
+        path = self.output / "plans" / f"{point.name}.json"
+        weights = path.with_suffix(".safetensors" if self.loaded.graph is None else ".tuned.onnx")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = None if made.content is None else made.content.with_provenance(**about)
+        plan = made.reduction.with_provenance(**about) if content is None else content.plan
+        written = save_learned(self.loaded, Learned(plan, made.weights, (), content), path, weights)
+        return replace(made, **_followed(written))
+
+    def _saved(self, point: Point, stand_in: bool) -> Made | None:
+        """None where there is no plan, or not the weights that were tuned for it."""
+        from ...core.content_plan import load_plan
+
+        path = self.output / "plans" / f"{point.name}.json"
+        if not path.exists():
+            return None
+        plan, weights = load_plan(path), None
+        if plan.provenance.get("stand_in") and not stand_in:
+            return None
+        if sha256 := plan.provenance.get("tuned_weights_sha256"):
+            weights = self._saved_weights(path.with_suffix(".safetensors"), sha256)
+            if weights is None:
+                return None
+        said = {name: plan.provenance.get(name) for name in ("seconds", "note", "cpu_seconds")}
+        return Made(
+            **_followed(plan),
+            weights=weights,
+            seconds=said["seconds"] or 0.0,
+            note=said["note"] or "",
+            cpu_seconds=said["cpu_seconds"],
+        )
+
+    def _saved_weights(self, path: Path, sha256: str) -> dict[str, Tensor] | None:
+        """Those of the model with that identity; None where they are not there, damaged, or of another plan."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from ...prune.backbones.vit import weights_sha256
+        from ...prune.tune.weights import with_weights
+
+        model = self.loaded.adapter.model
+        own = {name for name, _ in model.named_parameters()}
+        try:
+            weights = {name: value for name, value in load_file(path).items() if name in own}
+            with with_weights(model, weights):
+                return weights if weights_sha256(model) == sha256 else None
+        except (OSError, SafetensorError, ValueError):  # A model from an ONNX file has its tuned weights in a graph.
+            return None
+
+    def _judged_row(self, point: Point, made: Made) -> dict[str, Any]:
+        estimates, macs, counts = self.judge.judge(made)
+        return {
+            **point.row("compared"),
+            **self.about(point),
+            "failure": None,
+            "form": "static" if made.static else "rule" if made.counts is not None else "rule, counts by image",
+            "macs_ratio": round(macs, 6),
+            "counts": counts,
+            "seconds": round(made.seconds, 2),
+            "cpu_seconds": None if made.cpu_seconds is None else round(made.cpu_seconds, 2),
+            "tuned": bool(made.weights),
+            "note": made.note,
+            **{estimate.metric: _without(asdict(estimate), "metric") for estimate in estimates},
+        }
+
+    def about(self, point: Point) -> dict[str, Any]:
+        def described(images: ImageSet) -> dict[str, Any]:
+            return {
+                # A name only: paths are nobody's business.
+                "name": Path(images.source.spec).name,
+                "count": images.count,
+                "labels": images.labelled,
+                "sha256": images.sha256,
+            }
+
+        contender = point.contender
+        return {
+            "model": self.loaded.name,
+            "weights_sha256": self.loaded.sha256,
+            "settings": dict(contender.settings),
+            "data": described(self.images(point.seed)) if contender.needs_images else None,
+            "eval_data": described(self.evaluation),
+            "environment": self.environment,
+        }
+
+    # -- graphs -------------------------------------------------------------------------------------------------------
+
+    @property
+    def dense_key(self) -> str:
+        return f"dense-{self.model_key[:12]}-o{self.options.opset}"
+
+    def _graph(self, point: Point, batch: int) -> dict[str, Any] | None:
+        return self.find("graph", point.key, batch=batch, opset=self.options.opset)
+
+    def _latency(self, point: Point, batch: int, runtime: str) -> dict[str, Any] | None:
+        of_graph = {"opset": self.options.opset} if runtime == "onnxruntime" else {}
+        return self.find("latency", point.key, batch=batch, threads=self.options.threads, runtime=runtime, **of_graph)
+
+    def _has_graph(self, point: Point, batch: int) -> bool:
+        """Whether the graph is there, or is known not to be possible, or has been timed and is not needed again."""
+        row = self._graph(point, batch)
+        if row is None:
+            return False
+        if row["failure"] is not None or (self.output / "graphs" / row["file"]).exists():
+            return True
+        return self._latency(point, batch, "onnxruntime") is not None
+
+    def dense_graph(self, batch: int) -> Path:
+        path = self.output / "graphs" / f"{self.dense_key}-b{batch}.onnx"
+        if not path.exists():
+            with scratch_beside(path) as scratch:
+                write_dense(self.loaded, scratch / "dense.onnx", **self._as_asked(batch))
+                move_model(scratch / "dense.onnx", path)
+        return path
+
+    def _as_asked(self, batch: int) -> dict[str, Any]:
+        return {"opset": self.options.opset, "dynamic_batch": False, "batch_size": batch}
+
+    def _graph_row(self, point: Point, made: Made, batch: int) -> dict[str, Any]:
+        path = self.output / "graphs" / f"{point.name}-b{batch}-o{self.options.opset}.onnx"
+        row = {**point.row("graph"), "batch": batch, "opset": self.options.opset, "file": path.name}
+        export = self._export_plan if made.static else self._export_rule
+        # A folder that cannot be written says nothing of the method: it ends the comparison, and is no row.
+        with scratch_beside(path) as scratch:
+            try:
+                rungs = export(made, batch, scratch)
+            except (UserError, ParityError) as error:
+                return {**row, "file": None, "failure": _one_line(error)}
+            row["parity"] = [_without(parity_row(rung), "schema", "kind") for rung in rungs]
+            move_model(scratch / "pruned.onnx", path)
+        return {**row, "failure": None, "file_sha256": file_sha256(path), "file_bytes": model_bytes(path)}
+
+    def _export_plan(self, made: Made, batch: int, scratch: Path):
+        from ...export.fold import fold_file
+        from ...export.parity import check_ladder
+        from ...prune.tune.weights import with_weights
+
+        plan, dense = made.reduction, self.dense_graph(batch)
+        source = dense
+        if made.weights:
+            source = scratch / "tuned.onnx"
+            with with_weights(self.loaded.adapter.model, made.weights):
+                tuned = replace(self.loaded, sha256=plan.provenance["tuned_weights_sha256"])
+                write_dense(tuned, source, **self._as_asked(batch))
+        fold_file(source, plan, scratch / "pruned.onnx")
+        images = self._parity_images
+        return check_ladder(self.loaded.adapter, plan, dense, scratch / "pruned.onnx", images, weights=made.weights)
+
+    def _export_rule(self, made: Made, batch: int, scratch: Path):
+        from ...export.rules import check_rule, export_rule
+        from ...prune.backbones.vit import weights_sha256
+        from ...prune.tune.weights import with_weights
+
+        adapter, rule, path, audit = (
+            self.loaded.adapter,
+            made.reduction,
+            scratch / "pruned.onnx",
+            scratch / "audit.onnx",
+        )
+        with with_weights(adapter.model, made.weights):
+            loaded, options = self.loaded, dict(opset=self.options.opset, batch_size=batch, audit=audit)
+            if made.weights:
+                loaded, options["trained_sha256"] = replace(loaded, sha256=weights_sha256(adapter.model)), loaded.sha256
+            export_rule(loaded, rule, path, **options)
+            return check_rule(adapter, rule, path, audit, self._parity_images)
+
+    @cached_property
+    def _parity_images(self) -> Tensor:
+        """float32 [image, channel, height, width]: of those evaluated on, which takes nothing from the evaluation."""
+        return self.judge.images.images(range(min(PARITY_IMAGES, len(self.judge.images))))
+
+    # -- latency ------------------------------------------------------------------------------------------------------
+
+    def time_graphs(self, points: Sequence[Point]) -> None:
+        """Every graph of the first seed that has no latency yet, in turns with the dense graph and those of its target.
+
+        Within a group all share one baseline, and that is what ratios are to: groups can be made on different days.
+        """
+        from ...runtime.measure import profile_onnx
+
+        for batch, target in itertools.product(self.options.batches, dict.fromkeys(self.options.targets)):
+            waiting = {}
+            for point in points:
+                row = self._graph(point, batch) if point.target == target else None
+                if row is None or row["failure"] is not None or point.seed != self.options.seed:
+                    continue
+                if self._latency(point, batch, "onnxruntime") is None:
+                    waiting[point.contender.name] = point, self.output / "graphs" / row["file"]
+            for number, group in enumerate(_groups(waiting)):
+                again = f", group {number + 1}" if number else ""
+                names = {name: point for name, (point, _) in group.items()}
+                with self.reporter.stage(f"Timing {len(group)} graphs at {target:g}, batch {batch}{again}"):
+                    try:
+                        timed = profile_onnx(
+                            {"dense": self.dense_graph(batch), **{name: path for name, (_, path) in group.items()}},
+                            batch=batch,
+                            threads=self.options.threads,
+                            seconds=self.options.seconds,
+                        )
+                    except UserError as error:  # The batch of a model that came as an ONNX file is its own.
+                        self.reporter.remark(f"not timed at {target:g}, batch {batch}: {_one_line(error)}")
+                        continue
+                self._add_latencies(timed, names, target)
+
+    def time_rules(self, points: Sequence[Point]) -> None:
+        """What has no graph, in PyTorch, in turns with the dense model there."""
+        for batch, target in itertools.product(self.options.batches, dict.fromkeys(self.options.targets)):
+            waiting = {}
+            for point in points:
+                row = self._graph(point, batch)
+                if point.target != target or point.seed != self.options.seed or row is None or row["failure"] is None:
+                    continue
+                if self._latency(point, batch, "pytorch") is None:
+                    waiting[point.contender.name] = point
+            if waiting:
+                with self.reporter.stage(f"Timing {len(waiting)} methods in PyTorch at {target:g}, batch {batch}"):
+                    timed = self._time_in_torch({name: self.made(point) for name, point in waiting.items()}, batch)
+                self._add_latencies(timed, waiting, target)
+
+    def _add_latencies(self, timed: Sequence[dict[str, Any]], points: Mapping[str, Point], target: float) -> None:
+        common = {"schema": SCHEMA, "kind": "latency", "key": self.dense_key, "method": "dense", "target": target}
+        rows = []
+        for row in timed:
+            about = points[row["label"]].row("latency") if row["label"] in points else {**common, "seed": None}
+            opset = self.options.opset if row["runtime"] == "onnxruntime" else None
+            rows.append({**row, **about, "opset": opset, "dense_p50_ms": timed[0]["p50_ms"]})
+        self.add(*rows)
+
+    def _time_in_torch(self, made: Mapping[str, Made], batch: int) -> list[dict[str, Any]]:
+        """Rows as :func:`~vpruner.runtime.measure.profile_onnx` gives them, of PyTorch on real images."""
+        import torch
+
+        from ...core.environment import environment
+        from ...core.timing import measure
+
+        threads, here = self.options.threads, environment()
+        images = self.judge.images
+        count = max(batch, min(TIMED_IMAGES, len(images)) // batch * batch)
+        chosen = [index % len(images) for index in range(count)]
+        inputs = [images.images(chosen[start : start + batch]) for start in range(0, count, batch)]
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(threads)
+            with ExitStack() as stack, torch.inference_mode():
+                candidates = {"dense": _caller(self.loaded.adapter.model, inputs)}
+                for name, one in made.items():
+                    candidates[name] = _caller(stack.enter_context(_reduced_copy(self.loaded, one)), inputs)
+                compared = measure(
+                    candidates,
+                    seconds=self.options.seconds,
+                    batch=batch,
+                    protocol={
+                        "clock": "time.perf_counter around the PyTorch module; no preprocessing",
+                        "input": f"{len(inputs)} batches of evaluation images one after the other, the same in a round",
+                        "intra_op_threads": threads,
+                        "device": str(next(self.loaded.adapter.model.parameters()).device),
+                    },
+                )
+        finally:
+            torch.set_num_threads(before)
+        return [
+            {
+                "label": label,
+                "model": self.loaded.name,
+                "runtime": "pytorch",
+                "provider": compared.protocol["device"],
+                "precision": "fp32",
+                "batch": batch,
+                "threads": threads,
+                **compared.row(label),
+                "protocol": compared.protocol,
+                "environment": here,
+            }
+            for label in candidates
+        ]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names}

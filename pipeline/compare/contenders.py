@@ -1,0 +1,125 @@
+"""The methods that can be compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ...core.errors import UserError
+from ..learned import rearrange_settings
+from ..options import CompareOptions
+from .made import Contender, Made, _rule_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...prune.calibration import Calibration
+    from ...prune.data import ImageSet
+    from ...prune.loaded import LoadedModel
+    from ...prune.methods.method import Method
+
+
+def contenders(options: CompareOptions) -> dict[str, Contender]:
+    """name -> everything that can be compared, ours first. Needs PyTorch."""
+    from ...prune.methods import methods
+
+    found = {
+        "v-pruner": _learned("v-pruner", options, rearrangement="ppo", tuning="weights"),
+        "v-pruner-content": _learned(
+            "v-pruner-content", options, rearrangement="ppo", tuning="weights", selection="content"
+        ),
+        "fisher": _learned("fisher", options, rearrangement="none", tuning="none"),
+    }
+    return found | {name: _registered(method()) for name, method in methods().items()}
+
+
+def chosen_contenders(options: CompareOptions) -> list[Contender]:
+    """Those the user named, in that order, or all.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    known = contenders(options)
+    unknown = [name for name in options.methods or () if name not in known]
+    if unknown:
+        raise UserError(f"there is no method called {unknown[0]!r}", f"choose from {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(options.methods or known)]
+
+
+def _learned(
+    name: str, options: CompareOptions, rearrangement: str, tuning: str, selection: str = "static"
+) -> Contender:
+    settings = rearrange_settings(tuning, options.episodes, options.time_limit)
+
+    def make(loaded: LoadedModel, images: ImageSet, calibration: Calibration, target: float, seed: int) -> Made:
+        from ...prune.learn import learn
+
+        if selection == "content" and loaded.graph is not None:
+            raise UserError(
+                f"{loaded.graph.name} is an ONNX file: patches are chosen by content in PyTorch models alone",
+                "name the model instead of the file",
+            )
+        learned = learn(
+            loaded,
+            images,
+            target=target,
+            loss=options.loss,
+            rearrangement=rearrangement,
+            tuning=tuning,
+            selection=selection,
+            settings=settings,
+            seed=seed,
+        )
+        if any("interrupted" in stage.note for stage in learned.stages):
+            raise KeyboardInterrupt  # A plan that was cut short is worth having in a run, and no result here.
+        undone = [stage.name for stage in learned.stages[1:] if not stage.kept]
+        note = f"undone, as it did not help: {', '.join(undone)}" if undone else ""
+        reduction = learned.plan if learned.content is None else _rule_of(learned.content)
+        seconds = sum(stage.seconds for stage in learned.stages)
+        return Made(reduction, learned.weights, seconds, note, content=learned.content)
+
+    how = {"rearrange": rearrangement, "tune": tuning, "loss": options.loss}
+    if selection != "static":
+        how["select"] = selection
+    if rearrangement == "ppo":
+        how |= {"episodes": settings.episodes, "time_limit": settings.time_limit}
+    return Contender(name, how, True, True, make)
+
+
+def _registered(method: Method) -> Contender:
+    def make(loaded: LoadedModel, images: ImageSet | None, calibration: Calibration | None, target: float, seed: int):
+        from ...prune.fisher import batch_size_for
+
+        batches: Sequence[Tensor] = ()
+        if calibration is not None:
+            used = calibration.fit[: method.enough_images]
+            batches = _Batches(calibration, used, batch_size_for(loaded.adapter.geometry))
+        started = time.perf_counter()
+        reduction = method.make(loaded.adapter, batches, target, seed=seed)
+        return Made(reduction, None, time.perf_counter() - started)
+
+    settings = {"class": type(method).__name__, **_plain_settings(method)}
+    return Contender(method.name, settings, method.needs_images, method.needs_images or method.seeded, make)
+
+
+def _plain_settings(method: Method) -> dict[str, Any]:
+    """The settings of a method as JSON values; what is no JSON value goes by how it is written."""
+    plain = (str, int, float, bool, type(None), list)
+    return {name: value if isinstance(value, plain) else repr(value) for name, value in asdict(method).items()}
+
+
+class _Batches(Sequence):
+    """Calibration images as methods take them, prepared when they are asked for: in memory they are bytes."""
+
+    def __init__(self, calibration: Calibration, indices: Sequence[int], size: int):
+        self.calibration = calibration
+        self.chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, number: int) -> Tensor:
+        """float32 [batch, channel, height, width]."""
+        return self.calibration.images(self.chunks[number])

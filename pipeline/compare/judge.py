@@ -1,0 +1,71 @@
+"""Judging a reduction on evaluation images held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ...core.cost import cost_ratio, dense_macs
+from ...core.plan import TokenPlan
+from .made import Made
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...core.statistics import Estimate
+    from ...prune.data import ImageSet
+    from ...prune.loaded import LoadedModel
+
+
+class Judge:
+    """Evaluation images in memory, and what the dense model, as timm runs it, makes of them.
+
+    Attributes:
+        images: Where the pixels are.
+        labels: int64 [image], or None.
+    """
+
+    def __init__(self, loaded: LoadedModel, evaluation: ImageSet):
+        from ...prune.calibration import Calibration
+
+        self.adapter = loaded.adapter
+        self.images = Calibration.load(evaluation, loaded.preprocessing, held_out=0)
+        self.labels = None if self.images.labels is None else self.images.labels.numpy()
+
+    @cached_property
+    def dense(self):
+        """float32 [image, output]."""
+        return self._run(self.adapter.model)
+
+    def judge(self, made: Made) -> tuple[list[Estimate], float, list[float]]:
+        """Estimates paired with the dense model; MACs as a share of its; tokens that enter each block.
+
+        MACs and tokens of a rule are means over the images.
+        """
+        from ...core.statistics import Outputs, compare
+        from ...prune.tune.weights import with_weights
+
+        model, geometry = self.adapter.model, self.adapter.geometry
+        dense = self.dense
+        with with_weights(model, made.weights):
+            if isinstance(made.reduction, TokenPlan):
+                outputs = self.images.outputs(self.adapter, made.reduction, self.images.fit).numpy()
+                macs, counts = cost_ratio(made.reduction), list(map(float, made.reduction.key_counts))
+            else:
+                with made.reduction.applied(self.adapter) as run:
+                    outputs = self._run(run)
+                macs = float(run.macs.mean()) / dense_macs(geometry)
+                counts = [round(float(count), 3) for count in run.key_counts.mean(0)]
+        both = Outputs({"dense": dense, "pruned": outputs}, self.labels)
+        return compare(both, baseline="dense", output=geometry.output)["pruned"], macs, counts
+
+    def _run(self, model: Callable[[Tensor], Tensor]):
+        import torch
+
+        from ...prune.fisher import batch_size_for
+
+        device = next(self.adapter.model.parameters()).device
+        batches = self.images.batches(self.images.fit, batch_size_for(self.adapter.geometry))
+        with torch.inference_mode():
+            return torch.cat([model(x.to(device)).float().cpu() for x, _ in batches]).numpy()

@@ -1,0 +1,110 @@
+"""What takes part in a comparison, and what it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...core.plan import TokenPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...core.content_plan import ContentPlan
+    from ...prune.calibration import Calibration
+    from ...prune.data import ImageSet
+    from ...prune.loaded import LoadedModel
+    from ...prune.methods.rule import TokenRule
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a method makes of a model and a budget.
+
+    Attributes:
+        reduction: One plan for every image, or a rule that looks at each.
+        weights: State-dict name -> tensor where tuning changed weights.
+        seconds: Wall-clock time, without decoding the images.
+        cpu_seconds: Processor time of all threads, which a busy machine does not stretch; None where not known.
+        note: What the method has to say, or empty.
+    """
+
+    reduction: TokenPlan | TokenRule
+    weights: Mapping[str, Tensor] | None
+    seconds: float
+    note: str = ""
+    cpu_seconds: float | None = None
+    content: ContentPlan | None = None
+
+    @property
+    def static(self) -> bool:
+        return isinstance(self.reduction, TokenPlan)
+
+    @property
+    def counts(self) -> tuple[int, ...] | None:
+        """Tokens (prefix included) that enter each block; None where images decide."""
+        if isinstance(self.reduction, TokenPlan):
+            return self.reduction.key_counts
+        counts = self.reduction.static_counts()
+        return None if counts is None else counts[:-1]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method as it takes part.
+
+    Attributes:
+        name: What the user calls it.
+        settings: JSON values that, with model, budget, seed and images, determine what it makes.
+        needs_images: Whether it looks at calibration images.
+        seeded: Whether another seed gives another result.
+        make: (model, calibration images, the same decoded, target, seed) -> what it makes; images are None where it
+            needs none.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    needs_images: bool
+    seeded: bool
+    make: Callable[[LoadedModel, ImageSet | None, Calibration | None, float, int], Made]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One contender at one budget with one seed."""
+
+    contender: Contender
+    target: float
+    seed: int
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.contender.name}-{self.target:g}-{self.key[:8]}"
+
+    def row(self, kind: str) -> dict[str, Any]:
+        """What every row about it starts with."""
+        return {
+            "schema": SCHEMA,
+            "kind": kind,
+            "key": self.key,
+            "method": self.contender.name,
+            "target": self.target,
+            "seed": self.seed if self.contender.seeded else None,
+        }
+
+
+def _rule_of(plan: ContentPlan) -> TokenRule:
+    from ...prune.methods.content import ContentRule
+
+    return ContentRule.of(plan)
+
+
+def _followed(plan: TokenPlan | ContentPlan) -> dict[str, Any]:
+    """What :class:`Made` says of a plan of either kind."""
+    if isinstance(plan, TokenPlan):
+        return {"reduction": plan, "content": None}
+    return {"reduction": _rule_of(plan), "content": plan}

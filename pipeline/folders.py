@@ -1,0 +1,105 @@
+"""Output folders and files: checked before any work, finished in one step."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..core.errors import UserError
+from ..core.files import scratch_beside
+
+#: What a run writes; ``--force`` replaces a folder that holds nothing else.
+RUN_FILES = re.compile(
+    r"(plan\.json|(dense|tuned|pruned(\.(fp16|bf16|int8|int8-dynamic))?)\.onnx(\.\w+\.data)?|model\.safetensors|results\.jsonl"
+    r"|report\.(html|md))"
+)
+
+
+@contextmanager
+def finished_folder(output: Path, *, force: bool) -> Iterator[Path]:
+    """Yield a scratch folder that becomes ``output`` when the block succeeds and vanishes when it does not.
+
+    Raises:
+        UserError: ``output`` holds something (without ``force``) or something that no run writes (with it), is the
+            current folder, or cannot be made.
+    """
+    output = output.resolve()  # A link stays a link: what it points to is replaced.
+    if Path.cwd().is_relative_to(output):
+        raise UserError(f"{output} is the folder you are in", "choose a folder of its own with -o, such as runs/mine")
+    check_free(output, force=force)
+    with scratch_beside(output) as scratch:
+        yield scratch
+        check_free(output, force=force)  # Again: another run may have finished there in the meantime.
+        scratch.chmod(0o755)  # mkdtemp makes private folders.
+        # The old folder steps aside until the new one stands: nothing that fails in between loses both.
+        aside = scratch.with_name(f"{scratch.name}.old")
+        if output.exists():
+            output.rename(aside)
+        scratch.replace(output)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_free(output: Path, *, force: bool) -> None:
+    """Refuse an output folder that would cost the user anything."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"{output} is a file", "choose another folder with -o")
+    found = sorted(path.name for path in output.iterdir())
+    if found and not force:
+        raise UserError(f"{output} exists already", "choose another folder with -o, or replace it with --force")
+    foreign = [name for name in found if not RUN_FILES.fullmatch(name)]
+    if foreign:
+        raise UserError(
+            f"{output} holds {foreign[0]}, which is not of a run", "choose another folder with -o, or move that away"
+        )
+
+
+def check_output(output: Path, suffix: str | Sequence[str], *inputs: str | Path | None, option: str = "-o") -> None:
+    """Refuse, before any work, a file that cannot be written or that the command still needs.
+
+    Args:
+        output: The file to write.
+        suffix: What its name must end in, or several of which one; empty: whatever the user likes.
+        inputs: Files the command reads; None for those not given.
+        option: What the user named it with.
+
+    Raises:
+        UserError: Says which.
+    """
+    suffixes = [suffix] if isinstance(suffix, str) else list(suffix)
+    ending = " or ".join(suffixes)
+    file = f"a {ending} file" if ending else "a file"
+    if ending and output.suffix.lower() not in suffixes:
+        raise UserError(f"{output} does not end in {ending}", f"name {file} with {option}")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder", f"name {file} with {option}")
+    for path in inputs:
+        if path is not None and Path(path).exists() and output.exists() and output.samefile(path):
+            raise UserError(f"{output} is read by this command", f"choose another name with {option}")
+    place = next(parent for parent in output.absolute().parents if parent.exists())
+    try:
+        # Tried, not asked for: to the superuser every folder seems writable, /proc too.
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError:
+        raise UserError(f"cannot write to {place}", f"choose another place with {option}") from None
+
+
+def check_checkpoint(checkpoint: Path | None, rearrange: str, *others: str | Path | None) -> None:
+    """Refuse, before any work, a checkpoint that cannot be written or would not be.
+
+    Args:
+        others: Files that the command reads or writes besides.
+    """
+    if checkpoint is None:
+        return
+    if rearrange != "ppo":
+        raise UserError(f"--checkpoint goes with --rearrange ppo, not with {rearrange}", "leave it out")
+    check_output(checkpoint, "", *others, option="--checkpoint")
+    if any(other is not None and Path(other).resolve() == checkpoint.resolve() for other in others):
+        raise UserError(f"{checkpoint} is written by this command", "choose another name with --checkpoint")

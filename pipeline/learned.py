@@ -1,0 +1,253 @@
+"""Plans and tuned weights: written, replaced, described."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.errors import UserError
+from ..core.plan import TokenPlan
+from ..core.progress import Reporter
+from .inputs import is_onnx
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.content_plan import ContentPlan
+    from ..prune.loaded import LoadedModel
+    from ..prune.methods.rule import TokenRule
+    from ..prune.rearrange.search import RearrangeSettings
+    from ..prune.stages import Learned
+
+
+def check_select(select: str, tune: str, model: str | Path | None) -> None:
+    """Refuse, before any work, a selection that does not go with the other options.
+
+    Raises:
+        UserError: Says what to give instead.
+    """
+    if select == "static":
+        return
+    if is_onnx(model):
+        raise UserError(
+            f"{model} is an ONNX file, and --select content writes a graph of its own from a PyTorch model",
+            "leave out --select, or name the model instead of the file",
+        )
+    from ..prune.learn import check_selection
+
+    check_selection(select, tune)
+
+
+def rule_of(plan: TokenPlan | ContentPlan) -> TokenRule | None:
+    """The rule of a plan by content; None for a static one."""
+    if isinstance(plan, TokenPlan):
+        return None
+    from ..prune.methods.content import ContentRule
+
+    return ContentRule.of(plan)
+
+
+def chosen_plans(rule: TokenRule, loaded: LoadedModel, images: Tensor) -> list[TokenPlan]:
+    """What a rule that keeps tokens makes of each image: the plan that keeps the same patches.
+
+    Args:
+        images: [image, channel, height, width], preprocessed.
+    """
+    import torch
+
+    geometry, adapter = rule.geometry, loaded.adapter
+    positions = torch.arange(geometry.patches) if rule.entry is None else torch.tensor(rule.entry)
+    positions = positions.expand(len(images), -1)
+    with torch.inference_mode(), rule.applied(adapter) as run:
+        run(images.to(next(adapter.model.parameters())))
+        kept = [positions]
+        for block in range(geometry.depth - 1):
+            if (rows := run.decisions.get(block)) is not None:
+                positions = positions.gather(1, rows[:, geometry.prefix_tokens :].cpu() - geometry.prefix_tokens)
+            kept.append(positions)
+    return [
+        TokenPlan(loaded.name, geometry, tuple(tuple(sorted(part[image].tolist())) for part in kept))
+        for image in range(len(images))
+    ]
+
+
+def rearrange_settings(tuning: str, episodes: int | None, time_limit: float | None) -> RearrangeSettings:
+    from ..prune.rearrange.search import RearrangeSettings
+
+    return RearrangeSettings.for_tuning(tuning, episodes=episodes, time_limit=time_limit)
+
+
+def check_tuned_output(path: Path) -> None:
+    """Refuse a file for tuned weights whose place is taken by something else: weights are not had again for nothing."""
+    if path.is_dir() or (path.exists() and _tuned_for(path) is None):
+        raise UserError(
+            f"the tuned weights would go to {path}, which holds something else", "choose another name with -o"
+        )
+
+
+def _tuned_for(path: Path) -> str | None:
+    """The digest of the plan that a file's weights were tuned for; None for a file that does not say so."""
+    from ..core.metadata import TUNED_FOR
+
+    if is_onnx(path):
+        from ..export.files import read_model
+
+        try:
+            return read_model(path).metadata_props.get(TUNED_FOR)
+        except UserError:
+            return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get(TUNED_FOR)
+    except (SafetensorError, OSError):
+        return None
+
+
+def tuned_beside(plan_path: Path, model: str | Path | None) -> Path:
+    """Where the weights go that are tuned for a plan: an ONNX file's into the same graph, a PyTorch model's alone."""
+    return plan_path.with_suffix(".tuned.onnx" if is_onnx(model) else ".safetensors")
+
+
+def replace_learned(
+    loaded: LoadedModel,
+    learned: Learned,
+    plan_path: Path,
+    weights_path: Path,
+    inputs: Sequence[str | Path | None],
+    reporter: Reporter,
+) -> TokenPlan | ContentPlan:
+    """:func:`save_learned` where an earlier plan may stand: weights tuned for that one do not stay beside the new one.
+
+    Under the name of the new plan they would be taken for its own. They go once the new plan stands, and only those
+    that say they are of the plan it replaced; anything else of that name is the user's, and is remarked on.
+
+    Args:
+        inputs: Files that the command reads, which stay; None for those not given.
+    """
+    from ..core.content_plan import load_plan
+
+    read = [Path(path) for path in inputs if path is not None and Path(path).exists()]
+    places = (tuned_beside(plan_path, None), tuned_beside(plan_path, "graph.onnx"))
+    beside = [
+        path
+        for path in places
+        if path.is_file()
+        and not (learned.weights and path == weights_path)
+        and not any(path.samefile(other) for other in read)
+    ]
+    replaced = None
+    if beside and plan_path.exists():
+        with suppress(UserError):
+            replaced = load_plan(plan_path)
+    # A card may name them as the weights that were just pruned.
+    if replaced is not None and replaced.provenance.get("tuned_weights_sha256") == loaded.sha256:
+        beside = []
+    stale = [path for path in beside if replaced is not None and _tuned_for(path) == replaced.digest]
+    plan = save_learned(loaded, learned, plan_path, weights_path)
+    for path in beside:
+        if path in stale:
+            remove_tuned(path)
+            reporter.remark(f"removed {path}: its weights were tuned for the plan that {plan_path.name} held before")
+        else:
+            reporter.remark(f"{path} stays; it does not belong to {plan_path.name}, which was written beside it")
+    return plan
+
+
+def remove_tuned(path: Path) -> None:
+    if not is_onnx(path):
+        path.unlink(missing_ok=True)
+        return
+    from ..export.files import remove_model
+
+    remove_model(path)
+
+
+def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights_path: Path) -> TokenPlan | ContentPlan:
+    """Write the plan, and beside it the whole model with tuned weights where there are any; returns the plan written.
+
+    The plan is that by content where there is one.
+    A model that came as an ONNX file is written as one, with the weights in the user's own graph. The plan comes last:
+    where it stands, what it speaks of does.
+
+    Raises:
+        ParityError: That graph does not compute what the tuned model does.
+    """
+    from ..core.files import file_sha256
+    from ..core.metadata import TUNED_FOR
+    from ..prune.backbones.vit import weights_sha256
+    from ..prune.tune.weights import with_weights
+
+    plan, model = learned.content or learned.plan, loaded.adapter.model
+    if loaded.graph is not None:
+        # What tells folding that this graph is the one, where its metadata does not.
+        plan = plan.with_provenance(graph={"name": loaded.graph.name, "sha256": file_sha256(loaded.graph)})
+    if learned.weights:
+        with with_weights(model, learned.weights):
+            plan = plan.with_provenance(
+                tuned_weights_sha256=weights_sha256(model), tuned_weights_file=weights_path.name
+            )
+            if loaded.graph is not None:
+                from ..export.rebuild.graph import write_graph
+
+                tuned = replace(loaded, sha256=plan.provenance["tuned_weights_sha256"])
+                write_graph(tuned, weights_path, {TUNED_FOR: plan.digest})
+            else:
+                metadata = {TUNED_FOR: plan.digest, "vpruner.weights_sha256": loaded.sha256}
+                save_weights(model.state_dict(), weights_path, metadata)
+    plan.save(plan_path)
+    return plan
+
+
+def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    from ..core.files import atomic_path
+
+    with atomic_path(path) as temporary:
+        # The format marker is what loaders other than timm look for.
+        save_file({name: value.contiguous() for name, value in state.items()}, temporary, {"format": "pt", **metadata})
+
+
+def remark_untuned(
+    plan: TokenPlan | ContentPlan,
+    sha256: str,
+    reporter: Reporter,
+    *,
+    plan_path: str | Path | None = None,
+    command: str = "export",
+) -> None:
+    """Say that a plan goes with tuned weights, where the model has those it was learned on.
+
+    Args:
+        plan_path: Where the plan was read from; None: not known here.
+        command: What to type again with those weights, where they are a PyTorch model's; of an ONNX file it is fold.
+    """
+    tuned = plan.provenance.get("tuned_weights_sha256")
+    if tuned and sha256 != tuned:
+        name = str(plan.provenance.get("tuned_weights_file") or "model.safetensors")
+        weights, where = name, "PLAN"
+        if plan_path is not None:
+            where, beside = shlex.quote(str(plan_path)), Path(plan_path).with_name(Path(name).name)
+            weights = str(beside) if beside.is_file() else name
+        weights = shlex.quote(weights)
+        again = f"fold {weights}" if is_onnx(name) else f"{command} MODEL --weights {weights}"
+        reporter.remark(
+            f"the model has its weights from before tuning; those tuned for this plan are in {name}, written beside "
+            f"it, to be given as in: vpruner {again} --plan {where}"
+        )
+
+
+def stage_labels(learned: Learned) -> list[str]:
+    """For each stage the label of the graph that shows the model after it: ``"pruned"`` where that is the final one."""
+
+    def state(plan: TokenPlan | ContentPlan, weights: Mapping[str, Tensor] | None) -> tuple[str, bool]:
+        return plan.digest, bool(weights)
+
+    names = {state(learned.content or learned.plan, learned.weights): "pruned"}
+    return [names.setdefault(state(stage.content or stage.plan, stage.weights), stage.name) for stage in learned.stages]

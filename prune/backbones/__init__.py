@@ -1,0 +1,1 @@
+"""Architectures that can be pruned, one file each."""

@@ -1,0 +1,36 @@
+"""A model as the pruning stages take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.preprocess import Preprocessing
+from .backbones.vit import ViTAdapter
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model, ready for pruning and export.
+
+    Attributes:
+        adapter: The model in evaluation mode, with its geometry.
+        preprocessing: How an image becomes its input.
+        classes: Name of each output, or None when unknown.
+        sha256: Identity of the weights, see :func:`~vpruner.prune.backbones.vit.weights_sha256`.
+        graph: The ONNX file that the model was rebuilt from (:mod:`vpruner.export.rebuild.graph`); None for any other.
+    """
+
+    adapter: ViTAdapter
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None
+    sha256: str
+    graph: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.adapter.name
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.adapter.model.parameters())

@@ -1,0 +1,1 @@
+"""Move tokens within a budget by reinforcement learning or by greedy swaps."""

@@ -1,0 +1,104 @@
+"""Fisher search in rounds: each takes a share of the way to the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..core.cost import Cost, MacsCost
+from ..core.errors import UserError
+from ..core.plan import TokenPlan
+from .backbones.vit import ViTAdapter
+from .fisher import gate_gradients
+from .search import search_mask
+
+#: Rounds of scoring and searching, when there are images enough.
+ROUNDS = 8
+#: More images than this make plans no better: clean scores drop whole neighbourhoods of tokens, noise spreads them.
+SEARCH_IMAGES = 1024
+#: Fewer images than this do not tell tokens apart; with a small calibration set there are fewer rounds instead.
+IMAGES_PER_ROUND = 32
+
+
+@dataclass(frozen=True)
+class FisherSearch:
+    """What :func:`search_in_rounds` found.
+
+    Attributes:
+        plan: Without provenance.
+        dense_importance: float64 [exit L + 1, patch N], at the dense model, as the first round saw it.
+        rounds: JSON values of each.
+        note: As of :class:`~vpruner.prune.search.SearchResult`, of the last round.
+    """
+
+    plan: TokenPlan
+    dense_importance: np.ndarray
+    rounds: tuple[Mapping[str, Any], ...]
+    note: str
+
+
+def search_in_rounds(
+    adapter: ViTAdapter,
+    rounds: Sequence[Iterable[tuple[Tensor, Tensor | None]]],
+    loss: str,
+    target: float,
+    *,
+    cost: Cost | None = None,
+    seed: int = 0,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> FisherSearch:
+    """Fisher importance and the mask that loses least of it, in equal steps of cost from all tokens to the target.
+
+    Args:
+        rounds: For each its (images, labels or None), as :func:`~vpruner.prune.fisher.gate_gradients` takes them.
+        loss: One of :data:`~vpruner.prune.fisher.LOSSES`.
+        target: Budget as a fraction of the dense model's cost.
+        cost: What the budget is of; None: MACs.
+        seed: For losses that draw random directions.
+        on_batch: Called with the number of images after each batch.
+    """
+    geometry = adapter.geometry
+    cost = cost or MacsCost(geometry)
+    plan = TokenPlan.identity(adapter.name, geometry)
+    start = cost.ratio(plan)
+    dense_importance, steps = None, []
+    for number, batches in enumerate(rounds, 1):
+        gradients = gate_gradients(adapter, batches, loss, plan=plan, seed=seed + number, on_batch=on_batch)
+        importance = gradients.importance(geometry.depth)
+        dense_importance = importance if dense_importance is None else dense_importance
+        # Equal steps in cost.
+        step = target if number == len(rounds) else max(target, start - (start - target) * number / len(rounds))
+        found = search_mask(importance, geometry, step, plan.exits, cost)
+        plan = found.plan(adapter.name, geometry)
+        steps.append(
+            {
+                "images": len(gradients.values),
+                "ratio": round(cost.ratio(plan), 6),
+                "importance_lost": found.importance_lost,
+                "quadratic_estimate": gradients.quadratic_estimate(plan),
+            }
+        )
+    return FisherSearch(plan, dense_importance, tuple(steps), found.note)
+
+
+def round_sizes(count: int, rounds: int | None) -> list[int]:
+    """How many of ``count`` images each round gets: shares equal but for one image."""
+    if rounds is None:
+        rounds = min(ROUNDS, max(1, count // IMAGES_PER_ROUND))
+    rounds = max(1, min(rounds, count))
+    return [count // rounds + (number < count % rounds) for number in range(rounds)]
+
+
+def choose_loss(loss: str, output: str, labelled: bool) -> str:
+    """Resolve ``"auto"`` and refuse a loss that model or data cannot give."""
+    if loss == "auto":
+        return "features" if output == "features" else "labels" if labelled else "self"
+    if (loss == "features") != (output == "features"):
+        raise UserError(f"loss {loss!r} for a model of {output}", "leave --loss at auto")
+    if loss == "labels" and not labelled:
+        raise UserError("loss 'labels', but the calibration images have no usable labels", "use --loss self")
+    return loss

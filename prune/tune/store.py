@@ -1,0 +1,72 @@
+"""Activations between passes: in memory up to a limit, on disk beyond it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Hashable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Activations up to this size stay in memory, others go to disk.
+RAM_BYTES = 512 << 20
+
+
+class ActivationStore:
+    """Tensors by key, in memory up to a limit and in a temporary folder beyond it. A context manager.
+
+    Args:
+        ram_bytes: The limit.
+    """
+
+    def __init__(self, ram_bytes: int = RAM_BYTES):
+        self._limit = ram_bytes
+        self._held: dict[Hashable, Tensor] = {}
+        self._files: dict[Hashable, Path] = {}
+        self._bytes = self._written = 0
+        self._folder: tempfile.TemporaryDirectory | None = None
+
+    def __enter__(self) -> ActivationStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._held.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    @property
+    def bytes_in_memory(self) -> int:
+        return self._bytes
+
+    def put(self, key: Hashable, value: Tensor) -> None:
+        """Keep ``value`` (float32 or float64, of any device) under ``key``, in place of what was there."""
+        value = value.detach().cpu()
+        previous = self._held.pop(key, None)
+        if previous is not None:
+            self._bytes -= previous.nbytes
+        if self._bytes + value.nbytes <= self._limit:
+            if key in self._files:
+                self._files.pop(key).unlink()
+            # A view would hold all that it is a view of.
+            self._held[key] = value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+            self._bytes += value.nbytes
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="vpruner-")
+        if key not in self._files:
+            self._files[key] = Path(self._folder.name) / f"{self._written}.npy"
+            self._written += 1
+        # Written and read whole, not mapped: pages of a mapped file count as memory of the process.
+        np.save(self._files[key], value.numpy())
+
+    def get(self, key: Hashable) -> Tensor:
+        """On the CPU.
+
+        Raises:
+            KeyError: Nothing was put there.
+        """
+        if key in self._held:
+            return self._held[key]
+        return torch.from_numpy(np.load(self._files[key]))

@@ -1,0 +1,200 @@
+"""Closed-form ridge refit of what writes into the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...core.plan import TokenPlan
+from ..backbones.vit import ViTAdapter
+from ..calibration import Calibration
+from ..methods.rule import TokenRule
+from .ridge import FIRST_RIDGE, NormalEquations
+from .store import RAM_BYTES
+from .streams import Streams
+
+#: How much more than another token a prefix token that the head reads counts in the fit. On the bundled model at 0.35,
+#: the KL divergence on unseen images is 0.140 with 1, 0.138 with 4, 0.136 with 10 and 0.137 with 30.
+PREFIX_WEIGHT = 10.0
+#: Channels that LayerScale multiplies by less than this, relative to the largest, are left alone: their weights would
+#: have to be as many times larger.
+LEAST_SCALE = 1e-3
+
+
+@contextmanager
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor] | None) -> Iterator[nn.Module]:
+    """Let ``model`` compute with ``weights`` until the context is left; then its own tensors are back, bit for bit.
+
+    Args:
+        model: Anything with those parameters.
+        weights: State-dict name of a parameter -> tensor of the same shape; cast to its dtype and device. Contents are
+            copied. None or empty changes nothing.
+
+    Raises:
+        ValueError: No parameter of that name, or another shape; the model is unchanged.
+    """
+    parameters, own, changed = dict(model.named_parameters()), {}, {}
+    for name, value in (weights or {}).items():
+        if name not in parameters:
+            raise ValueError(f"the model has no parameter {name!r}")
+        own[name] = parameters[name].data
+        if value.shape != own[name].shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, the model's has {tuple(own[name].shape)}")
+        changed[name] = value.detach().to(own[name], copy=True)
+    try:
+        # Tensors are exchanged, not copied into: exact, and a tensor that someone holds keeps its values.
+        for name, value in changed.items():
+            parameters[name].data = value
+        yield model
+    finally:
+        for name, value in own.items():
+            parameters[name].data = value
+
+
+@torch.no_grad()
+def refit_weights(
+    adapter: ViTAdapter,
+    plan: TokenPlan | TokenRule | Sequence[TokenPlan | TokenRule],
+    calibration: Calibration,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    start: Mapping[str, Tensor] | None = None,
+    flip: bool | None = None,
+    prefix_weight: float = PREFIX_WEIGHT,
+    ram_bytes: int = RAM_BYTES,
+    on_step: Callable[[int], None] = lambda count: None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Refit attention projections and second MLP layers so that kept tokens get back the dense model's residual stream.
+
+    Block by block, with the pruned model's own activations (refitted up to there) as input x. With target t (the dense
+    stream at the same positions) and the layer's present output W x + b, it solves in closed form
+
+        minimise  |t - (W + V) x - (b + c)|^2 + ridge |V|^2
+
+    so that the ridge draws toward the trained weights, not toward zero. Each ridge is chosen by cross-validation over
+    images; a layer for which no ridge beats V = 0 stays as it is. Small calibration sets overfit otherwise, above all
+    in the last block of a class-token model, which has one row per image for thousands of unknowns.
+
+    Args:
+        plan: The mask. Of several, each is in force for an equal share of the images, and the weights suit all of them
+            in the mean, none in particular. Under a rule the rows are those that it keeps of each image, chosen in the
+            refitted model as it will be.
+        indices: int [image] of ``calibration``; no other image is looked at.
+        start: Weights of the pruned model where they are not the dense model's: state-dict name -> tensor.
+        flip: Fit to mirror images as well; None: below :data:`FLIP_BELOW` images.
+        prefix_weight: How much more a prefix token that the head reads counts, where the head reads no patches.
+        ram_bytes: Activations beyond this lie in a temporary folder.
+        on_step: Called with 1 after each block.
+
+    Returns:
+        (weights, details): state-dict name -> tensor of the parameter's shape, dtype and device, ``start`` included;
+        and JSON values: images, flip, and per block and layer the ridge (None: unchanged) and the share of the squared
+        error that it explains in cross-validation.
+    """
+    weights = dict(start or {})
+    blocks: list[dict[str, Any]] = []
+    ridges = {"attn.proj": FIRST_RIDGE, "mlp.fc2": FIRST_RIDGE}
+    plans = [plan] if isinstance(plan, (TokenPlan, TokenRule)) else plan
+    with Streams(adapter, plans, calibration, indices, flip, prefix_weight, ram_bytes) as streams:
+
+        def refit(index: int, name: str, linear: nn.Linear, scale: nn.Module, equations: NormalEquations) -> None:
+            solution = equations.solve(ridges[name])
+            blocks[-1][name] = solution.to_json()
+            if solution.coefficients is None:
+                return
+            ridges[name] = solution.ridge
+            update = _unscaled(solution.coefficients, scale)
+            full_name = f"blocks.{index}.{name}"
+            weight = weights.get(f"{full_name}.weight", linear.weight)
+            weights[f"{full_name}.weight"] = _added(weight, update[: linear.in_features].T)
+            if linear.bias is not None:
+                bias = weights.get(f"{full_name}.bias", linear.bias)
+                weights[f"{full_name}.bias"] = _added(bias, update[-1])
+
+        def linear_output(index: int, name: str, linear: nn.Linear, inputs: Tensor) -> Tensor:
+            full_name = f"blocks.{index}.{name}"
+            weight, bias = weights.get(f"{full_name}.weight"), weights.get(f"{full_name}.bias")
+            return F.linear(
+                inputs,
+                linear.weight if weight is None else weight.to(linear.weight),
+                linear.bias if bias is None else bias.to(linear.weight),
+            )
+
+        for index, block in enumerate(adapter.model.blocks):
+            blocks.append({})
+            streams.choose(index)
+            streams.advance_dense(index)
+            if streams.exact_so_far(index) and not any(name.startswith(f"blocks.{index}.") for name in weights):
+                # Nothing has been dropped yet: what a fit would find is rounding.
+                streams.follow_dense(index)
+                on_step(1)
+                continue
+            streams.diverged = True
+            proj, fc2 = block.attn.proj, getattr(block.mlp, "fc2", None)
+            equations = streams.equations(proj)
+            for chunk in streams.chunks:
+                inputs, heads = streams.attend(chunk, index)
+                output = linear_output(index, "attn.proj", proj, heads)
+                target = streams.get("middle", chunk) - inputs
+                weights_of_rows = streams.row_weights(chunk, index)
+                equations.add(streams.fold(chunk), heads, target - block.ls1(output), weights_of_rows)
+                streams.put("heads", chunk, heads)
+                streams.put("pruned", chunk, inputs)
+            refit(index, "attn.proj", proj, block.ls1, equations)
+
+            equations = streams.equations(fc2) if isinstance(fc2, nn.Linear) else None
+            for chunk in streams.chunks:
+                heads = streams.get("heads", chunk)
+                middle = streams.get("pruned", chunk) + block.ls1(linear_output(index, "attn.proj", proj, heads))
+                streams.put("pruned", chunk, middle)
+                if equations is not None:
+                    hidden = _input_of(fc2, block.mlp, block.norm2(middle))
+                    output = linear_output(index, "mlp.fc2", fc2, hidden)
+                    target = streams.get("target", chunk) - middle
+                    weights_of_rows = streams.row_weights(chunk, index)
+                    equations.add(streams.fold(chunk), hidden, target - block.ls2(output), weights_of_rows)
+            if equations is not None:
+                refit(index, "mlp.fc2", fc2, block.ls2, equations)
+            for chunk in streams.chunks:
+                middle = streams.get("pruned", chunk)
+                if equations is not None:
+                    hidden = _input_of(fc2, block.mlp, block.norm2(middle))
+                    output = linear_output(index, "mlp.fc2", fc2, hidden)
+                else:
+                    output = block.mlp(block.norm2(middle))
+                streams.put("pruned", chunk, middle + block.ls2(output))
+            on_step(1)
+        details = {"images": streams.images, "flip": streams.flip, "folds": streams.folds, "blocks": blocks}
+    return weights, details
+
+
+def _added(tensor: Tensor, update: Tensor) -> Tensor:
+    """The sum in float64, rounded once to the tensor's dtype, on its device."""
+    return (tensor.to(update.device).to(update.dtype) + update).to(tensor.dtype).to(tensor.device)
+
+
+def _unscaled(coefficients: Tensor, scale: nn.Module) -> Tensor:
+    """Change of the residual stream [input, output] -> change of the layer before LayerScale; 0 where that is tiny."""
+    gamma = getattr(scale, "gamma", None)
+    if gamma is None:
+        return coefficients
+    gamma = gamma.to(coefficients)
+    usable = gamma.abs() > LEAST_SCALE * gamma.abs().max()
+    return torch.where(usable, coefficients / torch.where(usable, gamma, 1), 0)
+
+
+def _input_of(linear: nn.Linear, module: nn.Module, x: Tensor) -> Tensor:
+    """What ``linear`` gets inside ``module(x)``: so any MLP that ends in ``fc2`` will do, gated ones too."""
+    caught = []
+    handle = linear.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    try:
+        module(x)
+    finally:
+        handle.remove()
+    return caught[0]

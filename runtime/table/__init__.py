@@ -1,0 +1,1 @@
+"""Measure the latency table of a model on a device."""
