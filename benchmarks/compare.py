@@ -28,7 +28,6 @@ from vpruner.core import bundled
 from vpruner.core.content_plan import ContentPlan
 from vpruner.core.cost import dense_macs, plan_macs
 from vpruner.core.plan import Geometry, TokenPlan
-from vpruner.core.progress import Reporter
 from vpruner.core.rows import append_rows, read_rows
 from vpruner.export.fold import fold_file
 from vpruner.export.rules import export_rule
@@ -108,7 +107,7 @@ def take_over(comparison: Comparison, contender: Contender, target: float, seed:
     return True
 
 
-def open_comparison(args: argparse.Namespace, reporter: Reporter) -> tuple[Comparison, list[Point]]:
+def open_comparison(args: argparse.Namespace) -> tuple[Comparison, list[Point]]:
     options = CompareOptions(
         targets=tuple(args.targets),
         methods=tuple(args.methods) if args.methods else None,
@@ -123,9 +122,9 @@ def open_comparison(args: argparse.Namespace, reporter: Reporter) -> tuple[Compa
         threads=args.threads,
         seconds=args.seconds,
     )
-    loaded = open_as_given(options, reporter)
-    calibration, evaluation = choose(options, loaded, reporter)
-    comparison = Comparison(options, loaded, calibration, evaluation, args.output, args.results, reporter)
+    loaded = open_as_given(options)
+    calibration, evaluation = choose(options, loaded)
+    comparison = Comparison(options, loaded, calibration, evaluation, args.output, args.results)
     return comparison, comparison.points(chosen_contenders(options))
 
 
@@ -223,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in args.speed_models:
             speed(name, args.speed_targets, args.speed_batch, args)
         return
-    comparison, points = open_comparison(args, Reporter())
+    comparison, points = open_comparison(args)
     if args.phase == "accuracy":
         before = read_rows(args.taken_over) if args.taken_over else []
         for point in points:

@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from latency_ort import open_dense
 
-from vpruner.core import bundled
+from vpruner.cli.console import ConsoleSink
+from vpruner.core import bundled, progress
 from vpruner.core.environment import environment
-from vpruner.core.progress import Reporter
 from vpruner.core.rows import append_rows
 from vpruner.prune.choose_images import choose_indices
 from vpruner.prune.data import ImageSet, ImageSource
@@ -43,19 +41,20 @@ def peak_bytes() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-class Watch(Reporter):
-    """A reporter that also keeps the peak memory of each stage."""
+class Watch(ConsoleSink):
+    """Shows progress, and keeps the peak memory of each stage."""
 
     def __init__(self):
         super().__init__()
         self.peaks: dict[str, int] = {}
 
-    @contextmanager
-    def stage(self, title: str, total: int | None = None, *, unit: str = "images") -> Iterator[Callable[..., None]]:
+    def started(self, title: str, total: int | None) -> None:
         reset_peak()
-        with super().stage(title, total, unit=unit) as advance:
-            yield advance
+        super().started(title, total)
+
+    def finished(self, title: str, seconds: float, done: int | None, unit: str) -> None:
         self.peaks[title] = max(self.peaks.get(title, 0), peak_bytes())
+        super().finished(title, seconds, done, unit)
 
 
 def main() -> None:
@@ -78,15 +77,15 @@ def main() -> None:
     images = ImageSet(source, choose_indices(source, args.images, 0))
     watch = Watch()
     settings = RearrangeSettings(episodes=args.episodes, time_limit=args.time_limit)
-    learned = learn(
-        loaded,
-        images,
-        target=args.target,
-        rearrangement=args.rearrange,
-        tuning=args.tune,
-        settings=settings,
-        reporter=watch,
-    )
+    with progress.reporting(watch) as record:
+        learned = learn(
+            loaded,
+            images,
+            target=args.target,
+            rearrangement=args.rearrange,
+            tuning=args.tune,
+            settings=settings,
+        )
     played = next((s.details["episodes"] for s in learned.stages if s.method == "ppo"), None)
     here = environment()
     rows = [
@@ -103,7 +102,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "environment": here,
         }
-        for title, seconds in watch.seconds.items()
+        for title, seconds in record.seconds.items()
     ]
     append_rows(args.output, rows)
 

@@ -18,9 +18,12 @@ from typing import Any
 import click
 
 from .. import __version__
+from ..core import progress
 from ..core.errors import ParityError, UserError
 from ..core.extras import missing_extra
 from ..core.text import counted
+from .console import report_progress
+from .hints import as_typed
 
 
 class _Reported(click.ClickException):
@@ -39,7 +42,7 @@ class Commands(click.Group):
         except UserError as error:
             if os.environ.get("VPRUNER_DEBUG"):
                 raise
-            raise _Reported(" ".join(str(error).split())) from None
+            raise _Reported(" ".join(as_typed(error.marked).split())) from None
         except ParityError as error:
             if os.environ.get("VPRUNER_DEBUG"):
                 raise
@@ -52,7 +55,7 @@ class Commands(click.Group):
             missing = missing_extra(error)
             if missing is None or os.environ.get("VPRUNER_DEBUG"):
                 raise
-            raise _Reported(str(missing)) from None
+            raise _Reported(as_typed(missing.marked)) from None
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -467,10 +470,10 @@ def run(model, pretrained, weights, model_args, output, force, as_json, quiet, *
       vpruner run --target 0.65 -o runs/demo
       vpruner run vit_base_patch16_224 --pretrained --data train/ --eval-data val/ --target 0.5 -o runs/vit_base
     """
-    from ..core.progress import Reporter
     from ..pipeline.options import RunOptions
     from ..pipeline.run import run as run_pipeline
 
+    report_progress(quiet)
     output = output or Path("runs") / (Path(model).stem if model else "reference")
     everything = RunOptions(
         model=model,
@@ -480,7 +483,7 @@ def run(model, pretrained, weights, model_args, output, force, as_json, quiet, *
         command=shlex.join(["vpruner", *sys.argv[1:]]),
         **options,
     )
-    result = run_pipeline(everything, output, Reporter(quiet=quiet), force=force)
+    result = run_pipeline(everything, output, force=force)
     if as_json:
         _print_json(result)
         sys.exit(1 if result["left_out"] else 0)
@@ -652,13 +655,12 @@ def prune(
       vpruner prune deit_small_patch16_224 --weights deit_small.pth --data images/ -o plan.json
       vpruner prune model.onnx --data images/ --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 -o plan.json
     """
-    from ..core.progress import Reporter
     from ..pipeline.folders import check_checkpoint, check_output
     from ..pipeline.inputs import one_set, open_cost, open_prunable
     from ..pipeline.learned import check_select, check_tuned_output, rearrange_settings, replace_learned, tuned_beside
     from ..prune.learn import learn
 
-    reporter = Reporter(quiet=quiet)
+    report_progress(quiet)
     check_output(output, ".json", model, weights)
     tuned = tuned_beside(output, model)
     check_select(select, tune, model)
@@ -673,12 +675,11 @@ def prune(
         model_args=model_args,
         preprocessing=preprocessing,
         loss=loss,
-        reporter=reporter,
         softmax=True,
     )
-    cost = open_cost(cost, loaded.name, loaded.adapter.geometry, reporter)
+    cost = open_cost(cost, loaded.name, loaded.adapter.geometry)
     calibration = one_set(
-        loaded.classes, loaded.adapter.geometry, data, images, "calibration", reporter, seed=seed, strict=strict
+        loaded.classes, loaded.adapter.geometry, data, images, "calibration", seed=seed, strict=strict
     )
     learned = learn(
         loaded,
@@ -693,9 +694,8 @@ def prune(
         settings=rearrange_settings(tune, episodes, time_limit),
         checkpoint=checkpoint,
         seed=seed,
-        reporter=reporter,
     )
-    plan = replace_learned(loaded, learned, output, tuned, (model, weights, checkpoint), reporter)
+    plan = replace_learned(loaded, learned, output, tuned, (model, weights, checkpoint))
     if as_json:
         _print_json({"plan": str(output), "weights": str(tuned) if learned.weights else None, **plan.to_json()})
         return
@@ -706,7 +706,7 @@ def prune(
     if loaded.graph is not None:
         graph = tuned if learned.weights else model
         command = ["vpruner", "fold", str(graph), "--plan", str(output), "-o", "pruned.onnx"]
-        reporter.remark(f"next: {shlex.join(command)}")
+        progress.remark(f"next: {shlex.join(command)}")
 
 
 def _print_stages(stages: list[dict[str, Any]]) -> None:
@@ -784,11 +784,11 @@ def export(
       vpruner export --method saint-frozen --data train/ --target 0.65 -o pruned.onnx
     """
     from ..core.content_plan import load_plan
-    from ..core.progress import Reporter
     from ..pipeline.export import export_with_precisions
     from ..pipeline.folders import check_output
     from ..prune.models import open_model
 
+    report_progress(quiet)
     if plan_path and method:
         raise UserError("--plan and --method both say which tokens leave", "give one of them")
     if tokens and (method or options["precisions"]):
@@ -804,7 +804,7 @@ def export(
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
     if method is None:
         options.update(plan=plan, plan_path=plan_path, tokens=tokens)
-    rungs, deployed, conversions = export_with_precisions(loaded, output, reporter=Reporter(quiet=quiet), **options)
+    rungs, deployed, conversions = export_with_precisions(loaded, output, **options)
     more = [{**done.to_json(), "compared_on": what, "agreement": cost.to_json()} for done, cost, what in conversions]
     _print_rungs(rungs, output, as_json, deployed, precisions=more)
     if not as_json:
@@ -860,17 +860,15 @@ def fold(dense, plan_path, identity, deploy_for, output, as_json, quiet) -> None
       vpruner fold dense.onnx --plan plan.json --for trt10 -o pruned.onnx
     """
     from ..core.plan import TokenPlan
-    from ..core.progress import Reporter
     from ..pipeline.fold import fold_checked
     from ..pipeline.folders import check_output
 
+    report_progress(quiet)
     if bool(plan_path) == identity:
         raise UserError("fold takes one of --plan FILE and --identity", "make a plan with: vpruner prune MODEL")
     check_output(output, ".onnx", dense, plan_path)
     plan = TokenPlan.load(plan_path) if plan_path else None
-    record, rungs, deployed = fold_checked(
-        dense, plan, output, Reporter(quiet=quiet), deploy_for=deploy_for, plan_path=plan_path
-    )
+    record, rungs, deployed = fold_checked(dense, plan, output, deploy_for=deploy_for, plan_path=plan_path)
     _print_rungs(rungs, output, as_json, deployed, modified=record.modified)
 
 
@@ -901,13 +899,13 @@ def evaluate(as_json, quiet, results, **options) -> None:
       vpruner evaluate runs/demo/pruned.onnx --against runs/demo/dense.onnx
       vpruner evaluate deit_small_patch16_224 --weights deit_small.pth --plan plan.json --eval-data val/
     """
-    from ..core.progress import Reporter
     from ..pipeline.evaluate import evaluate
     from ..pipeline.folders import check_output
 
+    report_progress(quiet)
     if results:
         check_output(results, ".jsonl")
-    rows = evaluate(reporter=Reporter(quiet=quiet), **options)
+    rows = evaluate(**options)
     if _emit_rows(rows, results, as_json):
         return
     _table(
@@ -972,12 +970,12 @@ def profile(
       vpruner profile pruned.onnx --print-trtexec --precision fp16
       vpruner profile pruned.onnx --from-trtexec pruned.times.json pruned.profile.json pruned.layers.json
     """
-    from ..core.progress import Reporter
     from ..pipeline.folders import check_output
     from ..runtime.power import open_source
     from ..runtime.profile import profile_files
     from ..runtime.trtexec import rows_from_trtexec
 
+    report_progress(quiet)
     if print_trtexec:
         _print_trtexec(model, against, batches, precision, options["cuda_graph"], options["seconds"], as_json)
         return
@@ -985,7 +983,6 @@ def profile(
         raise UserError("--precision goes with --print-trtexec", "build the engine in it: vpruner build --precision")
     if results:
         check_output(results, ".jsonl", model, against)
-    reporter = Reporter(quiet=quiet)
     if from_trtexec:
         files = [None if name == "-" else name for name in from_trtexec]
         if len(batches) > 1:
@@ -996,12 +993,12 @@ def profile(
             _check_baseline(model, against)
         paths = {"dense": against, "pruned": model} if against else {model.stem: model}
         with open_source(power) as (source, remark):
-            reporter.remark(remark)
-            with reporter.stage("Measuring latency"):
+            progress.remark(remark)
+            with progress.stage("Measuring latency"):
                 rows = profile_files(paths, batches=batches, power=source, **options)
     if _emit_rows(rows, results, as_json):
         return
-    _print_profile(rows, reporter)
+    _print_profile(rows)
 
 
 def _check_baseline(model: Path, against: Path) -> None:
@@ -1038,7 +1035,7 @@ def _print_trtexec(model, against, batches, precision, cuda_graph, seconds, as_j
                 click.echo(command.line)
 
 
-def _print_profile(rows, reporter) -> None:
+def _print_profile(rows) -> None:
     from ..report.profile import (
         blocks_table,
         latency_table,
@@ -1057,7 +1054,7 @@ def _print_profile(rows, reporter) -> None:
         if found:
             _table(title, list(found.header), [list(line) for line in found.rows])
     for remark in remarks_of(rows):
-        reporter.remark(remark)
+        progress.remark(remark)
 
 
 @main.command()
@@ -1141,12 +1138,12 @@ def table(output, as_json, quiet, **options) -> None:
       vpruner table dense.onnx --threads 4 --batch-size 8 --seconds 120 -o table.json
       vpruner table dense.onnx --runtime trt --precision fp16 --seconds 600 -o table.json
     """
-    from ..core.progress import Reporter
     from ..pipeline.folders import check_output
     from ..pipeline.table import make_table
 
+    report_progress(quiet)
     check_output(output, ".json", options["model"], options["weights"])
-    measured = make_table(output, reporter=Reporter(quiet=quiet), **options)
+    measured = make_table(output, **options)
     if as_json:
         _print_json({"table": str(output), **measured.to_json()})
         return
@@ -1371,14 +1368,12 @@ def convert(model, precision, images, eval_images, output, as_json, quiet, **opt
       vpruner convert runs/demo/pruned.onnx --precision int8 --data train/ --eval-data val/ -o int8.onnx
       vpruner convert theirs.onnx --precision int8 --data train/ --mean 0.5 --std 0.5 --crop-mode squash -o int8.onnx
     """
-    from ..core.progress import Reporter
     from ..pipeline.convert import convert_checked
     from ..pipeline.folders import check_output
 
+    report_progress(quiet)
     check_output(output, ".onnx", model)
-    done, cost, what = convert_checked(
-        model, output, precision, count=images, eval_count=eval_images, reporter=Reporter(quiet=quiet), **options
-    )
+    done, cost, what = convert_checked(model, output, precision, count=images, eval_count=eval_images, **options)
     if as_json:
         _print_json({**done.to_json(), "compared_on": what, "agreement": cost.to_json()})
         return
@@ -1484,10 +1479,10 @@ def build(
       vpruner build pruned.onnx -o pruned.engine --precision fp16 --batch-range 1 8 32
       vpruner build int8.onnx -o int8.engine --batch-size 8
     """
-    from ..core.progress import Reporter
     from ..pipeline.folders import check_output
     from ..runtime import build as builder
 
+    report_progress(quiet)
     check_output(output, "", model)
     if batch_size and batch_range:
         raise click.UsageError("--batch-size and --batch-range exclude each other")
@@ -1507,7 +1502,6 @@ def build(
             timing_cache=False if no_timing_cache else timing_cache,
             **options,
         ),
-        reporter=Reporter(quiet=quiet),
     )
     if as_json:
         _print_json({"engine": str(output), **record.to_json()})
@@ -1554,20 +1548,19 @@ def _gathered_prunings(command: Callable) -> Callable:
     @functools.wraps(command)
     def gathering(model, modes, keeps, plan, device, dtype, quiet, **options: Any) -> Any:
         from ..core.extras import require
-        from ..core.progress import Reporter
 
+        report_progress(quiet)
         for package in ("transformers", "torch", "timm"):  # The first names the extra that brings all of them.
             require(package)
         from ..prune.vlm.baselines import open_plan, prunings_from
         from ..prune.vlm.loading import open_vlm
 
         taken = {name: options.pop(name) for name in ("threshold", "layers", "encoder_keep")}
-        reporter = Reporter(quiet=quiet)
-        loaded, weights = open_plan(plan, reporter) if plan else (None, None)
+        loaded, weights = open_plan(plan) if plan else (None, None)
         prunings = prunings_from(modes, keeps, plan=loaded, weights=weights, seed=options["seed"], **taken)
-        with reporter.stage(f"Opening {model}"):
+        with progress.stage(f"Opening {model}"):
             vlm = open_vlm(model, device=device, dtype=dtype)
-        return command(vlm=vlm, prunings=prunings, reporter=reporter, **options)
+        return command(vlm=vlm, prunings=prunings, **options)
 
     return gathering
 
@@ -1825,13 +1818,13 @@ def compare(model, pretrained, weights, model_args, output, results, force, as_j
       vpruner compare --methods v-pruner,saint-frozen,tome --targets 0.65,0.5 -o runs/compare
       vpruner compare deit_small_patch16_224 --pretrained --data train/ --eval-data val/ --batch-size 1 --batch-size 8
     """
-    from ..core.progress import Reporter
     from ..pipeline.compare.comparison import compare as compare_methods
     from ..pipeline.options import CompareOptions
 
+    report_progress(quiet)
     output = output or Path("runs") / f"compare-{Path(model).stem if model else 'reference'}"
     everything = CompareOptions(model=model, pretrained=pretrained, weights=weights, model_args=model_args, **options)
-    result = compare_methods(everything, output, Reporter(quiet=quiet), results=results, force=force)
+    result = compare_methods(everything, output, results=results, force=force)
     if as_json:
         _print_json(result)
     else:
@@ -1901,14 +1894,13 @@ def analyze(
       vpruner analyze deit_small_patch16_224 --weights deit_small.pth --data images/ --results results.jsonl
     """
     from ..core.files import atomic_path
-    from ..core.progress import Reporter
     from ..pipeline.folders import check_output
     from ..pipeline.inputs import at_least_one, one_set, open_prunable
     from ..prune.analyze import analysis_row, draw_analysis
     from ..prune.analyze import analyze as analyze_model
     from ..prune.fisher import batch_size_for
 
-    reporter = Reporter(quiet=quiet)
+    report_progress(quiet)
     if output:
         check_output(output, (".svg", ".png"), model, weights)
     if results:
@@ -1920,16 +1912,15 @@ def analyze(
         model_args=model_args,
         preprocessing=preprocessing,
         loss="auto",
-        reporter=reporter,
         softmax=True,
     )
     adapter = loaded.adapter
-    chosen = one_set(loaded.classes, adapter.geometry, data, images, "calibration", reporter, seed=seed, strict=strict)
+    chosen = one_set(loaded.classes, adapter.geometry, data, images, "calibration", seed=seed, strict=strict)
     size = batch_size_for(adapter.geometry, most=32)
     batches = at_least_one(chosen.batches(loaded.preprocessing, size), chosen)
-    with reporter.stage("Analyzing", total=len(chosen.indices)) as advance:
+    with progress.stage("Analyzing", total=len(chosen.indices)) as advance:
         analysis = analyze_model(adapter, (batch for batch, _ in batches), on_batch=advance)
-    reporter.remark(chosen.skipped_remark("calibration"))
+    progress.remark(chosen.skipped_remark("calibration"))
     if output:
         title = f"{loaded.name}, {counted(analysis.images, 'image')}"
         drawn = draw_analysis(analysis, output.suffix.lower()[1:], title)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .text import as_python
+
 
 class UserError(Exception):
     """Something the user gave cannot be used: bad file, wrong model, budget out of reach.
@@ -10,7 +12,8 @@ class UserError(Exception):
 
     Args:
         problem: What was found and what was expected.
-        hint: What to type or change next.
+        hint: What to change next. Options and commands are named by the marks of :mod:`vpruner.core.text`: ``str`` of
+            the error reads as Python, and the command line puts its own words.
     """
 
     exit_code = 2
@@ -19,6 +22,14 @@ class UserError(Exception):
         super().__init__(f"{problem}; {hint}" if hint else problem)
         self.problem = problem
         self.hint = hint
+
+    @property
+    def marked(self) -> str:
+        """The message with its marks."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return as_python(self.marked)
 
 
 class PlanError(UserError, ValueError):

@@ -37,7 +37,7 @@ from ..runtime.table.graphs import Graphs
 from ..runtime.trt import TrtSession
 
 if TYPE_CHECKING:
-    from ..core.progress import Reporter
+    pass
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,6 @@ class TrtGraphs(_FoldedGraphs):
         dense, folder, batch, seed: As for :class:`OrtGraphs`.
         precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
         step: Multiples that kernels like: both edges of such steps are measured.
-        reporter: Shows remarks of the builder.
 
     Raises:
         UserError: The file cannot be read, is pruned already or has another batch; TensorRT, its driver or a GPU is
@@ -284,11 +283,10 @@ class TrtGraphs(_FoldedGraphs):
         precision: str = "fp16",
         step: int = 8,
         seed: int = 0,
-        reporter: Reporter | None = None,
     ):
         cuda.device_properties()
         super().__init__(dense, folder, batch=batch, seed=seed)
-        self.precision, self.step, self.reporter = precision, step, reporter
+        self.precision, self.step = precision, step
         self.about: dict[str, Any] = {
             "runtime": "tensorrt",
             "provider": "cuda",
@@ -310,7 +308,7 @@ class TrtGraphs(_FoldedGraphs):
         options = BuildOptions(
             precision=self.precision, batch=self.batch if open_batch else None, layer_details=False, check=False
         )
-        build_engine(path, engine, options, reporter=self.reporter)
+        build_engine(path, engine, options)
         self._remove(path)
         with TrtSession(engine, batch_size=self.batch) as session:
             for part in self.folder.glob(f"{engine.name}*"):

@@ -18,7 +18,7 @@ from ..export.files import load_model
 from ..export.precision import _NOISE, Agreement, Conversion, agreement, convert
 
 if TYPE_CHECKING:
-    from ..core.progress import Reporter
+    from ..core import progress
 
 
 def convert_checked(
@@ -26,7 +26,6 @@ def convert_checked(
     output: Path,
     precision: str,
     *,
-    reporter: Reporter,
     data: str | None = None,
     count: int = 128,
     eval_data: str | None = None,
@@ -51,18 +50,18 @@ def convert_checked(
     from .graphs import move_model
 
     calibration, evaluation, labels, what, prepared = _images(
-        model_path, precision, data, count, eval_data, eval_count, seed, strict, preprocessing or {}, reporter
+        model_path, precision, data, count, eval_data, eval_count, seed, strict, preprocessing or {}
     )
     if preprocessing:
         options["props"] = {PREPROCESSING: canonical_json(prepared.to_json())}
     with scratch_beside(output) as scratch:
-        with reporter.stage(f"Converting to {precision}"):
+        with progress.stage(f"Converting to {precision}"):
             done = convert(model_path, scratch / "converted.onnx", precision, images=calibration, **options)
-        with reporter.stage("Comparing", unit="images"):
+        with progress.stage("Comparing", unit="images"):
             cost = agreement(model_path, done.path, evaluation, labels)
         move_model(done.path, output)
     for sentence in cost.beyond:
-        reporter.remark(f"beyond what {precision} is expected to cost: {sentence}")
+        progress.remark(f"beyond what {precision} is expected to cost: {sentence}")
     return replace(done, path=output), cost, what
 
 
@@ -76,7 +75,6 @@ def _images(
     seed: int,
     strict: bool,
     preprocessing: Mapping[str, Any],
-    reporter: Reporter,
 ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None, str, Preprocessing | None]:
     """Calibration images (None but for static INT8), images to compare on, their labels, what they are, how prepared.
 
@@ -87,7 +85,7 @@ def _images(
     model = load_model(path)
     if len(model.graph.outputs) > 1:
         outputs = ", ".join(str(value.name) for value in model.graph.outputs)
-        reporter.remark(f"{path} gives {outputs}; what is compared is the first alone")
+        progress.remark(f"{path} gives {outputs}; what is compared is the first alone")
     name, _ = quantize.image_input(model, str(path))
     shape = next(value.shape for value in model.graph.inputs if value.name == name)
     fixed = shape is not None and len(shape) == 4 and all(isinstance(size, int) for size in shape[1:])
@@ -134,7 +132,7 @@ def _images(
             remarks.append(images.skipped_remark(role))
         read.append((prepared.batch([image for image, _ in found]) if found else None, found))
     for remark in remarks:
-        reporter.remark(remark)
+        progress.remark(remark)
     (inputs, _), (compared, found) = read
     labels = np.asarray([label for _, label in found]) if evaluation.labelled else None
     return inputs, compared, labels, f"{len(found)} images of {evaluation.source.spec}", prepared

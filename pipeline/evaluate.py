@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core import progress
 from ..core.errors import UserError
 from ..core.plan import Geometry
-from ..core.progress import Reporter
 from .inputs import at_least_one, one_set, refuse_preprocessing
 from .learned import remark_untuned, rule_of
 from .options import EXAMPLE_IMAGES
@@ -97,7 +97,6 @@ def evaluate(
     eval_images: int,
     seed: int,
     strict: bool,
-    reporter: Reporter,
 ) -> list[dict[str, Any]]:
     """Rows of ``vpruner evaluate``: ONNX files through the application's session, or a timm model in PyTorch.
 
@@ -106,7 +105,7 @@ def evaluate(
     from ..core.preprocess import resolve_preprocessing
 
     def images_for(classes, geometry, compares: bool) -> ImageSet:
-        images = one_set(classes, geometry, eval_data, eval_images, "evaluation", reporter, seed=seed, strict=strict)
+        images = one_set(classes, geometry, eval_data, eval_images, "evaluation", seed=seed, strict=strict)
         if not compares and not images.labelled:
             raise UserError(
                 "nothing to measure: no labels, and nothing to compare with",
@@ -134,7 +133,7 @@ def evaluate(
                 refuse_pruned(Path(against), sessions["dense"].metadata)
                 hashes = [session.metadata.weights_sha256 for session in sessions.values()]
                 if None in hashes:
-                    reporter.remark(
+                    progress.remark(
                         f"{against} and {model} do not both say what their weights are: that they come from the same "
                         "model is for you to know"
                     )
@@ -151,18 +150,18 @@ def evaluate(
                     source=str(session.path),
                 )
             images = images_for(metadata.classes, metadata.geometry, bool(against))
-            with reporter.stage("Evaluating", len(images.indices)) as advance:
+            with progress.stage("Evaluating", len(images.indices)) as advance:
                 estimates, _ = evaluate_graphs(sessions, images, metadata.geometry, advance)
     else:
         if against:
             raise UserError("--against goes with an ONNX file", "for a PyTorch model give --plan")
         refuse_preprocessing(preprocessing)
-        estimates, images = _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_for, reporter)
-    reporter.remark(images.skipped_remark("evaluation"))
+        estimates, images = _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_for)
+    progress.remark(images.skipped_remark("evaluation"))
     return [estimate.row(label) for label, values in estimates.items() for estimate in values]
 
 
-def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_for, reporter):
+def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_for):
     import torch
 
     from ..core.content_plan import load_plan
@@ -177,10 +176,10 @@ def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_fo
     tuned = False
     if plan is not None:
         plan.check_fits(loaded.name, adapter.geometry, loaded.sha256)
-        remark_untuned(plan, loaded.sha256, reporter, plan_path=plan_path, command="evaluate")
+        remark_untuned(plan, loaded.sha256, plan_path=plan_path, command="evaluate")
         tuned = loaded.sha256 == plan.provenance.get("tuned_weights_sha256")
     if tuned:
-        reporter.remark(
+        progress.remark(
             "tuned weights are not those of the dense model: what it lost is told by "
             "vpruner evaluate pruned.onnx --against dense.onnx"
         )
@@ -197,7 +196,7 @@ def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_fo
     runners = {"dense": dense} if plan is None else {"dense": dense, "pruned": pruned}
     if tuned:
         del runners["dense"]
-    with reporter.stage("Evaluating", len(images.indices)) as advance:
+    with progress.stage("Evaluating", len(images.indices)) as advance:
         stream = images.batches(loaded.preprocessing, batch_size_for(adapter.geometry, most=64))
         outputs = collect_outputs(runners, at_least_one(stream, images), on_batch=advance)
     return compare(outputs, baseline=next(iter(runners)), output=adapter.geometry.output), images

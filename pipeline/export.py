@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core import progress
 from ..core.cost import dense_macs
 from ..core.errors import UserError
 from ..core.files import scratch_beside
 from ..core.plan import TokenPlan
-from ..core.progress import Reporter
 from .graphs import export_checked, export_rule_checked, move_model
 from .inputs import at_least_one, one_set
 from .options import INT8_IMAGES, METHOD_IMAGES, RULE_PARITY_IMAGES
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def make_pruning(
-    loaded: LoadedModel, method: str, target: float, images: Tensor, reporter: Reporter, *, seed: int = 0
+    loaded: LoadedModel, method: str, target: float, images: Tensor, *, seed: int = 0
 ) -> TokenPlan | TokenRule:
     """What the method called ``method`` makes of the model within ``target``.
 
@@ -43,7 +43,7 @@ def make_pruning(
 
     maker = find_method(method)()
     batches = images[: maker.enough_images].split(batch_size_for(loaded.adapter.geometry, most=64))
-    with reporter.stage(f"Calibrating {method}"):
+    with progress.stage(f"Calibrating {method}"):
         return maker.make(loaded.adapter, batches, target, seed=seed)
 
 
@@ -56,7 +56,6 @@ def export_method_checked(
     data: str | None,
     count: int,
     seed: int,
-    reporter: Reporter,
     **options: Any,
 ) -> tuple[list[Rung], Deployment | None]:
     """Calibrate a method on images and export the model with it, as :func:`export_checked` would with a plan.
@@ -71,17 +70,17 @@ def export_method_checked(
     if not find_method(method).fixed_counts:
         raise counts_depend(method)
     geometry = loaded.adapter.geometry
-    calibration = one_set(loaded.classes, geometry, data, count, "calibration", reporter, seed=seed, strict=False)
+    calibration = one_set(loaded.classes, geometry, data, count, "calibration", seed=seed, strict=False)
     images, _ = next(at_least_one(calibration.batches(loaded.preprocessing, count), calibration))
-    reporter.remark(calibration.skipped_remark("calibration"))
-    made = make_pruning(loaded, method, target, images, reporter, seed=seed)
+    progress.remark(calibration.skipped_remark("calibration"))
+    made = make_pruning(loaded, method, target, images, seed=seed)
     if isinstance(made, TokenPlan):
-        return export_checked(loaded, output, plan=made, reporter=reporter, **options)
+        return export_checked(loaded, output, plan=made, **options)
     ratio = made.static_macs() / dense_macs(geometry)
     tokens = ", ".join(map(str, made.static_counts()[:-1]))
-    reporter.remark(f"{method}: {ratio:.4f} of the dense MACs; tokens that enter each block: {tokens}")
+    progress.remark(f"{method}: {ratio:.4f} of the dense MACs; tokens that enter each block: {tokens}")
     images = images[:RULE_PARITY_IMAGES]
-    return export_rule_checked(loaded, output, rule=made, images=images, reporter=reporter, **options)
+    return export_rule_checked(loaded, output, rule=made, images=images, **options)
 
 
 def export_with_precisions(
@@ -92,7 +91,6 @@ def export_with_precisions(
     io: str,
     data: str | None,
     images: int | None,
-    reporter: Reporter,
     method: str | None = None,
     target: float = 0.65,
     seed: int = 0,
@@ -124,10 +122,10 @@ def export_with_precisions(
     with scratch_beside(output) as scratch:
         written = [scratch / output.name]
         if method is None:
-            rungs, deployed = export_checked(loaded, written[0], reporter=reporter, **options)
+            rungs, deployed = export_checked(loaded, written[0], **options)
         else:
             calibrated = dict(method=method, target=target, data=data, count=images or METHOD_IMAGES, seed=seed)
-            rungs, deployed = export_method_checked(loaded, written[0], reporter=reporter, **calibrated, **options)
+            rungs, deployed = export_method_checked(loaded, written[0], **calibrated, **options)
         conversions = []
         for precision in precisions:
             path = beside(written[0], precision)
@@ -138,7 +136,6 @@ def export_with_precisions(
                 io="float32" if precision.startswith("int8") else io,
                 data=data if precision == "int8" else None,
                 count=images or INT8_IMAGES,
-                reporter=reporter,
             )
             written.append(path)
             conversions.append((replace(done, path=beside(output, precision)), cost, what))

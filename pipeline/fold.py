@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core import progress
 from ..core.files import scratch_beside
 from ..core.plan import TokenPlan
-from ..core.progress import Reporter
 from .graphs import deploy_checked, move_model
 from .inputs import noise_images
 from .learned import remark_untuned
@@ -23,7 +23,6 @@ def fold_checked(
     dense: Path,
     plan: TokenPlan | None,
     output: Path,
-    reporter: Reporter,
     *,
     deploy_for: str | None = None,
     plan_path: str | Path | None = None,
@@ -47,22 +46,22 @@ def fold_checked(
             plan = TokenPlan.identity(about.model, about.geometry, weights_sha256=about.weights_sha256)
     del graph
     with scratch_beside(output) as scratch:
-        with reporter.stage(f"Folding the plan into {output.name}"):
+        with progress.stage(f"Folding the plan into {output.name}"):
             record = fold_file(dense, plan, scratch / "pruned.onnx")
         if about is not None:
-            remark_untuned(plan, about.weights_sha256, reporter, plan_path=plan_path)
+            remark_untuned(plan, about.weights_sha256, plan_path=plan_path)
         elif _learned_from(plan, dense):
-            remark_untuned(plan, "", reporter, plan_path=plan_path)
+            remark_untuned(plan, "", plan_path=plan_path)
         elif not plan.is_identity:
-            reporter.remark(
+            progress.remark(
                 f"{dense.name} does not name its weights; whether they are those the plan was learned on "
                 f"({plan.model}) could not be checked"
             )
-        with reporter.stage("Checking parity"):
+        with progress.stage("Checking parity"):
             rungs = check_fold(plan, dense, scratch / "pruned.onnx", noise_images(plan.geometry))
         written, deployed = scratch / "pruned.onnx", None
         if deploy_for is not None:
-            with reporter.stage(f"Writing it for {deploy_for}"):
+            with progress.stage(f"Writing it for {deploy_for}"):
                 images, top1 = noise_images(plan.geometry), plan.geometry.output == "logits"
                 deployed, rung = deploy_checked(written, deploy_for, written, images, top1=top1)
             rungs.append(rung)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core import progress
 from ..core.errors import UserError
 from ..core.files import scratch_beside
 from ..core.plan import TokenPlan
-from ..core.progress import Reporter
 from .inputs import noise_images
 from .learned import remark_untuned, rule_of
 
@@ -59,7 +59,6 @@ def export_checked(
     output: Path,
     *,
     plan: TokenPlan | ContentPlan | None,
-    reporter: Reporter,
     opset: int | None = None,
     deploy_for: str | None = None,
     dynamic_batch: bool = False,
@@ -93,7 +92,7 @@ def export_checked(
         check_pools_by_mean(loaded.adapter)
     if plan is not None:
         plan.check_fits(loaded.name, geometry, loaded.sha256)
-        remark_untuned(plan, loaded.sha256, reporter, plan_path=plan_path)
+        remark_untuned(plan, loaded.sha256, plan_path=plan_path)
     if (rule := None if plan is None else rule_of(plan)) is not None:
         if tokens:
             raise UserError("--tokens goes with a plan of static positions", "leave it out")
@@ -103,7 +102,6 @@ def export_checked(
             output,
             rule=rule,
             images=torch.from_numpy(noise_images(geometry)),
-            reporter=reporter,
             opset=opset,
             deploy_for=deploy_for,
             dynamic_batch=dynamic_batch,
@@ -112,12 +110,12 @@ def export_checked(
         )
     with scratch_beside(output) as scratch:
         dense, pruned = scratch / "dense.onnx", scratch / "pruned.onnx"
-        with reporter.stage(f"Exporting {loaded.name}"):
+        with progress.stage(f"Exporting {loaded.name}"):
             write_dense(loaded, dense, opset=exported, dynamic_batch=dynamic_batch, batch_size=batch_size)
         if plan is not None:
-            with reporter.stage("Folding the plan"):
+            with progress.stage("Folding the plan"):
                 fold_file(dense, plan, pruned)
-        with reporter.stage("Checking parity"):
+        with progress.stage("Checking parity"):
             images = torch.from_numpy(noise_images(geometry))
             if plan is None:
                 rungs = check_dense(loaded.adapter, dense, images)
@@ -128,7 +126,7 @@ def export_checked(
             written = write_tokens(written, scratch / output.name)
             rungs.append(check_tokens(loaded.adapter, plan, written, images))
         if deploy_for is not None:
-            with reporter.stage(f"Writing it for {deploy_for}"):
+            with progress.stage(f"Writing it for {deploy_for}"):
                 top1 = geometry.output == "logits"
                 deployed, rung = deploy_checked(written, deploy_for, written, images.numpy(), top1=top1, opset=opset)
             rungs.append(rung)
@@ -142,7 +140,6 @@ def export_rule_checked(
     *,
     rule: TokenRule,
     images: Tensor,
-    reporter: Reporter,
     opset: int | None = None,
     deploy_for: str | None = None,
     dynamic_batch: bool = False,
@@ -165,13 +162,13 @@ def export_rule_checked(
     exported, adapter, deployed = plain_opset(deploy_for, opset), loaded.adapter, None
     with scratch_beside(output) as scratch:
         written, audit = scratch / output.name, scratch / "audit.onnx"
-        with reporter.stage(f"Exporting {loaded.name} with {rule.name}"):
+        with progress.stage(f"Exporting {loaded.name} with {rule.name}"):
             options = dict(opset=exported, dynamic_batch=dynamic_batch, batch_size=batch_size)
             export_rule(loaded, rule, written, audit=audit, trained_sha256=trained_sha256, **options)
-        with reporter.stage("Checking parity"):
+        with progress.stage("Checking parity"):
             rungs = check_rule(adapter, rule, written, audit, images)
         if deploy_for is not None:
-            with reporter.stage(f"Writing it for {deploy_for}"):
+            with progress.stage(f"Writing it for {deploy_for}"):
                 deployed = deploy_file(written, deploy_for, written, opset=opset)
                 deploy_file(audit, deploy_for, audit, opset=opset)
                 # Unoptimized, as in deploy_checked. With PyTorch and not with the plain graph: who decided otherwise
@@ -182,7 +179,7 @@ def export_rule_checked(
     for rung in rungs:
         if rung.near_ties:
             keep = "keeps" if rung.near_ties == 1 else "keep"
-            reporter.remark(
+            progress.remark(
                 f"{rung.near_ties} of {len(images)} images {keep} other tokens in onnxruntime than in PyTorch: scores "
                 "that are equal within rounding can fall either way in any two programs"
             )

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core import progress
 from ..core.errors import UserError
 from ..core.plan import Geometry
-from ..core.progress import Reporter
 from .options import PARITY_IMAGES, RunOptions
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .options import CompareOptions
 
 
-def choose(options: RunOptions | CompareOptions, loaded: LoadedModel, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
+def choose(options: RunOptions | CompareOptions, loaded: LoadedModel) -> tuple[ImageSet, ImageSet]:
     """Calibration and evaluation images as the options say, with the remarks passed on."""
     from ..prune.choose_images import choose_images
 
@@ -36,9 +36,9 @@ def choose(options: RunOptions | CompareOptions, loaded: LoadedModel, reporter: 
         strict=options.strict,
     )
     if bundled_images and options.model is not None:
-        reporter.remark("no --data: the bundled CIFAR-10 images calibrate; give images like those the model will see")
+        progress.remark("no --data: the bundled CIFAR-10 images calibrate; give images like those the model will see")
     for remark in remarks:
-        reporter.remark(remark)
+        progress.remark(remark)
     require_readable(evaluation)
     return calibration, evaluation
 
@@ -69,7 +69,7 @@ def is_onnx(model: str | Path | None) -> bool:
     return model is not None and str(model).lower().endswith(".onnx")
 
 
-def open_as_given(options: RunOptions | CompareOptions, reporter: Reporter) -> LoadedModel:
+def open_as_given(options: RunOptions | CompareOptions) -> LoadedModel:
     """:func:`open_prunable` with what the options say."""
     return open_prunable(
         options.model,
@@ -78,7 +78,6 @@ def open_as_given(options: RunOptions | CompareOptions, reporter: Reporter) -> L
         model_args=options.model_args,
         preprocessing=options.preprocessing,
         loss=options.loss,
-        reporter=reporter,
     )
 
 
@@ -90,7 +89,6 @@ def open_prunable(
     model_args: Mapping[str, Any],
     preprocessing: Mapping[str, Any],
     loss: str,
-    reporter: Reporter,
     softmax: bool = False,
 ) -> LoadedModel:
     """What a plan can be learned from: a PyTorch model, or one rebuilt from an ONNX file of any exporter.
@@ -130,7 +128,7 @@ def open_prunable(
             if geometry.output == "features"
             else ("logits (--loss features if it is an embedding)")
         )
-        reporter.remark(f"{Path(str(model)).name}: its {geometry.outputs} outputs are taken for {kind}")
+        progress.remark(f"{Path(str(model)).name}: its {geometry.outputs} outputs are taken for {kind}")
     return loaded
 
 
@@ -138,7 +136,6 @@ def open_cost(
     spec: str,
     name: str,
     geometry: Geometry,
-    reporter: Reporter,
     *,
     threads: int | None = None,
     batch: int | None = None,
@@ -165,7 +162,7 @@ def open_cost(
     table = LatencyTable.load(path)
     cost = LatencyCost(table, geometry)
     for remark in table.remarks(threads=threads, batch=batch, model=name):
-        reporter.remark(remark)
+        progress.remark(remark)
     return cost
 
 
@@ -175,7 +172,6 @@ def one_set(
     spec: str | None,
     count: int,
     role: str,
-    reporter: Reporter,
     *,
     seed: int,
     strict: bool,
@@ -187,13 +183,13 @@ def one_set(
 
     learns = role == "calibration"
     if spec is None:
-        reporter.remark(f"no {'--data' if learns else '--eval-data'}: the bundled CIFAR-10 images serve for {role}")
+        progress.remark(f"no {'--data' if learns else '--eval-data'}: the bundled CIFAR-10 images serve for {role}")
         spec = str(bundled.calibration_data() if learns else bundled.evaluation_data())
     source = ImageSource(spec, split="train" if learns else "validation")
     remarks: list[str] = []
     label_map = map_labels(source, classes, geometry.class_count, remarks)
     for remark in remarks:
-        reporter.remark(remark)
+        progress.remark(remark)
     return ImageSet(source, choose_indices(source, count, seed), label_map, strict)
 
 

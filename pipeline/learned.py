@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core import progress
 from ..core.errors import UserError
 from ..core.plan import TokenPlan
-from ..core.progress import Reporter
 from .inputs import is_onnx
 
 if TYPE_CHECKING:
@@ -120,7 +120,6 @@ def replace_learned(
     plan_path: Path,
     weights_path: Path,
     inputs: Sequence[str | Path | None],
-    reporter: Reporter,
 ) -> TokenPlan | ContentPlan:
     """:func:`save_learned` where an earlier plan may stand: weights tuned for that one do not stay beside the new one.
 
@@ -153,9 +152,9 @@ def replace_learned(
     for path in beside:
         if path in stale:
             remove_tuned(path)
-            reporter.remark(f"removed {path}: its weights were tuned for the plan that {plan_path.name} held before")
+            progress.remark(f"removed {path}: its weights were tuned for the plan that {plan_path.name} held before")
         else:
-            reporter.remark(f"{path} stays; it does not belong to {plan_path.name}, which was written beside it")
+            progress.remark(f"{path} stays; it does not belong to {plan_path.name}, which was written beside it")
     return plan
 
 
@@ -217,7 +216,6 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
 def remark_untuned(
     plan: TokenPlan | ContentPlan,
     sha256: str,
-    reporter: Reporter,
     *,
     plan_path: str | Path | None = None,
     command: str = "export",
@@ -237,7 +235,7 @@ def remark_untuned(
             weights = str(beside) if beside.is_file() else name
         weights = shlex.quote(weights)
         again = f"fold {weights}" if is_onnx(name) else f"{command} MODEL --weights {weights}"
-        reporter.remark(
+        progress.remark(
             f"the model has its weights from before tuning; those tuned for this plan are in {name}, written beside "
             f"it, to be given as in: vpruner {again} --plan {where}"
         )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core import progress
 from ..core.errors import UserError
-from ..core.progress import Reporter
 from ..export.files import remove_model
 from ..export.precision import _NOISE, Conversion, agreement, beside, convert, cpu_form
 from ..export.quantize import DEFAULT_CALIBRATION
@@ -65,7 +65,6 @@ def convert_beside(
     *,
     io: str = "float32",
     calibration: str = DEFAULT_CALIBRATION,
-    reporter: Reporter,
 ) -> list[Lowered]:
     """Write ``source`` in each of the precisions beside it.
 
@@ -83,7 +82,7 @@ def convert_beside(
         if precision.startswith("int8"):
             options = {"calibration": calibration, "images": images}
         try:
-            with reporter.stage(f"Converting to {precision}"):
+            with progress.stage(f"Converting to {precision}"):
                 done = convert(source, path, precision, **options)
                 agreement(source, path, images[:_NOISE])
         except UserError as error:
@@ -102,7 +101,7 @@ def check_precisions(precisions: Sequence[str], io: str) -> None:
 
 
 def judge_precisions(
-    lowered: Sequence[Lowered], outputs: Outputs, output: str, reporter: Reporter
+    lowered: Sequence[Lowered], outputs: Outputs, output: str
 ) -> tuple[list[Lowered], dict[str, Agreement]]:
     """What each precision costs against the float32 pruned graph, from outputs on the same images.
 
@@ -133,13 +132,13 @@ def judge_precisions(
                     source=item.path.name,
                 )
                 for sentence in costs[item.label].beyond:
-                    reporter.remark(f"{item.path.name} is beyond what {item.precision} is expected to cost: {sentence}")
+                    progress.remark(f"{item.path.name} is beyond what {item.precision} is expected to cost: {sentence}")
             except UserError as error:
                 del outputs.of[item.label]
                 remove_model(item.path)
                 item = replace(item, conversion=None, runs=None, failure=str(error))
         if item.failure is not None:
-            reporter.remark(f"{item.path.name} was left out: {item.failure}")
+            progress.remark(f"{item.path.name} was left out: {item.failure}")
         judged.append(item)
     return judged, costs
 

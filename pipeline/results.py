@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core import progress
 from ..core.cost import cost_ratio, dense_macs, plan_macs
 from ..core.plan import TokenPlan
-from ..core.progress import Reporter
 from .graphs import model_bytes
 from .options import RunOptions
 
@@ -35,10 +35,11 @@ def run_row(
     plan: TokenPlan,
     calibration: ImageSet,
     evaluation: ImageSet,
-    reporter: Reporter,
     deployed: Deployment | None = None,
 ) -> dict[str, Any]:
     from ..core.environment import environment
+
+    record = progress.current()
 
     def described(images: ImageSet) -> dict[str, Any]:
         return {
@@ -57,11 +58,11 @@ def run_row(
         "target_kind": plan.provenance["target_kind"],
         "loss": plan.provenance["loss"],
         "seed": options.seed,
-        "seconds": {stage: round(value, 3) for stage, value in reporter.seconds.items()},
+        "seconds": {stage: round(value, 3) for stage, value in record.seconds.items()},
         "peak_memory_bytes": {"process": peak_memory_bytes()},
         "command": options.command,
         "data": {"calibration": described(calibration), "evaluation": described(evaluation)},
-        "note": list(reporter.remarks),
+        "note": list(record.remarks),
         "deployment": None if deployed is None else deployed.to_json(),
         "environment": environment(),
     }

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..core import progress
 from ..core.errors import UserError
 from ..core.files import scratch_beside
-from ..core.progress import Reporter
 from ..core.rows import append_rows
 from ..core.text import counted
 from .evaluate import collect_graphs, open_graphs
@@ -23,7 +23,8 @@ from .precisions import check_precisions, judge_precisions, precision_rows
 from .results import accuracy_rows, cost_rows, gate_rows, parity_row, prediction_rows, run_row, stage_rows
 
 
-def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = False) -> dict[str, Any]:
+@progress.reporting()
+def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, Any]:
     """Prune, export, prove, measure, report.
 
     The folder appears only when everything in it is finished and every rung of the parity ladder held.
@@ -67,14 +68,12 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             f"{options.checkpoint} lies in the folder that the run makes", "choose another place with --checkpoint"
         )
     with finished_folder(output, force=force) as folder, ExitStack() as stack:
-        with reporter.stage("Opening model and images"):
-            loaded = open_as_given(options, reporter)
+        with progress.stage("Opening model and images"):
+            loaded = open_as_given(options)
             geometry = loaded.adapter.geometry
-            cost = open_cost(
-                options.cost, loaded.name, geometry, reporter, threads=options.threads, batch=options.batch_size
-            )
+            cost = open_cost(options.cost, loaded.name, geometry, threads=options.threads, batch=options.batch_size)
             check_target(geometry, options.target, cost)
-            calibration, evaluation = choose(options, loaded, reporter)
+            calibration, evaluation = choose(options, loaded)
             if "int8" in options.precisions and calibration.count < options.batch_size:
                 found = counted(calibration.count, "calibration image")
                 raise UserError(
@@ -95,7 +94,6 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             settings=rearrange_settings(options.tune, options.episodes, options.time_limit),
             checkpoint=options.checkpoint,
             seed=options.seed,
-            reporter=reporter,
         )
         weights_file = "model.safetensors" if loaded.graph is None else "tuned.onnx"
         saved = save_learned(loaded, learned, folder / "plan.json", folder / weights_file)
@@ -106,20 +104,20 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         # Plans fold into the plain form; what is written for a target may not take one any more.
         plain = folder if options.deploy_for is None else scratch
         dense, pruned = plain / "dense.onnx", plain / "pruned.onnx"
-        with reporter.stage("Exporting dense.onnx"):
+        with progress.stage("Exporting dense.onnx"):
             write_dense(loaded, dense, **as_asked)
         images = first_images(calibration, loaded, PARITY_IMAGES if rule is None else RULE_PARITY_IMAGES)
         kept = {"dense": folder / "dense.onnx", "pruned": folder / "pruned.onnx"}
         tuned, deployed = dense, None
         if learned.weights and rule is None:
             tuned = scratch / "tuned.onnx"
-            with reporter.stage("Exporting the tuned model"), with_weights(loaded.adapter.model, learned.weights):
+            with progress.stage("Exporting the tuned model"), with_weights(loaded.adapter.model, learned.weights):
                 sha256 = plan.provenance["tuned_weights_sha256"]
                 write_dense(replace(loaded, sha256=sha256), tuned, **as_asked)
         if rule is None:
-            with reporter.stage("Folding the plan into pruned.onnx"):
+            with progress.stage("Folding the plan into pruned.onnx"):
                 fold_file(tuned, plan, pruned)
-            with reporter.stage("Parity ladder"):
+            with progress.stage("Parity ladder"):
                 rungs = check_ladder(loaded.adapter, plan, dense, pruned, images, weights=learned.weights)
         else:
             rungs = check_dense(loaded.adapter, dense, images[:PARITY_IMAGES])
@@ -130,7 +128,6 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
                     kept["pruned"],
                     rule=rule,
                     images=images,
-                    reporter=reporter,
                     opset=options.opset,
                     deploy_for=options.deploy_for,
                     dynamic_batch=options.dynamic_batch,
@@ -140,7 +137,7 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             rungs += more
         if options.deploy_for is not None:
             plain_files = {"dense": dense} if rule is not None else {"dense": dense, "pruned": pruned}
-            with reporter.stage(f"Writing the graphs for {options.deploy_for}"):
+            with progress.stage(f"Writing the graphs for {options.deploy_for}"):
                 for name, source in plain_files.items():
                     path = kept[name]
                     deployed, rung = deploy_checked(
@@ -184,7 +181,6 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
                 scratch,
                 first_images(calibration, loaded, INT8_IMAGES).numpy(),
                 io=options.io,
-                reporter=reporter,
             )
             graphs.update({item.label: item.runs for item in lowered if item.runs is not None})
         stages = stage_rows(learned, labels)
@@ -199,21 +195,21 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
         del loaded, learned
         gc.collect()
         with (
-            reporter.stage("Evaluating the graphs", len(evaluation.indices)) as advance,
+            progress.stage("Evaluating the graphs", len(evaluation.indices)) as advance,
             open_graphs(graphs, as_they_are=[item.label for item in lowered if item.emulated]) as sessions,
         ):
             outputs, examples = collect_graphs(sessions, evaluation, advance)
-        lowered, costs = judge_precisions(lowered, outputs, geometry.output, reporter)
+        lowered, costs = judge_precisions(lowered, outputs, geometry.output)
         estimates = compare(outputs, baseline="dense", output=geometry.output)
         timed.update({item.label: item.path for item in lowered if item.runs == item.path})
-        reporter.remark(evaluation.skipped_remark("evaluation"))
+        progress.remark(evaluation.skipped_remark("evaluation"))
         if seen_before := overlap(calibration, evaluation):
             also = "is also a calibration image" if seen_before == 1 else "are also calibration images"
-            reporter.remark(
+            progress.remark(
                 f"{seen_before} of the {counted(evaluation.count, 'evaluation image')} {also}: "
                 "the accuracy reported is not on unseen images alone"
             )
-        with reporter.stage("Measuring latency"):
+        with progress.stage("Measuring latency"):
             latency = profile_onnx(
                 timed,
                 batch=options.batch_size,
@@ -222,7 +218,7 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             )
 
         rows = [
-            run_row(options, name, plan, calibration, evaluation, reporter, deployed),
+            run_row(options, name, plan, calibration, evaluation, deployed),
             *cost_rows(plan, parameters, kept, None if rule is None else rule.static_macs()),
             *stages,
             *map(parity_row, rungs),
@@ -233,9 +229,9 @@ def run(options: RunOptions, output: Path, reporter: Reporter, *, force: bool = 
             *prediction_rows(plan, latency),
         ]
         append_rows(folder / "results.jsonl", rows)
-        with reporter.stage("Writing the report"):
+        with progress.stage("Writing the report"):
             crops = [preprocessing.crop(image) for image in examples]
             write_report(folder, plan=plan, rows=rows, examples=crops, chosen=chosen)
     files = {path.name: str(path) for path in sorted(output.iterdir()) if path.is_file()}
     failed = [item.path.name for item in lowered if item.failure is not None]
-    return {"rows": rows, "files": files, "remarks": reporter.remarks, "left_out": failed}
+    return {"rows": rows, "files": files, "remarks": progress.current().remarks, "left_out": failed}

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core import progress
 from ..core.errors import UserError
 from ..core.files import scratch_beside
-from ..core.progress import Reporter
 from .graphs import write_dense
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ def make_table(
     provider: str,
     threads: int | None,
     seconds: float,
-    reporter: Reporter,
     runtime: str = "ort",
     precision: str | None = None,
     step: int | None = None,
@@ -72,25 +71,25 @@ def make_table(
             from ..prune.models import open_model
 
             dense = scratch / "dense.onnx"
-            with reporter.stage("Exporting the dense model"):
+            with progress.stage("Exporting the dense model"):
                 loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
                 written = opset or (min(20, _newest_opset()) if engines else 20)
                 write_dense(loaded, dense, opset=written, dynamic_batch=False, batch_size=batch_size)
                 del loaded
                 gc.collect()  # A large model's weights need not lie in memory while others are measured.
         if engines:
-            how = dict(precision=precision or "fp16", step=step or 8, reporter=reporter)
+            how = dict(precision=precision or "fp16", step=step or 8)
             graphs: Graphs = TrtGraphs(dense, scratch, batch=batch_size, **how)
         else:
             threads = usable_cores() if threads is None else threads
             graphs = OrtGraphs(dense, scratch, threads=threads, batch=batch_size, provider=provider)
-        with reporter.stage(f"Measuring blocks of {graphs.name}") as advance:
+        with progress.stage(f"Measuring blocks of {graphs.name}") as advance:
             table = measure_table(
                 graphs, graphs.name, graphs.geometry, seconds=seconds, on_group=lambda done, groups: advance(1)
             )
         table.save(output)
     if remark := table.error_remark():
-        reporter.remark(remark)
+        progress.remark(remark)
     return table
 
 

@@ -25,11 +25,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core import progress
 from ..core.content_plan import ContentPlan
 from ..core.cost import Cost, MacsCost, dense_macs, plan_macs
 from ..core.errors import UserError
 from ..core.plan import TokenPlan
-from ..core.progress import Reporter
 from .calibration import Calibration, Judgement
 from .data import ImageSet
 from .fisher import batch_size_for
@@ -73,7 +73,6 @@ def learn(
     settings: RearrangeSettings | None = None,
     checkpoint: str | Path | None = None,
     seed: int = 0,
-    reporter: Reporter | None = None,
 ) -> Learned:
     """The whole method: search, rearrangement, tuning.
 
@@ -89,7 +88,6 @@ def learn(
         settings: How much the rearrangement plays; None: what goes with ``tuning``.
         checkpoint: File that the rearrangement resumes from and writes.
         seed: Of everything random.
-        reporter: Where progress goes.
 
     Raises:
         UserError: The budget cannot be reached, no image can be read, or options do not fit.
@@ -97,7 +95,6 @@ def learn(
     if rearrangement not in REARRANGEMENTS or tuning not in TUNINGS or selection not in SELECTIONS:
         raise ValueError(f"unknown stage: {rearrangement!r}, {tuning!r} or {selection!r}")
     check_selection(selection, tuning)
-    reporter = reporter or Reporter(quiet=True)
     adapter, geometry = loaded.adapter, loaded.adapter.geometry
     cost = cost or MacsCost(geometry)
     check_target(geometry, target, cost)
@@ -106,7 +103,7 @@ def learn(
     choose_loss(loss, geometry.output, images.labelled)
     if checkpoint is not None and Path(checkpoint).exists():
         read_checkpoint(checkpoint)  # Refused now, not after the search.
-    with reporter.stage("Reading calibration images", len(images.indices)) as advance:
+    with progress.stage("Reading calibration images", len(images.indices)) as advance:
         calibration = Calibration.load(images, loaded.preprocessing, on_batch=advance)
     stages = []
 
@@ -114,14 +111,14 @@ def learn(
         return calibration.divergence(adapter, plan, calibration.held_out) if len(calibration.held_out) else None
 
     started = time.perf_counter()
-    plan, importance = _search(loaded, images, calibration, target, loss, rounds, seed, None, cost, reporter)
+    plan, importance = _search(loaded, images, calibration, target, loss, rounds, seed, None, cost)
     seconds = time.perf_counter() - started
     drops = not plan.is_identity
     if drops and len(calibration.held_out):
         compared = calibration.held_out
         if rearrangement != "none":
             compared = np.concatenate([World(adapter, calibration).images, compared])
-        with reporter.stage("Running the dense model for comparison", len(compared)) as advance:
+        with progress.stage("Running the dense model for comparison", len(compared)) as advance:
             calibration.dense_outputs(adapter, compared, advance)
     after = judged(plan) if drops else None
     stages.append(
@@ -139,7 +136,7 @@ def learn(
     )
     if drops and not len(calibration.held_out):
         left_out = "rearrangement and tuning" if selection == "static" else "rearrangement, tuning and selection"
-        reporter.remark(
+        progress.remark(
             f"{len(calibration)} calibration images are too few to hold any out: "
             f"{left_out}, which are judged on those, were left out"
         )
@@ -152,15 +149,15 @@ def learn(
             firsts = []
             try:
                 if tuning == "weights":
-                    with reporter.stage("Refitting stand-in weights", geometry.depth, unit="blocks") as advance:
+                    with progress.stage("Refitting stand-in weights", geometry.depth, unit="blocks") as advance:
                         around = plans_around(world, plan, target=target, cost=cost, importance=importance, seed=seed)
                         world.foresee_tuning(around, advance)
                 else:
-                    with reporter.stage("Swapping tokens for a start", RESTARTS, unit="plans") as advance:
+                    with progress.stage("Swapping tokens for a start", RESTARTS, unit="plans") as advance:
                         for start in range(RESTARTS):
                             firsts.append(greedy_swaps(world, plan, target=target, cost=cost, seed=seed + start)[0])
                             advance(1)
-                with reporter.stage("Token mask rearrangement (PPO)", settings.episodes, unit="episodes") as advance:
+                with progress.stage("Token mask rearrangement (PPO)", settings.episodes, unit="episodes") as advance:
                     found = rearrange(
                         world,
                         plan,
@@ -177,9 +174,9 @@ def learn(
                 note = "rearrangement was interrupted before its first episode; the Fisher plan was kept"
                 found = Rearranged(plan, Judgement.of(after, after), False, note, {"episodes": 0})
         else:
-            with reporter.stage("Token mask rearrangement (greedy)"):
+            with progress.stage("Token mask rearrangement (greedy)"):
                 found = swap_greedily(world, plan, target=target, cost=cost, seed=seed)
-        reporter.remark(found.note)
+        progress.remark(found.note)
         details = {**found.details, "history": found.history}
         plan = found.plan.with_provenance(**plan.provenance)
         seconds = time.perf_counter() - started
@@ -189,9 +186,9 @@ def learn(
     weights = None
     if drops and tuning != "none":
         started = time.perf_counter()
-        with reporter.stage(f"Token mask tuning ({tuning})", geometry.depth, unit="steps") as advance:
+        with progress.stage(f"Token mask tuning ({tuning})", geometry.depth, unit="steps") as advance:
             tuned = tune(adapter, plan, calibration, tuning, seed=seed, on_step=advance)
-        reporter.remark(tuned.note)
+        progress.remark(tuned.note)
         plan, weights = tuned.plan.with_provenance(**plan.provenance), tuned.weights
         seconds = time.perf_counter() - started
         stages.append(
@@ -201,9 +198,9 @@ def learn(
     if drops and selection == "content":
         started, refit = time.perf_counter(), tuning == "weights"
         steps = choosing_steps(geometry, refit)
-        with reporter.stage("Selection by content", steps, unit="steps") as advance:
+        with progress.stage("Selection by content", steps, unit="steps") as advance:
             chosen = choose_by_content(adapter, plan, weights, calibration, refit=refit, on_step=advance)
-        reporter.remark(chosen.note)
+        progress.remark(chosen.note)
         content, kept = chosen.plan, chosen.plan is not None
         weights = chosen.weights if kept else weights
         seconds = time.perf_counter() - started
@@ -256,7 +253,6 @@ def learn_plan(
     seed: int = 0,
     batch_size: int | None = None,
     cost: Cost | None = None,
-    reporter: Reporter | None = None,
 ) -> TokenPlan:
     """Stage 1 alone, token mask search: Fisher importance of every gate, then the mask that loses least of it.
 
@@ -270,7 +266,6 @@ def learn_plan(
         seed: Recorded, and used by the losses that draw random directions.
         batch_size: Images per backward pass; None picks one that keeps activations within 1.5 GiB.
         cost: What the budget is of; None: MACs.
-        reporter: Where progress goes.
 
     Raises:
         UserError: The budget cannot be reached, no image can be read, or the loss does not fit model and data.
@@ -279,8 +274,7 @@ def learn_plan(
     check_target(loaded.adapter.geometry, target, cost)
     choose_loss(loss, loaded.adapter.geometry.output, calibration.labelled)
     images = Calibration.load(calibration, loaded.preprocessing, held_out=0)
-    reporter = reporter or Reporter(quiet=True)
-    return _search(loaded, calibration, images, target, loss, rounds, seed, batch_size, cost, reporter)[0]
+    return _search(loaded, calibration, images, target, loss, rounds, seed, batch_size, cost)[0]
 
 
 def _search(
@@ -293,7 +287,6 @@ def _search(
     seed: int,
     batch_size: int | None,
     cost: Cost,
-    reporter: Reporter,
 ) -> tuple[TokenPlan, np.ndarray]:
     """The plan, and the Fisher importance [exit 0..L, patch N] at the dense model that the first round found."""
     geometry = loaded.adapter.geometry
@@ -302,7 +295,7 @@ def _search(
     fit = calibration.fit[:SEARCH_IMAGES]
     sizes = round_sizes(len(fit), rounds)
     parts = np.split(fit, np.cumsum(sizes)[:-1])
-    with reporter.stage(f"Fisher token mask search of {loaded.name}", len(fit)) as advance:
+    with progress.stage(f"Fisher token mask search of {loaded.name}", len(fit)) as advance:
         found = search_in_rounds(
             loaded.adapter,
             [calibration.batches(part, batch_size) for part in parts],
@@ -313,8 +306,8 @@ def _search(
             on_batch=advance,
         )
     plan = found.plan
-    reporter.remark(images.skipped_remark("calibration"))
-    reporter.remark(found.note)
+    progress.remark(images.skipped_remark("calibration"))
+    progress.remark(found.note)
     plan = plan.with_provenance(
         method="fisher",
         loss=loss,

@@ -33,7 +33,7 @@ from .session import ENGINE_SUFFIXES
 from .sidecar import AMPERE_PLUS, SAME_COMPUTE_CAPABILITY, EngineRecord
 
 if TYPE_CHECKING:
-    from ..core.progress import Reporter
+    from ..core import progress
 
 #: What weights and products are computed in.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -202,13 +202,10 @@ def build_engine(
     onnx: str | os.PathLike,
     output: str | os.PathLike,
     options: BuildOptions | None = None,
-    *,
-    reporter: Reporter | None = None,
 ) -> EngineRecord:
     """Build ``onnx`` into the engine ``output`` and write what it was built with beside it.
 
     Args:
-        reporter: Shows the progress; None shows nothing.
 
     Returns:
         The record beside the engine, :class:`~vpruner.runtime.sidecar.EngineRecord`.
@@ -218,10 +215,8 @@ def build_engine(
             cuda-bindings, the driver or the GPU is missing; TensorRT cannot build it. Nothing is written then.
         KeyboardInterrupt: Ctrl-C, taken at the next step of the builder.
     """
-    from ..core.progress import Reporter
 
     options = options or BuildOptions()
-    reporter = reporter or Reporter(quiet=True)
     onnx, output = Path(onnx), Path(output)
     if output.suffix.lower() not in ENGINE_SUFFIXES:
         raise UserError(f"{output}: an engine's name ends in .engine", f"write {output.with_suffix('.engine')}")
@@ -232,15 +227,15 @@ def build_engine(
     device = cuda.device_properties()
     choice = choose_precision(options.precision, file, capabilities)
     _check_offered(options, capabilities)
-    _check_graph(file, options, capabilities, reporter)
+    _check_graph(file, options, capabilities)
     external = file.external_sha256()
     started = time.perf_counter()
     with ExitStack() as stack:
         source = onnx
         if choice.convert is not None:
             source = stack.enter_context(scratch_beside(output)) / f"{choice.convert}.onnx"
-            _convert(onnx, source, choice.convert, capabilities, reporter)
-        built = _Build(trt, capabilities, choice, options, device, reporter)
+            _convert(onnx, source, choice.convert, capabilities)
+        built = _Build(trt, capabilities, choice, options, device)
         plan, profile = built.run(source)
         with atomic_path(output) as temporary:
             temporary.write_bytes(plan)
@@ -306,7 +301,7 @@ def _check_offered(options: BuildOptions, capabilities: Capabilities) -> None:
         )
 
 
-def _check_graph(file: OnnxFile, options: BuildOptions, capabilities: Capabilities, reporter: Reporter) -> None:
+def _check_graph(file: OnnxFile, options: BuildOptions, capabilities: Capabilities) -> None:
     """Refuse a graph that this release does not take, node by node where the export extra is installed."""
     if not options.check:
         return
@@ -319,9 +314,9 @@ def _check_graph(file: OnnxFile, options: BuildOptions, capabilities: Capabiliti
     try:
         from ..export.check import check
     except ImportError:
-        reporter.remark(f"the graph was not checked for {release}: that needs pip install 'vpruner[export]'")
+        progress.remark(f"the graph was not checked for {release}: that needs pip install 'vpruner[export]'")
         return
-    with reporter.stage(f"Checking the graph for {release}"):
+    with progress.stage(f"Checking the graph for {release}"):
         findings = check(file.path, target)
     errors = [one for one in findings if one.severity == "error" and not _taken(one, capabilities)]
     if errors:
@@ -345,7 +340,7 @@ def _taken(finding: Any, capabilities: Capabilities) -> bool:
     )
 
 
-def _convert(onnx: Path, target: Path, precision: str, capabilities: Capabilities, reporter: Reporter) -> None:
+def _convert(onnx: Path, target: Path, precision: str, capabilities: Capabilities) -> None:
     """Write ``onnx`` in ``precision``, for a release that takes the precision from the file."""
     by_hand = f"vpruner convert {onnx} --precision {precision} -o {precision}.onnx"
     try:
@@ -356,7 +351,7 @@ def _convert(onnx: Path, target: Path, precision: str, capabilities: Capabilitie
             f"it needs {error.name}, which is not installed",
             f"pip install 'vpruner[export,cpu]', or convert it where those are, with: {by_hand}",
         ) from None
-    with reporter.stage(f"Converting to {precision}"):
+    with progress.stage(f"Converting to {precision}"):
         convert(onnx, target, precision)
 
 
@@ -407,10 +402,9 @@ class _Build:
         choice: PrecisionChoice,
         options: BuildOptions,
         device: cuda.DeviceProperties,
-        reporter: Reporter,
     ):
         self.trt, self.capabilities, self.choice = trt, capabilities, choice
-        self.options, self.device, self.reporter = options, device, reporter
+        self.options, self.device = options, device
         self.flags: tuple[str, ...] = ()
         self.cache: str | None = None
         self.pipe: int | None = None
@@ -421,7 +415,7 @@ class _Build:
         polygraphy = importlib.import_module("polygraphy.backend.trt")
         self._prepare_cache()
         title = f"Building for {self.device.name} with TensorRT {self.capabilities.version}"
-        with _errors_in_one_line(onnx), self.reporter.stage(title) as advance:
+        with _errors_in_one_line(onnx), progress.stage(title) as advance:
             advance(0, "reading the graph")
             parsed = polygraphy.network_from_onnx_path(str(onnx), strongly_typed=self.choice.typed)
             builder, network = parsed[0], parsed[1]
@@ -481,7 +475,7 @@ class _Build:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            self.reporter.remark(f"no timing cache: {folder} cannot be written ({error.strerror or error})")
+            progress.remark(f"no timing cache: {folder} cannot be written ({error.strerror or error})")
             return
         self.cache = str(timing_cache_file(folder, self.device, self.capabilities.version))
 

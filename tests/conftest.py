@@ -12,6 +12,15 @@ def repository() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture
+def reported():
+    """What the code under test reports: its stages and remarks."""
+    from vpruner.core import progress
+
+    with progress.reporting(progress.Sink()) as record:
+        yield record
+
+
 # The makers import torch, which collecting the suite must not do.
 @pytest.fixture(scope="module")
 def card(tmp_path_factory) -> Path:

@@ -16,7 +16,6 @@ from tiny_cards import write_card
 from vpruner.core.content_plan import ContentPlan, load_plan
 from vpruner.core.errors import UserError
 from vpruner.core.plan import TokenPlan
-from vpruner.core.progress import Reporter
 from vpruner.core.rows import read_rows
 from vpruner.core.statistics import kl_divergence
 from vpruner.pipeline.compare import comparison as module
@@ -123,10 +122,10 @@ def test_a_graph_that_could_not_be_written_is_no_result(card, images, tmp_path):
     given = options(card, images, latency=True, seconds=0.1)
     (tmp_path / "graphs").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
-        module.compare(given, tmp_path, Reporter(quiet=True))
+        module.compare(given, tmp_path)
     assert [row["kind"] for row in read_rows(tmp_path / "results.jsonl")] == ["compared"]
     (tmp_path / "graphs").unlink()
-    rows = module.compare(given, tmp_path, Reporter(quiet=True))["rows"]
+    rows = module.compare(given, tmp_path)["rows"]
     assert of(rows, "graph")["tome"]["failure"] is None and of(rows, "latency")["tome"]["runtime"] == "onnxruntime"
 
 
@@ -189,10 +188,8 @@ def opened(card, images, folder, change=lambda loaded: loaded):
     """A comparison under way of a model that was changed."""
     given = options(card, images)
     loaded = change(open_model(card))
-    calibration, evaluation = module.choose(given, loaded, Reporter(quiet=True))
-    return module.Comparison(
-        given, loaded, calibration, evaluation, folder, folder / "results.jsonl", Reporter(quiet=True)
-    )
+    calibration, evaluation = module.choose(given, loaded)
+    return module.Comparison(given, loaded, calibration, evaluation, folder, folder / "results.jsonl")
 
 
 def test_another_model_of_the_same_weights_is_another_result(card, images, tmp_path):
@@ -241,10 +238,10 @@ def test_an_interrupted_comparison_goes_on(card, images, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Tome, "make", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            module.compare(given, tmp_path, Reporter(quiet=True))
+            module.compare(given, tmp_path)
     first = read_rows(tmp_path / "results.jsonl")
     assert [(row["method"], row["target"]) for row in first] == [("random", 0.8)]
-    result = module.compare(given, tmp_path, Reporter(quiet=True))
+    result = module.compare(given, tmp_path)
     rows = read_rows(tmp_path / "results.jsonl")
     assert rows[:1] == first and result["made"] == 4
     assert [(row["method"], row["target"]) for row in rows[1:]] == [("tome", 0.8), ("random", 0.7), ("tome", 0.7)]
@@ -252,7 +249,7 @@ def test_an_interrupted_comparison_goes_on(card, images, tmp_path, monkeypatch):
 
 def test_what_depends_on_chance_is_made_with_every_seed(card, images, tmp_path):
     given = options(card, images, methods=("random", "tome", "saint-frozen"), seeds=2)
-    module.compare(given, tmp_path, Reporter(quiet=True))
+    module.compare(given, tmp_path)
     rows = read_rows(tmp_path / "results.jsonl")
     assert Counter(row["method"] for row in rows) == {"random": 2, "saint-frozen": 2, "tome": 1}
     assert {row["seed"] for row in rows if row["method"] == "random"} == {0, 1}
@@ -267,9 +264,7 @@ def test_images_of_further_seeds_are_none_that_are_evaluated_on(card, images, tm
         images, None, calibration=8, evaluation=5, classes=loaded.classes, outputs=4, seed=0
     )
     given = options(card, images, images=8, seeds=4)
-    comparison = module.Comparison(
-        given, loaded, calibration, evaluation, tmp_path, tmp_path / "results.jsonl", Reporter(quiet=True)
-    )
+    comparison = module.Comparison(given, loaded, calibration, evaluation, tmp_path, tmp_path / "results.jsonl")
     for seed in comparison.seeds:
         chosen = comparison.images(seed)
         assert len(set(chosen.indices)) == 8 and not set(chosen.indices) & set(evaluation.indices)
@@ -289,12 +284,11 @@ def test_a_method_that_cannot_is_reported_and_the_others_go_on(images, tmp_path)
     assert len(read_rows(tmp_path / "alone" / "results.jsonl")) == 1
 
 
-def test_images_in_both_sets_are_said(card, images, tmp_path):
+def test_images_in_both_sets_are_said(card, images, tmp_path, reported):
     copies = shutil.copytree(images, tmp_path / "copies")
-    reporter = Reporter(quiet=True)
     given = options(card, images, methods=("fisher",), eval_data=str(copies), images=24)
-    module.compare(given, tmp_path / "out", reporter)
-    (said,) = (line for line in reporter.remarks if "also calibration images" in line)
+    module.compare(given, tmp_path / "out")
+    (said,) = (line for line in reported.remarks if "also calibration images" in line)
     assert said.startswith("24 of the 24 evaluation images") and said in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -302,7 +296,7 @@ def test_force_begins_anew_and_results_may_lie_elsewhere(card, images, tmp_path)
     given, results = options(card, images), tmp_path / "rows.jsonl"
     folder = tmp_path / "out"
     for force in (False, True):
-        module.compare(given, folder, Reporter(quiet=True), results=results, force=force)
+        module.compare(given, folder, results=results, force=force)
         (row,) = read_rows(results)
         assert row["method"] == "tome" and not (folder / "results.jsonl").exists()
         results.write_text(json.dumps({**row, "top1": {**row["top1"], "value": 9.0}}) + "\n")
@@ -310,8 +304,8 @@ def test_force_begins_anew_and_results_may_lie_elsewhere(card, images, tmp_path)
     other = {"kind": "compared", "key": "of another", "method": "tome"}
     with open(results, "a") as file:
         file.write(json.dumps(other) + "\n")
-    result = module.compare(given, folder, Reporter(quiet=True), results=results)
-    module.compare(given, folder, Reporter(quiet=True), results=results, force=True)
+    result = module.compare(given, folder, results=results)
+    module.compare(given, folder, results=results, force=True)
     assert [row["key"] == "of another" for row in read_rows(results)] == [True, False]
     assert result["rows"][0]["top1"]["value"] == 9.0, "the row that was there was made again"
 
@@ -323,11 +317,9 @@ def test_another_setting_is_another_result(card, images, tmp_path, change):
     def key(**changes):
         given = options(card, images, methods=("fisher",), **changes)
         loaded = open_model(card)
-        calibration, evaluation = module.choose(given, loaded, Reporter(quiet=True))
+        calibration, evaluation = module.choose(given, loaded)
         # The images that are evaluated on are the first seed's: not to be what tells these keys apart.
-        comparison = module.Comparison(
-            given, loaded, calibration, evaluation, tmp_path, tmp_path / "none.jsonl", Reporter(quiet=True)
-        )
+        comparison = module.Comparison(given, loaded, calibration, evaluation, tmp_path, tmp_path / "none.jsonl")
         (point,) = comparison.points(module.chosen_contenders(given))
         return point.key
 
@@ -354,12 +346,12 @@ def test_a_plan_by_content_is_saved_with_its_score_and_exported(card, images, tm
     learned = Learned(plan, None, (), content)
     monkeypatch.setattr("vpruner.prune.learn.learn", lambda *_, selection, **__: {"content": learned}[selection])
     given = options(card, images, methods=("v-pruner-content",), latency=True, seconds=0.1)
-    rows = of(module.compare(given, tmp_path, Reporter(quiet=True))["rows"], "compared")
+    rows = of(module.compare(given, tmp_path)["rows"], "compared")
     assert rows["v-pruner-content"]["form"] == "rule" and rows["v-pruner-content"]["counts"] == [17, 11, 7]
     (path,) = (tmp_path / "plans").iterdir()
     assert load_plan(path).digest == content.digest
     monkeypatch.setattr("vpruner.prune.learn.learn", lambda *_, **__: pytest.fail("learned again"))
-    result = module.compare(replace(given, batches=(1, 2)), tmp_path, Reporter(quiet=True))
+    result = module.compare(replace(given, batches=(1, 2)), tmp_path)
     graphs = [row for row in result["rows"] if row["kind"] == "graph"]
     assert [(row["batch"], row["failure"]) for row in graphs] == [(1, None), (2, None)]
 
@@ -368,13 +360,13 @@ def test_rows_of_the_folder_itself_are_no_strangers_however_they_are_named(card,
     monkeypatch.chdir(tmp_path)
     results = tmp_path / "out" / "mine.jsonl"
     for folder in ("out", tmp_path / "out"):
-        module.compare(options(card, images), module.Path(folder), Reporter(quiet=True), results=results)
+        module.compare(options(card, images), module.Path(folder), results=results)
     (tmp_path / "out" / ".report.html.x1.html").write_text("left by a process that was killed")
-    module.compare(options(card, images), tmp_path / "out", Reporter(quiet=True), results=results)
+    module.compare(options(card, images), tmp_path / "out", results=results)
     assert len(read_rows(results)) == 1
     (tmp_path / "out" / "report.html.bak").write_text("somebody's copy, which --force would remove")
     with pytest.raises(UserError, match=r"report\.html\.bak"):
-        module.compare(options(card, images), tmp_path / "out", Reporter(quiet=True), results=results, force=True)
+        module.compare(options(card, images), tmp_path / "out", results=results, force=True)
 
 
 def test_large_graphs_are_timed_in_groups(tmp_path, monkeypatch):

@@ -13,9 +13,8 @@ from commands import call, fails
 from PIL import Image
 from tiny_vits import tiny
 
-from vpruner.core import bundled
+from vpruner.core import bundled, progress
 from vpruner.core.plan import TokenPlan
-from vpruner.core.progress import Reporter
 from vpruner.export.files import load_model, save_model
 from vpruner.export.parity import run_onnx
 from vpruner.export.rebuild.graph import probe_images, rebuild
@@ -114,9 +113,9 @@ def test_the_plan_from_the_graph_is_the_one_from_pytorch(reference, reference_gr
     assert plans[1].geometry.differences(plans[0].geometry) == []
     if rebuilt.classes is not None:  # A file of ours: what is learned from it is a plan for the model itself.
         plans[1].check_fits(reference.name, reference.adapter.geometry, reference.sha256)
-        reporter = Reporter(quiet=True)
-        fold_checked(reference_graph, plans[1], tmp_path / "pruned.onnx", reporter)
-        assert not reporter.remarks
+        with progress.reporting() as record:
+            fold_checked(reference_graph, plans[1], tmp_path / "pruned.onnx")
+        assert not record.remarks
 
 
 # -- prune, fold, run -------------------------------------------------------------------------------------------------
@@ -218,12 +217,12 @@ def test_a_folded_file_is_compared_with_the_graph_it_came_from(graph, images, tm
 
 def test_what_the_output_is_follows_the_loss(graph, images):
     def opened(loss):
-        reporter = Reporter(quiet=True)
-        loaded = open_prunable(
-            str(graph), pretrained=False, weights=None, model_args={}, loss=loss, reporter=reporter,
-            preprocessing={"mean": (0.5,) * 3, "std": (0.5,) * 3},
-        )  # fmt: skip
-        return loaded.adapter.geometry.output, bool(reporter.remarks)
+        with progress.reporting() as record:
+            loaded = open_prunable(
+                str(graph), pretrained=False, weights=None, model_args={}, loss=loss,
+                preprocessing={"mean": (0.5,) * 3, "std": (0.5,) * 3},
+            )  # fmt: skip
+        return loaded.adapter.geometry.output, bool(record.remarks)
 
     assert [opened(loss) for loss in ("auto", "self", "features")] == [
         ("logits", True), ("logits", False), ("features", False),

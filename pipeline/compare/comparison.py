@@ -20,10 +20,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...core import progress
 from ...core.errors import ParityError, UserError
 from ...core.extras import require
 from ...core.files import file_sha256, json_sha256, scratch_beside, write_text
-from ...core.progress import Reporter
 from ...core.rows import append_rows
 from ..folders import check_output
 from ..graphs import model_bytes, move_model, write_dense
@@ -45,8 +45,9 @@ if TYPE_CHECKING:
     from ...prune.loaded import LoadedModel
 
 
+@progress.reporting()
 def compare(
-    options: CompareOptions, output: Path, reporter: Reporter, *, results: Path | None = None, force: bool = False
+    options: CompareOptions, output: Path, *, results: Path | None = None, force: bool = False
 ) -> dict[str, Any]:
     """Compare methods; see the module.
 
@@ -73,12 +74,12 @@ def compare(
     check_output(results, ".jsonl", option="--results")
     check_output(output / "report.html", ".html")
     before = read_results(results)
-    with reporter.stage("Opening model and images"):
-        loaded = open_as_given(options, reporter)
+    with progress.stage("Opening model and images"):
+        loaded = open_as_given(options)
         for target in options.targets:
             check_target(loaded.adapter.geometry, target)
-        calibration, evaluation = choose(options, loaded, reporter)
-    comparison = Comparison(options, loaded, calibration, evaluation, output, results, reporter, before)
+        calibration, evaluation = choose(options, loaded)
+    comparison = Comparison(options, loaded, calibration, evaluation, output, results, before)
     points = comparison.points(taking_part)
     if force:
         for path in earlier:
@@ -91,20 +92,20 @@ def compare(
         comparison.time_rules(points)
     seen_before = 0
     if any(contender.needs_images for contender in taking_part):
-        reporter.remark(calibration.skipped_remark("calibration"))
+        progress.remark(calibration.skipped_remark("calibration"))
         if seen_before := overlap(calibration, evaluation):
-            reporter.remark(
+            progress.remark(
                 f"{seen_before} of the {evaluation.count} evaluation images are also calibration images: "
                 "what is reported of methods that learn is not on unseen images alone"
             )
-    reporter.remark(evaluation.skipped_remark("evaluation"))
+    progress.remark(evaluation.skipped_remark("evaluation"))
     rows = comparison.rows_of(points)
-    with reporter.stage("Writing the report"):
-        files = write_comparison(output, rows, reporter.remarks, unseen=not seen_before)
+    with progress.stage("Writing the report"):
+        files = write_comparison(output, rows, progress.current().remarks, unseen=not seen_before)
     failed = [row for row in rows if row["kind"] == "compared" and row["failure"] is not None]
     made = sum(row["kind"] == "compared" for row in rows) - len(failed)
     paths = {path.name: str(path) for path in (results, *files)}
-    return {"rows": rows, "files": paths, "made": made, "failed": len(failed), "remarks": reporter.remarks}
+    return {"rows": rows, "files": paths, "made": made, "failed": len(failed), "remarks": progress.current().remarks}
 
 
 class Comparison:
@@ -125,10 +126,9 @@ class Comparison:
         evaluation: ImageSet,
         output: Path,
         results: Path,
-        reporter: Reporter,
         rows: list[dict[str, Any]] | None = None,
     ):
-        self.options, self.loaded, self.output, self.results, self.reporter = options, loaded, output, results, reporter
+        self.options, self.loaded, self.output, self.results = options, loaded, output, results
         self.evaluation = evaluation
         self._sets = {options.seed: calibration}
         self._calibrations: dict[int, Calibration] = {}
@@ -262,7 +262,7 @@ class Comparison:
         missing = [batch for batch in batches if not self._has_graph(point, batch)]
         if judged and not missing:
             return
-        with self.reporter.stage(f"{point.contender.name} at {point.target:g}, seed {point.seed}"):
+        with progress.stage(f"{point.contender.name} at {point.target:g}, seed {point.seed}"):
             try:
                 made = self.made(point, stand_in=judged)
                 if not judged:
@@ -272,7 +272,7 @@ class Comparison:
                 # What was judged stays judged, though no graph can be made of it any more.
                 if row is None or (not judged and row["failure"] != failed["failure"]):
                     self.add(failed)
-                self.reporter.remark(f"{point.contender.name} at {point.target:g}: {_one_line(error)}")
+                progress.remark(f"{point.contender.name} at {point.target:g}: {_one_line(error)}")
                 return
             for batch in missing:
                 self.add(self._graph_row(point, made, batch))
@@ -491,7 +491,7 @@ class Comparison:
             for number, group in enumerate(_groups(waiting)):
                 again = f", group {number + 1}" if number else ""
                 names = {name: point for name, (point, _) in group.items()}
-                with self.reporter.stage(f"Timing {len(group)} graphs at {target:g}, batch {batch}{again}"):
+                with progress.stage(f"Timing {len(group)} graphs at {target:g}, batch {batch}{again}"):
                     try:
                         timed = profile_onnx(
                             {"dense": self.dense_graph(batch), **{name: path for name, (_, path) in group.items()}},
@@ -500,7 +500,7 @@ class Comparison:
                             seconds=self.options.seconds,
                         )
                     except UserError as error:  # The batch of a model that came as an ONNX file is its own.
-                        self.reporter.remark(f"not timed at {target:g}, batch {batch}: {_one_line(error)}")
+                        progress.remark(f"not timed at {target:g}, batch {batch}: {_one_line(error)}")
                         continue
                 self._add_latencies(timed, names, target)
 
@@ -515,7 +515,7 @@ class Comparison:
                 if self._latency(point, batch, "pytorch") is None:
                     waiting[point.contender.name] = point
             if waiting:
-                with self.reporter.stage(f"Timing {len(waiting)} methods in PyTorch at {target:g}, batch {batch}"):
+                with progress.stage(f"Timing {len(waiting)} methods in PyTorch at {target:g}, batch {batch}"):
                     timed = self._time_in_torch({name: self.made(point) for name, point in waiting.items()}, batch)
                 self._add_latencies(timed, waiting, target)
 

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core import progress
 from ...core.errors import UserError
 from ...core.plan import TokenPlan
-from ...core.progress import Reporter
 from ...core.text import first_line
 from ..backbones.vit import weights_sha256
 from ..methods.rule import rank_descending
@@ -368,7 +368,7 @@ def candidates_of(model: nn.Module, prunings: Sequence[Pruning]) -> dict[str, Op
     return candidates
 
 
-def open_plan(path: str | Path, reporter: Reporter) -> tuple[TokenPlan, dict[str, Tensor] | None]:
+def open_plan(path: str | Path) -> tuple[TokenPlan, dict[str, Tensor] | None]:
     """A plan, and the weights that were tuned for it where they lie beside it; says so where they do not.
 
     Raises:
@@ -380,7 +380,7 @@ def open_plan(path: str | Path, reporter: Reporter) -> tuple[TokenPlan, dict[str
         return plan, None
     weights = Path(path).parent / Path(name).name
     if not weights.is_file():
-        reporter.remark(f"{weights}, with the weights tuned for the plan, is not there: the tower's own are used")
+        progress.remark(f"{weights}, with the weights tuned for the plan, is not there: the tower's own are used")
         return plan, None
     from safetensors import SafetensorError
     from safetensors.torch import load_file

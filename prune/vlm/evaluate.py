@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...core import progress
 from ...core.environment import environment
 from ...core.errors import UserError
 from ...core.files import file_sha256
 from ...core.preprocess import load_image
-from ...core.progress import Reporter
 from ...core.statistics import Estimate, paired_difference, proportion
 from ...core.text import first_line
 from .baselines import Pruning, candidates_of
@@ -130,7 +130,6 @@ def answer_questions(
     *,
     batch_size: int = 1,
     max_new_tokens: int = 16,
-    reporter: Reporter,
 ) -> Answers:
     """Ask everything of the dense model and of each pruned form, batch by batch, greedily.
 
@@ -140,7 +139,7 @@ def answer_questions(
     candidates = candidates_of(vlm.model, prunings)
     texts: dict[str, list[str]] = {label: [] for label in candidates}
     tokens = dict.fromkeys(candidates, 0)
-    with reporter.stage("Answering", len(questions), unit="questions") as advance:
+    with progress.stage("Answering", len(questions), unit="questions") as advance:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
             images = [[load_image(file) for file in question.images] for question in batch]
@@ -172,7 +171,6 @@ def evaluate(
     count: int | None = None,
     batch_size: int = 1,
     max_new_tokens: int = 16,
-    reporter: Reporter,
 ) -> list[dict[str, Any]]:
     """Rows of ``vpruner vlm evaluate``: accuracy of each candidate, over all questions and over each kind.
 
@@ -180,9 +178,7 @@ def evaluate(
     with the paired interval, and ``agreement``, the share of questions with the dense model's answer.
     """
     questions = read_questions(data, count)
-    answers = answer_questions(
-        vlm, questions, prunings, batch_size=batch_size, max_new_tokens=max_new_tokens, reporter=reporter
-    )
+    answers = answer_questions(vlm, questions, prunings, batch_size=batch_size, max_new_tokens=max_new_tokens)
     about = {
         "schema": ROW_SCHEMA,
         "kind": "vlm_accuracy",

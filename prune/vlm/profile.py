@@ -19,10 +19,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ...core import progress
 from ...core.environment import environment
 from ...core.errors import UserError
 from ...core.preprocess import load_image
-from ...core.progress import Reporter
 from ...core.timing import Ratio, measure, random_images
 from .baselines import Opened, Pruning, candidates_of
 from .loading import LoadedVLM
@@ -82,7 +82,6 @@ def profile(
     seconds: float = 30.0,
     warmup: int = 1,
     seed: int = 0,
-    reporter: Reporter,
 ) -> list[dict[str, Any]]:
     """Rows of ``vpruner vlm profile``: one for the dense model and one for each pruned form.
 
@@ -104,7 +103,7 @@ def profile(
     inputs = vlm.inputs([[picture] * images] * batch_size, [question] * batch_size)
     candidates = candidates_of(vlm.model, prunings)
     described = {}
-    with reporter.stage("Measuring memory", len(candidates), unit="candidates") as advance:
+    with progress.stage("Measuring memory", len(candidates), unit="candidates") as advance:
         for label, opened in candidates.items():
             described[label] = _describe(vlm, opened, inputs)
             advance(1)
@@ -119,7 +118,7 @@ def profile(
 
         return once
 
-    with reporter.stage("Measuring latency"):
+    with progress.stage("Measuring latency"):
         comparison = measure(
             {label: call(label, opened) for label, opened in candidates.items()},
             warmup=warmup,

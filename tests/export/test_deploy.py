@@ -15,7 +15,6 @@ from onnx import TensorProto, helper, numpy_helper
 from vpruner.cli import main as cli
 from vpruner.core.errors import UserError
 from vpruner.core.metadata import TARGET
-from vpruner.core.progress import Reporter
 from vpruner.export.check import check
 from vpruner.export.deploy import FUSIONS, deploy_file, fuse, opset_for, plain_opset, prepare_for
 from vpruner.export.files import load_model, save_model
@@ -336,7 +335,7 @@ def test_a_deployed_graph_that_differs_is_not_written(exported, tmp_path, monkey
     monkeypatch.setattr(deploy, "find_target", lambda name: TARGETS[name].__class__(name, "", fusions={"spoiled"}))
     dense = exported("class token")
     with pytest.raises(ParityError, match="for trt10 equals the plain graph"):
-        fold_checked(dense.path, None, tmp_path / "out.onnx", Reporter(quiet=True), deploy_for="trt10")
+        fold_checked(dense.path, None, tmp_path / "out.onnx", deploy_for="trt10")
     assert not list(tmp_path.iterdir())
 
 

@@ -7,7 +7,6 @@ from tiny_vits import tiny
 from vpruner.core.cost import cost_ratio
 from vpruner.core.errors import UserError
 from vpruner.core.preprocess import Preprocessing
-from vpruner.core.progress import Reporter
 from vpruner.prune import learn
 from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
 from vpruner.prune.calibration import Calibration
@@ -79,20 +78,18 @@ def test_each_image_is_used_once_and_gradients_are_those_of_the_pruned_model(ima
         assert (after.exits <= before.exits).all() and cost_ratio(after) < cost_ratio(before)
 
 
-def test_nothing_to_drop_is_said(images):
-    reporter = Reporter(quiet=True)
-    plan = learn_plan(loaded(), calibration(images), target=1.0, reporter=reporter)
+def test_nothing_to_drop_is_said(images, reported):
+    plan = learn_plan(loaded(), calibration(images), target=1.0)
     assert plan.is_identity
-    assert "nothing had to be dropped" in reporter.remarks[0] and plan.provenance["note"] in reporter.remarks
+    assert "nothing had to be dropped" in reported.remarks[0] and plan.provenance["note"] in reported.remarks
 
 
-def test_unreadable_images_may_fill_a_whole_round(images, tmp_path):
+def test_unreadable_images_may_fill_a_whole_round(images, tmp_path, reported):
     for path in sorted(images.iterdir()):
         (tmp_path / path.name).write_bytes(path.read_bytes() if path.name < "04" else b"broken")
-    reporter = Reporter(quiet=True)
-    plan = learn_plan(loaded(), calibration(tmp_path), target=0.6, rounds=4, reporter=reporter)
+    plan = learn_plan(loaded(), calibration(tmp_path), target=0.6, rounds=4)
     assert 0.57 < cost_ratio(plan) <= 0.6
-    assert "20 calibration images could not be read" in reporter.remarks[0]
+    assert "20 calibration images could not be read" in reported.remarks[0]
     for path in tmp_path.iterdir():
         path.write_bytes(b"broken")
     with pytest.raises(UserError, match="none of the 24 images"):
@@ -133,10 +130,10 @@ def learn_all(images, model=None, count=24, **options):
 
 @pytest.mark.parametrize("rearrangement", ["ppo", "greedy", "none"])
 @pytest.mark.parametrize("tuning", ["weights", "none"])
-def test_stages_are_recorded_as_they_went(images, rearrangement, tuning):
-    model, reporter = loaded(), Reporter(quiet=True)
+def test_stages_are_recorded_as_they_went(images, rearrangement, tuning, reported):
+    model = loaded()
     before = weights_sha256(model.adapter.model)
-    learned = learn_all(images, model, rearrangement=rearrangement, tuning=tuning, reporter=reporter)
+    learned = learn_all(images, model, rearrangement=rearrangement, tuning=tuning)
     assert weights_sha256(model.adapter.model) == before
     names = ["search"] + ["rearrange"] * (rearrangement != "none") + ["tune"] * (tuning != "none")
     assert [stage.name for stage in learned.stages] == names
@@ -155,7 +152,7 @@ def test_stages_are_recorded_as_they_went(images, rearrangement, tuning):
         else:
             assert stage.judgement.images == 6 and stage.judgement.before == pytest.approx(reached, rel=1e-3)
         reached = stage.judgement.after if stage.kept else reached
-        assert stage.kept or (stage.plan.kept == plan.kept and stage.note in reporter.remarks)
+        assert stage.kept or (stage.plan.kept == plan.kept and stage.note in reported.remarks)
         plan = stage.plan
     assert learned.plan == plan and (learned.weights is None) is not (learned.stages[-1].weights is not None)
 
@@ -261,11 +258,10 @@ def test_rearrangement_foresees_tuning_only_where_weights_will_be_tuned(images, 
     assert asked == [STAND_IN_PLANS] and begun == [0, learn.RESTARTS, learn.RESTARTS]
 
 
-def test_too_few_images_to_hold_any_out_are_said(images):
-    reporter = Reporter(quiet=True)
-    learned = learn_all(images, count=3, reporter=reporter)
+def test_too_few_images_to_hold_any_out_are_said(images, reported):
+    learned = learn_all(images, count=3)
     assert [stage.name for stage in learned.stages] == ["search"] and learned.stages[0].judgement is None
-    assert any("3 calibration images are too few to hold any out" in remark for remark in reporter.remarks)
+    assert any("3 calibration images are too few to hold any out" in remark for remark in reported.remarks)
 
 
 def test_nothing_dropped_leaves_nothing_to_the_other_stages(images):

@@ -14,9 +14,9 @@ import pytest
 from fake_cuda import Error
 from fake_tensorrt import RELEASES, install
 
+from vpruner.core import progress
 from vpruner.core.errors import UserError
 from vpruner.core.files import file_sha256
-from vpruner.core.progress import Reporter
 from vpruner.runtime import build
 from vpruner.runtime.build import BuildOptions, PrecisionChoice, build_engine, choose_precision
 from vpruner.runtime.capabilities import Capabilities
@@ -271,7 +271,7 @@ def test_what_the_release_does_not_read_is_said_before_building(machine, make_on
     assert there.trt.log == []
 
 
-def test_lint_names_the_node(machine, make_onnx, tmp_path, monkeypatch):
+def test_lint_names_the_node(machine, make_onnx, tmp_path, monkeypatch, reported):
     onnx = pytest.importorskip("onnx")
     model = onnx.load(make_onnx())
     model.graph.node[1].op_type, model.graph.node[1].name = "Unique", "odd_one"
@@ -283,9 +283,8 @@ def test_lint_names_the_node(machine, make_onnx, tmp_path, monkeypatch):
     assert "does not take Unique odd_one" in text and "vpruner check" in text and "--for trt10" in text
     # Without the export extra TensorRT itself has the word, and the user knows why.
     monkeypatch.setitem(sys.modules, "vpruner.export.check", None)
-    reporter = Reporter(quiet=True)
-    build_engine(tmp_path / "odd.onnx", tmp_path / "a.engine", reporter=reporter)
-    assert any("was not checked" in remark for remark in reporter.remarks)
+    build_engine(tmp_path / "odd.onnx", tmp_path / "a.engine")
+    assert any("was not checked" in remark for remark in reported.remarks)
 
 
 def test_newer_releases_take_what_the_target_as_a_whole_does_not():
@@ -393,16 +392,13 @@ def test_timing_cache_is_kept_by_device_and_release(machine, make_onnx, tmp_path
     assert (tmp_path / "elsewhere" / "tensorrt-8.5.3.1-nvidia-h200-sm_90.timing").read_bytes() == b"timed"
 
 
-def test_no_timing_cache_when_it_is_not_wanted_or_cannot_be_written(machine, make_onnx, tmp_path, cache):
+def test_no_timing_cache_when_it_is_not_wanted_or_cannot_be_written(machine, make_onnx, tmp_path, cache, reported):
     machine("10.13")
     build_engine(make_onnx(), tmp_path / "a.engine", BuildOptions(timing_cache=False))
     assert not cache.exists()
     (tmp_path / "file").write_text("no folder")
-    reporter = Reporter(quiet=True)
-    build_engine(
-        make_onnx(), tmp_path / "a.engine", BuildOptions(timing_cache=tmp_path / "file" / "cache"), reporter=reporter
-    )
-    assert any("no timing cache" in remark for remark in reporter.remarks)
+    build_engine(make_onnx(), tmp_path / "a.engine", BuildOptions(timing_cache=tmp_path / "file" / "cache"))
+    assert any("no timing cache" in remark for remark in reported.remarks)
 
 
 # -- progress ---------------------------------------------------------------------------------------------------------
@@ -413,17 +409,12 @@ def test_progress_where_the_builder_tells_it(machine, make_onnx, tmp_path, monke
     machine(release)
     seen = []
 
-    class Listening(Reporter):
-        def stage(self, title, total=None, **options):
-            from contextlib import contextmanager
+    class Listening(progress.Sink):
+        def advanced(self, title, count, best):
+            seen.append(best)
 
-            @contextmanager
-            def listening():
-                yield lambda count, best="": seen.append(best)
-
-            return listening()
-
-    build_engine(make_onnx(), tmp_path / "a.engine", BuildOptions(check=False), reporter=Listening(quiet=True))
+    with progress.reporting(Listening()):
+        build_engine(make_onnx(), tmp_path / "a.engine", BuildOptions(check=False))
     assert ("Building Engine 2 of 2" in seen) == told and "reading the graph" in seen
 
 

@@ -9,7 +9,6 @@ from tiny_vlms import PATCHES, prompts, shared_vlm, tiny_vlm
 from vpruner.cli import main as cli
 from vpruner.core.errors import UserError
 from vpruner.core.plan import Geometry, TokenPlan
-from vpruner.core.progress import Reporter
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -174,7 +173,7 @@ def test_a_static_plan_is_selecting_the_same_places_ahead_of_the_towers_blocks(m
     assert float((seen[0] - stream[:, 1:]).abs().max()) < 1e-12
 
 
-def test_weights_tuned_for_a_plan_are_the_towers_while_it_is_pruned(model, inputs, tmp_path):
+def test_weights_tuned_for_a_plan_are_the_towers_while_it_is_pruned(model, inputs, tmp_path, reported):
     """The rebuilt timm model with the tuned weights gives the features that transformers' tower then gives."""
     from safetensors.torch import save_file
 
@@ -187,12 +186,11 @@ def test_weights_tuned_for_a_plan_are_the_towers_while_it_is_pruned(model, input
     exits = staged_plan(3).exits
     plan = TokenPlan.from_exits("tower", adapter.geometry, exits, tuned_weights_file="tuned.safetensors")
     plan.save(tmp_path / "plan.json")
-    reporter = Reporter(quiet=True)
-    assert baselines.open_plan(tmp_path / "plan.json", reporter)[1] is None and "is not there" in reporter.remarks[0]
+    assert baselines.open_plan(tmp_path / "plan.json")[1] is None and "is not there" in reported.remarks[0]
     save_file(
         {name: value.contiguous() for name, value in adapter.model.state_dict().items()}, tmp_path / "tuned.safetensors"
     )
-    plan, weights = baselines.open_plan(tmp_path / "plan.json", reporter)
+    plan, weights = baselines.open_plan(tmp_path / "plan.json")
     assert len(towers.tuned_in_tower(model.model.vision_tower, weights)) == 2
     asked = Pruning("static", plan=plan, weights=weights)
     assert asked.label.endswith("tuned")

@@ -13,7 +13,6 @@ from tiny_vlms import PATCHES, TEXT, shared_vlm, tiny_vlm
 from vlm_folders import answered, save_vlm, write_questions
 
 from vpruner.core.errors import UserError
-from vpruner.core.progress import Reporter
 from vpruner.core.rows import read_rows
 from vpruner.core.statistics import paired_difference, proportion
 from vpruner.prune.vlm import evaluate as evaluation
@@ -45,20 +44,13 @@ def plain(vlm, folder, questions):
     return answered(vlm.model, folder, questions, TOKENS)
 
 
-@pytest.fixture
-def quiet():
-    return Reporter(quiet=True)
-
-
 # -- evaluate ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_dense_answers_are_those_of_transformers(vlm, questions, plain, quiet, batch):
+def test_dense_answers_are_those_of_transformers(vlm, questions, plain, batch):
     some = evaluation.read_questions(questions)
-    found = evaluation.answer_questions(
-        vlm, some, [Pruning("random", 1.0)], batch_size=batch, max_new_tokens=TOKENS, reporter=quiet
-    )
+    found = evaluation.answer_questions(vlm, some, [Pruning("random", 1.0)], batch_size=batch, max_new_tokens=TOKENS)
     assert found.of["dense"] == plain and found.of["random 1"] == plain
     assert len(set(plain)) > 1
     expected = np.mean([PATCHES * len(question.images) for question in some])
@@ -66,12 +58,12 @@ def test_dense_answers_are_those_of_transformers(vlm, questions, plain, quiet, b
 
 
 @pytest.mark.parametrize("kind", ["next", "onevision"])
-def test_models_with_several_crops_answer_and_lose_as_many_tokens_as_asked(tmp_path, questions, quiet, kind):
+def test_models_with_several_crops_answer_and_lose_as_many_tokens_as_asked(tmp_path, questions, kind):
     folder = save_vlm(tmp_path / kind, kind=kind)
     opened = open_vlm(str(folder), device="cpu")
     some = evaluation.read_questions(questions, 3)
     asked = [Pruning("hybrid", 0.5), Pruning("random", 0.5), Pruning("fastv", 0.5)]
-    found = evaluation.answer_questions(opened, some, asked, batch_size=2, max_new_tokens=2, reporter=quiet)
+    found = evaluation.answer_questions(opened, some, asked, batch_size=2, max_new_tokens=2)
     assert found.of["dense"] == answered(opened.model, folder, questions, 2)[:3]
     dense = found.visual_tokens["dense"]
     assert dense > 2 * PATCHES
@@ -80,7 +72,7 @@ def test_models_with_several_crops_answer_and_lose_as_many_tokens_as_asked(tmp_p
         assert found.visual_tokens[label] == pytest.approx(dense / 2, rel=0.1), label
 
 
-def test_rows_count_right_answers_over_all_and_by_kind(vlm, questions, plain, quiet, tmp_path):
+def test_rows_count_right_answers_over_all_and_by_kind(vlm, questions, plain, tmp_path):
     """Answers of the first four questions are planted to be right, the fifth with another spelling."""
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
     for row, answer in zip(rows[:4], plain, strict=False):
@@ -88,13 +80,13 @@ def test_rows_count_right_answers_over_all_and_by_kind(vlm, questions, plain, qu
     data = questions.with_name("planted.jsonl")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = [Pruning("vit", 0.25), Pruning("fastv", 0.5)]
-    found = evaluation.evaluate(vlm, data, asked, batch_size=3, max_new_tokens=TOKENS, reporter=quiet)
+    found = evaluation.evaluate(vlm, data, asked, batch_size=3, max_new_tokens=TOKENS)
     dense = {row["question_kind"]: row for row in found if (row["label"], row["metric"]) == ("dense", "accuracy")}
     right = np.array([True] * 4 + [False] * 2)
     kinds = {None: slice(None), "exists": slice(0, None, 2), "count": slice(1, None, 2)}
     assert dense.keys() == kinds.keys()
     answers = evaluation.answer_questions(
-        vlm, evaluation.read_questions(data), asked, batch_size=2, max_new_tokens=TOKENS, reporter=quiet
+        vlm, evaluation.read_questions(data), asked, batch_size=2, max_new_tokens=TOKENS
     )
     for kind, chosen in kinds.items():
         assert dense[kind]["value"] == proportion("accuracy", right[chosen]).value
