@@ -1,20 +1,13 @@
 """Tiny exported models, made once per session: an export takes seconds."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from export_tools import PREPROCESSING, Exported
+from foreign_graphs import Foreign, write_foreign
 from tiny_vits import tiny
 
 from vpruner.export.dense import export_dense
 from vpruner.prune.backbones.vit import read_geometry, weights_sha256
-
-# Tests are imported by file (see pyproject.toml), so a module beside them is found only this way.
-sys.path.append(str(Path(__file__).parent))
-
-from export_tools import PREPROCESSING, Exported
-from foreign_graphs import Foreign, write_foreign
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,15 +1,14 @@
 """A plan is learned from an ONNX file alone: the same one as from the PyTorch model, and it folds into that file."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from commands import call, fails
+from foreign_graphs import write_module
 from PIL import Image
 from tiny_vits import tiny
 
@@ -29,10 +28,6 @@ from vpruner.prune.choose_images import choose_indices, map_labels
 from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.fisher import gate_gradients
 from vpruner.prune.models import open_model
-
-sys.path.append(str(Path(__file__).parent / "export"))
-
-from foreign_graphs import write_module
 
 GIVEN = ("--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25")
 SEARCH_ALONE = ("--rearrange", "none", "--tune", "none")
