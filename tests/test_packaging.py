@@ -69,7 +69,7 @@ def test_wheel_metadata(built):
         entry_points = wheel.read(f"{info}/entry_points.txt").decode()
         licence = wheel.read(f"{info}/licenses/LICENSE").decode()
     assert f"\nVersion: {vpruner.__version__}\n" in metadata and "\nLicense-Expression: Apache-2.0\n" in metadata
-    assert "vpruner = vpruner.cli.main:main" in entry_points
+    assert "vpruner = vpruner.cli:main" in entry_points
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
 
 
@@ -94,7 +94,7 @@ def test_sdist_can_be_tested_and_rebuilt(built):
     with tarfile.open(built[".tar.gz"]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     wanted = {"Makefile", "LICENSE", "CHANGELOG.md", "CITATION.cff", "README.md", ".ci/run", "tests/conftest.py"}
-    wanted |= {"tests/test_packaging.py", "benchmarks/reference/make_assets.py", "assets/calibration.tar", "cli.py"}
+    wanted |= {"tests/test_packaging.py", "benchmarks/reference/make_assets.py", "assets/calibration.tar", "cli/main.py"}
     assert wanted <= names
     assert not [name for name in names if name.startswith((".venv", "runs", "build/")) or "__pycache__" in name]
 
