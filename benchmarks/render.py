@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vpruner.core.files import atomic_path, write_text
 from vpruner.core.rows import read_rows
-from vpruner.report.run import compare as compare_report
+from vpruner.report import compare as compare_report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

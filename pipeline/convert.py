@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ..core import progress
 from ..core.errors import UserError
 from ..core.files import canonical_json, scratch_beside
 from ..core.metadata import PREPROCESSING, ModelMetadata
@@ -16,9 +17,6 @@ from ..core.preprocess import Preprocessing, resolve_preprocessing
 from ..export import quantize
 from ..export.files import load_model
 from ..export.precision import _NOISE, Agreement, Conversion, agreement, convert
-
-if TYPE_CHECKING:
-    from ..core import progress
 
 
 def convert_checked(

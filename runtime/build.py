@@ -19,9 +19,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import __version__
+from ..core import progress
 from ..core.errors import UserError
 from ..core.extras import require
 from ..core.files import atomic_path, file_sha256, scratch_beside
@@ -31,9 +32,6 @@ from .capabilities import Capabilities
 from .onnx_file import OnnxFile, read_onnx
 from .session import ENGINE_SUFFIXES
 from .sidecar import AMPERE_PLUS, SAME_COMPUTE_CAPABILITY, EngineRecord
-
-if TYPE_CHECKING:
-    from ..core import progress
 
 #: What weights and products are computed in.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
