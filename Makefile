@@ -43,7 +43,7 @@ wheel: $(STAMP) ## Build sdist and wheel into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean: ## Remove .venv and everything that was built; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .test-store
 
 # The stamp comes last: whatever stops the set-up half-way, the next make does it again. A .venv that does not answer
 # (interrupted, or its interpreter is gone) is made anew.

@@ -1,10 +1,13 @@
-"""What every test shares: where the repository is, and which tests this machine cannot run."""
+"""What every test shares: where the repository is, files made once, and which tests this machine cannot run."""
 
+import functools
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import store
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +39,41 @@ def images(tmp_path_factory) -> Path:
     from tiny_cards import write_images
 
     return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def exported():
+    """``exported(kind, opset=, dynamic_batch=, batch_size=, **changes)``: a dense ONNX file of a tiny model."""
+    from export_tools import exported
+
+    return exported
+
+
+@pytest.fixture(scope="session")
+def written():
+    """``written(Foreign(...))``: the file, exported once."""
+    from foreign_graphs import written
+
+    return written
+
+
+def pytest_sessionstart(session):
+    if not hasattr(session.config, "workerinput"):
+        store.sweep()
+
+
+def pytest_runtest_setup():
+    """Let onnxscript parse the source of its five hundred operators once, and not again for every export."""
+    operators = sys.modules.get("onnxscript._framework_apis.torch_2_5")
+    if operators and not hasattr(operators.get_torchlib_ops, "cache_info"):
+        operators.get_torchlib_ops = functools.cache(operators.get_torchlib_ops)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def store_unchanged():
+    """No test changes what all of them share."""
+    yield
+    assert not store.changed()
 
 
 def _nvidia_gpu() -> bool:

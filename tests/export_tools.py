@@ -1,15 +1,20 @@
 """What the tests of export share: a reference of their own, plans, and ways to run and look at ONNX models."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
+from store import stored
+from tiny_vits import tiny
 from torch import nn
 
 from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.export.dense import export_dense
+from vpruner.prune.backbones.vit import read_geometry, weights_sha256
 
 PREPROCESSING = {
     "mean": [0.5, 0.5, 0.5],
@@ -34,6 +39,28 @@ class Exported:
     def images(self, count: int = 1, seed: int = 0) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(count, self.geometry.in_chans, *self.geometry.image_size, generator=generator)
+
+
+def exported(kind: str = "class token", *, opset=20, dynamic_batch=False, batch_size=1, **changes) -> Exported:
+    """A dense ONNX file of a tiny model, exported once; ``changes`` are arguments of the model."""
+    return _exported(kind, opset, dynamic_batch, batch_size, tuple(sorted(changes.items())))
+
+
+@cache
+def _exported(kind: str, opset: int, dynamic_batch: bool, batch_size: int, changes: tuple) -> Exported:
+    model = tiny(kind, **dict(changes))
+    path = stored(write_dense, kind, opset, dynamic_batch, batch_size, changes) / "dense.onnx"
+    return Exported(model, read_geometry(model, "tiny"), path)
+
+
+def write_dense(folder: Path, kind: str, opset: int, dynamic_batch: bool, batch_size: int, changes: tuple) -> None:
+    model = tiny(kind, **dict(changes))
+    geometry = read_geometry(model, "tiny")
+    classes = [f"class {index}" for index in range(geometry.outputs)] if geometry.output == "logits" else None
+    export_dense(
+        model, folder / "dense.onnx", name="tiny", geometry=geometry, preprocessing=PREPROCESSING, classes=classes,
+        weights_sha256=weights_sha256(model), opset=opset, dynamic_batch=dynamic_batch, batch_size=batch_size,
+    )  # fmt: skip
 
 
 def random_plan(geometry: Geometry, seed: int, *, gates: bool = False, enter: float = 1.0) -> TokenPlan:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from store import stored
 from tiny_vits import tiny
 from torch import nn
 
@@ -40,6 +41,15 @@ class Foreign:
 def tiny_model(kind: str) -> tuple[nn.Module, Geometry]:
     model = tiny(kind, depth=3)
     return model, read_geometry(model, "tiny")
+
+
+def written(foreign: Foreign) -> Path:
+    """The file, exported once."""
+    return stored(_write_stored, foreign) / "foreign.onnx"
+
+
+def _write_stored(folder: Path, foreign: Foreign) -> None:
+    write_foreign(foreign, folder / "foreign.onnx")
 
 
 def write_foreign(foreign: Foreign, path: Path) -> Path:
