@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from ..core.text import translate
 
 #: Python name of an argument -> what is typed, where that is not ``--`` and the name with dashes.
@@ -20,18 +22,34 @@ FLAGS = {
     "tuning": "--tune",
     "selection": "--select",
 }
+#: The same for several values, where these are typed with blanks between them and not with commas.
+SEVERAL = {"batch": "--batch-range"}
+#: The same in the commands that spell it otherwise.
+OF_COMMAND = {"check": {"target": "--for"}}
 
 
-def flag(name: str) -> str:
-    """``"eval_data"`` -> ``"--eval-data"``."""
-    return FLAGS.get(name) or f"--{name.replace('_', '-')}"
+def typed(name: str, value: str = "", command: str = "") -> str:
+    """``("eval_data", "DIR")`` -> ``"--eval-data DIR"``, ``("check", "False")`` -> ``"--no-check"``.
+
+    Args:
+        value: As :func:`vpruner.core.text.option` writes it.
+        command: The command that the option is of, if that is said.
+    """
+    dashed = name.replace("_", "-")
+    if value == "False":
+        return f"--no-{dashed}"
+    found = OF_COMMAND.get(command, {}).get(name) or FLAGS.get(name) or f"--{dashed}"
+    if value.startswith("("):
+        values = value[1:-1].split(", ")
+        return " ".join([SEVERAL[name], *values]) if name in SEVERAL else f"{found} {','.join(values)}"
+    return found if value in ("", "True") else f"{found} {shlex.quote(value)}"
 
 
 def as_typed(text: str) -> str:
     """``text`` with every mark of :mod:`vpruner.core.text` as one types it."""
 
     def command(name: str, arguments: list[str], options: dict[str, str]) -> str:
-        typed = [f"{flag(key)} {value}".strip() for key, value in options.items()]
-        return " ".join(["vpruner", name, *arguments, *typed])
+        given = [typed(key, value, name) for key, value in options.items()]
+        return " ".join(["vpruner", name, *map(shlex.quote, arguments), *given])
 
-    return translate(text, lambda name, value: f"{flag(name)} {value}".strip(), command)
+    return translate(text, typed, command)

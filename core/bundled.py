@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .errors import UserError
+from .text import option
 
 #: A path on disk, not a resource stream: timm, tarfile and onnxruntime open files by name.
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -31,6 +32,6 @@ def _asset(name: str) -> Path:
     if not path.is_file():
         raise UserError(
             f"this installation lacks the bundled file {path}",
-            "reinstall vpruner, or name a model and --data of your own",
+            f"reinstall vpruner, or name a model and {option('data')} of your own",
         )
     return path

@@ -15,6 +15,7 @@ from typing import Any
 from .errors import PlanError
 from .files import json_sha256
 from .plan import CONTENT_SCHEMA, SCHEMA, Geometry, TokenPlan, read_plan_json, shown, write_plan_json
+from .text import command
 
 #: The one score there is, see :class:`vpruner.prune.methods.content.AnchoredScore`.
 SCORE = "anchored"
@@ -71,7 +72,7 @@ class ContentPlan:
     @classmethod
     def from_json(cls, value: Any) -> ContentPlan:
         """Inverse of :meth:`to_json`."""
-        hint = "make one with: vpruner prune MODEL --select content"
+        hint = f"make one with: {command('prune', 'MODEL', select='content')}"
         if not isinstance(value, Mapping) or value.get("schema") != CONTENT_SCHEMA:
             raise PlanError("this is not a plan by content", hint)
         score = value.get("score")
@@ -97,4 +98,4 @@ def load_plan(path: str | PathLike) -> TokenPlan | ContentPlan:
             return ContentPlan.from_json(value)
         return TokenPlan.from_json(value)
     except PlanError as error:
-        raise PlanError(f"{path}: {error.problem}", error.hint) from None
+        raise PlanError(f"{path}: {error.marked_problem}", error.marked_hint) from None

@@ -12,24 +12,37 @@ class UserError(Exception):
 
     Args:
         problem: What was found and what was expected.
-        hint: What to change next. Options and commands are named by the marks of :mod:`vpruner.core.text`: ``str`` of
-            the error reads as Python, and the command line puts its own words.
+        hint: What to change next. Options and commands are named by the marks of :mod:`vpruner.core.text`: ``problem``,
+            ``hint`` and ``str`` of the error read as Python, and the command line puts its own words.
+
+    Attributes:
+        marked_problem, marked_hint, marked: The same with their marks, for an error that repeats them.
     """
 
     exit_code = 2
 
     def __init__(self, problem: str, hint: str = ""):
         super().__init__(f"{problem}; {hint}" if hint else problem)
-        self.problem = problem
-        self.hint = hint
+        self.marked_problem = problem
+        self.marked_hint = hint
+
+    @property
+    def problem(self) -> str:
+        return as_python(self.marked_problem)
+
+    @property
+    def hint(self) -> str:
+        return as_python(self.marked_hint)
 
     @property
     def marked(self) -> str:
-        """The message with its marks."""
         return super().__str__()
 
     def __str__(self) -> str:
         return as_python(self.marked)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
 
 
 class PlanError(UserError, ValueError):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .text import option
 
 
 @contextmanager
@@ -43,12 +44,14 @@ def scratch_beside(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     blocking = next((parent for parent in path.absolute().parents if parent.is_file()), None)
     if blocking is not None:
-        raise UserError(f"cannot write {path}: {blocking} is a file", "choose another place with -o")
+        raise UserError(f"cannot write {path}: {blocking} is a file", f"choose another place with {option('output')}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise UserError(f"cannot write to {path.parent}: {error.strerror}", "choose another place with -o") from None
+        raise UserError(
+            f"cannot write to {path.parent}: {error.strerror}", f"choose another place with {option('output')}"
+        ) from None
     try:
         yield scratch
     finally:

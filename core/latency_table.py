@@ -17,10 +17,11 @@ from .environment import environment
 from .errors import PlanError, UserError
 from .files import json_sha256, write_text
 from .plan import Geometry, TokenPlan
+from .text import command, option
 
 #: Version of the JSON layout. Raise it when an older reader would misread a newer file.
 SCHEMA = 1
-HINT = "measure one with: vpruner table MODEL -o table.json"
+HINT = f"measure one with: {command('table', 'MODEL', output='table.json')}"
 #: A table that is further off on plans kept out is remarked on: budgets are met about as well as it predicts.
 GOOD_ERROR = 0.1
 #: Of the geometry, what decides the time of a model; a table serves every model that agrees in these.
@@ -208,7 +209,7 @@ class LatencyTable:
             return ""
         return (
             f"the latency table is off by up to {100 * off:.0f} % on plans kept out: measure again with more "
-            "--seconds, on a quiet machine"
+            f"{option('seconds')}, on a quiet machine"
         )
 
     # -- what it is of --------------------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ class LatencyTable:
         if differences:
             raise UserError(
                 f"the latency table is of {self.model}, another model than this: {', '.join(differences[:3])}",
-                "measure this model with: vpruner table MODEL -o table.json",
+                f"measure this model with: {command('table', 'MODEL', output='table.json')}",
             )
 
     def remarks(self, *, threads: int | None = None, batch: int | None = None, model: str | None = None) -> list[str]:
@@ -312,7 +313,7 @@ class LatencyTable:
         try:
             geometry = Geometry.from_json(value["geometry"])
         except PlanError as error:
-            raise _bad(error.problem) from None
+            raise _bad(error.marked_problem) from None
         table = cls(
             **{name: value[name] for name in names if name not in ("geometry", "validation")},
             geometry=geometry,
@@ -346,7 +347,9 @@ class LatencyTable:
         try:
             return cls.from_json(value)
         except UserError as error:
-            raise UserError(f"{path} is not a latency table of use: {error.problem}", error.hint or HINT) from None
+            raise UserError(
+                f"{path} is not a latency table of use: {error.marked_problem}", error.marked_hint or HINT
+            ) from None
 
 
 def _bad(problem: str) -> UserError:

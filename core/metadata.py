@@ -16,6 +16,7 @@ from .errors import PlanError, UserError
 from .files import canonical_json
 from .plan import Geometry, TokenPlan
 from .preprocess import Preprocessing
+from .text import command
 
 VERSION = "vpruner.version"
 MODEL = "vpruner.model"
@@ -107,7 +108,7 @@ class GraphMetadata:
         Raises:
             UserError: A required key is missing or malformed.
         """
-        hint = "write the file with: vpruner export MODEL"
+        hint = f"write the file with: {command('export', 'MODEL')}"
         missing = [key for key in REQUIRED if key not in props]
         if missing:
             what = "not a graph that vpruner wrote" if len(missing) == len(REQUIRED) else "incomplete"
@@ -126,7 +127,7 @@ class GraphMetadata:
                 rule=json.loads(props[RULE]) if RULE in props else None,
             )
         except PlanError as error:
-            raise UserError(f"{source} has malformed metadata: {error.problem}", hint) from None
+            raise UserError(f"{source} has malformed metadata: {error.marked_problem}", hint) from None
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{source} has malformed metadata: {error}", hint) from None
 
@@ -251,8 +252,9 @@ class ModelMetadata:
                 rule=rule,
             )
         except UserError as error:
-            problem = error.problem if error.problem.startswith(source) else f"{source}: {error.problem}"
-            raise UserError(problem, error.hint or "export the file again") from None
+            problem = error.marked_problem
+            problem = problem if problem.startswith(source) else f"{source}: {problem}"
+            raise UserError(problem, error.marked_hint or "export the file again") from None
         except (TypeError, AttributeError) as error:
             raise UserError(f"{source}: malformed metadata: {error}", "export the file again") from None
 

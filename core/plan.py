@@ -31,6 +31,7 @@ import numpy as np
 from .. import __version__
 from .errors import PlanError
 from .files import json_sha256, write_text
+from .text import command
 
 #: Version of the JSON layout. Raise it when an older reader would misread a newer file.
 SCHEMA = 1
@@ -311,14 +312,14 @@ class TokenPlan:
         if differences:
             raise PlanError(
                 f"the plan is for {self.model}, this is {model}: {', '.join(differences[:3])}",
-                "make a plan for this model with: vpruner prune MODEL -o plan.json",
+                f"make a plan for this model with: {command('prune', 'MODEL', output='plan.json')}",
             )
         mine = self.provenance.get("weights_sha256")
         tuned = self.provenance.get("tuned_weights_sha256")
         if mine and weights_sha256 and weights_sha256 not in (mine, tuned):
             raise PlanError(
                 f"the plan was learned on weights {mine[:12]}, this {model} has weights {weights_sha256[:12]}",
-                "make a plan for these weights with: vpruner prune MODEL -o plan.json",
+                f"make a plan for these weights with: {command('prune', 'MODEL', output='plan.json')}",
             )
 
     # -- JSON -----------------------------------------------------------------------------------------------------
@@ -347,17 +348,18 @@ class TokenPlan:
             raise PlanError(
                 "it is a plan by content: each image chooses its own patches, and what is done here takes plans that "
                 "are the same for every image",
-                "write its graph with: vpruner export MODEL --plan PLAN; or make a static plan: vpruner prune MODEL",
+                f"write its graph with: {command('export', 'MODEL', plan='PLAN')}; or make a static plan: "
+                f"{command('prune', 'MODEL')}",
             )
         if isinstance(schema, bool) or schema != SCHEMA:
             raise PlanError(
-                f"the plan has schema {shown(schema)}, this vpruner reads {SCHEMA}", "run: vpruner prune MODEL"
+                f"the plan has schema {shown(schema)}, this vpruner reads {SCHEMA}", f"run: {command('prune', 'MODEL')}"
             )
         known = {"schema", "vpruner", "model", "grid", "prefix_tokens", "geometry", "kept", "gates", "provenance"}
         unknown, missing = set(value) - known, {"model", "grid", "prefix_tokens", "geometry", "kept"} - set(value)
         if unknown or missing:
             what = f"unknown key {shown(min(unknown, key=str))}" if unknown else f"no key {min(missing)!r}"
-            raise PlanError(f"the plan has {what}", "run: vpruner prune MODEL")
+            raise PlanError(f"the plan has {what}", f"run: {command('prune', 'MODEL')}")
         if not isinstance(value["geometry"], Mapping) or not isinstance(value["kept"], list):
             raise PlanError("'geometry' must be an object and 'kept' a list of lists")
         provenance = value.get("provenance")
@@ -378,7 +380,7 @@ class TokenPlan:
         try:
             return cls.from_json(value)
         except PlanError as error:
-            raise PlanError(f"{path}: {error.problem}", error.hint) from None
+            raise PlanError(f"{path}: {error.marked_problem}", error.marked_hint) from None
 
 
 def write_plan_json(path: str | PathLike, content: Mapping[str, Any]) -> None:
@@ -405,14 +407,14 @@ def read_plan_json(path: str | PathLike) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PlanError(
-            f"cannot read the plan {path}: {error.strerror}", "make one with: vpruner prune MODEL"
+            f"cannot read the plan {path}: {error.strerror}", f"make one with: {command('prune', 'MODEL')}"
         ) from None
     except ValueError as error:
-        raise PlanError(f"{path} is not JSON: {error}", "make a plan with: vpruner prune MODEL") from None
+        raise PlanError(f"{path} is not JSON: {error}", f"make a plan with: {command('prune', 'MODEL')}") from None
     except RecursionError:
         raise PlanError(
             f"{path} is not a plan: its lists or objects are nested too deeply to be read",
-            "make a plan with: vpruner prune MODEL",
+            f"make a plan with: {command('prune', 'MODEL')}",
         ) from None
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import UserError
+from .text import option
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -199,8 +200,9 @@ def resolve_preprocessing(
     if missing:
         raise UserError(
             f"{source} does not say how images are prepared (no vpruner.preprocessing in its metadata), and "
-            f"--{missing[0]} is not given",
-            "give them as the model was trained, such as --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
+            f"{option(missing[0])} is not given",
+            "give them as the model was trained, such as "
+            f"{option('mean', (0.485, 0.456, 0.406))} {option('std', (0.229, 0.224, 0.225))}",
         )
     if size is None:
         raise UserError(f"{source}: the input has no fixed image size", "expected [batch, 3, height, width]")

@@ -8,49 +8,61 @@ which no file name or message of another package holds.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 
-_OPTION, _COMMAND, _END, _NEXT = "\x02", "\x03", "\x04", "\x1f"
+_OPTION, _COMMAND, _END, _NEXT = "\x02", "\x03", "\x04", "\x05"
 _MARK = re.compile(f"([{_OPTION}{_COMMAND}])([^{_END}]*){_END}")
+_CONTROL = re.compile(f"[{_OPTION}{_COMMAND}{_END}{_NEXT}]")
+#: A value that Python writes without quotes: a number, True, None, or a word that stands for a value, as in ``DIR``.
+_BARE = re.compile(r"-?\d[\d.e-]*|True|False|None|[A-Z][A-Z_]*|\(.*\)|\[.*\]|\.\.\.")
 
-#: What does in Python what a command does.
+#: What is called in Python for a command.
 IN_PYTHON = {
-    "run": "model.prune(...).export(...)",
-    "prune": "model.prune(...)",
-    "export": "model.export(...)",
-    "fold": "vpruner.fold_plan(...)",
-    "table": "vpruner.pipeline.table.make_table(...)",
-    "evaluate": "vpruner.evaluate(...)",
-    "profile": "vpruner.profile(...)",
-    "compare": "vpruner.compare(...)",
-    "build": "vpruner.build_engine(...)",
-    "predict": "vpruner.open(...).predict(...)",
-    "inspect": "vpruner.export.inspect.inspect_file(...)",
-    "check": "vpruner.export.check.check(...)",
-    "convert": "vpruner.pipeline.convert.convert_checked(...)",
+    "run": "vpruner.run",
+    "prune": "model.prune",
+    "export": "model.export",
+    "fold": "vpruner.fold_plan",
+    "table": "vpruner.pipeline.table.make_table",
+    "evaluate": "vpruner.evaluate",
+    "profile": "vpruner.profile",
+    "compare": "vpruner.compare",
+    "build": "vpruner.build_engine",
+    "predict": "vpruner.open(...).predict",
+    "inspect": "vpruner.export.inspect.inspect_file",
+    "check": "vpruner.export.check.check",
+    "convert": "vpruner.pipeline.convert.convert_checked",
 }
+#: Options of commands that are no arguments of those calls: what a call makes is saved by a call of its own.
+_NOT_IN_PYTHON = {"output"}
 
 
-def option(name: str, value: str = "") -> str:
+def option(name: str, value: object = "") -> str:
     """A mark for an argument, by its name in Python: ``option("data", "DIR")`` is ``--data DIR`` on a command line.
 
     Args:
         name: In Python, as in ``eval_data``.
-        value: What to give it, if that is to be said.
+        value: What to give it, if that is to be said: ``True`` and ``False`` for a flag, several as a tuple.
     """
-    return f"{_OPTION}{name}{_NEXT}{value}{_END}" if value else f"{_OPTION}{name}{_END}"
+    return f"{_OPTION}{name}{_NEXT}{_text(value)}{_END}" if value != "" else f"{_OPTION}{name}{_END}"
 
 
-def command(name: str, *arguments: str, **options: str) -> str:
+def command(name: str, *arguments: object, **options: object) -> str:
     """A mark for a command: ``command("prune", "MODEL", output="plan.json")`` is ``vpruner prune MODEL -o plan.json``.
 
     Args:
         arguments: What stands after the command, in order.
-        options: Values by the Python name of their option; an empty one is a flag.
+        options: Values by the Python name of their option, as in :func:`option`.
     """
-    parts = [name, *arguments, *(f"{_OPTION}{key}={value}" for key, value in options.items())]
+    parts = [name, *map(_text, arguments), *(f"{_OPTION}{key}={_text(value)}" for key, value in options.items())]
     return f"{_COMMAND}{_NEXT.join(parts)}{_END}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        value = f"({', '.join(map(str, value))})"
+    return _CONTROL.sub("?", str(value))
 
 
 def translate(
@@ -65,16 +77,24 @@ def translate(
         options = dict(part[1:].split("=", 1) for part in rest if part.startswith(_OPTION))
         return command(first, [part for part in rest if not part.startswith(_OPTION)], options)
 
-    return _MARK.sub(words, text)
+    # A name of a file may hold any character.
+    return _CONTROL.sub("?", _MARK.sub(words, text))
 
 
 def as_python(text: str) -> str:
-    """``text`` as a Python caller reads it."""
-    return translate(
-        text,
-        lambda name, value: f"{name}={value}" if value else name,
-        lambda name, arguments, options: IN_PYTHON.get(name, name),
-    )
+    """``text`` as a Python caller reads it: ``data=DIR``, ``model.prune(..., select="content")``."""
+    return translate(text, _argument, _call)
+
+
+def _argument(name: str, value: str = "") -> str:
+    if not value:
+        return name
+    return f"{name}={value if _BARE.fullmatch(value) else json.dumps(value, ensure_ascii=False)}"
+
+
+def _call(name: str, arguments: list[str], options: dict[str, str]) -> str:
+    given = [_argument(key, value or "True") for key, value in options.items() if key not in _NOT_IN_PYTHON]
+    return f"{IN_PYTHON.get(name, name)}({', '.join(['...', *given])})"
 
 
 def counted(count: int, what: str) -> str:

@@ -63,9 +63,9 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except GraphError as error:
-        if str(path) in error.problem:
+        if str(path) in error.marked_problem:
             raise
-        raise GraphError(f"{path}: {error.problem}", error.hint) from error
+        raise GraphError(f"{path}: {error.marked_problem}", error.marked_hint) from error
 
 
 def check_tensors(model: ir.Model, path: Path, *, external: bool = True) -> None:

@@ -325,10 +325,10 @@ class TrtSession(Session):
         except UserError as error:
             if self._asked_graph:
                 raise UserError(
-                    f"{self.path}: the engine cannot be recorded as a CUDA graph: {error.problem}",
+                    f"{self.path}: the engine cannot be recorded as a CUDA graph: {error.marked_problem}",
                     "leave out cuda_graph=True",
                 ) from None
-            self.use_graph, self.graph_problem = False, error.problem
+            self.use_graph, self.graph_problem = False, error.marked_problem
 
     def _drop_graph(self) -> None:
         if self._graph is not None:

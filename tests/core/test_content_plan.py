@@ -36,7 +36,7 @@ def test_readers_of_static_plans_refuse_it_by_name(plan, tmp_path):
     plan.save(tmp_path / "plan.json")
     with pytest.raises(PlanError, match="each image chooses its own patches") as caught:
         TokenPlan.load(tmp_path / "plan.json")
-    assert "vpruner export" in caught.value.hint
+    assert "model.export(..., plan=PLAN)" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_slopes_are_positive_for_any_table(seed, pooled):
 
 def test_a_table_of_another_model_is_refused():
     table = macs_table(geometry())
-    with pytest.raises(UserError, match=r"the latency table is of tiny.*embed_dim 64 != 128.*vpruner table"):
+    with pytest.raises(UserError, match=r"the latency table is of tiny.*embed_dim 64 != 128.*make_table"):
         LatencyCost(table, geometry(embed_dim=128))
 
 

@@ -287,7 +287,7 @@ def test_a_plan_for_another_model_is_refused():
         plan.check_fits("small", geometry(), "b" * 64)
     # The name that a card shows is no argument of the command.
     for refused in (one, two):
-        assert refused.value.hint.endswith("with: vpruner prune MODEL -o plan.json")
+        assert refused.value.hint.endswith("with: model.prune(...)")
 
 
 def test_a_plan_fits_the_weights_it_was_learned_on_and_those_tuned_for_it():
