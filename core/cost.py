@@ -1,8 +1,9 @@
 """Cost of a token plan, from the key and query counts of each block: multiply-adds (MACs), or measured milliseconds.
 
 MACs count the matrix products (linear layers, the patch convolution, both attention products), 1 multiply-add as 1, as
-papers do: twice this is what ``torch.utils.flop_counter.FlopCounterMode`` reports for the pruned module. Norms,
-softmax, biases and activations are not counted, there or here.
+papers do: twice this is what ``torch.utils.flop_counter.FlopCounterMode`` reports for the pruned module under
+``SDPBackend.MATH`` (not every fused attention kernel is counted). Norms, softmax, biases and activations are not
+counted, there or here.
 
 What a search needs of a cost is one interface, :class:`Cost`: the exact cost of token counts, and what one token more
 would cost in each block. :class:`MacsCost` has both in closed form. :class:`LatencyCost` reads a table of milliseconds

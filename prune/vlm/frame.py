@@ -39,7 +39,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...core.errors import UserError
 from ..methods.rule import select_rows, with_prefix
-from .parts import VLMParts, find_parts
+from .parts import CACHE_NAMES, VLMParts, cache_in, cache_name, find_parts
 from .views import EncoderSelector, EncoderView, SpanSelector, SpanView, split_heads
 
 #: The stage of the tower that sees its features, after the last block and before the projector.
@@ -126,14 +126,15 @@ class _Call:
     """One forward pass of the whole model, while it runs."""
 
     image: Tensor
-    # Set once the language model has begun, in a pass over prompts.
+    # Set once the language model has begun.
+    cache: Cache | None = None
+    # And in a pass over prompts.
     layouts: list[Layout] | None = None
     layout: Layout | None = None
     total: Tensor | None = None
     shift: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
-    cache: Cache | None = None
-    # And in a decoding pass.
+    # Or in a decoding pass.
     cached: _Cached | None = None
     suffix: Tensor | None = None
     masks: dict[int, Tensor | None] = field(default_factory=dict)
@@ -346,8 +347,9 @@ class VLMRun:
         if call is None or call.layouts is not None or call.cached is not None:
             # Not called by the model around it.
             return None
-        kwargs = dict(kwargs)
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        kwargs[cache_name(type(module).forward)] = cache
         if cache is not None and (cache.is_compileable or any(cache.is_sliding)):
             raise UserError(
                 f"a {type(cache).__name__} gives all layers one length; layers that drop tokens need their own",
@@ -375,7 +377,8 @@ class VLMRun:
         if use_cache is None:
             use_cache = self.parts.language.config.use_cache
         if use_cache and cache is None:
-            cache = kwargs["past_key_values"] = DynamicCache(config=self.parts.language.config)
+            cache = DynamicCache(config=self.parts.language.config)
+            kwargs[cache_name(type(self.parts.language).forward)] = cache
         real = torch.ones_like(image) if mask is None else mask.to(image.device).bool()
         call.image, call.cache = image & real, cache
         call.total = call.image.sum(1)
@@ -416,7 +419,7 @@ class VLMRun:
                 f"the attention mask has {mask.shape[1]} columns for {past} cached and {new} new tokens",
                 "generate from the whole dialogue again: a pruned cache cannot be continued by generate()",
             )
-        call.cached = cached
+        call.cached, call.cache = cached, cache
         # Rows of prompts are known; of what was decoded since, the mask tells, and usually there is nothing to tell.
         if mask is not None:
             call.suffix = mask[:, cached.length :].to(embeds.device).bool()
@@ -447,10 +450,9 @@ class VLMRun:
             if layout is layouts[0]:
                 return None
             if id(layout) not in call.masks:
-                cache, hidden = kwargs["past_key_values"], args[0]
-                past = cache.get_seq_length(index) - layout.index.shape[1]
-                rows = self._row_mask(layout, call.suffix, past + hidden.shape[1])
-                call.masks[id(layout)] = self._causal_mask(index, hidden, rows, cache)
+                past = call.cache.get_seq_length(index) - layout.index.shape[1]
+                rows = self._row_mask(layout, call.suffix, past + args[0].shape[1])
+                call.masks[id(layout)] = self._causal_mask(index, args[0], rows, call.cache)
             return args, {**kwargs, "attention_mask": call.masks[id(layout)]}
         if call.layouts is None:
             return None
@@ -466,13 +468,8 @@ class VLMRun:
         return args, kwargs
 
     def _causal_mask(self, index: int, hidden: Tensor, rows: Tensor | None, cache: Cache | None) -> Tensor | None:
-        return create_causal_mask(
-            config=self.parts.language.config,
-            inputs_embeds=hidden,
-            attention_mask=rows,
-            past_key_values=cache,
-            layer_idx=index,
-        )
+        # By position: the fourth has another name in each version of transformers.
+        return create_causal_mask(self.parts.language.config, hidden, rows, cache, layer_idx=index)
 
     def _layer_forward(self, index: int, layer: nn.Module) -> Callable[..., Tensor]:
         attn = layer.self_attn
@@ -533,7 +530,8 @@ class VLMRun:
         return rows
 
     def _leave_language(self, module: nn.Module, args: tuple, kwargs: dict, output):
-        call = self._call
+        # Whoever decodes owns the cache: nothing of it is held between passes.
+        call, self._call = self._call, None
         if call is None or call.layouts is None:
             return None
         call.layout = call.layout.to(output[0].device)
@@ -542,7 +540,6 @@ class VLMRun:
         if call.cache is not None:
             self._caches[call.cache] = _Cached(layouts, length, call.shift)
         self._record(call, layouts)
-        self._call = None
         if layouts[-1].index.shape[1] == length:
             return None
         # One row for each token of the prompt again; what was dropped reads zero.

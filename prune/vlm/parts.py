@@ -6,7 +6,10 @@ language model, as transformers has them; nothing of them is replaced.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +24,8 @@ MODELS = {
 #: Class name of the vision tower -> class tokens before the patches.
 TOWERS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}
 LANGUAGE_MODELS = ("LlamaModel", "MistralModel", "Qwen2Model")
+#: The argument and the output that hold the cache: what transformers 5.24 calls them, and what it did before.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,24 @@ def find_parts(model: nn.Module) -> VLMParts:
         feature_states=tuple(state % (len(blocks) + 1) for state in states),
         class_in_features=strategy == "full",
     )
+
+
+def cache_name(forward: Callable) -> str:
+    """The one of :data:`CACHE_NAMES` that ``forward`` has among its parameters.
+
+    Raises:
+        TypeError: It has none of them.
+    """
+    parameters = inspect.signature(forward).parameters
+    for name in CACHE_NAMES:
+        if name in parameters:
+            return name
+    raise TypeError(f"{forward.__qualname__} takes none of {', '.join(CACHE_NAMES)}; it takes {', '.join(parameters)}")
+
+
+def cache_in(values: Mapping[str, Any]) -> Any:
+    """The cache among keyword arguments or outputs, under either name; None without one."""
+    return next((values[name] for name in CACHE_NAMES if name in values and values[name] is not None), None)
 
 
 def _check_known(module: nn.Module, known, what: str, name: str) -> None:

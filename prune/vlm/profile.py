@@ -26,6 +26,7 @@ from ...core.preprocess import load_image
 from ...core.timing import Ratio, measure, random_images
 from .baselines import Opened, Pruning, candidates_of
 from .loading import LoadedVLM
+from .parts import cache_in
 
 #: Version of the rows.
 ROW_SCHEMA = 1
@@ -197,7 +198,7 @@ def _describe(vlm: LoadedVLM, opened: Opened, inputs: dict[str, torch.Tensor]) -
     return {
         "peak_memory_bytes": int(peak),
         "peak_memory_of": f"{counted}, prefill with its first token, weights not counted",
-        "kv_bytes": cache_bytes(outputs.past_key_values),
+        "kv_bytes": cache_bytes(cache_in(outputs)),
         # Of the first prompt: entering each language layer, and leaving the last.
         "visual_tokens": visual[0],
     }

@@ -6,7 +6,7 @@ import torch
 from click import BadParameter
 from tiny_vlms import PATCHES, prompts, shared_vlm, tiny_vlm
 
-from vpruner.cli import main as cli
+from vpruner.cli.main import VLM_DTYPES, VLM_MODES, _Layers
 from vpruner.core.errors import UserError
 from vpruner.core.plan import Geometry, TokenPlan
 
@@ -300,11 +300,11 @@ def test_candidates_are_told_apart(model):
 def test_layers_are_numbers_and_ranges(text, layers):
     if layers is None:
         with pytest.raises(BadParameter, match="is not layers, as in 7-16"):
-            cli._Layers().convert(text, None, None)
+            _Layers().convert(text, None, None)
     else:
-        assert cli._Layers().convert(text, None, None) == layers
+        assert _Layers().convert(text, None, None) == layers
 
 
 def test_the_command_line_knows_the_names():
-    assert cli.VLM_MODES == baselines.MODES
-    assert cli.VLM_DTYPES == loading.DTYPES
+    assert VLM_MODES == baselines.MODES
+    assert VLM_DTYPES == loading.DTYPES

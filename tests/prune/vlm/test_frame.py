@@ -10,6 +10,7 @@ from tiny_vlms import IMAGE, PATCHES, prompts, shared_vlm, tiny_vlm
 
 from vpruner.core.errors import UserError
 from vpruner.prune.vlm import OUTPUT, pruned, saint
+from vpruner.prune.vlm.parts import cache_in, cache_name
 
 NEW = 8
 #: Logits are of the order of 1.
@@ -307,7 +308,7 @@ def test_a_given_cache_is_filled_and_its_layers_differ_in_length(llava, batch):
 
     cache = DynamicCache(config=llava.config.text_config)
     with pruned(llava, language=LANGUAGE) as run:
-        generated(llava, batch, NEW, past_key_values=cache)
+        generated(llava, batch, NEW, **{cache_name(llava.forward): cache})
         lengths = [layer.keys.shape[2] for layer in cache.layers]
     prompt = batch["input_ids"].shape[1]
     assert lengths[:2] == [prompt + NEW - 1] * 2
@@ -326,14 +327,14 @@ def test_several_tokens_are_decoded_at_once(llava, batch):
     more = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
     ones = torch.ones_like(more)
     mask = torch.cat([batch["attention_mask"], ones], 1)
-    length = batch["input_ids"].shape[1]
+    length, name = batch["input_ids"].shape[1], cache_name(llava.forward)
     with torch.inference_mode(), saint(llava, "hybrid", keep=0.3, layers=[1, 3]):
-        cache = llava(**batch, use_cache=True).past_key_values
-        together = llava(input_ids=more, attention_mask=mask, past_key_values=cache).logits
-        cache = llava(**batch, use_cache=True).past_key_values
+        cache = cache_in(llava(**batch, use_cache=True))
+        together = llava(input_ids=more, attention_mask=mask, **{name: cache}).logits
+        cache = cache_in(llava(**batch, use_cache=True))
         for step in range(3):
             end = length + step + 1
-            alone = llava(input_ids=more[:, step : step + 1], attention_mask=mask[:, :end], past_key_values=cache)
+            alone = llava(input_ids=more[:, step : step + 1], attention_mask=mask[:, :end], **{name: cache})
             torch.testing.assert_close(alone.logits[:, 0], together[:, step], **EXACT)
 
 
@@ -507,8 +508,9 @@ def test_user_mistakes_end_in_one_line(llava, batch):
     with saint(llava, "llm", keep=0.5, layers=[1]), pytest.raises(UserError, match=r"holds no image token \(60\)"):
         llava(**text)
     with torch.inference_mode():
-        cache = llava(**batch, use_cache=True).past_key_values
-    more = dict(input_ids=torch.tensor([[5]] * 3), past_key_values=cache)
+        cache = cache_in(llava(**batch, use_cache=True))
+    name = cache_name(llava.forward)
+    more = {"input_ids": torch.tensor([[5]] * 3), name: cache}
     with saint(llava, "llm", keep=0.5, layers=[1]):
         with pytest.raises(UserError, match="cache was filled"):
             llava(**more)
@@ -521,7 +523,7 @@ def test_user_mistakes_end_in_one_line(llava, batch):
         out = llava(**batch, use_cache=True)
         longer = torch.ones(3, batch["input_ids"].shape[1] + 5, dtype=torch.long)
         with pytest.raises(UserError, match="cannot be continued"):
-            llava(input_ids=torch.tensor([[5]] * 3), past_key_values=out.past_key_values, attention_mask=longer)
+            llava(**{**more, name: cache_in(out)}, attention_mask=longer)
     with saint(llava, "vit", keep=0.5), pytest.raises(UserError, match="vision tower was not run"):
         llava(**{**batch, "pixel_values": None})
 

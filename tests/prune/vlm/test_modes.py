@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("transformers", reason="the vlm extra brings transformers")
 
+from flops import flop_counter
 from tiny_vlms import PATCHES, prompts, shared_vlm
-from torch.utils.flop_counter import FlopCounterMode
 
 from vpruner.core.errors import UserError
 from vpruner.prune.vlm import (
@@ -109,13 +109,13 @@ def test_cost_in_closed_form_equals_what_is_counted(mode):
     inputs["pixel_values"] = inputs["pixel_values"].float()
     length = inputs["input_ids"].shape[1]
     if mode == "dense":
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             prefill(model, inputs)
         tower = tower_macs(parts, [PATCHES] * 6)
         language = language_macs(parts, [length] * 6)
     else:
         with saint(model, mode, 0.3) as run:
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 prefill(model, inputs)
             rows = [int(run.last.kept(layer).sum()) for layer in range(6)]
             tower = tower_macs(parts, run.last.patches, tuple(run.encoder))

@@ -10,6 +10,7 @@ pytest.importorskip("transformers", reason="the vlm extra brings transformers")
 from tiny_vlms import IMAGE, PATCHES, prompts, shared_vlm
 
 from vpruner.prune.vlm import OUTPUT, BipartiteVotes, EncoderView, FullGraphDrop, SpanView, pruned, selectors
+from vpruner.prune.vlm.parts import cache_in
 
 
 def encoder_view(key, prefix=1):
@@ -148,7 +149,7 @@ def test_keys_are_compared_as_they_are_cached(seen):
     batch, views, _, _ = seen
     model = shared_vlm("llava", attention="eager", dtype=torch.float32)
     with torch.inference_mode():
-        cached = model(**batch, use_cache=True).past_key_values.layers[2].keys.mean(1)
+        cached = cache_in(model(**batch, use_cache=True)).layers[2].keys.mean(1)
     view, image = views["layer"], batch["input_ids"] == IMAGE
     expected = torch.nn.functional.normalize(cached[2][image[2]], dim=-1)
     torch.testing.assert_close(view.mean_key()[2], expected)
