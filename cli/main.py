@@ -1479,8 +1479,9 @@ def build(
       vpruner build pruned.onnx -o pruned.engine --precision fp16 --batch-range 1 8 32
       vpruner build int8.onnx -o int8.engine --batch-size 8
     """
+    from ..pipeline.engines import build_engine
     from ..pipeline.folders import check_output
-    from ..runtime import build as builder
+    from ..runtime.build import HARDWARE_COMPATIBILITY, BuildOptions
 
     report_progress(quiet)
     check_output(output, "", model)
@@ -1491,13 +1492,13 @@ def build(
     if tactic_sources is not None:
         names = [name.strip().upper() for name in tactic_sources.split(",") if name.strip()]
         tactic_sources = [] if names == ["NONE"] else names
-    record = builder.build_engine(
+    record = build_engine(
         model,
         output,
-        builder.BuildOptions(
+        BuildOptions(
             batch=batch_size or batch_range or None,
             workspace_bytes=workspace << 20 if workspace else None,
-            hardware_compatibility=builder.HARDWARE_COMPATIBILITY.get(hardware_compatible),
+            hardware_compatibility=HARDWARE_COMPATIBILITY.get(hardware_compatible),
             tactic_sources=tactic_sources,
             timing_cache=False if no_timing_cache else timing_cache,
             **options,

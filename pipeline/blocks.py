@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -28,16 +28,14 @@ from ..export.fold import already_pruned, fold_block, fold_entry, fold_file, fol
 from ..export.passes.clean import clean
 from ..export.recognise.graph import recognise
 from ..runtime import cuda
-from ..runtime.build import BuildOptions, build_engine
+from ..runtime.build import BuildOptions
 from ..runtime.onnx_file import read_onnx
 from ..runtime.ort import OrtSession, short_provider
 from ..runtime.profile_trt import EngineRun
 from ..runtime.session import Session
 from ..runtime.table.graphs import Graphs
 from ..runtime.trt import TrtSession
-
-if TYPE_CHECKING:
-    pass
+from .engines import build_engine
 
 
 @dataclass(frozen=True)

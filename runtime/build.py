@@ -1,5 +1,8 @@
 """Build a TensorRT engine from an ONNX file: for the GPU and the TensorRT of this machine, and for no other.
 
+:func:`plan_build` decides how, :func:`write_engine` does it. :func:`vpruner.pipeline.engines.build_engine` checks the
+graph and converts the file between the two.
+
 Polygraphy drives the builder. What differs between releases of TensorRT is asked of
 :class:`~vpruner.runtime.capabilities.Capabilities` and decided here, before the builder is touched.
 """
@@ -15,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +28,7 @@ from .. import __version__
 from ..core import progress
 from ..core.errors import UserError
 from ..core.extras import require
-from ..core.files import atomic_path, file_sha256, scratch_beside
+from ..core.files import atomic_path, file_sha256
 from ..core.text import first_line
 from . import cuda
 from .capabilities import Capabilities
@@ -40,8 +43,6 @@ HARDWARE_COMPATIBILITY = {"ampere-plus": AMPERE_PLUS, "same-compute-capability":
 _MIB = 1 << 20
 #: Signals that end a build.
 _ENDING = (signal.SIGINT, signal.SIGTERM)
-#: Things that a newer release of TensorRT takes than the rules of its target are written for.
-_SINCE_OPSET_24 = ("RotaryEmbedding", "RMSNormalization", "TensorScatter")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class BuildOptions:
         timing_cache: Folder in which the measured times of kernels are kept, a file for each device and release; None
             is :func:`default_cache`, False measures anew.
         layer_details: Let the engine describe its layers, for per-layer times.
-        check: Read the graph against what this TensorRT takes, before it is asked.
+        check: Read the graph against what this TensorRT takes, before it is asked
+            (:func:`vpruner.pipeline.engines.build_engine` does).
     """
 
     precision: str | None = None
@@ -196,57 +198,80 @@ def timing_cache_file(folder: Path, device: cuda.DeviceProperties, version: str)
     return folder / f"tensorrt-{version}-{model}-{device.architecture}.timing"
 
 
-def build_engine(
-    onnx: str | os.PathLike,
-    output: str | os.PathLike,
-    options: BuildOptions | None = None,
-) -> EngineRecord:
-    """Build ``onnx`` into the engine ``output`` and write what it was built with beside it.
+@dataclass(frozen=True)
+class PlannedBuild:
+    """A build that the options allow and that this machine can do; nothing is built yet.
 
-    Args:
+    Attributes:
+        onnx, output: The file to build from, and the engine.
+        file: What ``onnx`` says about itself.
+        device, capabilities: Of this machine.
+        choice: How its TensorRT is brought to the precision. If ``choice.convert`` is set, :func:`write_engine` needs a
+            converted file.
+    """
 
-    Returns:
-        The record beside the engine, :class:`~vpruner.runtime.sidecar.EngineRecord`.
+    onnx: Path
+    output: Path
+    options: BuildOptions
+    file: OnnxFile
+    device: cuda.DeviceProperties
+    capabilities: Capabilities
+    choice: PrecisionChoice
+
+
+def plan_build(onnx: str | os.PathLike, output: str | os.PathLike, options: BuildOptions | None = None) -> PlannedBuild:
+    """Decide how ``onnx`` becomes the engine ``output`` on this machine.
 
     Raises:
         UserError: The file cannot be read, or does not fit the options or this TensorRT; TensorRT, Polygraphy,
-            cuda-bindings, the driver or the GPU is missing; TensorRT cannot build it. Nothing is written then.
-        KeyboardInterrupt: Ctrl-C, taken at the next step of the builder.
+            cuda-bindings, the driver or the GPU is missing.
     """
-
     options = options or BuildOptions()
     onnx, output = Path(onnx), Path(output)
     if output.suffix.lower() not in ENGINE_SUFFIXES:
         raise UserError(f"{output}: an engine's name ends in .engine", f"write {output.with_suffix('.engine')}")
-    trt = require("tensorrt")
-    capabilities = Capabilities.of(trt)
+    capabilities = Capabilities.of(require("tensorrt"))
     require("polygraphy")
     file = read_onnx(onnx)
     device = cuda.device_properties()
     choice = choose_precision(options.precision, file, capabilities)
     _check_offered(options, capabilities)
-    _check_graph(file, options, capabilities)
-    external = file.external_sha256()
+    return PlannedBuild(onnx, output, options, file, device, capabilities, choice)
+
+
+def write_engine(planned: PlannedBuild, source: Path | None = None) -> EngineRecord:
+    """Build the engine, and write what it was built with beside it.
+
+    Args:
+        source: The file in the precision ``planned.choice.convert``. Without it ``planned.onnx`` is built as it is.
+
+    Returns:
+        The record beside the engine.
+
+    Raises:
+        UserError: TensorRT cannot build it, or a file of weights is missing. Nothing is written then.
+        ValueError: ``planned`` needs a converted file, and there is none.
+        KeyboardInterrupt: Ctrl-C, taken at the next step of the builder.
+    """
+    options, choice = planned.options, planned.choice
+    if choice.convert is not None and source is None:
+        raise ValueError(f"{planned.onnx} must be converted to {choice.convert} first")
+    external = planned.file.external_sha256()
     started = time.perf_counter()
-    with ExitStack() as stack:
-        source = onnx
-        if choice.convert is not None:
-            source = stack.enter_context(scratch_beside(output)) / f"{choice.convert}.onnx"
-            _convert(onnx, source, choice.convert, capabilities)
-        built = _Build(trt, capabilities, choice, options, device)
-        plan, profile = built.run(source)
-        with atomic_path(output) as temporary:
-            temporary.write_bytes(plan)
+    built = _Build(require("tensorrt"), planned)
+    plan, profile = built.run(source or planned.onnx)
+    with atomic_path(planned.output) as temporary:
+        temporary.write_bytes(plan)
     record = EngineRecord(
-        engine_sha256=file_sha256(output),
-        onnx=onnx.name,
-        onnx_sha256=file_sha256(onnx),
+        engine_sha256=file_sha256(planned.output),
+        onnx=planned.onnx.name,
+        onnx_sha256=file_sha256(planned.onnx),
         weights_sha256=external,
-        gpu=device.name,
-        compute_capability=device.compute_capability,
-        driver=device.driver_release,
-        cuda=device.driver,
-        tensorrt=capabilities.version,
+        gpu=planned.device.name,
+        compute_capability=planned.device.compute_capability,
+        driver=planned.device.driver_release,
+        cuda=planned.device.driver,
+        tensorrt=planned.capabilities.version,
         precision=choice.precision,
         strongly_typed=choice.typed,
         tf32=options.tf32,
@@ -258,11 +283,11 @@ def build_engine(
         workspace_bytes=options.workspace_bytes,
         tactic_sources=None if options.tactic_sources is None else tuple(options.tactic_sources),
         arguments=options.arguments(),
-        metadata=file.own_metadata(),
+        metadata=planned.file.own_metadata(),
         vpruner=__version__,
         seconds=round(time.perf_counter() - started, 3),
     )
-    record.save(output)
+    record.save(planned.output)
     return record
 
 
@@ -297,60 +322,6 @@ def _check_offered(options: BuildOptions, capabilities: Capabilities) -> None:
             f"{release} has no tactic source {', '.join(unknown)}",
             f"expected some of {', '.join(capabilities.tactic_sources)}, or none",
         )
-
-
-def _check_graph(file: OnnxFile, options: BuildOptions, capabilities: Capabilities) -> None:
-    """Refuse a graph that this release does not take, node by node where the export extra is installed."""
-    if not options.check:
-        return
-    release, target = f"TensorRT {capabilities.version}", capabilities.check_target
-    if file.opset > capabilities.opset:
-        raise UserError(
-            f"{file.path} is of opset {file.opset}, {release} reads up to {capabilities.opset}",
-            f"export it again with --for {target}, or try all the same with --no-check",
-        )
-    try:
-        from ..export.check import check
-    except ImportError:
-        progress.remark(f"the graph was not checked for {release}: that needs pip install 'vpruner[export]'")
-        return
-    with progress.stage(f"Checking the graph for {release}"):
-        findings = check(file.path, target)
-    errors = [one for one in findings if one.severity == "error" and not _taken(one, capabilities)]
-    if errors:
-        first = errors[0]
-        others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise UserError(
-            f"{file.path}: {release} does not take {' '.join(filter(None, (first.op_type, first.node)))}: "
-            f"{first.found}; {first.why}{others}",
-            f"{first.todo}; all of it: vpruner check {file.path} --for {target}; or try all the same with --no-check",
-        )
-
-
-def _taken(finding: Any, capabilities: Capabilities) -> bool:
-    """Whether this release takes what the target as a whole, its first releases included, does not."""
-    name = finding.op_type
-    return (
-        finding.rule == "opset"  # decided by release above
-        or (name == "LayerNormalization" and capabilities.layer_normalization)
-        or (name == "Attention" and capabilities.attention)
-        or (name in _SINCE_OPSET_24 and capabilities.opset >= 24)
-    )
-
-
-def _convert(onnx: Path, target: Path, precision: str, capabilities: Capabilities) -> None:
-    """Write ``onnx`` in ``precision``, for a release that takes the precision from the file."""
-    by_hand = f"vpruner convert {onnx} --precision {precision} -o {precision}.onnx"
-    try:
-        from ..export.precision import convert
-    except ImportError as error:
-        raise UserError(
-            f"{onnx} is float32 and TensorRT {capabilities.version} takes {precision} from the file alone; converting "
-            f"it needs {error.name}, which is not installed",
-            f"pip install 'vpruner[export,cpu]', or convert it where those are, with: {by_hand}",
-        ) from None
-    with progress.stage(f"Converting to {precision}"):
-        convert(onnx, target, precision)
 
 
 def _shapes(file: Mapping[str, Sequence[int]], options: BuildOptions) -> dict[str, dict[str, list[int]]]:
@@ -393,16 +364,9 @@ class _Build:
         flags: Names of the builder flags that were set, once it has run.
     """
 
-    def __init__(
-        self,
-        trt: ModuleType,
-        capabilities: Capabilities,
-        choice: PrecisionChoice,
-        options: BuildOptions,
-        device: cuda.DeviceProperties,
-    ):
-        self.trt, self.capabilities, self.choice = trt, capabilities, choice
-        self.options, self.device = options, device
+    def __init__(self, trt: ModuleType, planned: PlannedBuild):
+        self.trt, self.capabilities, self.choice = trt, planned.capabilities, planned.choice
+        self.options, self.device = planned.options, planned.device
         self.flags: tuple[str, ...] = ()
         self.cache: str | None = None
         self.pipe: int | None = None

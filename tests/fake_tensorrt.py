@@ -417,3 +417,16 @@ def install(monkeypatch, release: str) -> SimpleNamespace:
     monkeypatch.setitem(sys.modules, "tensorrt", _SWITCH)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
     return SimpleNamespace(trt=_Switch.current, cuda=cuda, release=release)
+
+
+def built_with(machine):
+    """(network flags, builder flags, builder configuration) of the last build."""
+    network = next(entry for entry in reversed(machine.trt.log) if entry[0] == "create_network")[1]
+    _, flags, config = next(entry for entry in reversed(machine.trt.log) if entry[0] == "build")
+    return network, flags, config
+
+
+def bits(machine, *names):
+    """The number that the network flags ``names`` make."""
+    flags = machine.trt.NetworkDefinitionCreationFlag
+    return sum(1 << flags[name] for name in names)

@@ -327,7 +327,8 @@ class Check:
         return self.references[model, variant]
 
     def engine(self, model: str, variant: str, batch: int, precision: str) -> Path:
-        from vpruner.runtime.build import BuildOptions, build_engine
+        from vpruner.pipeline.engines import build_engine
+        from vpruner.runtime.build import BuildOptions
         from vpruner.runtime.capabilities import Capabilities
 
         key = (model, variant, batch, precision)

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from fake_tensorrt import install
 from PIL import Image
 
-from vpruner.cli import main as cli
+from vpruner.cli.main import ENGINE_PRECISIONS, HARDWARE_COMPATIBILITY, main
 from vpruner.runtime import build
 from vpruner.runtime.sidecar import sidecar_path
 
@@ -51,7 +51,7 @@ def machine(monkeypatch, tmp_path):
 
 
 def vpruner(*arguments):
-    return CliRunner().invoke(cli.main, list(map(str, arguments)))
+    return CliRunner().invoke(main, list(map(str, arguments)))
 
 
 def test_build_and_predict(machine, model, tmp_path):
@@ -151,5 +151,5 @@ def test_options_of_the_other_backend_are_refused(machine, model, tmp_path):
 
 
 def test_choices_are_those_of_the_library():
-    assert cli.ENGINE_PRECISIONS == build.PRECISIONS
-    assert tuple(build.HARDWARE_COMPATIBILITY) == cli.HARDWARE_COMPATIBILITY
+    assert ENGINE_PRECISIONS == build.PRECISIONS
+    assert tuple(build.HARDWARE_COMPATIBILITY) == HARDWARE_COMPATIBILITY

@@ -11,14 +11,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_cuda import Error
-from fake_tensorrt import RELEASES, install
+from fake_tensorrt import RELEASES, bits, built_with, install
 
 from vpruner.core import progress
 from vpruner.core.errors import UserError
 from vpruner.core.files import file_sha256
-from vpruner.runtime import build
-from vpruner.runtime.build import BuildOptions, PrecisionChoice, build_engine, choose_precision
+from vpruner.pipeline.engines import build_engine
+from vpruner.runtime.build import BuildOptions, PrecisionChoice, choose_precision, plan_build, write_engine
 from vpruner.runtime.capabilities import Capabilities
 from vpruner.runtime.onnx_file import OnnxFile, read_onnx
 from vpruner.runtime.sidecar import EngineRecord, sidecar_path
@@ -36,18 +35,6 @@ def cache(monkeypatch, tmp_path):
 def machine(monkeypatch, cache):
     """``machine("10.3")`` puts a release and a GPU there."""
     return lambda release: install(monkeypatch, release)
-
-
-def built_with(machine):
-    """(network flags, builder flags, builder configuration) of the last build."""
-    network = next(entry for entry in reversed(machine.trt.log) if entry[0] == "create_network")[1]
-    _, flags, config = next(entry for entry in reversed(machine.trt.log) if entry[0] == "build")
-    return network, flags, config
-
-
-def bits(machine, *names):
-    flags = machine.trt.NetworkDefinitionCreationFlag
-    return sum(1 << flags[name] for name in names)
 
 
 # -- precision --------------------------------------------------------------------------------------------------------
@@ -173,32 +160,6 @@ def test_what_a_release_lacks_is_refused_before_it_is_asked(machine, make_onnx, 
     assert there.trt.log == [] and not (tmp_path / "a.engine").exists()
 
 
-@pytest.mark.parametrize("release, converted", [("8.5", False), ("10.3", False), ("10.13", True), ("11.4", True)])
-def test_fp16_of_a_float32_file(machine, make_onnx, tmp_path, release, converted):
-    pytest.importorskip("onnx")
-    there = machine(release)
-    onnx = make_onnx()
-    record = build_engine(onnx, tmp_path / "a.engine", BuildOptions("fp16", check=False))
-    network, flags, _ = built_with(there)
-    parsed = next(entry[1] for entry in there.trt.log if entry[0] == "parse")
-    if converted:
-        assert flags == set() and network == bits(there, "STRONGLY_TYPED")
-        assert parsed.endswith("fp16.onnx") and not os.path.exists(parsed), "the converted file is scratch"
-    else:
-        assert flags == {"FP16"} == set(record.flags) and parsed == str(onnx)
-    assert record.precision == "fp16" and record.onnx_sha256 == file_sha256(onnx)
-    assert record.rebuild_command(tmp_path / "a.engine").endswith("--precision fp16 --no-check")
-
-
-def test_fp16_where_the_file_cannot_be_converted_names_the_command(machine, make_onnx, tmp_path, monkeypatch):
-    machine("11.4")
-    monkeypatch.setitem(sys.modules, "vpruner.export.precision", None)
-    with pytest.raises(UserError) as caught:
-        build_engine(make_onnx(), tmp_path / "a.engine", BuildOptions("fp16"))
-    assert "vpruner convert" in str(caught.value) and "--precision fp16" in str(caught.value)
-    assert not (tmp_path / "a.engine").exists()
-
-
 @pytest.mark.parametrize("release", RELEASES)
 def test_int8_from_quantized_nodes(machine, make_onnx, tmp_path, release):
     pytest.importorskip("onnx")
@@ -211,6 +172,15 @@ def test_int8_from_quantized_nodes(machine, make_onnx, tmp_path, release):
     record = build_engine(tmp_path / "int8.onnx", tmp_path / "a.engine", BuildOptions(check=False))
     assert built_with(there)[1] == (set() if release in ("10.13", "10.16", "11.4") else {"INT8"})
     assert record.precision == "int8"
+
+
+def test_a_file_that_must_be_converted_is_not_built_as_it_is(machine, make_onnx, tmp_path):
+    there = machine("11.4")
+    planned = plan_build(make_onnx(), tmp_path / "a.engine", BuildOptions("fp16"))
+    assert planned.choice.convert == "fp16"
+    with pytest.raises(ValueError, match="must be converted to fp16 first"):
+        write_engine(planned)
+    assert there.trt.log == [] and not (tmp_path / "a.engine").exists()
 
 
 # -- batch ------------------------------------------------------------------------------------------------------------
@@ -262,47 +232,6 @@ def test_arguments_say_the_same(tmp_path):
 
 
 # -- the graph --------------------------------------------------------------------------------------------------------
-
-
-def test_what_the_release_does_not_read_is_said_before_building(machine, make_onnx, tmp_path):
-    there = machine("8.5")
-    with pytest.raises(UserError, match=r"opset 18, TensorRT 8\.5\.3\.1 reads up to 17; .*--for trt8\.5"):
-        build_engine(make_onnx(), tmp_path / "a.engine")
-    assert there.trt.log == []
-
-
-def test_lint_names_the_node(machine, make_onnx, tmp_path, monkeypatch, reported):
-    onnx = pytest.importorskip("onnx")
-    model = onnx.load(make_onnx())
-    model.graph.node[1].op_type, model.graph.node[1].name = "Unique", "odd_one"
-    onnx.save(model, tmp_path / "odd.onnx")
-    machine("10.3")
-    with pytest.raises(UserError) as caught:
-        build_engine(tmp_path / "odd.onnx", tmp_path / "a.engine")
-    text = str(caught.value)
-    assert "does not take Unique odd_one" in text and "vpruner check" in text and "--for trt10" in text
-    # Without the export extra TensorRT itself has the word, and the user knows why.
-    monkeypatch.setitem(sys.modules, "vpruner.export.check", None)
-    build_engine(tmp_path / "odd.onnx", tmp_path / "a.engine")
-    assert any("was not checked" in remark for remark in reported.remarks)
-
-
-def test_newer_releases_take_what_the_target_as_a_whole_does_not():
-    from vpruner.export.check import Finding
-
-    def finding(rule, op_type=""):
-        return Finding("error", rule, "", op_type, "", "", "", "")
-
-    def taken(release, *arguments):
-        from fake_cuda import FakeCuda
-        from fake_tensorrt import make_tensorrt
-
-        return build._taken(finding(*arguments), Capabilities.of(make_tensorrt(release, FakeCuda())))
-
-    assert taken("10.16", "operator", "Attention") and not taken("10.3", "operator", "Attention")
-    assert taken("10.16", "operator", "RotaryEmbedding") and not taken("10.13", "operator", "RotaryEmbedding")
-    assert taken("10.3", "operator", "LayerNormalization") and not taken("8.5", "operator", "LayerNormalization")
-    assert taken("8.5", "opset") and not taken("11.4", "operator", "Unique")
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -457,14 +386,6 @@ def test_builds_on_other_threads_leave_signals_alone(machine, make_onnx, tmp_pat
     helper.start()
     helper.join()
     assert records[0] == EngineRecord.load(tmp_path / "a.engine")
-
-
-def test_the_gpu_is_asked_before_the_graph_is_read_long(machine, make_onnx, tmp_path):
-    """A machine that cannot build says so at once, not after converting."""
-    there = machine("11.4")
-    there.cuda.failing["cudaGetDeviceProperties"] = Error.cudaErrorInvalidValue
-    with pytest.raises(UserError, match=r"cudaGetDeviceProperties failed: text of cudaErrorInvalidValue \(code 1\)"):
-        build_engine(make_onnx(), tmp_path / "a.engine", BuildOptions("fp16"))
 
 
 # -- the record -------------------------------------------------------------------------------------------------------

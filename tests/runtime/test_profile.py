@@ -8,8 +8,9 @@ from fake_tensorrt import RELEASES
 
 from vpruner.core.errors import UserError
 from vpruner.core.preprocess import Preprocessing
+from vpruner.pipeline.engines import build_engine
 from vpruner.runtime import profile_trt
-from vpruner.runtime.build import BuildOptions, build_engine
+from vpruner.runtime.build import BuildOptions
 from vpruner.runtime.power import Sample, Source
 from vpruner.runtime.profile import is_engine, ort_blocks, profile_files, profile_resident
 from vpruner.runtime.profile_trt import EngineRun, prepare_times, profile_engines, steady_power

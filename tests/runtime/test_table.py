@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latency_tables import ABOUT, make_table, stairs
 
+from vpruner.core import latency_table
 from vpruner.core.cost import LatencyCost
 from vpruner.core.errors import UserError
 from vpruner.core.latency_table import LatencyTable
@@ -195,7 +196,7 @@ def test_a_table_of_another_model_names_what_differs(change):
 
 def test_another_machine_is_remarked_on(monkeypatch):
     here = {"cpu": "Z80", "gpus": [], "packages": {"onnxruntime": "1.20.0"}}
-    monkeypatch.setattr(module, "environment", lambda: here)
+    monkeypatch.setattr(latency_table, "environment", lambda: here)
     table = some_table(environment=here)
     assert table.remarks() == [] == table.remarks(threads=1, batch=1, model="tiny")
     (remark,) = table.remarks(threads=4)

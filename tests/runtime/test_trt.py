@@ -13,8 +13,9 @@ from PIL import Image
 
 import vpruner.runtime
 from vpruner.core.errors import UserError
+from vpruner.pipeline.engines import build_engine
 from vpruner.runtime import cuda
-from vpruner.runtime.build import BuildOptions, build_engine
+from vpruner.runtime.build import BuildOptions
 from vpruner.runtime.ort import OrtSession
 from vpruner.runtime.sidecar import sidecar_path
 from vpruner.runtime.trt import TrtSession

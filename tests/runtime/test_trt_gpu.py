@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from vpruner.pipeline.engines import build_engine
 from vpruner.runtime import cuda
-from vpruner.runtime.build import BuildOptions, build_engine
+from vpruner.runtime.build import BuildOptions
 from vpruner.runtime.capabilities import Capabilities
 from vpruner.runtime.ort import OrtSession
 from vpruner.runtime.trt import TrtSession
