@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vpruner.core import bundled
+from vpruner.core.choices import INT8_IMAGES
 from vpruner.core.cost import cost_ratio
 from vpruner.core.environment import environment
 from vpruner.core.plan import TokenPlan
@@ -27,7 +28,6 @@ from vpruner.export.quantize import CALIBRATIONS
 from vpruner.pipeline.evaluate import collect_graphs, open_graphs
 from vpruner.pipeline.graphs import write_dense
 from vpruner.pipeline.inputs import first_images
-from vpruner.pipeline.options import INT8_IMAGES
 from vpruner.prune.choose_images import choose_indices, map_labels
 from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.learn import learn

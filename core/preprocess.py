@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .choices import CROP_MODES, INTERPOLATIONS
 from .errors import UserError
 from .text import option
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 #: Pillow's resampling filters, under the names timm gives them.
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from onnx_ir.passes import common as passes
 
 from .files import proto_for_converters
 
-PRECISIONS = ("fp16", "bf16")
 #: Kept in float32. A LayerNormalization written out squares what may exceed 256, the root of FP16's range; the operator
 #: itself computes in float32 whatever its input (``stash_type``). Softmax sums exponentials: ONNX does not say in what
 #: precision, runtimes use float32; Casts around it would hide attention from their fusions. Keeping both in float32

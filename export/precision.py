@@ -21,6 +21,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from ..core.choices import CALIBRATIONS, DEFAULT_CALIBRATION, IO, PRECISIONS
 from ..core.errors import UserError
 from ..core.metadata import PRECISION
 from ..core.statistics import Estimate, paired_difference, proportion
@@ -29,10 +30,8 @@ from . import half, quantize
 from .files import into_memory, load_model, save_model
 from .parity import run_onnx
 from .passes.edit import infer_shapes_anew
-from .quantize import CALIBRATIONS, DEFAULT_CALIBRATION, QUANTIZED, QUANTIZED_OPS
+from .quantize import QUANTIZED, QUANTIZED_OPS
 
-PRECISIONS = (*half.PRECISIONS, *quantize.PRECISIONS)
-IO = ("float32", "same")
 #: Largest finite float16.
 FP16_MAX = 65504.0
 #: Images to compare on where none are given, and to see whether outputs are finite.

@@ -17,12 +17,6 @@ from ..core.errors import UserError
 from ..core.text import first_line
 from .files import into_memory, load_model, proto_for_converters, stored_outside
 
-PRECISIONS = ("int8", "int8-dynamic")
-CALIBRATIONS = ("minmax", "entropy", "percentile")
-#: Calibrated on 128 images, minmax changed the bundled reference's top-1 by +0.05 pp, and by +0.20 when pruned to 0.65
-#: of its MACs; percentile by -0.10 and +0.10, entropy by -0.15 and -0.35 (2,000 images, ± 0.5). The histogram methods
-#: are slower besides, as they keep every activation.
-DEFAULT_CALIBRATION = "minmax"
 #: What of a ViT is worth quantizing. Gemm is the MatMul and Add of TorchScript exports and of classifiers.
 QUANTIZED = ("MatMul", "Gemm", "Conv")
 #: Any of them says that a graph is quantized already.

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import progress
+from ..core.choices import INT8_IMAGES, METHOD_IMAGES
 from ..core.cost import dense_macs
 from ..core.errors import UserError
 from ..core.files import scratch_beside
 from ..core.plan import TokenPlan
 from .graphs import export_checked, export_rule_checked, move_model
 from .inputs import at_least_one, one_set
-from .options import INT8_IMAGES, METHOD_IMAGES, RULE_PARITY_IMAGES
+from .options import RULE_PARITY_IMAGES
 from .precisions import check_precisions, precision_rung
 
 if TYPE_CHECKING:

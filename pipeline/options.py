@@ -13,10 +13,6 @@ PACKAGES = ("torch", "timm", "safetensors", "onnx", "onnx_ir", "onnxscript", "on
 PARITY_IMAGES = 16
 #: Images that an exported rule is compared with PyTorch on: which tokens are kept depends on them.
 RULE_PARITY_IMAGES = 64
-#: Images that methods are calibrated on when a model is exported with one.
-METHOD_IMAGES = 512
-#: Images that static INT8 is calibrated on, as in ``vpruner convert`` by default.
-INT8_IMAGES = 128
 #: Images that the report draws the plan on.
 EXAMPLE_IMAGES = 4
 

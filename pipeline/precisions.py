@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core import progress
+from ..core.choices import DEFAULT_CALIBRATION
 from ..core.errors import UserError
 from ..export.files import remove_model
 from ..export.precision import _NOISE, Conversion, agreement, beside, convert, cpu_form
-from ..export.quantize import DEFAULT_CALIBRATION
 from .results import _paired_ratio, parity_row
 
 if TYPE_CHECKING:

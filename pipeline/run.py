@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import progress
+from ..core.choices import INT8_IMAGES
 from ..core.errors import UserError
 from ..core.files import scratch_beside
 from ..core.rows import append_rows
@@ -18,7 +19,7 @@ from .folders import check_checkpoint, finished_folder
 from .graphs import deploy_checked, export_rule_checked, write_dense
 from .inputs import choose, first_images, is_onnx, open_as_given, open_cost
 from .learned import check_select, chosen_plans, rearrange_settings, rule_of, save_learned, stage_labels
-from .options import EXAMPLE_IMAGES, INT8_IMAGES, PACKAGES, PARITY_IMAGES, RULE_PARITY_IMAGES, RunOptions
+from .options import EXAMPLE_IMAGES, PACKAGES, PARITY_IMAGES, RULE_PARITY_IMAGES, RunOptions
 from .precisions import check_precisions, judge_precisions, precision_rows
 from .results import accuracy_rows, cost_rows, gate_rows, parity_row, prediction_rows, run_row, stage_rows
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.choices import LOSSES
 from ..core.plan import Geometry, TokenPlan
 from .backbones.vit import ViTAdapter
-
-LOSSES = ("labels", "self", "features")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import progress
+from ..core.choices import REARRANGEMENTS, SELECTIONS
 from ..core.content_plan import ContentPlan
 from ..core.cost import Cost, MacsCost, dense_macs, plan_macs
 from ..core.errors import UserError
@@ -53,10 +54,6 @@ from .tune.stage import TUNINGS, tune
 #: Greedily swapped plans that the rearrangement may begin at, where weights stay as they are. How good one is depends
 #: on the images that happen to give its gradients: by 5 to 10 % in KL divergence.
 RESTARTS = 3
-#: What ``--select`` accepts.
-SELECTIONS = ("static", "content")
-#: What ``--rearrange`` accepts.
-REARRANGEMENTS = ("ppo", "greedy", "none")
 
 
 def learn(

@@ -26,6 +26,8 @@ from typing import Any
 
 from .. import __version__
 from ..core import progress
+from ..core.choices import ENGINE_PRECISIONS as PRECISIONS
+from ..core.choices import HARDWARE_COMPATIBILITY
 from ..core.errors import UserError
 from ..core.extras import require
 from ..core.files import atomic_path, file_sha256
@@ -34,12 +36,8 @@ from . import cuda
 from .capabilities import Capabilities
 from .onnx_file import OnnxFile, read_onnx
 from .session import ENGINE_SUFFIXES
-from .sidecar import AMPERE_PLUS, SAME_COMPUTE_CAPABILITY, EngineRecord
+from .sidecar import EngineRecord
 
-#: What weights and products are computed in.
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-#: Names on the command line -> TensorRT's levels.
-HARDWARE_COMPATIBILITY = {"ampere-plus": AMPERE_PLUS, "same-compute-capability": SAME_COMPUTE_CAPABILITY}
 _MIB = 1 << 20
 #: Signals that end a build.
 _ENDING = (signal.SIGINT, signal.SIGTERM)

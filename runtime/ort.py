@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.choices import PROVIDERS
 from ..core.environment import usable_cores
 from ..core.errors import UserError
 from ..core.extras import require
@@ -25,15 +26,6 @@ from .session import Prediction, Score, Session, TensorSpec
 
 __all__ = ["OrtSession", "Prediction", "Score", "open", "provider_name", "short_provider"]
 
-#: Short names -> onnxruntime's. The full names are understood too.
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-    "coreml": "CoreMLExecutionProvider",
-    "directml": "DmlExecutionProvider",
-}
 #: What brings a provider that is missing.
 _INSTALL = {
     "cpu": "pip install 'vpruner[cpu]'",

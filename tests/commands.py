@@ -2,7 +2,7 @@
 
 from click.testing import CliRunner, Result
 
-from vpruner.cli.main import main
+from vpruner.cli.commands import main
 
 
 def call(*arguments, code: int = 0, **options) -> Result:

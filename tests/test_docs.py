@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from vpruner.cli.main import main
+from vpruner.cli.commands import main
 from vpruner.core.bundled import reference_card
 from vpruner.core.plan import TokenPlan
 

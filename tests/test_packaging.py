@@ -52,7 +52,7 @@ def test_wheel_holds_the_package_and_nothing_else(built, sources):
     modules = {path for path in modules if path.parts[0] not in OUTSIDE} | {Path("py.typed")}
     assets = {path.relative_to(sources) for path in (sources / "assets").iterdir()}
     expected = {f"vpruner/{path.as_posix()}" for path in modules | assets}
-    assert {"vpruner/cli/main.py", "vpruner/core/plan.py", "vpruner/assets/reference.json"} <= expected
+    assert {"vpruner/cli/commands.py", "vpruner/core/plan.py", "vpruner/assets/reference.json"} <= expected
     with zipfile.ZipFile(built[".whl"]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == expected

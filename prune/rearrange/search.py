@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...core.choices import EPISODES, EPISODES_UNTUNED, TIME_LIMIT
 from ...core.cost import Cost, MacsCost
 from ...core.errors import UserError
 from ...core.files import atomic_path, json_sha256
@@ -95,9 +96,6 @@ STAND_IN_JUDGES = 4
 #: Temperatures of the episodes that those plans come from: further from the start than the episodes to be judged.
 STAND_IN_TEMPERATURES = (1.0, 2.5)
 TOKEN_FEATURES, BLOCK_FEATURES = 9, 6
-#: Episodes by default, where weights will be refitted and where they stay as they are: without a refit, plans go on
-#: getting better for longer, and there are no stand-in weights to pay for.
-EPISODES, EPISODES_UNTUNED = 384, 640
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class RearrangeSettings:
     """
 
     episodes: int = EPISODES
-    time_limit: float = 600.0
+    time_limit: float = TIME_LIMIT
     batch: int = 16
     screened: int = 4
     images: int = 96

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ...core.choices import TUNINGS
 from ...core.plan import TokenPlan
 from ..backbones.vit import ViTAdapter
 from ..calibration import Calibration, Judgement
@@ -26,9 +27,6 @@ from ..methods.rule import TokenRule
 from .gates import EPOCHS, tune_gates_by_distillation, tune_gates_least_squares
 from .streams import evaluating
 from .weights import refit_weights, with_weights
-
-#: What can be tuned.
-TUNINGS = ("weights", "gates", "gates-distill", "none")
 
 
 @dataclass(frozen=True)

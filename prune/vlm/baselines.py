@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core import progress
+from ...core.choices import SAINT_MODES
+from ...core.choices import VLM_MODES as MODES
 from ...core.errors import UserError
 from ...core.plan import TokenPlan
 from ...core.text import first_line
@@ -31,14 +33,12 @@ from ..backbones.vit import weights_sha256
 from ..methods.rule import rank_descending
 from ..tune.weights import with_weights
 from .frame import OUTPUT, VLMRun, pruned
-from .modes import MODES as SAINT_MODES
 from .modes import saint_stages
 from .parts import find_parts
 from .tower import timm_from_tower, tower_of_llava, tuned_in_tower
 from .views import EncoderSelector, EncoderView, SpanView
 
 #: What ``--mode`` takes: SAINT's three, and the baselines.
-MODES = (*SAINT_MODES, "random", "fastv", "vispruner", "static")
 #: Share that is kept where nothing is said of it.
 KEEP = 0.25
 #: FastV's K: language layers that see every token.

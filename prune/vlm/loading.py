@@ -20,7 +20,6 @@ from .parts import find_parts
 from .tower import quiet_transformers
 
 #: What ``--dtype`` takes; "auto" is what the weights are saved in.
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: ``NAME`` or ``OWNER/NAME``.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 #: The prompt of models whose processor has no chat template, as LLaVA-1.5 was trained with.

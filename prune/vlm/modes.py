@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...core.choices import SAINT_MODES as MODES
 from ...core.errors import UserError
 from .frame import VLMRun, pruned
 from .parts import VLMParts, find_parts
 from .selectors import THRESHOLD, BipartiteVotes, FullGraphDrop
-
-MODES = ("vit", "llm", "hybrid")
 
 #: The tower of a hybrid keeps keep ** TOWER_EXPONENT: 0.65 of the patches, as published, where 0.25 are left.
 TOWER_EXPONENT = 0.31

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
-from vpruner.cli.main import CHECK_TARGETS, main
+from vpruner.cli.commands import main
 from vpruner.export.targets import TARGETS
 
 
@@ -46,10 +46,6 @@ def call(*arguments, code=0):
         raise result.exception
     assert result.exit_code == code, result.output
     return result
-
-
-def test_targets_are_those_of_the_tables():
-    assert tuple(TARGETS) == CHECK_TARGETS
 
 
 def test_an_error_is_exit_code_1_and_its_node_stands_in_the_table(graph):

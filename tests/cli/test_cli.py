@@ -21,19 +21,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_cards import CLASSES, TINY
 
-from vpruner.cli import main as cli
-from vpruner.cli.main import main
+from vpruner.cli.commands import main
 from vpruner.core import bundled
+from vpruner.core.choices import PROVIDERS
 from vpruner.core.cost import cost_ratio
 from vpruner.core.errors import ParityError
 from vpruner.core.plan import TokenPlan
 from vpruner.core.text import counted
 from vpruner.prune import learn
 from vpruner.prune.calibration import Judgement
-from vpruner.prune.learn import REARRANGEMENTS
 from vpruner.prune.models import open_model
 from vpruner.prune.rearrange import search as rearrange
-from vpruner.prune.tune.stage import TUNINGS
 
 #: For tests of anything but the stages after the search.
 SEARCH_ALONE = ("--rearrange", "none", "--tune", "none")
@@ -187,7 +185,7 @@ def test_termination_leaves_nothing(card, images, tmp_path):
     """SIGTERM in the middle of a run: the scratch folder goes, as with Ctrl-C."""
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "vpruner.cli.main", "run", card, "--data", images, "--seconds", "60"),
+            *(sys.executable, "-m", "vpruner.cli.commands", "run", card, "--data", images, "--seconds", "60"),
             *("-o", tmp_path / "out", *SEARCH_ALONE),
         ],
         stdout=subprocess.DEVNULL,
@@ -534,9 +532,6 @@ def test_one_image_is_not_called_images():
 
 
 def test_help_names_every_provider_that_is_known():
-    from vpruner.runtime.ort import PROVIDERS
-
-    assert tuple(PROVIDERS) == cli.PROVIDERS
     assert ", ".join(PROVIDERS) in " ".join(call("predict", "--help").stdout.split())
 
 
@@ -569,9 +564,6 @@ def test_bad_checkpoints(finished, card, images, tmp_path, monkeypatch):
 def test_what_help_says_of_the_stages_is_what_they_take():
     settings = rearrange.RearrangeSettings.for_tuning("weights")
     untuned = rearrange.RearrangeSettings.for_tuning("gates", time_limit=None)
-    assert (settings.episodes, untuned.episodes) == (cli.EPISODES, cli.EPISODES_UNTUNED)
-    assert settings.time_limit == untuned.time_limit == cli.TIME_LIMIT
-    assert cli.REARRANGEMENTS == REARRANGEMENTS and cli.TUNINGS == TUNINGS
     for command in ("run", "prune"):
         text = " ".join(call(command, "--help").stdout.split())
         assert f"[default: ({settings.episodes} with --tune weights, else {untuned.episodes}); x>=1]" in text

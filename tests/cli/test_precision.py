@@ -8,14 +8,12 @@ import pytest
 from commands import call
 from tiny_cards import write_card
 
-from vpruner.cli import main as cli
 from vpruner.core.errors import UserError
 from vpruner.export import precision as precisions
 from vpruner.export import quantize
 from vpruner.export.precision import BOUNDS, agreement
 from vpruner.pipeline.evaluate import collect_graphs
 from vpruner.pipeline.folders import RUN_FILES, check_free
-from vpruner.pipeline.options import INT8_IMAGES
 from vpruner.prune.models import open_model
 
 DEPTH = 2
@@ -39,11 +37,6 @@ def finished(card, images, tmp_path_factory):
 def rows_of(folder, kind):
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == kind]
-
-
-def test_the_command_line_names_the_precisions_that_there_are():
-    assert cli.PRECISIONS == precisions.PRECISIONS
-    assert cli.INT8_IMAGES == INT8_IMAGES
 
 
 def test_a_run_writes_each_precision_beside_the_pruned_file(finished):

@@ -12,7 +12,7 @@ from export_tools import nodes, only, random_plan, relative_difference, run
 from foreign_graphs import Foreign, tiny_model, write_foreign
 from onnx import TensorProto, helper, numpy_helper
 
-from vpruner.cli import main as cli
+from vpruner.cli import commands as cli
 from vpruner.core.errors import UserError
 from vpruner.core.metadata import TARGET
 from vpruner.export.check import check

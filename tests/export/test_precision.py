@@ -8,6 +8,7 @@ import torch
 from export_tools import nodes, only, random_plan, run
 from foreign_graphs import Foreign, write_foreign
 
+from vpruner.core.choices import CALIBRATIONS
 from vpruner.core.errors import UserError
 from vpruner.export import files
 from vpruner.export import precision as precisions
@@ -15,7 +16,7 @@ from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold_file
 from vpruner.export.half import emulate_bfloat16
 from vpruner.export.precision import BOUNDS, agreement, convert
-from vpruner.export.quantize import CALIBRATIONS, first_and_last_layers
+from vpruner.export.quantize import first_and_last_layers
 from vpruner.runtime.measure import profile_onnx
 from vpruner.runtime.ort import OrtSession
 

@@ -6,13 +6,13 @@ import torch
 from click import BadParameter
 from tiny_vlms import PATCHES, prompts, shared_vlm, tiny_vlm
 
-from vpruner.cli.main import VLM_DTYPES, VLM_MODES, _Layers
+from vpruner.cli import commands as cli
 from vpruner.core.errors import UserError
 from vpruner.core.plan import Geometry, TokenPlan
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from vpruner.prune.vlm import baselines, loading
+from vpruner.prune.vlm import baselines
 from vpruner.prune.vlm import tower as towers
 from vpruner.prune.vlm.baselines import Pruning, candidates_of, plan_selectors, prunings_from
 from vpruner.prune.vlm.modes import prefill
@@ -302,9 +302,4 @@ def test_layers_are_numbers_and_ranges(text, layers):
         with pytest.raises(BadParameter, match="is not layers, as in 7-16"):
             _Layers().convert(text, None, None)
     else:
-        assert _Layers().convert(text, None, None) == layers
-
-
-def test_the_command_line_knows_the_names():
-    assert VLM_MODES == baselines.MODES
-    assert VLM_DTYPES == loading.DTYPES
+        assert cli._Layers().convert(text, None, None) == layers

@@ -19,9 +19,30 @@ import click
 
 from .. import __version__
 from ..core import progress
+from ..core.choices import (
+    CALIBRATIONS,
+    CROP_MODES,
+    ENGINE_PRECISIONS,
+    EPISODES,
+    EPISODES_UNTUNED,
+    HARDWARE_COMPATIBILITY,
+    INT8_IMAGES,
+    INTERPOLATIONS,
+    IO,
+    LOSSES,
+    PRECISIONS,
+    PROVIDERS,
+    REARRANGEMENTS,
+    SELECTIONS,
+    TIME_LIMIT,
+    TUNINGS,
+    VLM_DTYPES,
+    VLM_MODES,
+)
 from ..core.errors import ParityError, UserError
 from ..core.extras import missing_extra
 from ..core.text import counted
+from ..export.targets import TARGETS
 from .console import report_progress
 from .hints import as_typed
 
@@ -156,7 +177,7 @@ calibration_options = _options(
         "--loss",
         default="auto",
         show_default=True,
-        type=click.Choice(["auto", "labels", "self", "features"]),
+        type=click.Choice(("auto", *LOSSES)),
         help="What the gradients are of: labels, the model's own distribution, or its features.",
     ),
     click.option(
@@ -216,7 +237,7 @@ preprocessing_options = _options(
     click.option("--std", metavar="R,G,B", type=_PerChannel(), help="Divided by after that."),
     click.option(
         "--interpolation",
-        type=click.Choice(["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]),
+        type=click.Choice(INTERPOLATIONS),
         help="Of resizing  [default: the file's, or bicubic]",
     ),
     click.option(
@@ -224,7 +245,7 @@ preprocessing_options = _options(
     ),
     click.option(
         "--crop-mode",
-        type=click.Choice(["center", "squash", "border"]),
+        type=click.Choice(CROP_MODES),
         help="Crop the middle, squash to the size, or fill up  [default: the file's, or center]",
     ),
     _gathered_preprocessing,
@@ -247,12 +268,6 @@ target_option = _options(
         help="What the budget is of: MACs, or milliseconds by a table that vpruner table measured.",
     ),
 )
-#: What ``--rearrange`` and ``--tune`` take, and the defaults of the settings: written here because the modules that
-#: know them load PyTorch, and help must not. A test compares them.
-REARRANGEMENTS = ("ppo", "greedy", "none")
-TUNINGS = ("weights", "gates", "gates-distill", "none")
-SELECTIONS = ("static", "content")
-EPISODES, EPISODES_UNTUNED, TIME_LIMIT = 384, 640, 600.0
 stage_options = _options(
     click.option(
         "--rearrange",
@@ -297,11 +312,6 @@ stage_options = _options(
         help="Save the state of --rearrange ppo there, and go on from it where it exists.",
     ),
 )
-#: The names in :mod:`vpruner.export.targets`, in its order. A test compares them.
-CHECK_TARGETS = ("ort-cpu", "ort-cuda", "trt10", "trt11", "trt8.5", "openvino", "generic")
-#: The names in :mod:`vpruner.export.precision`. A test compares them.
-PRECISIONS = ("fp16", "bf16", "int8", "int8-dynamic")
-INT8_IMAGES = 128
 
 
 def _precisions(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -317,7 +327,7 @@ io_option = click.option(
     "--io",
     default="float32",
     show_default=True,
-    type=click.Choice(["float32", "same"]),
+    type=click.Choice(IO),
     help="fp16 and bf16: inputs and outputs stay float32, or change too.",
 )
 precision_options = _options(
@@ -342,7 +352,7 @@ int8_images_option = click.option(
 deploy_option = click.option(
     "--for",
     "deploy_for",
-    type=click.Choice(CHECK_TARGETS),
+    type=click.Choice(tuple(TARGETS)),
     help="Write the graph in the form that this runtime takes: opset, operators, fusion.",
 )
 export_options = _options(
@@ -353,8 +363,6 @@ export_options = _options(
     click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open."),
     click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Batch size of the graph."),
 )
-#: The short names in :mod:`vpruner.runtime.ort`, in its order. A test compares them.
-PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino", "coreml", "directml")
 runtime_options = _options(
     click.option(
         "--provider",
@@ -1274,7 +1282,7 @@ def inspect(model, as_json) -> None:
     "target",
     default="generic",
     show_default=True,
-    type=click.Choice(CHECK_TARGETS),
+    type=click.Choice(tuple(TARGETS)),
     help="Where the graph is to run.",
 )
 @json_option
@@ -1345,7 +1353,7 @@ def _print_findings(findings) -> None:
     "--calibration",
     default="minmax",
     show_default=True,
-    type=click.Choice(["minmax", "entropy", "percentile"]),
+    type=click.Choice(CALIBRATIONS),
     help="int8: how the range of an activation comes from what was seen.",
 )
 @click.option("--first-and-last", is_flag=True, help="int8: quantize the patch embedding and the classifier too.")
@@ -1394,10 +1402,6 @@ def convert(model, precision, images, eval_images, output, as_json, quiet, **opt
 
 
 # -- build ------------------------------------------------------------------------------------------------------------
-
-#: As in :mod:`vpruner.runtime.build`, which loads numpy; a test compares them.
-ENGINE_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-HARDWARE_COMPATIBILITY = ("ampere-plus", "same-compute-capability")
 
 
 @main.command()
@@ -1517,10 +1521,6 @@ def build(
 
 
 # -- vlm --------------------------------------------------------------------------------------------------------------
-
-#: As in :mod:`vpruner.prune.vlm.baselines` and :mod:`vpruner.prune.vlm.loading`, which load PyTorch; a test compares.
-VLM_MODES = ("vit", "llm", "hybrid", "random", "fastv", "vispruner", "static")
-VLM_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class _Layers(click.ParamType):
@@ -1763,7 +1763,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
     "--loss",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "labels", "self", "features"]),
+    type=click.Choice(("auto", *LOSSES)),
     help="v-pruner and fisher: what the gradients are of.",
 )
 @click.option("--episodes", show_default=f"{EPISODES}", type=click.IntRange(1), help="v-pruner: episodes, at most.")
