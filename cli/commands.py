@@ -40,7 +40,7 @@ from ..core.choices import (
     VLM_MODES,
 )
 from ..core.errors import ParityError, UserError
-from ..core.extras import missing_extra
+from ..core.extras import RUN_PACKAGES, missing_extra, require_all
 from ..core.text import counted
 from ..export.targets import TARGETS
 from .console import report_progress
@@ -478,6 +478,7 @@ def run(model, pretrained, weights, model_args, output, force, as_json, quiet, *
       vpruner run --target 0.65 -o runs/demo
       vpruner run vit_base_patch16_224 --pretrained --data train/ --eval-data val/ --target 0.5 -o runs/vit_base
     """
+    require_all(RUN_PACKAGES)
     from ..pipeline.options import RunOptions
     from ..pipeline.run import run as run_pipeline
 
@@ -791,6 +792,7 @@ def export(
       vpruner export --plan plan.json --precision fp16,int8 --data train/ -o pruned.onnx
       vpruner export --method saint-frozen --data train/ --target 0.65 -o pruned.onnx
     """
+    require_all(RUN_PACKAGES)
     from ..core.content_plan import load_plan
     from ..pipeline.export import export_with_precisions
     from ..pipeline.folders import check_output
@@ -1819,6 +1821,7 @@ def compare(model, pretrained, weights, model_args, output, results, force, as_j
       vpruner compare --methods v-pruner,saint-frozen,tome --targets 0.65,0.5 -o runs/compare
       vpruner compare deit_small_patch16_224 --pretrained --data train/ --eval-data val/ --batch-size 1 --batch-size 8
     """
+    require_all(RUN_PACKAGES)
     from ..pipeline.compare.comparison import compare as compare_methods
     from ..pipeline.options import CompareOptions
 

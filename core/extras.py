@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 from .errors import UserError
@@ -22,6 +23,8 @@ EXTRA_OF = {
     "tensorrt": "trt",
     "polygraphy": "trt",
 }
+#: What a whole run imports at one point or another, in the order in which extras are asked for.
+RUN_PACKAGES = ("torch", "timm", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "matplotlib")
 
 
 def require(name: str) -> ModuleType:
@@ -30,6 +33,12 @@ def require(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise missing_extra(error) or error from None
+
+
+def require_all(names: Iterable[str]) -> None:
+    """:func:`require` each, so that what is missing is said before any work."""
+    for name in names:
+        require(name)
 
 
 def missing_extra(error: ImportError) -> UserError | None:

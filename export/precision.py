@@ -21,7 +21,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..core.choices import CALIBRATIONS, DEFAULT_CALIBRATION, IO, PRECISIONS
+from ..core.choices import CALIBRATIONS, DEFAULT_CALIBRATION, HALF_PRECISIONS, IO, PRECISIONS
 from ..core.errors import UserError
 from ..core.metadata import PRECISION
 from ..core.statistics import Estimate, paired_difference, proportion
@@ -163,7 +163,7 @@ def convert(
     props = {**model.metadata_props, **(props or {})}
     _regularise(model)
     details: dict[str, Any] = {}
-    if precision in half.PRECISIONS:
+    if precision in HALF_PRECISIONS:
         _check_finite(model, str(model_path), precision)
         model, details["float32"] = half.to_half(model, precision, io, keep_float32)
     else:

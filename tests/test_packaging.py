@@ -95,7 +95,7 @@ def test_sdist_can_be_tested_and_rebuilt(built):
         names = {name.partition("/")[2] for name in sdist.getnames()}
     wanted = {"Makefile", "LICENSE", "CHANGELOG.md", "CITATION.cff", "README.md", ".ci/run", "tests/conftest.py"}
     wanted |= {"tests/test_packaging.py", "tests/recorded/train.tar", "benchmarks/reference/make_assets.py"}
-    wanted |= {"assets/calibration.tar", "cli/main.py"}
+    wanted |= {"assets/calibration.tar", "cli/commands.py"}
     assert wanted <= names
     assert not [name for name in names if name.startswith((".venv", "runs", "build/")) or "__pycache__" in name]
 
