@@ -300,6 +300,6 @@ def test_candidates_are_told_apart(model):
 def test_layers_are_numbers_and_ranges(text, layers):
     if layers is None:
         with pytest.raises(BadParameter, match="is not layers, as in 7-16"):
-            _Layers().convert(text, None, None)
+            cli._Layers().convert(text, None, None)
     else:
         assert cli._Layers().convert(text, None, None) == layers
