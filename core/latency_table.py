@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from . import progress
 from .environment import environment
 from .errors import PlanError, UserError
 from .files import json_sha256, write_text
@@ -207,7 +208,7 @@ class LatencyTable:
         off = self.largest_error
         if off is None or off <= GOOD_ERROR:
             return ""
-        return (
+        return progress.words(
             f"the latency table is off by up to {100 * off:.0f} % on plans kept out: measure again with more "
             f"{option('seconds')}, on a quiet machine"
         )

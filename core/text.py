@@ -34,8 +34,8 @@ IN_PYTHON = {
     "check": "vpruner.export.check.check",
     "convert": "vpruner.pipeline.convert.convert_checked",
 }
-#: Options of commands that are no arguments of those calls: what a call makes is saved by a call of its own.
-_NOT_IN_PYTHON = {"output"}
+#: Options that are no arguments by name of those calls: images come first, and results have a method to save them.
+_NOT_IN_PYTHON = {"prune": {"data", "output"}, "export": {"output"}, "table": {"output"}}
 
 
 def option(name: str, value: object = "") -> str:
@@ -93,8 +93,12 @@ def _argument(name: str, value: str = "") -> str:
 
 
 def _call(name: str, arguments: list[str], options: dict[str, str]) -> str:
-    given = [_argument(key, value or "True") for key, value in options.items() if key not in _NOT_IN_PYTHON]
-    return f"{IN_PYTHON.get(name, name)}({', '.join(['...', *given])})"
+    left_out = _NOT_IN_PYTHON.get(name, ())
+    given = [_argument(key, value or "True") for key, value in options.items() if key not in left_out]
+    called = IN_PYTHON.get(name, name)
+    if called.startswith("model.") and arguments and not _BARE.fullmatch(arguments[0]):
+        called = f"vpruner.open_{called[:5]}({json.dumps(arguments[0])}){called[5:]}"
+    return f"{called}({', '.join(['...', *given])})"
 
 
 def counted(count: int, what: str) -> str:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ..core.errors import UserError
 from ..core.plan import Geometry
+from ..core.text import option
 from .backbones.vit import ViTAdapter, embed_images, query_key_value
 from .methods.saint import Saint, first_blocks, redundancy
 
@@ -252,7 +253,7 @@ def analyze(
         rows.append(torch.stack(blocks).double().cpu())
         on_batch(len(images))
     if not rows:
-        raise UserError("there are no images to analyze the model on", "name some with --data")
+        raise UserError("there are no images to analyze the model on", f"name some with {option('data')}")
     # [block, measure, image]
     found = torch.cat(rows, 2).numpy()
     names = ("key_similarity", "votes", "entropy", "top", "distance", "token_similarity", "drift", "from_input")

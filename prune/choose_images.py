@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import timm.data
 
-from ..core import bundled
+from ..core import bundled, progress
 from ..core.errors import UserError
+from ..core.text import option
 from .data import ImageSet, ImageSource, _shown
 
 
@@ -53,7 +54,10 @@ def choose_images(
     if data is None and eval_data is None:
         data, eval_data = bundled.calibration_data(), bundled.evaluation_data()
     elif data is None:
-        raise UserError("--eval-data without --data", "give calibration images with --data, not the evaluation images")
+        raise UserError(
+            f"{option('eval_data')} without {option('data')}",
+            f"give calibration images with {option('data')}, not the evaluation images",
+        )
     source = ImageSource(data, split="train")
     label_map = map_labels(source, classes, outputs, remarks)
     eval_source = None
@@ -64,18 +68,23 @@ def choose_images(
             eval_source = None
     if eval_source is None:
         if source.streams:
-            raise UserError(f"{data} is a stream and cannot be split", "give other images with --eval-data")
+            raise UserError(f"{data} is a stream and cannot be split", f"give other images with {option('eval_data')}")
         if len(source) < 2:
-            raise UserError(f"{data} holds one image", "give at least two, or more with --eval-data")
+            raise UserError(f"{data} holds one image", f"give at least two, or more with {option('eval_data')}")
         shuffled = np.random.default_rng(seed).permutation(len(source))
         put_aside = min(evaluation, max(1, len(source) // 4))
         calibration_set = ImageSet(source, shuffled[put_aside:][:calibration].tolist(), label_map, strict)
         evaluation_set = ImageSet(source, shuffled[:put_aside].tolist(), label_map, strict)
         place = _shown(source)
-        reason = "no --eval-data" if eval_data is None else f"--data and --eval-data are both {place}"
+        reason = (
+            f"no {option('eval_data')}"
+            if eval_data is None
+            else f"{option('data')} and {option('eval_data')} are both {place}"
+        )
         images = "1 image" if put_aside == 1 else f"{put_aside} images"
         of_it = f"of {place} " if eval_data is None else ""
-        remarks.append(f"{reason}: {images} {of_it}{'was' if put_aside == 1 else 'were'} put aside for evaluation")
+        remark = f"{reason}: {images} {of_it}{'was' if put_aside == 1 else 'were'} put aside for evaluation"
+        remarks.append(progress.words(remark))
         return calibration_set, evaluation_set, remarks
     eval_map = map_labels(eval_source, classes, outputs, remarks)
     sets = []
@@ -161,11 +170,13 @@ def _check_apart(source: ImageSource, eval_source: ImageSource) -> None:
         return
     if inner.is_relative_to(outer):
         raise UserError(
-            f"--eval-data {eval_source.spec} lies inside --data {source.spec}: its images would be calibrated on",
+            f"{option('eval_data', eval_source.spec)} lies inside {option('data', source.spec)}: "
+            "its images would be calibrated on",
             "give separate folders",
         )
     if outer.is_relative_to(inner):
         raise UserError(
-            f"--data {source.spec} lies inside --eval-data {eval_source.spec}: its images would be evaluated on",
+            f"{option('data', source.spec)} lies inside {option('eval_data', eval_source.spec)}: "
+            "its images would be evaluated on",
             "give separate folders",
         )

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.preprocess import Preprocessing, large_images, to_rgb
-from ..core.text import first_line
+from ..core.text import first_line, option
 
 #: Prefixes of ``create_dataset`` names that are not paths -> module and distribution that read them.
 _REMOTE = {
@@ -305,7 +305,7 @@ class ImageSet:
         if self.strict:
             raise UserError(
                 f"{name} in {self.source.spec} is not a readable image ({_reason(error)})",
-                "remove it, or leave out --strict to skip it",
+                f"remove it, or leave out {option('strict')} to skip it",
             ) from None
         self.skipped[position] = name
         self._unreadable = self._unreadable or f"{name} ({_reason(error)})"

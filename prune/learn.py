@@ -31,6 +31,7 @@ from ..core.content_plan import ContentPlan
 from ..core.cost import Cost, MacsCost, dense_macs, plan_macs
 from ..core.errors import UserError
 from ..core.plan import TokenPlan
+from ..core.text import option
 from .calibration import Calibration, Judgement
 from .data import ImageSet
 from .fisher import batch_size_for
@@ -235,8 +236,9 @@ def check_selection(selection: str, tuning: str) -> None:
     """
     if selection == "content" and tuning not in ("weights", "none"):
         raise UserError(
-            f"--tune {tuning} with --select content: gates belong to places, and each image chooses its own",
-            "use --tune weights",
+            f"{option('tune', tuning)} with {option('select', 'content')}: gates belong to places, and each "
+            "image chooses its own",
+            f"use {option('tune', 'weights')}",
         )
 
 

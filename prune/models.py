@@ -20,7 +20,7 @@ from ..core import bundled
 from ..core.errors import UserError
 from ..core.files import file_sha256
 from ..core.preprocess import Preprocessing
-from ..core.text import first_line
+from ..core.text import command, first_line, option
 from .backbones.vit import ViTAdapter, read_geometry, weights_sha256
 from .data import IMAGE_SUFFIXES
 from .loaded import LoadedModel
@@ -49,25 +49,29 @@ def open_model(
     """
     if spec is not None and (Path(spec) / "config.json").is_file():
         if pretrained or model_args:
-            raise UserError(f"{spec} is a folder of a whole model", "leave out --pretrained and --model-arg")
+            raise UserError(
+                f"{spec} is a folder of a whole model", f"leave out {option('pretrained')} and {option('model_args')}"
+            )
         _check_weights_file(weights)
         from .vlm.tower import open_tower
 
         return open_tower(spec, weights=weights)
     if spec is None or str(spec).endswith(".json"):
         if pretrained:
-            raise UserError("a model card names its own weights", "leave out --pretrained, or give a timm model name")
+            raise UserError(
+                "a model card names its own weights", f"leave out {option('pretrained')}, or give a timm model name"
+            )
         _check_weights_file(weights)
         return _open_card(Path(spec) if spec else bundled.reference_card(), dict(model_args or {}), weights)
     if Path(spec).suffix.lower() == ".onnx":
         raise UserError(
             f"{spec} is an ONNX file, expected a timm model name or a model card (.json)",
-            f"learn a plan from it: vpruner prune {spec} --data DIR; fold a plan into it: vpruner fold {spec}",
+            f"learn a plan from it: {command('prune', spec, data='DIR')}; fold a plan into it: {command('fold', spec)}",
         )
     if Path(spec).suffix in (".engine", ".safetensors", ".pth", ".pt", ".bin"):
         raise UserError(
             f"{spec} is a file, expected a timm model name or a model card (.json)",
-            "to prune weights in a file: vpruner run deit_small_patch16_224 --weights FILE",
+            f"to prune weights in a file: {command('run', 'deit_small_patch16_224', weights='FILE')}",
         )
     name = str(spec).split(".")[0]
     if not str(spec).startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
@@ -79,15 +83,17 @@ def open_model(
         )
         raise UserError(f"timm {timm.__version__} has no model {spec!r}", hint)
     if bool(pretrained) == bool(weights):
-        found = "both --pretrained and --weights" if pretrained else "no weights"
-        raise UserError(f"{found} given for {spec}", "give one of --weights FILE or --pretrained")
+        found = f"both {option('pretrained')} and {option('weights')}" if pretrained else "no weights"
+        raise UserError(
+            f"{found} given for {spec}", f"give one of {option('weights', 'FILE')} or {option('pretrained', True)}"
+        )
     _check_weights_file(weights)
     return _open_timm(spec, pretrained, weights, dict(model_args or {}))
 
 
 def _no_model(path: Path) -> UserError:
     """For a path that is there and that no model can be opened from."""
-    images = "images go to --data, as a folder or .tar: vpruner run MODEL --data FOLDER"
+    images = f"images go to {option('data')}, as a folder or .tar: {command('run', 'MODEL', data='FOLDER')}"
     expected = "expected a timm model name or a model card (.json)"
     if path.is_dir():
         return UserError(f"{path} is a folder without config.json, {expected}", images)
@@ -95,7 +101,8 @@ def _no_model(path: Path) -> UserError:
         kind = "a .tar file" if path.suffix.lower() == ".tar" else "an image"
         return UserError(f"{path} is {kind}, {expected}", images)
     return UserError(
-        f"{path} is a file, {expected}", "weights in a file go to --weights: vpruner run MODEL --weights FILE"
+        f"{path} is a file, {expected}",
+        f"weights in a file go to {option('weights')}: {command('run', 'MODEL', weights='FILE')}",
     )
 
 
@@ -105,14 +112,17 @@ def _open_timm(name: str, pretrained: bool, weights: str | Path | None, model_ar
             model = timm.create_model(name, pretrained=pretrained, **model_args)
     except TypeError as error:
         raise UserError(
-            f"{name} does not take these arguments: {_unexpected(error)}", _near_argument(error) or "check --model-arg"
+            f"{name} does not take these arguments: {_unexpected(error)}",
+            _near_argument(error) or f"check {option('model_args')}",
         ) from None
     except Exception as error:
         if not pretrained:
-            raise UserError(f"{name} could not be built: {first_line(error)}", "check --model-arg") from error
+            raise UserError(
+                f"{name} could not be built: {first_line(error)}", f"check {option('model_args')}"
+            ) from error
         raise UserError(
             f"the pretrained weights of {name} could not be had: {first_line(error)}",
-            "download them elsewhere and give the file: --weights FILE",
+            f"download them elsewhere and give the file: {option('weights', 'FILE')}",
         ) from error
     geometry = read_geometry(model, name)  # Before the weights: "cannot be pruned" says more than "does not fit".
     if weights is not None:
@@ -150,7 +160,8 @@ def _open_card(path: Path, model_args: dict[str, Any], instead: str | Path | Non
     except (TypeError, RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
             f"{path}: the model could not be built: {_unexpected(error)}",
-            _near_argument(error) or f"check 'args' in the card{' and --model-arg' if model_args else ''}",
+            _near_argument(error)
+            or "check 'args' in the card" + (f" and {option('model_args')}" if model_args else ""),
         ) from None
     weights = Path(instead) if instead else path.parent / card["weights"]
     if not weights.is_file():

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.cost import Cost, MacsCost
 from ..core.errors import UserError
 from ..core.plan import TokenPlan
+from ..core.text import option
 from .backbones.vit import ViTAdapter
 from .fisher import gate_gradients
 from .search import search_mask
@@ -98,7 +99,9 @@ def choose_loss(loss: str, output: str, labelled: bool) -> str:
     if loss == "auto":
         return "features" if output == "features" else "labels" if labelled else "self"
     if (loss == "features") != (output == "features"):
-        raise UserError(f"loss {loss!r} for a model of {output}", "leave --loss at auto")
+        raise UserError(f"loss {loss!r} for a model of {output}", f"leave {option('loss')} at auto")
     if loss == "labels" and not labelled:
-        raise UserError("loss 'labels', but the calibration images have no usable labels", "use --loss self")
+        raise UserError(
+            "loss 'labels', but the calibration images have no usable labels", f"use {option('loss', 'self')}"
+        )
     return loss

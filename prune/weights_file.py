@@ -16,12 +16,12 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from ..core.errors import UserError
-from ..core.text import first_line
+from ..core.text import first_line, option
 
 
 def _check_weights_file(weights: str | Path | None) -> None:
     if weights is not None and not Path(weights).is_file():
-        raise UserError(f"there is no weights file {weights}", "check the path after --weights")
+        raise UserError(f"there is no weights file {weights}", f"check the path that {option('weights')} gives")
 
 
 def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
@@ -46,7 +46,8 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
             state = {}
         if _mismatch(model, state):
             raise UserError(
-                f"{path} does not fit {name}: {problem}", "check the model name, --model-arg and the weights file"
+                f"{path} does not fit {name}: {problem}",
+                f"check the model name, {option('model_args')} and the weights file",
             )
     model.load_state_dict(state, strict=True)
     if not all(torch.isfinite(value).all() for value in model.state_dict().values() if value.is_floating_point()):

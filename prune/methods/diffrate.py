@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from ...core.cost import block_macs, dense_macs
 from ...core.errors import UserError
 from ...core.plan import Geometry
+from ...core.text import option
 from ..backbones.vit import ALMOST_CLOSED, ViTAdapter, embed_images, query_key_value
 from ..calibration import distance
 from ..fisher import batch_size_for
@@ -395,7 +396,7 @@ class DiffRate(Method):
     ) -> np.ndarray:
         """float [block L, 2]: the expected counts after learning, starting from ``counts``; 0 where not ``acting``."""
         if not len(batches):
-            raise UserError(f"{self.name} learns from images, and was given none", "name some with --data")
+            raise UserError(f"{self.name} learns from images, and was given none", f"name some with {option('data')}")
         geometry, parameter = adapter.geometry, next(adapter.model.parameters())
         chunks = [chunk for images in batches for chunk in images.split(self.batch_size)]
         rates = Rates.around(counts, geometry.patches, max(1.0, self.width * geometry.patches), parameter.detach())

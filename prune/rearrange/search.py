@@ -43,7 +43,7 @@ from ...core.cost import Cost, MacsCost
 from ...core.errors import UserError
 from ...core.files import atomic_path, json_sha256
 from ...core.plan import Geometry, TokenPlan
-from ...core.text import counted, first_line
+from ...core.text import counted, first_line, option
 from ..backbones.vit import ViTAdapter, weights_sha256
 from ..calibration import Calibration, Judgement, distance, divergence
 from ..fisher import batch_size_for, gate_gradients
@@ -893,7 +893,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         raise UserError(
             f"{path} is not a checkpoint of a rearrangement: {first_line(error, 120)}",
-            "name another file with --checkpoint, or delete this one",
+            f"name another file with {option('checkpoint')}, or delete this one",
         ) from None
 
 
@@ -1128,7 +1128,7 @@ class _Run:
             raise UserError(
                 f"{path} is the checkpoint of another run: its {different[0]} is "
                 f"{state['identity'].get(different[0])}, here it is {self.identity[different[0]]}",
-                "name another file with --checkpoint, or delete this one",
+                f"name another file with {option('checkpoint')}, or delete this one",
             )
         geometry, name = self.world.geometry, self.world.name
         self.played, self.batches = state["played"], state["batches"]

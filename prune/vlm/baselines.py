@@ -28,7 +28,7 @@ from ...core.choices import SAINT_MODES
 from ...core.choices import VLM_MODES as MODES
 from ...core.errors import UserError
 from ...core.plan import TokenPlan
-from ...core.text import first_line
+from ...core.text import command, first_line, option
 from ..backbones.vit import weights_sha256
 from ..methods.rule import rank_descending
 from ..tune.weights import with_weights
@@ -111,7 +111,7 @@ class AttentionAndDiversity:
         if not view.prefix:
             raise UserError(
                 "vispruner ranks by what the class token attends to, and this vision tower has none",
-                "use --mode vit, llm, hybrid, random or fastv",
+                f"use {option('mode')} vit, llm, hybrid, random or fastv",
             )
         kept = min(_kept(self.share, view), view.positions.shape[1])
         first = round(kept * self.important)
@@ -162,7 +162,7 @@ def _check_learned_on(plan: TokenPlan, model: nn.Module) -> None:
     if found != learned:
         raise UserError(
             f"the plan was learned on weights {str(learned)[:12]}, the tower's are {found[:12]}",
-            "learn one for it: vpruner prune MODEL_FOLDER --data DIR -o plan.json",
+            f"learn one for it: {command('prune', 'MODEL_FOLDER', data='DIR', output='plan.json')}",
         )
 
 
@@ -183,11 +183,12 @@ def plan_selectors(plan: TokenPlan, model: nn.Module) -> dict[int | str, Encoder
             f"the plan is for {plan.model}: {geometry.grid[0]}x{geometry.grid[1]} patches, {geometry.prefix_tokens} "
             f"prefix tokens, width {geometry.embed_dim}, {geometry.depth} blocks; the vision tower has {side}x{side}, "
             f"{parts.prefix}, {config.hidden_size} and {blocks} blocks up to its features",
-            "learn one for it: vpruner prune MODEL_FOLDER --data DIR -o plan.json",
+            f"learn one for it: {command('prune', 'MODEL_FOLDER', data='DIR', output='plan.json')}",
         )
     if plan.gates is not None and any(gate != 1 for gates in plan.gates for gate in gates):
         raise UserError(
-            "the plan has real-valued gates, which the tower of transformers has no place for", "use --tune weights"
+            "the plan has real-valued gates, which the tower of transformers has no place for",
+            f"use {option('tune', 'weights')}",
         )
     return {block - 1: StaticPositions(plan.kept[block]) for block in range(blocks) if plan.drops_before(block)}
 
@@ -226,29 +227,37 @@ class Pruning:
         for name in ("keep", "encoder_keep"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
-                option = f"--{name.replace('_', '-')}"
                 raise UserError(
-                    f"{option} is {share:g}, expected a share of the visual tokens above 0 and up to 1",
-                    f"as in {option} 0.25",
+                    f"{option(name)} is {share:g}, expected a share of the visual tokens above 0 and up to 1",
+                    f"as in {option(name, 0.25)}",
                 )
         if self.mode == "static":
             if self.plan is None:
-                raise UserError("mode static keeps what a plan says", "give it with --plan plan.json")
+                raise UserError("mode static keeps what a plan says", f"give it with {option('plan', 'PLAN')}")
             if self.keep is not None:
-                raise UserError("mode static keeps what its plan says", "leave out --keep")
+                raise UserError("mode static keeps what its plan says", f"leave out {option('keep')}")
         elif self.plan is not None:
-            raise UserError(f"a plan goes with mode static, not with {self.mode}", "leave out --plan")
+            raise UserError(f"a plan goes with mode static, not with {self.mode}", f"leave out {option('plan')}")
         elif (self.keep is None) == (self.threshold is None):
             found = "neither a share to keep nor" if self.keep is None else "both a share to keep and"
-            raise UserError(f"mode {self.mode} was given {found} a threshold", "give one of --keep and --threshold")
+            raise UserError(
+                f"mode {self.mode} was given {found} a threshold",
+                f"give one of {option('keep')} and {option('threshold')}",
+            )
         if self.threshold is not None and self.mode not in ("llm", "hybrid"):
-            raise UserError(f"a threshold goes with mode llm or hybrid, not with {self.mode}", "leave out --threshold")
+            raise UserError(
+                f"a threshold goes with mode llm or hybrid, not with {self.mode}", f"leave out {option('threshold')}"
+            )
         if self.layers is not None and self.mode not in ("llm", "hybrid", "fastv"):
-            raise UserError(f"layers go with mode llm, hybrid or fastv, not with {self.mode}", "leave out --layers")
+            raise UserError(
+                f"layers go with mode llm, hybrid or fastv, not with {self.mode}", f"leave out {option('layers')}"
+            )
         if self.encoder_keep is not None and self.mode != "hybrid":
-            raise UserError(f"--encoder-keep goes with mode hybrid, not with {self.mode}", "leave it out")
+            raise UserError(f"{option('encoder_keep')} goes with mode hybrid, not with {self.mode}", "leave it out")
         if self.layers is not None and self.mode == "fastv" and len(self.layers) != 1:
-            raise UserError(f"fastv takes one number of layers, found {len(self.layers)}", "as in --layers 2")
+            raise UserError(
+                f"fastv takes one number of layers, found {len(self.layers)}", f"as in {option('layers', 2)}"
+            )
 
     @property
     def label(self) -> str:
@@ -300,7 +309,7 @@ class Pruning:
             if not 1 <= seeing < len(parts.layers):
                 raise UserError(
                     f"fastv lets {seeing} layers see every token, the language model has {len(parts.layers)}",
-                    f"give --layers 1 to {len(parts.layers) - 1}",
+                    f"give {option('layers')} 1 to {len(parts.layers) - 1}",
                 )
             return partial(pruned, model, language={seeing - 1: LastQueryAttention(self.keep)})
         if self.mode == "static":
@@ -338,8 +347,9 @@ def prunings_from(
     options |= {"layers": (layers, ("llm", "hybrid", "fastv")), "plan": (plan, ("static",))}
     for name, (value, takers) in options.items():
         if value is not None and not set(modes) & set(takers):
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} goes with --mode {' or '.join(takers)}", f"leave out --{option}")
+            raise UserError(
+                f"{option(name)} goes with {option('mode')} {' or '.join(takers)}", f"leave out {option(name)}"
+            )
     prunings = []
     for mode in modes:
         given = {name: value for name, (value, takers) in options.items() if mode in takers}

@@ -23,6 +23,7 @@ from ...core import progress
 from ...core.environment import environment
 from ...core.errors import UserError
 from ...core.preprocess import load_image
+from ...core.text import option
 from ...core.timing import Ratio, measure, random_images
 from .baselines import Opened, Pruning, candidates_of
 from .loading import LoadedVLM
@@ -97,7 +98,7 @@ def profile(
     """
     if new_tokens < 2:
         raise UserError(
-            f"--new-tokens is {new_tokens}, expected at least 2", "the first is timed apart from the others"
+            f"{option('new_tokens')} is {new_tokens}, expected at least 2", "the first is timed apart from the others"
         )
     before = environment()
     picture = load_image(image) if image is not None else random_picture(seed)

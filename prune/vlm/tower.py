@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from ...core.errors import UserError
 from ...core.extras import require
 from ...core.preprocess import Preprocessing
-from ...core.text import first_line
+from ...core.text import command, first_line, option
 from ...core.timing import random_images
 from ..backbones.vit import ViTAdapter, weights_sha256
 from ..loaded import LoadedModel
@@ -67,7 +67,7 @@ LLAVAS = ("llava", "llava_next", "llava_onevision")
 #: Pillow's numbers of its filters, as preprocessor_config.json has them.
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _SUPPORTED = "CLIP, SigLIP, ViT and DINOv2 towers, and LLaVA, LLaVA-NeXT and LLaVA-OneVision with one of them"
-_THROUGH_ONNX = "export it to ONNX with torch.onnx.export, then: vpruner run model.onnx"
+_THROUGH_ONNX = f"export it to ONNX with torch.onnx.export, then: {command('run', 'model.onnx')}"
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def load_tower(folder: str | Path) -> Tower:
     kind = described.get("model_type")
     if kind is None and "architecture" in described:
         raise UserError(
-            f"{folder} holds a timm model, not one of transformers", f"name it so: local-dir:{folder} --pretrained"
+            f"{folder} holds a timm model, not one of transformers",
+            f"name it so: local-dir:{folder} {option('pretrained', True)}",
         )
     if kind not in FAMILIES and kind not in LLAVAS:
         raise UserError(
@@ -290,7 +291,9 @@ def read_preprocessing(folder: str | Path, size: tuple[int, int]) -> Preprocessi
         )
 
     def refuse(what: str) -> UserError:
-        return UserError(f"{path}: {what}", "correct the file, or export the tower to ONNX and give --mean and others")
+        return UserError(
+            f"{path}: {what}", f"correct the file, or export the tower to ONNX and give {option('mean')} and others"
+        )
 
     if not found.get("do_rescale", True) or abs(found.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise refuse(f"rescale_factor is {found.get('rescale_factor')}, only pixel / 255 is supported")

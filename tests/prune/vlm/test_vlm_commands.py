@@ -262,7 +262,7 @@ def test_bad_input_is_one_line(command, folder, questions, tmp_path):
         fails("vlm", command, *arguments, *data, "-q", says=says)
 
     refused(folder, "--keep", 0, says="--keep is 0,")
-    refused(folder, "--mode", "static", says="--plan plan.json")
+    refused(folder, "--mode", "static", says="--plan PLAN")
     refused(folder, "--mode", "vit", "--threshold", 0.8, says="--threshold goes with --mode llm or hybrid")
     refused(folder, "--mode", "fastv", "--layers", "5", says="fastv lets 5 layers see every token")
     refused(folder, "--device", "cudo", says="cudo")
