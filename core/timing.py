@@ -185,52 +185,13 @@ def measure(
     """
     if not candidates:
         raise ValueError("there is nothing to measure")
-    if warmup < 0 or warmup_limit < warmup or (rounds is not None and rounds < 1) or batch < 1:
-        raise ValueError(f"no protocol: warmup {warmup}..{warmup_limit}, rounds {rounds}, batch {batch}")
-    if rounds is None and seconds is None:
-        raise ValueError("give rounds, seconds or both")
-    if seconds is not None and not seconds > 0:
-        raise ValueError(f"seconds is {seconds}, expected a positive number")
-    if settle < 0:
-        raise ValueError(f"settle is {settle}, expected seconds, 0 or more")
-    shuffle = random.Random(seed).shuffle
-    names = list(candidates)
-    untimed = dict.fromkeys(names, 0)
-
-    def run_round() -> dict[str, float]:
-        order = names.copy()
-        shuffle(order)
-        times = {}
-        for name in order:
-            call = candidates[name]
-            for _ in range(untimed[name]):
-                call()
-            start = clock()
-            result = call()
-            times[name] = float(result) if own_time else clock() - start
-        return times
-
+    _check_protocol(warmup, warmup_limit, rounds, seconds, batch, settle)
+    turns = _Turns(candidates, seed, clock, own_time)
     with _no_garbage_collection():
-        warm: dict[str, list[float]] = {name: [] for name in names}
-        warm_rounds, started = 0, clock()
-        while warm_rounds < warmup_limit:
-            late = seconds is not None and clock() - started >= seconds
-            if warm_rounds >= warmup and (late or all(map(is_stable, warm.values()))):
-                break
-            for name, value in run_round().items():
-                warm[name].append(value)
-            warm_rounds += 1
-        untimed = {name: settling_runs(values, settle) for name, values in warm.items()}
-
-        samples: dict[str, list[float]] = {name: [] for name in names}
-        done, started = 0, clock()
-        while done < min(rounds or MAX_ROUNDS, MAX_ROUNDS):
-            if done >= MIN_ROUNDS and seconds is not None and clock() - started >= seconds:
-                break
-            for name, value in run_round().items():
-                samples[name].append(value)
-            done += 1
-
+        warm = turns.warm_up(warmup, warmup_limit, seconds)
+        turns.untimed = {name: settling_runs(values, settle) for name, values in warm.items()}
+        samples = turns.repeat(rounds, seconds)
+    names = list(candidates)
     times = {name: np.asarray(values, np.float64) for name, values in samples.items()}
     return Comparison(
         baseline=names[0],
@@ -238,15 +199,15 @@ def measure(
         ratios={name: Ratio.from_seconds(values, times[names[0]]) for name, values in times.items()},
         seconds=times,
         protocol={
-            "warmup_rounds": warm_rounds,
+            "warmup_rounds": len(warm[names[0]]),
             "warmup_stable": all(map(is_stable, warm.values())),
-            "rounds": done,
+            "rounds": len(times[names[0]]),
             "rounds_asked": rounds,
             "seconds_limit": seconds,
             "order": f"interleaved, shuffled each round, seed {seed}",
             "interleaved_with": names,
             "settle_seconds": settle,
-            "untimed_before_each": untimed,
+            "untimed_before_each": turns.untimed,
             "percentiles": "nearest rank",
             "interval": "95 % of the median, binomial order statistics",
             "outliers_dropped": 0,
@@ -255,6 +216,66 @@ def measure(
             **(protocol or {}),
         },
     )
+
+
+def _check_protocol(
+    warmup: int, warmup_limit: int, rounds: int | None, seconds: float | None, batch: int, settle: float
+) -> None:
+    if warmup < 0 or warmup_limit < warmup or (rounds is not None and rounds < 1) or batch < 1:
+        raise ValueError(f"no protocol: warmup {warmup}..{warmup_limit}, rounds {rounds}, batch {batch}")
+    if rounds is None and seconds is None:
+        raise ValueError("give rounds, seconds or both")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds is {seconds}, expected a positive number")
+    if settle < 0:
+        raise ValueError(f"settle is {settle}, expected seconds, 0 or more")
+
+
+class _Turns:
+    """Rounds of all candidates, each round in an order drawn anew; arguments as of :func:`measure`.
+
+    Attributes:
+        untimed: By candidate, how many runs come before each that is timed.
+    """
+
+    def __init__(
+        self, candidates: Mapping[str, Callable[[], object]], seed: int, clock: Callable[[], float], own_time: bool
+    ):
+        self.candidates, self.clock, self.own_time = candidates, clock, own_time
+        self.shuffle = random.Random(seed).shuffle
+        self.untimed = dict.fromkeys(candidates, 0)
+
+    def warm_up(self, at_least: int, at_most: int, seconds: float | None) -> dict[str, list[float]]:
+        """Seconds [round] by candidate, of rounds until times are stable or a limit is reached."""
+        times: dict[str, list[float]] = {name: [] for name in self.candidates}
+        started = self.clock()
+        for done in range(at_most):
+            late = seconds is not None and self.clock() - started >= seconds
+            if done >= at_least and (late or all(map(is_stable, times.values()))):
+                break
+            self._add_round(times)
+        return times
+
+    def repeat(self, rounds: int | None, seconds: float | None) -> dict[str, list[float]]:
+        """Seconds [round] by candidate."""
+        times: dict[str, list[float]] = {name: [] for name in self.candidates}
+        started = self.clock()
+        for done in range(min(rounds or MAX_ROUNDS, MAX_ROUNDS)):
+            if done >= MIN_ROUNDS and seconds is not None and self.clock() - started >= seconds:
+                break
+            self._add_round(times)
+        return times
+
+    def _add_round(self, times: dict[str, list[float]]) -> None:
+        order = list(self.candidates)
+        self.shuffle(order)
+        for name in order:
+            call = self.candidates[name]
+            for _ in range(self.untimed[name]):
+                call()
+            start = self.clock()
+            result = call()
+            times[name].append(float(result) if self.own_time else self.clock() - start)
 
 
 def nearest_rank(values: np.ndarray, percent: float) -> float:

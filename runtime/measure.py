@@ -57,7 +57,7 @@ def profile_onnx(
     Raises:
         UserError: A file cannot be opened, the batch does not fit, or the files take different images.
     """
-    from .ort import OrtSession, short_provider
+    from .ort import OrtSession
 
     if not paths:
         raise UserError("there is no file to measure", "give at least one ONNX file")
@@ -95,28 +95,32 @@ def profile_onnx(
                 "graph_optimization": "all",
             },
         )
-        return [
-            {
-                "schema": ROW_SCHEMA,
-                "kind": "latency",
-                "label": label,
-                "file_sha256": file_sha256(paths[label]),
-                "model": session.metadata.model,
-                "plan": session.metadata.plan,
-                "runtime": "onnxruntime",
-                "provider": short_provider(session.providers[0]),
-                "precision": precision or session.metadata.precision or _PRECISION[session.inputs[0].dtype],
-                "batch": batch,
-                "threads": threads,
-                **comparison.row(label),
-                "protocol": comparison.protocol,
-                "environment": before,
-            }
-            for label, session in sessions.items()
-        ]
+        rows = []
+        for label, session in sessions.items():
+            about = {"file_sha256": file_sha256(paths[label]), **_about(session), "batch": batch, "threads": threads}
+            if precision is not None:
+                about["precision"] = precision
+            measured = {"protocol": comparison.protocol, "environment": before}
+            rows.append(
+                {"schema": ROW_SCHEMA, "kind": "latency", "label": label, **about, **comparison.row(label), **measured}
+            )
+        return rows
 
 
 _PRECISION = {"float32": "fp32", "float16": "fp16", "float64": "fp64"}
+
+
+def _about(session: Any) -> dict[str, Any]:
+    """What a row says of the file and of what runs it."""
+    from .ort import short_provider
+
+    return {
+        "model": session.metadata.model,
+        "plan": session.metadata.plan,
+        "runtime": "onnxruntime",
+        "provider": short_provider(session.providers[0]),
+        "precision": session.metadata.precision or _PRECISION[session.inputs[0].dtype],
+    }
 
 
 def _call(session: Any, feeds: dict[str, np.ndarray]) -> Callable[[], object]:

@@ -97,81 +97,101 @@ def refit_weights(
         and JSON values: images, flip, and per block and layer the ridge (None: unchanged) and the share of the squared
         error that it explains in cross-validation.
     """
-    weights = dict(start or {})
-    blocks: list[dict[str, Any]] = []
-    ridges = {"attn.proj": FIRST_RIDGE, "mlp.fc2": FIRST_RIDGE}
     plans = [plan] if isinstance(plan, (TokenPlan, TokenRule)) else plan
     with Streams(adapter, plans, calibration, indices, flip, prefix_weight, ram_bytes) as streams:
-
-        def refit(index: int, name: str, linear: nn.Linear, scale: nn.Module, equations: NormalEquations) -> None:
-            solution = equations.solve(ridges[name])
-            blocks[-1][name] = solution.to_json()
-            if solution.coefficients is None:
-                return
-            ridges[name] = solution.ridge
-            update = _unscaled(solution.coefficients, scale)
-            full_name = f"blocks.{index}.{name}"
-            weight = weights.get(f"{full_name}.weight", linear.weight)
-            weights[f"{full_name}.weight"] = _added(weight, update[: linear.in_features].T)
-            if linear.bias is not None:
-                bias = weights.get(f"{full_name}.bias", linear.bias)
-                weights[f"{full_name}.bias"] = _added(bias, update[-1])
-
-        def linear_output(index: int, name: str, linear: nn.Linear, inputs: Tensor) -> Tensor:
-            full_name = f"blocks.{index}.{name}"
-            weight, bias = weights.get(f"{full_name}.weight"), weights.get(f"{full_name}.bias")
-            return F.linear(
-                inputs,
-                linear.weight if weight is None else weight.to(linear.weight),
-                linear.bias if bias is None else bias.to(linear.weight),
-            )
-
+        refit = _Refit(streams, dict(start or {}))
         for index, block in enumerate(adapter.model.blocks):
-            blocks.append({})
+            refit.blocks.append({})
             streams.choose(index)
             streams.advance_dense(index)
-            if streams.exact_so_far(index) and not any(name.startswith(f"blocks.{index}.") for name in weights):
+            if streams.exact_so_far(index) and not any(name.startswith(f"blocks.{index}.") for name in refit.weights):
                 # Nothing has been dropped yet: what a fit would find is rounding.
                 streams.follow_dense(index)
-                on_step(1)
-                continue
-            streams.diverged = True
-            proj, fc2 = block.attn.proj, getattr(block.mlp, "fc2", None)
-            equations = streams.equations(proj)
-            for chunk in streams.chunks:
-                inputs, heads = streams.attend(chunk, index)
-                output = linear_output(index, "attn.proj", proj, heads)
-                target = streams.get("middle", chunk) - inputs
-                weights_of_rows = streams.row_weights(chunk, index)
-                equations.add(streams.fold(chunk), heads, target - block.ls1(output), weights_of_rows)
-                streams.put("heads", chunk, heads)
-                streams.put("pruned", chunk, inputs)
-            refit(index, "attn.proj", proj, block.ls1, equations)
+            else:
+                streams.diverged = True
+                refit.attention(index, block)
+                refit.mlp(index, block)
+            on_step(1)
+        details = {"images": streams.images, "flip": streams.flip, "folds": streams.folds, "blocks": refit.blocks}
+    return refit.weights, details
 
-            equations = streams.equations(fc2) if isinstance(fc2, nn.Linear) else None
-            for chunk in streams.chunks:
-                heads = streams.get("heads", chunk)
-                middle = streams.get("pruned", chunk) + block.ls1(linear_output(index, "attn.proj", proj, heads))
-                streams.put("pruned", chunk, middle)
-                if equations is not None:
-                    hidden = _input_of(fc2, block.mlp, block.norm2(middle))
-                    output = linear_output(index, "mlp.fc2", fc2, hidden)
-                    target = streams.get("target", chunk) - middle
-                    weights_of_rows = streams.row_weights(chunk, index)
-                    equations.add(streams.fold(chunk), hidden, target - block.ls2(output), weights_of_rows)
-            if equations is not None:
-                refit(index, "mlp.fc2", fc2, block.ls2, equations)
+
+class _Refit:
+    """The layers of one model, refitted block by block.
+
+    Attributes:
+        weights: State-dict name -> tensor, of what has changed so far.
+        blocks: JSON values of each block so far.
+    """
+
+    def __init__(self, streams: Streams, weights: dict[str, Tensor]):
+        self.streams, self.weights = streams, weights
+        self.blocks: list[dict[str, Any]] = []
+        self._ridges = {"attn.proj": FIRST_RIDGE, "mlp.fc2": FIRST_RIDGE}
+
+    def attention(self, index: int, block: nn.Module) -> None:
+        """Refit the projection, and leave the stream behind the attention in "pruned"."""
+        streams, proj = self.streams, block.attn.proj
+        equations = streams.equations(proj)
+        for chunk in streams.chunks:
+            inputs, heads = streams.attend(chunk, index)
+            output = self._output(index, "attn.proj", proj, heads)
+            target = streams.get("middle", chunk) - inputs
+            rows = streams.row_weights(chunk, index)
+            equations.add(streams.fold(chunk), heads, target - block.ls1(output), rows)
+            streams.put("heads", chunk, heads)
+            streams.put("pruned", chunk, inputs)
+        self._solve(index, "attn.proj", proj, block.ls1, equations)
+        for chunk in streams.chunks:
+            output = self._output(index, "attn.proj", proj, streams.get("heads", chunk))
+            streams.put("pruned", chunk, streams.get("pruned", chunk) + block.ls1(output))
+
+    def mlp(self, index: int, block: nn.Module) -> None:
+        """Refit the second layer, where there is one, and leave the block's output in "pruned"."""
+        streams, fc2 = self.streams, getattr(block.mlp, "fc2", None)
+        linear = isinstance(fc2, nn.Linear)
+        if linear:
+            equations = streams.equations(fc2)
             for chunk in streams.chunks:
                 middle = streams.get("pruned", chunk)
-                if equations is not None:
-                    hidden = _input_of(fc2, block.mlp, block.norm2(middle))
-                    output = linear_output(index, "mlp.fc2", fc2, hidden)
-                else:
-                    output = block.mlp(block.norm2(middle))
-                streams.put("pruned", chunk, middle + block.ls2(output))
-            on_step(1)
-        details = {"images": streams.images, "flip": streams.flip, "folds": streams.folds, "blocks": blocks}
-    return weights, details
+                hidden = _input_of(fc2, block.mlp, block.norm2(middle))
+                output = self._output(index, "mlp.fc2", fc2, hidden)
+                target = streams.get("target", chunk) - middle
+                rows = streams.row_weights(chunk, index)
+                equations.add(streams.fold(chunk), hidden, target - block.ls2(output), rows)
+            self._solve(index, "mlp.fc2", fc2, block.ls2, equations)
+        for chunk in streams.chunks:
+            middle = streams.get("pruned", chunk)
+            if linear:
+                hidden = _input_of(fc2, block.mlp, block.norm2(middle))
+                output = self._output(index, "mlp.fc2", fc2, hidden)
+            else:
+                output = block.mlp(block.norm2(middle))
+            streams.put("pruned", chunk, middle + block.ls2(output))
+
+    def _solve(self, index: int, name: str, linear: nn.Linear, scale: nn.Module, equations: NormalEquations) -> None:
+        solution = equations.solve(self._ridges[name])
+        self.blocks[-1][name] = solution.to_json()
+        if solution.coefficients is None:
+            return
+        self._ridges[name] = solution.ridge
+        update = _unscaled(solution.coefficients, scale)
+        full_name = f"blocks.{index}.{name}"
+        weight = self.weights.get(f"{full_name}.weight", linear.weight)
+        self.weights[f"{full_name}.weight"] = _added(weight, update[: linear.in_features].T)
+        if linear.bias is not None:
+            bias = self.weights.get(f"{full_name}.bias", linear.bias)
+            self.weights[f"{full_name}.bias"] = _added(bias, update[-1])
+
+    def _output(self, index: int, name: str, linear: nn.Linear, inputs: Tensor) -> Tensor:
+        """Of the layer as it is by now."""
+        full_name = f"blocks.{index}.{name}"
+        weight, bias = self.weights.get(f"{full_name}.weight"), self.weights.get(f"{full_name}.bias")
+        return F.linear(
+            inputs,
+            linear.weight if weight is None else weight.to(linear.weight),
+            linear.bias if bias is None else bias.to(linear.weight),
+        )
 
 
 def _added(tensor: Tensor, update: Tensor) -> Tensor:

@@ -109,20 +109,10 @@ def profile(
         for label, opened in candidates.items():
             described[label] = _describe(vlm, opened, inputs)
             advance(1)
-    decode: dict[str, list[float]] = {label: [] for label in candidates}
-
-    def call(label: str, opened: Opened):
-        def once() -> float:
-            with opened():
-                times = generate_timed(vlm, inputs, new_tokens)
-            decode[label].append(times.decode)
-            return times.first
-
-        return once
-
+    timed = {label: _Timed(vlm, opened, inputs, new_tokens) for label, opened in candidates.items()}
     with progress.stage("Measuring latency"):
         comparison = measure(
-            {label: call(label, opened) for label, opened in candidates.items()},
+            timed,
             warmup=warmup,
             warmup_limit=max(10, warmup),
             rounds=rounds,
@@ -141,37 +131,58 @@ def profile(
                 "peak_memory": described["dense"]["peak_memory_of"],
             },
         )
-    rounds_done = comparison.protocol["rounds"]
     # Warm-up calls come first, and every candidate has as many.
-    decode_seconds = {label: np.array(values[-rounds_done:]) for label, values in decode.items()}
+    per_token = {label: np.array(one.decode[-comparison.protocol["rounds"] :]) for label, one in timed.items()}
     named = {one.label: one.to_json() for one in prunings}
-    rows = []
-    for label in candidates:
-        per_token = decode_seconds[label]
-        ratio = Ratio.from_seconds(per_token, decode_seconds["dense"])
-        rows.append(
-            {
-                "schema": ROW_SCHEMA,
-                "kind": "vlm_latency",
-                "label": label,
-                "model": vlm.name,
-                "dtype": vlm.dtype,
-                "device": str(vlm.device),
-                "attention": vlm.model.config._attn_implementation,
-                "pruning": named.get(label),
-                "batch": batch_size,
-                **comparison.row(label),
-                "decode_tokens_per_s": batch_size / float(np.median(per_token)),
-                "decode_ms_per_token": 1e3 * float(np.median(per_token)),
-                "decode_ratio": ratio.ratio,
-                "decode_ratio_low": ratio.ratio_low,
-                "decode_ratio_high": ratio.ratio_high,
-                **described[label],
-                "protocol": comparison.protocol,
-                "environment": before,
-            }
-        )
-    return rows
+    return [
+        {
+            "schema": ROW_SCHEMA,
+            "kind": "vlm_latency",
+            "label": label,
+            "model": vlm.name,
+            "dtype": vlm.dtype,
+            "device": str(vlm.device),
+            "attention": vlm.model.config._attn_implementation,
+            "pruning": named.get(label),
+            "batch": batch_size,
+            **comparison.row(label),
+            **_decode_row(per_token[label], per_token["dense"], batch_size),
+            **described[label],
+            "protocol": comparison.protocol,
+            "environment": before,
+        }
+        for label in candidates
+    ]
+
+
+class _Timed:
+    """One ``generate`` of a candidate; called, it gives the seconds to the first token and notes those per token.
+
+    Attributes:
+        decode: Seconds per token, of each call.
+    """
+
+    def __init__(self, vlm: LoadedVLM, opened: Opened, inputs: dict[str, torch.Tensor], new_tokens: int):
+        self.vlm, self.opened, self.inputs, self.new_tokens = vlm, opened, inputs, new_tokens
+        self.decode: list[float] = []
+
+    def __call__(self) -> float:
+        with self.opened():
+            times = generate_timed(self.vlm, self.inputs, self.new_tokens)
+        self.decode.append(times.decode)
+        return times.first
+
+
+def _decode_row(seconds: np.ndarray, dense: np.ndarray, batch: int) -> dict[str, float]:
+    """What a row says of decoding: float [round], seconds per token, of a candidate and of the dense model."""
+    ratio = Ratio.from_seconds(seconds, dense)
+    return {
+        "decode_tokens_per_s": batch / float(np.median(seconds)),
+        "decode_ms_per_token": 1e3 * float(np.median(seconds)),
+        "decode_ratio": ratio.ratio,
+        "decode_ratio_low": ratio.ratio_low,
+        "decode_ratio_high": ratio.ratio_high,
+    }
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -10,12 +10,13 @@ from tiny_vits import KINDS, calibration_for, half_plan, tiny
 from vpruner.core.plan import TokenPlan
 from vpruner.prune.backbones.vit import ViTAdapter, attended_values, weights_sha256
 from vpruner.prune.calibration import Calibration
-from vpruner.prune.tune import stage as tuning
+from vpruner.prune.tune import gates, stage, streams
 from vpruner.prune.tune.gates import tune_gates_by_distillation, tune_gates_least_squares
 from vpruner.prune.tune.jacobian import gate_jacobian
 from vpruner.prune.tune.ridge import RIDGES, NormalEquations
 from vpruner.prune.tune.stage import TUNINGS, tune, tuning_steps
 from vpruner.prune.tune.store import ActivationStore
+from vpruner.prune.tune.streams import Streams, pooling_weights
 from vpruner.prune.tune.weights import refit_weights, with_weights
 
 TUNED = [kind for kind in TUNINGS if kind != "none"]
@@ -270,7 +271,7 @@ def test_pooled_targets_have_the_mean_of_the_dense_tokens(kind):
     hook = model.blocks[-1].register_forward_hook(lambda module, args, output: dense.append(output))
     with (
         torch.no_grad(),
-        tuning._Streams(adapter, [plan], calibration, calibration.fit, False, 4.0, 1 << 30) as streams,
+        Streams(adapter, [plan], calibration, calibration.fit, False, 4.0, 1 << 30) as streams,
     ):
         for block in range(adapter.geometry.depth):
             streams.advance_dense(block)
@@ -299,7 +300,7 @@ def test_pooling_weights_are_the_attention_of_the_pool(kind):
         model(torch.randn(3, 3, 32, 48))
     (tokens,), expected = tokens, attention[-1].mean((1, 2))
     with torch.no_grad():
-        weights = tuning.pooling_weights(model, tokens)
+        weights = pooling_weights(model, tokens)
     assert weights.shape == tokens.shape[:2]
     torch.testing.assert_close(weights[:, tokens.shape[1] - expected.shape[1] :], expected)
     torch.testing.assert_close(weights.sum(1), torch.ones(3))
@@ -353,7 +354,7 @@ def test_gate_equations_in_small_parts_equal_those_in_one(monkeypatch):
     adapter, plan, calibration = case("layer scale")
     whole, _ = tune_gates_least_squares(adapter, plan, calibration, calibration.fit)
     # A few queries of one image at a time.
-    monkeypatch.setattr(tuning, "JACOBIAN_BYTES", 4 * 24 * 32 * 5)
+    monkeypatch.setattr(streams, "JACOBIAN_BYTES", 4 * 24 * 32 * 5)
     parts, _ = tune_gates_least_squares(adapter, plan, calibration, calibration.fit)
     for left, right in zip(whole.gates, parts.gates, strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-4)
@@ -378,14 +379,14 @@ def test_distillation_trains_the_model_that_is_evaluated():
     adapter, plan, calibration = case("distilled")
     gated = TokenPlan("tiny", plan.geometry, plan.kept, tuple((2.0,) * len(kept) for kept in plan.kept))
     losses = []
-    real = tuning.divergence
+    real = gates.divergence
 
     def watch(*args):
         losses.append(real(*args))
         return losses[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "divergence", watch)
+        patch.setattr(gates, "divergence", watch)
         tune_gates_by_distillation(adapter, gated, calibration, epochs=1, learning_rate=0.0)
     expected = calibration.divergence(adapter, gated, calibration.fit).mean()
     assert float(torch.cat(losses).detach().mean()) == pytest.approx(expected, rel=1e-3)
@@ -455,7 +456,7 @@ def test_weights_that_do_harm_are_undone(garbage, monkeypatch):
     before = weights_sha256(adapter.model)
     name = "blocks.2.mlp.fc2.weight"
     value = torch.randn(32, 128) if garbage == "noise" else torch.full((32, 128), torch.nan)
-    monkeypatch.setattr(tuning, "refit_weights", lambda *args, **options: ({name: value}, {}))
+    monkeypatch.setattr(stage, "refit_weights", lambda *args, **options: ({name: value}, {}))
     tuned = tune(adapter, plan, calibration)
     assert tuned.plan is plan and tuned.weights is None and not tuned.kept
     assert "undone" in tuned.note and (garbage == "noise" or "not finite" in tuned.note)
@@ -485,7 +486,7 @@ def test_garbage_gradients_are_undone(monkeypatch):
 @pytest.mark.parametrize("kind", TUNED)
 def test_an_exception_leaves_model_and_disk_as_they_were(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(tuning, "RAM_BYTES", 0)
+    monkeypatch.setattr(streams, "ActivationStore", lambda ram_bytes: ActivationStore(0))
     adapter, plan, calibration = case()
     adapter.model.train()
     before, required = weights_sha256(adapter.model), [p.requires_grad for p in adapter.model.parameters()]
