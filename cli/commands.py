@@ -814,25 +814,25 @@ def export(
     loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
     if method is None:
         options.update(plan=plan, plan_path=plan_path, tokens=tokens)
-    rungs, deployed, conversions = export_with_precisions(loaded, output, **options)
+    checks, deployed, conversions = export_with_precisions(loaded, output, **options)
     more = [{**done.to_json(), "compared_on": what, "agreement": cost.to_json()} for done, cost, what in conversions]
-    _print_rungs(rungs, output, as_json, deployed, precisions=more)
+    _print_checks(checks, output, as_json, deployed, precisions=more)
     if not as_json:
         for done, _, _ in conversions:
             click.echo(done.path)
 
 
-def _print_rungs(rungs, output: Path, as_json: bool, deployed, **more: Any) -> None:
+def _print_checks(checks, output: Path, as_json: bool, deployed, **more: Any) -> None:
     from ..pipeline.results import parity_row
 
     if as_json:
         if deployed is not None:
             more["deployment"] = deployed.to_json()
-        _print_json({"file": str(output), "parity": [parity_row(rung) for rung in rungs], **more})
+        _print_json({"file": str(output), "parity": [parity_row(check) for check in checks], **more})
         return
     _table(
         "parity",
-        ["rung", "difference", "tolerance", "images"],
+        ["parity check", "difference", "tolerance", "images"],
         [
             [
                 r.name,
@@ -840,7 +840,7 @@ def _print_rungs(rungs, output: Path, as_json: bool, deployed, **more: Any) -> N
                 f"{r.tolerance:.0e}",
                 f"{r.compared}, {r.near_ties} near-ties" if r.near_ties else str(r.compared),
             ]
-            for r in rungs
+            for r in checks
         ],
     )
     if deployed is not None:
@@ -878,8 +878,8 @@ def fold(dense, plan_path, identity, deploy_for, output, as_json, quiet) -> None
         raise UserError("fold takes one of --plan FILE and --identity", "make a plan with: vpruner prune MODEL")
     check_output(output, ".onnx", dense, plan_path)
     plan = TokenPlan.load(plan_path) if plan_path else None
-    record, rungs, deployed = fold_checked(dense, plan, output, deploy_for=deploy_for, plan_path=plan_path)
-    _print_rungs(rungs, output, as_json, deployed, modified=record.modified)
+    record, checks, deployed = fold_checked(dense, plan, output, deploy_for=deploy_for, plan_path=plan_path)
+    _print_checks(checks, output, as_json, deployed, modified=record.modified)
 
 
 @main.command()

@@ -1,6 +1,6 @@
-"""The parity ladder: from the untouched timm model to the pruned ONNX file, one comparison per step.
+"""Parity checks: from the untouched timm model to the pruned ONNX file, one comparison per step.
 
-Run on the user's own model after every export. A rung that fails says *where* the forms part: in the plan's PyTorch
+Run on the user's own model after every export. A check that fails says *where* the forms part: in the plan's PyTorch
 form, in removing dead tokens, in the exporter, or in folding.
 """
 
@@ -39,7 +39,7 @@ _CHUNK = 8
 
 
 @dataclass(frozen=True)
-class Rung:
+class ParityCheck:
     """One comparison.
 
     Attributes:
@@ -62,7 +62,7 @@ class Rung:
     near_ties: int | None = None
 
 
-def check_ladder(
+def check_pruned(
     adapter: ViTAdapter,
     plan: TokenPlan,
     dense_path: str | os.PathLike,
@@ -71,8 +71,8 @@ def check_ladder(
     *,
     weights: Mapping[str, torch.Tensor] | None = None,
     tolerance: float = 1e-4,
-) -> list[Rung]:
-    """Climb the ladder on preprocessed ``images`` [image, channel, height, width], float32.
+) -> list[ParityCheck]:
+    """All parity checks of an export with a plan, on preprocessed ``images`` [image, channel, height, width], float32.
 
     Every reference is computed by the timm model as it came: unpatched, or, for the gathered form, with tokens selected
     away between its own blocks.
@@ -83,16 +83,16 @@ def check_ladder(
         tolerance: Relative difference allowed between PyTorch and onnxruntime, both float32.
 
     Returns:
-        The rungs, all of them passed.
+        The checks, all of them passed.
 
     Raises:
-        ParityError: The first rung that fails, with its numbers. The model is as it was, in that case too.
+        ParityError: The first check that fails, with its numbers. The model is as it was, in that case too.
     """
     torch = require("torch")
     from ..prune.tune.weights import with_weights
 
     model = adapter.model
-    rungs = []
+    checks = []
     with evaluating(model), torch.no_grad():
         few = images[:EXACT_IMAGES]
         with in_float64(model):
@@ -100,13 +100,13 @@ def check_ladder(
             identity = TokenPlan.identity(plan.model, plan.geometry)
             # Its masked and gathered forms patch nothing; only removing dead tokens could change something.
             unpruned = _run_form(adapter, identity, "dead", few.double())
-            rungs.append(_exact("identity plan changes nothing", untouched, unpruned))
+            checks.append(_exact("identity plan changes nothing", untouched, unpruned))
             with with_weights(model, weights):
                 masked, gathered, dead = (
                     _run_form(adapter, plan, form, few.double()) for form in ("masked", "gathered", "dead")
                 )
-            rungs.append(_exact("masked equals gathered", masked, gathered))
-            rungs.append(_exact("gathered equals dead tokens removed", gathered, dead))
+            checks.append(_exact("masked equals gathered", masked, gathered))
+            checks.append(_exact("gathered equals dead tokens removed", gathered, dead))
         dense_reference = run_in_chunks(model, images)
         with with_weights(model, weights):
             pruned_reference = _run_form(adapter, plan, "gathered", images)
@@ -115,16 +115,16 @@ def check_ladder(
         ("dense.onnx equals the timm model", dense_path, dense_reference),
         ("pruned.onnx equals the gathered model", pruned_path, pruned_reference),
     ):
-        rungs.append(compare(name, reference, run_onnx(path, images.cpu().numpy()), tolerance, top1=classifies))
-    return rungs
+        checks.append(compare(name, reference, run_onnx(path, images.cpu().numpy()), tolerance, top1=classifies))
+    return checks
 
 
 def check_dense(
     adapter: ViTAdapter, dense_path: str | os.PathLike, images: torch.Tensor, *, tolerance: float = 1e-4
-) -> list[Rung]:
-    """The one rung of an export without a plan: ``dense.onnx`` computes what the untouched timm model does.
+) -> list[ParityCheck]:
+    """The one check of an export without a plan: ``dense.onnx`` computes what the untouched timm model does.
 
-    Args, Returns, Raises: as for :func:`check_ladder`.
+    Args, Returns, Raises: as for :func:`check_pruned`.
     """
     with evaluating(adapter.model), require("torch").no_grad():
         reference = run_in_chunks(adapter.model, images)
@@ -139,7 +139,7 @@ def check_fold(
     images: np.ndarray,
     *,
     tolerance: float = 1e-4,
-) -> list[Rung]:
+) -> list[ParityCheck]:
     """Check a fold without PyTorch: the pruned file against the dense file with masked attention.
 
     A graph from elsewhere is rewritten before it is masked or folded into, so its rewritten form is first compared with
@@ -152,27 +152,27 @@ def check_fold(
         ParityError: The two disagree.
     """
     top1 = plan.geometry.output == "logits"
-    rungs = []
+    checks = []
     with tempfile.TemporaryDirectory() as folder:
         rewritten = load_model(dense_path)
         if prepare(rewritten, plan.geometry).normalised:
             save_model(rewritten, Path(folder) / "rewritten.onnx")
             found, untouched = run_onnx(Path(folder) / "rewritten.onnx", images), run_onnx(dense_path, images)
-            rungs.append(compare("the rewritten graph equals the file", untouched, found, tolerance, top1=top1))
+            checks.append(compare("the rewritten graph equals the file", untouched, found, tolerance, top1=top1))
         masked_path = Path(folder) / "masked.onnx"
         save_model(mask_tokens(rewritten, plan), masked_path)
         del rewritten
         reference = run_onnx(masked_path, images)
     return [
-        *rungs,
+        *checks,
         compare(
             "pruned.onnx equals the masked dense.onnx", reference, run_onnx(pruned_path, images), tolerance, top1=top1
         ),
     ]
 
 
-def compare(name: str, reference: np.ndarray, candidate: np.ndarray, tolerance: float, *, top1: bool) -> Rung:
-    """Compare outputs [image, output] and return a passed rung.
+def compare(name: str, reference: np.ndarray, candidate: np.ndarray, tolerance: float, *, top1: bool) -> ParityCheck:
+    """Compare outputs [image, output] and return a passed check.
 
     Args:
         top1: Also require the same largest output per image, unless the reference's two largest are within
@@ -186,14 +186,14 @@ def compare(name: str, reference: np.ndarray, candidate: np.ndarray, tolerance: 
     difference = _difference(reference, candidate)
     changed = _top1_changed(reference, candidate, tolerance) if top1 else None
     passed = difference <= tolerance and not changed
-    rung = Rung(name, difference, tolerance, len(reference), bool(passed), changed)
+    check = ParityCheck(name, difference, tolerance, len(reference), bool(passed), changed)
     if not passed:
         top1_text = "" if changed is None else f", top-1 changed on {changed} images"
         raise ParityError(
             f"not so: {name}: relative difference {difference:.3g}, tolerance {tolerance:.3g}, "
             f"{len(reference)} images{top1_text}"
         )
-    return rung
+    return check
 
 
 def run_onnx(path: str | os.PathLike, images: np.ndarray, *, optimized: bool = True) -> np.ndarray:
@@ -229,7 +229,7 @@ def run_all_outputs(path: str | os.PathLike, images: np.ndarray, *, optimized: b
     return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
 
 
-def _exact(name: str, reference: np.ndarray, candidate: np.ndarray) -> Rung:
+def _exact(name: str, reference: np.ndarray, candidate: np.ndarray) -> ParityCheck:
     return compare(name, reference, candidate, EXACT, top1=False)
 
 

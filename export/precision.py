@@ -268,7 +268,7 @@ def agreement(
     images: np.ndarray,
     labels: np.ndarray | None = None,
 ) -> Agreement:
-    """The parity rung of a precision, on the CPU.
+    """The parity check of a precision, on the CPU.
 
     Args:
         images: float32 [image, channel, height, width], preprocessed.

@@ -31,7 +31,7 @@ from ..core.metadata import GraphMetadata
 from ..core.plan import Geometry, TokenPlan
 from .dense import evaluating, finish, trace
 from .files import save_model
-from .parity import EXACT, EXACT_IMAGES, Rung, compare, in_float64, run_all_outputs, run_in_chunks, run_onnx
+from .parity import EXACT, EXACT_IMAGES, ParityCheck, compare, in_float64, run_all_outputs, run_in_chunks, run_onnx
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def export_rule(
     dynamic_batch: bool = False,
     batch_size: int = 1,
     trained_sha256: str | None = None,
-    audit: str | os.PathLike | None = None,
+    decisions_path: str | os.PathLike | None = None,
 ) -> Path:
     """Write the model that follows ``rule`` as an ONNX file: ``image`` [batch, 3, height, width] -> logits or features.
 
@@ -73,7 +73,7 @@ def export_rule(
         rule: Its counts must be static.
         opset, dynamic_batch, batch_size: As for :func:`~vpruner.export.dense.export_dense`.
         trained_sha256: Where the weights of ``loaded`` were refitted to the rule: hash of those before.
-        audit: Also write the same graph with one more output per block that decides, ``decision.BLOCK``, int64
+        decisions_path: Also write the same graph with one more output per block that decides, ``decision.BLOCK``, int64
             [batch, any], as :attr:`~vpruner.prune.methods.rule.RuleRun.decisions`; :func:`check_rule` reads it.
 
     Raises:
@@ -101,8 +101,8 @@ def export_rule(
             "which runtimes do not all take",
             "choose another --method",
         )
-    if audit is not None:
-        save_model(graph, audit)
+    if decisions_path is not None:
+        save_model(graph, decisions_path)
     del graph.graph.outputs[1:]
     passes.RemoveUnusedNodesPass()(graph)
     return save_model(graph, path)
@@ -195,74 +195,74 @@ def _returning_decisions(run: RuleRun) -> Iterator[None]:
         run.decisions.clear()  # The exporter's tensors hold no numbers.
 
 
-# -- the parity ladder ------------------------------------------------------------------------------------------------
+# -- parity checks ----------------------------------------------------------------------------------------------------
 
 
 def check_rule(
     adapter: ViTAdapter,
     rule: TokenRule,
     path: str | os.PathLike,
-    audit: str | os.PathLike,
+    decisions_path: str | os.PathLike,
     images: torch.Tensor,
     *,
     tolerance: float = 1e-4,
-) -> list[Rung]:
-    """Climb the ladder of a rule on preprocessed ``images`` [image, channel, height, width], float32.
+) -> list[ParityCheck]:
+    """All parity checks of a rule, on preprocessed ``images`` [image, channel, height, width], float32.
 
     References are the timm model as it came, alone or with timm's own attention masks, and the rule's PyTorch form.
     Where onnxruntime decides otherwise for an image than PyTorch, the rule must do so too when its input moves by
     :data:`_NOISE`: then scores were equal within rounding, and the image is counted in
-    :attr:`~vpruner.export.parity.Rung.near_ties`. If the rule drops tokens, such an image is compared with the PyTorch
-    form that is made to keep what onnxruntime kept; if it merges them, it is left out of the comparison, and with no
-    image left the last rung passes with none compared.
+    :attr:`~vpruner.export.parity.ParityCheck.near_ties`. If the rule drops tokens, such an image is compared with the
+    PyTorch form that is made to keep what onnxruntime kept; if it merges them, it is left out of the comparison, and
+    with no image left the last check passes with none compared.
 
     Args:
-        path, audit: The two files of :func:`export_rule`.
+        path, decisions_path: The two files of :func:`export_rule`.
         tolerance: Relative difference allowed between PyTorch and onnxruntime, both float32.
 
     Returns:
-        The rungs, all of them passed.
+        The checks, all of them passed.
 
     Raises:
-        ParityError: The first rung that fails, with its numbers. The model is as it was, in that case too.
+        ParityError: The first check that fails, with its numbers. The model is as it was, in that case too.
     """
     torch, model = require("torch"), adapter.model
-    rungs = []
+    checks = []
     with evaluating(model), torch.no_grad():
         few = images[:EXACT_IMAGES]
         with in_float64(model):
             untouched = run_in_chunks(model, few.double())
             idle, _ = _follow(adapter, _replaying(adapter.geometry, {}), few.double())
-            rungs.append(compare("a rule that does nothing changes nothing", untouched, idle, EXACT, top1=False))
+            checks.append(compare("a rule that does nothing changes nothing", untouched, idle, EXACT, top1=False))
             if not rule.merges:
                 gathered, decisions = _follow(adapter, rule, few.double())
                 masked = _masked(adapter, rule, decisions, few.double())
-                rungs.append(compare("masked equals gathered", masked, gathered, EXACT, top1=False))
-    return [*rungs, compare_rule(adapter, rule, path, audit, images, tolerance=tolerance)]
+                checks.append(compare("masked equals gathered", masked, gathered, EXACT, top1=False))
+    return [*checks, compare_rule(adapter, rule, path, decisions_path, images, tolerance=tolerance)]
 
 
 def compare_rule(
     adapter: ViTAdapter,
     rule: TokenRule,
     path: str | os.PathLike,
-    audit: str | os.PathLike,
+    decisions_path: str | os.PathLike,
     images: torch.Tensor,
     *,
     tolerance: float = 1e-4,
     optimized: bool = True,
     what: str = "",
-) -> Rung:
-    """The last rung of :func:`check_rule`: the file computes what the rule does in PyTorch.
+) -> ParityCheck:
+    """The last check of :func:`check_rule`: the file computes what the rule does in PyTorch.
 
     Args:
         optimized: Let onnxruntime fuse nodes.
-        what: What to say of the file in the rung's name, after the file's.
+        what: What to say of the file in the check's name, after the file's.
     """
     torch, model = require("torch"), adapter.model
     with evaluating(model), torch.no_grad():
         reference, decided = _follow(adapter, rule, images)
         found = run_onnx(path, images.cpu().numpy(), optimized=optimized)
-        _, *rows = run_all_outputs(audit, images.cpu().numpy(), optimized=optimized)
+        _, *rows = run_all_outputs(decisions_path, images.cpu().numpy(), optimized=optimized)
         decided_there = dict(zip(decided, rows, strict=True))
         name = f"{Path(path).name}{what} equals {rule.name} in PyTorch"
         classifies = adapter.geometry.output == "logits"
@@ -283,9 +283,9 @@ def compare_rule(
             _prove_near_tie(adapter, rule, images[index], name, int(index))
     near_ties = int(others.sum())
     if not alike.any():  # Every image is a proven near-tie of a rule that merges: no outputs are left to compare.
-        return Rung(name, 0.0, tolerance, 0, True, 0 if classifies else None, near_ties)
-    rung = compare(name, reference[alike], found[alike], tolerance, top1=classifies)
-    return dataclasses.replace(rung, near_ties=near_ties)
+        return ParityCheck(name, 0.0, tolerance, 0, True, 0 if classifies else None, near_ties)
+    check = compare(name, reference[alike], found[alike], tolerance, top1=classifies)
+    return dataclasses.replace(check, near_ties=near_ties)
 
 
 def _follow(adapter: ViTAdapter, rule: TokenRule, images: torch.Tensor) -> tuple[np.ndarray, dict[int, np.ndarray]]:

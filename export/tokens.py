@@ -15,7 +15,7 @@ from ..core.errors import GraphError, UserError
 from ..core.plan import TokenPlan
 from ..prune.backbones.vit import ViTAdapter
 from .files import load_model, save_model
-from .parity import Rung, compare, evaluating, run_in_chunks, run_onnx
+from .parity import ParityCheck, compare, evaluating, run_in_chunks, run_onnx
 
 
 def check_pools_by_mean(adapter: ViTAdapter) -> None:
@@ -64,8 +64,8 @@ def check_tokens(
     images: torch.Tensor,
     *,
     tolerance: float = 1e-4,
-) -> Rung:
-    """The rung of :func:`write_tokens`: what the file gives is what the mean is of in PyTorch, token by token.
+) -> ParityCheck:
+    """The parity check of :func:`write_tokens`: what the file gives is what the mean is of in PyTorch, token by token.
 
     Raises:
         ParityError: It is not.

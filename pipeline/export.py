@@ -16,13 +16,13 @@ from ..core.plan import TokenPlan
 from .graphs import export_checked, export_rule_checked, move_model
 from .inputs import at_least_one, one_set
 from .options import RULE_PARITY_IMAGES
-from .precisions import check_precisions, precision_rung
+from .precisions import check_precisions, precision_check
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..export.deploy import Deployment
-    from ..export.parity import Rung
+    from ..export.parity import ParityCheck
     from ..export.precision import Agreement, Conversion
     from ..prune.loaded import LoadedModel
     from ..prune.methods.rule import TokenRule
@@ -58,7 +58,7 @@ def export_method_checked(
     count: int,
     seed: int,
     **options: Any,
-) -> tuple[list[Rung], Deployment | None]:
+) -> tuple[list[ParityCheck], Deployment | None]:
     """Calibrate a method on images and export the model with it, as :func:`export_checked` would with a plan.
 
     Args:
@@ -96,7 +96,7 @@ def export_with_precisions(
     target: float = 0.65,
     seed: int = 0,
     **options: Any,
-) -> tuple[list[Rung], Deployment | None, list[tuple[Conversion, Agreement, str]]]:
+) -> tuple[list[ParityCheck], Deployment | None, list[tuple[Conversion, Agreement, str]]]:
     """Export a model, and beside it the same file in other precisions: all of them, or nothing.
 
     Args:
@@ -106,8 +106,8 @@ def export_with_precisions(
         options: Of :func:`export_checked`.
 
     Returns:
-        The rungs, with one for each precision; the deployment; and for each precision what was converted, what that
-        costs, and on which images.
+        The parity checks, with one for each precision; the deployment; and for each precision what was converted, what
+        that costs, and on which images.
 
     Raises:
         UserError: As :func:`~vpruner.pipeline.convert.convert_checked`, or an option that no precision takes.
@@ -123,10 +123,10 @@ def export_with_precisions(
     with scratch_beside(output) as scratch:
         written = [scratch / output.name]
         if method is None:
-            rungs, deployed = export_checked(loaded, written[0], **options)
+            checks, deployed = export_checked(loaded, written[0], **options)
         else:
             calibrated = dict(method=method, target=target, data=data, count=images or METHOD_IMAGES, seed=seed)
-            rungs, deployed = export_method_checked(loaded, written[0], **calibrated, **options)
+            checks, deployed = export_method_checked(loaded, written[0], **calibrated, **options)
         conversions = []
         for precision in precisions:
             path = beside(written[0], precision)
@@ -140,7 +140,7 @@ def export_with_precisions(
             )
             written.append(path)
             conversions.append((replace(done, path=beside(output, precision)), cost, what))
-            rungs.append(precision_rung(path.name, output.name, cost))
+            checks.append(precision_check(path.name, output.name, cost))
         for path in written:
             move_model(path, output.with_name(path.name))
-    return rungs, deployed, conversions
+    return checks, deployed, conversions

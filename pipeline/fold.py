@@ -16,7 +16,7 @@ from .learned import remark_untuned
 if TYPE_CHECKING:
     from ..export.deploy import Deployment
     from ..export.fold import FoldRecord
-    from ..export.parity import Rung
+    from ..export.parity import ParityCheck
 
 
 def fold_checked(
@@ -26,7 +26,7 @@ def fold_checked(
     *,
     deploy_for: str | None = None,
     plan_path: str | Path | None = None,
-) -> tuple[FoldRecord, list[Rung], Deployment | None]:
+) -> tuple[FoldRecord, list[ParityCheck], Deployment | None]:
     """Fold a plan (None: the identity plan) into a dense file and check the result in onnxruntime, without PyTorch.
 
     The file may come from any exporter whose graphs are understood; only those of ours name their weights.
@@ -58,15 +58,15 @@ def fold_checked(
                 f"({plan.model}) could not be checked"
             )
         with progress.stage("Checking parity"):
-            rungs = check_fold(plan, dense, scratch / "pruned.onnx", noise_images(plan.geometry))
+            checks = check_fold(plan, dense, scratch / "pruned.onnx", noise_images(plan.geometry))
         written, deployed = scratch / "pruned.onnx", None
         if deploy_for is not None:
             with progress.stage(f"Writing it for {deploy_for}"):
                 images, top1 = noise_images(plan.geometry), plan.geometry.output == "logits"
-                deployed, rung = deploy_checked(written, deploy_for, written, images, top1=top1)
-            rungs.append(rung)
+                deployed, check = deploy_checked(written, deploy_for, written, images, top1=top1)
+            checks.append(check)
         move_model(written, output)
-    return record, rungs, deployed
+    return record, checks, deployed
 
 
 def _learned_from(plan: TokenPlan, path: Path) -> bool:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..core.content_plan import ContentPlan
     from ..export.deploy import Deployment
-    from ..export.parity import Rung
+    from ..export.parity import ParityCheck
     from ..prune.loaded import LoadedModel
     from ..prune.methods.rule import TokenRule
 
@@ -65,7 +65,7 @@ def export_checked(
     batch_size: int = 1,
     tokens: bool = False,
     plan_path: str | Path | None = None,
-) -> tuple[list[Rung], Deployment | None]:
+) -> tuple[list[ParityCheck], Deployment | None]:
     """Export a model, whole or pruned; the file appears only when its parity holds.
 
     Args:
@@ -82,7 +82,7 @@ def export_checked(
 
     from ..export.deploy import plain_opset
     from ..export.fold import fold_file
-    from ..export.parity import check_dense, check_ladder
+    from ..export.parity import check_dense, check_pruned
 
     exported = plain_opset(deploy_for, opset)
     geometry = loaded.adapter.geometry
@@ -118,20 +118,20 @@ def export_checked(
         with progress.stage("Checking parity"):
             images = torch.from_numpy(noise_images(geometry))
             if plan is None:
-                rungs = check_dense(loaded.adapter, dense, images)
+                checks = check_dense(loaded.adapter, dense, images)
             else:
-                rungs = check_ladder(loaded.adapter, plan, dense, pruned, images)
+                checks = check_pruned(loaded.adapter, plan, dense, pruned, images)
         written, deployed = pruned if plan is not None else dense, None
         if tokens:
             written = write_tokens(written, scratch / output.name)
-            rungs.append(check_tokens(loaded.adapter, plan, written, images))
+            checks.append(check_tokens(loaded.adapter, plan, written, images))
         if deploy_for is not None:
             with progress.stage(f"Writing it for {deploy_for}"):
                 top1 = geometry.output == "logits"
-                deployed, rung = deploy_checked(written, deploy_for, written, images.numpy(), top1=top1, opset=opset)
-            rungs.append(rung)
+                deployed, check = deploy_checked(written, deploy_for, written, images.numpy(), top1=top1, opset=opset)
+            checks.append(check)
         move_model(written, output)
-    return rungs, deployed
+    return checks, deployed
 
 
 def export_rule_checked(
@@ -145,7 +145,7 @@ def export_rule_checked(
     dynamic_batch: bool = False,
     batch_size: int = 1,
     trained_sha256: str | None = None,
-) -> tuple[list[Rung], Deployment | None]:
+) -> tuple[list[ParityCheck], Deployment | None]:
     """Export a model that chooses the tokens of each image; the file appears only when its parity holds.
 
     Args:
@@ -161,30 +161,30 @@ def export_rule_checked(
 
     exported, adapter, deployed = plain_opset(deploy_for, opset), loaded.adapter, None
     with scratch_beside(output) as scratch:
-        written, audit = scratch / output.name, scratch / "audit.onnx"
+        written, decisions_path = scratch / output.name, scratch / "decisions.onnx"
         with progress.stage(f"Exporting {loaded.name} with {rule.name}"):
             options = dict(opset=exported, dynamic_batch=dynamic_batch, batch_size=batch_size)
-            export_rule(loaded, rule, written, audit=audit, trained_sha256=trained_sha256, **options)
+            export_rule(loaded, rule, written, decisions_path=decisions_path, trained_sha256=trained_sha256, **options)
         with progress.stage("Checking parity"):
-            rungs = check_rule(adapter, rule, written, audit, images)
+            checks = check_rule(adapter, rule, written, decisions_path, images)
         if deploy_for is not None:
             with progress.stage(f"Writing it for {deploy_for}"):
                 deployed = deploy_file(written, deploy_for, written, opset=opset)
-                deploy_file(audit, deploy_for, audit, opset=opset)
+                deploy_file(decisions_path, deploy_for, decisions_path, opset=opset)
                 # Unoptimized, as in deploy_checked. With PyTorch and not with the plain graph: who decided otherwise
                 # where scores are equal within rounding can then be told.
                 what = f" for {deploy_for}"
-                rungs.append(compare_rule(adapter, rule, written, audit, images, optimized=False, what=what))
+                checks.append(compare_rule(adapter, rule, written, decisions_path, images, optimized=False, what=what))
         move_model(written, output)
-    for rung in rungs:
-        if rung.near_ties:
-            keep = "keeps" if rung.near_ties == 1 else "keep"
+    for check in checks:
+        if check.near_ties:
+            keep = "keeps" if check.near_ties == 1 else "keep"
             progress.remark(
-                f"{rung.near_ties} of {len(images)} images {keep} other tokens in onnxruntime than in PyTorch: scores "
+                f"{check.near_ties} of {len(images)} images {keep} other tokens in onnxruntime than in PyTorch: scores "
                 "that are equal within rounding can fall either way in any two programs"
             )
             break
-    return rungs, deployed
+    return checks, deployed
 
 
 def deploy_checked(
@@ -196,7 +196,7 @@ def deploy_checked(
     top1: bool,
     opset: int | None = None,
     tolerance: float = 1e-4,
-) -> tuple[Deployment, Rung]:
+) -> tuple[Deployment, ParityCheck]:
     """Write a plain graph in the form that a deployment target takes, and compare the two in onnxruntime.
 
     Args:

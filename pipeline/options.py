@@ -9,7 +9,7 @@ from typing import Any
 
 #: What a whole run imports at one point or another.
 PACKAGES = ("torch", "timm", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "matplotlib")
-#: Images that the parity ladder runs through PyTorch and onnxruntime.
+#: Images that the parity checks run through PyTorch and onnxruntime.
 PARITY_IMAGES = 16
 #: Images that an exported rule is compared with PyTorch on: which tokens are kept depends on them.
 RULE_PARITY_IMAGES = 64

@@ -19,7 +19,7 @@ from .results import _paired_ratio, parity_row
 
 if TYPE_CHECKING:
     from ..core.statistics import Outputs
-    from ..export.parity import Rung
+    from ..export.parity import ParityCheck
     from ..export.precision import Agreement
 
 #: Where a latency on onnxruntime's CPU provider is no hint of what the target takes, and why.
@@ -143,12 +143,12 @@ def judge_precisions(
     return judged, costs
 
 
-def precision_rung(name: str, reference: str, cost: Agreement) -> Rung:
-    from ..export.parity import Rung
+def precision_check(name: str, reference: str, cost: Agreement) -> ParityCheck:
+    from ..export.parity import ParityCheck
     from ..export.precision import BOUNDS
 
     same = cost.top1_agreement
-    return Rung(
+    return ParityCheck(
         f"{name} stays near {reference}",
         cost.max_relative_error,
         BOUNDS[cost.precision].relative_error,
@@ -161,7 +161,7 @@ def precision_rung(name: str, reference: str, cost: Agreement) -> Rung:
 def precision_rows(
     lowered: Sequence[Lowered], costs: Mapping[str, Agreement], latency: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """For each precision its rung of the parity ladder, and one row with all that is known of it."""
+    """For each precision its parity check, and one row with all that is known of it."""
 
     timed = {row["label"]: row for row in latency}
     rows = []
@@ -172,8 +172,8 @@ def precision_rows(
             rows.append(row)
             continue
         cost, done = costs[item.label], item.conversion
-        rung = precision_rung(item.path.name, "pruned.onnx", cost)
-        rows.append({**parity_row(rung), "precision": item.precision})
+        check = precision_check(item.path.name, "pruned.onnx", cost)
+        rows.append({**parity_row(check), "precision": item.precision})
         row.update(cost.to_json(), io=done.io, file_bytes=done.bytes_after, float32_bytes=done.bytes_before)
         row.update(float32=done.float32, quantized=done.quantized, left_out=list(done.left_out))
         row.update(calibrated_on=item.calibrated_on, beyond=list(cost.beyond))

@@ -18,7 +18,7 @@ from .options import RunOptions
 if TYPE_CHECKING:
     from ..core.statistics import Estimate
     from ..export.deploy import Deployment
-    from ..export.parity import Rung
+    from ..export.parity import ParityCheck
     from ..prune.data import ImageSet
     from ..prune.stages import Learned
 
@@ -158,8 +158,8 @@ def prediction_rows(plan: TokenPlan, latency: Sequence[Mapping[str, Any]]) -> li
     ]
 
 
-def parity_row(rung: Rung) -> dict[str, Any]:
-    values = asdict(rung)
+def parity_row(check: ParityCheck) -> dict[str, Any]:
+    values = asdict(check)
     return {"schema": 1, "kind": "parity", "rung": values.pop("name"), **values}
 
 

@@ -28,7 +28,7 @@ from .results import accuracy_rows, cost_rows, gate_rows, parity_row, prediction
 def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, Any]:
     """Prune, export, prove, measure, report.
 
-    The folder appears only when everything in it is finished and every rung of the parity ladder held.
+    The folder appears only when everything in it is finished and every parity check passed.
 
     Returns:
         JSON-able summary: the rows of results.jsonl, the paths of the files, and the names of files that were asked for
@@ -45,7 +45,7 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
     from ..core.statistics import compare
     from ..export.deploy import deploy_file, plain_opset
     from ..export.fold import fold_file
-    from ..export.parity import check_dense, check_ladder
+    from ..export.parity import check_dense, check_pruned
     from ..prune.backbones.vit import weights_sha256
     from ..prune.choose_images import overlap
     from ..prune.learn import learn
@@ -118,10 +118,10 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
         if rule is None:
             with progress.stage("Folding the plan into pruned.onnx"):
                 fold_file(tuned, plan, pruned)
-            with progress.stage("Parity ladder"):
-                rungs = check_ladder(loaded.adapter, plan, dense, pruned, images, weights=learned.weights)
+            with progress.stage("Checking parity"):
+                checks = check_pruned(loaded.adapter, plan, dense, pruned, images, weights=learned.weights)
         else:
-            rungs = check_dense(loaded.adapter, dense, images[:PARITY_IMAGES])
+            checks = check_dense(loaded.adapter, dense, images[:PARITY_IMAGES])
             tuned_sha256 = saved.provenance.get("tuned_weights_sha256")
             with with_weights(loaded.adapter.model, learned.weights):
                 more, deployed = export_rule_checked(
@@ -135,13 +135,13 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
                     batch_size=options.batch_size,
                     trained_sha256=loaded.sha256 if tuned_sha256 else None,
                 )
-            rungs += more
+            checks += more
         if options.deploy_for is not None:
             plain_files = {"dense": dense} if rule is not None else {"dense": dense, "pruned": pruned}
             with progress.stage(f"Writing the graphs for {options.deploy_for}"):
                 for name, source in plain_files.items():
                     path = kept[name]
-                    deployed, rung = deploy_checked(
+                    deployed, check = deploy_checked(
                         source,
                         options.deploy_for,
                         path,
@@ -149,7 +149,7 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
                         top1=geometry.output == "logits",
                         opset=options.opset,
                     )
-                    rungs.append(rung)
+                    checks.append(check)
         labels = stage_labels(learned)
         graphs = {"dense": kept["dense"]}
         for stage, label in zip(learned.stages, labels, strict=True):
@@ -222,7 +222,7 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
             run_row(options, name, plan, calibration, evaluation, deployed),
             *cost_rows(plan, parameters, kept, None if rule is None else rule.static_macs()),
             *stages,
-            *map(parity_row, rungs),
+            *map(parity_row, checks),
             *accuracy_rows(estimates, {item.label: item.precision for item in lowered}),
             *latency,
             *precision_rows(lowered, costs, latency),

@@ -299,13 +299,13 @@ def headline_tiles(plan: TokenPlan, results: Results) -> list[Tile]:
         tiles.append(Tile(METRICS[metric], _value(row, metric), f"on {images}" if images else "dense: reference"))
     else:
         tiles.append(Tile("Accuracy", NOT_MEASURED, "not measured"))
-    rungs = results.parity
-    if rungs:
-        passed = sum(bool(row.get("passed")) for row in rungs)
-        mood = "good" if passed == len(rungs) else "bad"
+    checks = results.parity
+    if checks:
+        passed = sum(bool(row.get("passed")) for row in checks)
+        mood = "good" if passed == len(checks) else "bad"
         tiles.append(
             Tile(
-                "Parity checks", f"{passed} of {len(rungs)}", "passed" if mood == "good" else "failed: see below", mood
+                "Parity checks", f"{passed} of {len(checks)}", "passed" if mood == "good" else "failed: see below", mood
             )
         )
     else:

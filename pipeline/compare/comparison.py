@@ -425,16 +425,16 @@ class Comparison:
         # A folder that cannot be written says nothing of the method: it ends the comparison, and is no row.
         with scratch_beside(path) as scratch:
             try:
-                rungs = export(made, batch, scratch)
+                checks = export(made, batch, scratch)
             except (UserError, ParityError) as error:
                 return {**row, "file": None, "failure": _one_line(error)}
-            row["parity"] = [_without(parity_row(rung), "schema", "kind") for rung in rungs]
+            row["parity"] = [_without(parity_row(check), "schema", "kind") for check in checks]
             move_model(scratch / "pruned.onnx", path)
         return {**row, "failure": None, "file_sha256": file_sha256(path), "file_bytes": model_bytes(path)}
 
     def _export_plan(self, made: Made, batch: int, scratch: Path):
         from ...export.fold import fold_file
-        from ...export.parity import check_ladder
+        from ...export.parity import check_pruned
         from ...prune.tune.weights import with_weights
 
         plan, dense = made.reduction, self.dense_graph(batch)
@@ -446,25 +446,28 @@ class Comparison:
                 write_dense(tuned, source, **self._as_asked(batch))
         fold_file(source, plan, scratch / "pruned.onnx")
         images = self._parity_images
-        return check_ladder(self.loaded.adapter, plan, dense, scratch / "pruned.onnx", images, weights=made.weights)
+        return check_pruned(self.loaded.adapter, plan, dense, scratch / "pruned.onnx", images, weights=made.weights)
 
     def _export_rule(self, made: Made, batch: int, scratch: Path):
         from ...export.rules import check_rule, export_rule
         from ...prune.backbones.vit import weights_sha256
         from ...prune.tune.weights import with_weights
 
-        adapter, rule, path, audit = (
+        adapter, rule, path, decisions_path = (
             self.loaded.adapter,
             made.reduction,
             scratch / "pruned.onnx",
-            scratch / "audit.onnx",
+            scratch / "decisions.onnx",
         )
         with with_weights(adapter.model, made.weights):
-            loaded, options = self.loaded, dict(opset=self.options.opset, batch_size=batch, audit=audit)
+            loaded, options = (
+                self.loaded,
+                dict(opset=self.options.opset, batch_size=batch, decisions_path=decisions_path),
+            )
             if made.weights:
                 loaded, options["trained_sha256"] = replace(loaded, sha256=weights_sha256(adapter.model)), loaded.sha256
             export_rule(loaded, rule, path, **options)
-            return check_rule(adapter, rule, path, audit, self._parity_images)
+            return check_rule(adapter, rule, path, decisions_path, self._parity_images)
 
     @cached_property
     def _parity_images(self) -> Tensor:

@@ -97,8 +97,8 @@ def test_run_writes_everything_and_ends_with_the_table(finished):
     assert plan.provenance["loss"] == "labels" and plan.provenance["calibration"]["images"] == 18
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     assert {row["kind"] for row in rows} == {"run", "cost", "stage", "accuracy", "latency", "parity"}
-    rungs = [row for row in rows if row["kind"] == "parity"]
-    assert len(rungs) == 5 and all(row["passed"] and row["difference"] <= row["tolerance"] for row in rungs)
+    checks = [row for row in rows if row["kind"] == "parity"]
+    assert len(checks) == 5 and all(row["passed"] and row["difference"] <= row["tolerance"] for row in checks)
     assert (output / "report.html").read_text().startswith("<!")
     assert not list(output.parent.glob(".*"))
 
@@ -674,7 +674,7 @@ def test_a_failed_parity_check_leaves_no_file(card, images, tmp_path, monkeypatc
     def fail(*arguments, **options):
         raise ParityError("pruned.onnx equals the gathered model: relative difference 0.5, tolerance 0.0001")
 
-    monkeypatch.setattr("vpruner.export.parity.check_ladder", fail)
+    monkeypatch.setattr("vpruner.export.parity.check_pruned", fail)
     start = ("run", card, "--data", images, "-o", tmp_path / "out", "-q", *SEARCH_ALONE)
     fails(*start, says="relative difference 0.5", code=1)
     assert list(tmp_path.iterdir()) == []

@@ -53,25 +53,25 @@ def test_a_run_writes_each_precision_beside_the_pruned_file(finished):
         assert about[f"pruned.{precision}"] == {**about["pruned"], "vpruner.precision": precision}
 
 
-def test_each_precision_has_its_rung_and_its_cost_on_the_evaluation_images(finished, images):
+def test_each_precision_has_its_parity_check_and_its_cost_on_the_evaluation_images(finished, images):
     output, _ = finished
-    rungs = {row["precision"]: row for row in rows_of(output, "parity") if "precision" in row}
+    checks = {row["precision"]: row for row in rows_of(output, "parity") if "precision" in row}
     rows = {row["precision"]: row for row in rows_of(output, "precision")}
-    assert list(rows) == list(rungs) == ["fp16", "int8", "bf16", "int8-dynamic"]
+    assert list(rows) == list(checks) == ["fp16", "int8", "bf16", "int8-dynamic"]
     accuracy = {(row["label"], row["metric"]): row for row in rows_of(output, "accuracy")}
     for name, row in rows.items():
-        rung = rungs[name]
-        assert rung["rung"] == f"pruned.{name}.onnx stays near pruned.onnx"
-        assert rung["difference"] == row["max_relative_error"] > 0 and rung["compared"] == row["images"] == 6
-        assert rung["tolerance"] == BOUNDS[name].relative_error and rung["passed"] == (not row["beyond"])
+        check = checks[name]
+        assert check["rung"] == f"pruned.{name}.onnx stays near pruned.onnx"
+        assert check["difference"] == row["max_relative_error"] > 0 and check["compared"] == row["images"] == 6
+        assert check["tolerance"] == BOUNDS[name].relative_error and check["passed"] == (not row["beyond"])
         assert row["top1_reference"]["value"] == accuracy["pruned", "top1"]["value"]
         assert row["top1_converted"]["value"] == accuracy[f"pruned.{name}", "top1"]["value"]
         assert accuracy[f"pruned.{name}", "top1"]["precision"] == name
         gained = row["top1_converted"]["value"] - row["top1_reference"]["value"]
         assert row["top1_difference"]["value"] == pytest.approx(gained)
         assert row["top1_difference"]["low"] <= gained <= row["top1_difference"]["high"]
-        changed = round(rung["compared"] * (1 - row["top1_agreement"]["value"]))
-        assert rung["top1_changed"] == changed
+        changed = round(check["compared"] * (1 - row["top1_agreement"]["value"]))
+        assert check["top1_changed"] == changed
         assert row["file_bytes"] == (output / f"pruned.{name}.onnx").stat().st_size < row["float32_bytes"]
     assert rows["int8"]["calibrated_on"] == 18 and rows["fp16"]["calibrated_on"] is None
     # A block that drops tokens may project queries apart.

@@ -28,10 +28,10 @@ def exported(card, images, tmp_path_factory):
     return folder / "dense.onnx", folder / "saint.onnx", result
 
 
-def test_the_rungs_and_the_cost_are_told(exported):
+def test_the_parity_checks_and_the_cost_are_told(exported):
     _, path, result = exported
     told = json.loads(result.stdout)
-    assert [rung["rung"] for rung in told["parity"]] == [
+    assert [check["rung"] for check in told["parity"]] == [
         "a rule that does nothing changes nothing",
         "masked equals gathered",
         "saint.onnx equals saint-frozen in PyTorch",
@@ -40,10 +40,10 @@ def test_the_rungs_and_the_cost_are_told(exported):
         "saint.int8-dynamic.onnx stays near saint.onnx",
     ]
     exact, low = told["parity"][:4], told["parity"][4:]
-    assert all(rung["passed"] for rung in exact) and all(rung["difference"] > 0 for rung in low)
-    assert [rung["near_ties"] for rung in exact] == [None, None, 0, 0]
+    assert all(check["passed"] for check in exact) and all(check["difference"] > 0 for check in low)
+    assert [check["near_ties"] for check in exact] == [None, None, 0, 0]
     # 24 images are there, and all of them are compared.
-    assert [rung["compared"] for rung in exact] == [2, 2, 24, 24]
+    assert [check["compared"] for check in exact] == [2, 2, 24, 24]
     assert told["deployment"]["target"] == "trt10" and told["file"] == str(path)
     assert "saint-frozen: 0." in result.stderr and "tokens that enter each block: 17, " in result.stderr
 

@@ -340,7 +340,7 @@ def test_a_deployed_graph_that_differs_is_not_written(exported, tmp_path, monkey
 
 
 def test_export_for_a_target(tmp_path):
-    """The model at hand through the whole ladder, and then the form of the target."""
+    """The model at hand through all parity checks, and then the form of the target."""
     options = ["--batch-size", 2, "--for", "generic", "-o", tmp_path / "out.onnx", "-q"]
     result = call("export", *options)
     assert result.exit_code == 0, result.output

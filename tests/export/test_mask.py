@@ -27,8 +27,8 @@ def test_masked_graph_equals_the_masked_model_and_the_fold(exported, kind, tmp_p
     found = run_onnx(tmp_path / "masked.onnx", images.numpy())
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
     fold_file(dense.path, plan, tmp_path / "pruned.onnx")
-    (rung,) = check_fold(plan, dense.path, tmp_path / "pruned.onnx", images.numpy())
-    assert rung.passed and rung.compared == 3
+    (check,) = check_fold(plan, dense.path, tmp_path / "pruned.onnx", images.numpy())
+    assert check.passed and check.compared == 3
 
 
 def test_identity_plan_masks_nothing(exported):
@@ -50,7 +50,7 @@ def test_a_fold_of_another_plan_is_found_out(exported, tmp_path):
 def test_a_dense_file_of_other_weights_is_found_out(exported):
     dense, other = exported("class token"), exported("class token", seed=1)
     images = dense.images(2)
-    (rung,) = check_dense(ViTAdapter(dense.model, "tiny"), dense.path, images)
-    assert rung.passed
+    (check,) = check_dense(ViTAdapter(dense.model, "tiny"), dense.path, images)
+    assert check.passed
     with pytest.raises(ParityError, match="dense.onnx equals the timm model"):
         check_dense(ViTAdapter(dense.model, "tiny"), other.path, images)

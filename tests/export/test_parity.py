@@ -1,4 +1,4 @@
-"""The parity ladder passes on a right export, and each rung fails for its own reason."""
+"""The parity checks pass on a right export, and each fails for its own reason."""
 
 import numpy as np
 import pytest
@@ -10,11 +10,11 @@ from vpruner.core.errors import ParityError
 from vpruner.export import parity
 from vpruner.export.dense import export_dense
 from vpruner.export.fold import fold_file
-from vpruner.export.parity import check_ladder, compare
+from vpruner.export.parity import check_pruned, compare
 from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.tune.weights import with_weights
 
-RUNGS = [
+CHECKS = [
     "identity plan changes nothing",
     "masked equals gathered",
     "gathered equals dead tokens removed",
@@ -24,32 +24,32 @@ RUNGS = [
 
 
 @pytest.fixture
-def ladder(exported, tmp_path):
-    def climb(kind="class token", *, count=3, plan=None, folded=None, **options):
+def check(exported, tmp_path):
+    def checked(kind="class token", *, count=3, plan=None, folded=None, **options):
         dense = exported(kind, **options)
         adapter = ViTAdapter(dense.model, "tiny")
         plan = plan or random_plan(dense.geometry, 1, gates=True, enter=0.8)
         fold_file(dense.path, folded or plan, tmp_path / "pruned.onnx")
-        return check_ladder(adapter, plan, dense.path, tmp_path / "pruned.onnx", dense.images(count))
+        return check_pruned(adapter, plan, dense.path, tmp_path / "pruned.onnx", dense.images(count))
 
-    return climb
+    return checked
 
 
 @pytest.mark.parametrize("kind", ["class token", "distilled", "registers", "average pooling", "attention pooling"])
-def test_every_rung_passes(ladder, kind):
-    rungs = ladder(kind)
-    assert [rung.name for rung in rungs] == RUNGS
-    assert all(rung.passed and rung.difference <= rung.tolerance for rung in rungs)
-    assert [rung.tolerance for rung in rungs] == [1e-10] * 3 + [1e-4] * 2
-    assert [rung.compared for rung in rungs] == [2, 2, 2, 3, 3]
-    assert [rung.top1_changed for rung in rungs] == [None] * 3 + [0] * 2
-    # A rung that compared a thing with itself would show no rounding at all. Removing dead tokens only leaves rows out
+def test_every_check_passes(check, kind):
+    checks = check(kind)
+    assert [check.name for check in checks] == CHECKS
+    assert all(check.passed and check.difference <= check.tolerance for check in checks)
+    assert [check.tolerance for check in checks] == [1e-10] * 3 + [1e-4] * 2
+    assert [check.compared for check in checks] == [2, 2, 2, 3, 3]
+    assert [check.top1_changed for check in checks] == [None] * 3 + [0] * 2
+    # A check that compared a thing with itself would show no rounding at all. Removing dead tokens only leaves rows out
     # of products, which some machines compute the same to the last bit.
-    assert all(rung.difference > 0 for rung in (rungs[1], *rungs[3:]))
+    assert all(check.difference > 0 for check in (checks[1], *checks[3:]))
 
 
 @pytest.mark.parametrize("kind", ["class token", "average pooling"])
-def test_tuned_weights_are_in_the_pruned_rungs_and_not_in_the_dense_one(exported, tmp_path, kind):
+def test_tuned_weights_are_in_the_pruned_checks_and_not_in_the_dense_one(exported, tmp_path, kind):
     dense = exported(kind)
     model = tiny(kind)
     own = {name: value.clone() for name, value in model.state_dict().items()}
@@ -62,34 +62,34 @@ def test_tuned_weights_are_in_the_pruned_rungs_and_not_in_the_dense_one(exported
         )  # fmt: skip
     fold_file(tmp_path / "tuned.onnx", plan, tmp_path / "pruned.onnx")
     files = (dense.path, tmp_path / "pruned.onnx", dense.images(2))
-    rungs = check_ladder(ViTAdapter(model, "tiny"), plan, *files, weights=tuned)
-    assert [rung.name for rung in rungs] == RUNGS and all(rung.passed for rung in rungs)
+    checks = check_pruned(ViTAdapter(model, "tiny"), plan, *files, weights=tuned)
+    assert [check.name for check in checks] == CHECKS and all(check.passed for check in checks)
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ParityError, match=RUNGS[4]):
-        check_ladder(ViTAdapter(model, "tiny"), plan, *files)
+    with pytest.raises(ParityError, match=CHECKS[4]):
+        check_pruned(ViTAdapter(model, "tiny"), plan, *files)
 
 
-def test_features_have_no_top1(ladder):
-    assert [rung.top1_changed for rung in ladder("features")] == [None] * 5
+def test_features_have_no_top1(check):
+    assert [check.top1_changed for check in check("features")] == [None] * 5
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 3}, {"dynamic_batch": True}])
-def test_batches_need_not_divide_the_images(ladder, options):
-    assert ladder(count=10, **options)[-1].compared == 10
+def test_batches_need_not_divide_the_images(check, options):
+    assert check(count=10, **options)[-1].compared == 10
 
 
-def test_another_plan_in_the_file_fails_the_last_rung(ladder, exported):
+def test_another_plan_in_the_file_fails_the_last_check(check, exported):
     geometry = exported("class token").geometry
     with pytest.raises(ParityError, match="pruned.onnx equals the gathered model: relative difference .* 3 images"):
-        ladder(plan=random_plan(geometry, 1), folded=random_plan(geometry, 2))
+        check(plan=random_plan(geometry, 1), folded=random_plan(geometry, 2))
 
 
-def test_another_model_fails_the_dense_rung(exported, tmp_path):
+def test_another_model_fails_the_dense_check(exported, tmp_path):
     dense = exported("class token")
     plan = random_plan(dense.geometry, 1)
     fold_file(dense.path, plan, tmp_path / "pruned.onnx")
     with pytest.raises(ParityError, match="dense.onnx equals the timm model"):
-        check_ladder(
+        check_pruned(
             ViTAdapter(tiny("class token", seed=1), "tiny"),
             plan,
             dense.path,
@@ -98,8 +98,8 @@ def test_another_model_fails_the_dense_rung(exported, tmp_path):
         )
 
 
-@pytest.mark.parametrize("broken, rung", [("dead", RUNGS[2]), ("masked", RUNGS[1])])
-def test_a_broken_form_fails_its_rung(ladder, monkeypatch, broken, rung):
+@pytest.mark.parametrize("broken, failing", [("dead", CHECKS[2]), ("masked", CHECKS[1])])
+def test_a_broken_form_fails_its_check(check, monkeypatch, broken, failing):
     real = parity._run_form
 
     def run_form(adapter, plan, form, images):
@@ -107,8 +107,8 @@ def test_a_broken_form_fails_its_rung(ladder, monkeypatch, broken, rung):
         return outputs + 1e-8 if form == broken and not plan.is_identity else outputs
 
     monkeypatch.setattr(parity, "_run_form", run_form)
-    with pytest.raises(ParityError, match=rung):
-        ladder()
+    with pytest.raises(ParityError, match=failing):
+        check()
 
 
 def test_the_model_is_left_bit_for_bit(exported, tmp_path):
@@ -117,7 +117,7 @@ def test_the_model_is_left_bit_for_bit(exported, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plan = random_plan(dense.geometry, 1)
     fold_file(dense.path, plan, tmp_path / "pruned.onnx")
-    check_ladder(ViTAdapter(model, "tiny"), plan, dense.path, tmp_path / "pruned.onnx", dense.images(1))
+    check_pruned(ViTAdapter(model, "tiny"), plan, dense.path, tmp_path / "pruned.onnx", dense.images(1))
     assert model.training
     for name, value in model.state_dict().items():
         assert value.dtype == before[name].dtype and torch.equal(value, before[name])
@@ -130,8 +130,8 @@ def test_the_model_is_left_bit_for_bit(exported, tmp_path):
 def test_difference_is_the_worst_image():
     reference = np.array([[1.0, 2.0], [100.0, -200.0]], np.float32)
     candidate = reference + np.array([[0, 0.2], [1, 0]], np.float32)
-    rung = compare("r", reference, candidate, 0.11, top1=True)
-    assert rung.difference == pytest.approx(0.1) and rung.compared == 2 and rung.passed
+    check = compare("r", reference, candidate, 0.11, top1=True)
+    assert check.difference == pytest.approx(0.1) and check.compared == 2 and check.passed
 
 
 def test_nan_never_passes():

@@ -38,7 +38,7 @@ class Ruled:
     loaded: LoadedModel
     rule: TokenRule
     path: Path
-    audit: Path
+    decisions_path: Path
 
     @property
     def adapter(self) -> ViTAdapter:
@@ -81,8 +81,8 @@ def exported(tmp_path_factory):
             loaded = load(kind)
             rule = rule_of(loaded.adapter.geometry)
             folder = tmp_path_factory.mktemp("rule")
-            path = export_rule(loaded, rule, folder / "rule.onnx", audit=folder / "audit.onnx", **options)
-            made[name] = Ruled(loaded, rule, path, folder / "audit.onnx")
+            path = export_rule(loaded, rule, folder / "rule.onnx", decisions_path=folder / "decisions.onnx", **options)
+            made[name] = Ruled(loaded, rule, path, folder / "decisions.onnx")
         return made[name]
 
     return export
@@ -91,11 +91,11 @@ def exported(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_the_file_computes_what_the_rule_does(exported, name):
     ruled = exported(name)
-    rungs = check_rule(ruled.adapter, ruled.rule, ruled.path, ruled.audit, ruled.images(9))
+    checks = check_rule(ruled.adapter, ruled.rule, ruled.path, ruled.decisions_path, ruled.images(9))
     expected = ["a rule that does nothing changes nothing", "masked equals gathered"][: 1 if ruled.rule.merges else 2]
-    assert [rung.name for rung in rungs] == [*expected, f"rule.onnx equals {ruled.rule.name} in PyTorch"]
-    assert all(rung.passed and rung.difference <= 1e-10 for rung in rungs[:-1])
-    assert rungs[-1].compared == 9 and rungs[-1].top1_changed == 0 and rungs[-1].near_ties == 0
+    assert [check.name for check in checks] == [*expected, f"rule.onnx equals {ruled.rule.name} in PyTorch"]
+    assert all(check.passed and check.difference <= 1e-10 for check in checks[:-1])
+    assert checks[-1].compared == 9 and checks[-1].top1_changed == 0 and checks[-1].near_ties == 0
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -121,12 +121,14 @@ def test_the_graph_is_static_and_scatters_nothing(exported, name):
 def test_deployment_targets_take_it(exported, target, opset, tmp_path):
     for name in ("saint", "evit"):
         ruled = exported(name)
-        paths = tmp_path / "rule.onnx", tmp_path / "audit.onnx"
-        for source, path in zip((ruled.path, ruled.audit), paths, strict=True):
+        paths = tmp_path / "rule.onnx", tmp_path / "decisions.onnx"
+        for source, path in zip((ruled.path, ruled.decisions_path), paths, strict=True):
             assert deploy_file(source, target, path).opset == opset
         assert not [finding for finding in check(paths[0], target) if finding.severity in ("error", "warning")]
-        rung = compare_rule(ruled.adapter, ruled.rule, *paths, ruled.images(4), optimized=False, what=f" for {target}")
-        assert rung.name == f"rule.onnx for {target} equals {ruled.rule.name} in PyTorch" and rung.passed
+        parity = compare_rule(
+            ruled.adapter, ruled.rule, *paths, ruled.images(4), optimized=False, what=f" for {target}"
+        )
+        assert parity.name == f"rule.onnx for {target} equals {ruled.rule.name} in PyTorch" and parity.passed
 
 
 def test_what_the_file_says_of_itself(exported):
@@ -188,7 +190,7 @@ def test_settings_are_json(exported):
 def edited(ruled: Ruled, folder: Path, edit) -> tuple[Path, Path]:
     """The two files after ``edit(graph)``."""
     paths = []
-    for source in (ruled.path, ruled.audit):
+    for source in (ruled.path, ruled.decisions_path):
         model = ir.load(source)
         edit(model.graph)
         paths.append(folder / source.name)
@@ -223,8 +225,8 @@ def tied(tmp_path_factory) -> Ruled:
     model.pos_embed.fill_(0.1)
     rule = FrozenSaintRule(loaded.adapter.geometry, (4, 0), (0.5, None))
     folder = tmp_path_factory.mktemp("tied")
-    path = export_rule(loaded, rule, folder / "rule.onnx", audit=folder / "audit.onnx")
-    return Ruled(loaded, rule, path, folder / "audit.onnx")
+    path = export_rule(loaded, rule, folder / "rule.onnx", decisions_path=folder / "decisions.onnx")
+    return Ruled(loaded, rule, path, folder / "decisions.onnx")
 
 
 def test_images_whose_scores_tie_are_counted_and_compared_with_what_was_kept(tied, tmp_path):
@@ -233,8 +235,8 @@ def test_images_whose_scores_tie_are_counted_and_compared_with_what_was_kept(tie
     # patches alike, their cosines would be 1, where a small move changes nothing.)
     striped = plain[1:2, :, :8, :16].repeat(1, 1, 4, 3)
     images = torch.cat([plain[:1], striped, plain[2:]])
-    rung = check_rule(tied.adapter, tied.rule, *edited(tied, tmp_path, nudge_positions), images)[-1]
-    assert rung.near_ties == 1 and rung.compared == 3 and rung.passed
+    parity = check_rule(tied.adapter, tied.rule, *edited(tied, tmp_path, nudge_positions), images)[-1]
+    assert parity.near_ties == 1 and parity.compared == 3 and parity.passed
 
 
 def test_another_choice_without_a_tie_is_a_fault(tied, tmp_path):
@@ -253,8 +255,13 @@ def test_a_merge_with_no_image_but_near_ties_passes_and_compares_none(exported, 
     ruled = exported("tome")
     files = edited(ruled, tmp_path, flip_ranking)  # Every image merges others there; the proof is taken as given.
     monkeypatch.setattr(rules, "_prove_near_tie", lambda *about: None)
-    rung = compare_rule(ruled.adapter, ruled.rule, *files, ruled.images(3))
-    assert rung.passed and (rung.compared, rung.near_ties, rung.difference, rung.top1_changed) == (0, 3, 0.0, 0)
+    parity = compare_rule(ruled.adapter, ruled.rule, *files, ruled.images(3))
+    assert parity.passed and (parity.compared, parity.near_ties, parity.difference, parity.top1_changed) == (
+        0,
+        3,
+        0.0,
+        0,
+    )
 
 
 @pytest.mark.parametrize("name", ["saint, pooling", "tome"])
@@ -316,11 +323,13 @@ def test_saint_on_500_bundled_images(tmp_path):
     loaded = open_model()
     drops = (10, 9, 9, 8, 0, 0, 0, 0)
     rule = FrozenSaintRule(loaded.adapter.geometry, drops, (0.7,) * 4 + (None,) * 4)
-    path = export_rule(loaded, rule, tmp_path / "rule.onnx", audit=tmp_path / "audit.onnx", dynamic_batch=True)
+    path = export_rule(
+        loaded, rule, tmp_path / "rule.onnx", decisions_path=tmp_path / "decisions.onnx", dynamic_batch=True
+    )
     images = ImageSet(
         ImageSource(str(bundled.evaluation_data()), split="validation"), np.arange(0, 2000, 4), None, True
     )
     batch, _ = next(images.batches(loaded.preprocessing, 500))
-    rung = compare_rule(loaded.adapter, rule, path, tmp_path / "audit.onnx", batch)
-    assert rung.compared == 500 and rung.top1_changed == 0 and rung.near_ties <= 5
+    parity = compare_rule(loaded.adapter, rule, path, tmp_path / "decisions.onnx", batch)
+    assert parity.compared == 500 and parity.top1_changed == 0 and parity.near_ties <= 5
     assert run(path, batch[:3]).shape == (3, 10)

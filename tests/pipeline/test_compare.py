@@ -91,7 +91,7 @@ def test_the_divergence_is_that_of_the_graphs(compared, card, images):
     reference = run_onnx(dense, batch.numpy())
     for method in ("v-pruner", "tome"):
         graph = next(row for row in rows if row["kind"] == "graph" and row["method"] == method)
-        assert graph["parity"] and all(rung["passed"] for rung in graph["parity"])
+        assert graph["parity"] and all(check["passed"] for check in graph["parity"])
         found = run_onnx(folder / "graphs" / graph["file"], batch.numpy())
         expected = kl_divergence(reference, found).mean()
         assert of(rows, "compared")[method]["kl"]["value"] == pytest.approx(expected, rel=1e-3, abs=1e-7)
@@ -214,7 +214,7 @@ def test_another_model_of_the_same_weights_is_another_result(card, images, tmp_p
 
 
 def test_another_batch_size_takes_the_plan_and_weights_that_are_there(copied, arguments, monkeypatch):
-    """The tuned weights come back from their file: the ladder compares the graph with the model that has them."""
+    """The tuned weights come back from their file: the parity checks compare the graph with the model that has them."""
     (plan,) = copied.glob("plans/v-pruner-*.json")
     provenance = json.loads(plan.read_text())["provenance"]
     contender = module.contenders(CompareOptions())["v-pruner"]

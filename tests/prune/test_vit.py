@@ -1,4 +1,4 @@
-"""The parity ladder in PyTorch, in float64, against unpatched timm models, for every kind of model."""
+"""Parity checks in PyTorch, in float64, against unpatched timm models, for every kind of model."""
 
 import numpy as np
 import pytest

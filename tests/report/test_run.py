@@ -47,7 +47,7 @@ def timing(label, p50, ratio, **spread):
     return {"kind": "latency", "label": label, **values, **spread, **setting, **described}
 
 
-def rung(name, difference, tolerance):
+def check(name, difference, tolerance):
     compared = {"compared": "64 images", "passed": True}
     return {"kind": "parity", "rung": name, "difference": difference, "tolerance": tolerance, **compared}
 
@@ -77,8 +77,8 @@ def make_rows(**changes):
         estimate("pruned", "kl", 0.0331, 0.029, 0.0372),
         timing("dense", 1.213, 1.0),
         timing("pruned", 0.842, 0.694, ratio_low=0.68, ratio_high=0.71),
-        rung("masked = gathered", 3.1e-15, 1e-10),
-        rung("PyTorch = pruned.onnx", 4.4e-6, 1e-4),
+        check("masked = gathered", 3.1e-15, 1e-10),
+        check("PyTorch = pruned.onnx", 4.4e-6, 1e-4),
     ]
     for name, values in changes.items():
         for row in rows:
@@ -561,7 +561,7 @@ def precision_row(name, **changes):
 def test_precisions_are_shown_against_float32(tmp_path):
     rows = [
         *make_rows(),
-        {**rung("pruned.int8.onnx stays near pruned.onnx", 0.14, 0.5), "precision": "int8", "passed": False},
+        {**check("pruned.int8.onnx stays near pruned.onnx", 0.14, 0.5), "precision": "int8", "passed": False},
         precision_row("int8", calibrated_on=128, beyond=["top-1 changes by -2.00 pp"]),
         precision_row(
             "bf16", p50_ms=None, ratio=None, computed="float32 emulation", latency_note="not timed: no kernels"

@@ -208,7 +208,7 @@ def test_a_plan_for_the_tower_of_a_llava_is_learned_and_exported(llava_folder, c
     plan = TokenPlan.load(tmp_path / "plan.json")
     assert plan.model == "tiny-llava" and plan.geometry.depth == 2 and len(plan.kept[-1]) < 16
     assert plan.provenance["preprocessing"]["crop_pct"] == pytest.approx(32 / 36)
-    # export compares the pooled graph with the rebuilt tower, rung by rung; here the file, with transformers.
+    # export compares the pooled graph with the rebuilt tower, step by step; here the file, with transformers.
     tokens = tmp_path / "tokens.onnx"
     call("export", llava_folder, "--plan", tmp_path / "plan.json", "--tokens", "-o", tokens, "-q")
     tower = transformers.LlavaForConditionalGeneration.from_pretrained(llava_folder).eval().model.vision_tower
