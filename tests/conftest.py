@@ -57,16 +57,35 @@ def written():
     return written
 
 
+@pytest.fixture(scope="module", autouse=True)
+def exports_once(request):
+    """Commands and jobs that export a model get the answer of PyTorch's exporter from the store where it is there.
+
+    What the exporter does is tested in tests/export, where it is always asked.
+    """
+    if request.path.parent.name not in ("cli", "pipeline", "benchmarks"):
+        yield
+        return
+    torch = pytest.importorskip("torch")
+    from exports import remembering
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", remembering(torch.onnx.export))
+        yield
+
+
 def pytest_sessionstart(session):
     if not hasattr(session.config, "workerinput"):
         store.sweep()
 
 
 def pytest_runtest_setup():
-    """Let onnxscript parse the source of its five hundred operators once, and not again for every export."""
-    operators = sys.modules.get("onnxscript._framework_apis.torch_2_5")
-    if operators and not hasattr(operators.get_torchlib_ops, "cache_info"):
-        operators.get_torchlib_ops = functools.cache(operators.get_torchlib_ops)
+    """Let torch read the operators that it exports to once: a third of every export is parsing their source anew."""
+    module = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry = getattr(module, "ONNXRegistry", None)
+    if registry and not hasattr(registry, "read_again"):
+        registry.read_again = registry.from_torchlib
+        registry.from_torchlib = staticmethod(functools.cache(registry.read_again))
 
 
 @pytest.fixture(scope="session", autouse=True)
