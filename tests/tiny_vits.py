@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from covered import KINDS
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -12,26 +13,6 @@ from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.calibration import Calibration
 
 BASE = dict(img_size=(32, 48), patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
-
-KINDS = {
-    "class token": {},
-    "registers": dict(reg_tokens=4, no_embed_class=True),
-    "average pooling": dict(class_token=False, global_pool="avg"),
-    "average pooling beside a class token": dict(global_pool="avg"),
-    "average pooling before the norm": dict(global_pool="avg", fc_norm=False),
-    "average pooling with the class token in it": dict(global_pool="avg", pool_include_prefix=True),
-    "attention pooling": dict(class_token=False, global_pool="map"),
-    "attention pooling over the class token too": dict(global_pool="map", pool_include_prefix=True),
-    "layer scale": dict(init_values=0.1),
-    "qk-norm": dict(qk_norm=True),
-    "no qkv bias": dict(qkv_bias=False),
-    "pre-norm": dict(pre_norm=True),
-    "features": dict(num_classes=0),
-    "patch 16": dict(patch_size=16, img_size=(64, 32)),
-    "patch 14": dict(patch_size=14, img_size=(42, 56)),
-    "patch 32": dict(patch_size=32, img_size=(64, 96)),
-    "distilled": None,
-}
 
 
 def tiny(kind: str, seed: int = 0, **changes) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Tables and plots from rows."""
+"""Tables and pictures from rows, and where pages show them."""
 
 import random
 
@@ -8,7 +8,14 @@ from vpruner.core.rows import append_rows
 
 
 @pytest.fixture
-def render(script, tmp_path, monkeypatch):
+def tables(script, tmp_path, monkeypatch):
+    module = script("tables")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return module
+
+
+@pytest.fixture
+def render(script, tables, tmp_path, monkeypatch):
     module = script("render")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "RESULTS", tmp_path)
@@ -29,7 +36,7 @@ def rows(method, target, seed, *, model="toy", lost=-0.01, kl=0.1, **changes):
     ]
 
 
-def test_accuracy_table(render):
+def test_accuracy_table(tables):
     found = [
         *rows("fisher + ppo", 0.5, 0, lost=-0.005, kl=0.05),
         *rows("random", 0.5, 0, lost=-0.04, kl=0.9),
@@ -37,59 +44,87 @@ def test_accuracy_table(render):
         *rows("random", 0.65, 0, lost=-0.01, kl=0.1),
         *rows("random", 0.65, 1, lost=-0.03, kl=0.3),
     ]
-    lines = render.accuracy(found).splitlines()
-    start = lines.index("| toy: top-1 in pp / KL | 0.65 | 0.5 | time |")
+    lines = tables.accuracy(found).splitlines()
+    start = lines.index("| toy: top-1 in points / KL | 0.65 | 0.5 | time |")
     assert lines[start + 1 :] == [
         "| --- | ---: | ---: | ---: |",
         "| random exits | -2.00 ± 1.41 / 0.200 ± 0.141 | -4.00 / 0.900 (1) | 10 s |",
         "| Fisher + PPO | – | -0.50 / 0.050 (1) | 10 s |",
         "",
-        "Mean ± standard deviation of 2 seeds; or of as many as stand in brackets; 1,024 calibration and "
-        "2,000 evaluation images; PPO played 640 episodes; "
-        "time is the median to make a plan, on one thread of a machine that did other things too; "
-        "the 95 % interval over images of one top-1 difference is ± 0.5 to 0.5 pp.",
+        "Mean ± standard deviation of 2 seeds; brackets hold the number of seeds where it is smaller; "
+        "1,024 calibration and 2,000 evaluation images; PPO played 640 episodes; "
+        "time is the median to make a plan, on one thread of a machine that did other work too; "
+        "the 95 % interval over images of one top-1 difference is ± 0.5 to 0.5 points.",
     ]
 
 
-def test_accuracy_table_does_not_depend_on_the_order_of_rows(render):
+def test_accuracy_table_does_not_depend_on_the_order_of_rows(tables):
     found = [
         row
-        for method in render.METHODS
+        for method in tables.METHODS
         for target in (0.8, 0.5)
         for seed in (0, 1)
         for model in ("toy", "other")
         for row in rows(method, target, seed, model=model)
     ]
     shuffled = random.Random(0).sample(found, len(found))
-    table = render.accuracy(found)
-    assert render.accuracy(shuffled) == table
+    table = tables.accuracy(found)
+    assert tables.accuracy(shuffled) == table
     assert table.index("| other: top") < table.index("| toy: top") and table.count("PPO + weights") == 2
 
 
-def test_unlabelled_images_and_features(render):
+def test_unlabelled_images_and_features(tables):
     unlabelled = [row for row in rows("fisher", 0.5, 0) if row["metric"] in ("agreement", "kl")]
     assert (
         "| toy: same class in % / KL | 0.5 | time |\n| --- | ---: | ---: |\n| Fisher | 90.0 / 0.100 | 10 s |"
-        in render.accuracy(unlabelled)
+        in tables.accuracy(unlabelled)
     )
     features = [{**unlabelled[0], "metric": "cosine", "value": 0.98}]
-    assert "| toy: cosine | 0.5 | time |\n| --- | ---: | ---: |\n| Fisher | 0.980 | 10 s |" in render.accuracy(features)
-    assert "pp" not in render.accuracy(features).splitlines()[-1]
+    assert "| toy: cosine | 0.5 | time |\n| --- | ---: | ---: |\n| Fisher | 0.980 | 10 s |" in tables.accuracy(features)
+    assert "points" not in tables.accuracy(features).splitlines()[-1]
 
 
-def test_readme_before_and_after_there_are_rows(render, tmp_path, monkeypatch):
-    monkeypatch.setattr(render, "TABLES", {"accuracy": render.accuracy})
-    readme = "# x\n\n<!-- accuracy:begin -->\n<!-- accuracy:end -->\n"
-    assert render.render(readme) == readme
+def test_a_page_before_and_after_there_are_rows(render, tables, tmp_path, monkeypatch):
+    page, texts = tmp_path / "docs" / "results" / "accuracy.md", {"accuracy": lambda: render.table("accuracy")}
+    text = "# x\n\n<!-- accuracy:begin -->\n<!-- accuracy:end -->\n"
+    assert render.render(page, text, texts) == text
     append_rows(tmp_path / "accuracy.jsonl", rows("fisher", 0.5, 0))
-    after = render.render(readme)
-    assert "| Fisher | -1.00 / 0.100 |" in after and render.render(after) == after and "![" not in after
-    with pytest.raises(SystemExit, match="0 places for the table accuracy"):
-        render.render("# x\n")
+    after = render.render(page, text, texts)
+    assert "| Fisher | -1.00 / 0.100 |" in after and render.render(page, after, texts) == after and "![" not in after
+    with pytest.raises(
+        SystemExit, match=r"docs/results/accuracy\.md: nothing generates accuracy, expected one of demo"
+    ):
+        render.render(page, text, {"demo": str})
 
 
-def test_plot(render, tmp_path):
+def test_links_start_at_the_page(render, tmp_path):
+    texts = {"x": lambda: "[a](benchmarks/a.svg) [b](https://b.org/c) [c](#d)"}
+    text = "<!-- x:begin -->\nold\n<!-- x:end -->"
+    shown = render.render(tmp_path / "docs" / "results" / "a.md", text, texts).splitlines()[1]
+    assert shown == "[a](../../benchmarks/a.svg) [b](https://b.org/c) [c](#d)"
+    assert render.render(tmp_path / "README.md", text, texts).splitlines()[1].startswith("[a](benchmarks/a.svg)")
+
+
+def test_every_table_has_one_place(render, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["render.py", "--check"])
+    monkeypatch.setattr(render, "generated", lambda: {"x": lambda: "made", "y": lambda: "made"})
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("<!-- x:begin -->\n<!-- x:end -->\n")
+    with pytest.raises(SystemExit, match="y has 0 places in the pages; expected one"):
+        render.main()
+    (tmp_path / "docs" / "y.md").write_text("<!-- y:begin -->\n<!-- y:end -->\n")
+    with pytest.raises(SystemExit, match=r"out of date: README\.md, docs/y\.md; run"):
+        render.main()
+    monkeypatch.setattr("sys.argv", ["render.py"])
+    render.main()
+    assert (tmp_path / "docs" / "y.md").read_text() == "<!-- y:begin -->\nmade\n<!-- y:end -->\n"
+    monkeypatch.setattr("sys.argv", ["render.py", "--check"])
+    render.main()
+
+
+def test_plot(tables, script, tmp_path):
     pytest.importorskip("matplotlib")
+    plots = script("plots")
     found = [
         row
         for method in ("random", "fisher", "fisher + ppo + weights", "a new one")
@@ -98,16 +133,16 @@ def test_plot(render, tmp_path):
         for model in ("toy", "other")
         for row in rows(method, target, seed, model=model, lost=-0.01 * (seed + 1))
     ]
-    path = tmp_path / render.ACCURACY_PLOT
-    render.plot_accuracy(found, path)
+    path = tmp_path / tables.ACCURACY_PLOT
+    plots.plot_accuracy(found, path)
     first = path.read_bytes()
     assert first.startswith(b"<?xml") and b"</svg>" in first and b"<dc:date>" not in first
-    render.plot_accuracy(found, path)
+    plots.plot_accuracy(found, path)
     assert path.read_bytes() == first
-    assert f"]({render.ACCURACY_PLOT})" in render.accuracy(found)
+    assert f"]({tables.ACCURACY_PLOT})" in tables.accuracy(found)
 
 
-def test_stage_costs_show_the_newest_row_of_each_step(render):
+def test_stage_costs_show_the_newest_row_of_each_step(tables):
     here = {"cpu": "A processor", "packages": {"torch": "2.1"}}
 
     def row(model, step, seconds, **changes):
@@ -120,7 +155,7 @@ def test_stage_costs_show_the_newest_row_of_each_step(render):
         row("small", "PPO", 60.3, episodes=48, time_limit=60.0),
         row("large", "Search", 20.0),
     ]
-    assert render.stage_costs(found).splitlines() == [
+    assert tables.stage_costs(found).splitlines() == [
         "| step | small, 1,024 images | large, 1,024 images |",
         "| --- | ---: | ---: |",
         "| Search | 10 s, 3.0 GiB | 20 s, 3.0 GiB |",
@@ -130,7 +165,7 @@ def test_stage_costs_show_the_newest_row_of_each_step(render):
     ]
 
 
-def test_precision_table(render):
+def test_precision_table(tables):
     def row(graph, precision, calibration=None, lost=None, **changes):
         top1 = dict(metric="top1", value=0.78 + (lost or 0), low=0.7, high=0.8, count=2000)
         found = dict(model="toy", graph=graph, precision=precision, calibration=calibration, top1=top1, target=None)
@@ -146,14 +181,15 @@ def test_precision_table(render):
         row("pruned", "fp32", target=0.65),
         row("dense", "fp16", lost=0.0),
     ]
-    assert render.precision(found).splitlines() == [
-        "| toy, top-1 in % | dense | change in pp (95 %) | MB | pruned, 0.65 of the MACs | change in pp (95 %) | MB |",
+    assert tables.precision(found).splitlines() == [
+        "| toy, top-1 in % | dense | change in points (95 %) | MB "
+        "| pruned, 0.65 of the MACs | change in points (95 %) | MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| fp32 | 78.00 |  | 6.46 | 78.00 |  | 6.46 |",
         "| int8, minmax | 77.85 | -0.15 (-0.55 to +0.45) | 1.79 | – | – | – |",
         "| fp16 | 78.00 | +0.00 (-0.40 to +0.60) | 6.46 | – | – | – |",
         "",
-        "2,000 evaluation images, 128 to calibrate on; bf16 is emulated in float32.",
+        "2,000 evaluation images; INT8 was calibrated on 128; BF16 is emulated in float32.",
     ]
 
 
@@ -170,12 +206,12 @@ def gpu_row(label, ratio, **changes):
     return {**row, **changes}
 
 
-def test_rows_of_a_gpu_and_that_there_are_none(render, monkeypatch, repository):
-    assert "These rows are missing" in render.gpu([])
+def test_rows_of_a_gpu_and_that_there_are_none(tables):
+    assert "Not measured yet" in tables.gpu([])
     found = [gpu_row("dense", 1.0), gpu_row("0.5", 0.7)]
     parity = dict(kind="parity", rung="tensorrt fp32 equals onnxruntime", precision="fp32")
     found += [gpu_row("0.5", None, passed=True, **parity), gpu_row("dense", None, passed=False, **parity)]
-    text = render.gpu(found)
+    text = tables.gpu(found)
     assert "| deit_base_patch16_224 | 128 | tensorrt | 10.000 ms | – | – | 0.700 |" in text
     assert "H200, driver 570.1, CUDA 12.8; TensorRT 10.13.0, torch 2.9. 2 results compared, 1 wrong." in text
     assert "Wrong: deit_base_patch16_224 dense, tensorrt fp32 equals onnxruntime, batch 128." in text
@@ -183,10 +219,10 @@ def test_rows_of_a_gpu_and_that_there_are_none(render, monkeypatch, repository):
     assert "Skipped: torch: absent." in text
     # Another machine has a table of its own.
     other = gpu_row("dense", 1.0, environment={"gpu": "Orin", "cuda": "12.6"})
-    assert render.gpu([*found, other]).count("| model | batch |") == 2
+    assert tables.gpu([*found, other]).count("| model | batch |") == 2
 
 
-def test_content_scores_table(render):
+def test_content_scores_table(tables):
     def row(score, target, refit, metric, value):
         facts = dict(score=score, target=target, refit=refit, images=1024, eval_images=2000)
         return dict(metric=metric, value=value, **facts)
@@ -201,11 +237,67 @@ def test_content_scores_table(render):
     ):
         found += [row(score, target, refit, "top1", top1), row(score, target, refit, "top1_difference", top1 - 0.78)]
         found += [row(score, target, refit, "kl", kl)]
-    assert render.content_scores(found).splitlines() == [
+    assert tables.content_scores(found).splitlines() == [
         "| top-1 in % / KL | 0.65 | 0.5 | 0.5, refitted |",
         "| --- | ---: | ---: | ---: |",
         "| none: the static plan | 76.5 / 0.040 | 74.0 / 0.090 | – |",
         "| the same, plan as prior (`--select content`) | – | 76.0 / 0.060 | 77.0 / 0.040 |",
         "",
         "1,024 calibration and 2,000 evaluation images, on which the dense model has 78.0 %.",
+    ]
+
+
+def test_the_summary_shows_what_every_seed_measured(tables):
+    def compared(method, target, seed, lost):
+        some = dict(kind="compared", method=method, target=target, seed=seed, failure=None, macs_ratio=target)
+        return dict(some, top1_difference=dict(value=lost, low=lost - 0.01, high=lost + 0.01))
+
+    def timed(method, target, batch, ratio):
+        return dict(
+            kind="latency", method=method, target=target, batch=batch, runtime="onnxruntime", ratio=ratio, p50_ms=1.0
+        )
+
+    found = [
+        compared("v-pruner", 0.65, 0, -0.01),
+        compared("v-pruner", 0.65, 1, -0.02),
+        timed("v-pruner", 0.65, 1, 0.7),
+    ]
+    found += [compared("v-pruner", 0.85, 0, -0.01), compared("tome", 0.65, 0, -0.5), timed("tome", 0.65, 1, 0.9)]
+    common = dict(label="pruned", batch=1, macs_ratio=0.6497)
+    larger = [
+        dict(common, model="base", ratio=0.9, p50_ms=300.0),  # Measured again below: the newest counts.
+        dict(common, model="base", ratio=0.68, p50_ms=300.0),
+        dict(common, model="tiny", ratio=0.667, p50_ms=20.0),
+        dict(common, model="tiny", ratio=0.5, p50_ms=20.0, batch=8),
+        dict(common, model="half", ratio=0.5, p50_ms=20.0, macs_ratio=0.5),
+    ]
+    assert tables.summary(found, larger).splitlines() == [
+        "| multiply-adds | top-1, points | time, batch 1 |",
+        "| ---: | ---: | ---: |",
+        "| × 0.65 | -1.50 ± 0.71 | × 0.70 |",
+        "",
+        "Time of larger models at × 0.65 of the multiply-adds, batch 1: tiny × 0.67, base × 0.68.",
+    ]
+
+
+def test_gradients_and_budgets_of_time(tables):
+    rows = [dict(way=way, cpu_ms_per_image=1200.4, pearson=0.99932, model="toy", gates=512, threads=1)
+            for way in ("rebuilt", "one-sided", "one-sided")]  # fmt: skip
+    assert tables.onnx_gradients(rows).splitlines()[2:] == [
+        "| the model rebuilt from the ONNX file, one backward pass | 1,200 ms | 0.9993 |",
+        "| onnxruntime, one run for each gate | 1,200 ms | 0.9993 |",
+        "",
+        "toy, 512 gates, 1 thread.",
+    ]
+    common = dict(target=0.5, searched="by latency", macs_ratio=0.42, predicted_ratio=0.5, model="toy", count=2000)
+    common |= dict(ratio=0.52, ratio_low=0.51, ratio_high=0.53)
+    common["environment"] = {"cpu": "A processor", "packages": {"onnxruntime": "1.2"}}
+    rows = [
+        dict(common, metric="top1_difference", value=-0.05, low=-0.07, high=-0.04),
+        dict(common, metric="kl", value=0.149),
+    ]
+    assert tables.latency_budget(rows).splitlines()[2:] == [
+        "| 0.5 | by latency | 0.420 | 0.500 | 0.520 (0.510 to 0.530) | -5.0 (-7.0 to -4.0) | 0.149 |",
+        "",
+        "toy, 2,000 evaluation images, batch 1, 1 thread; A processor, onnxruntime 1.2.",
     ]

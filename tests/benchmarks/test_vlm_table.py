@@ -4,8 +4,8 @@ import pytest
 
 
 @pytest.fixture
-def render(script, tmp_path, monkeypatch):
-    module = script("render")
+def tables(script, tmp_path, monkeypatch):
+    module = script("tables")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
 
@@ -24,7 +24,7 @@ def rows(method, keep, seed, lost=-0.02, model="one"):
     return found
 
 
-def test_points_lost_by_share_and_kind(render):
+def test_points_lost_by_share_and_kind(tables):
     found = [
         *rows("random", 0.25, 0, model="an older model"),
         *(row for seed in (0, 1) for row in rows("dense", 1.0, seed)),
@@ -34,7 +34,7 @@ def test_points_lost_by_share_and_kind(render):
         *rows("fastv", 0.5, 0),
         *rows("fastv", 0.25, 0),
     ]
-    lines = render.vlm_accuracy(found).splitlines()
+    lines = tables.vlm_accuracy(found).splitlines()
     start = lines.index("| | 50 % | 25 % | position, 25 % | count, 25 % | presence, 25 % | tokens per layer |")
     assert lines[start + 1 :] == [
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -42,23 +42,24 @@ def test_points_lost_by_share_and_kind(render):
         # Two seeds: 3 / sqrt(2).
         "| SAINT, hybrid | – | +0.0 ± 2.1 | -2.0 ± 2.1 | -4.0 ± 2.1 | -6.0 ± 2.1 | 160 |",
         "",
-        "The dense model answers right: position 80.0 %, count 70.0 %, presence 60.0 %; 2 seeds of 1,000 questions of "
-        "each kind, or as many as stand in brackets; ± half of the 95 % interval, paired question by question; tokens "
-        "per layer: mean of the visual tokens that enter a language layer at 25 %.",
+        "Right answers of the dense model: position 80.0 %, count 70.0 %, presence 60.0 %; 2 seeds of 1,000 questions "
+        "of each kind, brackets hold the number where it is smaller; ± half of the 95 % interval, paired question by "
+        "question; tokens per layer: visual tokens that enter a language layer at 25 %, on average.",
     ]
-    assert render.vlm_accuracy([]) == render.vlm_accuracy(rows("dense", 1.0, 0)) == ""
+    assert tables.vlm_accuracy([]) == tables.vlm_accuracy(rows("dense", 1.0, 0)) == ""
 
 
-def test_plot(render, tmp_path):
+def test_plot(tables, script, tmp_path):
     pytest.importorskip("matplotlib")
-    found = [*rows("dense", 1.0, 0), *(row for method in render.VLM_METHODS for row in rows(method, 0.5, 0))]
-    path = tmp_path / render.VLM_ACCURACY_PLOT
-    render.plot_vlm_accuracy(found, path)
+    plots = script("plots")
+    found = [*rows("dense", 1.0, 0), *(row for method in tables.VLM_METHODS for row in rows(method, 0.5, 0))]
+    path = tmp_path / tables.VLM_ACCURACY_PLOT
+    plots.plot_vlm_accuracy(found, path)
     first = path.read_bytes()
     assert first.startswith(b"<?xml") and b"FastV" in first and b"<dc:date>" not in first
-    render.plot_vlm_accuracy(found, path)
+    plots.plot_vlm_accuracy(found, path)
     assert path.read_bytes() == first
-    assert f"]({render.VLM_ACCURACY_PLOT})" in render.vlm_accuracy(found)
+    assert f"]({tables.VLM_ACCURACY_PLOT})" in tables.vlm_accuracy(found)
 
 
 def prefill(mode, p50_ms, ratio, macs_saved, **more):
@@ -70,14 +71,15 @@ def prefill(mode, p50_ms, ratio, macs_saved, **more):
     return dict(mode=mode, keep=0.25, p50_ms=p50_ms, **limits, **about, **saved, **sizes, **environment) | more
 
 
-def test_time_to_the_first_token(render):
+def test_time_to_the_first_token(tables):
     older = [prefill("dense", 1.0, 1.0, 0.0), prefill("llm", 0.5, 0.5, 0.5)]
     newest = [prefill("dense", 8195.6, 1.0, 0.0), prefill("vit", 3900, 0.48, 0.5, peak_tensor_bytes=92 << 20)]
-    assert render.vlm_prefill([*older, *newest]).splitlines()[2:] == [
+    assert tables.vlm_prefill([*older, *newest]).splitlines()[2:] == [
         "| dense | 1 | 8.2 s | | 200 MiB | |",
         "| SAINT, vit | 0.500 | 0.480 (0.460 to 0.500) | 1.04 | 92 MiB | 30 MiB |",
         "",
         "LLaVA, 4 language layers in float32, random weights, one image and 616 tokens in all; 25 % of the visual "
-        "tokens kept; 9 rounds in turns, 2 threads of a CPU. Peak: what the prefill needs beside the weights.",
+        "tokens kept; 9 rounds in turns, 2 threads of a CPU. The peak memory is that of the prefill, "
+        "without the weights.",
     ]
-    assert render.vlm_prefill([]) == ""
+    assert tables.vlm_prefill([]) == ""

@@ -5,6 +5,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from covered import EXPORTERS, SIMPLIFIERS
 from export_tools import gathered_reference, random_plan, relative_difference
 from foreign_graphs import Foreign, tiny_model, write_module
 from hypothesis import HealthCheck, given, settings
@@ -42,6 +43,11 @@ TORCHSCRIPT = [
     for dynamic, fused in ((False, True), (True, "attention pooling" in kind))
 ]
 MATRIX = DYNAMO + DYNAMO_KINDS + TORCHSCRIPT
+
+
+def test_the_matrix_holds_the_opsets_that_the_page_of_models_lists():
+    opsets = {exporter: {one.opset for one in MATRIX if one.exporter == exporter} for exporter in EXPORTERS}
+    assert opsets == {exporter: set(listed) for exporter, listed in EXPORTERS.items()}
 
 
 def images_for(geometry, count: int = 3) -> torch.Tensor:
@@ -233,7 +239,7 @@ def test_the_check_sees_a_rewriting_that_changes_results(written, tmp_path, monk
         check_fold(plan, path, tmp_path / "pruned.onnx", images_for(geometry).numpy())
 
 
-@pytest.mark.parametrize("tool", ["onnxslim", "onnxsim"])
+@pytest.mark.parametrize("tool", SIMPLIFIERS)
 @pytest.mark.parametrize(
     "foreign",
     [

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
+from covered import EXPORTED_TOWERS
 from export_tools import random_plan, relative_difference
 from foreign_graphs import write_module
 from torch import nn
@@ -20,24 +21,16 @@ from vpruner.export.recognise.normalise import prepare
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-#: Name -> model class, its configuration, the output to keep, prefix tokens, prefix tokens that are read, patches read.
+#: Name -> its configuration, the output to keep, prefix tokens, prefix tokens that are read, patches read.
 TOWERS = {
-    "ViT": ("ViTForImageClassification", "ViTConfig", {"num_labels": 5}, "logits", 1, 1, False),
-    "DeiT": ("DeiTForImageClassification", "DeiTConfig", {"num_labels": 5}, "logits", 2, 1, False),
-    "distilled DeiT": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", {"num_labels": 5}, "logits", 2, 2, False),
-    "DINOv2": ("Dinov2ForImageClassification", "Dinov2Config", {"num_labels": 5}, "logits", 1, 1, True),
-    "DINOv2, gated MLP": ("Dinov2Model", "Dinov2Config", {"use_swiglu_ffn": True}, "pooler_output", 1, 1, False),
-    "DINOv2 with registers": (
-        "Dinov2WithRegistersForImageClassification",
-        "Dinov2WithRegistersConfig",
-        {"num_labels": 5},
-        "logits",
-        5,
-        5,
-        True,
-    ),
-    "CLIP": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {"projection_dim": 6}, "image_embeds", 1, 1, False),
-    "SigLIP": ("SiglipVisionModel", "SiglipVisionConfig", {}, "pooler_output", 0, 0, True),
+    "ViT": ("ViTConfig", {"num_labels": 5}, "logits", 1, 1, False),
+    "DeiT": ("DeiTConfig", {"num_labels": 5}, "logits", 2, 1, False),
+    "distilled DeiT": ("DeiTConfig", {"num_labels": 5}, "logits", 2, 2, False),
+    "DINOv2": ("Dinov2Config", {"num_labels": 5}, "logits", 1, 1, True),
+    "DINOv2, gated MLP": ("Dinov2Config", {"use_swiglu_ffn": True}, "pooler_output", 1, 1, False),
+    "DINOv2 with registers": ("Dinov2WithRegistersConfig", {"num_labels": 5}, "logits", 5, 5, True),
+    "CLIP": ("CLIPVisionConfig", {"projection_dim": 6}, "image_embeds", 1, 1, False),
+    "SigLIP": ("SiglipVisionConfig", {}, "pooler_output", 0, 0, True),
 }
 #: Each has a way of writing that no other case has; the rest of PyTorch's newer exporter is slow.
 DYNAMO = [
@@ -48,14 +41,14 @@ DYNAMO = [
 ]
 CASES = DYNAMO + [
     (tower, "torchscript", 17, dynamic, attention)
-    for tower in TOWERS
+    for tower in EXPORTED_TOWERS
     for dynamic, attention in ((False, "eager"), (True, "sdpa"))
     # Its positions are resized by a bicubic filter that the older exporter does not know.
     if tower != "DINOv2 with registers"
 ]
 SLOW = [
     (tower, "dynamo", 20, dynamic, "sdpa")
-    for tower in TOWERS
+    for tower in EXPORTED_TOWERS
     for dynamic in (False, True)
     if (tower, "dynamo", 20, dynamic, "sdpa") not in DYNAMO
 ]
@@ -74,12 +67,12 @@ class OneOutput(nn.Module):
 
 
 def build(name: str, attention: str) -> OneOutput:
-    model_class, config_class, extra, output, *_ = TOWERS[name]
+    config_class, extra, output, *_ = TOWERS[name]
     sizes = SIZES if "Dinov2" in config_class else {**SIZES, "intermediate_size": 64}
     config = getattr(transformers, config_class)(**sizes, **extra)
     config._attn_implementation = attention
     torch.manual_seed(0)
-    model = OneOutput(getattr(transformers, model_class)(config), output).eval()
+    model = OneOutput(getattr(transformers, EXPORTED_TOWERS[name])(config), output).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

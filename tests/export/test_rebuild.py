@@ -5,6 +5,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from covered import SIMPLIFIERS
 from export_tools import gathered_reference, random_plan, relative_difference
 from foreign_graphs import Foreign, tiny_model, write_module
 from tiny_vits import KINDS, tiny
@@ -115,7 +116,7 @@ def test_towers_of_transformers_are_rebuilt(name, kind, tmp_path):
     assert gradient.shape[1] == 3 + adapter.geometry.head_patches and (gradient.abs().sum((0, 2)) > 0).all()
 
 
-@pytest.mark.parametrize("tool", ["onnxslim", "onnxsim"])
+@pytest.mark.parametrize("tool", SIMPLIFIERS)
 def test_a_simplified_graph_is_rebuilt(written, tool, tmp_path):
     simplifier = pytest.importorskip(tool, reason=f"{tool} is not installed")
     proto = onnx.load(written(Foreign("layer scale")))

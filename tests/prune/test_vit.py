@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from covered import TIMM_MODELS
 from flops import flop_counter
 from timm.layers import LayerNormFp32, RmsNorm
 from tiny_vits import KINDS, tiny
@@ -200,18 +201,7 @@ def test_other_norms_are_refused_where_they_stand(part, reason):
         ViTAdapter(model, "tiny")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "vit_base_patch16_siglip_224",
-        "vit_base_patch16_clip_224",
-        "vit_base_patch16_clip_quickgelu_224",
-        "vit_small_patch14_reg4_dinov2",
-        "vit_medium_patch16_reg4_gap_256",
-        "deit3_small_patch16_224",
-        "deit_tiny_distilled_patch16_224",
-    ],
-)
+@pytest.mark.parametrize("name", TIMM_MODELS)
 def test_well_known_models_are_handled(name):
     geometry = ViTAdapter(timm.create_model(name, depth=2), name).geometry
     assert geometry.depth == 2 and geometry.patches == geometry.grid[0] * geometry.grid[1] > 100

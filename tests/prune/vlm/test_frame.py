@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the vlm extra brings transformers")
 
+from covered import VISION_LANGUAGE_MODELS
 from masked_vlms import masked, positions_of
 from tiny_vlms import IMAGE, PATCHES, prompts, shared_vlm, tiny_vlm
 
@@ -192,7 +193,7 @@ def test_dropping_before_the_first_block_and_after_the_last(llava, batch):
     torch.testing.assert_close(seen["view"].hidden, states[-2][:, 1:], **EXACT)
 
 
-@pytest.mark.parametrize("kind", ["llava", "next", "onevision"])
+@pytest.mark.parametrize("kind", VISION_LANGUAGE_MODELS)
 @pytest.mark.parametrize(
     "settings",
     [dict(mode="vit", keep=1.0), dict(mode="llm", threshold=1.5), dict(mode="llm", keep=1.0), dict(keep=1.0)],

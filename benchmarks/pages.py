@@ -1,0 +1,144 @@
+"""Text of docs/ that is made from the program and its tests: the command reference, and the models that work."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from vpruner.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def cli() -> str:
+    """Each command under the heading that ``vpruner --help`` gives it: what it does, examples, options."""
+    context = click.Context(main, info_name="vpruner")
+    parts = []
+    for heading, names in _sections(context):
+        parts += [f"## {heading}", ""]
+        commands = [(name, main.get_command(context, name)) for name in names]
+        parts += ["| command | what it does |", "| --- | --- |"]
+        parts += [f"| [`vpruner {name}`](#vpruner-{name}) | {_short(command)} |" for name, command in commands] + [""]
+        for name, command in commands:
+            parts += _described(command, click.Context(command, info_name=name, parent=context), 3)
+    return "\n".join(parts).rstrip("\n")
+
+
+def _sections(context: click.Context) -> Iterator[tuple[str, list[str]]]:
+    """(heading, names of commands) in the order of the help text, which is where a reader meets them."""
+    heading, names, known = "", [], set(main.list_commands(context))
+    for line in main.get_help(context).splitlines():
+        if line and not line.startswith(" ") and line.endswith(":"):
+            if names:
+                yield heading, names
+            heading, names = line[:-1], []
+        elif (found := re.match(r"  ([\w-]+)", line)) and found[1] in known and heading:
+            names.append(found[1])
+    if names:
+        yield heading, names
+
+
+def _short(command: click.Command) -> str:
+    return " ".join(command.get_short_help_str(1000).split())
+
+
+def _described(command: click.Command, context: click.Context, level: int) -> Iterator[str]:
+    yield from (f"{'#' * level} {context.command_path}", "")
+    if isinstance(command, click.Group):
+        yield from _prose(command.help or "")
+        for name in command.list_commands(context):
+            one = command.get_command(context, name)
+            yield from _described(one, click.Context(one, info_name=name, parent=context), level + 1)
+        return
+    usage = " ".join(command.collect_usage_pieces(context))
+    yield from ("```text", f"{context.command_path} {usage}", "```", "", *_prose(command.help or ""))
+    records = [one.get_help_record(context) for one in command.params if isinstance(one, click.Option)]
+    yield from ("| option | what it does |", "| --- | --- |")
+    yield from (f"| {_code(record[0])} | {_cell(record[1])} |" for record in records if record)
+    yield ""
+
+
+def _prose(text: str) -> Iterator[str]:
+    """Paragraphs as they are, and what click keeps as typed (after ``\\b``) as commands to run."""
+    for paragraph in re.split(r"\n\s*\n", text.strip()):
+        if not paragraph.lstrip().startswith("\b"):
+            yield from (_cell(" ".join(paragraph.split())), "")
+            continue
+        lines = [line.strip() for line in paragraph.splitlines() if line.strip("\b ")]
+        typed = [line for line in lines if line.startswith("vpruner ")]
+        if typed:
+            yield from ("```console", *typed, "```", "")
+
+
+def _code(option: str) -> str:
+    return f"`{option}`".replace("|", r"\|")
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def models() -> str:
+    """The lists that the tests run through: tests/covered.py."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        covered = importlib.import_module("covered")
+    finally:
+        sys.path.pop(0)
+    families = _listed(f"`{name}`" for name in covered.VISION_LANGUAGE_MODELS.values())
+    kinds = [(kind, _arguments(arguments)) for kind, arguments in covered.KINDS.items()]
+    newer, older = (_listed(map(str, covered.EXPORTERS[name])) for name in ("dynamo", "torchscript"))
+    return "\n".join(
+        [
+            f"Opened by name: {_listed(f'`{name}`' for name in covered.TIMM_MODELS)}.",
+            "",
+            *_table(("kind of model", "arguments of timm's `VisionTransformer`"), kinds),
+            "",
+            "## Folders of transformers",
+            "",
+            "`save_pretrained` writes such a folder. The vision tower is rebuilt as a timm model of equal output.",
+            "",
+            *_table(("tower", "class"), [(name, f"`{kind}`") for name, kind in covered.FOLDERS.items()]),
+            "",
+            "## ONNX files",
+            "",
+            f"- `torch.onnx.export(dynamo=True)`: opset {newer}.",
+            f"- `torch.onnx.export(dynamo=False)`: opset {older}.",
+            "- The batch may be fixed or open, and attention fused or written out.",
+            f"- Simplifiers: {_listed(covered.SIMPLIFIERS)}.",
+            "",
+            "Every kind of timm model in the table above works, and so do these classes of transformers:",
+            "",
+            *_table(("model", "class"), [(name, f"`{kind}`") for name, kind in covered.EXPORTED_TOWERS.items()]),
+            "",
+            "## Vision-language models",
+            "",
+            f"SAINT runs in {families}: see [vlm.md](docs/vlm.md).",
+        ]
+    )
+
+
+def _arguments(arguments: dict | None) -> str:
+    if arguments is None:
+        return "`VisionTransformerDistilled`"
+    return ", ".join(f"`{key}={value!r}`" for key, value in arguments.items()) or "none"
+
+
+def _listed(names) -> str:
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def _table(heads: tuple[str, ...], rows) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]

@@ -1,0 +1,167 @@
+"""Pictures of the measured rows, written beside them."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from tables import (
+    ACCURACY_PLOT,
+    COMPARE_PLOT,
+    METHODS,
+    ROOT,
+    VLM_ACCURACY_PLOT,
+    VLM_KINDS,
+    VLM_METHODS,
+    Results,
+    by_model,
+    in_table_order,
+    newest_vlm,
+    vlm_mean,
+)
+
+from vpruner.core.files import atomic_path
+from vpruner.core.rows import read_rows
+from vpruner.report import compare as compare_report
+
+#: What the plot shows, the first that was measured -> its axis, and what values are multiplied by.
+PLOTTED = {"top1": ("top-1 in %", 100), "agreement": ("same class as dense in %", 100), "cosine": ("cosine", 1)}
+
+
+def plot_accuracy(rows: list[dict], path: Path) -> None:
+    """One panel per model: accuracy over multiply-adds, a line per method, bars for the seeds' range."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    panels = by_model(rows)
+    methods = in_table_order(method for results in panels.values() for method, _ in results)
+    # Other choices grey, masks alone blue, tuned ones orange: dark is better within each family.
+    styles = {
+        "random": ("#b4b4b4", "o", ":"),
+        "centre": ("#8c8c8c", "^", ":"),
+        "class attention": ("#5a5a5a", "s", ":"),
+        "fisher 1 round": ("#a9c9e8", "o", "-"),
+        "fisher 1 round + greedy": ("#a9c9e8", "^", "--"),
+        "fisher": ("#4f8fcb", "o", "-"),
+        "fisher + greedy": ("#4f8fcb", "^", "--"),
+        "fisher + ppo": ("#17508c", "s", "-"),
+        "fisher + ppo + gates": ("#17508c", "D", "--"),
+        "fisher + tuning": ("#f0a35e", "o", "-"),
+        "fisher + ppo + weights": ("#c2500a", "s", "-"),
+    }
+    # A salt and no date: the same rows give the same file.
+    look = {"svg.hashsalt": "vpruner", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with pyplot.rc_context(look):
+        figure, axes = pyplot.subplots(
+            1, len(panels), figsize=(2.6 + 4.4 * len(panels), 4.2), squeeze=False, layout="constrained"
+        )
+        for axis, ((model, images, count), results) in zip(axes[0], panels.items(), strict=True):
+            measured = {metric for metrics in results.values() for metric in metrics}
+            metric = next(metric for metric in PLOTTED if metric in measured)
+            label, factor = PLOTTED[metric]
+            for method in methods:
+                points = []
+                for (other, _), metrics in results.items():
+                    if other == method and metric in metrics:
+                        values = [factor * row["value"] for row in metrics[metric]]
+                        middle = statistics.fmean(values)
+                        ratio = statistics.fmean(row["macs_ratio"] for row in metrics[metric])
+                        points.append((ratio, middle, middle - min(values), max(values) - middle))
+                if points:
+                    x, y, below, above = zip(*sorted(points), strict=True)
+                    colour, marker, line = styles.get(method, ("#2a9d5c", "x", "-"))
+                    axis.errorbar(
+                        x,
+                        y,
+                        (below, above),
+                        color=colour,
+                        marker=marker,
+                        linestyle=line,
+                        markersize=4,
+                        linewidth=1.2,
+                        elinewidth=0.8,
+                        label=METHODS.get(method, method),
+                    )
+            dense = _dense_top1(results)
+            if dense is not None:
+                axis.axhline(100 * dense, color="black", linewidth=0.8, linestyle=(0, (4, 3)), label="dense")
+            axis.set(title=f"{model}, {images:,} calibration images", xlabel="multiply-adds, dense = 1", ylabel=label)
+            axis.grid(alpha=0.25, linewidth=0.5)
+            axis.annotate(f"{count:,} images", (0.98, 0.02), xycoords="axes fraction", ha="right", color="#5a5a5a")
+        handles = {}
+        for axis in axes[0]:
+            handles |= {text: handle for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _dense_top1(results: Results) -> float | None:
+    """Every row of a difference is paired with one of the pruned model's own top-1."""
+    for metrics in results.values():
+        if "top1_difference" in metrics:
+            return metrics["top1"][0]["value"] - metrics["top1_difference"][0]["value"]
+    return None
+
+
+def plot_vlm_accuracy(rows: list[dict], path: Path) -> None:
+    """One panel per kind of question: points lost over the share kept, a line per method."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    found = newest_vlm(rows)
+    look = {"svg.hashsalt": "vpruner", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with pyplot.rc_context(look):
+        figure, axes = pyplot.subplots(1, len(VLM_KINDS), figsize=(13, 3.4), layout="constrained")
+        for axis, kind in zip(axes, VLM_KINDS, strict=True):
+            for method, (name, colour, marker, line) in VLM_METHODS.items():
+                points = [
+                    (100 * keep, 100 * mean[0], 100 * mean[1])
+                    for (other, keep), some in sorted(found.items())
+                    if other == method and (mean := vlm_mean(some, kind, "accuracy_difference"))
+                ]
+                if points:
+                    x, y, half = zip(*points, strict=True)
+                    axis.errorbar(
+                        x,
+                        y,
+                        half,
+                        color=colour,
+                        marker=marker,
+                        linestyle=line,
+                        markersize=4,
+                        linewidth=1.2,
+                        elinewidth=0.8,
+                        label=name,
+                    )
+            axis.axhline(0, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
+            axis.set(title=kind, xlabel="visual tokens kept in %")
+            axis.grid(alpha=0.25, linewidth=0.5)
+        axes[0].set_ylabel("accuracy to dense in pp")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def draw_all(results: Path) -> None:
+    """Every picture whose rows lie in the folder ``results``."""
+
+    def compared(rows: list[dict], path: Path) -> None:
+        entries = compare_report.entries_of(rows)
+        title = entries[0].results[0]["model"] if entries and entries[0].results else ""
+        compare_report.plot_comparison(entries, path, title=title)
+
+    drawn = {
+        "accuracy": (plot_accuracy, ACCURACY_PLOT),
+        "compare": (compared, COMPARE_PLOT),
+        "vlm_accuracy": (plot_vlm_accuracy, VLM_ACCURACY_PLOT),
+    }
+    for name, (draw, path) in drawn.items():
+        if (results / f"{name}.jsonl").exists():
+            draw(read_rows(results / f"{name}.jsonl"), ROOT / path)

@@ -1,0 +1,606 @@
+"""Tables of the measured rows, as text: one function for each file of benchmarks/results."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from vpruner.report import compare as compare_report
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Pictures beside the rows, from the repository's root.
+ACCURACY_PLOT = "benchmarks/results/accuracy.svg"
+VLM_ACCURACY_PLOT = "benchmarks/results/vlm_accuracy.svg"
+COMPARE_PLOT = "benchmarks/results/compare.svg"
+#: Method of benchmarks/accuracy.py -> what the table calls it; in the order of the table.
+METHODS = {
+    "random": "random exits",
+    "centre": "nearest the centre",
+    "class attention": "class attention",
+    "fisher 1 round": "Fisher, 1 round",
+    "fisher 1 round + greedy": "Fisher, 1 round + greedy swaps",
+    "fisher": "Fisher",
+    "fisher + greedy": "Fisher + greedy swaps",
+    "fisher + ppo": "Fisher + PPO",
+    "fisher + ppo + gates": "Fisher + PPO + gates",
+    "fisher + tuning": "Fisher + weights",
+    "fisher + ppo + weights": "Fisher + PPO + weights (default)",
+}
+
+
+def latency_ort(rows: list[dict]) -> str:
+    """The newest measurement of each model and batch, whole: its ratios are all to one baseline."""
+    newest: dict[tuple[str, int], list[dict]] = {}
+    for row in rows:
+        key = row["model"], row["batch"]
+        if row["label"] == row["ratio_to"]:  # The baseline comes first.
+            newest[key] = []
+        newest[key].append(row)
+    lines = [
+        "| model | batch | graph | MACs | p50 | latency ratio (95 %) | rounds |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {model} | {batch} | {row['label']} | {row['macs_ratio']:.3f} | {row['p50_ms']:.1f} ms | "
+        + ("1" if row["label"] == row["ratio_to"] else _ratio(row))
+        + f" | {row['count']} |"
+        for (model, batch), measured in newest.items()
+        for row in measured
+    ]
+    environments = {
+        (row["environment"]["cpu"], row["environment"]["packages"]["onnxruntime"], row["threads"])
+        for measured in newest.values()
+        for row in measured
+    }
+    lines += [
+        "",
+        *(f"{cpu}, onnxruntime {version}, {threads} thread(s)." for cpu, version, threads in sorted(environments)),
+    ]
+    return "\n".join(lines)
+
+
+def _ratio(row: dict) -> str:
+    return f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
+
+
+def demo(rows: list[dict]) -> str:
+    """The table that the bundled run ends with."""
+    cost = {row["label"]: row for row in rows if row["kind"] == "cost"}
+    accuracy = {(row["label"], row["metric"]): row for row in rows if row["kind"] == "accuracy"}
+    latency = {row["label"]: row for row in rows if row["kind"] == "latency"}
+
+    def share(label: str, metric: str, sign: str = "") -> str:
+        row = accuracy[label, metric]
+        return f"{100 * row['value']:{sign}.1f} ({100 * row['low']:{sign}.1f} to {100 * row['high']:{sign}.1f})"
+
+    p50 = {label: f"{row['p50_ms']:.2f} ms" for label, row in latency.items()}
+    ratio = latency["pruned"]
+    count = accuracy["dense", "top1"]["count"]
+    return "\n".join(
+        [
+            "| | dense | pruned | change |",
+            "| --- | ---: | ---: | ---: |",
+            f"| top-1 in % of {count:,} images (95 %) | {share('dense', 'top1')} | {share('pruned', 'top1')} | "
+            f"{share('pruned', 'top1_difference', '+')} |",
+            f"| multiply-adds | {cost['dense']['macs'] / 1e6:.1f} M | {cost['pruned']['macs'] / 1e6:.1f} M | "
+            f"× {cost['pruned']['ratio']:.3f} |",
+            f"| onnxruntime, 1 CPU thread, batch 1, p50 | {p50['dense']} | {p50['pruned']} | × {_ratio(ratio)} |",
+        ]
+    )
+
+
+def fisher_rounds(rows: list[dict]) -> str:
+    """Means over the seeds: top-1 lost in points, and KL."""
+    groups: dict[tuple[float, int], dict[str, list[float]]] = {}
+    for row in rows:
+        group = groups.setdefault((row["target"], row["rounds"]), {})
+        group.setdefault(row["metric"], []).append(row["value"])
+    rounds = sorted({key[1] for key in groups})
+    heads = [f"{n} round{'s' if n > 1 else ''}" for n in rounds]
+    lines = [f"| MACs | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(rounds)}"]
+    for target in sorted({key[0] for key in groups}, reverse=True):
+        cells = []
+        for number in rounds:
+            values = groups[target, number]
+            lost, divergence = (sum(values[k]) / len(values[k]) for k in ("top1_difference", "kl"))
+            cells.append(f"{100 * lost:+.2f} points, KL {divergence:.3f}")
+        lines.append(f"| {target:g} | {' | '.join(cells)} |")
+    seeds, images = len({row["seed"] for row in rows}), rows[0]["count"]
+    return "\n".join([*lines, "", f"Mean of {seeds} seeds, {images:,} images."])
+
+
+#: What the table shows -> its name, what values are multiplied by, their format.
+SHOWN = {
+    "top1_difference": ("top-1 in points", 100, "+.2f"),
+    "agreement": ("same class in %", 100, ".1f"),
+    "kl": ("KL", 1, ".3f"),
+    "cosine": ("cosine", 1, ".3f"),
+}
+#: (method, target) -> metric -> the row of each seed.
+Results = dict[tuple[str, float], dict[str, list[dict]]]
+
+
+def accuracy(rows: list[dict]) -> str:
+    """A table for each model and its images: methods by budgets, means over the seeds."""
+    lines = _picture("Accuracy over multiply-adds, by method", ACCURACY_PLOT)
+    for (model, _, _), results in by_model(rows).items():
+        targets = sorted({target for _, target in results}, reverse=True)
+        shown = _shown_metrics(results)
+        seeds = _seeds(results)
+        head = f"{model}: {' / '.join(SHOWN[metric][0] for metric in shown)}"
+        heads = [*(f"{t:g}" for t in targets), "time"]
+        lines += [f"| {head} | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+        for method in in_table_order(method for method, _ in results):
+            cells = [_accuracy_cell(results.get((method, target), {}), shown, len(seeds)) for target in targets]
+            lines.append(f"| {METHODS.get(method, method)} | {' | '.join(cells)} | {_seconds_cell(method, results)} |")
+        lines += ["", _accuracy_caption(results), ""]
+    return "\n".join(lines[:-1])
+
+
+def _picture(title: str, path: str) -> list[str]:
+    return [f"![{title}]({path})", ""] if (ROOT / path).exists() else []
+
+
+def by_model(rows: Iterable[dict]) -> dict[tuple[str, int, int], Results]:
+    """By model and numbers of images; of rows for the same thing the newest."""
+    newest = {}
+    for row in rows:
+        key = tuple(row[k] for k in ("model", "images", "count", "method", "target", "metric", "seed"))
+        newest[key] = row
+    found: dict[tuple[str, int, int], Results] = {}
+    for (model, images, count, method, target, metric, _), row in sorted(newest.items()):
+        results = found.setdefault((model, images, count), {})
+        results.setdefault((method, target), {}).setdefault(metric, []).append(row)
+    return found
+
+
+def in_table_order(methods: Iterable[str]) -> list[str]:
+    known = list(METHODS)
+    return sorted(set(methods), key=lambda method: (known.index(method) if method in known else len(known), method))
+
+
+def _shown_metrics(results: Results) -> list[str]:
+    """Of unlabelled images the share of the same class instead of top-1, of features the cosine."""
+    measured = {metric for metrics in results.values() for metric in metrics}
+    if "top1_difference" in measured:
+        measured.discard("agreement")
+    return [metric for metric in SHOWN if metric in measured]
+
+
+def _seeds(results: Results) -> set[int]:
+    return {row["seed"] for metrics in results.values() for group in metrics.values() for row in group}
+
+
+def _accuracy_cell(metrics: dict[str, list[dict]], shown: list[str], seeds: int) -> str:
+    """Such as "-1.50 ± 0.21 / 0.041 ± 0.001"; fewer than ``seeds`` seeds are counted behind it, in brackets."""
+    parts, fewest = [], seeds
+    for metric in shown:
+        if metric in metrics:
+            _, factor, digits = SHOWN[metric]
+            values = [factor * row["value"] for row in metrics[metric]]
+            spread = f" ± {statistics.stdev(values):{digits.lstrip('+')}}" if len(values) > 1 else ""
+            parts.append(f"{statistics.fmean(values):{digits}}{spread}")
+            fewest = min(fewest, len(values))
+    return (" / ".join(parts) + (f" ({fewest})" if fewest < seeds else "")) or "–"
+
+
+def _seconds_cell(method: str, results: Results) -> str:
+    seconds = [
+        row["seconds"]
+        for (found, _), metrics in results.items()
+        if found == method
+        for rows in metrics.values()
+        for row in rows
+        if row["seconds"] is not None  # The process was paused meanwhile.
+    ]
+    return f"{statistics.median(seconds):.0f} s" if seconds else "–"
+
+
+def _accuracy_caption(results: Results) -> str:
+    rows = [row for metrics in results.values() for group in metrics.values() for row in group]
+    seeds, episodes = _seeds(results), sorted({row["episodes"] for row in rows if row["episodes"]})
+    fewer = any(len(group) < len(seeds) for metrics in results.values() for group in metrics.values())
+    sentences = [
+        f"Mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else "One seed",
+        *(["brackets hold the number of seeds where it is smaller"] if fewer else []),
+        f"{rows[0]['images']:,} calibration and {rows[0]['count']:,} evaluation images",
+    ]
+    if episodes:
+        sentences.append(f"PPO played {' or '.join(map(str, episodes))} episodes")
+    sentences.append("time is the median to make a plan, on one thread of a machine that did other work too")
+    # The spread over seeds says nothing about the images, which all seeds share.
+    widths = [50 * (row["high"] - row["low"]) for row in rows if row["metric"] == "top1_difference"]
+    if widths:
+        sentences.append(
+            f"the 95 % interval over images of one top-1 difference is ± {min(widths):.1f} to {max(widths):.1f} points"
+        )
+    return "; ".join(sentences) + "."
+
+
+def compare(rows: list[dict]) -> str:
+    """All methods on the reference: the table, and ours against each of the others at equal time."""
+    entries = compare_report.entries_of(rows)
+    lines = _picture("Accuracy over latency and over multiply-adds, by method", COMPARE_PLOT)
+    lines += _markdown_table(*compare_report.comparison_table(entries))
+    lines += ["", _compare_caption(entries)]
+    batches = compare_report.batches_of(entries)
+    if batches:
+        heads, table = compare_report.equal_time_table(compare_report.at_equal_time(entries, batches[0]))
+        if table:
+            where = f"batch {batches[0]}, onnxruntime"
+            lines += ["", f"Accuracy at equal time. Each row takes the time of one of our plans ({where}):", ""]
+            lines += _markdown_table(heads, table)
+    return "\n".join(lines)
+
+
+def _markdown_table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Two columns of words, then numbers."""
+    rule = ["---" if number < 2 else "---:" for number in range(len(heads))]
+    return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)]
+
+
+def _compare_caption(entries: list[compare_report.Entry]) -> str:
+    results = [row for entry in entries for row in entry.results]
+    images = sorted({row["data"]["count"] for row in results if row["data"]})
+    widths = [50 * (row["top1_difference"]["high"] - row["top1_difference"]["low"]) for row in results]
+    return " ".join(
+        [
+            f"{results[0]['eval_data']['count']:,} evaluation images. Methods that need a calibration set got "
+            f"{' or '.join(f'{count:,}' for count in images)} images.",
+            "± is the standard deviation over seeds. With one seed, brackets hold the 95 % interval over images, "
+            f"paired with the dense model: ± {min(widths):.1f} to {max(widths):.1f} points.",
+            compare_report.protocol_sentence(entries),
+            *(f"{line}." for line in compare_report.remarks_of(entries)),
+        ]
+    )
+
+
+def compare_speed(rows: list[dict]) -> str:
+    """Graphs of larger models, the newest of each: latency ratio over MACs ratio, where 1 is ideal."""
+    newest = {(r["model"], r["batch"], r["target"], r["method"]): r for r in rows if r["kind"] == "speed"}
+    lines = [
+        "| model | MACs | method | batch | of dense | ms | ratio | ratio / MACs |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (model, batch, target, method), row in newest.items():
+        if method != "dense":
+            lines.append(
+                f"| {model} | {target:g} | {method} | {batch} | {row['macs_ratio']:.3f} | {row['p50_ms']:.1f} | "
+                f"{_ratio(row)} | {row['ratio'] / row['macs_ratio']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def summary(compared: list[dict], latency: list[dict]) -> str:
+    """Of the first page: accuracy and time of our default method, and the ratio on larger models."""
+    entries = [entry for entry in compare_report.entries_of(compared) if entry.method == "v-pruner" and entry.results]
+    batches = compare_report.batches_of(entries)
+    heads = ["multiply-adds", "top-1, points", *(f"time, batch {batch}" for batch in batches)]
+    lines = [f"| {' | '.join(heads)} |", f"|{' ---: |' * len(heads)}"]
+    for entry in entries:
+        values = [100 * value for value in entry.values("top1_difference")]
+        if len(values) > 1:  # Budgets at which every seed was measured; the others are on the page of results.
+            top1 = f"{statistics.fmean(values):+.2f} ± {statistics.stdev(values):.2f}"
+            times = [f"× {ratio:.2f}" if (ratio := entry.latency_ratio(batch)) else "" for batch in batches]
+            lines.append(f"| × {entry.macs_ratio:.2f} | {top1} | {' | '.join(times)} |")
+    pruned = [row for row in latency if row["label"] == "pruned" and f"{row['macs_ratio']:.2f}" == "0.65"]
+    larger = {row["model"]: row for row in pruned if row["batch"] == 1}  # The newest of each.
+    shown = [f"{name} × {row['ratio']:.2f}" for name, row in sorted(larger.items(), key=lambda one: one[1]["p50_ms"])]
+    return "\n".join(
+        [*lines, "", f"Time of larger models at × 0.65 of the multiply-adds, batch 1: {', '.join(shown)}."]
+    )
+
+
+#: Way of benchmarks/onnx_gradients.py -> what the table calls it.
+GRADIENTS = {
+    "pytorch": "the PyTorch model, one backward pass",
+    "rebuilt": "the model rebuilt from the ONNX file, one backward pass",
+    "one-sided": "onnxruntime, one run for each gate",
+    "two-sided": "onnxruntime, two runs for each gate",
+}
+
+
+def onnx_gradients(rows: list[dict]) -> str:
+    """Time and agreement of each way to the gradients of token gates."""
+    newest = {row["way"]: row for row in rows}
+    lines = ["| gradients by | CPU time per image | correlation with exact importance |", "| --- | ---: | ---: |"]
+    lines += [
+        f"| {name} | {newest[way]['cpu_ms_per_image']:,.0f} ms | {newest[way]['pearson']:.4f} |"
+        for way, name in GRADIENTS.items()
+        if way in newest
+    ]
+    some = rows[-1]
+    return "\n".join([*lines, "", f"{some['model']}, {some['gates']} gates, {some['threads']} thread."])
+
+
+def latency_budget(rows: list[dict]) -> str:
+    """At equal predicted time: the plan searched by milliseconds, and the one searched by multiply-adds."""
+    found: dict[tuple[float, str], dict[str, dict]] = {}
+    for row in rows:
+        found.setdefault((row["target"], row["searched"]), {})[row["metric"]] = row
+    lines = [
+        "| target | searched | MACs | time, predicted | time, measured (95 %) | top-1, points (95 %) | KL |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (target, searched), metrics in found.items():
+        row, change, divergence = metrics["kl"], metrics["top1_difference"], metrics["kl"]
+        interval = f"{100 * change['low']:+.1f} to {100 * change['high']:+.1f}"
+        lines.append(
+            f"| {target:g} | {searched} | {row['macs_ratio']:.3f} | {row['predicted_ratio']:.3f} | {_ratio(row)} | "
+            f"{100 * change['value']:+.1f} ({interval}) | {divergence['value']:.3f} |"
+        )
+    some = rows[-1]
+    environment = f"{some['environment']['cpu']}, onnxruntime {some['environment']['packages']['onnxruntime']}"
+    return "\n".join(
+        [*lines, "", f"{some['model']}, {some['count']:,} evaluation images, batch 1, 1 thread; {environment}."]
+    )
+
+
+def stage_costs(rows: list[dict]) -> str:
+    """Seconds and peak memory of each step; the newest measurement of each model."""
+    newest: dict[tuple[str, int], dict[str, dict]] = {}
+    for row in rows:
+        newest.setdefault((row["model"], row["images"]), {})[row["step"]] = row
+    steps = list(dict.fromkeys(row["step"] for row in rows))
+    heads = [f"{model}, {images:,} images" for model, images in newest]
+    lines = [f"| step | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+
+    def cell(row: dict | None) -> str:
+        if row is None:
+            return "–"
+        memory = f"{row['peak_bytes'] / 2**30:.1f} GiB"
+        if row["seconds"] is None:  # Something else was running.
+            return f"{row['episodes']} episodes, {memory}" if row["episodes"] else memory
+        played = f"{row['episodes']} episodes in " if row["episodes"] else ""
+        return f"{played}{row['seconds']:.0f} s, {memory}"
+
+    lines += [f"| {step} | {' | '.join(cell(found.get(step)) for found in newest.values())} |" for step in steps]
+    some = rows[-1]
+    limits = " or ".join(sorted({f"{row['time_limit']:g} s" for row in rows if row["time_limit"]}))
+    versions = (
+        f"{some['environment']['cpu']}, {some['threads']} threads, PyTorch {some['environment']['packages']['torch']}"
+    )
+    limit = f"; the rearrangement had a time limit of {limits}" if limits else ""
+    return "\n".join([*lines, "", f"{versions}{limit}."])
+
+
+def precision(rows: list[dict]) -> str:
+    """Each precision of the dense and the pruned graph; the newest measurement of each."""
+    newest = {(row["model"], row["graph"], row["precision"], row["calibration"]): row for row in rows}
+    forms = list(dict.fromkeys(key[2:] for key in newest))
+    lines = []
+    for model in dict.fromkeys(key[0] for key in newest):
+        graphs = [graph for graph in ("dense", "pruned") if any(key[:2] == (model, graph) for key in newest)]
+        heads = []
+        for graph in graphs:
+            row = newest[model, graph, "fp32", None]
+            name = graph if graph == "dense" else f"{graph}, {row['target']:g} of the MACs"
+            heads += [name, "change in points (95 %)", "MB"]
+        lines += [f"| {model}, top-1 in % | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+        for form in forms:
+            found = [newest.get((model, graph, *form)) for graph in graphs]
+            cells = [cell for row in found for cell in _precision_cells(row)]
+            lines.append(f"| {form[0]}{f', {form[1]}' if form[1] else ''} | {' | '.join(cells)} |")
+        images = newest[model, graphs[0], "fp32", None]["top1"]["count"]
+        counts = sorted({row["calibrated_on"] for key, row in newest.items() if key[0] == model})
+        calibrated = " or ".join(f"{count:,}" for count in counts)
+        caption = f"{images:,} evaluation images; INT8 was calibrated on {calibrated}; BF16 is emulated in float32."
+        lines += ["", caption, ""]
+    return "\n".join(lines[:-1])
+
+
+def _precision_cells(row: dict | None) -> list[str]:
+    if row is None:
+        return ["–"] * 3
+    change = row.get("top1_difference")
+    spread = (
+        f"{100 * change['value']:+.2f} ({100 * change['low']:+.2f} to {100 * change['high']:+.2f})" if change else ""
+    )
+    return [f"{100 * row['top1']['value']:.2f}", spread, f"{row['file_bytes'] / 1e6:.2f}"]
+
+
+#: Score of benchmarks/content_scores.py -> what the table calls it; in the order of the table.
+SCORES = {
+    "static": "none: the static plan",
+    "attention": "attention of the class token",
+    "norm": "longest keys",
+    "short": "shortest keys",
+    "distinct": "keys least like the mean",
+    "fisher probe": "linear probe of Fisher importance",
+    "anchored, no prior": "keys least like an anchor",
+    "anchored": "the same, plan as prior (`--select content`)",
+}
+
+
+def content_scores(rows: list[dict]) -> str:
+    """Top-1 and KL of each score on equal counts, by budget, without and with refitted weights; the newest rows."""
+    found = {(row["score"], row["target"], row["refit"], row["metric"]): row for row in rows}
+    columns = [
+        (target, refit)
+        for target in sorted({row["target"] for row in rows}, reverse=True)
+        for refit in (False, True)
+        if any(key[1:3] == (target, refit) for key in found)
+    ]
+    heads = [f"{target:g}{', refitted' if refit else ''}" for target, refit in columns]
+    table = []
+    for score, name in SCORES.items():
+        cells = [_score_cell(found, score, *column) for column in columns]
+        if any(cell != "–" for cell in cells):
+            table.append([name, *cells])
+    newest = rows[-1]
+    top1, lost = (found[("static", *columns[0], metric)]["value"] for metric in ("top1", "top1_difference"))
+    dense = 100 * (top1 - lost)
+    caption = (
+        f"{newest['images']:,} calibration and {newest['eval_images']:,} evaluation images, on which the dense model "
+        f"has {dense:.1f} %."
+    )
+    lines = [f"| {' | '.join(cells)} |" for cells in (["top-1 in % / KL", *heads], *table)]
+    lines.insert(1, f"| --- |{' ---: |' * len(heads)}")
+    return "\n".join([*lines, "", caption])
+
+
+def _score_cell(found: dict[tuple, dict], score: str, target: float, refit: bool) -> str:
+    if (score, target, refit, "top1") not in found:
+        return "–"
+    top1, kl = (found[score, target, refit, metric]["value"] for metric in ("top1", "kl"))
+    return f"{100 * top1:.1f} / {kl:.3f}"
+
+
+#: Method of benchmarks/vlm/accuracy.py -> what the table calls it, and colour, marker and line of the plot.
+VLM_METHODS = {
+    "random": ("random", "#b4b4b4", "o", ":"),
+    "static": ("static plan of the tower (Fisher)", "#5a5a5a", "s", ":"),
+    "fastv": ("FastV", "#4f8fcb", "^", "--"),
+    "vispruner": ("VisPruner", "#17508c", "D", "--"),
+    "vit": ("SAINT, vit", "#f0a35e", "o", "-"),
+    "llm": ("SAINT, llm", "#d97b2b", "^", "-"),
+    "hybrid": ("SAINT, hybrid", "#c2500a", "s", "-"),
+}
+VLM_KINDS = ("all", "position", "count", "presence")
+
+
+def vlm_accuracy(rows: list[dict]) -> str:
+    """Points lost by method and share, and by kind of question at the smallest share; the newest model's rows."""
+    found = newest_vlm(rows)
+    keeps = sorted({keep for _, keep in found if keep < 1}, reverse=True)
+    if not keeps:
+        return ""
+    least, kinds = keeps[-1], VLM_KINDS[1:]
+    seeds = len({row["seed"] for rows in found.values() for row in rows})
+    heads = [*(f"{100 * keep:g} %" for keep in keeps), *(f"{kind}, {100 * least:g} %" for kind in kinds)]
+    lines = [
+        *_picture("Accuracy lost over visual tokens kept, by method", VLM_ACCURACY_PLOT),
+        f"| | {' | '.join(heads)} | tokens per layer |",
+        f"| --- |{' ---: |' * (len(heads) + 1)}",
+    ]
+    for method, (name, *_) in VLM_METHODS.items():
+        cells = [_vlm_cell(found.get((method, keep)), "all", seeds) for keep in keeps]
+        cells += [_vlm_cell(found.get((method, least)), kind, seeds) for kind in kinds]
+        if any(cell != "–" for cell in cells):
+            lines.append(f"| {name} | {' | '.join(cells)} | {_vlm_tokens(found.get((method, least)))} |")
+    return "\n".join([*lines, "", _vlm_caption(found, least, seeds)])
+
+
+def newest_vlm(rows: list[dict]) -> dict[tuple[str, float], list[dict]]:
+    """(method, share) -> rows of the model measured last, text left where it was; of the same thing the newest."""
+    if not rows:
+        return {}
+    model = rows[-1]["model_sha256"]
+    newest = {
+        tuple(row[k] for k in ("method", "keep", "seed", "question_kind", "metric")): row
+        for row in rows
+        if row["model_sha256"] == model and row["positions"] == "original"
+    }
+    found: dict[tuple[str, float], list[dict]] = {}
+    for key, row in sorted(newest.items()):
+        found.setdefault(key[:2], []).append(row)
+    return found
+
+
+def vlm_mean(rows: list[dict] | None, kind: str, metric: str) -> tuple[float, float, int] | None:
+    """Mean over seeds, half of its 95 % interval, and seeds; each seed has mosaics of its own."""
+    some = [row for row in rows or () if row["question_kind"] == kind and row["metric"] == metric]
+    if not some:
+        return None
+    halves = [0.5 * (row["high"] - row["low"]) for row in some]
+    mean = statistics.fmean(row["value"] for row in some)
+    return mean, sum(half**2 for half in halves) ** 0.5 / len(some), len(some)
+
+
+def _vlm_cell(rows: list[dict] | None, kind: str, seeds: int) -> str:
+    """Such as "-1.5 ± 0.8"; fewer than ``seeds`` seeds are counted behind it, in brackets."""
+    mean = vlm_mean(rows, kind, "accuracy_difference")
+    if mean is None:
+        return "–"
+    return f"{100 * mean[0]:+.1f} ± {100 * mean[1]:.1f}" + (f" ({mean[2]})" if mean[2] < seeds else "")
+
+
+def _vlm_tokens(rows: list[dict] | None) -> str:
+    """Mean over seeds and layers of the visual tokens that enter a layer: what a share costs goes by that, too."""
+    counts = [row["visual_tokens"][:-1] for row in rows or ()]
+    return f"{statistics.fmean(statistics.fmean(layers) for layers in counts):.0f}" if counts else "–"
+
+
+def _vlm_caption(found: dict[tuple[str, float], list[dict]], least: float, seeds: int) -> str:
+    dense = [row for (method, _), rows in found.items() if method == "dense" for row in rows]
+    shares = [f"{kind} {100 * vlm_mean(dense, kind, 'accuracy')[0]:.1f} %" for kind in VLM_KINDS[1:]]
+    count = next(row["count"] for row in dense if row["question_kind"] == VLM_KINDS[1])
+    fewer = any(len({row["seed"] for row in rows}) < seeds for rows in found.values())
+    sentences = [
+        f"Right answers of the dense model: {', '.join(shares)}",
+        f"{seeds} seed{'s' if seeds > 1 else ''} of {count:,} questions of each kind"
+        + (", brackets hold the number where it is smaller" if fewer else ""),
+        "± half of the 95 % interval, paired question by question",
+        f"tokens per layer: visual tokens that enter a language layer at {100 * least:g} %, on average",
+    ]
+    return "; ".join(sentences) + "."
+
+
+def vlm_prefill(rows: list[dict]) -> str:
+    """Time to the first token by mode, of the newest measurement: its ratios are all to one dense run."""
+    starts = [number for number, row in enumerate(rows) if row["mode"] == row["ratio_to"]]
+    if not starts:
+        return ""
+    dense, *pruned = rows[starts[-1] :]
+    lines = [
+        "| | multiply-adds | time to the first token (95 %) | time saved / MACs saved | peak memory | cache |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| dense | 1 | {dense['p50_ms'] / 1000:.1f} s | | {dense['peak_tensor_bytes'] / 2**20:.0f} MiB | |",
+    ]
+    lines += [
+        f"| SAINT, {row['mode']} | {1 - row['macs_saved']:.3f} | {_ratio(row)} | {row['saved_of_macs_saved']:.2f} "
+        f"| {row['peak_tensor_bytes'] / 2**20:.0f} MiB | {row['kv_bytes'] / 2**20:.0f} MiB |"
+        for row in pruned
+    ]
+    caption = (
+        f"{dense['model']}, {dense['layers']} language layers in {dense['dtype']}, random weights, one image and "
+        f"{dense['protocol']['prompt_tokens']} tokens in all; {100 * pruned[0]['keep']:g} % of the visual tokens kept; "
+        f"{dense['count']} rounds in turns, {dense['protocol']['threads']} threads of {dense['environment']['cpu']}. "
+        "The peak memory is that of the prefill, without the weights."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def gpu(rows: list[dict]) -> str:
+    """What benchmarks/gpu/check.py measured: times, goals, results that are wrong; and that there are none yet."""
+    if not rows:
+        return (
+            "**Not measured yet**: `make gpu-check` has not run on a machine with an NVIDIA GPU. No engine\n"
+            "has been timed, and none has been compared with onnxruntime on a GPU."
+        )
+    check = _gpu_check()
+    environments = {}
+    for row in rows:
+        about = row["environment"]
+        versions = ", ".join(
+            f"{name} {version}"
+            for name, version in {"TensorRT": about.get("tensorrt"), **about.get("packages", {})}.items()
+            if version and name in ("TensorRT", "onnxruntime-gpu", "torch")
+        )
+        key = f"{about['gpu']}, driver {about.get('driver') or 'unknown'}, CUDA {about['cuda']}; {versions}"
+        environments.setdefault(key, []).append(row)
+    parts = []
+    for name, some in environments.items():
+        compared = [row for row in some if row["kind"] == "parity"]
+        wrong = [row for row in compared if not row["passed"]]
+        parts += [*check.table_lines(some), "", f"{name}. {len(compared)} results compared, {len(wrong)} wrong."]
+        parts += [f"Wrong: {row['model']} {row['label']}, {row['rung']}, batch {row['batch']}." for row in wrong]
+        missed = [text for text, reached in check.goals(some) if reached is False]
+        parts += [f"Not reached: {text}." for text in missed]
+        if skipped := sorted({one for row in some for one in row.get("skipped", ())}):
+            parts.append(f"Skipped: {'; '.join(skipped)}.")
+        parts.append("")
+    return "\n".join(parts[:-1])
+
+
+def _gpu_check():
+    """The script that wrote the rows knows how to show them."""
+    path = Path(__file__).resolve().parent / "gpu" / "check.py"
+    spec = importlib.util.spec_from_file_location("gpu_check", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
