@@ -44,7 +44,7 @@ from ..core.extras import RUN_PACKAGES, missing_extra, require_all
 from ..core.text import counted
 from ..export.targets import TARGETS
 from .console import report_progress
-from .hints import as_typed
+from .hints import TypedSink, as_typed
 
 
 class _Reported(click.ClickException):
@@ -58,7 +58,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _terminated_cleanly():
+            with _terminated_cleanly(), progress.reporting(TypedSink()):
                 return super().invoke(ctx)
         except UserError as error:
             if os.environ.get("VPRUNER_DEBUG"):

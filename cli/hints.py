@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from ..core.progress import LogSink
 from ..core.text import translate
 
 #: Python name of an argument -> what is typed, where that is not ``--`` and the name with dashes.
@@ -53,3 +54,10 @@ def as_typed(text: str) -> str:
         return " ".join(["vpruner", name, *map(shlex.quote, arguments), *given])
 
     return translate(text, typed, command)
+
+
+class TypedSink(LogSink):
+    """For commands that show no progress: what they collect is in the words of the command line all the same."""
+
+    def words(self, text: str) -> str:
+        return as_typed(text)

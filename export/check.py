@@ -14,6 +14,8 @@ import onnx
 import onnx_ir as ir
 
 from ..core.errors import UserError
+from ..core.progress import words
+from ..core.text import command
 from .files import check_tensors, external_problem, read_model
 from .targets import MISSING_WEIGHTS, NO_PRODUCER, SEVERITIES, UNKNOWN_DOMAIN, Bound, Rule, Target, find_target
 
@@ -106,7 +108,7 @@ def _load(path: Path) -> ir.Model:
         if not isinstance(text, str):  # protobuf hands bytes on that are no UTF-8
             raise UserError(
                 f"{path} is damaged: it holds the name {text!r}, which is no text",
-                "write one with: vpruner export MODEL",
+                f"write one with: {command('export', 'MODEL')}",
             )
     return model
 
@@ -166,7 +168,7 @@ class _Check:
             return
         node, op_type = (place.name, place.op_type) if place is not None else ("", "")
         self.findings.append(
-            Finding(severity or rule.severity, name, node, op_type, found, rule.why, rule.todo, rule.source)
+            Finding(severity or rule.severity, name, node, op_type, found, rule.why, words(rule.todo), rule.source)
         )
 
     # -- walking ------------------------------------------------------------------------------------------------------
@@ -458,7 +460,7 @@ def _numbers(name: str, tensor: ir.TensorProtocol) -> np.ndarray:
     try:
         return tensor.numpy()
     except Exception as error:  # onnx-ir and numpy raise many types for bytes that do not fill the shape
-        hint = "write the file again, with: vpruner export MODEL"
+        hint = f"write the file again, with: {command('export', 'MODEL')}"
         raise UserError(
             f"{name} cannot be read, its data do not fit its shape ({type(error).__name__})", hint
         ) from None

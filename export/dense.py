@@ -19,6 +19,7 @@ from ..core.errors import UserError
 from ..core.extras import require
 from ..core.metadata import GraphMetadata
 from ..core.plan import Geometry
+from ..core.text import option
 from .files import save_model
 from .passes.clean import clean
 from .passes.fold_weight_transposes import FoldWeightTransposes
@@ -85,7 +86,7 @@ def finish(exported: ir.Model, about: GraphMetadata, opset: int) -> ir.Model:
     written = exported.opset_imports.get("")
     if written != opset:
         raise UserError(
-            f"PyTorch wrote {about.model} in opset {written} instead of {opset}", f"choose --opset {written}"
+            f"PyTorch wrote {about.model} in opset {written} instead of {opset}", f"choose {option('opset', written)}"
         )
     # The oldest file format that holds the opset: older runtimes refuse newer formats unread.
     exported.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
@@ -116,7 +117,9 @@ def trace(
     """
     torch, name, geometry, classes = require("torch"), about.model, about.geometry, about.classes
     if opset not in OPSETS:
-        raise UserError(f"opset is {opset}, expected {OPSETS.start} to {OPSETS.stop - 1}", "choose --opset 20")
+        raise UserError(
+            f"opset is {opset}, expected {OPSETS.start} to {OPSETS.stop - 1}", f"choose {option('opset', 20)}"
+        )
     if batch_size < 1:
         raise UserError(f"batch size is {batch_size}, expected at least 1")
     if classes is not None and about.output == "logits" and len(classes) != geometry.outputs:

@@ -19,7 +19,7 @@ from onnx_ir.passes import common as passes
 
 from ..core.errors import UserError
 from ..core.metadata import TARGET
-from ..core.text import counted
+from ..core.text import counted, option
 from .check import Finding, check, summarize
 from .files import load_model, save_model
 from .passes.clamp_slice_bounds import ClampSliceBounds
@@ -80,7 +80,7 @@ def opset_for(target: str | None, opset: int | None) -> int:
         if opset is not None and opset < OLDEST_OPSET:
             raise UserError(
                 f"opset {opset} has no LayerNormalization, and is written for a target only",
-                "add --for trt8.5, or choose --opset 17 or newer",
+                f"add {option('deploy_for', 'trt8.5')}, or choose {option('opset', 17)} or newer",
             )
         return PLAIN_OPSET if opset is None else opset
     wanted = find_target(target)
@@ -89,8 +89,8 @@ def opset_for(target: str | None, opset: int | None) -> int:
     for bound in wanted.opset:
         if bound.severity == "error" and not bound.allows(opset):
             raise UserError(
-                f"--opset {opset} does not go with --for {target}: {bound.why}",
-                f"leave --opset out, and {target} gets opset {wanted.writes}",
+                f"{option('opset', opset)} does not go with {option('deploy_for', target)}: {bound.why}",
+                f"leave {option('opset')} out, and {target} gets opset {wanted.writes}",
             )
     return opset
 

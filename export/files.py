@@ -13,12 +13,13 @@ import onnx_ir as ir
 
 from ..core.errors import GraphError, UserError
 from ..core.files import atomic_path, json_sha256, scratch_beside
+from ..core.text import command
 
 #: Bytes of weights up to which they stay inside the file. Protobuf's limit is 2 GiB; the rest is room for the graph.
 INLINE_LIMIT = (1 << 31) - (1 << 25)
 #: Bytes up to which a weight from a file beside the graph is read at once.
 _SMALL = 1 << 14
-_HINT = "write one with: vpruner export MODEL"
+_HINT = f"write one with: {command('export', 'MODEL')}"
 _NOT_THERE = "is not there"
 
 

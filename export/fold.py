@@ -29,6 +29,7 @@ from ..core import metadata
 from ..core.errors import GraphError, PlanError
 from ..core.metadata import GraphMetadata
 from ..core.plan import Geometry, TokenPlan
+from ..core.text import command
 from .files import load_model, naming, save_model
 from .passes.clean import clean
 from .passes.edit import add_constant, add_node, add_shape, infer_shapes_anew
@@ -142,7 +143,7 @@ def check_shape(expected: Geometry, found: Geometry, name: str, source: str) -> 
     if differences:
         raise PlanError(
             f"the plan is for {name}, the graph in {source} is another model: {', '.join(differences[:3])}",
-            f"see what the graph holds with: vpruner inspect {source}",
+            f"see what the graph holds with: {command('inspect', source)}",
         )
 
 
@@ -204,7 +205,7 @@ def already_pruned(source: str, digest: str, rule: Mapping[str, Any] | None = No
     found = f"holds plan {digest[:12]} already" if rule is None else f"chooses tokens with {rule['method']} already"
     return GraphError(
         f"{source} {found}, expected a dense graph",
-        "give the dense.onnx that is written by: vpruner export MODEL",
+        f"give the dense.onnx that is written by: {command('export', 'MODEL')}",
     )
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ..core import progress
 from ..core.cost import cost_ratio, dense_macs
 from ..core.errors import UserError
 from ..core.metadata import MODEL, PLAN, ModelMetadata
 from ..core.plan import Geometry, TokenPlan
+from ..core.text import command
 from .files import load_model, naming
 from .fold import check_shape, read_metadata
 from .recognise.graph import HeadSite, VitSite, integers, is_constant
@@ -71,7 +73,7 @@ def _describe_pruned(props: Mapping[str, str], source: str) -> dict[str, Any]:
     if about.rule is not None and about.geometry is not None:
         return _describe_rule(about.rule, about.geometry)
     if about.geometry is None or about.kept is None:
-        raise UserError(f"{source} names a plan, and not what it keeps", "fold the plan again with: vpruner fold")
+        raise UserError(f"{source} names a plan, and not what it keeps", f"fold the plan again with: {command('fold')}")
     plan = TokenPlan(about.model or Path(source).stem, about.geometry, about.kept)
     return {
         "geometry": about.geometry.to_json(),
@@ -158,7 +160,8 @@ def lines_of(described: Mapping[str, Any]) -> list[str]:
         lines["MACs"] += f", {described['of_dense_macs']:.3f} of them as pruned"
     elif described.get("without_dead_tokens", 1) < 1:
         lines["MACs"] += (
-            f", {described['without_dead_tokens']:.3f} of them without dead tokens (vpruner fold --identity)"
+            f", {described['without_dead_tokens']:.3f} of them without dead tokens "
+            f"({progress.words(command('fold', identity=True))})"
         )
     return [f"{name:<11} {text}" for name, text in lines.items() if text is not None]
 

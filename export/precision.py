@@ -25,7 +25,7 @@ from ..core.choices import CALIBRATIONS, DEFAULT_CALIBRATION, HALF_PRECISIONS, I
 from ..core.errors import UserError
 from ..core.metadata import PRECISION
 from ..core.statistics import Estimate, paired_difference, proportion
-from ..core.text import first_line
+from ..core.text import command, first_line, option
 from . import half, quantize
 from .files import into_memory, load_model, save_model
 from .parity import run_onnx
@@ -170,7 +170,9 @@ def convert(
         excluded = [] if first_and_last else [node.name for node in quantize.first_and_last_layers(model)]
         if precision == "int8":
             if images is None or not len(images):
-                raise UserError("static int8 is calibrated on images, found none", "give them with --data DIR")
+                raise UserError(
+                    "static int8 is calibrated on images, found none", f"give them with {option('data', 'DIR')}"
+                )
             model = quantize.to_int8(model, images, calibration, excluded, op_types, attention, symmetric)
         else:
             model = quantize.to_int8_dynamic(model, excluded)
@@ -220,7 +222,7 @@ def _check_finite(model: ir.Model, source: str, precision: str) -> None:
         if precision == "fp16" and largest > FP16_MAX:
             raise UserError(
                 f"{source}: initializer {name!r} holds {largest:.6g}, fp16 ends at {FP16_MAX:g}",
-                "use --precision bf16, which has the range of float32",
+                f"use {option('precision', 'bf16')}, which has the range of float32",
             )
 
 
@@ -247,7 +249,8 @@ def _check_valid(path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # checker and shape inference raise different types
         raise UserError(
-            f"the converted graph is not valid ONNX: {first_line(error)}", "run vpruner inspect on the float32 file"
+            f"the converted graph is not valid ONNX: {first_line(error)}",
+            f"run {command('inspect')} on the float32 file",
         ) from error
 
 
@@ -330,7 +333,8 @@ def compare_outputs(
     if not np.isfinite(converted).all():
         raise UserError(
             f"{source}: the outputs in {precision} are not finite on {len(converted)} images",
-            "an activation leaves the range of fp16: use --precision bf16, or keep more operators in float32",
+            f"an activation leaves the range of fp16: use {option('precision', 'bf16')}, or keep more operators "
+            "in float32",
         )
     rows, changed = (values.reshape(len(values), -1) for values in (reference, converted))
     scale = np.abs(rows).max(1)

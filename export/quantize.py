@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from ..core.errors import UserError
-from ..core.text import first_line
+from ..core.text import command, first_line, option
 from .files import into_memory, load_model, proto_for_converters, stored_outside
 
 #: What of a ViT is worth quantizing. Gemm is the MatMul and Add of TorchScript exports and of classifiers.
@@ -90,7 +90,9 @@ def to_int8(
 
     name, batch = image_input(model)
     if len(images) < batch:
-        raise UserError(f"{len(images)} calibration images for a graph of batch {batch}", "give more with --images")
+        raise UserError(
+            f"{len(images)} calibration images for a graph of batch {batch}", f"give more with {option('images')}"
+        )
     reader = _Reader(name, np.ascontiguousarray(images, np.float32), batch)
     batches = len(reader)
     # The calibrator takes strides that divide the whole.
@@ -176,7 +178,7 @@ def _quantized(model: ir.Model, quantize: Callable[[Path, Path, bool], None]) ->
         except Exception as error:  # the quantizer raises many types
             raise UserError(
                 f"onnxruntime cannot quantize the graph: {first_line(error)}",
-                "run vpruner inspect on it; graphs with fixed shapes quantize best",
+                f"run {command('inspect')} on it; graphs with fixed shapes quantize best",
             ) from error
         # The folder goes, and with it the weights beside the file.
         return into_memory(load_model(target))

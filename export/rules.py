@@ -29,6 +29,7 @@ from ..core.extras import require
 from ..core.files import json_sha256
 from ..core.metadata import GraphMetadata
 from ..core.plan import Geometry, TokenPlan
+from ..core.text import option
 from .dense import evaluating, finish, trace
 from .files import save_model
 from .parity import EXACT, EXACT_IMAGES, ParityCheck, compare, in_float64, run_all_outputs, run_in_chunks, run_onnx
@@ -99,7 +100,7 @@ def export_rule(
         raise UserError(
             f"the rule {rule.name} cannot be exported: its graph holds {refused.op_type} (node {refused.name!r}), "
             "which runtimes do not all take",
-            "choose another --method",
+            f"choose another {option('method')}",
         )
     if decisions_path is not None:
         save_model(graph, decisions_path)
@@ -123,7 +124,7 @@ def static_counts(rule: TokenRule) -> tuple[int, ...]:
 def counts_depend(method: str) -> UserError:
     return UserError(
         f"{method} leaves the number of tokens to each image, and the shapes of an exported graph are fixed",
-        "export a method with fixed counts, such as --method saint-frozen",
+        f"export a method with fixed counts, such as {option('method', 'saint-frozen')}",
     )
 
 

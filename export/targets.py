@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..core.errors import UserError
+from ..core.text import command
 
 #: Severities, worst first. An error: the target refuses the graph, or computes something else. A warning: it depends
 #: on the release, the build or the data. A remark: it works, and is worth knowing.
@@ -45,7 +46,9 @@ OPENVINO_SHAPES = "https://docs.openvino.ai/2024/openvino-workflow/model-prepara
 ONNX_OPERATORS = "https://onnx.ai/onnx/operators/"
 
 #: What writes a graph in the form that a target takes: its operator set, and other operators for those that it lacks.
-WRITERS = "vpruner export MODEL --for {0}, or: vpruner fold DENSE --plan PLAN --for {0}"
+WRITERS = (
+    f"{command('export', 'MODEL', deploy_for='{0}')}, or: {command('fold', 'DENSE', plan='PLAN', deploy_for='{0}')}"
+)
 WRITE_FOR = f"write it for this target, with: {WRITERS}"
 FOLD_CONSTANTS = "fold the constants, with: onnxsim MODEL OUT, or: polygraphy surgeon sanitize --fold-constants"
 
@@ -57,7 +60,7 @@ class Rule:
     Args:
         severity: One of :data:`SEVERITIES`.
         why: One sentence, for the reader of the finding.
-        todo: What to type or change.
+        todo: What to type or change, with the marks of :mod:`vpruner.core.text`.
         source: URL, document, or what was measured.
     """
 
@@ -243,7 +246,7 @@ _TRT_COMMON = dict(
     dynamic_batch=Rule(
         "remark",
         "TensorRT builds an open batch axis only with an optimization profile (smallest, usual and largest batch)",
-        "give the builder a profile, or fix the batch with: vpruner export MODEL --batch-size 1",
+        f"give the builder a profile, or fix the batch with: {command('export', 'MODEL', batch_size=1)}",
         TRT_PROFILE,
     ),
     dynamic_axes=Rule(
@@ -267,7 +270,7 @@ _TRT_COMMON = dict(
     data_dependent=Rule(
         "warning",
         "the size of its output is known only on the device, so the application needs an output allocator",
-        "replace it by a constant-index Gather, as vpruner fold does for tokens",
+        f"replace it by a constant-index Gather, as {command('fold')} does for tokens",
         "https://github.com/onnx/onnx-tensorrt/blob/release/8.5-GA/docs/Changelog.md; "
         "https://github.com/pytorch/TensorRT/discussions/1701",
     ),
@@ -567,7 +570,7 @@ ORT_CPU = Target(
     dynamic_batch=Rule(
         "remark",
         "with an open batch onnxruntime leaves MatMul and Add apart, which it merges to Gemm when all shapes are fixed",
-        "fix the batch where it is known, with: vpruner export MODEL --batch-size 1",
+        f"fix the batch where it is known, with: {command('export', 'MODEL', batch_size=1)}",
         "measured: the optimized graphs of onnxruntime 1.31.1 for deit_tiny_patch16_224",
     ),
 )
@@ -578,7 +581,7 @@ ORT_CUDA = Target(
     data_dependent=Rule(
         "remark",
         "the shape of its output depends on values, so all shapes after it are known only when it has run",
-        "replace it by a constant-index Gather, as vpruner fold does for tokens",
+        f"replace it by a constant-index Gather, as {command('fold')} does for tokens",
         ONNX_OPERATORS,
     ),
 )
@@ -642,7 +645,7 @@ GENERIC = Target(
     dynamic_batch=Rule(
         "remark",
         "TensorRT needs an optimization profile for it, and OpenVINO advises fixed shapes",
-        "fix the batch where it is known, with: vpruner export MODEL --batch-size 1",
+        f"fix the batch where it is known, with: {command('export', 'MODEL', batch_size=1)}",
         f"{TRT_PROFILE}; {OPENVINO_SHAPES}",
     ),
     dynamic_axes=Rule(

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core.errors import GraphError, UserError
 from ..core.plan import TokenPlan
+from ..core.text import option
 from ..prune.backbones.vit import ViTAdapter
 from .files import load_model, save_model
 from .parity import ParityCheck, compare, evaluating, run_in_chunks, run_onnx
@@ -29,7 +30,7 @@ def check_pools_by_mean(adapter: ViTAdapter) -> None:
     if model.global_pool != "avg" or not all(isinstance(part, nn.Identity) for part in parts):
         raise UserError(
             f"{adapter.name} does not end in the mean of its tokens, so there are none to return instead",
-            "--tokens is for the tower of a LLaVA, given as its folder",
+            f"{option('tokens')} is for the tower of a LLaVA, given as its folder",
         )
 
 

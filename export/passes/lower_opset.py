@@ -7,6 +7,7 @@ import onnx
 import onnx_ir as ir
 
 from ...core.errors import UserError
+from ...core.text import option
 from ..recognise.graph import attribute_int, integers
 from .edit import _type_text, add_constant
 from .write_out import _WRITTEN_OUT_BEFORE, WriteOut
@@ -53,7 +54,7 @@ class LowerOpset(ir.passes.InPlacePass):
             if node.domain in ("", "ai.onnx") and not self._lower(node, version):
                 raise UserError(
                     f"node {node.name!r} ({node.op_type}) cannot be written in opset {self.opset}",
-                    f"choose a newer opset, up to --opset {version}",
+                    f"choose a newer opset, up to {option('opset', version)}",
                 )
         model.opset_imports[""] = self.opset
         return ir.passes.PassResult(model, True)

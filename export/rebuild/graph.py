@@ -32,6 +32,7 @@ from ...core.files import scratch_beside
 from ...core.metadata import GraphMetadata
 from ...core.plan import Geometry
 from ...core.preprocess import Preprocessing, resolve_preprocessing
+from ...core.text import command
 from ...prune.backbones.vit import ViTAdapter, weights_sha256
 from ...prune.loaded import LoadedModel
 from ..files import load_model, save_model
@@ -213,7 +214,7 @@ def _check_equal(module: nn.Module, path: Path, geometry: Geometry, softmax: boo
         found = str(error).partition("rebuilt: ")[2]
         raise GraphError(
             f"the model rebuilt from {path} does not compute what the graph does ({found})",
-            "learn the plan from the PyTorch model, then: vpruner fold FILE --plan plan.json",
+            f"learn the plan from the PyTorch model, then: {command('fold', 'FILE', plan='plan.json')}",
         ) from None
 
 

@@ -18,8 +18,12 @@ import onnx_ir as ir
 
 from ...core.errors import GraphError
 from ...core.plan import Geometry
+from ...core.text import command
 
-HINT = "see what is understood with: vpruner inspect FILE; a graph that always is comes from: vpruner export MODEL"
+HINT = (
+    f"see what is understood with: {command('inspect', 'FILE')}; a graph that always is comes from: "
+    f"{command('export', 'MODEL')}"
+)
 
 
 @dataclass(frozen=True)

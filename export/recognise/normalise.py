@@ -24,6 +24,7 @@ from onnx_ir.passes import common as passes
 from ...core.errors import GraphError
 from ...core.extras import require
 from ...core.plan import Geometry
+from ...core.text import command
 from ..files import save_model
 from ..passes.clean import clean
 from ..passes.edit import add_constant, add_node, add_shape, infer_shapes_anew
@@ -137,7 +138,7 @@ def _refuse_unfit(model: ir.Model) -> None:
     if opset is None or opset < OLDEST_OPSET:
         raise GraphError(
             f"the graph is in opset {opset}, expected {OLDEST_OPSET} or newer",
-            "export the model again with a newer opset (vpruner export writes 20)",
+            f"export the model again with a newer opset ({command('export')} writes 20)",
         )
     for kind, value in (
         *(("input", value) for value in model.graph.inputs if not is_constant(value)),

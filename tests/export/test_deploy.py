@@ -96,9 +96,9 @@ def test_an_opset_can_be_asked_for_within_the_target(folded, tmp_path):
     assert opset_for(None, None) == 20 and opset_for(None, 18) == 18
     assert opset_for("trt8.5", None) == 16 and opset_for("trt8.5", 17) == 17 and plain_opset("trt8.5", 17) == 20
     assert plain_opset("trt11", 23) == 23 and plain_opset(None, 17) == 17
-    with pytest.raises(UserError, match=r"--opset 20 does not go with --for trt8\.5.*up to opset 17; leave"):
+    with pytest.raises(UserError, match=r'opset=20 does not go with deploy_for="trt8\.5".*up to opset 17; leave'):
         opset_for("trt8.5", 20)
-    with pytest.raises(UserError, match=r"opset 16 .* --for trt8\.5"):
+    with pytest.raises(UserError, match=r'opset 16 .* deploy_for="trt8\.5"'):
         opset_for(None, 16)
     done = deploy_file(folded["pruned"][0], "trt8.5", tmp_path / "out.onnx", opset=17)
     model = load_model(tmp_path / "out.onnx")

@@ -141,7 +141,7 @@ def test_the_identity_plan_changes_no_result(written, foreign, tmp_path):
 def test_a_plan_of_another_shape_is_refused(written, tmp_path):
     path = written(Foreign())
     _, geometry = tiny_model("registers")
-    with pytest.raises(PlanError, match=r"prefix_tokens 5 != 1.*vpruner inspect"):
+    with pytest.raises(PlanError, match=r"prefix_tokens 5 != 1.*inspect_file"):
         fold_file(path, random_plan(geometry, 0), tmp_path / "pruned.onnx")
     assert not (tmp_path / "pruned.onnx").exists()
 

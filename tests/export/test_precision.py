@@ -240,7 +240,7 @@ def test_a_converted_file_is_not_converted_again(dense, precision, images, tmp_p
     "arguments, message",
     [
         (dict(precision="int4"), "precision is 'int4'; expected one of fp16"),
-        (dict(precision="int8"), "found none; give them with --data"),
+        (dict(precision="int8"), "found none; give them with data=DIR"),
         (dict(precision="int8-dynamic", io="same"), "float32 inputs and outputs"),
         (dict(precision="int8", calibration="mse"), "calibration is 'mse'"),
     ],

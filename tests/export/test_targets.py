@@ -7,7 +7,9 @@ import sys
 import onnx
 import pytest
 
+from vpruner.cli.hints import as_typed
 from vpruner.core.errors import UserError
+from vpruner.core.text import as_python
 from vpruner.export.targets import REDUCTIONS, SEVERITIES, TARGETS, Bound, Rule, Target, find_target
 
 
@@ -41,9 +43,10 @@ def test_what_the_form_of_a_graph_decides_is_mended_by_writing_it_for_the_target
     for name, target in TARGETS.items():
         for bound in target.opset:
             if bound.high is not None:
-                assert f"vpruner export MODEL --for {name}, or: vpruner fold" in bound.todo
-    norm = TARGETS["trt8.5"].forbidden["", "LayerNormalization"]
-    assert "vpruner export MODEL --for trt8.5" in norm.todo and "--plan PLAN --for trt8.5" in norm.todo
+                assert f"vpruner export MODEL --for {name}, or: vpruner fold" in as_typed(bound.todo)
+                assert f'model.export(..., deploy_for="{name}"), or: vpruner.fold_plan(' in as_python(bound.todo)
+    todo = as_typed(TARGETS["trt8.5"].forbidden["", "LayerNormalization"].todo)
+    assert "vpruner export MODEL --for trt8.5" in todo and "--plan PLAN --for trt8.5" in todo
 
 
 def test_targets_are_found_by_their_own_name():
