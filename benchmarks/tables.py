@@ -93,7 +93,7 @@ def demo(rows: list[dict]) -> str:
 
 
 def fisher_rounds(rows: list[dict]) -> str:
-    """Means over the seeds: top-1 lost in points, and KL."""
+    """Means over the seeds: top-1 lost in pp, and KL."""
     groups: dict[tuple[float, int], dict[str, list[float]]] = {}
     for row in rows:
         group = groups.setdefault((row["target"], row["rounds"]), {})
@@ -106,7 +106,7 @@ def fisher_rounds(rows: list[dict]) -> str:
         for number in rounds:
             values = groups[target, number]
             lost, divergence = (sum(values[k]) / len(values[k]) for k in ("top1_difference", "kl"))
-            cells.append(f"{100 * lost:+.2f} points, KL {divergence:.3f}")
+            cells.append(f"{100 * lost:+.2f} pp, KL {divergence:.3f}")
         lines.append(f"| {target:g} | {' | '.join(cells)} |")
     seeds, images = len({row["seed"] for row in rows}), rows[0]["count"]
     return "\n".join([*lines, "", f"Mean of {seeds} seeds, {images:,} images."])
@@ -114,7 +114,7 @@ def fisher_rounds(rows: list[dict]) -> str:
 
 #: What the table shows -> its name, what values are multiplied by, their format.
 SHOWN = {
-    "top1_difference": ("top-1 in points", 100, "+.2f"),
+    "top1_difference": ("top-1 in pp", 100, "+.2f"),
     "agreement": ("same class in %", 100, ".1f"),
     "kl": ("KL", 1, ".3f"),
     "cosine": ("cosine", 1, ".3f"),
@@ -215,7 +215,7 @@ def _accuracy_caption(results: Results) -> str:
     widths = [50 * (row["high"] - row["low"]) for row in rows if row["metric"] == "top1_difference"]
     if widths:
         sentences.append(
-            f"the 95 % interval over images of one top-1 difference is ± {min(widths):.1f} to {max(widths):.1f} points"
+            f"the 95 % interval over images of one top-1 difference is ± {min(widths):.1f} to {max(widths):.1f} pp"
         )
     return "; ".join(sentences) + "."
 
@@ -251,7 +251,7 @@ def _compare_caption(entries: list[compare_report.Entry]) -> str:
             f"{results[0]['eval_data']['count']:,} evaluation images. Methods that need a calibration set got "
             f"{' or '.join(f'{count:,}' for count in images)} images.",
             "± is the standard deviation over seeds. With one seed, brackets hold the 95 % interval over images, "
-            f"paired with the dense model: ± {min(widths):.1f} to {max(widths):.1f} points.",
+            f"paired with the dense model: ± {min(widths):.1f} to {max(widths):.1f} pp.",
             compare_report.protocol_sentence(entries),
             *(f"{line}." for line in compare_report.remarks_of(entries)),
         ]
@@ -278,7 +278,7 @@ def summary(compared: list[dict], latency: list[dict]) -> str:
     """Of the first page: accuracy and time of our default method, and the ratio on larger models."""
     entries = [entry for entry in compare_report.entries_of(compared) if entry.method == "v-pruner" and entry.results]
     batches = compare_report.batches_of(entries)
-    heads = ["multiply-adds", "top-1, points", *(f"time, batch {batch}" for batch in batches)]
+    heads = ["multiply-adds", "top-1, pp", *(f"time, batch {batch}" for batch in batches)]
     lines = [f"| {' | '.join(heads)} |", f"|{' ---: |' * len(heads)}"]
     for entry in entries:
         values = [100 * value for value in entry.values("top1_difference")]
@@ -322,7 +322,7 @@ def latency_budget(rows: list[dict]) -> str:
     for row in rows:
         found.setdefault((row["target"], row["searched"]), {})[row["metric"]] = row
     lines = [
-        "| target | searched | MACs | time, predicted | time, measured (95 %) | top-1, points (95 %) | KL |",
+        "| target | searched | MACs | time, predicted | time, measured (95 %) | top-1, pp (95 %) | KL |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (target, searched), metrics in found.items():
@@ -378,7 +378,7 @@ def precision(rows: list[dict]) -> str:
         for graph in graphs:
             row = newest[model, graph, "fp32", None]
             name = graph if graph == "dense" else f"{graph}, {row['target']:g} of the MACs"
-            heads += [name, "change in points (95 %)", "MB"]
+            heads += [name, "change in pp (95 %)", "MB"]
         lines += [f"| {model}, top-1 in % | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
         for form in forms:
             found = [newest.get((model, graph, *form)) for graph in graphs]

@@ -232,7 +232,7 @@ def test_every_page_can_be_reached_from_the_first():
 
 
 def links(page: str) -> list[str]:
-    targets = re.findall(r"\]\(([^)\s]+)\)", documents.BLOCK.sub("", page_text(page)))
+    targets = re.findall(r"(?:\]\(|src=\")([^)\s\"]+)[)\"]", documents.BLOCK.sub("", page_text(page)))
     return [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
 
 

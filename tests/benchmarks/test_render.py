@@ -45,7 +45,7 @@ def test_accuracy_table(tables):
         *rows("random", 0.65, 1, lost=-0.03, kl=0.3),
     ]
     lines = tables.accuracy(found).splitlines()
-    start = lines.index("| toy: top-1 in points / KL | 0.65 | 0.5 | time |")
+    start = lines.index("| toy: top-1 in pp / KL | 0.65 | 0.5 | time |")
     assert lines[start + 1 :] == [
         "| --- | ---: | ---: | ---: |",
         "| random exits | -2.00 ± 1.41 / 0.200 ± 0.141 | -4.00 / 0.900 (1) | 10 s |",
@@ -54,7 +54,7 @@ def test_accuracy_table(tables):
         "Mean ± standard deviation of 2 seeds; brackets hold the number of seeds where it is smaller; "
         "1,024 calibration and 2,000 evaluation images; PPO played 640 episodes; "
         "time is the median to make a plan, on one thread of a machine that did other work too; "
-        "the 95 % interval over images of one top-1 difference is ± 0.5 to 0.5 points.",
+        "the 95 % interval over images of one top-1 difference is ± 0.5 to 0.5 pp.",
     ]
 
 
@@ -81,7 +81,7 @@ def test_unlabelled_images_and_features(tables):
     )
     features = [{**unlabelled[0], "metric": "cosine", "value": 0.98}]
     assert "| toy: cosine | 0.5 | time |\n| --- | ---: | ---: |\n| Fisher | 0.980 | 10 s |" in tables.accuracy(features)
-    assert "points" not in tables.accuracy(features).splitlines()[-1]
+    assert "pp" not in tables.accuracy(features).splitlines()[-1]
 
 
 def test_a_page_before_and_after_there_are_rows(render, tables, tmp_path, monkeypatch):
@@ -182,8 +182,7 @@ def test_precision_table(tables):
         row("dense", "fp16", lost=0.0),
     ]
     assert tables.precision(found).splitlines() == [
-        "| toy, top-1 in % | dense | change in points (95 %) | MB "
-        "| pruned, 0.65 of the MACs | change in points (95 %) | MB |",
+        "| toy, top-1 in % | dense | change in pp (95 %) | MB | pruned, 0.65 of the MACs | change in pp (95 %) | MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| fp32 | 78.00 |  | 6.46 | 78.00 |  | 6.46 |",
         "| int8, minmax | 77.85 | -0.15 (-0.55 to +0.45) | 1.79 | – | – | – |",
@@ -272,7 +271,7 @@ def test_the_summary_shows_what_every_seed_measured(tables):
         dict(common, model="half", ratio=0.5, p50_ms=20.0, macs_ratio=0.5),
     ]
     assert tables.summary(found, larger).splitlines() == [
-        "| multiply-adds | top-1, points | time, batch 1 |",
+        "| multiply-adds | top-1, pp | time, batch 1 |",
         "| ---: | ---: | ---: |",
         "| × 0.65 | -1.50 ± 0.71 | × 0.70 |",
         "",
