@@ -145,7 +145,7 @@ def write_variants(
         files["dense"],
         name=loaded.name,
         geometry=geometry,
-        preprocessing=loaded.preprocessing.to_json(),
+        preprocessing=loaded.preprocessing,
         classes=loaded.classes,
         weights_sha256=loaded.sha256,
         opset=opset,

@@ -7,9 +7,9 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
@@ -17,8 +17,9 @@ from onnx_ir.passes import common as passes
 
 from ..core.errors import UserError
 from ..core.extras import require
-from ..core.metadata import GraphMetadata
+from ..core.metadata import ModelMetadata
 from ..core.plan import Geometry
+from ..core.preprocess import Preprocessing
 from ..core.text import option
 from .files import save_model
 from .passes.clean import clean
@@ -40,7 +41,7 @@ def export_dense(
     *,
     name: str,
     geometry: Geometry,
-    preprocessing: Mapping[str, Any],
+    preprocessing: Preprocessing,
     classes: Sequence[str] | None,
     weights_sha256: str,
     opset: int = 20,
@@ -61,14 +62,12 @@ def export_dense(
     Raises:
         UserError: Opset or batch out of range, weights that are not float32, or a model that cannot be exported.
     """
-    about = GraphMetadata(
-        name, weights_sha256, geometry, dict(preprocessing), None if classes is None else tuple(classes)
-    )
+    about = ModelMetadata(name, weights_sha256, geometry, preprocessing, None if classes is None else tuple(classes))
     exported = trace(model, about, opset=opset, dynamic_batch=dynamic_batch, batch_size=batch_size)
     return save_model(finish(exported, about, opset), path)
 
 
-def finish(exported: ir.Model, about: GraphMetadata, opset: int) -> ir.Model:
+def finish(exported: ir.Model, about: ModelMetadata, opset: int) -> ir.Model:
     """Clean what PyTorch traced, bring it into ``opset`` and write down what it is; the same model, changed.
 
     Raises:
@@ -100,7 +99,7 @@ def finish(exported: ir.Model, about: GraphMetadata, opset: int) -> ir.Model:
 
 def trace(
     model: nn.Module,
-    about: GraphMetadata,
+    about: ModelMetadata,
     *,
     opset: int,
     dynamic_batch: bool,

@@ -27,7 +27,7 @@ from onnx_ir.passes import common as passes
 
 from ..core import metadata
 from ..core.errors import GraphError, PlanError
-from ..core.metadata import GraphMetadata
+from ..core.metadata import REQUIRED, ModelMetadata
 from ..core.plan import Geometry, TokenPlan
 from ..core.text import command
 from .files import load_model, naming, save_model
@@ -103,23 +103,23 @@ def fold_file(dense_path: str | os.PathLike, plan: TokenPlan, output_path: str |
         prepared = prepare(model, plan.geometry)
         check_shape(plan.geometry, prepared.geometry, plan.model, str(dense_path))
         result = fold(model, plan)
-    props = metadata.props_without_weights(plan) if about is None else about.with_plan(plan)
-    result.model.metadata_props.update(props)
+    folded = ModelMetadata.of_plan(plan) if about is None else about.with_plan(plan)
+    result.model.metadata_props.update(folded.to_props())
     save_model(result.model, output_path)
     modified = result.modified or prepared.normalised
     return FoldRecord(dense_path, output_path, plan.digest, modified, result.blocks, about is not None)
 
 
-def read_metadata(model: ir.Model, source: str) -> GraphMetadata | None:
+def read_metadata(model: ir.Model, source: str) -> ModelMetadata | None:
     """What a file of ours says about itself; None for a graph from elsewhere.
 
     Raises:
         UserError: Some keys of ours are there, and not all, or malformed.
     """
-    ours = any(key.startswith("vpruner.") for key in model.metadata_props)
+    ours = any(key.startswith(metadata.PREFIX) for key in model.metadata_props)
     if ours and metadata.PLAN in model.metadata_props and metadata.WEIGHTS_SHA256 not in model.metadata_props:
         raise already_pruned(source, model.metadata_props[metadata.PLAN])
-    return GraphMetadata.from_props(model.metadata_props, source) if ours else None
+    return ModelMetadata.from_props(model.metadata_props, source, require=REQUIRED) if ours else None
 
 
 #: What a graph shows of its geometry beyond doubt. Costs are not in it: an exporter may have folded products away.

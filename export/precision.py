@@ -23,7 +23,7 @@ from onnx_ir.passes import common as passes
 
 from ..core.choices import CALIBRATIONS, DEFAULT_CALIBRATION, HALF_PRECISIONS, IO, PRECISIONS
 from ..core.errors import UserError
-from ..core.metadata import PRECISION
+from ..core.metadata import PRECISION, ModelMetadata
 from ..core.statistics import Estimate, paired_difference, proportion
 from ..core.text import command, first_line, option
 from . import half, quantize
@@ -285,13 +285,13 @@ def agreement(
         path = cpu_form(converted_path, folder)
         emulated = path != Path(converted_path)
         converted = _run(path, images, optimized=not emulated)
-    props = load_model(converted_path).metadata_props
+    about = ModelMetadata.from_props(load_model(converted_path).metadata_props, str(converted_path))
     return compare_outputs(
         reference,
         converted,
         labels,
-        precision=props.get(PRECISION, "fp32"),
-        features=props.get("vpruner.output") == "features",
+        precision=about.precision or "fp32",
+        features=about.output == "features",
         emulated=emulated,
         source=str(converted_path),
     )

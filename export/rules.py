@@ -27,7 +27,7 @@ from onnx_ir.passes import common as passes
 from ..core.errors import ParityError, UserError
 from ..core.extras import require
 from ..core.files import json_sha256
-from ..core.metadata import GraphMetadata
+from ..core.metadata import ModelMetadata
 from ..core.plan import Geometry, TokenPlan
 from ..core.text import option
 from .dense import evaluating, finish, trace
@@ -166,13 +166,13 @@ def _as_json(value: Any) -> Any:
     return str(value)
 
 
-def _describe(loaded: LoadedModel, rule: TokenRule, trained_sha256: str | None) -> GraphMetadata:
+def _describe(loaded: LoadedModel, rule: TokenRule, trained_sha256: str | None) -> ModelMetadata:
     described = describe_rule(rule)
-    return GraphMetadata(
+    return ModelMetadata(
         loaded.name,
         loaded.sha256 if trained_sha256 is None else trained_sha256,
         loaded.adapter.geometry,
-        loaded.preprocessing.to_json(),
+        loaded.preprocessing,
         loaded.classes,
         plan=json_sha256(described),
         rule=described,

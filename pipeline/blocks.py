@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ..core.errors import UserError
-from ..core.metadata import GraphMetadata
+from ..core.metadata import REQUIRED, ModelMetadata
 from ..core.plan import Geometry, TokenPlan
 from ..core.timing import random_images
 from ..export.files import load_model, save_model
@@ -143,7 +143,7 @@ class _FoldedGraphs(Graphs):
     def __init__(self, dense: str | os.PathLike, folder: Path, *, batch: int, seed: int):
         self.dense, self.folder, self.batch, self.seed = Path(dense), folder, batch, seed
         model = load_model(self.dense)
-        metadata = GraphMetadata.from_props(model.metadata_props, str(dense))
+        metadata = ModelMetadata.from_props(model.metadata_props, str(dense), require=REQUIRED)
         if metadata.plan is not None:
             raise already_pruned(str(dense), metadata.plan, metadata.rule)
         self.name, self.geometry = metadata.model, metadata.geometry

@@ -45,7 +45,7 @@ def write_dense(loaded: LoadedModel, path: Path, *, opset: int, dynamic_batch: b
         path,
         name=loaded.name,
         geometry=loaded.adapter.geometry,
-        preprocessing=loaded.preprocessing.to_json(),
+        preprocessing=loaded.preprocessing,
         classes=loaded.classes,
         weights_sha256=loaded.sha256,
         opset=opset,

@@ -178,7 +178,7 @@ def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights
         ParityError: That graph does not compute what the tuned model does.
     """
     from ..core.files import file_sha256
-    from ..core.metadata import TUNED_FOR
+    from ..core.metadata import TUNED_FOR, WEIGHTS_SHA256
     from ..prune.backbones.vit import weights_sha256
     from ..prune.tune.weights import with_weights
 
@@ -197,7 +197,7 @@ def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights
                 tuned = replace(loaded, sha256=plan.provenance["tuned_weights_sha256"])
                 write_graph(tuned, weights_path, {TUNED_FOR: plan.digest})
             else:
-                metadata = {TUNED_FOR: plan.digest, "vpruner.weights_sha256": loaded.sha256}
+                metadata = {TUNED_FOR: plan.digest, WEIGHTS_SHA256: loaded.sha256}
                 save_weights(model.state_dict(), weights_path, metadata)
     plan.save(plan_path)
     return plan

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from ..core.errors import UserError
 from ..core.files import file_sha256
+from ..core.metadata import PREFIX
 
 _Read = TypeVar("_Read")
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear")
@@ -69,7 +70,7 @@ class OnnxFile:
 
     def own_metadata(self) -> dict[str, str]:
         """The keys that vpruner wrote."""
-        return {key: value for key, value in self.metadata.items() if key.startswith("vpruner.")}
+        return {key: value for key, value in self.metadata.items() if key.startswith(PREFIX)}
 
     def external_sha256(self) -> dict[str, str]:
         """Hashes of the files that hold weights.

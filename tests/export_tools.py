@@ -13,17 +13,11 @@ from tiny_vits import tiny
 from torch import nn
 
 from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.core.preprocess import Preprocessing
 from vpruner.export.dense import export_dense
 from vpruner.prune.backbones.vit import read_geometry, weights_sha256
 
-PREPROCESSING = {
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.5, 0.5, 0.5],
-    "size": [32, 48],
-    "interpolation": "bicubic",
-    "crop_pct": 0.9,
-    "crop_mode": "center",
-}
+PREPROCESSING = Preprocessing((0.5,) * 3, (0.5,) * 3, (32, 48), crop_pct=0.9)
 
 
 @dataclass(frozen=True)

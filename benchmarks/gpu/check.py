@@ -142,7 +142,7 @@ def prepare(model: str, folder: Path, *, target: str | None = None, seed: int = 
         files["dense"],
         name=loaded.name,
         geometry=geometry,
-        preprocessing=loaded.preprocessing.to_json(),
+        preprocessing=loaded.preprocessing,
         classes=None,
         weights_sha256=loaded.sha256,
         opset=plain_opset(target, None),

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from ...core.errors import GraphError, ParityError, UserError
 from ...core.extras import require
 from ...core.files import scratch_beside
-from ...core.metadata import GraphMetadata
+from ...core.metadata import ModelMetadata
 from ...core.plan import Geometry
-from ...core.preprocess import Preprocessing, resolve_preprocessing
+from ...core.preprocess import resolve_preprocessing
 from ...core.text import command
 from ...prune.backbones.vit import ViTAdapter, weights_sha256
 from ...prune.loaded import LoadedModel
@@ -130,7 +130,7 @@ def rebuild(
         geometry, name = about.geometry, about.model
     if geometry.in_chans != 3:
         raise UserError(f"{path} takes {geometry.in_chans} channels, expected 3 (RGB)", "only RGB models are supported")
-    stated = None if about is None else Preprocessing.from_json(about.preprocessing)
+    stated = None if about is None else about.preprocessing
     resolved = resolve_preprocessing(stated, dict(preprocessing or {}), size=geometry.image_size, source=str(path))
 
     module, softmax = _Reader(model, prepared.site, prepared.geometry).read()
@@ -170,7 +170,7 @@ def write_graph(loaded: LoadedModel, path: str | os.PathLike, props: Mapping[str
     changed = _put_weights(model, prepare(model, geometry).site, loaded.adapter.model)
     if not changed:
         model = load_model(graph_path)
-    about = GraphMetadata(loaded.name, loaded.sha256, geometry, loaded.preprocessing.to_json(), loaded.classes)
+    about = ModelMetadata(loaded.name, loaded.sha256, geometry, loaded.preprocessing, loaded.classes)
     model.metadata_props.update({**about.to_props(), **(props or {})})
     if changed:
         images, softmax = probe_images(geometry), _strip_softmax(model.graph.outputs[0])[1]

@@ -18,7 +18,7 @@ from vpruner.export.dense import export_dense
 from vpruner.prune.backbones.vit import read_geometry, weights_sha256
 from vpruner.runtime.ort import OrtSession
 
-PREPROCESSING = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": [32, 48], "interpolation": "bicubic"}
+PREPROCESSING = Preprocessing((0.5,) * 3, (0.5,) * 3, (32, 48))
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,12 @@ from fake_tensorrt import install
 from tiny_vits import tiny
 
 from vpruner.core.latency_table import LatencyTable
+from vpruner.core.preprocess import Preprocessing
 from vpruner.export.dense import export_dense
 from vpruner.prune.backbones.vit import read_geometry, weights_sha256
 
 pytest.importorskip("polygraphy")
-PREPROCESSING = {
-    "mean": [0.5] * 3,
-    "std": [0.25] * 3,
-    "size": [32, 48],
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
+PREPROCESSING = Preprocessing((0.5,) * 3, (0.25,) * 3, (32, 48))
 
 
 @pytest.fixture(scope="module")

@@ -5,25 +5,31 @@ import dataclasses
 import pytest
 
 from vpruner.core.errors import UserError
-from vpruner.core.metadata import GraphMetadata, ModelMetadata
+from vpruner.core.metadata import REQUIRED, ModelMetadata
 from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.core.preprocess import Preprocessing
 
 GEOMETRY = Geometry(
     depth=2, embed_dim=8, num_heads=2, head_dim=4, grid=(2, 3), prefix_tokens=1, image_size=(16, 24), outputs=3
 )
-DENSE = GraphMetadata("tiny", "ab" * 32, GEOMETRY, {"mean": [0.5] * 3, "crop_pct": 0.9}, ("cat", "dog", "Hündin"))
+PREPROCESSING = Preprocessing((0.5,) * 3, (0.25,) * 3, (16, 24), crop_pct=0.9)
+DENSE = ModelMetadata("tiny", "ab" * 32, GEOMETRY, PREPROCESSING, ("cat", "dog", "Hündin"))
+
+
+def read(props):
+    return ModelMetadata.from_props(props, "x.onnx", require=REQUIRED)
 
 
 def test_round_trip():
-    assert GraphMetadata.from_props(DENSE.to_props(), "x.onnx") == DENSE
+    assert read(DENSE.to_props()) == DENSE
     unknown = dataclasses.replace(DENSE, classes=None)
     assert "vpruner.classes" not in unknown.to_props()
-    assert GraphMetadata.from_props(unknown.to_props(), "x.onnx") == unknown
+    assert read(unknown.to_props()) == unknown
 
 
 def test_with_plan():
     plan = TokenPlan("tiny", GEOMETRY, ((0, 1, 4), (4,)))
-    pruned = GraphMetadata.from_props(DENSE.with_plan(plan), "x.onnx")
+    pruned = read(DENSE.with_plan(plan).to_props())
     assert pruned.plan == plan.digest and pruned.kept == ((0, 1, 4), (4,))
     assert dataclasses.replace(pruned, plan=None, kept=None) == DENSE
 
@@ -32,18 +38,45 @@ def test_tuned_weights_are_filed_under_those_they_were_tuned_from():
     facts = {"weights_sha256": "ab" * 32, "tuned_weights_sha256": "cd" * 32}
     plan = TokenPlan("tiny", GEOMETRY, ((0, 1, 4), (4,)), provenance=facts)
     tuned = dataclasses.replace(DENSE, weights_sha256="cd" * 32)
-    pruned = GraphMetadata.from_props(tuned.with_plan(plan), "x.onnx")
+    pruned = read(tuned.with_plan(plan).to_props())
     assert (pruned.weights_sha256, pruned.tuned_sha256) == ("ab" * 32, "cd" * 32)
-    props = {key: value for key, value in tuned.with_plan(plan).items() if key != "vpruner.preprocessing"}
+    props = {key: value for key, value in tuned.with_plan(plan).to_props().items() if key != "vpruner.preprocessing"}
     assert ModelMetadata.from_props(props, "x.onnx").tuned_sha256 == "cd" * 32
     # The trained weights with the same plan, and a plan that says nothing of what they were tuned from.
-    assert GraphMetadata.from_props(DENSE.with_plan(plan), "x.onnx").tuned_sha256 is None
+    assert read(DENSE.with_plan(plan).to_props()).tuned_sha256 is None
     plan = TokenPlan("tiny", GEOMETRY, ((0, 1, 4), (4,)), provenance={"tuned_weights_sha256": "cd" * 32})
-    assert GraphMetadata.from_props(tuned.with_plan(plan), "x.onnx").weights_sha256 == "cd" * 32
+    assert read(tuned.with_plan(plan).to_props()).weights_sha256 == "cd" * 32
 
 
 def test_props_of_others_are_ignored():
-    assert GraphMetadata.from_props({**DENSE.to_props(), "author": "me"}, "x.onnx") == DENSE
+    assert read({**DENSE.to_props(), "author": "me"}) == DENSE
+
+
+def test_the_keys_are_a_file_format():
+    """Written by every version so far, and read by every one to come: text and order, byte by byte."""
+    plan = TokenPlan("tiny", GEOMETRY, ((0, 1, 4), (4,)))
+    assert list(DENSE.with_plan(plan).to_props()) == [
+        *("vpruner.version", "vpruner.model", "vpruner.weights_sha256", "vpruner.geometry", "vpruner.preprocessing"),
+        *("vpruner.output", "vpruner.classes", "vpruner.plan", "vpruner.kept"),
+    ]
+    props = DENSE.to_props()
+    assert props["vpruner.classes"] == '["cat", "dog", "Hündin"]' and props["vpruner.output"] == "logits"
+    assert props["vpruner.preprocessing"] == (
+        '{"crop_mode":"center","crop_pct":0.9,"interpolation":"bicubic","mean":[0.5,0.5,0.5],"size":[16,24],'
+        '"std":[0.25,0.25,0.25]}'
+    )
+    assert list(ModelMetadata.of_plan(plan).to_props()) == [
+        "vpruner.version", "vpruner.model", "vpruner.geometry", "vpruner.output", "vpruner.plan", "vpruner.kept"
+    ]  # fmt: skip
+
+
+def test_a_file_that_says_nothing():
+    silent = ModelMetadata.from_props({"author": "me"}, "x.onnx")
+    assert silent == ModelMetadata(version=None) and silent.output == "logits"
+    with pytest.raises(
+        UserError, match="x.onnx is not a graph that vpruner wrote: its metadata has no vpruner.version"
+    ):
+        read({"author": "me"})
 
 
 @pytest.mark.parametrize("key", ["vpruner.geometry", "vpruner.preprocessing", "vpruner.weights_sha256"])
@@ -51,7 +84,7 @@ def test_a_missing_key_is_named(key):
     props = DENSE.to_props()
     del props[key]
     with pytest.raises(UserError, match=f"x.onnx is incomplete: its metadata has no {key}"):
-        GraphMetadata.from_props(props, "x.onnx")
+        read(props)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +95,11 @@ def test_a_missing_key_is_named(key):
         ("vpruner.geometry", "[]"),
         ("vpruner.classes", "3"),
         ("vpruner.kept", "7"),
+        ("vpruner.output", "boxes"),
+        ("vpruner.preprocessing", '{"mean": 1}'),
+        ("vpruner.rule", '{"method": "x"}'),
     ],
 )
 def test_malformed_values_are_refused(key, value):
     with pytest.raises(UserError, match="x.onnx has malformed metadata"):
-        GraphMetadata.from_props({**DENSE.to_props(), key: value}, "x.onnx")
+        read({**DENSE.to_props(), key: value})

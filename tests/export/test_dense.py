@@ -47,7 +47,7 @@ def test_input_output_and_metadata(exported):
         "vpruner.output",
     }
     assert json.loads(props["vpruner.geometry"]) == dense.geometry.to_json()
-    assert json.loads(props["vpruner.preprocessing"]) == PREPROCESSING
+    assert json.loads(props["vpruner.preprocessing"]) == PREPROCESSING.to_json()
     assert json.loads(props["vpruner.classes"]) == [f"class {index}" for index in range(5)]
     assert props["vpruner.output"] == "logits" and props["vpruner.model"] == "tiny"
     assert props["vpruner.weights_sha256"] == weights_sha256(dense.model)

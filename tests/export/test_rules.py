@@ -15,7 +15,7 @@ from token_rules import images_for
 
 from vpruner.core import bundled
 from vpruner.core.errors import ParityError, UserError
-from vpruner.core.metadata import GraphMetadata, ModelMetadata
+from vpruner.core.metadata import REQUIRED, ModelMetadata
 from vpruner.core.preprocess import Preprocessing
 from vpruner.export import rules
 from vpruner.export.check import check
@@ -145,7 +145,7 @@ def test_what_the_file_says_of_itself(exported):
     about = ModelMetadata.from_props(props, "rule.onnx")
     assert about.rule == described and about.kept is None and about.plan == props["vpruner.plan"]
     assert about.weights_sha256 == ruled.loaded.sha256 and about.tuned_sha256 is None
-    assert GraphMetadata.from_props(props, "rule.onnx").to_props() == props
+    assert about.to_props() == props
     for wrong in ("7", '{"method": "saint"}', '{"method": "saint", "counts": [1, 2]}'):
         with pytest.raises(UserError, match="rule does not name a method and the tokens of each block"):
             ModelMetadata.from_props({**props, "vpruner.rule": wrong}, "rule.onnx")
@@ -155,7 +155,9 @@ def test_refitted_weights_are_filed_under_those_they_were_trained_from(tmp_path)
     loaded = load("class token", depth=1)
     rule = FrozenSaintRule(loaded.adapter.geometry, (0,), (None,))
     path = export_rule(loaded, rule, tmp_path / "rule.onnx", trained_sha256="ab" * 32)
-    about = GraphMetadata.from_props({p.key: p.value for p in onnx.load(path).metadata_props}, "rule.onnx")
+    about = ModelMetadata.from_props(
+        {p.key: p.value for p in onnx.load(path).metadata_props}, "rule.onnx", require=REQUIRED
+    )
     assert (about.weights_sha256, about.tuned_sha256) == ("ab" * 32, loaded.sha256)
     assert list(tmp_path.iterdir()) == [path]
 

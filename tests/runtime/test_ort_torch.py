@@ -36,6 +36,7 @@ def torch_logits(model, preprocessing, paths) -> np.ndarray:
 
 
 def export(model, path, name, preprocessing, classes=None, **options):
+    from vpruner.core.preprocess import Preprocessing
     from vpruner.export.dense import export_dense
     from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
 
@@ -44,7 +45,7 @@ def export(model, path, name, preprocessing, classes=None, **options):
         path,
         name=name,
         geometry=ViTAdapter(model, name).geometry,
-        preprocessing=preprocessing,
+        preprocessing=Preprocessing.from_json(preprocessing),
         classes=classes,
         weights_sha256=weights_sha256(model),
         **options,
