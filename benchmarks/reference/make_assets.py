@@ -22,16 +22,17 @@ from vpruner.core.files import atomic_path, file_sha256, write_text
 README = """\
 # Data and model inside the package
 
-What `vpruner run` uses when it is given no model and no images, so that the whole pipeline runs offline.
+A small Vision Transformer (CIFAR-10, 32 pixels, 64 patch tokens, 8 blocks) and images for it. `vpruner run` uses them
+if it is given no model and no images, so everything works offline.
 
 | file | what | bytes | SHA-256 |
 | --- | --- | --- | --- |
 {rows}
 
 The images are copied byte for byte from CIFAR-10 (32x32 RGB, stored as JPEG), one folder per class, in a tar that
-`timm.data.create_dataset("", root=FILE)` reads. `calibration.tar` comes from the training split, the only images that a
-stage of vpruner may learn from; `evaluation.tar` comes from the test split and is for reporting alone. No image is
-in both, and no evaluation image is among those the reference model was trained on.
+`timm.data.create_dataset("", root=FILE)` reads. `calibration.tar` comes from the training split. Stages of vpruner
+learn from these images alone. `evaluation.tar` comes from the test split, and is only reported on. No image is in both,
+and the reference model was trained on none of the evaluation images.
 
 | class | {classes} | all |
 | --- | {rule} | --- |
@@ -43,8 +44,9 @@ University of Toronto, 2009, <https://www.cs.toronto.edu/~kriz/cifar.html>. Plea
 were measured on them. The Apache licence of vpruner covers the code and the reference weights; it makes no claim on the
 images.
 
-The files are written by `benchmarks/reference/make_assets.py`; `reference.json` holds the model's architecture,
-preprocessing, training recipe and accuracy, and names the hash of the weights.
+`benchmarks/reference/train.py` trains the model, and `benchmarks/reference/make_assets.py` writes these files.
+`reference.json` holds the model's architecture, preprocessing, training recipe and accuracy, and names the hash of the
+weights.
 """
 
 Images = dict[str, dict[str, bytes]]
