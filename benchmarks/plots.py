@@ -22,7 +22,8 @@ from tables import (
 
 from vpruner.core.files import atomic_path
 from vpruner.core.rows import read_rows
-from vpruner.report import compare as compare_report
+from vpruner.report.compare import plot_comparison
+from vpruner.report.entries import entries_of
 
 #: What the plot shows, the first that was measured -> its axis, and what values are multiplied by.
 PLOTTED = {"top1": ("top-1 in %", 100), "agreement": ("same class as dense in %", 100), "cosine": ("cosine", 1)}
@@ -153,9 +154,9 @@ def draw_all(results: Path) -> None:
     """Every picture whose rows lie in the folder ``results``."""
 
     def compared(rows: list[dict], path: Path) -> None:
-        entries = compare_report.entries_of(rows)
+        entries = entries_of(rows)
         title = entries[0].results[0]["model"] if entries and entries[0].results else ""
-        compare_report.plot_comparison(entries, path, title=title)
+        plot_comparison(entries, path, title=title)
 
     drawn = {
         "accuracy": (plot_accuracy, ACCURACY_PLOT),

@@ -8,7 +8,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from vpruner.report import compare as compare_report
+from vpruner.report.blocks import Table
+from vpruner.report.compare import protocol_sentence
+from vpruner.report.entries import Entry, at_equal_time, batches_of, entries_of
+from vpruner.report.tables import compare as compare_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Pictures beside the rows, from the repository's root.
@@ -222,27 +225,27 @@ def _accuracy_caption(results: Results) -> str:
 
 def compare(rows: list[dict]) -> str:
     """All methods on the reference: the table, and ours against each of the others at equal time."""
-    entries = compare_report.entries_of(rows)
+    entries = entries_of(rows)
     lines = _picture("Accuracy over latency and over multiply-adds, by method", COMPARE_PLOT)
-    lines += _markdown_table(*compare_report.comparison_table(entries))
+    lines += _markdown_table(compare_tables.comparison_table(entries))
     lines += ["", _compare_caption(entries)]
-    batches = compare_report.batches_of(entries)
+    batches = batches_of(entries)
     if batches:
-        heads, table = compare_report.equal_time_table(compare_report.at_equal_time(entries, batches[0]))
-        if table:
+        table = compare_tables.equal_time_table(at_equal_time(entries, batches[0]), batches[0])
+        if table is not None:
             where = f"batch {batches[0]}, onnxruntime"
             lines += ["", f"Accuracy at equal time. Each row takes the time of one of our plans ({where}):", ""]
-            lines += _markdown_table(heads, table)
+            lines += _markdown_table(table)
     return "\n".join(lines)
 
 
-def _markdown_table(heads: list[str], rows: list[list[str]]) -> list[str]:
+def _markdown_table(table: Table) -> list[str]:
     """Two columns of words, then numbers."""
-    rule = ["---" if number < 2 else "---:" for number in range(len(heads))]
-    return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)]
+    rule = ["---" if number < 2 else "---:" for number in range(len(table.header))]
+    return [f"| {' | '.join(cells)} |" for cells in (table.header, rule, *table.rows)]
 
 
-def _compare_caption(entries: list[compare_report.Entry]) -> str:
+def _compare_caption(entries: list[Entry]) -> str:
     results = [row for entry in entries for row in entry.results]
     images = sorted({row["data"]["count"] for row in results if row["data"]})
     widths = [50 * (row["top1_difference"]["high"] - row["top1_difference"]["low"]) for row in results]
@@ -252,8 +255,8 @@ def _compare_caption(entries: list[compare_report.Entry]) -> str:
             f"{' or '.join(f'{count:,}' for count in images)} images.",
             "± is the standard deviation over seeds. With one seed, brackets hold the 95 % interval over images, "
             f"paired with the dense model: ± {min(widths):.1f} to {max(widths):.1f} pp.",
-            compare_report.protocol_sentence(entries),
-            *(f"{line}." for line in compare_report.remarks_of(entries)),
+            protocol_sentence(entries),
+            *(f"{line}." for line in compare_tables.comparison_remarks(entries)),
         ]
     )
 
@@ -276,8 +279,8 @@ def compare_speed(rows: list[dict]) -> str:
 
 def summary(compared: list[dict], latency: list[dict]) -> str:
     """Of the first page: accuracy and time of our default method, and the ratio on larger models."""
-    entries = [entry for entry in compare_report.entries_of(compared) if entry.method == "v-pruner" and entry.results]
-    batches = compare_report.batches_of(entries)
+    entries = [entry for entry in entries_of(compared) if entry.method == "v-pruner" and entry.results]
+    batches = batches_of(entries)
     heads = ["multiply-adds", "top-1, pp", *(f"time, batch {batch}" for batch in batches)]
     lines = [f"| {' | '.join(heads)} |", f"|{' ---: |' * len(heads)}"]
     for entry in entries:

@@ -43,7 +43,7 @@ from ..core.errors import ParityError, UserError
 from ..core.extras import RUN_PACKAGES, missing_extra, require_all
 from ..core.text import counted
 from ..export.targets import TARGETS
-from .console import report_progress
+from .console import print_table, report_progress
 from .hints import TypedSink, as_typed
 
 
@@ -407,43 +407,6 @@ def _emit_rows(rows: list[dict[str, Any]], results: Path | None, as_json: bool) 
     return as_json
 
 
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """One aligned table on stdout; the first column reads, the others are numbers."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for position, name in enumerate(columns):
-        table.add_column(name, justify="left" if position == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    # A cell that is cut off is worse than a long line, so the table takes the width it needs.
-    console = Console(highlight=False)
-    needed = console.measure(table, options=console.options.update(width=1000)).maximum
-    Console(highlight=False, width=max(console.width, needed)).print(table)
-
-
-def _format_estimate(row: dict[str, Any]) -> str:
-    if row["low"] is None:
-        row = {**row, "low": math.nan, "high": math.nan}  # One image has no interval.
-    if row["metric"] in ("top1", "agreement", "top1_difference", "accuracy", "accuracy_difference"):
-        difference = row["metric"].endswith("_difference")
-        signed = "+.2f" if difference else ".2f"
-        unit = " pp" if difference else " %"
-        value, low, high = (format(100 * row[key], signed) for key in ("value", "low", "high"))
-        return f"{value}{unit} [{low}, {high}]"
-    return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
-
-
-METRIC_NAMES = {
-    "top1": "top-1",
-    "top1_difference": "top-1, paired difference",
-    "agreement": "same class as dense",
-    "kl": "KL to dense (nats)",
-    "cosine": "cosine to dense features",
-}
-
-
 # -- run --------------------------------------------------------------------------------------------------------------
 
 
@@ -507,112 +470,18 @@ def run(model, pretrained, weights, model_args, output, force, as_json, quiet, *
 
 
 def _print_run(rows: list[dict[str, Any]]) -> None:
-    run_row = next(row for row in rows if row["kind"] == "run")
-    cost = {row["label"]: row for row in rows if row["kind"] == "cost"}
-    accuracy = {(row["label"], row["metric"]): row for row in rows if row["kind"] == "accuracy"}
-    latency = {row["label"]: row for row in rows if row["kind"] == "latency"}
-    dense, pruned = cost["dense"], cost["pruned"]
-    stages = [row for row in rows if row["kind"] == "stage"]
-    if stages:
-        quality = [metric for metric in ("top1", "kl", "cosine") if ("pruned", metric) in accuracy]
-        _table(
-            "what each stage made of it, on the same images",
-            ["stage", *(METRIC_NAMES[metric] for metric in quality), "seconds", ""],
-            [
-                [
-                    _stage_name(stage),
-                    *(
-                        _format_estimate(accuracy[stage["label"], metric])
-                        if stage["kept"] and (stage["label"], metric) in accuracy
-                        else ""
-                        for metric in quality
-                    ),
-                    f"{stage['seconds']:.1f}",
-                    _stage_outcome(stage),
-                ]
-                for stage in stages
-            ],
-        )
-    table = []
-    for metric, title in METRIC_NAMES.items():
-        both = [accuracy.get((label, metric)) for label in ("dense", "pruned")]
-        if any(both):
-            count = next(row for row in both if row)["count"]
-            title = f"{title}, {counted(count, 'image')}"
-            table.append([title, *(_format_estimate(row) if row else "" for row in both), ""])
-    table.append(["MACs", _short(dense["macs"]), _short(pruned["macs"]), f"{pruned['ratio']:.3f}"])
-    table.append(["parameters", _short(dense["parameters"]), _short(pruned["parameters"]), "1.000"])
-    one, other = latency["dense"], latency["pruned"]
-    threads = "1 thread" if one["threads"] == 1 else f"{one['threads'] or 'default'} threads"
-    table.append(
-        [
-            f"ORT {one['provider']} p50, batch {one['batch']}, {threads}",
-            f"{one['p50_ms']:.2f} ms",
-            f"{other['p50_ms']:.2f} ms",
-            f"{other['ratio']:.3f} [{other['ratio_low']:.3f}, {other['ratio_high']:.3f}]",
-        ]
-    )
-    others = {row["kind"]: row for row in rows}
-    if row := others.get("prediction"):
-        title = f"predicted by the table (ratio {100 * row['error_ratio']:+.1f} %)"
-        values = (f"{row[name]:.2f} ms" for name in ("predicted_dense_ms", "predicted_ms"))
-        table.append([title, *values, f"{row['predicted_ratio']:.3f}"])
-    if row := others.get("gates"):
-        title = f"gate constants: {row['ungated_p50_ms']:.2f} ms without them"
-        table.append([title, "", f"{row['p50_ms']:.2f} ms", f"{row['ratio']:.3f}"])
-    of = "milliseconds" if run_row["target_kind"] == "latency" else "MACs"
-    _table(f"{run_row['model']} at {run_row['target']:g} of its {of}", ["", "dense", "pruned", "ratio"], table)
-    _print_precisions([row for row in rows if row["kind"] == "precision" and row["failure"] is None], rows)
+    from ..report.results import Results
+    from ..report.tables import run as tables
 
-
-def _print_precisions(precisions: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
-    """Each precision beside the float32 pruned graph, and under the table what its latency does not say."""
-    if not precisions:
-        return
-    size = next(row["file_bytes"] for row in rows if row["kind"] == "cost" and row["label"] == "pruned")
-    latency = next(row["p50_ms"] for row in rows if row["kind"] == "latency" and row["label"] == "pruned")
-    top1 = next(
-        (row for row in rows if row["kind"] == "accuracy" and (row["label"], row["metric"]) == ("pruned", "top1")), None
-    )
-    shown = ["top1", "top1_difference"] if top1 else []
-    table = [
-        ["fp32", *([_format_estimate(top1), ""] if top1 else []), "", "", f"{size / 1e6:.2f}", f"{latency:.2f}", ""]
-    ]
-    for row in precisions:
-        estimates = [row["top1_converted"], row["top1_difference"]] if top1 else []
-        table.append(
-            [
-                row["precision"] + (" *" if row["latency_note"] else ""),
-                *(_format_estimate(estimate) for estimate in estimates),
-                _format_estimate(row["top1_agreement"]) if row["top1_agreement"] else "",
-                f"{row['max_relative_error']:.1e}",
-                f"{row['file_bytes'] / 1e6:.2f}",
-                *((f"{row['p50_ms']:.2f}", f"{row['ratio']:.3f}") if "ratio" in row else ("", "")),
-            ]
-        )
-    _table(
-        f"precisions of pruned.onnx, against fp32, on {counted(precisions[0]['images'], 'image')}",
-        ["", *(METRIC_NAMES[name] for name in shown), "same class", "largest error", "MB", "p50 ms", "ratio"],
-        table,
-    )
-    for row in precisions:
-        if row["latency_note"]:
-            click.echo(f"* {row['precision']}: {row['latency_note']}")
-
-
-def _stage_name(stage: dict[str, Any]) -> str:
-    return f"{stage['stage']} ({stage['method']})"
-
-
-def _stage_outcome(stage: dict[str, Any]) -> str:
-    return "kept" if stage["kept"] else "nothing to drop" if stage["stage"] == "search" else "undone"
-
-
-def _short(number: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return f"{number:.0f}"
+    results = Results(tuple(rows))
+    if stages := results.stages():
+        print_table(tables.stages_table(stages, results))
+    print_table(tables.summary_table(results))
+    print_table(tables.prediction_table(results.last("prediction")))
+    print_table(tables.gates_table(results.last("gates")))
+    print_table(tables.precision_table(results))
+    for note in tables.precision_notes(results):
+        click.echo(note)
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
@@ -668,6 +537,8 @@ def prune(
     from ..pipeline.inputs import one_set, open_cost, open_prunable
     from ..pipeline.learned import check_select, check_tuned_output, rearrange_settings, replace_learned, tuned_beside
     from ..prune.learn import learn
+    from ..report.tables.plan import plan_table
+    from ..report.tables.run import stages_table
 
     report_progress(quiet)
     check_output(output, ".json", model, weights)
@@ -708,52 +579,14 @@ def prune(
     if as_json:
         _print_json({"plan": str(output), "weights": str(tuned) if learned.weights else None, **plan.to_json()})
         return
-    _print_stages([stage.to_json() for stage in learned.stages])
-    _print_plan(learned.plan)
+    print_table(stages_table([stage.to_json() for stage in learned.stages]))
+    print_table(plan_table(learned.plan))
     for path in [output, tuned] if learned.weights else [output]:
         click.echo(path)
     if loaded.graph is not None:
         graph = tuned if learned.weights else model
         command = ["vpruner", "fold", str(graph), "--plan", str(output), "-o", "pruned.onnx"]
         progress.remark(f"next: {shlex.join(command)}")
-
-
-def _print_stages(stages: list[dict[str, Any]]) -> None:
-    rows = []
-    for stage in stages:
-        judged = stage["held_out"]
-        values = ["", "", ""]
-        if judged is not None:
-            values = [f"{judged['before']:.4f}", f"{judged['after']:.4f}", str(judged["images"])]
-        rows.append([_stage_name(stage), *values, f"{stage['seconds']:.1f}", _stage_outcome(stage)])
-    _table(
-        "divergence from the dense model, on held-out calibration images",
-        ["stage", "before", "after", "images", "seconds", ""],
-        rows,
-    )
-
-
-def _print_plan(plan) -> None:
-    from ..core.cost import cost_ratio, dense_macs, plan_macs
-
-    macs, dense = plan_macs(plan), dense_macs(plan.geometry)
-    costs = f"{_short(macs)} of {_short(dense)} MACs ({cost_ratio(plan):.4f})"
-    cost = plan.provenance.get("cost")
-    if isinstance(cost, dict) and cost.get("kind") == "latency":
-        table, whole = (cost.get(name) for name in ("plan", "dense"))
-        # A plan is a file of the user's: what stands beside kept may be anything.
-        if isinstance(table, float) and isinstance(whole, float) and whole > 0:
-            costs = f"{table:.3f} of {whole:.3f} ms by the latency table ({table / whole:.4f}), {costs}"
-    _table(
-        f"{plan.model}: {costs}",
-        ["block", "patches", "tokens in (keys)", "tokens out (queries)"],
-        [
-            [str(block), f"{len(kept)} of {plan.geometry.patches}", str(keys), str(queries)]
-            for block, (kept, keys, queries) in enumerate(
-                zip(plan.kept, plan.key_counts, plan.query_counts, strict=True)
-            )
-        ],
-    )
 
 
 @main.command()
@@ -824,25 +657,15 @@ def export(
 
 def _print_checks(checks, output: Path, as_json: bool, deployed, **more: Any) -> None:
     from ..pipeline.results import parity_row
+    from ..report.tables.run import parity_table
 
+    rows = [parity_row(check) for check in checks]
     if as_json:
         if deployed is not None:
             more["deployment"] = deployed.to_json()
-        _print_json({"file": str(output), "parity": [parity_row(check) for check in checks], **more})
+        _print_json({"file": str(output), "parity": rows, **more})
         return
-    _table(
-        "parity",
-        ["parity check", "difference", "tolerance", "images"],
-        [
-            [
-                r.name,
-                f"{r.difference:.1e}",
-                f"{r.tolerance:.0e}",
-                f"{r.compared}, {r.near_ties} near-ties" if r.near_ties else str(r.compared),
-            ]
-            for r in checks
-        ],
-    )
+    print_table(parity_table(rows))
     if deployed is not None:
         click.echo(deployed.summary)
     click.echo(output)
@@ -911,6 +734,7 @@ def evaluate(as_json, quiet, results, **options) -> None:
     """
     from ..pipeline.evaluate import evaluate
     from ..pipeline.folders import check_output
+    from ..report.tables.run import evaluation_table
 
     report_progress(quiet)
     if results:
@@ -918,11 +742,7 @@ def evaluate(as_json, quiet, results, **options) -> None:
     rows = evaluate(**options)
     if _emit_rows(rows, results, as_json):
         return
-    _table(
-        counted(rows[0]["count"], "image"),
-        ["model", "metric", "value [95 %]"],
-        [[row["label"], METRIC_NAMES[row["metric"]], _format_estimate(row)] for row in rows],
-    )
+    print_table(evaluation_table(rows))
 
 
 @main.command()
@@ -1046,24 +866,17 @@ def _print_trtexec(model, against, batches, precision, cuda_graph, seconds, as_j
 
 
 def _print_profile(rows) -> None:
-    from ..report.profile import (
-        blocks_table,
-        latency_table,
-        named,
-        power_table,
-        remarks_of,
-        settings_of,
-        throughput_table,
-    )
+    from ..report.results import by_setting
+    from ..report.tables import latency as tables
 
-    for kind, table in (("latency", latency_table), ("blocks", blocks_table)):
-        for group in settings_of(rows, kind).values():
-            found = table(group)
-            _table(named(next(iter(group.values()))), list(found.header), [list(line) for line in found.rows])
-    for title, found in (("throughput", throughput_table(rows)), ("steady work", power_table(rows))):
-        if found:
-            _table(title, list(found.header), [list(line) for line in found.rows])
-    for remark in remarks_of(rows):
+    for group in by_setting(rows).values():
+        timed = list(group.values())
+        print_table(tables.latency_table(timed, tables.named(timed[0])))
+    for group in by_setting(rows, "blocks").values():
+        print_table(tables.blocks_table(group))
+    print_table(tables.throughput_table(rows))
+    print_table(tables.power_table(rows))
+    for remark in tables.timing_remarks(rows):
         progress.remark(remark)
 
 
@@ -1150,6 +963,7 @@ def table(output, as_json, quiet, **options) -> None:
     """
     from ..pipeline.folders import check_output
     from ..pipeline.table import make_table
+    from ..report.tables.latency import block_times_table, predictions_table
 
     report_progress(quiet)
     check_output(output, ".json", options["model"], options["weights"])
@@ -1157,32 +971,9 @@ def table(output, as_json, quiet, **options) -> None:
     if as_json:
         _print_json({"table": str(output), **measured.to_json()})
         return
-    _print_latency_table(measured)
+    print_table(block_times_table(measured))
+    print_table(predictions_table(measured))
     click.echo(output)
-
-
-def _print_latency_table(measured) -> None:
-    prefix = measured.geometry.prefix_tokens
-    _table(
-        f"{measured.model}, ms of a block: {measured.runtime} {measured.provider} {measured.precision}, batch "
-        f"{measured.batch}, {measured.threads} thread(s)",
-        ["tokens in (keys)", "patches", "all stay", "half stay", "one stays"],
-        [
-            [
-                str(keys),
-                str(keys - prefix),
-                f"{whole:.4f}",
-                *(f"{float(measured.split_ms(keys, left)):.4f}" for left in (keys / 2, 1)),
-            ]
-            for keys, whole in zip(measured.keys, measured.whole, strict=True)
-        ],
-    )
-    click.echo(f"besides blocks {measured.fixed_ms:.4f} ms, dense model {measured.dense_ms:.4f} ms")
-    errors = ", ".join(
-        f"{row['label']} {row['predicted_ms']:.3f} of {row['measured_ms']:.3f} ms ({100 * row['error']:+.1f} %)"
-        for row in measured.validation
-    )
-    click.echo(f"predicted of measured for plans kept out: {errors}")
 
 
 @main.command()
@@ -1233,12 +1024,13 @@ def show(plan, image, output, as_json) -> None:
       vpruner show runs/demo/plan.json --image cat.jpg -o tokens.png
     """
     from ..pipeline.show import show
+    from ..report.tables.plan import plan_table
 
     plan_object = show(plan, image, output)
     if as_json:
         _print_json({"file": str(output), "model": plan_object.model, "kept": [len(k) for k in plan_object.kept]})
         return
-    _print_plan(plan_object)
+    print_table(plan_table(plan_object))
     click.echo(output)
 
 
@@ -1258,6 +1050,7 @@ def inspect(model, as_json) -> None:
       vpruner inspect model.onnx
     """
     from ..export.inspect import inspect_file, lines_of
+    from ..report.tables.plan import inspection_table
 
     described = inspect_file(model)
     if as_json:
@@ -1265,13 +1058,7 @@ def inspect(model, as_json) -> None:
         return
     for line in lines_of(described):
         click.echo(line)
-    columns = ["keys", "queries", "dead"]
-    names = ["enters", "after_attention", "leaves"] if described["head"] else []
-    _table(
-        "tokens of each block" + (", and the values of the residual stream" if names else ""),
-        ["block", *columns, *(name.replace("_", " ") for name in names)],
-        [[str(block[name]) for name in ("block", *columns, *names)] for block in described["blocks"]],
-    )
+    print_table(inspection_table(described))
 
 
 # -- check ------------------------------------------------------------------------------------------------------------
@@ -1300,41 +1087,20 @@ def check(model, target, as_json) -> None:
     """
     from ..export.check import check as check_model
     from ..export.check import summarize
+    from ..report.tables.plan import findings_table
 
     findings = check_model(model, target)
-    counts = summarize(findings)
+    counts, rows = summarize(findings), [finding.to_json() for finding in findings]
     if as_json:
-        rows = [finding.to_json() for finding in findings]
         _print_json({"file": str(model), "target": target, "counts": counts, "findings": rows})
     else:
-        _print_findings(findings)
+        table, notes = findings_table(rows)
+        print_table(table)
+        for note in notes:
+            click.echo(note)
         click.echo(f"{model} for {target}: {', '.join(counted(count, name) for name, count in counts.items())}")
     if counts["error"]:
         sys.exit(1)
-
-
-def _print_findings(findings) -> None:
-    """A table of what was found where, and under it, once for each kind, why that matters and what to do."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    if not findings:
-        return
-    notes: dict[tuple[str, str, str], int] = {}
-    table = Table()
-    for name in ("severity", "node", "operator", "found", "note"):
-        table.add_column(name, no_wrap=True)
-    for finding in findings:
-        note = notes.setdefault((finding.why, finding.todo, finding.source), len(notes) + 1)
-        cells = (finding.severity, finding.node, finding.op_type, finding.found, str(note))
-        # Text: the names are the file's, and brackets in them are no markup.
-        table.add_row(*(Text(cell) for cell in cells))
-    console = Console(highlight=False)
-    needed = console.measure(table, options=console.options.update(width=100_000)).maximum
-    Console(highlight=False, width=max(console.width, needed)).print(table)
-    for (why, todo, source), note in notes.items():
-        click.echo(f"{note}. {why[0].upper()}{why[1:]}.\n   {todo[0].upper()}{todo[1:]}.\n   Source: {source}")
 
 
 # -- convert ----------------------------------------------------------------------------------------------------------
@@ -1380,6 +1146,7 @@ def convert(model, precision, images, eval_images, output, as_json, quiet, **opt
     """
     from ..pipeline.convert import convert_checked
     from ..pipeline.folders import check_output
+    from ..report.tables.run import conversion_table
 
     report_progress(quiet)
     check_output(output, ".onnx", model)
@@ -1387,19 +1154,7 @@ def convert(model, precision, images, eval_images, output, as_json, quiet, **opt
     if as_json:
         _print_json({**done.to_json(), "compared_on": what, "agreement": cost.to_json()})
         return
-    rows = [
-        ["MB", f"{done.bytes_before / 1e6:.2f}", f"{done.bytes_after / 1e6:.2f}"],
-        ["relative error, largest", "", f"{cost.max_relative_error:.1e}"],
-        ["relative error, mean", "", f"{cost.mean_relative_error:.1e}"],
-    ]
-    for title, before, after in (
-        ("same class", None, cost.top1_agreement),
-        ("top-1", cost.top1_reference, cost.top1_converted),
-        ("top-1, paired difference", None, cost.top1_difference),
-    ):
-        if after is not None:
-            rows.append([title, *(_format_estimate(one.row("")) if one else "" for one in (before, after))])
-    _table(f"{what}, {cost.computed}", ["", "float32", precision], rows)
+    print_table(conversion_table(done.to_json(), cost.to_json(), what))
     click.echo(output)
 
 
@@ -1643,29 +1398,12 @@ def profile_vlm(vlm, prunings, results, as_json, **options) -> None:
       vpruner vlm profile llava-1.5-7b-hf/ --mode static --plan plan.json --mode llm --threshold 0.83
     """
     from ..prune.vlm.profile import profile as profile_pruned
+    from ..report.tables.vlm import vlm_latency_table
 
     rows = profile_pruned(vlm, prunings, **options)
     if _emit_rows(rows, results, as_json):
         return
-    first = rows[0]
-    prompt = first["protocol"]["prompt_tokens"]
-    _table(
-        f"{first['model']}, {first['dtype']} on {first['device']}, batch {first['batch']}, prompts of {prompt} tokens",
-        ["", "first token ms", "ratio", "decode tokens/s", "ratio of time", "peak MB", "cache MB", "visual tokens"],
-        [
-            [
-                row["label"],
-                f"{row['p50_ms']:.1f}",
-                f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]",
-                f"{row['decode_tokens_per_s']:.2f}",
-                f"{row['decode_ratio']:.3f} [{row['decode_ratio_low']:.3f}, {row['decode_ratio_high']:.3f}]",
-                f"{row['peak_memory_bytes'] / 1e6:.1f}",
-                f"{row['kv_bytes'] / 1e6:.2f}",
-                f"{row['visual_tokens'][0]} to {row['visual_tokens'][-1]}",
-            ]
-            for row in rows
-        ],
-    )
+    print_table(vlm_latency_table(rows))
 
 
 @vlm.command("evaluate")
@@ -1688,27 +1426,13 @@ def evaluate_vlm(vlm, prunings, results, as_json, data, seed, **options) -> None
       vpruner vlm evaluate llava-1.5-7b-hf/ --data questions.jsonl --mode hybrid --mode random --keep 0.25
     """
     from ..prune.vlm.evaluate import evaluate as evaluate_pruned
+    from ..report.tables.vlm import vlm_accuracy_tables
 
     rows = evaluate_pruned(vlm, data, prunings, **options)
     if _emit_rows(rows, results, as_json):
         return
-    for kind in dict.fromkeys(row["question_kind"] for row in rows):
-        some = [row for row in rows if row["question_kind"] == kind]
-        found = {(row["label"], row["metric"]): row for row in some}
-        labels = dict.fromkeys(row["label"] for row in some)
-        metrics = ("accuracy", "accuracy_difference", "agreement")
-        _table(
-            f"{some[0]['model']}, {some[0]['count']} questions{f' of kind {kind}' if kind else ''}",
-            ["", "visual tokens", "accuracy", "paired difference", "same answer as dense"],
-            [
-                [
-                    label,
-                    f"{found[label, 'accuracy']['visual_tokens']:.1f}",
-                    *(_format_estimate(found[label, metric]) if (label, metric) in found else "" for metric in metrics),
-                ]
-                for label in labels
-            ],
-        )
+    for table in vlm_accuracy_tables(rows):
+        print_table(table)
 
 
 # -- compare ----------------------------------------------------------------------------------------------------------
@@ -1838,17 +1562,15 @@ def compare(model, pretrained, weights, model_args, output, results, force, as_j
 
 
 def _print_comparison(result: dict[str, Any]) -> None:
-    from ..report.compare import at_equal_time, batches_of, comparison_table, entries_of, equal_time_table, remarks_of
+    from ..report.entries import at_equal_time, batches_of, entries_of
+    from ..report.tables.compare import comparison_remarks, comparison_table, equal_time_table
 
     entries = entries_of(result["rows"])
     if result["made"]:
-        heads, rows = comparison_table(entries)
-        _table("methods at each budget, on the same images", heads, rows)
+        print_table(comparison_table(entries))
         for batch in batches_of(entries)[:1]:
-            heads, rows = equal_time_table(at_equal_time(entries, batch))
-            if rows:
-                _table(f"our best and its peers at the time of each of our plans (batch {batch})", heads, rows)
-    for line in remarks_of(entries):
+            print_table(equal_time_table(at_equal_time(entries, batch), batch))
+    for line in comparison_remarks(entries):
         click.echo(line)
     for path in result["files"].values():
         click.echo(path)
@@ -1936,29 +1658,10 @@ def analyze(
 
 
 def _print_analysis(row: dict[str, Any], picture: Path | None) -> None:
-    columns = {
-        "key_similarity": "keys alike",
-        "token_similarity": "tokens alike",
-        "votes": "SAINT's votes",
-        "drift": "drift",
-        "from_input": "from input",
-        "entropy": "entropy",
-        "top": "top 10 %",
-        "distance": "distance",
-    }
+    from ..report.tables.plan import analysis_table
+
+    print_table(analysis_table(row))
     stages = row["stages"]
-    _table(
-        f"{row['model']}: {counted(row['images'], 'image')}, attention of the {row['attention_from']}",
-        ["block", *(["stage"] if stages else []), *columns.values()],
-        [
-            [
-                str(block["block"]),
-                *([block["stage"]] if stages else []),
-                *("" if block[name] is None else f"{block[name]:.3f}" for name in columns),
-            ]
-            for block in row["blocks"]
-        ],
-    )
     if stages:
         starts = ", ".join(f"{name} from block {start}" for name, start in stages["starts"].items())
         explained = f"they explain {stages['explained']:.2f} of the variation, a straight line {stages['line']:.2f}"

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ..core.progress import Record, Sink, reporting
+from ..report.blocks import Table
 from .hints import as_typed
 
 
@@ -53,3 +54,36 @@ class ConsoleSink(Sink):
 def report_progress(quiet: bool) -> Record:
     """Show the progress of the command that runs, until it ends."""
     return click.get_current_context().with_resource(reporting(ConsoleSink(quiet=quiet)))
+
+
+#: What a terminal that knows no more than ASCII or Latin-1 shows for the signs in numbers.
+_PLAIN = str.maketrans({"−": "-", "±": "+-", "×": "x", "–": "-", "→": "->", "†": "+"})
+
+
+def print_table(table: Table | None) -> None:
+    """One aligned table on stdout; the first column reads, the others are numbers unless the table is wordy."""
+    if table is None:
+        return
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    # Text: names are the user's, and brackets in them are no markup.
+    console = Console(highlight=False)
+    grid = Grid(title=Text(_shown(table.title, console)) if table.title else None, title_justify="left")
+    grid.title_style = "bold"
+    for position, name in enumerate(table.header):
+        side = "left" if position == 0 or table.wordy else "right"
+        grid.add_column(Text(_shown(name, console)), justify=side, no_wrap=True)
+    for row in table.rows:
+        grid.add_row(*(Text(_shown(cell, console)) for cell in row))
+    # A cell that is cut off is worse than a long line, so the table takes the width it needs.
+    needed = console.measure(grid, options=console.options.update(width=100_000)).maximum
+    Console(highlight=False, width=max(console.width, needed)).print(grid)
+
+
+def _shown(text: str, console: Console) -> str:
+    try:
+        text.encode(console.encoding)
+    except UnicodeEncodeError:
+        return text.translate(_PLAIN)
+    return text

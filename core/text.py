@@ -102,8 +102,8 @@ def _call(name: str, arguments: list[str], options: dict[str, str]) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """``"1 image"``, ``"2 images"``."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
+    """``"1 image"``, ``"2,000 images"``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

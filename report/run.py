@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from ..core.cost import block_macs, cost_ratio, dense_macs, plan_macs
 from ..core.files import file_sha256, write_text
 from ..core.plan import TokenPlan
 from ..core.rows import read_rows
+from .blocks import Code, Figure, Items, Section, Table, Text, Tile
 from .charts import staircase_chart
 from .tokens import (
     LEAVES_EARLIER,
@@ -48,60 +49,6 @@ MOST_EXAMPLES = 4
 #: A picture larger than this as PNG is stored as JPEG.
 LARGEST_PNG = 600_000
 NOT_MEASURED = "–"
-
-
-# -- what a report is made of -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Text:
-    text: str
-
-
-@dataclass(frozen=True)
-class Items:
-    items: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """The first column is text, the others are numbers unless ``wordy``."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    wordy: bool = False
-
-
-@dataclass(frozen=True)
-class Code:
-    language: str
-    code: str
-
-
-@dataclass(frozen=True)
-class Figure:
-    """``markup`` is trusted HTML; ``plain`` takes its place in Markdown."""
-
-    markup: str
-    caption: str = ""
-    plain: Code | None = None
-    legend: tuple[tuple[tuple[int, int, int] | None, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One number at the top of the page; ``mood`` is good, bad or plain."""
-
-    name: str
-    value: str
-    detail: str
-    mood: str = "plain"
-
-
-@dataclass
-class Section:
-    title: str
-    blocks: list[Text | Items | Table | Code | Figure] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

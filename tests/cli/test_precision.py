@@ -95,8 +95,8 @@ def test_latency_is_in_turns_with_float32_and_says_where_it_is_no_hint(finished)
 
 def test_the_table_and_the_report_show_them(finished):
     output, result = finished
-    assert "precisions of pruned.onnx, against fp32, on 6 images" in result.stdout
-    assert "* bf16: not timed" in result.stdout
+    assert "pruned.onnx in other precisions, compared with fp32, on 6 images" in result.stdout
+    assert "bf16: not timed" in result.stdout
     assert str(output / "pruned.int8.onnx") in result.stdout
     report = (output / "report.md").read_text()
     assert "## Precision" in report and "pruned.int8.onnx stays near pruned.onnx" in report

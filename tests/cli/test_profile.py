@@ -8,7 +8,9 @@ from commands import call, fails
 from fake_tensorrt import install
 
 from vpruner.report.charts import Bars, blocks_chart, nice_ticks, staircase_chart
-from vpruner.report.profile import profile_sections, remarks_of, settings_of, throughput_table
+from vpruner.report.profile import profile_sections
+from vpruner.report.results import by_setting
+from vpruner.report.tables.latency import throughput_table, timing_remarks
 
 TIMES = [
     {"startComputeMs": 2.0 * n, "endComputeMs": 2.0 * n + 1.5, "h2dMs": 0.1, "computeMs": 1.5, "d2hMs": 0.1,
@@ -56,8 +58,8 @@ def test_onnx_files_at_several_batch_sizes_with_their_blocks(model, tmp_path):
     pruned, dense = model("p.onnx", batch="b"), model("d.onnx", batch="b")
     found = call("profile", pruned, "--against", dense, "--batch-size", 1, "--batch-size", 2, "--threads", 1,
                  "--seconds", 0.1, "--layers", "--results", results)  # fmt: skip
-    assert "onnxruntime cpu fp32, batch 2, 1 thread(s)" in found.stdout and "images/s" in found.stdout
-    assert "dense: ms" in found.stdout and "time / dense" in found.stdout and "throughput" in found.stdout
+    assert "onnxruntime cpu fp32, batch 2, 1 thread" in found.stdout and "images/s" in found.stdout
+    assert "dense: time" in found.stdout and "time / dense" in found.stdout and "throughput" in found.stdout
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["latency", "latency", "blocks", "blocks"] * 2
 
@@ -67,7 +69,7 @@ def test_onnx_files_at_several_batch_sizes_with_their_blocks(model, tmp_path):
     ]  # fmt: skip
     page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
     assert page.count("<svg") == 2 and "Where the time goes" in page and "Throughput" in page
-    assert "| dense | run |" in text and "Protocol" in text and "Latency of tiny" in text
+    assert "| dense |" in text and "| p50 |" in text and "Protocol" in text and "Latency of tiny" in text
     assert json.loads(call("report", results, "-o", folder, "--json").stdout)["html"] == str(folder / "report.html")
 
 
@@ -75,7 +77,7 @@ def test_power_that_nobody_can_tell_is_one_remark(model, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
     found = call("profile", model(), "--seconds", 0.1, "--threads", 1, "--power")
-    assert "nvidia-ml-py" in found.stderr and "p50 ms" in found.stdout
+    assert "nvidia-ml-py" in found.stderr and "p50" in found.stdout
 
 
 def test_engines_from_build_to_report(model, monkeypatch, tmp_path):
@@ -88,7 +90,7 @@ def test_engines_from_build_to_report(model, monkeypatch, tmp_path):
     pruned, dense, results = (tmp_path / name for name in ("pruned.engine", "dense.engine", "r.jsonl"))
     found = call("profile", pruned, "--against", dense, "--seconds", 0.4, "--results", results)
     assert "tensorrt cuda fp32, batch 1, CUDA graph" in found.stdout and "GPU, no CUDA graph" in found.stdout
-    assert "with copies" in found.stdout and "1.500" in found.stdout
+    assert "with copies" in found.stdout and "1.50 ms" in found.stdout
     rows = json.loads(call("profile", pruned, "--no-cuda-graph", "--seconds", 0.3, "--json", "-q").stdout)
     assert rows[0]["label"] == "pruned" and rows[0]["cuda_graph"] is False
     call("report", results, "-o", tmp_path / "report")
@@ -119,7 +121,7 @@ def test_what_trtexec_wrote_becomes_rows(model, tmp_path):
     path, results = model(), tmp_path / "r.jsonl"
     files = ("--from-trtexec", tmp_path / "t.json", tmp_path / "p.json", "-")
     found = call("profile", path, *files, "--batch-size", 4, "--results", results)
-    assert "1.500" in found.stdout and "with copies" in found.stdout and "1.700" in found.stdout
+    assert "1.50 ms" in found.stdout and "with copies" in found.stdout and "1.70 ms" in found.stdout
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["latency", "blocks"] and rows[0]["batch"] == 4
     fails("profile", path, "--from-trtexec", "-", "-", "-", says="neither times nor a profile")
@@ -170,9 +172,9 @@ def test_what_a_device_did_is_in_the_report():
     title, lead, tiles, sections = profile_sections(rows)
     by_title = {section.title: section for section in sections}
     (line,) = by_title["Power and clocks"].blocks[0].rows
-    assert line == ("dense", "1", "12.500", "12.3", "1300 (306 to 1300)", "71.500", "power cap")
-    assert tiles[0].value == "0.60×" and "pruned takes 0.600 of the time of dense" in lead and title == "Latency"
-    remarks = remarks_of(rows)
+    assert line == ("dense", "1", "12.5 W", "12.3 mJ", "1300 MHz (306 to 1300)", "71.5 °C", "power cap")
+    assert tiles[0].value == "0.600×" and "pruned takes 0.600 of the time of dense" in lead and title == "Latency"
+    remarks = timing_remarks(rows)
     assert any("the device throttled (power cap)" in one for one in remarks)
     assert any("not stable" in one for one in remarks) and "clocks are not pinned" in remarks
     assert by_title["Throughput"].blocks[0].rows == (("dense", "tensorrt cuda fp16", "1,200", "1,200"),
@@ -180,7 +182,7 @@ def test_what_a_device_did_is_in_the_report():
 
 
 def test_of_rows_for_the_same_thing_the_newest_counts():
-    groups = settings_of([latency("a", p50_ms=1.0), latency("a", p50_ms=2.0), latency("a", batch=2)], "latency")
+    groups = by_setting([latency("a", p50_ms=1.0), latency("a", p50_ms=2.0), latency("a", batch=2)])
     assert [group["a"]["p50_ms"] for group in groups.values()] == [2.0, 1.0]
     assert throughput_table([latency("a")]) is None
 
@@ -191,7 +193,7 @@ def test_blocks_without_latency_and_tokens_are_a_report_too():
     assert not tiles and "without a baseline" in lead
     assert sections[0].blocks[0].text == "Not measured."
     table = sections[1].blocks[1]
-    assert table.rows == (("0", "–", "1.000"), ("before the blocks", "", "0.500"), ("all", "", "1.500"))
+    assert table.rows == (("0", "–", "1.00 ms"), ("before the blocks", "", "0.500 ms"), ("all", "", "1.50 ms"))
     assert "carry no protocol" in sections[-1].blocks[0].text
 
 

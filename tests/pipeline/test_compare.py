@@ -70,7 +70,7 @@ def test_every_method_is_judged_and_timed(compared):
         "dense": "pytorch", "v-pruner": "onnxruntime", "tome": "onnxruntime", "saint": "pytorch",
     }  # fmt: skip
     assert all(row["threads"] == 1 and row["protocol"]["rounds"] == row["count"] >= 10 for row in timed.values())
-    for text in ("v-pruner", "saint", "†", "no ONNX graph", "ratio / MACs", str(folder / "report.html")):
+    for text in ("v-pruner", "saint", "†", "no ONNX graph", "time / MACs", str(folder / "report.html")):
         assert text in result.stdout
     names = {path.name for path in folder.iterdir()}
     assert names == {"results.jsonl", "graphs", "plans", "comparison.svg", "comparison.png", "report.html", "report.md"}

@@ -4,18 +4,9 @@ import json
 
 import pytest
 
-from vpruner.report.compare import (
-    _cut_below,
-    at_equal_time,
-    comparison_table,
-    entries_of,
-    equal_time_table,
-    pareto,
-    plot_comparison,
-    protocol_sentence,
-    remarks_of,
-    write_comparison,
-)
+from vpruner.report.compare import _cut_below, plot_comparison, protocol_sentence, write_comparison
+from vpruner.report.entries import at_equal_time, entries_of, pareto
+from vpruner.report.tables.compare import comparison_remarks, comparison_table, equal_time_table
 
 DATA = {"name": "train", "count": 64, "labels": True, "sha256": "a"}
 
@@ -96,9 +87,9 @@ def test_a_peer_at_our_time_is_read_off_its_line(rows):
     one = found["tome"]
     # A quarter of the way from 0.6 to 0.8.
     assert one.method == "v-pruner" and one.peer_value == pytest.approx(-0.05 + 0.25 * 0.04) and one.better
-    heads, table = equal_time_table([one])
-    assert heads[1:4] == ["time of", "latency ratio", "ours, top-1, pp"] and heads[-1] == "tome at that time"
-    assert table == [["0.5", "v-pruner", "0.650", "-3.00", "-4.00"]]
+    table = equal_time_table([one], 1)
+    assert table.header[1:] == ("time of", "time / dense", "ours, change in top-1", "tome at that time")
+    assert table.rows == (("0.5", "v-pruner", "0.650×", "−3.00 pp", "−4.00 pp"),)
 
 
 def test_ours_at_a_time_is_the_best_of_our_methods(rows):
@@ -108,22 +99,23 @@ def test_ours_at_a_time_is_the_best_of_our_methods(rows):
     assert (static.method, static.ratio, static.value) == ("v-pruner", 0.65, pytest.approx(-0.03))
     assert (content.method, content.ratio, content.value) == ("content", 0.79, pytest.approx(-0.018))
     assert content.peer_value == pytest.approx(-0.05 + 0.95 * 0.04)
-    _, table = equal_time_table([static, content])
-    assert [row[:4] for row in table] == [["0.5", "v-pruner", "0.650", "-3.00"], ["0.5", "content", "0.790", "-1.80"]]
+    assert [row[:4] for row in equal_time_table([static, content], 1).rows] == [
+        ("0.5", "v-pruner", "0.650×", "−3.00 pp"), ("0.5", "content", "0.790×", "−1.80 pp")
+    ]  # fmt: skip
 
 
 def test_a_peer_that_is_better_is_said_to_be(rows):
     rows = [*rows, result("tome", 0.5, -0.001)]
     (one,) = at_equal_time(entries_of(rows), 1)
     assert one.better is False
-    assert equal_time_table([one])[1][0][-1].endswith(", better")
+    assert equal_time_table([one], 1).rows[0][-1].endswith(", better")
 
 
 def test_beyond_the_budgets_of_a_peer_there_is_no_value(rows):
     rows = [*rows, latency("v-pruner", 0.5, 0.5)]
     (one,) = at_equal_time(entries_of(rows), 1)
     assert one.peer_value is None and one.better is None
-    assert equal_time_table([one])[1][0][-1] == "not measured there"
+    assert equal_time_table([one], 1).rows[0][-1] == "not measured there"
 
 
 def test_between_dense_and_its_largest_budget_a_peer_has_a_value(rows):
@@ -137,21 +129,22 @@ def test_times_of_pytorch_are_marked_and_not_compared_with_graphs(rows):
     entries = entries_of(rows)
     assert ("saint", 0.5) not in pareto(entries, 1)
     assert "saint" not in {one.peer for one in at_equal_time(entries, 1)}
-    heads, table = comparison_table(entries)
-    cells = next(row for row in table if row[1] == "saint")
-    assert cells[heads.index("batch 1: ms")] == "2.00 †"
-    assert any(line.startswith("†") for line in remarks_of(entries))
+    table = comparison_table(entries)
+    cells = next(row for row in table.rows if row[1] == "saint")
+    assert cells[table.header.index("p50, batch 1")] == "2.00 ms †"
+    assert any(line.startswith("†") for line in comparison_remarks(entries))
 
 
 def test_the_table(rows):
-    heads, table = comparison_table(entries_of(rows))
-    assert heads == [
-        "MACs", "method", "of dense", "top-1, pp", "KL", "batch 1: ms", "ratio", "ratio / MACs", "plan in s",
-    ]  # fmt: skip
-    assert table[0][:4] == ["0.7", "tome *", "0.699", "-1.00 (-2.00 to +1.00)"]
-    assert table[1][1:4] == ["v-pruner *", "0.499", "-3.00 ± 1.41 (2 seeds)"]
-    assert table[1][5:] == ["6.50", "0.650 (0.640 to 0.660)", "1.30", "12"]
-    assert table[2][1] == "fisher"
+    table = comparison_table(entries_of(rows))
+    assert table.header == (
+        "budget", "method", "MACs / dense", "change in top-1", "KL to dense (nats)", "p50, batch 1", "time / dense",
+        "time / MACs", "made in",
+    )  # fmt: skip
+    assert table.rows[0][:4] == ("0.7", "tome *", "0.699×", "−1.00 pp (−2.00 to +1.00)")
+    assert table.rows[1][1:4] == ("v-pruner *", "0.499×", "−3.00 pp ± 1.41 (2 seeds)")
+    assert table.rows[1][5:] == ("6.50 ms", "0.650× (0.640 to 0.660)", "1.303×", "12.5 s")
+    assert table.rows[2][1] == "fisher"
 
 
 def test_what_could_not_be_made_is_said_with_its_reason(rows):
@@ -160,8 +153,8 @@ def test_what_could_not_be_made_is_said_with_its_reason(rows):
         {"kind": "graph", "method": "fisher", "target": 0.5, "seed": 0, "batch": 1, "failure": "too odd"},
     ]
     entries = entries_of(rows)
-    assert "evit" not in {row[1] for row in comparison_table(entries)[1]}
-    lines = remarks_of(entries)
+    assert "evit" not in {row[1] for row in comparison_table(entries).rows}
+    lines = comparison_remarks(entries)
     assert "evit at 0.5: no class token" in lines
     assert "fisher (0.5): no ONNX graph: too odd" in lines
 
@@ -213,10 +206,10 @@ def graph(method, target, batch, failure):
 def test_a_graph_that_is_missing_at_one_batch_is_said_with_it(rows, order):
     failures = {1: "too small", 8: None}
     rows += [graph("tome", 0.5, batch, failures[batch]) for batch in order]
-    (remark,) = (line for line in remarks_of(entries_of(rows)) if "no ONNX graph" in line)
+    (remark,) = (line for line in comparison_remarks(entries_of(rows)) if "no ONNX graph" in line)
     assert remark == "tome (0.5): no ONNX graph: at batch 1: too small"
     rows += [graph("tome", 0.5, 8, "too small")]
-    assert "tome (0.5): no ONNX graph: too small" in remarks_of(entries_of(rows))
+    assert "tome (0.5): no ONNX graph: too small" in comparison_remarks(entries_of(rows))
 
 
 def test_the_protocol_is_that_of_what_was_timed(rows):
@@ -237,8 +230,8 @@ def test_the_best_is_named_with_those_whose_intervals_overlap(rows, tmp_path):
     write_comparison(tmp_path, rows)
     text = (tmp_path / "report.md").read_text()
     # 3 points wide each: -3 of two seeds overlaps with -5, not with -7.
-    assert "v-pruner at 0.5 (top-1, pp -3.00; intervals overlap with tome)" in text
-    assert "tome at 0.7 (top-1, pp -1.00)" in text and "on unseen images" in text
+    assert "v-pruner at 0.5 (change in top-1 −3.00 pp; intervals overlap with tome)" in text
+    assert "tome at 0.7 (change in top-1 −1.00 pp)" in text and "on unseen images" in text
     write_comparison(tmp_path, rows, unseen=False)
     text = (tmp_path / "report.md").read_text()
     assert "unseen" not in text and "no method has seen" not in text
@@ -257,9 +250,8 @@ def test_without_times_there_is_one_panel(rows, tmp_path):
     entries = entries_of([row for row in rows if row["kind"] == "compared"])
     plot_comparison(entries, tmp_path / "plot.svg")
     assert "axes_2" not in (tmp_path / "plot.svg").read_text()
-    heads, _ = comparison_table(entries)
-    assert not any("batch" in head for head in heads)
-    assert json.dumps(remarks_of(entries)).count("multiply-adds") == 1
+    assert not any("batch" in head for head in comparison_table(entries).header)
+    assert json.dumps(comparison_remarks(entries)).count("MACs") == 1
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_the_command_prints_and_appends_rows(folder, questions, tmp_path):
     assert list(dict.fromkeys(row["label"] for row in rows)) == ["dense", "vit 0.5", "llm 0.5"]
     assert {row["kind"] for row in rows} == {"vlm_accuracy"} and {row["count"] for row in rows} == {1, 2}
     shown = call("vlm", "evaluate", folder, *arguments[:6], "--mode", "random", "-q").stdout
-    assert "random 0.25" in shown and "paired difference" in shown and "of kind exists" in shown
+    assert "random 0.25" in shown and "change in accuracy" in shown and "of kind exists" in shown
 
 
 @pytest.mark.parametrize(

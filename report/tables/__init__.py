@@ -1,0 +1,1 @@
+"""Tables of what was measured, planned and found: the same ones for the terminal and for the page."""
