@@ -501,7 +501,7 @@ def test_plan_and_rows_are_read_from_the_folder(tmp_path):
 
 
 def test_a_folder_without_a_plan_is_the_users_to_mend(tmp_path):
-    with pytest.raises(UserError, match="vpruner prune"):
+    with pytest.raises(UserError, match="model.prune"):
         report.write_report(tmp_path)
 
 
