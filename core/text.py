@@ -2,8 +2,9 @@
 
 A message of the library never says ``--data``: its reader may have called a function. It says ``option("data")``,
 which :func:`as_python` turns into ``data`` and the command line into ``--data``. ``command("prune", "MODEL")`` likewise
-stands for ``model.prune(...)`` or ``vpruner prune MODEL``. Between the two a message holds marks of control characters,
-which no file name or message of another package holds.
+stands for ``model.prune(...)`` or ``vpruner prune MODEL``. Marks live in an error and on the way to
+:func:`vpruner.core.progress.remark` only: text that is returned or written to a file goes through
+:func:`vpruner.core.progress.words` first.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
-_OPTION, _COMMAND, _END, _NEXT = "\x02", "\x03", "\x04", "\x05"
+_OPTION, _COMMAND, _END = "\x02", "\x03", "\x04"
 _MARK = re.compile(f"([{_OPTION}{_COMMAND}])([^{_END}]*){_END}")
-_CONTROL = re.compile(f"[{_OPTION}{_COMMAND}{_END}{_NEXT}]")
-#: A value that Python writes without quotes: a number, True, None, or a word that stands for a value, as in ``DIR``.
-_BARE = re.compile(r"-?\d[\d.e-]*|True|False|None|[A-Z][A-Z_]*|\(.*\)|\[.*\]|\.\.\.")
-
+_CONTROL = re.compile(f"[{_OPTION}{_COMMAND}{_END}]")
+#: Words that stand for a value.
+STAND_INS = frozenset(
+    {"DENSE", "DIR", "FILE", "FOLDER", "IMAGES", "MAX", "MIN", "MODEL", "MODEL_FOLDER", "N", "OPT", "PLAN"}
+)
 #: What is called in Python for a command.
 IN_PYTHON = {
     "run": "vpruner.run",
@@ -38,14 +41,15 @@ IN_PYTHON = {
 _NOT_IN_PYTHON = {"prune": {"data", "output"}, "export": {"output"}, "table": {"output"}}
 
 
-def option(name: str, value: object = "") -> str:
+def option(name: str, value: object = None) -> str:
     """A mark for an argument, by its name in Python: ``option("data", "DIR")`` is ``--data DIR`` on a command line.
 
     Args:
         name: In Python, as in ``eval_data``.
-        value: What to give it, if that is to be said: ``True`` and ``False`` for a flag, several as a tuple.
+        value: What to give it, if that is to be said: True or False for a flag, one of :data:`STAND_INS` for a word
+            that stands for a value.
     """
-    return f"{_OPTION}{name}{_NEXT}{_text(value)}{_END}" if value != "" else f"{_OPTION}{name}{_END}"
+    return f"{_OPTION}{_encoded([name, value])}{_END}"
 
 
 def command(name: str, *arguments: object, **options: object) -> str:
@@ -55,29 +59,23 @@ def command(name: str, *arguments: object, **options: object) -> str:
         arguments: What stands after the command, in order.
         options: Values by the Python name of their option, as in :func:`option`.
     """
-    parts = [name, *map(_text, arguments), *(f"{_OPTION}{key}={_text(value)}" for key, value in options.items())]
-    return f"{_COMMAND}{_NEXT.join(parts)}{_END}"
+    return f"{_COMMAND}{_encoded([name, [str(value) for value in arguments], list(options.items())])}{_END}"
 
 
-def _text(value: object) -> str:
-    if isinstance(value, (tuple, list)):
-        value = f"({', '.join(map(str, value))})"
-    return _CONTROL.sub("?", str(value))
+def _encoded(value: object) -> str:
+    """JSON: it writes control characters, which a file's name may hold, as letters."""
+    return json.dumps(value, default=lambda other: other.item() if hasattr(other, "item") else str(other))
 
 
 def translate(
-    text: str, option: Callable[[str, str], str], command: Callable[[str, list[str], dict[str, str]], str]
+    text: str, option: Callable[[str, Any], str], command: Callable[[str, list[str], dict[str, Any]], str]
 ) -> str:
     """Put words for every mark: ``option(name, value)``, ``command(name, arguments, options)``."""
 
     def words(match: re.Match) -> str:
-        first, *rest = match[2].split(_NEXT)
-        if match[1] == _OPTION:
-            return option(first, rest[0] if rest else "")
-        options = dict(part[1:].split("=", 1) for part in rest if part.startswith(_OPTION))
-        return command(first, [part for part in rest if not part.startswith(_OPTION)], options)
+        name, *rest = json.loads(match[2])
+        return option(name, rest[0]) if match[1] == _OPTION else command(name, rest[0], dict(rest[1]))
 
-    # A name of a file may hold any character.
     return _CONTROL.sub("?", _MARK.sub(words, text))
 
 
@@ -86,19 +84,26 @@ def as_python(text: str) -> str:
     return translate(text, _argument, _call)
 
 
-def _argument(name: str, value: str = "") -> str:
-    if not value:
-        return name
-    return f"{name}={value if _BARE.fullmatch(value) else json.dumps(value, ensure_ascii=False)}"
+def _literal(value: Any) -> str:
+    if isinstance(value, list):
+        return f"({', '.join(map(_literal, value))}{',' * (len(value) == 1)})"
+    return (
+        value if value in STAND_INS else json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
+    )
 
 
-def _call(name: str, arguments: list[str], options: dict[str, str]) -> str:
-    left_out = _NOT_IN_PYTHON.get(name, ())
-    given = [_argument(key, value or "True") for key, value in options.items() if key not in left_out]
-    called = IN_PYTHON.get(name, name)
-    if called.startswith("model.") and arguments and not _BARE.fullmatch(arguments[0]):
-        called = f"vpruner.open_{called[:5]}({json.dumps(arguments[0])}){called[5:]}"
-    return f"{called}({', '.join(['...', *given])})"
+def _argument(name: str, value: Any) -> str:
+    return name if value is None else f"{name}={_literal(value)}"
+
+
+def _call(name: str, arguments: list[str], options: dict[str, Any]) -> str:
+    called, left_out = IN_PYTHON.get(name, name), _NOT_IN_PYTHON.get(name, ())
+    concrete = all(value != "..." and value.partition(".")[0] not in STAND_INS for value in arguments)
+    shown = [_literal(value) for value in arguments] if arguments and concrete else ["..."]
+    if called.startswith("model."):  # A method of the model that the command opens.
+        called, shown = called if shown == ["..."] else f"vpruner.open_model({shown[0]}){called[5:]}", ["..."]
+    given = [_argument(key, value) for key, value in options.items() if key not in left_out]
+    return f"{called}({', '.join([*shown, *given])})"
 
 
 def counted(count: int, what: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from ..core import progress
 from ..core.errors import UserError
 from ..core.files import scratch_beside
+from ..core.text import command, option
 from ..runtime.build import BuildOptions, plan_build, write_engine
 from ..runtime.capabilities import Capabilities
 from ..runtime.onnx_file import OnnxFile
@@ -54,7 +55,7 @@ def check_graph(file: OnnxFile, capabilities: Capabilities) -> None:
     if file.opset > capabilities.opset:
         raise UserError(
             f"{file.path} is of opset {file.opset}, {release} reads up to {capabilities.opset}",
-            f"export it again with --for {target}, or try all the same with --no-check",
+            f"export it again with {option('deploy_for', target)}, or try all the same with {option('check', False)}",
         )
     try:
         from ..export.check import check
@@ -70,7 +71,8 @@ def check_graph(file: OnnxFile, capabilities: Capabilities) -> None:
         raise UserError(
             f"{file.path}: {release} does not take {' '.join(filter(None, (first.op_type, first.node)))}: "
             f"{first.found}; {first.why}{others}",
-            f"{first.todo}; all of it: vpruner check {file.path} --for {target}; or try all the same with --no-check",
+            f"{first.todo}; all of it: {command('check', file.path, target=target)}; or try all the same with "
+            f"{option('check', False)}",
         )
 
 
@@ -87,7 +89,7 @@ def _taken(finding: Any, capabilities: Capabilities) -> bool:
 
 def _convert(onnx: Path, target: Path, precision: str, capabilities: Capabilities) -> None:
     """Write ``onnx`` in ``precision``, for a release that takes the precision from the file."""
-    by_hand = f"vpruner convert {onnx} --precision {precision} -o {precision}.onnx"
+    by_hand = command("convert", onnx, precision=precision, output=f"{precision}.onnx")
     try:
         from ..export.precision import convert
     except ImportError as error:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +31,7 @@ from ..core.choices import HARDWARE_COMPATIBILITY
 from ..core.errors import UserError
 from ..core.extras import require
 from ..core.files import atomic_path, file_sha256
-from ..core.text import first_line
+from ..core.text import command, first_line, option
 from . import cuda
 from .capabilities import Capabilities
 from .onnx_file import OnnxFile, read_onnx
@@ -106,33 +106,11 @@ class BuildOptions:
         whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
         return sizes if len(sizes) == 3 and whole else (0, 0, 0)
 
-    def arguments(self) -> tuple[str, ...]:
-        """Those of ``vpruner build`` that say the same."""
-        words: list[str] = []
-        if self.precision is not None:
-            words += ["--precision", self.precision]
-        if self.tf32:
-            words.append("--tf32")
-        if isinstance(self.batch, int):
-            words += ["--batch-size", str(self.batch)]
-        elif self.batch is not None:
-            words += ["--batch-range", *map(str, self.batch)]
-        if self.workspace_bytes is not None:
-            words += ["--workspace", str(self.workspace_bytes // _MIB)]
-        if self.optimization_level is not None:
-            words += ["--optimization-level", str(self.optimization_level)]
-        if self.version_compatible:
-            words.append("--version-compatible")
-        if self.hardware_compatibility is not None:
-            names = {level: name for name, level in HARDWARE_COMPATIBILITY.items()}
-            words += ["--hardware-compatible", names[self.hardware_compatibility]]
-        if self.tactic_sources is not None:
-            words += ["--tactic-sources", ",".join(self.tactic_sources) or "none"]
-        if not self.layer_details:
-            words.append("--no-layer-details")
-        if not self.check:
-            words.append("--no-check")
-        return tuple(words)
+    def given(self) -> dict[str, Any]:
+        """What is not as by default, by its name; not where times of kernels are kept, which is of the machine."""
+        values = {item.name: (getattr(self, item.name), item.default) for item in fields(self)}
+        del values["timing_cache"]
+        return {name: value for name, (value, default) in values.items() if value != default}
 
 
 @dataclass(frozen=True)
@@ -167,12 +145,12 @@ def choose_precision(asked: str | None, file: OnnxFile, capabilities: Capabiliti
     if stored == "fp32" and asked == "int8":
         raise UserError(
             f"{file.path} is not quantized, and int8 needs a file with Q/DQ nodes",
-            f"make one with: vpruner convert {file.path} --precision int8 --data IMAGES -o int8.onnx",
+            f"make one with: {command('convert', file.path, precision='int8', data='IMAGES', output='int8.onnx')}",
         )
     if stored not in ("fp32", asked):
         raise UserError(
             f"{file.path} is {stored}, {asked} was asked for",
-            "leave out --precision, or build from the float32 file that it was made from",
+            f"leave out {option('precision')}, or build from the float32 file that it was made from",
         )
     if capabilities.typed:
         return PrecisionChoice(asked, True, (), asked if stored != asked else None)
@@ -181,7 +159,7 @@ def choose_precision(asked: str | None, file: OnnxFile, capabilities: Capabiliti
     flags = tuple(dict.fromkeys(name for name in (asked, file.rest) if name != "fp32"))
     for name in flags:
         if name not in capabilities.precision_flags:
-            raise UserError(f"{release} has no {name}", "build the float32 file with --precision fp16")
+            raise UserError(f"{release} has no {name}", f"build the float32 file with {option('precision', 'fp16')}")
     return PrecisionChoice(asked, False, flags)
 
 
@@ -280,7 +258,7 @@ def write_engine(planned: PlannedBuild, source: Path | None = None) -> EngineRec
         optimization_level=options.optimization_level,
         workspace_bytes=options.workspace_bytes,
         tactic_sources=None if options.tactic_sources is None else tuple(options.tactic_sources),
-        arguments=options.arguments(),
+        options=options.given(),
         metadata=planned.file.own_metadata(),
         vpruner=__version__,
         seconds=round(time.perf_counter() - started, 3),
@@ -334,7 +312,7 @@ def _shapes(file: Mapping[str, Sequence[int]], options: BuildOptions) -> dict[st
         if sizes is not None and name not in open_inputs and shape and set(sizes) != {shape[0]}:
             raise UserError(
                 f"the graph has a batch of {shape[0]}, {options.batch} was asked for",
-                "export it with --dynamic-batch, or with that --batch-size",
+                f"export it with {option('dynamic_batch', True)}, or with that {option('batch_size')}",
             )
     profile = {}
     for name, shape in open_inputs.items():
@@ -346,7 +324,7 @@ def _shapes(file: Mapping[str, Sequence[int]], options: BuildOptions) -> dict[st
         if sizes is None:
             raise UserError(
                 f"the batch of input {name} {list(shape)} is open",
-                "say --batch-size N, or --batch-range MIN OPT MAX",
+                f"say {option('batch', 'N')}, or {option('batch', ('MIN', 'OPT', 'MAX'))}",
             )
         profile[name] = {kind: [size, *shape[1:]] for kind, size in zip(("min", "opt", "max"), sizes, strict=True)}
     return profile
@@ -534,7 +512,7 @@ def _errors_in_one_line(onnx: Path) -> Iterator[None]:
         reason = "; ".join(dict.fromkeys(said[:2])) or first_line(error)
         raise UserError(
             f"{onnx}: TensorRT cannot build it: {reason[:400]}",
-            f"what it does not take is found by: vpruner check {onnx}",
+            f"what it does not take is found by: {command('check', onnx)}",
         ) from None
     finally:
         log.removeHandler(collector)

@@ -28,6 +28,8 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.metadata import ModelMetadata
 from ..core.plan import TokenPlan
+from ..core.progress import words
+from ..core.text import command
 from .onnx_file import GraphNode, read_nodes, read_onnx
 
 #: A block by its number, or what is not a block.
@@ -377,8 +379,8 @@ class BlockTimes:
         if total and self.several_ms > 0.05 * total:
             return [
                 f"{100 * self.several_ms / total:.0f} % of the time is in layers over several blocks, which TensorRT "
-                "fused and does not tell apart: build the engine with detailed layers (the default of vpruner build; "
-                "trtexec --profilingVerbosity=detailed)"
+                "fused and does not tell apart: build the engine with detailed layers (the default of "
+                f"{words(command('build'))}; trtexec --profilingVerbosity=detailed)"
             ]
         if total and self.other_ms > 0.1 * total:
             return [f"{100 * self.other_ms / total:.0f} % of the time is in layers that name no node of the graph"]

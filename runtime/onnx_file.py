@@ -17,6 +17,7 @@ from typing import TypeVar
 from ..core.errors import UserError
 from ..core.files import file_sha256
 from ..core.metadata import PREFIX
+from ..core.text import command
 
 _Read = TypeVar("_Read")
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear")
@@ -106,7 +107,7 @@ def _opened(path: Path, read: Callable[[memoryview], _Read]) -> _Read:
         raise UserError(f"cannot read {path}: {error.strerror or error}", "expected an ONNX file") from None
     except ValueError as error:  # An empty file cannot be mapped, and anything else is no protobuf or no model.
         raise UserError(
-            f"{path} is not an ONNX model, or is truncated ({error})", "write one with: vpruner export MODEL"
+            f"{path} is not an ONNX model, or is truncated ({error})", f"write one with: {command('export', 'MODEL')}"
         ) from None
 
 

@@ -21,6 +21,7 @@ from ..core.environment import usable_cores
 from ..core.errors import UserError
 from ..core.extras import require
 from ..core.metadata import ModelMetadata
+from ..core.text import option
 from .opening import open
 from .session import Prediction, Score, Session, TensorSpec
 
@@ -162,7 +163,7 @@ class OrtSession(Session):
             if loose:
                 raise UserError(
                     f"{self.path}: {loose[0]} has open dimensions, and a CUDA graph needs fixed ones",
-                    "export it with --batch-size N, or leave out cuda_graph",
+                    f"export it with {option('batch_size', 'N')}, or leave out cuda_graph",
                 )
         self._session = session
 

@@ -14,6 +14,7 @@ import numpy as np
 from ..core.environment import usable_cores
 from ..core.errors import UserError
 from ..core.extras import require
+from ..core.text import command, option
 from ..core.timing import SETTLE_SECONDS, measure, random_images
 from .layers import block_map, blocks_row, fold_layers, parse_ort_profile
 from .measure import common_image_shape, profile_onnx
@@ -68,7 +69,7 @@ def profile_files(
     if engines and len(engines) < len(paths):
         raise UserError(
             "an engine and an ONNX file are not compared: their times are taken by different clocks",
-            "build the other one too: vpruner build DENSE.onnx -o DENSE.engine",
+            f"build the other one too: {command('build', 'DENSE.onnx', output='DENSE.engine')}",
         )
     rows = []
     for batch in batches:
@@ -92,7 +93,10 @@ def _profile_ort(
 ) -> list[dict[str, Any]]:
     cuda = provider.lower() == "cuda" or provider == PROVIDERS["cuda"]
     if cuda_graph and not cuda:
-        raise UserError(f"onnxruntime's {provider} has no CUDA graphs", "leave out --cuda-graph, or: --provider cuda")
+        raise UserError(
+            f"onnxruntime's {provider} has no CUDA graphs",
+            f"leave out {option('cuda_graph')}, or: {option('provider', 'cuda')}",
+        )
     rows = profile_onnx(paths, batch=batch, threads=threads, providers=[provider], seconds=seconds)
     threads = rows[0]["threads"]
     if cuda:
@@ -204,7 +208,8 @@ def ort_blocks(
     if short_provider(provider).lower() != "cpu":
         raise UserError(
             f"onnxruntime does not tell how long single nodes take on {provider}",
-            "leave out --layers, or measure an engine: vpruner build, then vpruner profile MODEL.engine --layers",
+            f"leave out {option('layers')}, or measure an engine: {command('build')}, then "
+            f"{command('profile', 'MODEL.engine', layers=True)}",
         )
     threads = usable_cores() if threads is None else threads
     known, calls = {}, {}

@@ -19,6 +19,7 @@ import numpy as np
 from ..core.errors import UserError
 from ..core.metadata import ModelMetadata
 from ..core.preprocess import Preprocessing
+from ..core.text import command
 
 #: Images per run of a graph whose batch is dynamic. On a CPU larger batches gain nothing and cost memory.
 DEFAULT_BATCH_SIZE = 16
@@ -276,7 +277,7 @@ class Session(ABC):
         if self.preprocessing is None:
             raise UserError(
                 f"{self.path}: does not say how images are prepared (no vpruner.preprocessing in its metadata)",
-                "write the file with vpruner export, or in Python pass preprocessing={'mean': ..., 'std': ..., "
+                f"write the file with {command('export')}, or in Python pass preprocessing={{'mean': ..., 'std': ..., "
                 "'size': [h, w], 'interpolation': 'bicubic'} or use run()",
             )
         spec, preprocessing = self.inputs[0], self.preprocessing

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import file_sha256, write_text
+from ..core.progress import words
+from ..core.text import command
 from .capabilities import version_tuple
 from .cuda import DeviceProperties, architecture
 
@@ -46,7 +47,8 @@ class EngineRecord:
         hardware_compatibility: Name of the level, None for this GPU model alone.
         version_compatible: Whether newer releases of the same major version may load it.
         optimization_level, workspace_bytes, tactic_sources: As set; None is TensorRT's default.
-        arguments: What to add to ``vpruner build ONNX -o ENGINE`` to build it again.
+        options: What is to be asked for to build it again, by the names of
+            :class:`~vpruner.runtime.build.BuildOptions`.
         metadata: What the ONNX file says about itself: its keys ``vpruner.*``.
         vpruner: Version that built it.
         seconds: Time the build took.
@@ -71,7 +73,7 @@ class EngineRecord:
     optimization_level: int | None = None
     workspace_bytes: int | None = None
     tactic_sources: tuple[str, ...] | None = None
-    arguments: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     vpruner: str = ""
     seconds: float = 0.0
@@ -102,6 +104,8 @@ class EngineRecord:
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             found = content.get("schema") if isinstance(content, dict) else type(content).__name__
             raise UserError(f"{path} has schema {found!r}, expected {SCHEMA}", _REBUILD)
+        if "options" not in content:
+            content["options"] = _options_of(content.get("arguments"))
         known = {item.name for item in fields(cls)}
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items() if key in known}
         try:
@@ -116,14 +120,14 @@ class EngineRecord:
         for name in texts:
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} is {getattr(self, name)!r}")
-        for name in ("profile", "metadata", "weights_sha256"):
+        for name in ("profile", "metadata", "weights_sha256", "options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise TypeError(f"{name} is {getattr(self, name)!r}")
 
     def rebuild_command(self, engine: str | os.PathLike) -> str:
-        """What to type to build it again, on the machine where that is typed."""
+        """What builds it again, on the machine where that is done."""
         onnx = Path(engine).parent / self.onnx
-        return shlex.join(["vpruner", "build", str(onnx), "-o", str(engine), *self.arguments])
+        return words(command("build", onnx, output=engine, **self.options))
 
     def check_files(self, engine: str | os.PathLike) -> None:
         """Raise UserError where the engine, or the ONNX file beside it, is not the one of this record."""
@@ -169,7 +173,18 @@ class EngineRecord:
         return f"engine built with TensorRT {self.tensorrt}, this is {tensorrt}"
 
 
-_REBUILD = "build the engine again: vpruner build MODEL.onnx -o MODEL.engine"
+def _options_of(arguments: Any) -> dict[str, Any]:
+    """Of a record of version 0.1, which held words of a command line: ``["--batch-range", "1", "4", "8"]``."""
+    found: dict[str, list[Any]] = {}
+    for word in arguments if isinstance(arguments, list) else ():
+        if str(word).startswith("--"):
+            values = found.setdefault(word[2:].replace("-", "_"), [])
+        elif found:
+            values.append(int(word) if str(word).isdigit() else word)
+    return {name: values if len(values) > 1 else values[0] if values else True for name, values in found.items()}
+
+
+_REBUILD = f"build the engine again: {command('build', 'MODEL.onnx', output='MODEL.engine')}"
 
 
 def sidecar_path(engine: str | os.PathLike) -> Path:

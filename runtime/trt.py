@@ -19,6 +19,7 @@ import numpy as np
 from ..core.errors import UserError
 from ..core.extras import require
 from ..core.metadata import ModelMetadata
+from ..core.text import command, option
 from . import cuda
 from .capabilities import Capabilities
 from .session import DEFAULT_BATCH_SIZE, Session, TensorSpec
@@ -150,8 +151,8 @@ class TrtSession(Session):
             raise UserError(
                 f"{self.path} has no {sidecar_path(self.path).name} beside it that says where it is from, and an "
                 "engine can carry code",
-                "build it with: vpruner build MODEL.onnx -o MODEL.engine; or open it with trust=True (--trust) if you "
-                "know its origin",
+                f"build it with: {command('build', 'MODEL.onnx', output='MODEL.engine')}; or open it with "
+                f"{option('trust', True)} if you know its origin",
             )
         record.check_files(self.path)
         return record
@@ -169,7 +170,8 @@ class TrtSession(Session):
         if engine is None:
             raise UserError(
                 f"{self.path}: TensorRT {self.capabilities.version} cannot load it: {logger.said()}",
-                "it must be built with this release, on this GPU: vpruner build MODEL.onnx -o MODEL.engine",
+                "it must be built with this release, on this GPU: "
+                f"{command('build', 'MODEL.onnx', output='MODEL.engine')}",
             )
         self._runtime, self._engine = runtime, engine
         self._context = engine.create_execution_context()
@@ -196,7 +198,7 @@ class TrtSession(Session):
             if kind not in _DTYPES:
                 raise UserError(
                     f"{self.path}: tensor {name} is {kind}, which numpy does not have",
-                    "convert the ONNX file with float32 inputs and outputs: vpruner convert ... --io float32",
+                    f"convert the ONNX file with float32 inputs and outputs: {command('convert', '...', io='float32')}",
                 )
             shape = tuple(engine.get_tensor_shape(name))
             named = tuple(_axis_name(name, axis) if size < 0 else int(size) for axis, size in enumerate(shape))
@@ -265,7 +267,7 @@ class TrtSession(Session):
             if not all(least <= size <= most for size, least, most in zip(array.shape, low, high, strict=True)):
                 raise UserError(
                     f"{self.path}: {name} has shape {list(array.shape)}, the engine takes {list(low)} to {list(high)}",
-                    "build it with a wider range: vpruner build --batch-range MIN OPT MAX",
+                    f"build it with a wider range: {command('build', batch=('MIN', 'OPT', 'MAX'))}",
                 )
         return checked
 

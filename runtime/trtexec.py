@@ -20,6 +20,7 @@ import numpy as np
 from ..core.errors import UserError
 from ..core.files import file_sha256
 from ..core.metadata import ModelMetadata
+from ..core.text import command, option
 from ..core.timing import Latency
 from .capabilities import version_tuple
 from .layers import block_map, blocks_row, fold_layers, parse_json, parse_layer_information, parse_layer_times
@@ -89,7 +90,8 @@ def trtexec_commands(
     if file.precision not in ("fp32", wanted) or (file.precision == "fp32" and wanted == "int8"):
         raise UserError(
             f"{path} is {file.precision}, {wanted} was asked for",
-            f"leave out --precision, or: vpruner convert {path} --precision {wanted} -o {wanted}.onnx",
+            f"leave out {option('precision')}, or: "
+            f"{command('convert', path, precision=wanted, output=f'{wanted}.onnx')}",
         )
     shape = _open_shape(path, batch)
     commands = []
@@ -162,7 +164,7 @@ def _open_shape(path: Path, batch: int) -> str | None:
             if one.shape and one.shape[0] != batch and batch != 1:
                 raise UserError(
                     f"{path} has a batch of {one.shape[0]}, {batch} was asked for",
-                    f"leave out --batch-size, or export it again with --batch-size {batch}",
+                    f"leave out {option('batch')}, or export it again with {option('batch_size', batch)}",
                 )
             continue
         if not all(isinstance(size, int) and size > 0 for size in one.shape[1:]):

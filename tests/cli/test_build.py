@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 
 import numpy as np
@@ -12,6 +13,8 @@ from fake_tensorrt import install
 from PIL import Image
 
 from vpruner.cli import commands as cli
+from vpruner.cli.hints import as_typed
+from vpruner.core.text import command
 from vpruner.runtime.sidecar import sidecar_path
 
 onnx = pytest.importorskip("onnx")
@@ -84,7 +87,8 @@ def test_options_arrive(machine, model, tmp_path):
     assert record["tactic_sources"] == ["CUBLAS", "JIT_CONVOLUTIONS"]
     assert record["hardware_compatibility"] == "AMPERE_PLUS" and not (tmp_path / "cache").exists()
     # The record says how to build the same again.
-    again = vpruner("build", model, "-o", engine, *record["arguments"], "--no-timing-cache", "--json")
+    _, *words = shlex.split(as_typed(command("build", model, output=engine, **record["options"])))
+    again = vpruner(*words, "--no-timing-cache", "--json")
     volatile = {"seconds"}
     assert {k: v for k, v in json.loads(again.stdout).items() if k not in volatile} == {
         k: v for k, v in record.items() if k not in volatile

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from fake_tensorrt import RELEASES, bits, built_with, install
 
+from vpruner.cli.hints import as_typed
 from vpruner.core import progress
 from vpruner.core.errors import UserError
 from vpruner.core.files import file_sha256
+from vpruner.core.text import command
 from vpruner.pipeline.engines import build_engine
 from vpruner.runtime.build import BuildOptions, PrecisionChoice, choose_precision, plan_build, write_engine
 from vpruner.runtime.capabilities import Capabilities
 from vpruner.runtime.onnx_file import OnnxFile, read_onnx
-from vpruner.runtime.sidecar import EngineRecord, sidecar_path
+from vpruner.runtime.sidecar import EngineRecord, _options_of, sidecar_path
 
 pytest.importorskip("polygraphy")
 
@@ -74,7 +76,7 @@ def test_precision_by_release(machine, tmp_path, release, asked, stored, expecte
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected) as caught:
             choose_precision(asked, file, capabilities)
-        assert asked != "int8" or "vpruner convert" in str(caught.value)
+        assert asked != "int8" or "convert_checked(" in str(caught.value)
     else:
         assert choose_precision(asked, file, capabilities) == PrecisionChoice(*expected)
 
@@ -140,7 +142,7 @@ def test_every_option_that_a_release_has(machine, make_onnx, tmp_path, release):
         assert config.builder_optimization_level == 5
         assert config.hardware_compatibility_level == there.trt.HardwareCompatibilityLevel.AMPERE_PLUS
     assert record.tactic_sources == (("JIT_CONVOLUTIONS",) if newer else ())
-    assert "--batch-range 1 4 8" in record.rebuild_command("model.plan")
+    assert "batch=(1, 4, 8)" in record.rebuild_command("model.plan")
 
 
 @pytest.mark.parametrize(
@@ -194,9 +196,9 @@ def test_batch_of_static_and_open_graphs(machine, make_onnx, tmp_path):
 
     assert built("batch", batch=4).profile["image"]["min"] == [4, 3, 8, 6]
     assert built(2, batch=2).profile == {}
-    with pytest.raises(UserError, match=r"open; say --batch-size N, or --batch-range"):
+    with pytest.raises(UserError, match=r"open; say batch=N, or batch=.MIN, OPT, MAX"):
         built("batch")
-    with pytest.raises(UserError, match="has a batch of 2, 4 was asked for; export it with --dynamic-batch"):
+    with pytest.raises(UserError, match="has a batch of 2, 4 was asked for; export it with dynamic_batch"):
         built(2, batch=4)
     with pytest.raises(UserError, match="has a batch of 2"):
         built(2, batch=(1, 2, 4))
@@ -222,13 +224,23 @@ def test_options_are_checked(options):
         BuildOptions(**options)
 
 
-def test_arguments_say_the_same(tmp_path):
-    options = BuildOptions("int8", True, 4, 1 << 30, 2, True, "SAME_COMPUTE_CAPABILITY", (), None, False, False)
-    assert " ".join(options.arguments()) == (
-        "--precision int8 --tf32 --batch-size 4 --workspace 1024 --optimization-level 2 --version-compatible "
-        "--hardware-compatible same-compute-capability --tactic-sources none --no-layer-details --no-check"
+def test_what_was_given_is_typed_and_called():
+    options = BuildOptions("int8", True, 4, 1 << 30, 2, True, "SAME_COMPUTE_CAPABILITY", (), "/tmp", False, False)
+    again = command("build", "a.onnx", **options.given())
+    assert as_typed(again) == (
+        "vpruner build a.onnx --precision int8 --tf32 --batch-size 4 --workspace 1024 --optimization-level 2 "
+        "--version-compatible --hardware-compatible same-compute-capability --tactic-sources none --no-layer-details "
+        "--no-check"
     )
-    assert BuildOptions().arguments() == ()
+    assert BuildOptions(**options.given()) == replace(options, timing_cache=None)
+    assert BuildOptions().given() == {}
+
+
+def test_records_of_version_0_1_hold_words_of_a_command_line():
+    words = "--precision int8 --tf32 --batch-range 1 4 8 --tactic-sources CUBLAS,CUDNN --no-check"
+    again = command("build", "a.onnx", **_options_of(words.split()))
+    assert as_typed(again) == f"vpruner build a.onnx {words}"
+    assert _options_of(None) == _options_of([]) == {}
 
 
 # -- the graph --------------------------------------------------------------------------------------------------------
@@ -446,7 +458,7 @@ def test_which_machines_may_load_an_engine(record, tmp_path, changes, there, ver
         return
     with pytest.raises(UserError, match=problem) as caught:
         changed.check_machine(tmp_path / "a.engine", there, version)
-    assert f"vpruner build {tmp_path / 'model.onnx'} -o {tmp_path / 'a.engine'}" in str(caught.value)
+    assert f'vpruner.build_engine("{tmp_path}/model.onnx", output="{tmp_path}/a.engine"' in str(caught.value)
 
 
 def test_files_that_were_replaced_are_found(record, tmp_path):
@@ -455,7 +467,7 @@ def test_files_that_were_replaced_are_found(record, tmp_path):
     onnx.rename(tmp_path / "kept.onnx")
     record.check_files(engine)
     onnx.write_bytes(b"another")
-    with pytest.raises(UserError, match=r"model\.onnx beside it has changed since it was built.*vpruner build"):
+    with pytest.raises(UserError, match=r"model\.onnx beside it has changed since it was built.*vpruner.build_engine"):
         record.check_files(engine)
     engine.write_bytes(b"another")
     with pytest.raises(UserError, match="one of the two was replaced"):

@@ -211,7 +211,7 @@ def test_a_file_without_preprocessing_runs_but_does_not_predict(make_onnx, prepr
     path = make_onnx(props=dict.fromkeys(["vpruner.preprocessing", "vpruner.version", "vpruner.model"]))
     with OrtSession(path) as session:
         assert session.run({"image": np.zeros((1, 3, 8, 6), np.float32)})["logits"].shape == (1, 7)
-        with pytest.raises(UserError, match=r"vpruner\.preprocessing.*vpruner export, or in Python.*preprocessing="):
+        with pytest.raises(UserError, match=r"vpruner\.preprocessing.*model.export.*, or in Python.*preprocessing="):
             session.predict(photos(1))
     for given in (preprocessing_json, Preprocessing.from_json(preprocessing_json)):
         with OrtSession(path, preprocessing=given, classes=CLASSES) as session:

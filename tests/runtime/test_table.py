@@ -167,14 +167,14 @@ def test_damaged_files_are_refused_in_one_line(name, tmp_path):
     path.write_text(json.dumps(value))
     with pytest.raises(UserError) as caught:
         LatencyTable.load(path)
-    assert str(path) in str(caught.value) and says in str(caught.value) and "vpruner table" in str(caught.value)
+    assert str(path) in str(caught.value) and says in str(caught.value) and "make_table(" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_files_that_are_no_tables(tmp_path):
     for name, content in (("a.json", b"{"), ("b.json", b"[" * 10**5), ("c.json", b"\xff\xfe"), ("d.json", b"[1]")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name} is not a latency table.*vpruner table"):
+        with pytest.raises(UserError, match=f"{name} is not a latency table.*make_table"):
             LatencyTable.load(tmp_path / name)
     for name in ("nowhere.json", "."):
         with pytest.raises(UserError, match="cannot read the latency table"):
@@ -189,7 +189,7 @@ def test_files_that_are_no_tables(tmp_path):
 )
 def test_a_table_of_another_model_names_what_differs(change):
     table = some_table()
-    with pytest.raises(UserError, match="the latency table is of tiny.*; measure this model with: vpruner table"):
+    with pytest.raises(UserError, match="the latency table is of tiny.*; measure this model with: .*make_table"):
         table.check_fits(geometry(**change))
     table.check_fits(geometry(grid=(4, 9), outputs=100))  # as many tokens, another head: the same blocks
 
@@ -212,7 +212,7 @@ def test_another_machine_is_remarked_on(monkeypatch):
 def test_a_table_that_predicts_badly_says_so():
     row = {"label": "a", "key_counts": [37] * 6, "measured_ms": 2.0, "predicted_ms": 1.42, "error": -0.29}
     (remark,) = some_table(environment={}, validation=[row]).remarks()
-    assert "off by up to 29 % on plans kept out: measure again with more --seconds" in remark
+    assert "off by up to 29 % on plans kept out: measure again with more seconds" in remark
     assert some_table().error_remark() == some_table(validation=[]).error_remark() == ""
 
 

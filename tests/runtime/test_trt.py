@@ -250,7 +250,7 @@ def test_an_engine_without_a_record_is_refused_unless_trusted(machine, make_engi
     with TrtSession(path) as session:
         expected = session.run(feeds)["logits"]
     sidecar_path(path).unlink()
-    with pytest.raises(UserError, match=r"no model\.engine\.json beside it.*can carry code; build it with.*--trust"):
+    with pytest.raises(UserError, match=r"no model\.engine\.json beside it.*can carry code; build it with.*trust=True"):
         TrtSession(path)
     with TrtSession(path, trust=True) as session:
         np.testing.assert_array_equal(session.run(feeds)["logits"], expected)
@@ -272,7 +272,8 @@ def test_an_engine_of_another_machine_is_refused_with_the_command(machine, make_
     text = str(caught.value)
     assert "engine built for sm_87 (Orin), this is sm_90 (NVIDIA H200)" in text
     assert "engine built with TensorRT 10.13.3.9, this is 10.3.0" in text
-    assert f"vpruner build {path.with_suffix('.onnx')} -o {path} --precision fp32 --tf32 --no-check" in text
+    assert f'vpruner.build_engine("{path.parent / path.stem}.onnx", output="{path}", check=False, ' in text
+    assert text.endswith('check=False, precision="fp32", tf32=True)')
     # Whoever trusts it anyway gets TensorRT's own words, in one line.
     with pytest.raises(UserError, match=r"TensorRT 10\.3\.0 cannot load it: built for 10\.13\.3\.9, not 10\.3\.0"):
         TrtSession(path, trust=True)
@@ -304,7 +305,7 @@ def test_host_code_is_allowed_only_where_it_must_be(machine, make_engine, releas
     "troubles, text",
     [
         ({"context": "requested size too large"}, "no room to run it: requested size too large; close other programs"),
-        ({"dtype": "BF16"}, "is BF16, which numpy does not have; .*--io float32"),
+        ({"dtype": "BF16"}, "is BF16, which numpy does not have; .*io=.float32"),
         ({"location": "HOST"}, "holds a shape, not data"),
         ({"data-dependent": True}, r"the size of logits float32 \[1, 7\] depends on the data"),
     ],

@@ -77,7 +77,7 @@ def test_an_open_batch_is_given_a_size(make_onnx):
 
 @pytest.mark.parametrize("precision", ["int8"])
 def test_a_precision_that_the_file_is_not(make_onnx, precision):
-    with pytest.raises(UserError, match="is fp32, int8 was asked for.*vpruner convert"):
+    with pytest.raises(UserError, match="is fp32, int8 was asked for.*convert_checked"):
         trtexec_commands(make_onnx(), precision=precision)
 
 
