@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import store
+from fail_over import pytest_addoption, pytest_configure  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import vpruner
 from vpruner.core.extras import EXTRA_OF
 
 #: Top-level folders with Python files that are no part of the package.
-OUTSIDE = ("tests", "benchmarks")
+OUTSIDE = ("tests", "benchmarks", ".ci")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,8 @@ def sources(repository, tmp_path_factory):
         cwd=repository, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if listed.returncode:  # an unpacked sdist has no git
-        skipped = shutil.ignore_patterns(".venv", "runs", "build", "dist", "__pycache__", ".*_cache", ".hypothesis")
+        litter = (".venv*", ".transformers", "runs", "build", "dist", "__pycache__", ".*_cache", ".hypothesis")
+        skipped = shutil.ignore_patterns(*litter)
         return shutil.copytree(repository, tmp_path_factory.mktemp("sources") / "vpruner", ignore=skipped)
     copy = tmp_path_factory.mktemp("sources")
     for name in filter(None, listed.stdout.split("\0")):
@@ -94,6 +95,7 @@ def test_sdist_can_be_tested_and_rebuilt(built):
     with tarfile.open(built[".tar.gz"]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     wanted = {"Makefile", "LICENSE", "CHANGELOG.md", "CITATION.cff", "README.md", ".ci/run", "tests/conftest.py"}
+    wanted |= {"constraints.txt", ".ci/lock.py"}
     wanted |= {"tests/test_packaging.py", "tests/recorded/train.tar", "benchmarks/reference/make_assets.py"}
     wanted |= {"assets/calibration.tar", "cli/commands.py"}
     assert wanted <= names
@@ -124,7 +126,9 @@ def test_make_lists_its_targets(repository):
         ["make", "--no-print-directory", "help"], cwd=repository, capture_output=True, text=True, check=True
     )
     targets = [line.split()[1] for line in done.stdout.splitlines()]
-    assert targets == ["help", "demo", "test", "lint", "gpu-check", "wheel", "clean"]
+    tests = ["test", "test-all", "test-newest"]
+    assert targets == ["help", "demo", *tests, "lint", "gpu-check", "wheel", "lock", "clean"]
+    assert len({len(re.match(r"  make [\w-]+ +", line)[0]) for line in done.stdout.splitlines()}) == 1
 
 
 def test_continuous_integration_can_be_run(repository):
