@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import shlex
 import signal
@@ -21,30 +20,43 @@ from .. import __version__
 from ..core import progress
 from ..core.choices import (
     CALIBRATIONS,
-    CROP_MODES,
     ENGINE_PRECISIONS,
     EPISODES,
-    EPISODES_UNTUNED,
     HARDWARE_COMPATIBILITY,
-    INT8_IMAGES,
-    INTERPOLATIONS,
-    IO,
     LOSSES,
     PRECISIONS,
-    PROVIDERS,
-    REARRANGEMENTS,
-    SELECTIONS,
     TIME_LIMIT,
-    TUNINGS,
     VLM_DTYPES,
     VLM_MODES,
 )
 from ..core.errors import ParityError, UserError
 from ..core.extras import RUN_PACKAGES, missing_extra, require_all
+from ..core.specs import DataSpec, ExportSpec, LearnSpec, ModelSpec, PrecisionSpec, TimingSpec
 from ..core.text import counted
 from ..export.targets import TARGETS
 from .console import print_table, report_progress
 from .hints import TypedSink, as_typed
+from .options import (
+    Seconds,
+    calibration_options,
+    deploy_option,
+    eval_data_option,
+    eval_images_option,
+    export_options,
+    int8_images_option,
+    io_option,
+    json_option,
+    model_options,
+    precision_options,
+    preprocessing_options,
+    quiet_option,
+    runtime_options,
+    specs,
+    stacked,
+    stage_options,
+    target_option,
+    trust_option,
+)
 
 
 class _Reported(click.ClickException):
@@ -102,16 +114,6 @@ def _terminated_cleanly() -> Iterator[None]:
             signal.signal(getattr(signal, name), handler)
 
 
-class _Seconds(click.FloatRange):
-    """A finite time; FloatRange alone lets NaN through."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a time in seconds", param, ctx)
-        return number
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="vpruner")
 def main() -> None:
@@ -123,263 +125,6 @@ def main() -> None:
     On your own:
       vpruner run deit_small_patch16_224 --weights deit_small.safetensors --data images/ --target 0.65
     """
-
-
-# -- options that several commands share ------------------------------------------------------------------------------
-
-
-def _options(*decorators: Callable) -> Callable:
-    def decorate(command: Callable) -> Callable:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-def _key_values(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    """``("img_size=384", "qk_norm=true")`` -> {"img_size": 384, "qk_norm": True}; values are JSON where they parse."""
-    result = {}
-    for value in values:
-        key, equals, text = value.partition("=")
-        if not equals or not key.isidentifier():
-            raise click.BadParameter(f"{value!r} is not key=value, as in --model-arg img_size=384")
-        try:
-            result[key] = json.loads(text)
-        except ValueError:
-            result[key] = text
-    return result
-
-
-model_options = _options(
-    click.argument("model", required=False),
-    click.option("--pretrained", is_flag=True, help="Let timm download the weights of MODEL."),
-    click.option(
-        "--weights",
-        metavar="FILE",
-        help="Weights of MODEL: .safetensors, .pth, .pt or .bin; a card's or the reference's own are then not read.",
-    ),
-    click.option(
-        "--model-arg",
-        "model_args",
-        multiple=True,
-        metavar="KEY=VALUE",
-        callback=_key_values,
-        help="Argument for the model, such as img_size=384; may be repeated.",
-    ),
-)
-calibration_options = _options(
-    click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...)."),
-    click.option(
-        "--images", default=4096, show_default=True, type=click.IntRange(1), help="Calibration images to use, at most."
-    ),
-    click.option(
-        "--loss",
-        default="auto",
-        show_default=True,
-        type=click.Choice(("auto", *LOSSES)),
-        help="What the gradients are of: labels, the model's own distribution, or its features.",
-    ),
-    click.option(
-        "--rounds",
-        type=click.IntRange(1),
-        help="Rounds of scoring and searching; by default up to 8, 1 is plain Fisher.",
-    ),
-    click.option(
-        "--seed",
-        default=0,
-        show_default=True,
-        type=click.IntRange(0, 2**63 - 1),
-        help="Of the choice of images and random directions.",
-    ),
-    click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
-)
-
-
-class _PerChannel(click.ParamType):
-    """Three numbers, or one for all channels: ``0.485,0.456,0.406`` -> (0.485, 0.456, 0.406), ``0.5`` -> three."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(float(part) for part in value.split(","))
-        except ValueError:
-            numbers = ()
-        if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
-            self.fail(f"{value!r} is not one number, or three with commas between them", param, ctx)
-        return numbers * 3 if len(numbers) == 1 else numbers
-
-
-def _gathered_preprocessing(command: Callable) -> Callable:
-    """Hand the options of :data:`preprocessing_options` on as one mapping, ``preprocessing``, of those given."""
-
-    @functools.wraps(command)
-    def gathering(*arguments: Any, **options: Any) -> Any:
-        found = {name: options.pop(name) for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
-        given = {name: value for name, value in found.items() if value is not None}
-        return command(*arguments, preprocessing=given, **options)
-
-    return gathering
-
-
-#: How images become the input of an ONNX file that does not say it. The command gets one argument ``preprocessing``,
-#: which :func:`vpruner.core.preprocess.resolve_preprocessing` takes.
-preprocessing_options = _options(
-    click.option(
-        "--mean",
-        metavar="R,G,B",
-        type=_PerChannel(),
-        help="Of pixels between 0 and 1, subtracted from them; for ONNX files that do not say how images are prepared.",
-    ),
-    click.option("--std", metavar="R,G,B", type=_PerChannel(), help="Divided by after that."),
-    click.option(
-        "--interpolation",
-        type=click.Choice(INTERPOLATIONS),
-        help="Of resizing  [default: the file's, or bicubic]",
-    ),
-    click.option(
-        "--crop-pct", type=float, help="Share of the resized image that the crop keeps  [default: the file's, or 1]"
-    ),
-    click.option(
-        "--crop-mode",
-        type=click.Choice(CROP_MODES),
-        help="Crop the middle, squash to the size, or fill up  [default: the file's, or center]",
-    ),
-    _gathered_preprocessing,
-)
-eval_data_option = click.option(
-    "--eval-data", metavar="PATH", help="Images to report on; none of them is used to prune."
-)
-eval_images_option = click.option(
-    "--eval-images", default=2000, show_default=True, type=click.IntRange(1), help="Images to report on, at most."
-)
-target_option = _options(
-    click.option(
-        "--target", default=0.65, show_default=True, type=float, help="Budget as a fraction of the dense model's cost."
-    ),
-    click.option(
-        "--cost",
-        default="macs",
-        show_default=True,
-        metavar="macs|latency:TABLE.json",
-        help="What the budget is of: MACs, or milliseconds by a table that vpruner table measured.",
-    ),
-)
-stage_options = _options(
-    click.option(
-        "--rearrange",
-        default="ppo",
-        show_default=True,
-        type=click.Choice(REARRANGEMENTS),
-        help="Move tokens within the budget: by reinforcement learning, by greedy swaps, or not.",
-    ),
-    click.option(
-        "--tune",
-        default="weights",
-        show_default=True,
-        type=click.Choice(TUNINGS),
-        help="What to refit to the tokens that are left: weights are free at run time, gates are not.",
-    ),
-    click.option(
-        "--select",
-        default="static",
-        show_default=True,
-        type=click.Choice(SELECTIONS),
-        help="Keep the same patches of every image, or as many of each, chosen by similarity.",
-    ),
-    click.option(
-        "--episodes",
-        show_default=f"{EPISODES} with --tune weights, else {EPISODES_UNTUNED}",
-        type=click.IntRange(1),
-        help="Episodes of --rearrange ppo, each of which tries a plan, at most; Ctrl-C ends it early with the best one "
-        "so far.",
-    ),
-    click.option(
-        "--time-limit",
-        default=TIME_LIMIT,
-        show_default=True,
-        metavar="SECONDS",
-        type=_Seconds(0.1),
-        help="Time for the episodes of --rearrange ppo: no batch of 16 begins that would outlast it, after the first.",
-    ),
-    click.option(
-        "--checkpoint",
-        metavar="FILE",
-        type=click.Path(path_type=Path),
-        help="Save the state of --rearrange ppo there, and go on from it where it exists.",
-    ),
-)
-
-
-def _precisions(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    """``("fp16,int8", "bf16")`` -> ("fp16", "int8", "bf16"); fp32 is always written, and named twice is named once."""
-    names = [name.strip() for value in values for name in value.split(",")]
-    unknown = [name for name in names if name not in ("fp32", *PRECISIONS)]
-    if unknown:
-        raise click.BadParameter(f"{unknown[0]!r} is not one of fp32, {', '.join(PRECISIONS)}")
-    return tuple(dict.fromkeys(name for name in names if name != "fp32"))
-
-
-io_option = click.option(
-    "--io",
-    default="float32",
-    show_default=True,
-    type=click.Choice(IO),
-    help="fp16 and bf16: inputs and outputs stay float32, or change too.",
-)
-precision_options = _options(
-    click.option(
-        "--precision",
-        "precisions",
-        multiple=True,
-        metavar="NAME[,NAME...]",
-        callback=_precisions,
-        help="Write the file in these precisions too: fp16, bf16, int8 (static, calibrated on images), int8-dynamic "
-        "(for CPUs); may be repeated  [default: fp32 alone]",
-    ),
-    io_option,
-)
-int8_images_option = click.option(
-    "--images",
-    default=INT8_IMAGES,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Calibration images to use, at most.",
-)
-deploy_option = click.option(
-    "--for",
-    "deploy_for",
-    type=click.Choice(tuple(TARGETS)),
-    help="Write the graph in the form that this runtime takes: opset, operators, fusion.",
-)
-export_options = _options(
-    deploy_option,
-    click.option(
-        "--opset", type=click.IntRange(16, 23), help="ONNX opset  [default: 20, with --for the newest it takes]"
-    ),
-    click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open."),
-    click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Batch size of the graph."),
-)
-runtime_options = _options(
-    click.option(
-        "--provider",
-        default="cpu",
-        show_default=True,
-        metavar="NAME",
-        help=f"onnxruntime provider: {', '.join(PROVIDERS)}, or onnxruntime's own name of one.",
-    ),
-    click.option("--threads", type=click.IntRange(1), help="Threads; by default all cores."),
-)
-trust_option = click.option(
-    "--trust",
-    is_flag=True,
-    help="Engines: load one whatever lies beside it. An engine can carry code; trust only what you built.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
 
 
 def _session_options(model: Path, provider: str, threads: int | None, trust: bool) -> dict[str, Any]:
@@ -422,13 +167,14 @@ def _emit_rows(rows: list[dict[str, Any]], results: Path | None, as_json: bool) 
 @click.option(
     "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement."
 )
-@click.option("--seconds", default=10.0, show_default=True, type=_Seconds(0.1), help="Time to measure latency for.")
+@click.option("--seconds", default=10.0, show_default=True, type=Seconds(0.1), help="Time to measure latency for.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write  [default: runs/MODEL]")
 @click.option("--force", is_flag=True, help="Replace an earlier run in that folder.")
 @json_option
 @quiet_option
 @preprocessing_options
-def run(model, pretrained, weights, model_args, output, force, as_json, quiet, **options) -> None:
+@specs(model=ModelSpec, data=DataSpec, learn=LearnSpec, export=ExportSpec, precision=PrecisionSpec, timing=TimingSpec)
+def run(model, output, force, as_json, quiet, **options) -> None:
     """Prune, export, prove and measure: everything, in one folder.
 
     MODEL is a timm name (with --weights or --pretrained), a model card (.json), an ONNX file of any exporter, the
@@ -446,16 +192,9 @@ def run(model, pretrained, weights, model_args, output, force, as_json, quiet, *
     from ..pipeline.run import run as run_pipeline
 
     report_progress(quiet)
-    output = output or Path("runs") / (Path(model).stem if model else "reference")
-    everything = RunOptions(
-        model=model,
-        pretrained=pretrained,
-        weights=weights,
-        model_args=model_args,
-        command=shlex.join(["vpruner", *sys.argv[1:]]),
-        **options,
-    )
-    result = run_pipeline(everything, output, force=force)
+    output = output or Path("runs") / (Path(model.what).stem if model.what else "reference")
+    options = RunOptions(model, command=shlex.join(["vpruner", *sys.argv[1:]]), **options)
+    result = run_pipeline(options, output, force=force)
     if as_json:
         _print_json(result)
         sys.exit(1 if result["left_out"] else 0)
@@ -498,30 +237,8 @@ def _print_run(rows: list[dict[str, Any]]) -> None:
 @json_option
 @quiet_option
 @preprocessing_options
-def prune(
-    model,
-    pretrained,
-    weights,
-    model_args,
-    output,
-    target,
-    cost,
-    data,
-    images,
-    loss,
-    rounds,
-    seed,
-    strict,
-    rearrange,
-    tune,
-    select,
-    episodes,
-    time_limit,
-    checkpoint,
-    preprocessing,
-    as_json,
-    quiet,
-) -> None:
+@specs(model=ModelSpec, data=DataSpec, learn=LearnSpec)
+def prune(model, data, learn, output, as_json, quiet) -> None:
     """Learn a token plan: which patch tokens enter each block. Search, rearrangement and tuning, in a row.
 
     MODEL is whatever run takes. Where tuning changes weights, the model with them is written beside the plan:
@@ -533,60 +250,23 @@ def prune(
       vpruner prune deit_small_patch16_224 --weights deit_small.pth --data images/ -o plan.json
       vpruner prune model.onnx --data images/ --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 -o plan.json
     """
-    from ..pipeline.folders import check_checkpoint, check_output
-    from ..pipeline.inputs import one_set, open_cost, open_prunable
-    from ..pipeline.learned import check_select, check_tuned_output, rearrange_settings, replace_learned, tuned_beside
-    from ..prune.learn import learn
+    from ..pipeline.prune import prune as prune_model
     from ..report.tables.plan import plan_table
     from ..report.tables.run import stages_table
 
     report_progress(quiet)
-    check_output(output, ".json", model, weights)
-    tuned = tuned_beside(output, model)
-    check_select(select, tune, model)
-    check_checkpoint(checkpoint, rearrange, model, weights, output, tuned)
-    if tune == "weights":
-        check_output(tuned, tuned.suffix, model, weights)
-        check_tuned_output(tuned)
-    loaded = open_prunable(
-        model,
-        pretrained=pretrained,
-        weights=weights,
-        model_args=model_args,
-        preprocessing=preprocessing,
-        loss=loss,
-        softmax=True,
-    )
-    cost = open_cost(cost, loaded.name, loaded.adapter.geometry)
-    calibration = one_set(
-        loaded.classes, loaded.adapter.geometry, data, images, "calibration", seed=seed, strict=strict
-    )
-    learned = learn(
-        loaded,
-        calibration,
-        target=target,
-        cost=cost,
-        loss=loss,
-        rounds=rounds,
-        rearrangement=rearrange,
-        tuning=tune,
-        selection=select,
-        settings=rearrange_settings(tune, episodes, time_limit),
-        checkpoint=checkpoint,
-        seed=seed,
-    )
-    plan = replace_learned(loaded, learned, output, tuned, (model, weights, checkpoint))
+    pruned = prune_model(model, data, learn, output)
     if as_json:
-        _print_json({"plan": str(output), "weights": str(tuned) if learned.weights else None, **plan.to_json()})
+        weights = None if pruned.weights is None else str(pruned.weights)
+        _print_json({"plan": str(output), "weights": weights, **pruned.plan.to_json()})
         return
-    print_table(stages_table([stage.to_json() for stage in learned.stages]))
-    print_table(plan_table(learned.plan))
-    for path in [output, tuned] if learned.weights else [output]:
+    print_table(stages_table([stage.to_json() for stage in pruned.learned.stages]))
+    print_table(plan_table(pruned.learned.plan))
+    for path in pruned.files:
         click.echo(path)
-    if loaded.graph is not None:
-        graph = tuned if learned.weights else model
-        command = ["vpruner", "fold", str(graph), "--plan", str(output), "-o", "pruned.onnx"]
-        progress.remark(f"next: {shlex.join(command)}")
+    if pruned.loaded.graph is not None:
+        graph = str(pruned.weights or model.what)
+        progress.remark(f"next: {shlex.join(['vpruner', 'fold', graph, '--plan', str(output), '-o', 'pruned.onnx'])}")
 
 
 @main.command()
@@ -612,8 +292,9 @@ def prune(
 )
 @json_option
 @quiet_option
+@specs(model=ModelSpec, export=ExportSpec, precision=PrecisionSpec)
 def export(
-    model, pretrained, weights, model_args, plan_path, tokens, method, target, seed, output, as_json, quiet, **options
+    model, export, precision, plan_path, tokens, method, target, seed, data, images, output, as_json, quiet
 ) -> None:
     """Export a model to ONNX, whole or pruned, and check that the file computes the same.
 
@@ -627,45 +308,45 @@ def export(
     """
     require_all(RUN_PACKAGES)
     from ..core.content_plan import load_plan
-    from ..pipeline.export import export_with_precisions
+    from ..pipeline.export import MethodSpec, check_export
+    from ..pipeline.export import export as export_model
     from ..pipeline.folders import check_output
-    from ..prune.models import open_model
+    from ..pipeline.inputs import open_torch
 
     report_progress(quiet)
-    if plan_path and method:
-        raise UserError("--plan and --method both say which tokens leave", "give one of them")
-    if tokens and (method or options["precisions"]):
-        raise UserError("--tokens goes with neither --method nor --precision", "leave it out")
     given = {name: value for name, value in {"target": target, "seed": seed}.items() if value is not None}
-    if method is not None:
-        options.update(method=method, **given)
-    elif given:
+    if method is None and given:
         raise UserError(f"--{min(given)} goes with --method", "add --method saint-frozen, or leave it out")
+    method = None if method is None else MethodSpec(method, **given)
+    check_export(precision, plan_path, method, data, tokens)
     output = output or Path("pruned.onnx" if plan_path or method else "dense.onnx")
-    check_output(output, ".onnx", model, weights, plan_path)
+    check_output(output, ".onnx", *model.files, plan_path)
     plan = load_plan(plan_path) if plan_path else None
-    loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
-    if method is None:
-        options.update(plan=plan, plan_path=plan_path, tokens=tokens)
-    checks, deployed, conversions = export_with_precisions(loaded, output, **options)
-    more = [{**done.to_json(), "compared_on": what, "agreement": cost.to_json()} for done, cost, what in conversions]
-    _print_checks(checks, output, as_json, deployed, precisions=more)
-    if not as_json:
-        for done, _, _ in conversions:
-            click.echo(done.path)
+    exported = export_model(
+        open_torch(model),
+        output,
+        export,
+        precision,
+        plan=plan,
+        plan_path=plan_path,
+        method=method,
+        data=data,
+        images=images,
+        tokens=tokens,
+    )
+    if as_json:
+        _print_json(exported.to_json())
+        return
+    _print_checks(exported.checks, output, exported.deployment)
+    for path in exported.files[1:]:
+        click.echo(path)
 
 
-def _print_checks(checks, output: Path, as_json: bool, deployed, **more: Any) -> None:
+def _print_checks(checks, output: Path, deployed) -> None:
     from ..pipeline.results import parity_row
     from ..report.tables.run import parity_table
 
-    rows = [parity_row(check) for check in checks]
-    if as_json:
-        if deployed is not None:
-            more["deployment"] = deployed.to_json()
-        _print_json({"file": str(output), "parity": rows, **more})
-        return
-    print_table(parity_table(rows))
+    print_table(parity_table([parity_row(check) for check in checks]))
     if deployed is not None:
         click.echo(deployed.summary)
     click.echo(output)
@@ -695,6 +376,7 @@ def fold(dense, plan_path, identity, deploy_for, output, as_json, quiet) -> None
     from ..core.plan import TokenPlan
     from ..pipeline.fold import fold_checked
     from ..pipeline.folders import check_output
+    from ..pipeline.results import parity_row
 
     report_progress(quiet)
     if bool(plan_path) == identity:
@@ -702,7 +384,12 @@ def fold(dense, plan_path, identity, deploy_for, output, as_json, quiet) -> None
     check_output(output, ".onnx", dense, plan_path)
     plan = TokenPlan.load(plan_path) if plan_path else None
     record, checks, deployed = fold_checked(dense, plan, output, deploy_for=deploy_for, plan_path=plan_path)
-    _print_checks(checks, output, as_json, deployed, modified=record.modified)
+    if as_json:
+        found = {"deployment": deployed.to_json()} if deployed is not None else {}
+        parity = [parity_row(check) for check in checks]
+        _print_json({"file": str(output), "parity": parity, "modified": record.modified, **found})
+        return
+    _print_checks(checks, output, deployed)
 
 
 @main.command()
@@ -721,7 +408,8 @@ def fold(dense, plan_path, identity, deploy_for, output, as_json, quiet) -> None
 @click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl.")
 @json_option
 @quiet_option
-def evaluate(as_json, quiet, results, **options) -> None:
+@specs(model=ModelSpec, data=DataSpec)
+def evaluate(model, data, plan_path, against, as_json, quiet, results) -> None:
     """Accuracy of a pruned model and what it lost, with paired 95 % intervals.
 
     MODEL is an ONNX file, or whatever prune takes together with --plan. Models without classes are compared by the
@@ -732,14 +420,14 @@ def evaluate(as_json, quiet, results, **options) -> None:
       vpruner evaluate runs/demo/pruned.onnx --against runs/demo/dense.onnx
       vpruner evaluate deit_small_patch16_224 --weights deit_small.pth --plan plan.json --eval-data val/
     """
-    from ..pipeline.evaluate import evaluate
+    from ..pipeline.evaluate import evaluate as evaluate_model
     from ..pipeline.folders import check_output
     from ..report.tables.run import evaluation_table
 
     report_progress(quiet)
     if results:
         check_output(results, ".jsonl")
-    rows = evaluate(**options)
+    rows = evaluate_model(model, data, plan_path=plan_path, against=against)
     if _emit_rows(rows, results, as_json):
         return
     print_table(evaluation_table(rows))
@@ -768,7 +456,7 @@ def evaluate(as_json, quiet, results, **options) -> None:
 @click.option("--layers", is_flag=True, help="Milliseconds of each block, from the times of single layers.")
 @click.option("--power", is_flag=True, help="Power, clocks, temperature and throttling during steady work.")
 @click.option("--trust", is_flag=True, help="Load an engine without a record beside it; engines can carry code.")
-@click.option("--seconds", default=10.0, show_default=True, type=_Seconds(0.1), help="Time for each batch size.")
+@click.option("--seconds", default=10.0, show_default=True, type=Seconds(0.1), help="Time for each batch size.")
 @click.option(
     "--print-trtexec", is_flag=True, help="Measure nothing: print the commands for a device that has no Python."
 )
@@ -941,7 +629,7 @@ def report(results, output, as_json) -> None:
     "--seconds",
     default=60.0,
     show_default=True,
-    type=_Seconds(0.1),
+    type=Seconds(0.1),
     help="Time to measure for, about; with --runtime trt building counts too, and 600 is a good start.",
 )
 @click.option(
@@ -949,7 +637,8 @@ def report(results, output, as_json) -> None:
 )
 @json_option
 @quiet_option
-def table(output, as_json, quiet, **options) -> None:
+@specs(model=ModelSpec, export=ExportSpec)
+def table(model, export, output, as_json, quiet, **options) -> None:
     """Measure a latency table: the time of one block by its tokens, for a search that aims at time instead of MACs.
 
     MODEL is whatever prune takes, or the dense.onnx of one. The table holds for the machine, provider, threads and
@@ -962,12 +651,12 @@ def table(output, as_json, quiet, **options) -> None:
       vpruner table dense.onnx --runtime trt --precision fp16 --seconds 600 -o table.json
     """
     from ..pipeline.folders import check_output
-    from ..pipeline.table import make_table
+    from ..pipeline.table import TableSpec, make_table
     from ..report.tables.latency import block_times_table, predictions_table
 
     report_progress(quiet)
-    check_output(output, ".json", options["model"], options["weights"])
-    measured = make_table(output, **options)
+    check_output(output, ".json", *model.files)
+    measured = make_table(output, model, export, TableSpec(**options))
     if as_json:
         _print_json({"table": str(output), **measured.to_json()})
         return
@@ -1323,7 +1012,7 @@ def _gathered_prunings(command: Callable) -> Callable:
     return gathering
 
 
-vlm_options = _options(
+vlm_options = stacked(
     click.argument("model"),
     click.option(
         "--mode",
@@ -1388,7 +1077,7 @@ def vlm() -> None:
     "--new-tokens", default=16, show_default=True, type=click.IntRange(2), help="Tokens that each prompt generates."
 )
 @click.option("--rounds", type=click.IntRange(1), help="Timed rounds  [default: as many as fit, at least 10]")
-@click.option("--seconds", default=30.0, show_default=True, type=_Seconds(0.1), help="Time to measure for.")
+@click.option("--seconds", default=30.0, show_default=True, type=Seconds(0.1), help="Time to measure for.")
 def profile_vlm(vlm, prunings, results, as_json, **options) -> None:
     """Time to the first token, speed of decoding, memory, cache and visual tokens: dense and pruned in turns.
 
@@ -1497,7 +1186,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
     "--time-limit",
     show_default=f"{TIME_LIMIT:g}",
     metavar="SECONDS",
-    type=_Seconds(0.1),
+    type=Seconds(0.1),
     help="v-pruner: time for its episodes; no batch of 16 begins that would outlast it, after the first.",
 )
 @click.option(
@@ -1516,7 +1205,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
     "--seconds",
     default=10.0,
     show_default=True,
-    type=_Seconds(0.1),
+    type=Seconds(0.1),
     help="Time to measure the graphs of one budget and batch size for.",
 )
 @click.option("--latency/--no-latency", default=True, help="Export graphs and time them, or not (default: do).")
@@ -1533,7 +1222,8 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
 @json_option
 @quiet_option
 @preprocessing_options
-def compare(model, pretrained, weights, model_args, output, results, force, as_json, quiet, **options) -> None:
+@specs(model=ModelSpec, data=DataSpec, learn=LearnSpec, timing=TimingSpec)
+def compare(model, output, results, force, as_json, quiet, **options) -> None:
     """Compare methods of token reduction on your model: accuracy, multiply-adds, measured latency.
 
     MODEL is whatever run takes. All methods get the same budgets and images; graphs are exported, checked and timed in
@@ -1546,13 +1236,12 @@ def compare(model, pretrained, weights, model_args, output, results, force, as_j
       vpruner compare deit_small_patch16_224 --pretrained --data train/ --eval-data val/ --batch-size 1 --batch-size 8
     """
     require_all(RUN_PACKAGES)
-    from ..pipeline.compare.comparison import compare as compare_methods
+    from ..pipeline.compare.compare import compare as compare_methods
     from ..pipeline.options import CompareOptions
 
     report_progress(quiet)
-    output = output or Path("runs") / f"compare-{Path(model).stem if model else 'reference'}"
-    everything = CompareOptions(model=model, pretrained=pretrained, weights=weights, model_args=model_args, **options)
-    result = compare_methods(everything, output, results=results, force=force)
+    output = output or Path("runs") / f"compare-{Path(model.what).stem if model.what else 'reference'}"
+    result = compare_methods(CompareOptions(model, **options), output, results=results, force=force)
     if as_json:
         _print_json(result)
     else:
@@ -1594,21 +1283,8 @@ def _print_comparison(result: dict[str, Any]) -> None:
 @json_option
 @quiet_option
 @preprocessing_options
-def analyze(
-    model,
-    pretrained,
-    weights,
-    model_args,
-    data,
-    images,
-    seed,
-    strict,
-    output,
-    results,
-    preprocessing,
-    as_json,
-    quiet,
-) -> None:
+@specs(model=ModelSpec, data=DataSpec)
+def analyze(model, data, output, results, as_json, quiet) -> None:
     """What tokens do in each block: how alike they are, how far they move, where attention goes; and SAINT's stages.
 
     MODEL is whatever run takes; nothing is pruned. The blocks are cut into the three stages of SAINT (aligner,
@@ -1619,40 +1295,15 @@ def analyze(
       vpruner analyze -o analysis.svg
       vpruner analyze deit_small_patch16_224 --weights deit_small.pth --data images/ --results results.jsonl
     """
-    from ..core.files import atomic_path
+    from ..pipeline.analyze import analyze as analyze_model
     from ..pipeline.folders import check_output
-    from ..pipeline.inputs import at_least_one, one_set, open_prunable
-    from ..prune.analyze import analysis_row, draw_analysis
-    from ..prune.analyze import analyze as analyze_model
-    from ..prune.fisher import batch_size_for
 
     report_progress(quiet)
     if output:
-        check_output(output, (".svg", ".png"), model, weights)
+        check_output(output, (".svg", ".png"), *model.files)
     if results:
-        check_output(results, ".jsonl", model, weights, option="--results")
-    loaded = open_prunable(
-        model,
-        pretrained=pretrained,
-        weights=weights,
-        model_args=model_args,
-        preprocessing=preprocessing,
-        loss="auto",
-        softmax=True,
-    )
-    adapter = loaded.adapter
-    chosen = one_set(loaded.classes, adapter.geometry, data, images, "calibration", seed=seed, strict=strict)
-    size = batch_size_for(adapter.geometry, most=32)
-    batches = at_least_one(chosen.batches(loaded.preprocessing, size), chosen)
-    with progress.stage("Analyzing", total=len(chosen.indices)) as advance:
-        analysis = analyze_model(adapter, (batch for batch, _ in batches), on_batch=advance)
-    progress.remark(chosen.skipped_remark("calibration"))
-    if output:
-        title = f"{loaded.name}, {counted(analysis.images, 'image')}"
-        drawn = draw_analysis(analysis, output.suffix.lower()[1:], title)
-        with atomic_path(output) as temporary:
-            temporary.write_bytes(drawn)
-    row = analysis_row(loaded, chosen, analysis)
+        check_output(results, ".jsonl", *model.files, name="results")
+    row = analyze_model(model, data, output)
     if not _emit_rows([row], results, as_json):
         _print_analysis(row, output)
 

@@ -58,6 +58,11 @@ def scratch_beside(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def is_onnx(path: Any) -> bool:
+    """Whether a path names an ONNX file, by its suffix; False for what is no path."""
+    return isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith(".onnx")
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

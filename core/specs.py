@@ -23,6 +23,7 @@ from .choices import (
     TUNINGS,
 )
 from .errors import UserError
+from .files import is_onnx
 from .text import option
 
 
@@ -66,7 +67,7 @@ class ModelSpec:
     @property
     def is_onnx(self) -> bool:
         """Whether it is the path of an ONNX file."""
-        return isinstance(self.what, (str, Path)) and str(self.what).lower().endswith(".onnx")
+        return is_onnx(self.what)
 
     @property
     def files(self) -> tuple[str | Path, ...]:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ..core import progress
 from ..core.errors import UserError
 from ..core.plan import Geometry
-from .inputs import at_least_one, one_set, refuse_preprocessing
+from ..core.specs import DataSpec, ModelSpec
+from ..core.text import command, option
+from .inputs import at_least_one, one_set, open_torch, refuse_preprocessing
 from .learned import remark_untuned, rule_of
 from .options import EXAMPLE_IMAGES
 
@@ -85,105 +87,117 @@ def collect_graphs(
 
 
 def evaluate(
-    *,
-    model: str | None,
-    pretrained: bool,
-    weights: str | None,
-    model_args: Mapping[str, Any],
-    plan_path: str | None,
-    against: str | None,
-    preprocessing: Mapping[str, Any],
-    eval_data: str | None,
-    eval_images: int,
-    seed: int,
-    strict: bool,
+    model: ModelSpec, data: DataSpec, *, plan_path: str | Path | None = None, against: str | Path | None = None
 ) -> list[dict[str, Any]]:
-    """Rows of ``vpruner evaluate``: ONNX files through the application's session, or a timm model in PyTorch.
+    """Accuracy rows of ONNX files through the application's session, or of a PyTorch model.
 
     Of two ONNX files one may be another tool's: what it does not say of its images, it takes from the other.
+
+    Args:
+        plan_path: Of a PyTorch model: compare it with itself pruned by this plan.
+        against: Of an ONNX file: the dense file to compare it with.
+
+    Raises:
+        UserError: Options do not go together, a file cannot be used, or there is nothing to measure.
     """
-    from ..core.preprocess import resolve_preprocessing
-
-    def images_for(classes, geometry, compares: bool) -> ImageSet:
-        images = one_set(classes, geometry, eval_data, eval_images, "evaluation", seed=seed, strict=strict)
-        if not compares and not images.labelled:
+    if model.is_onnx:
+        if plan_path or model.pretrained or model.weights or model.model_args:
+            named = f"{option('plan_path')}, {option('weights')}"
             raise UserError(
-                "nothing to measure: no labels, and nothing to compare with",
-                "give the dense model with --against DENSE.ONNX, or a plan with --plan for a PyTorch model",
+                f"{model.what} is an ONNX file: {named} and such go with a PyTorch model", f"use {option('against')}"
             )
-        return images
-
-    if model is not None and model.lower().endswith(".onnx"):
-        if plan_path or pretrained or weights or model_args:
-            raise UserError(
-                f"{model} is an ONNX file: --plan, --weights and such go with a PyTorch model", "use --against"
-            )
-        paths = {"model": Path(model)}
-        if against:
-            refuse_same(Path(model), Path(against))
-            paths = {"dense": Path(against), "pruned": Path(model)}
-        with open_graphs(paths) as sessions:
-            described = [session.metadata for session in sessions.values() if session.metadata.geometry is not None]
-            if not described:
-                raise UserError(
-                    f"{model} does not say what model it is (no vpruner.geometry)", "write it with: vpruner export"
-                )
-            metadata = described[0]
-            if against:
-                refuse_pruned(Path(against), sessions["dense"].metadata)
-                hashes = [session.metadata.weights_sha256 for session in sessions.values()]
-                if None in hashes:
-                    progress.remark(
-                        f"{against} and {model} do not both say what their weights are: that they come from the same "
-                        "model is for you to know"
-                    )
-                elif len(set(hashes)) > 1:
-                    raise UserError(
-                        f"{against} has weights {hashes[0][:12]}, {model} {hashes[1][:12]}",
-                        "compare files that come from the same model",
-                    )
-            for session in sessions.values():
-                session.preprocessing = resolve_preprocessing(
-                    session.preprocessing or metadata.preprocessing,
-                    preprocessing,
-                    size=metadata.geometry.image_size,
-                    source=str(session.path),
-                )
-            images = images_for(metadata.classes, metadata.geometry, bool(against))
-            with progress.stage("Evaluating", len(images.indices)) as advance:
-                estimates, _ = evaluate_graphs(sessions, images, metadata.geometry, advance)
+        estimates, images = _evaluate_onnx(model, data, None if against is None else Path(against))
     else:
         if against:
-            raise UserError("--against goes with an ONNX file", "for a PyTorch model give --plan")
-        refuse_preprocessing(preprocessing)
-        estimates, images = _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_for)
+            raise UserError(
+                f"{option('against')} goes with an ONNX file", f"for a PyTorch model give {option('plan_path')}"
+            )
+        refuse_preprocessing(model.preprocessing)
+        estimates, images = _evaluate_torch(model, data, plan_path)
     progress.remark(images.skipped_remark("evaluation"))
     return [estimate.row(label) for label, values in estimates.items() for estimate in values]
 
 
-def _evaluate_torch(model, pretrained, weights, model_args, plan_path, images_for):
+def _images_for(classes: Sequence[str] | None, geometry: Geometry, data: DataSpec, compares: bool) -> ImageSet:
+    """Evaluation images; without labels something must be compared with."""
+    images = one_set(classes, geometry, data, "evaluation")
+    if not compares and not images.labelled:
+        against, plan = option("against", "DENSE.ONNX"), option("plan_path")
+        raise UserError(
+            "nothing to measure: no labels, and nothing to compare with",
+            f"give the dense model with {against}, or a plan with {plan} for a PyTorch model",
+        )
+    return images
+
+
+def _evaluate_onnx(
+    model: ModelSpec, data: DataSpec, against: Path | None
+) -> tuple[dict[str, list[Estimate]], ImageSet]:
+    from ..core.preprocess import resolve_preprocessing
+
+    path = Path(model.what)
+    paths = {"model": path}
+    if against is not None:
+        refuse_same(path, against)
+        paths = {"dense": against, "pruned": path}
+    with open_graphs(paths) as sessions:
+        described = [session.metadata for session in sessions.values() if session.metadata.geometry is not None]
+        if not described:
+            raise UserError(
+                f"{path} does not say what model it is (no vpruner.geometry)", f"write it with: {command('export')}"
+            )
+        metadata = described[0]
+        if against is not None:
+            refuse_pruned(against, sessions["dense"].metadata)
+            _check_same_weights(path, against, [session.metadata.weights_sha256 for session in sessions.values()])
+        for session in sessions.values():
+            session.preprocessing = resolve_preprocessing(
+                session.preprocessing or metadata.preprocessing,
+                model.preprocessing,
+                size=metadata.geometry.image_size,
+                source=str(session.path),
+            )
+        images = _images_for(metadata.classes, metadata.geometry, data, against is not None)
+        with progress.stage("Evaluating", len(images.indices)) as advance:
+            estimates, _ = evaluate_graphs(sessions, images, metadata.geometry, advance)
+    return estimates, images
+
+
+def _check_same_weights(path: Path, against: Path, hashes: Sequence[str | None]) -> None:
+    if None in hashes:
+        progress.remark(
+            f"{against} and {path} do not both say what their weights are: that they come from the same "
+            "model is for you to know"
+        )
+    elif len(set(hashes)) > 1:
+        raise UserError(
+            f"{against} has weights {hashes[0][:12]}, {path} {hashes[1][:12]}",
+            "compare files that come from the same model",
+        )
+
+
+def _evaluate_torch(
+    model: ModelSpec, data: DataSpec, plan_path: str | Path | None
+) -> tuple[dict[str, list[Estimate]], ImageSet]:
     import torch
 
     from ..core.content_plan import load_plan
     from ..core.statistics import collect_outputs, compare
     from ..prune.fisher import batch_size_for
-    from ..prune.models import open_model
 
     plan = load_plan(plan_path) if plan_path else None
-    loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
+    loaded = open_torch(model)
     adapter = loaded.adapter
     rule = None if plan is None else rule_of(plan)
     tuned = False
     if plan is not None:
         plan.check_fits(loaded.name, adapter.geometry, loaded.sha256)
-        remark_untuned(plan, loaded.sha256, plan_path=plan_path, command="evaluate")
+        remark_untuned(plan, loaded.sha256, plan_path=plan_path, verb="evaluate")
         tuned = loaded.sha256 == plan.provenance.get("tuned_weights_sha256")
     if tuned:
-        progress.remark(
-            "tuned weights are not those of the dense model: what it lost is told by "
-            "vpruner evaluate pruned.onnx --against dense.onnx"
-        )
-    images = images_for(loaded.classes, adapter.geometry, plan is not None and not tuned)
+        told = command("evaluate", "pruned.onnx", against="dense.onnx")
+        progress.remark(f"tuned weights are not those of the dense model: what it lost is told by {told}")
+    images = _images_for(loaded.classes, adapter.geometry, data, plan is not None and not tuned)
 
     def dense(batch):
         with torch.inference_mode():
@@ -217,11 +231,13 @@ def check_against(model: Path, against: Path) -> None:
 
 def refuse_same(model: Path, against: Path) -> None:
     if model.exists() and against.exists() and model.samefile(against):
-        raise UserError(f"{model} against itself", "give the dense file after --against")
+        raise UserError(f"{model} against itself", f"give the dense file after {option('against')}")
 
 
 def refuse_pruned(against: Path, metadata: ModelMetadata) -> None:
     # The identity plan drops nothing: a file without dead tokens is a fair baseline too.
     plan, kept, geometry = metadata.plan, metadata.kept, metadata.geometry
     if plan and not (kept and geometry and all(len(indices) == geometry.patches for indices in kept)):
-        raise UserError(f"{against} is a pruned file (plan {plan[:12]})", "give the dense file after --against")
+        raise UserError(
+            f"{against} is a pruned file (plan {plan[:12]})", f"give the dense file after {option('against')}"
+        )

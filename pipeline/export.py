@@ -1,26 +1,29 @@
-"""Export with a method or in several precisions."""
+"""Export a model, whole or reduced, and beside it in other precisions: all of the files, or none."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import progress
-from ..core.choices import INT8_IMAGES, METHOD_IMAGES
+from ..core.choices import INT8_IMAGES, METHOD_IMAGES, TARGET
 from ..core.cost import dense_macs
 from ..core.errors import UserError
 from ..core.files import scratch_beside
 from ..core.plan import TokenPlan
-from .graphs import export_checked, export_rule_checked, move_model
-from .inputs import at_least_one, one_set
+from ..core.specs import DataSpec, ExportSpec, PrecisionSpec
+from ..core.text import option
+from .graphs import Reduced, move_model, write_graphs
+from .inputs import at_least_one, noise_images, one_set
+from .learned import remark_untuned, rule_of
 from .options import RULE_PARITY_IMAGES
-from .precisions import check_precisions, precision_check
+from .precisions import precision_check
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..core.content_plan import ContentPlan
     from ..export.deploy import Deployment
     from ..export.parity import ParityCheck
     from ..export.precision import Agreement, Conversion
@@ -28,10 +31,191 @@ if TYPE_CHECKING:
     from ..prune.methods.rule import TokenRule
 
 
-def make_pruning(
-    loaded: LoadedModel, method: str, target: float, images: Tensor, *, seed: int = 0
-) -> TokenPlan | TokenRule:
-    """What the method called ``method`` makes of the model within ``target``.
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method of token reduction, to be calibrated here.
+
+    Attributes:
+        name: As :func:`~vpruner.prune.methods.find_method` knows it.
+        target: Budget as a fraction of the dense model's multiply-adds.
+        seed: Of the choice of images, and of what depends on chance.
+    """
+
+    name: str
+    target: float = TARGET
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Files of an export.
+
+    Attributes:
+        path: The float32 file.
+        checks: Every parity check, passed.
+        deployment: How it was written for its target; None for the plain form.
+        conversions: For each precision what was converted, what that costs, and on which images.
+    """
+
+    path: Path
+    checks: tuple[ParityCheck, ...]
+    deployment: Deployment | None = None
+    conversions: tuple[tuple[Conversion, Agreement, str], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        from .results import parity_row
+
+        found: dict[str, Any] = {"file": str(self.path), "parity": [parity_row(check) for check in self.checks]}
+        if self.deployment is not None:
+            found["deployment"] = self.deployment.to_json()
+        found["precisions"] = [
+            {**done.to_json(), "compared_on": what, "agreement": cost.to_json()}
+            for done, cost, what in self.conversions
+        ]
+        return found
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file, the float32 one first."""
+        return (self.path, *(done.path for done, _, _ in self.conversions))
+
+
+def export(
+    loaded: LoadedModel,
+    output: Path,
+    spec: ExportSpec,
+    precision: PrecisionSpec,
+    *,
+    plan: TokenPlan | ContentPlan | None = None,
+    plan_path: str | Path | None = None,
+    method: MethodSpec | None = None,
+    data: Any = None,
+    images: int | None = None,
+    tokens: bool = False,
+) -> Exported:
+    """Export an opened model: whole, pruned by a plan, or with a method that is calibrated here.
+
+    Args:
+        plan: Static or by content.
+        plan_path: Where the plan was read from, for remarks.
+        data, images: Calibration images of the method and of static int8, and how many are used at most.
+        tokens: Of a model that ends in the mean of its tokens: return these instead.
+
+    Raises:
+        PlanError: The plan is for another model.
+        UserError: Options do not go together, or the target does not take the graph.
+        ParityError: The graph does not compute what the model does.
+    """
+    check_export(precision, plan, method, data, tokens)
+    if method is not None:
+        reduced, noise = _calibrated(loaded, method, data, images or METHOD_IMAGES)
+    else:
+        reduced, noise = by_plan(loaded, plan, plan_path=plan_path), None
+        if tokens:
+            from ..export.tokens import check_pools_by_mean
+
+            check_pools_by_mean(loaded.adapter)
+            if reduced.rule is not None:
+                raise UserError(f"{option('tokens')} goes with a plan of static positions", "leave it out")
+    return export_reduced(
+        reduced, output, spec, precision, parity_images=noise, data=data, images=images or INT8_IMAGES, tokens=tokens
+    )
+
+
+def check_export(precision: PrecisionSpec, plan: Any, method: MethodSpec | None, data: Any, tokens: bool) -> None:
+    """Refuse, before any work, what does not go together.
+
+    Args:
+        plan: A plan or the path of one; None: none.
+        data: Calibration images; None: none.
+    """
+    if plan is not None and method is not None:
+        raise UserError(f"{option('plan_path')} and {option('method')} both say which tokens leave", "give one of them")
+    if tokens and (method is not None or precision.precisions):
+        raise UserError(
+            f"{option('tokens')} goes with neither {option('method')} nor {option('precisions')}", "leave it out"
+        )
+    if "int8" in precision.precisions and data is None:
+        raise UserError(
+            "static int8 is calibrated on images", f"give them with {option('data', 'DIR')}, or use int8-dynamic"
+        )
+    if data is not None and "int8" not in precision.precisions and method is None:
+        raise UserError(
+            f"{option('data')} calibrates static int8",
+            f"add {option('precisions', 'int8')} or {option('method', 'NAME')}, or leave it out",
+        )
+
+
+def by_plan(
+    loaded: LoadedModel, plan: TokenPlan | ContentPlan | None, *, plan_path: str | Path | None = None
+) -> Reduced:
+    """A model with a plan that was learned for it.
+
+    Raises:
+        PlanError: The plan is for another model.
+    """
+    if plan is None:
+        return Reduced(loaded)
+    plan.check_fits(loaded.name, loaded.adapter.geometry, loaded.sha256)
+    remark_untuned(plan, loaded.sha256, plan_path=plan_path)
+    tuned = loaded.sha256 == plan.provenance.get("tuned_weights_sha256")
+    trained = plan.provenance.get("weights_sha256") if tuned else None
+    return Reduced(loaded, rule_of(plan) or plan, trained_sha256=trained)
+
+
+def export_reduced(
+    reduced: Reduced,
+    output: Path,
+    spec: ExportSpec,
+    precision: PrecisionSpec,
+    *,
+    parity_images: Tensor | None = None,
+    data: Any = None,
+    images: int = INT8_IMAGES,
+    tokens: bool = False,
+) -> Exported:
+    """Write a reduced model to ``output``, and its precisions next to it; nothing appears before all is checked.
+
+    Args:
+        parity_images: Float32 [image, channel, height, width], preprocessed; None: seeded noise.
+        data, images: Calibration images of static int8.
+        tokens: As for :func:`export`.
+    """
+    import torch
+
+    from ..export.precision import beside
+    from .convert import convert_checked
+
+    if parity_images is None:
+        parity_images = torch.from_numpy(noise_images(reduced.loaded.adapter.geometry))
+    with scratch_beside(output) as scratch:
+        folder, graphs = scratch / "files", scratch / "graphs"
+        folder.mkdir()
+        graphs.mkdir()
+        written = write_graphs(reduced, spec, folder, graphs, parity_images, tokens=tokens)
+        checks = list(written.checks)
+        converted, conversions = [], []
+        for name in precision.precisions:
+            path = beside(folder / output.name, name)
+            done, cost, what = convert_checked(
+                written.last,
+                path,
+                name,
+                io="float32" if name.startswith("int8") else precision.io,
+                data=data if name == "int8" else None,
+                count=images,
+            )
+            converted.append(path)
+            conversions.append((replace(done, path=beside(output, name)), cost, what))
+            checks.append(precision_check(path.name, output.name, cost))
+        move_model(written.last, output)
+        for path in converted:
+            move_model(path, output.with_name(path.name))
+    return Exported(output, tuple(checks), written.deployment, tuple(conversions))
+
+
+def make_pruning(loaded: LoadedModel, method: MethodSpec, images: Tensor) -> TokenPlan | TokenRule:
+    """What a method makes of the model within its target.
 
     Args:
         images: Float32 [image, channel, height, width], preprocessed, to calibrate on.
@@ -42,105 +226,27 @@ def make_pruning(
     from ..prune.fisher import batch_size_for
     from ..prune.methods import find_method
 
-    maker = find_method(method)()
+    maker = find_method(method.name)()
     batches = images[: maker.enough_images].split(batch_size_for(loaded.adapter.geometry, most=64))
-    with progress.stage(f"Calibrating {method}"):
-        return maker.make(loaded.adapter, batches, target, seed=seed)
+    with progress.stage(f"Calibrating {method.name}"):
+        return maker.make(loaded.adapter, batches, method.target, seed=method.seed)
 
 
-def export_method_checked(
-    loaded: LoadedModel,
-    output: Path,
-    *,
-    method: str,
-    target: float,
-    data: str | None,
-    count: int,
-    seed: int,
-    **options: Any,
-) -> tuple[list[ParityCheck], Deployment | None]:
-    """Calibrate a method on images and export the model with it, as :func:`export_checked` would with a plan.
-
-    Args:
-        data, count: Where calibration images are, None for the bundled ones, and how many are used at most.
-        options: Of :func:`export_checked`, ``plan`` aside.
-    """
+def _calibrated(loaded: LoadedModel, method: MethodSpec, data: Any, count: int) -> tuple[Reduced, Tensor | None]:
+    """The model with the method, and what its graph is compared with PyTorch on; None: anything will do."""
     from ..export.rules import counts_depend
     from ..prune.methods import find_method
 
-    if not find_method(method).fixed_counts:
-        raise counts_depend(method)
+    if not find_method(method.name).fixed_counts:
+        raise counts_depend(method.name)
     geometry = loaded.adapter.geometry
-    calibration = one_set(loaded.classes, geometry, data, count, "calibration", seed=seed, strict=False)
+    calibration = one_set(loaded.classes, geometry, DataSpec(data=data, images=count, seed=method.seed), "calibration")
     images, _ = next(at_least_one(calibration.batches(loaded.preprocessing, count), calibration))
     progress.remark(calibration.skipped_remark("calibration"))
-    made = make_pruning(loaded, method, target, images, seed=seed)
+    made = make_pruning(loaded, method, images)
     if isinstance(made, TokenPlan):
-        return export_checked(loaded, output, plan=made, **options)
+        return by_plan(loaded, made), None
     ratio = made.static_macs() / dense_macs(geometry)
     tokens = ", ".join(map(str, made.static_counts()[:-1]))
-    progress.remark(f"{method}: {ratio:.4f} of the dense MACs; tokens that enter each block: {tokens}")
-    images = images[:RULE_PARITY_IMAGES]
-    return export_rule_checked(loaded, output, rule=made, images=images, **options)
-
-
-def export_with_precisions(
-    loaded: LoadedModel,
-    output: Path,
-    *,
-    precisions: Sequence[str],
-    io: str,
-    data: str | None,
-    images: int | None,
-    method: str | None = None,
-    target: float = 0.65,
-    seed: int = 0,
-    **options: Any,
-) -> tuple[list[ParityCheck], Deployment | None, list[tuple[Conversion, Agreement, str]]]:
-    """Export a model, and beside it the same file in other precisions: all of them, or nothing.
-
-    Args:
-        io, data, images: As ``--io``, ``--data`` and ``--images`` of ``vpruner convert``; the method is calibrated on
-            the same images.
-        method, target, seed: As for :func:`export_method_checked`; None: no method.
-        options: Of :func:`export_checked`.
-
-    Returns:
-        The parity checks, with one for each precision; the deployment; and for each precision what was converted, what
-        that costs, and on which images.
-
-    Raises:
-        UserError: As :func:`~vpruner.pipeline.convert.convert_checked`, or an option that no precision takes.
-    """
-    from ..export.precision import beside
-    from .convert import convert_checked
-
-    check_precisions(precisions, io)
-    if "int8" in precisions and data is None:
-        raise UserError("static int8 is calibrated on images", "give them with --data DIR, or use int8-dynamic")
-    if data is not None and "int8" not in precisions and method is None:
-        raise UserError("--data calibrates static int8", "add --precision int8 or --method NAME, or leave it out")
-    with scratch_beside(output) as scratch:
-        written = [scratch / output.name]
-        if method is None:
-            checks, deployed = export_checked(loaded, written[0], **options)
-        else:
-            calibrated = dict(method=method, target=target, data=data, count=images or METHOD_IMAGES, seed=seed)
-            checks, deployed = export_method_checked(loaded, written[0], **calibrated, **options)
-        conversions = []
-        for precision in precisions:
-            path = beside(written[0], precision)
-            done, cost, what = convert_checked(
-                written[0],
-                path,
-                precision,
-                io="float32" if precision.startswith("int8") else io,
-                data=data if precision == "int8" else None,
-                count=images or INT8_IMAGES,
-            )
-            written.append(path)
-            conversions.append((replace(done, path=beside(output, precision)), cost, what))
-            checks.append(precision_check(path.name, output.name, cost))
-        for path in written:
-            move_model(path, output.with_name(path.name))
-    return checks, deployed, conversions
+    progress.remark(f"{method.name}: {ratio:.4f} of the dense MACs; tokens that enter each block: {tokens}")
+    return Reduced(loaded, made), images[:RULE_PARITY_IMAGES]

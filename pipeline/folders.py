@@ -11,8 +11,9 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.files import scratch_beside
+from ..core.text import option
 
-#: What a run writes; ``--force`` replaces a folder that holds nothing else.
+#: What a run writes; a new run may replace a folder that holds nothing else.
 RUN_FILES = re.compile(
     r"(plan\.json|(dense|tuned|pruned(\.(fp16|bf16|int8|int8-dynamic))?)\.onnx(\.\w+\.data)?|model\.safetensors|results\.jsonl"
     r"|report\.(html|md))"
@@ -29,7 +30,10 @@ def finished_folder(output: Path, *, force: bool) -> Iterator[Path]:
     """
     output = output.resolve()  # A link stays a link: what it points to is replaced.
     if Path.cwd().is_relative_to(output):
-        raise UserError(f"{output} is the folder you are in", "choose a folder of its own with -o, such as runs/mine")
+        raise UserError(
+            f"{output} is the folder you are in",
+            f"choose a folder of its own with {option('output')}, such as runs/mine",
+        )
     check_free(output, force=force)
     with scratch_beside(output) as scratch:
         yield scratch
@@ -48,25 +52,29 @@ def check_free(output: Path, *, force: bool) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise UserError(f"{output} is a file", "choose another folder with -o")
+        raise UserError(f"{output} is a file", f"choose another folder with {option('output')}")
     found = sorted(path.name for path in output.iterdir())
     if found and not force:
-        raise UserError(f"{output} exists already", "choose another folder with -o, or replace it with --force")
+        raise UserError(
+            f"{output} exists already",
+            f"choose another folder with {option('output')}, or replace it with {option('force')}",
+        )
     foreign = [name for name in found if not RUN_FILES.fullmatch(name)]
     if foreign:
         raise UserError(
-            f"{output} holds {foreign[0]}, which is not of a run", "choose another folder with -o, or move that away"
+            f"{output} holds {foreign[0]}, which is not of a run",
+            f"choose another folder with {option('output')}, or move that away",
         )
 
 
-def check_output(output: Path, suffix: str | Sequence[str], *inputs: str | Path | None, option: str = "-o") -> None:
+def check_output(output: Path, suffix: str | Sequence[str], *inputs: str | Path | None, name: str = "output") -> None:
     """Refuse, before any work, a file that cannot be written or that the command still needs.
 
     Args:
         output: The file to write.
         suffix: What its name must end in, or several of which one; empty: whatever the user likes.
         inputs: Files the command reads; None for those not given.
-        option: What the user named it with.
+        name: Of the argument that the user named it with.
 
     Raises:
         UserError: Says which.
@@ -75,31 +83,16 @@ def check_output(output: Path, suffix: str | Sequence[str], *inputs: str | Path 
     ending = " or ".join(suffixes)
     file = f"a {ending} file" if ending else "a file"
     if ending and output.suffix.lower() not in suffixes:
-        raise UserError(f"{output} does not end in {ending}", f"name {file} with {option}")
+        raise UserError(f"{output} does not end in {ending}", f"name {file} with {option(name)}")
     if output.is_dir():
-        raise UserError(f"{output} is a folder", f"name {file} with {option}")
+        raise UserError(f"{output} is a folder", f"name {file} with {option(name)}")
     for path in inputs:
         if path is not None and Path(path).exists() and output.exists() and output.samefile(path):
-            raise UserError(f"{output} is read by this command", f"choose another name with {option}")
+            raise UserError(f"{output} is read by this command", f"choose another name with {option(name)}")
     place = next(parent for parent in output.absolute().parents if parent.exists())
     try:
         # Tried, not asked for: to the superuser every folder seems writable, /proc too.
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError:
-        raise UserError(f"cannot write to {place}", f"choose another place with {option}") from None
-
-
-def check_checkpoint(checkpoint: Path | None, rearrange: str, *others: str | Path | None) -> None:
-    """Refuse, before any work, a checkpoint that cannot be written or would not be.
-
-    Args:
-        others: Files that the command reads or writes besides.
-    """
-    if checkpoint is None:
-        return
-    if rearrange != "ppo":
-        raise UserError(f"--checkpoint goes with --rearrange ppo, not with {rearrange}", "leave it out")
-    check_output(checkpoint, "", *others, option="--checkpoint")
-    if any(other is not None and Path(other).resolve() == checkpoint.resolve() for other in others):
-        raise UserError(f"{checkpoint} is written by this command", "choose another name with --checkpoint")
+        raise UserError(f"cannot write to {place}", f"choose another place with {option(name)}") from None

@@ -1,34 +1,145 @@
-"""Every path from a model to an ONNX file, with its parity checks."""
+"""The one path from a model to ONNX files, with their parity checks: runs, exports and comparisons all take it.
+
+A static plan and a rule that looks at each image are two ways to reduce a model. The plan is folded into the dense
+graph; the rule is exported as the graph that decides.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core import progress
-from ..core.errors import UserError
-from ..core.files import scratch_beside
 from ..core.plan import TokenPlan
-from .inputs import noise_images
-from .learned import remark_untuned, rule_of
+from ..core.specs import ExportSpec
+from .options import PARITY_IMAGES
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ..core.content_plan import ContentPlan
     from ..export.deploy import Deployment
     from ..export.parity import ParityCheck
     from ..prune.loaded import LoadedModel
     from ..prune.methods.rule import TokenRule
 
 
-def model_bytes(path: Path) -> int:
-    """Size of an ONNX file and, where its weights lie outside, of the file beside it."""
-    return sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
+@dataclass(frozen=True)
+class Reduced:
+    """A model, and what is taken away from it.
+
+    Attributes:
+        loaded: The model; its own weights are those of the dense graph.
+        reduction: A plan, a rule, or None for the whole model.
+        weights: State-dict name -> tensor, where tuning changed weights of the reduced model.
+        tuned_sha256: Hash of the model with those.
+        trained_sha256: Where ``loaded`` holds tuned weights itself: hash of those that tuning started from.
+    """
+
+    loaded: LoadedModel
+    reduction: TokenPlan | TokenRule | None = None
+    weights: Mapping[str, Tensor] | None = None
+    tuned_sha256: str | None = None
+    trained_sha256: str | None = None
+
+    @property
+    def plan(self) -> TokenPlan | None:
+        return self.reduction if isinstance(self.reduction, TokenPlan) else None
+
+    @property
+    def rule(self) -> TokenRule | None:
+        return None if self.reduction is None or isinstance(self.reduction, TokenPlan) else self.reduction
+
+    @property
+    def tuned(self) -> LoadedModel:
+        """The model under the hash of its tuned weights; they must be in it, as by ``with_weights``."""
+        return replace(self.loaded, sha256=self.tuned_sha256 or self.loaded.sha256)
 
 
-def write_dense(loaded: LoadedModel, path: Path, *, opset: int, dynamic_batch: bool, batch_size: int) -> None:
+@dataclass(frozen=True)
+class Written:
+    """Graphs of a model.
+
+    Attributes:
+        files: ``"dense"`` and ``"pruned"``, as far as they were asked for, in the form that was asked for.
+        plain: ``"dense"``, ``"tuned"`` (with the tuned weights) and ``"pruned"`` in the plain form, as far as they were
+            made; plans fold into these. What is written for a target may not take a plan any more.
+        checks: Every parity check, passed.
+        deployment: How the files were written for their target; None for the plain form.
+    """
+
+    files: Mapping[str, Path]
+    plain: Mapping[str, Path]
+    checks: tuple[ParityCheck, ...]
+    deployment: Deployment | None = None
+
+    @property
+    def last(self) -> Path:
+        """The pruned file, or the dense one where nothing was pruned."""
+        return self.files.get("pruned") or self.files["dense"]
+
+
+@dataclass
+class _Writing:
+    """What :func:`write_graphs` has so far."""
+
+    plain: dict[str, Path] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+    checks: list[ParityCheck] = field(default_factory=list)
+    deployment: Deployment | None = None
+
+
+def write_graphs(
+    reduced: Reduced,
+    spec: ExportSpec,
+    folder: Path,
+    scratch: Path,
+    images: Tensor,
+    *,
+    with_dense: bool = False,
+    plain_dense: Path | None = None,
+    tokens: bool = False,
+) -> Written:
+    """Write the graphs of a model and check each against the form that it comes from.
+
+    Args:
+        folder: Where the files go, as ``dense.onnx`` and ``pruned.onnx``.
+        scratch: Where graphs go that are needed on the way; they may be used as long as it stands.
+        images: Float32 [image, channel, height, width], preprocessed: what graphs are compared on.
+        with_dense: Also leave the dense graph in ``folder``.
+        plain_dense: The plain dense graph, where it has been written before.
+        tokens: Of a model that ends in the mean of its tokens: return these instead.
+
+    Raises:
+        UserError: The target does not take the graph, or a rule leaves the number of tokens to each image.
+        ParityError: A graph does not compute what the model does.
+    """
+    from ..export.deploy import plain_opset
+
+    plain = ExportSpec(plain_opset(spec.deploy_for, spec.opset), spec.dynamic_batch, spec.batch_size)
+    done = _Writing()
+    wanted = ["dense"] if with_dense or reduced.reduction is None else []
+    if reduced.rule is None or wanted:
+        place = folder if wanted and spec.deploy_for is None else scratch
+        done.plain["dense"] = plain_dense or place / "dense.onnx"
+        if plain_dense is None:
+            with progress.stage(f"Exporting {reduced.loaded.name}"):
+                write_dense(reduced.loaded, done.plain["dense"], plain)
+    if reduced.plan is not None:
+        _fold(reduced, plain, folder if spec.deploy_for is None else scratch, scratch, done)
+        wanted.append("pruned")
+    _check(reduced, images, done)
+    if tokens:
+        _return_tokens(reduced, images, wanted[-1], scratch, done)
+    _finish(reduced, spec, folder, wanted, images, done)
+    if reduced.rule is not None:
+        _write_rule(reduced, spec, plain, folder / "pruned.onnx", scratch, images, done)
+    return Written(done.files, done.plain, tuple(done.checks), done.deployment)
+
+
+def write_dense(loaded: LoadedModel, path: Path, spec: ExportSpec) -> None:
     """Export an opened model with everything the file should know about itself.
 
     One that came as an ONNX file is that file again, in its own opset and batch.
@@ -39,6 +150,7 @@ def write_dense(loaded: LoadedModel, path: Path, *, opset: int, dynamic_batch: b
         write_graph(loaded, path)
         return
     from ..export.dense import export_dense
+    from ..export.deploy import plain_opset
 
     export_dense(
         loaded.adapter.model,
@@ -48,143 +160,100 @@ def write_dense(loaded: LoadedModel, path: Path, *, opset: int, dynamic_batch: b
         preprocessing=loaded.preprocessing,
         classes=loaded.classes,
         weights_sha256=loaded.sha256,
-        opset=opset,
-        dynamic_batch=dynamic_batch,
-        batch_size=batch_size,
+        opset=plain_opset(None, spec.opset),
+        dynamic_batch=spec.dynamic_batch,
+        batch_size=spec.batch_size,
     )
 
 
-def export_checked(
-    loaded: LoadedModel,
-    output: Path,
-    *,
-    plan: TokenPlan | ContentPlan | None,
-    opset: int | None = None,
-    deploy_for: str | None = None,
-    dynamic_batch: bool = False,
-    batch_size: int = 1,
-    tokens: bool = False,
-    plan_path: str | Path | None = None,
-) -> tuple[list[ParityCheck], Deployment | None]:
-    """Export a model, whole or pruned; the file appears only when its parity holds.
-
-    Args:
-        plan: Static or by content; None: whole.
-        plan_path: Where the plan was read from, for remarks.
-        deploy_for: Write it in the form that this deployment target takes; None: in the plain form.
-        tokens: Of a model that ends in the mean of its tokens: return these instead.
-
-    Raises:
-        PlanError: The plan is for another model.
-        ParityError: The graph does not compute what the model does.
-    """
-    import torch
-
-    from ..export.deploy import plain_opset
+def _fold(reduced: Reduced, plain: ExportSpec, place: Path, scratch: Path, done: _Writing) -> None:
     from ..export.fold import fold_file
+    from ..prune.tune.weights import with_weights
+
+    source = done.plain["dense"]
+    if reduced.weights:
+        source = done.plain["tuned"] = scratch / "tuned.onnx"
+        model = reduced.loaded.adapter.model
+        with progress.stage("Exporting the tuned model"), with_weights(model, reduced.weights):
+            write_dense(reduced.tuned, source, plain)
+    done.plain["pruned"] = place / "pruned.onnx"
+    with progress.stage("Folding the plan"):
+        fold_file(source, reduced.plan, done.plain["pruned"])
+
+
+def _check(reduced: Reduced, images: Tensor, done: _Writing) -> None:
     from ..export.parity import check_dense, check_pruned
 
-    exported = plain_opset(deploy_for, opset)
-    geometry = loaded.adapter.geometry
-    if tokens:
-        from ..export.tokens import check_pools_by_mean, check_tokens, write_tokens
-
-        check_pools_by_mean(loaded.adapter)
-    if plan is not None:
-        plan.check_fits(loaded.name, geometry, loaded.sha256)
-        remark_untuned(plan, loaded.sha256, plan_path=plan_path)
-    if (rule := None if plan is None else rule_of(plan)) is not None:
-        if tokens:
-            raise UserError("--tokens goes with a plan of static positions", "leave it out")
-        tuned = loaded.sha256 == plan.provenance.get("tuned_weights_sha256")
-        return export_rule_checked(
-            loaded,
-            output,
-            rule=rule,
-            images=torch.from_numpy(noise_images(geometry)),
-            opset=opset,
-            deploy_for=deploy_for,
-            dynamic_batch=dynamic_batch,
-            batch_size=batch_size,
-            trained_sha256=plan.provenance.get("weights_sha256") if tuned else None,
-        )
-    with scratch_beside(output) as scratch:
-        dense, pruned = scratch / "dense.onnx", scratch / "pruned.onnx"
-        with progress.stage(f"Exporting {loaded.name}"):
-            write_dense(loaded, dense, opset=exported, dynamic_batch=dynamic_batch, batch_size=batch_size)
-        if plan is not None:
-            with progress.stage("Folding the plan"):
-                fold_file(dense, plan, pruned)
-        with progress.stage("Checking parity"):
-            images = torch.from_numpy(noise_images(geometry))
-            if plan is None:
-                checks = check_dense(loaded.adapter, dense, images)
-            else:
-                checks = check_pruned(loaded.adapter, plan, dense, pruned, images)
-        written, deployed = pruned if plan is not None else dense, None
-        if tokens:
-            written = write_tokens(written, scratch / output.name)
-            checks.append(check_tokens(loaded.adapter, plan, written, images))
-        if deploy_for is not None:
-            with progress.stage(f"Writing it for {deploy_for}"):
-                top1 = geometry.output == "logits"
-                deployed, check = deploy_checked(written, deploy_for, written, images.numpy(), top1=top1, opset=opset)
-            checks.append(check)
-        move_model(written, output)
-    return checks, deployed
+    adapter = reduced.loaded.adapter
+    if "dense" not in done.plain:
+        return
+    with progress.stage("Checking parity"):
+        if reduced.plan is None:
+            done.checks += check_dense(adapter, done.plain["dense"], images[:PARITY_IMAGES])
+        else:
+            dense, pruned = done.plain["dense"], done.plain["pruned"]
+            done.checks += check_pruned(adapter, reduced.plan, dense, pruned, images, weights=reduced.weights)
 
 
-def export_rule_checked(
-    loaded: LoadedModel,
-    output: Path,
-    *,
-    rule: TokenRule,
-    images: Tensor,
-    opset: int | None = None,
-    deploy_for: str | None = None,
-    dynamic_batch: bool = False,
-    batch_size: int = 1,
-    trained_sha256: str | None = None,
-) -> tuple[list[ParityCheck], Deployment | None]:
-    """Export a model that chooses the tokens of each image; the file appears only when its parity holds.
+def _return_tokens(reduced: Reduced, images: Tensor, name: str, scratch: Path, done: _Writing) -> None:
+    from ..export.tokens import check_tokens, write_tokens
 
-    Args:
-        images: Float32 [image, channel, height, width], preprocessed: what the graph is compared with PyTorch on.
-        trained_sha256: As for :func:`~vpruner.export.rules.export_rule`.
+    written = write_tokens(done.plain[name], scratch / f"{name}.tokens.onnx")
+    done.checks.append(check_tokens(reduced.loaded.adapter, reduced.plan, written, images))
+    done.plain[name] = written
 
-    Raises:
-        UserError: The rule leaves the number of tokens to each image, or the target does not take the graph.
-        ParityError: The graph does not compute what the rule does.
-    """
-    from ..export.deploy import deploy_file, plain_opset
-    from ..export.rules import check_rule, compare_rule, export_rule
 
-    exported, adapter, deployed = plain_opset(deploy_for, opset), loaded.adapter, None
-    with scratch_beside(output) as scratch:
-        written, decisions_path = scratch / output.name, scratch / "decisions.onnx"
-        with progress.stage(f"Exporting {loaded.name} with {rule.name}"):
-            options = dict(opset=exported, dynamic_batch=dynamic_batch, batch_size=batch_size)
-            export_rule(loaded, rule, written, decisions_path=decisions_path, trained_sha256=trained_sha256, **options)
-        with progress.stage("Checking parity"):
-            checks = check_rule(adapter, rule, written, decisions_path, images)
-        if deploy_for is not None:
-            with progress.stage(f"Writing it for {deploy_for}"):
-                deployed = deploy_file(written, deploy_for, written, opset=opset)
-                deploy_file(decisions_path, deploy_for, decisions_path, opset=opset)
-                # Unoptimized, as in deploy_checked. With PyTorch and not with the plain graph: who decided otherwise
-                # where scores are equal within rounding can then be told.
-                what = f" for {deploy_for}"
-                checks.append(compare_rule(adapter, rule, written, decisions_path, images, optimized=False, what=what))
-        move_model(written, output)
-    for check in checks:
-        if check.near_ties:
-            keep = "keeps" if check.near_ties == 1 else "keep"
-            progress.remark(
-                f"{check.near_ties} of {len(images)} images {keep} other tokens in onnxruntime than in PyTorch: scores "
-                "that are equal within rounding can fall either way in any two programs"
+def _finish(
+    reduced: Reduced, spec: ExportSpec, folder: Path, wanted: Sequence[str], images: Tensor, done: _Writing
+) -> None:
+    """Put the plain graphs that were asked for into the folder, in the form of the target where there is one."""
+    if spec.deploy_for is None:
+        done.files.update({name: done.plain[name] for name in wanted})
+        return
+    if not wanted:
+        return
+    top1 = reduced.loaded.adapter.geometry.output == "logits"
+    with progress.stage(f"Writing for {spec.deploy_for}"):
+        for name in wanted:
+            done.files[name] = folder / f"{name}.onnx"
+            done.deployment, check = deploy_checked(
+                done.plain[name], spec.deploy_for, done.files[name], images.numpy(), top1=top1, opset=spec.opset
             )
-            break
-    return checks, deployed
+            done.checks.append(check)
+
+
+def _write_rule(
+    reduced: Reduced, spec: ExportSpec, plain: ExportSpec, path: Path, scratch: Path, images: Tensor, done: _Writing
+) -> None:
+    """Export the graph that chooses the tokens of each image, and compare it with the rule in PyTorch."""
+    from ..export.deploy import deploy_file
+    from ..export.rules import check_rule, compare_rule, export_rule
+    from ..prune.tune.weights import with_weights
+
+    adapter, rule, decisions = reduced.loaded.adapter, reduced.rule, scratch / "decisions.onnx"
+    trained = reduced.loaded.sha256 if reduced.weights else reduced.trained_sha256
+    options = dict(opset=plain.opset, dynamic_batch=spec.dynamic_batch, batch_size=spec.batch_size)
+    with with_weights(adapter.model, reduced.weights):
+        with progress.stage(f"Exporting {reduced.loaded.name} with {rule.name}"):
+            export_rule(reduced.tuned, rule, path, decisions_path=decisions, trained_sha256=trained, **options)
+        with progress.stage("Checking parity"):
+            checks = check_rule(adapter, rule, path, decisions, images)
+        if spec.deploy_for is not None:
+            with progress.stage(f"Writing for {spec.deploy_for}"):
+                done.deployment = deploy_file(path, spec.deploy_for, path, opset=spec.opset)
+                deploy_file(decisions, spec.deploy_for, decisions, opset=spec.opset)
+                # Unoptimized, as in deploy_checked. With PyTorch and not with the plain graph: which of the two decided
+                # otherwise where scores are equal within rounding can then be proved.
+                what = f" for {spec.deploy_for}"
+                checks.append(compare_rule(adapter, rule, path, decisions, images, optimized=False, what=what))
+    done.files["pruned"] = path
+    done.checks += checks
+    if near := next((check.near_ties for check in checks if check.near_ties), 0):
+        keep = "keeps" if near == 1 else "keep"
+        progress.remark(
+            f"{near} of {len(images)} images {keep} other tokens in onnxruntime than in PyTorch: scores that are equal "
+            "within rounding can fall either way in any two programs"
+        )
 
 
 def deploy_checked(
@@ -218,6 +287,11 @@ def deploy_checked(
     # Unoptimized: onnxruntime would fuse again what was taken apart, and run the graph that it is compared with.
     found = run_onnx(output, images, optimized=False)
     return deployed, compare(name, reference, found, tolerance, top1=top1)
+
+
+def model_bytes(path: Path) -> int:
+    """Size of an ONNX file and, where its weights lie outside, of the file beside it."""
+    return sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
 
 
 def move_model(source: Path, target: Path) -> None:

@@ -10,33 +10,38 @@ from typing import TYPE_CHECKING, Any
 from ..core import progress
 from ..core.errors import UserError
 from ..core.plan import Geometry
-from .options import PARITY_IMAGES, RunOptions
+from ..core.specs import DataSpec, ModelSpec
+from ..core.text import command, option
+from .options import PARITY_IMAGES
 
 if TYPE_CHECKING:
     from ..core.cost import Cost
     from ..prune.data import ImageSet
     from ..prune.loaded import LoadedModel
-    from .options import CompareOptions
 
 
-def choose(options: RunOptions | CompareOptions, loaded: LoadedModel) -> tuple[ImageSet, ImageSet]:
-    """Calibration and evaluation images as the options say, with the remarks passed on."""
+def choose(data: DataSpec, loaded: LoadedModel, *, bundled_model: bool) -> tuple[ImageSet, ImageSet]:
+    """Calibration and evaluation images, with the remarks passed on.
+
+    Args:
+        bundled_model: Whether the bundled images are images like those that the model was trained on.
+    """
     from ..prune.choose_images import choose_images
 
-    geometry = loaded.adapter.geometry
-    bundled_images = options.data is None and options.eval_data is None
     calibration, evaluation, remarks = choose_images(
-        options.data,
-        options.eval_data,
-        calibration=options.images,
-        evaluation=options.eval_images,
+        data.data,
+        data.eval_data,
+        calibration=data.images,
+        evaluation=data.eval_images,
         classes=loaded.classes,
-        outputs=geometry.class_count,
-        seed=options.seed,
-        strict=options.strict,
+        outputs=loaded.adapter.geometry.class_count,
+        seed=data.seed,
+        strict=data.strict,
     )
-    if bundled_images and options.model is not None:
-        progress.remark("no --data: the bundled CIFAR-10 images calibrate; give images like those the model will see")
+    if data.data is None and data.eval_data is None and not bundled_model:
+        progress.remark(
+            f"no {option('data')}: the bundled CIFAR-10 images calibrate; give images like those the model will see"
+        )
     for remark in remarks:
         progress.remark(remark)
     require_readable(evaluation)
@@ -65,37 +70,10 @@ def at_least_one(batches: Iterator[Any], images: ImageSet) -> Iterator[Any]:
     return itertools.chain([first], batches)
 
 
-def is_onnx(model: str | Path | None) -> bool:
-    return model is not None and str(model).lower().endswith(".onnx")
-
-
-def open_as_given(options: RunOptions | CompareOptions) -> LoadedModel:
-    """:func:`open_prunable` with what the options say."""
-    return open_prunable(
-        options.model,
-        pretrained=options.pretrained,
-        weights=options.weights,
-        model_args=options.model_args,
-        preprocessing=options.preprocessing,
-        loss=options.loss,
-    )
-
-
-def open_prunable(
-    model: str | None,
-    *,
-    pretrained: bool,
-    weights: str | None,
-    model_args: Mapping[str, Any],
-    preprocessing: Mapping[str, Any],
-    loss: str,
-    softmax: bool = False,
-) -> LoadedModel:
+def open_prunable(model: ModelSpec, *, loss: str = "auto", softmax: bool = False) -> LoadedModel:
     """What a plan can be learned from: a PyTorch model, or one rebuilt from an ONNX file of any exporter.
 
     Args:
-        preprocessing: What the user said of an ONNX file's, see
-            :func:`~vpruner.core.preprocess.resolve_preprocessing`.
         loss: As the user gave it: with ``"features"``, what an ONNX file returns is an embedding, with ``"labels"`` or
             ``"self"`` it is logits, whatever it looks like.
         softmax: Whether a graph may end in one, so that it returns probabilities where the model has logits.
@@ -103,33 +81,53 @@ def open_prunable(
     Raises:
         UserError: The model cannot be opened, or options do not go with it.
     """
-    if not is_onnx(model):
-        from ..prune.models import open_model
+    from ..prune.loaded import LoadedModel
 
-        refuse_preprocessing(preprocessing)
-        return open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
-    if pretrained or weights or model_args:
-        raise UserError(
-            f"{model} is an ONNX file: --weights, --pretrained and --model-arg go with a PyTorch model",
-            "leave them out, or name the model instead of the file",
-        )
+    if isinstance(model.what, LoadedModel):
+        return model.what
+    if not model.is_onnx:
+        refuse_preprocessing(model.preprocessing)
+        return open_torch(model)
+    refuse_torch_options(model)
     from ..export.rebuild.graph import rebuild
 
-    rebuilt = rebuild(model, preprocessing=preprocessing, features=None if loss == "auto" else loss == "features")
+    features = None if loss == "auto" else loss == "features"
+    rebuilt = rebuild(model.what, preprocessing=model.preprocessing, features=features)
     loaded, geometry = rebuilt.loaded, rebuilt.loaded.adapter.geometry
     if rebuilt.softmax and not softmax:
+        learn, fold = command("prune", str(model.what), data="DIR"), command("fold")
         raise UserError(
-            f"{model} ends in a Softmax, and what it returns is compared as logits",
-            f"learn the plan with: vpruner prune {model} --data DIR; then: vpruner fold",
+            f"{model.what} ends in a Softmax, and what it returns is compared as logits",
+            f"learn the plan with: {learn}; then: {fold}",
         )
     if loss == "auto" and loaded.classes is None:
         kind = (
-            "an embedding (--loss self if it is logits)"
+            f"an embedding ({option('loss', 'self')} if it is logits)"
             if geometry.output == "features"
-            else ("logits (--loss features if it is an embedding)")
+            else f"logits ({option('loss', 'features')} if it is an embedding)"
         )
-        progress.remark(f"{Path(str(model)).name}: its {geometry.outputs} outputs are taken for {kind}")
+        progress.remark(f"{Path(model.what).name}: its {geometry.outputs} outputs are taken for {kind}")
     return loaded
+
+
+def open_torch(model: ModelSpec) -> LoadedModel:
+    """A PyTorch model by name, card, folder or None for the bundled reference, or one that is opened already."""
+    from ..prune.loaded import LoadedModel
+    from ..prune.models import open_model
+
+    if isinstance(model.what, LoadedModel):
+        return model.what
+    return open_model(model.what, pretrained=model.pretrained, weights=model.weights, model_args=dict(model.model_args))
+
+
+def refuse_torch_options(model: ModelSpec) -> None:
+    """Refuse, of an ONNX file, what only a PyTorch model takes."""
+    if model.pretrained or model.weights or model.model_args:
+        named = f"{option('weights')}, {option('pretrained')} and {option('model_args')}"
+        raise UserError(
+            f"{model.what} is an ONNX file: {named} go with a PyTorch model",
+            "leave them out, or name the model instead of the file",
+        )
 
 
 def open_cost(
@@ -157,7 +155,7 @@ def open_cost(
     if kind != "latency" or not path:
         raise UserError(
             f"the cost is {spec!r}, expected macs or latency:TABLE.json",
-            "measure a table with: vpruner table MODEL -o table.json",
+            f"measure a table with: {command('table', 'MODEL', output='table.json')}",
         )
     table = LatencyTable.load(path)
     cost = LatencyCost(table, geometry)
@@ -166,38 +164,30 @@ def open_cost(
     return cost
 
 
-def one_set(
-    classes: Sequence[str] | None,
-    geometry: Geometry,
-    spec: str | None,
-    count: int,
-    role: str,
-    *,
-    seed: int,
-    strict: bool,
-) -> ImageSet:
+def one_set(classes: Sequence[str] | None, geometry: Geometry, data: DataSpec, role: str) -> ImageSet:
     """Images for a command that reads a single source: ``role`` is ``"calibration"`` or ``"evaluation"``."""
     from ..core import bundled
     from ..prune.choose_images import choose_indices, map_labels
     from ..prune.data import ImageSet, ImageSource
 
     learns = role == "calibration"
+    spec, count = (data.data, data.images) if learns else (data.eval_data, data.eval_images)
     if spec is None:
-        progress.remark(f"no {'--data' if learns else '--eval-data'}: the bundled CIFAR-10 images serve for {role}")
+        missing = option("data" if learns else "eval_data")
+        progress.remark(f"no {missing}: the bundled CIFAR-10 images serve for {role}")
         spec = str(bundled.calibration_data() if learns else bundled.evaluation_data())
-    source = ImageSource(spec, split="train" if learns else "validation")
+    source = spec if isinstance(spec, ImageSource) else ImageSource(spec, split="train" if learns else "validation")
     remarks: list[str] = []
     label_map = map_labels(source, classes, geometry.class_count, remarks)
     for remark in remarks:
         progress.remark(remark)
-    return ImageSet(source, choose_indices(source, count, seed), label_map, strict)
+    return ImageSet(source, choose_indices(source, count, data.seed), label_map, data.strict)
 
 
 def refuse_preprocessing(given: Mapping[str, Any]) -> None:
     if given:
-        name = min(given).replace("_", "-")
         raise UserError(
-            f"--{name} goes with an ONNX file; a PyTorch model says itself how images are prepared",
+            f"{option(min(given))} goes with an ONNX file; a PyTorch model says itself how images are prepared",
             "leave it out, or write it into 'preprocessing' of a model card",
         )
 

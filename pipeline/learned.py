@@ -11,35 +11,83 @@ from typing import TYPE_CHECKING
 
 from ..core import progress
 from ..core.errors import UserError
+from ..core.files import is_onnx
 from ..core.plan import TokenPlan
-from .inputs import is_onnx
+from ..core.specs import LearnSpec, ModelSpec
+from ..core.text import command, option
+from .folders import check_output
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.content_plan import ContentPlan
+    from ..core.cost import Cost
+    from ..prune.data import ImageSet
     from ..prune.loaded import LoadedModel
     from ..prune.methods.rule import TokenRule
-    from ..prune.rearrange.search import RearrangeSettings
     from ..prune.stages import Learned
 
 
-def check_select(select: str, tune: str, model: str | Path | None) -> None:
-    """Refuse, before any work, a selection that does not go with the other options.
+def check_learn(spec: LearnSpec, model: ModelSpec, *others: str | Path | None) -> None:
+    """Refuse, before any work, what cannot be learned by these options or not of this model.
+
+    Args:
+        others: Files that the command writes besides.
 
     Raises:
         UserError: Says what to give instead.
     """
-    if select == "static":
+    check_checkpoint(spec, *model.files, *others)
+    if spec.select == "static":
         return
-    if is_onnx(model):
+    if model.is_onnx:
+        selected = option("select", "content")
         raise UserError(
-            f"{model} is an ONNX file, and --select content writes a graph of its own from a PyTorch model",
-            "leave out --select, or name the model instead of the file",
+            f"{model.what} is an ONNX file, and {selected} writes a graph of its own from a PyTorch model",
+            f"leave out {option('select')}, or name the model instead of the file",
         )
     from ..prune.learn import check_selection
 
-    check_selection(select, tune)
+    check_selection(spec.select, spec.tune)
+
+
+def learn(loaded: LoadedModel, calibration: ImageSet, spec: LearnSpec, cost: Cost | None = None) -> Learned:
+    """:func:`~vpruner.prune.learn.learn` as the spec says."""
+    from ..prune import learn as stages
+    from ..prune.rearrange.search import RearrangeSettings
+
+    return stages.learn(
+        loaded,
+        calibration,
+        target=spec.target,
+        cost=cost,
+        loss=spec.loss,
+        rounds=spec.rounds,
+        rearrangement=spec.rearrange,
+        tuning=spec.tune,
+        selection=spec.select,
+        settings=RearrangeSettings.for_tuning(spec.tune, episodes=spec.episodes, time_limit=spec.time_limit),
+        checkpoint=spec.checkpoint,
+        seed=spec.seed,
+    )
+
+
+def check_checkpoint(spec: LearnSpec, *others: str | Path | None) -> None:
+    """Refuse, before any work, a checkpoint that cannot be written or would not be.
+
+    Args:
+        others: Files that the command reads or writes besides.
+    """
+    if spec.checkpoint is None:
+        return
+    if spec.rearrange != "ppo":
+        goes = f"{option('checkpoint')} goes with {option('rearrange', 'ppo')}"
+        raise UserError(f"{goes}, not with {spec.rearrange}", "leave it out")
+    check_output(spec.checkpoint, "", *others, name="checkpoint")
+    if any(other is not None and Path(other).resolve() == spec.checkpoint.resolve() for other in others):
+        raise UserError(
+            f"{spec.checkpoint} is written by this command", f"choose another name with {option('checkpoint')}"
+        )
 
 
 def rule_of(plan: TokenPlan | ContentPlan) -> TokenRule | None:
@@ -75,17 +123,12 @@ def chosen_plans(rule: TokenRule, loaded: LoadedModel, images: Tensor) -> list[T
     ]
 
 
-def rearrange_settings(tuning: str, episodes: int | None, time_limit: float | None) -> RearrangeSettings:
-    from ..prune.rearrange.search import RearrangeSettings
-
-    return RearrangeSettings.for_tuning(tuning, episodes=episodes, time_limit=time_limit)
-
-
 def check_tuned_output(path: Path) -> None:
     """Refuse a file for tuned weights whose place is taken by something else: weights are not had again for nothing."""
     if path.is_dir() or (path.exists() and _tuned_for(path) is None):
         raise UserError(
-            f"the tuned weights would go to {path}, which holds something else", "choose another name with -o"
+            f"the tuned weights would go to {path}, which holds something else",
+            f"choose another name with {option('output')}",
         )
 
 
@@ -218,13 +261,13 @@ def remark_untuned(
     sha256: str,
     *,
     plan_path: str | Path | None = None,
-    command: str = "export",
+    verb: str = "export",
 ) -> None:
     """Say that a plan goes with tuned weights, where the model has those it was learned on.
 
     Args:
         plan_path: Where the plan was read from; None: not known here.
-        command: What to type again with those weights, where they are a PyTorch model's; of an ONNX file it is fold.
+        verb: The command to give again with those weights, of a PyTorch model; of an ONNX file it is fold.
     """
     tuned = plan.provenance.get("tuned_weights_sha256")
     if tuned and sha256 != tuned:
@@ -234,18 +277,12 @@ def remark_untuned(
             where, beside = shlex.quote(str(plan_path)), Path(plan_path).with_name(Path(name).name)
             weights = str(beside) if beside.is_file() else name
         weights = shlex.quote(weights)
-        again = f"fold {weights}" if is_onnx(name) else f"{command} MODEL --weights {weights}"
+        again = (
+            command("fold", weights, plan_path=where)
+            if is_onnx(name)
+            else command(verb, "MODEL", weights=weights, plan_path=where)
+        )
         progress.remark(
             f"the model has its weights from before tuning; those tuned for this plan are in {name}, written beside "
-            f"it, to be given as in: vpruner {again} --plan {where}"
+            f"it, to be given as in: {again}"
         )
-
-
-def stage_labels(learned: Learned) -> list[str]:
-    """For each stage the label of the graph that shows the model after it: ``"pruned"`` where that is the final one."""
-
-    def state(plan: TokenPlan | ContentPlan, weights: Mapping[str, Tensor] | None) -> tuple[str, bool]:
-        return plan.digest, bool(weights)
-
-    names = {state(learned.content or learned.plan, learned.weights): "pruned"}
-    return [names.setdefault(state(stage.content or stage.plan, stage.weights), stage.name) for stage in learned.stages]

@@ -1,15 +1,12 @@
-"""What runs and comparisons can be asked for."""
+"""What runs and comparisons can be asked for: the Specs that each composes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-#: What a whole run imports at one point or another.
-PACKAGES = ("torch", "timm", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "matplotlib")
-#: Images that the parity checks run through PyTorch and onnxruntime.
+from ..core.specs import DataSpec, ExportSpec, LearnSpec, ModelSpec, PrecisionSpec, TimingSpec
+
+#: Images that are run through PyTorch and onnxruntime to compare the two.
 PARITY_IMAGES = 16
 #: Images that an exported rule is compared with PyTorch on: which tokens are kept depends on them.
 RULE_PARITY_IMAGES = 64
@@ -19,75 +16,44 @@ EXAMPLE_IMAGES = 4
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Everything ``vpruner run`` can be told; see the command's help for the meaning.
+    """Everything a run can be asked for.
 
-    Where ``episodes`` or ``time_limit`` is None, it is that of
-    :meth:`~vpruner.prune.rearrange.search.RearrangeSettings.for_tuning`.
+    Attributes:
+        command: What the user typed, for the report; empty where the run was called from Python.
     """
 
-    target: float = 0.65
-    cost: str = "macs"
-    model: str | None = None
-    pretrained: bool = False
-    weights: str | None = None
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    data: str | None = None
-    eval_data: str | None = None
-    images: int = 4096
-    eval_images: int = 2000
-    loss: str = "auto"
-    rounds: int | None = None
-    rearrange: str = "ppo"
-    tune: str = "weights"
-    select: str = "static"
-    episodes: int | None = None
-    time_limit: float | None = None
-    checkpoint: Path | None = None
-    preprocessing: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    strict: bool = False
-    opset: int | None = None
-    deploy_for: str | None = None
-    dynamic_batch: bool = False
-    batch_size: int = 1
-    threads: int | None = 1
-    seconds: float = 10.0
-    precisions: tuple[str, ...] = ()
-    io: str = "float32"
+    model: ModelSpec = field(default_factory=ModelSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    learn: LearnSpec = field(default_factory=LearnSpec)
+    export: ExportSpec = field(default_factory=ExportSpec)
+    precision: PrecisionSpec = field(default_factory=PrecisionSpec)
+    timing: TimingSpec = field(default_factory=TimingSpec)
     command: str = ""
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Everything ``vpruner compare`` can be told; see the command's help for the meaning.
+    """Everything a comparison can be asked for.
 
     Attributes:
-        methods: Names, see :func:`contenders`; None: all.
-        seed, seeds: What depends on chance or on the choice of calibration images is made with ``seeds`` seeds from
-            ``seed`` on. Graphs are timed for the first.
-        episodes, time_limit: Of V-Pruner's rearrangement; None: as ``vpruner run`` has them.
+        learn: Of our own methods: the loss, and the episodes and time of the rearrangement. Its seed is the first;
+            target and stages are set by each contender.
+        targets: Budgets as fractions of the dense model's multiply-adds.
+        methods: Names, see :func:`~vpruner.pipeline.compare.contenders.contenders`; None: all.
+        seeds: What depends on chance or on the choice of calibration images is made with so many seeds. Graphs are
+            timed for the first.
+        batches: Batch sizes to time.
         latency: Whether to export graphs and time them.
+        opset: ONNX opset of the graphs.
     """
 
+    model: ModelSpec = field(default_factory=ModelSpec)
+    data: DataSpec = field(default_factory=lambda: DataSpec(images=1024))
+    learn: LearnSpec = field(default_factory=LearnSpec)
+    timing: TimingSpec = field(default_factory=TimingSpec)
     targets: tuple[float, ...] = (0.8, 0.65, 0.5)
     methods: tuple[str, ...] | None = None
-    model: str | None = None
-    pretrained: bool = False
-    weights: str | None = None
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    preprocessing: Mapping[str, Any] = field(default_factory=dict)
-    data: str | None = None
-    eval_data: str | None = None
-    images: int = 1024
-    eval_images: int = 2000
-    loss: str = "auto"
-    episodes: int | None = None
-    time_limit: float | None = None
-    seed: int = 0
     seeds: int = 1
-    strict: bool = False
     batches: tuple[int, ...] = (1,)
-    threads: int = 1
-    seconds: float = 10.0
     latency: bool = True
     opset: int = 20

@@ -32,7 +32,7 @@ LATENCY_NOTES = {
 
 
 @dataclass(frozen=True)
-class Lowered:
+class Converted:
     """One precision of a file, as :func:`convert_beside` made it.
 
     Attributes:
@@ -65,7 +65,7 @@ def convert_beside(
     *,
     io: str = "float32",
     calibration: str = DEFAULT_CALIBRATION,
-) -> list[Lowered]:
+) -> list[Converted]:
     """Write ``source`` in each of the precisions beside it.
 
     A precision that this model cannot be had in is left out, and why is said: what else a long run made is not lost.
@@ -88,38 +88,35 @@ def convert_beside(
         except UserError as error:
             remove_model(path)
             # The folder may be one that the user never sees.
-            made.append(Lowered(precision, path, failure=str(error).replace(f"{source.parent}{os.sep}", "")))
+            made.append(
+                Converted(precision, path, failure=progress.words(error.marked).replace(f"{source.parent}{os.sep}", ""))
+            )
             continue
         count = len(images) if precision == "int8" else None
-        made.append(Lowered(precision, path, done, cpu_form(path, scratch), count))
+        made.append(Converted(precision, path, done, cpu_form(path, scratch), count))
     return made
 
 
-def check_precisions(precisions: Sequence[str], io: str) -> None:
-    if io != "float32" and not {"fp16", "bf16"} & set(precisions):
-        raise UserError(f"--io {io} goes with --precision fp16 or bf16", "leave it out")
-
-
 def judge_precisions(
-    lowered: Sequence[Lowered], outputs: Outputs, output: str
-) -> tuple[list[Lowered], dict[str, Agreement]]:
+    converted: Sequence[Converted], outputs: Outputs, output: str
+) -> tuple[list[Converted], dict[str, Agreement]]:
     """What each precision costs against the float32 pruned graph, from outputs on the same images.
 
     One whose outputs are not finite goes, from ``outputs`` and from the disk.
 
     Args:
-        lowered: The precisions, also those that could not be made.
+        converted: The precisions, also those that could not be made.
         outputs: Those of ``"pruned"`` and of each precision that was made.
         output: ``"logits"`` or ``"features"``.
 
     Returns:
-        ``lowered``, with failures added, and label -> cost of those that are left.
+        ``converted``, with failures added, and label -> cost of those that are left.
     """
     from ..export.files import remove_model
     from ..export.precision import compare_outputs
 
     judged, costs = [], {}
-    for item in lowered:
+    for item in converted:
         if item.failure is None:
             try:
                 costs[item.label] = compare_outputs(
@@ -136,7 +133,7 @@ def judge_precisions(
             except UserError as error:
                 del outputs.of[item.label]
                 remove_model(item.path)
-                item = replace(item, conversion=None, runs=None, failure=str(error))
+                item = replace(item, conversion=None, runs=None, failure=progress.words(error.marked))
         if item.failure is not None:
             progress.remark(f"{item.path.name} was left out: {item.failure}")
         judged.append(item)
@@ -159,13 +156,13 @@ def precision_check(name: str, reference: str, cost: Agreement) -> ParityCheck:
 
 
 def precision_rows(
-    lowered: Sequence[Lowered], costs: Mapping[str, Agreement], latency: Sequence[Mapping[str, Any]]
+    converted: Sequence[Converted], costs: Mapping[str, Agreement], latency: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """For each precision its parity check, and one row with all that is known of it."""
 
     timed = {row["label"]: row for row in latency}
     rows = []
-    for item in lowered:
+    for item in converted:
         row = {"schema": 1, "kind": "precision", "label": item.label, "precision": item.precision}
         row.update(file=item.path.name, failure=item.failure)
         if item.conversion is None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import UserError
 from ..core.plan import TokenPlan
+from ..core.text import command
 from .folders import check_output
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def show(source: Path, image: str | None, output: Path) -> TokenPlan:
         if metadata.rule is not None:
             raise UserError(
                 f"{source} holds no token plan: {metadata.rule['method']} chooses the tokens of each image",
-                "give a pruned.onnx that vpruner fold wrote, or a plan.json",
+                f"give a pruned.onnx that {command('fold')} wrote, or a plan.json",
             )
         if metadata.kept is None or metadata.geometry is None:
             raise UserError(f"{source} holds no token plan", "give a pruned.onnx or a plan.json")

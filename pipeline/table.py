@@ -3,55 +3,71 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core import progress
+from ..core.choices import OPSET
 from ..core.errors import UserError
+from ..core.extras import require_all
 from ..core.files import scratch_beside
+from ..core.specs import ExportSpec, ModelSpec
+from ..core.text import option
 from .graphs import write_dense
+from .inputs import open_torch, refuse_torch_options
 
 if TYPE_CHECKING:
     from ..core.latency_table import LatencyTable
     from ..runtime.table.graphs import Graphs
 
 
-def make_table(
-    output: Path,
-    *,
-    model: str | None,
-    pretrained: bool,
-    weights: str | None,
-    model_args: Mapping[str, Any],
-    opset: int | None,
-    batch_size: int,
-    provider: str,
-    threads: int | None,
-    seconds: float,
-    runtime: str = "ort",
-    precision: str | None = None,
-    step: int | None = None,
-) -> LatencyTable:
+@dataclass(frozen=True)
+class TableSpec:
+    """How a latency table is measured.
+
+    Attributes:
+        runtime: ``"ort"``, or ``"trt"`` for TensorRT engines; then ``precision`` and ``step`` are as in
+            :class:`~vpruner.pipeline.blocks.TrtGraphs`, by default fp16 and 8.
+        provider: Of onnxruntime.
+        threads: Of onnxruntime; None: every core that this process may use.
+        seconds: Time to measure for, about; with TensorRT building counts too.
+    """
+
+    runtime: str = "ort"
+    provider: str = "cpu"
+    threads: int | None = None
+    seconds: float = 60.0
+    precision: str | None = None
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        engines = option("runtime", "trt")
+        if not self.engines and (self.precision or self.step):
+            raise UserError(
+                f"{option('precision')} and {option('step')} go with {engines}", f"leave them out, or add {engines}"
+            )
+        if self.engines and (self.provider != "cpu" or self.threads):
+            raise UserError(
+                f"{option('provider')} and {option('threads')} are of onnxruntime", f"leave them out with {engines}"
+            )
+
+    @property
+    def engines(self) -> bool:
+        return self.runtime == "trt"
+
+
+def make_table(output: Path, model: ModelSpec, export: ExportSpec, spec: TableSpec) -> LatencyTable:
     """Measure the latency table of a model, or of the dense ONNX file of one, and write it.
 
     Args:
-        runtime: ``"ort"``, or ``"trt"`` for TensorRT engines; then ``precision`` and ``step`` are as in
-            :class:`~vpruner.pipeline.blocks.TrtGraphs`, by default fp16 and 8.
+        export: Opset and batch of the graphs.
 
     Raises:
         UserError: The model or file cannot be used; nothing is written then.
     """
-    from ..core.extras import require
-
-    engines = runtime == "trt"
-    if not engines and (precision or step):
-        raise UserError("--precision and --step go with --runtime trt", "leave them out, or add --runtime trt")
-    if engines and (provider != "cpu" or threads):
-        raise UserError("--provider and --threads are of onnxruntime", "leave them out with --runtime trt")
-    for package in ("onnx", "onnx_ir", *(("tensorrt", "polygraphy") if engines else ("onnxruntime",))):
-        require(package)
-    if engines:
+    require_all(("onnx", "onnx_ir", *(("tensorrt", "polygraphy") if spec.engines else ("onnxruntime",))))
+    if spec.engines:
         from ..runtime import cuda
 
         cuda.device_properties()  # What is missing is said before a model is exported.
@@ -59,38 +75,41 @@ def make_table(
     from ..runtime.table.measure import measure_table
     from .blocks import OrtGraphs, TrtGraphs
 
+    batch = export.batch_size
     with scratch_beside(output) as scratch:
-        if model is not None and model.lower().endswith(".onnx"):
-            if pretrained or weights or model_args or opset:
-                raise UserError(
-                    f"{model} is an ONNX file: --weights, --opset and such go with a PyTorch model",
-                    "leave them out, or name the model instead of the file",
-                )
-            dense = Path(model)
+        dense = _dense_file(model, export, spec, scratch)
+        if spec.engines:
+            how = dict(precision=spec.precision or "fp16", step=spec.step or 8)
+            graphs: Graphs = TrtGraphs(dense, scratch, batch=batch, **how)
         else:
-            from ..prune.models import open_model
-
-            dense = scratch / "dense.onnx"
-            with progress.stage("Exporting the dense model"):
-                loaded = open_model(model, pretrained=pretrained, weights=weights, model_args=model_args)
-                written = opset or (min(20, _newest_opset()) if engines else 20)
-                write_dense(loaded, dense, opset=written, dynamic_batch=False, batch_size=batch_size)
-                del loaded
-                gc.collect()  # A large model's weights need not lie in memory while others are measured.
-        if engines:
-            how = dict(precision=precision or "fp16", step=step or 8)
-            graphs: Graphs = TrtGraphs(dense, scratch, batch=batch_size, **how)
-        else:
-            threads = usable_cores() if threads is None else threads
-            graphs = OrtGraphs(dense, scratch, threads=threads, batch=batch_size, provider=provider)
+            threads = usable_cores() if spec.threads is None else spec.threads
+            graphs = OrtGraphs(dense, scratch, threads=threads, batch=batch, provider=spec.provider)
         with progress.stage(f"Measuring blocks of {graphs.name}") as advance:
             table = measure_table(
-                graphs, graphs.name, graphs.geometry, seconds=seconds, on_group=lambda done, groups: advance(1)
+                graphs, graphs.name, graphs.geometry, seconds=spec.seconds, on_group=lambda done, groups: advance(1)
             )
         table.save(output)
     if remark := table.error_remark():
         progress.remark(remark)
     return table
+
+
+def _dense_file(model: ModelSpec, export: ExportSpec, spec: TableSpec, scratch: Path) -> Path:
+    """The dense ONNX file: the user's, or one exported into ``scratch``."""
+    if model.is_onnx:
+        if export.opset is not None:
+            raise UserError(
+                f"{model.what} is an ONNX file: {option('opset')} goes with a PyTorch model",
+                "leave it out, or name the model instead of the file",
+            )
+        refuse_torch_options(model)
+        return Path(model.what)
+    dense = scratch / "dense.onnx"
+    with progress.stage("Exporting the dense model"):
+        opset = export.opset or (min(OPSET, _newest_opset()) if spec.engines else OPSET)
+        write_dense(open_torch(model), dense, ExportSpec(opset, batch_size=export.batch_size))
+        gc.collect()  # A large model's weights need not lie in memory while others are measured.
+    return dense
 
 
 def _newest_opset() -> int:

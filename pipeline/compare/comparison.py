@@ -9,12 +9,9 @@ or another budget makes that alone.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,20 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from ...core import progress
 from ...core.errors import ParityError, UserError
-from ...core.extras import require
 from ...core.files import file_sha256, json_sha256, scratch_beside, write_text
 from ...core.rows import append_rows
-from ..folders import check_output
-from ..graphs import model_bytes, move_model, write_dense
-from ..inputs import choose, open_as_given
+from ...core.specs import ExportSpec
+from ..graphs import Reduced, model_bytes, move_model, write_dense, write_graphs
 from ..learned import save_learned
-from ..options import PACKAGES, PARITY_IMAGES, CompareOptions
+from ..options import PARITY_IMAGES, CompareOptions
 from ..results import parity_row
-from .contenders import chosen_contenders
-from .files import _files_of_earlier, read_results
+from .files import read_results
 from .judge import Judge
-from .made import SCHEMA, Contender, Made, Point, _followed
-from .timing import TIMED_IMAGES, _caller, _groups, _reduced_copy
+from .made import Contender, Made, Point, followed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,69 +36,6 @@ if TYPE_CHECKING:
     from ...prune.calibration import Calibration
     from ...prune.data import ImageSet
     from ...prune.loaded import LoadedModel
-
-
-@progress.reporting()
-def compare(
-    options: CompareOptions, output: Path, *, results: Path | None = None, force: bool = False
-) -> dict[str, Any]:
-    """Compare methods; see the module.
-
-    Args:
-        output: Folder for plans, graphs, pictures and report; made where it is missing.
-        results: File that rows are read from and added to; None: ``results.jsonl`` of the folder.
-        force: Forget what an earlier comparison left there.
-
-    Returns:
-        JSON-able summary: the rows of this comparison, the paths of the files, and how many results and failures.
-
-    Raises:
-        UserError: Something the user gave cannot be used.
-    """
-    for package in PACKAGES:  # Missing extras are said now, not after an hour.
-        require(package)
-    from ...prune.choose_images import overlap
-    from ...prune.search import check_target
-    from ...report.compare import write_comparison
-
-    taking_part = chosen_contenders(options)
-    results = results or output / "results.jsonl"
-    earlier = _files_of_earlier(output, results)
-    check_output(results, ".jsonl", option="--results")
-    check_output(output / "report.html", ".html")
-    before = read_results(results)
-    with progress.stage("Opening model and images"):
-        loaded = open_as_given(options)
-        for target in options.targets:
-            check_target(loaded.adapter.geometry, target)
-        calibration, evaluation = choose(options, loaded)
-    comparison = Comparison(options, loaded, calibration, evaluation, output, results, before)
-    points = comparison.points(taking_part)
-    if force:
-        for path in earlier:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        comparison.forget(points)
-    for point in points:
-        comparison.make(point)
-    if options.latency:
-        comparison.time_graphs(points)
-        comparison.time_rules(points)
-    seen_before = 0
-    if any(contender.needs_images for contender in taking_part):
-        progress.remark(calibration.skipped_remark("calibration"))
-        if seen_before := overlap(calibration, evaluation):
-            progress.remark(
-                f"{seen_before} of the {evaluation.count} evaluation images are also calibration images: "
-                "what is reported of methods that learn is not on unseen images alone"
-            )
-    progress.remark(evaluation.skipped_remark("evaluation"))
-    rows = comparison.rows_of(points)
-    with progress.stage("Writing the report"):
-        files = write_comparison(output, rows, progress.current().remarks, unseen=not seen_before)
-    failed = [row for row in rows if row["kind"] == "compared" and row["failure"] is not None]
-    made = sum(row["kind"] == "compared" for row in rows) - len(failed)
-    paths = {path.name: str(path) for path in (results, *files)}
-    return {"rows": rows, "files": paths, "made": made, "failed": len(failed), "remarks": progress.current().remarks}
 
 
 class Comparison:
@@ -130,13 +60,13 @@ class Comparison:
     ):
         self.options, self.loaded, self.output, self.results = options, loaded, output, results
         self.evaluation = evaluation
-        self._sets = {options.seed: calibration}
+        self._sets = {options.learn.seed: calibration}
         self._calibrations: dict[int, Calibration] = {}
         self.rows = read_results(results) if rows is None else rows
 
     @property
     def seeds(self) -> range:
-        return range(self.options.seed, self.options.seed + self.options.seeds)
+        return range(self.options.learn.seed, self.options.learn.seed + self.options.seeds)
 
     @cached_property
     def judge(self) -> Judge:
@@ -168,12 +98,12 @@ class Comparison:
             from ...prune.choose_images import choose_indices
             from ...prune.data import ImageSet
 
-            first = self._sets[self.options.seed]
-            indices: Sequence[int] = choose_indices(first.source, self.options.images, seed)
+            first = self._sets[self.options.learn.seed]
+            indices: Sequence[int] = choose_indices(first.source, self.options.data.images, seed)
             if first.source is self.evaluation.source:
                 aside = set(self.evaluation.indices)
                 every = choose_indices(first.source, len(first.source), seed)
-                indices = [index for index in every if index not in aside][: self.options.images]
+                indices = [index for index in every if index not in aside][: self.options.data.images]
             self._sets[seed] = ImageSet(first.source, indices, first.label_map, first.strict)
         return self._sets[seed]
 
@@ -193,7 +123,7 @@ class Comparison:
             for seed in self.seeds
             for target in dict.fromkeys(self.options.targets)
             for contender in taking_part
-            if contender.seeded or seed == self.options.seed
+            if contender.seeded or seed == self.options.learn.seed
         ]
 
     def point(self, contender: Contender, target: float, seed: int) -> Point:
@@ -238,7 +168,7 @@ class Comparison:
             return row["opset"] == self.options.opset
         if row["kind"] != "latency":
             return True
-        if row["threads"] != self.options.threads:
+        if row["threads"] != self.options.timing.threads:
             return False
         if row["runtime"] == "onnxruntime":
             return row.get("opset") == self.options.opset
@@ -258,7 +188,7 @@ class Comparison:
         """Everything about a point but its latency, as far as it is not there already."""
         row = self.find("compared", point.key)
         judged = row is not None and row["failure"] is None
-        batches = self.options.batches if self.options.latency and point.seed == self.options.seed else ()
+        batches = self.options.batches if self.options.latency and point.seed == self.options.learn.seed else ()
         missing = [batch for batch in batches if not self._has_graph(point, batch)]
         if judged and not missing:
             return
@@ -268,11 +198,11 @@ class Comparison:
                 if not judged:
                     self.add(self._judged_row(point, made))
             except (UserError, ParityError) as error:
-                failed = {**point.row("compared"), **self.about(point), "failure": _one_line(error)}
+                failed = {**point.row("compared"), **self.about(point), "failure": one_line(error)}
                 # What was judged stays judged, though no graph can be made of it any more.
                 if row is None or (not judged and row["failure"] != failed["failure"]):
                     self.add(failed)
-                progress.remark(f"{point.contender.name} at {point.target:g}: {_one_line(error)}")
+                progress.remark(f"{point.contender.name} at {point.target:g}: {one_line(error)}")
                 return
             for batch in missing:
                 self.add(self._graph_row(point, made, batch))
@@ -307,7 +237,7 @@ class Comparison:
         content = None if made.content is None else made.content.with_provenance(**about)
         plan = made.reduction.with_provenance(**about) if content is None else content.plan
         written = save_learned(self.loaded, Learned(plan, made.weights, (), content), path, weights)
-        return replace(made, **_followed(written))
+        return replace(made, **followed(written))
 
     def _saved(self, point: Point, stand_in: bool) -> Made | None:
         """None where there is no plan, or not the weights that were tuned for it."""
@@ -325,7 +255,7 @@ class Comparison:
                 return None
         said = {name: plan.provenance.get(name) for name in ("seconds", "note", "cpu_seconds")}
         return Made(
-            **_followed(plan),
+            **followed(plan),
             weights=weights,
             seconds=said["seconds"] or 0.0,
             note=said["note"] or "",
@@ -391,197 +321,72 @@ class Comparison:
     def dense_key(self) -> str:
         return f"dense-{self.model_key[:12]}-o{self.options.opset}"
 
-    def _graph(self, point: Point, batch: int) -> dict[str, Any] | None:
+    def graph(self, point: Point, batch: int) -> dict[str, Any] | None:
         return self.find("graph", point.key, batch=batch, opset=self.options.opset)
 
-    def _latency(self, point: Point, batch: int, runtime: str) -> dict[str, Any] | None:
+    def latency(self, point: Point, batch: int, runtime: str) -> dict[str, Any] | None:
         of_graph = {"opset": self.options.opset} if runtime == "onnxruntime" else {}
-        return self.find("latency", point.key, batch=batch, threads=self.options.threads, runtime=runtime, **of_graph)
+        return self.find(
+            "latency", point.key, batch=batch, threads=self.options.timing.threads, runtime=runtime, **of_graph
+        )
 
     def _has_graph(self, point: Point, batch: int) -> bool:
         """Whether the graph is there, or is known not to be possible, or has been timed and is not needed again."""
-        row = self._graph(point, batch)
+        row = self.graph(point, batch)
         if row is None:
             return False
         if row["failure"] is not None or (self.output / "graphs" / row["file"]).exists():
             return True
-        return self._latency(point, batch, "onnxruntime") is not None
+        return self.latency(point, batch, "onnxruntime") is not None
 
     def dense_graph(self, batch: int) -> Path:
         path = self.output / "graphs" / f"{self.dense_key}-b{batch}.onnx"
         if not path.exists():
             with scratch_beside(path) as scratch:
-                write_dense(self.loaded, scratch / "dense.onnx", **self._as_asked(batch))
+                write_dense(self.loaded, scratch / "dense.onnx", self._as_asked(batch))
                 move_model(scratch / "dense.onnx", path)
         return path
 
-    def _as_asked(self, batch: int) -> dict[str, Any]:
-        return {"opset": self.options.opset, "dynamic_batch": False, "batch_size": batch}
+    def _as_asked(self, batch: int) -> ExportSpec:
+        return ExportSpec(self.options.opset, batch_size=batch)
 
     def _graph_row(self, point: Point, made: Made, batch: int) -> dict[str, Any]:
         path = self.output / "graphs" / f"{point.name}-b{batch}-o{self.options.opset}.onnx"
         row = {**point.row("graph"), "batch": batch, "opset": self.options.opset, "file": path.name}
-        export = self._export_plan if made.static else self._export_rule
+        dense = self.dense_graph(batch) if made.static else None
         # A folder that cannot be written says nothing of the method: it ends the comparison, and is no row.
-        with scratch_beside(path) as scratch:
+        with scratch_beside(path) as scratch, progress.reporting(progress.Sink()):
             try:
-                checks = export(made, batch, scratch)
+                written = write_graphs(
+                    self._reduced(made), self._as_asked(batch), scratch, scratch, self._parity_images, plain_dense=dense
+                )
             except (UserError, ParityError) as error:
-                return {**row, "file": None, "failure": _one_line(error)}
-            row["parity"] = [_without(parity_row(check), "schema", "kind") for check in checks]
-            move_model(scratch / "pruned.onnx", path)
+                return {**row, "file": None, "failure": one_line(error)}
+            row["parity"] = [_without(parity_row(check), "schema", "kind") for check in written.checks]
+            move_model(written.files["pruned"], path)
         return {**row, "failure": None, "file_sha256": file_sha256(path), "file_bytes": model_bytes(path)}
 
-    def _export_plan(self, made: Made, batch: int, scratch: Path):
-        from ...export.fold import fold_file
-        from ...export.parity import check_pruned
-        from ...prune.tune.weights import with_weights
-
-        plan, dense = made.reduction, self.dense_graph(batch)
-        source = dense
-        if made.weights:
-            source = scratch / "tuned.onnx"
-            with with_weights(self.loaded.adapter.model, made.weights):
-                tuned = replace(self.loaded, sha256=plan.provenance["tuned_weights_sha256"])
-                write_dense(tuned, source, **self._as_asked(batch))
-        fold_file(source, plan, scratch / "pruned.onnx")
-        images = self._parity_images
-        return check_pruned(self.loaded.adapter, plan, dense, scratch / "pruned.onnx", images, weights=made.weights)
-
-    def _export_rule(self, made: Made, batch: int, scratch: Path):
-        from ...export.rules import check_rule, export_rule
+    def _reduced(self, made: Made) -> Reduced:
         from ...prune.backbones.vit import weights_sha256
         from ...prune.tune.weights import with_weights
 
-        adapter, rule, path, decisions_path = (
-            self.loaded.adapter,
-            made.reduction,
-            scratch / "pruned.onnx",
-            scratch / "decisions.onnx",
-        )
-        with with_weights(adapter.model, made.weights):
-            loaded, options = (
-                self.loaded,
-                dict(opset=self.options.opset, batch_size=batch, decisions_path=decisions_path),
-            )
-            if made.weights:
-                loaded, options["trained_sha256"] = replace(loaded, sha256=weights_sha256(adapter.model)), loaded.sha256
-            export_rule(loaded, rule, path, **options)
-            return check_rule(adapter, rule, path, decisions_path, self._parity_images)
+        tuned = None
+        if made.weights:
+            model = self.loaded.adapter.model
+            with with_weights(model, made.weights):
+                tuned = weights_sha256(model)
+        return Reduced(self.loaded, made.reduction, made.weights, tuned)
 
     @cached_property
     def _parity_images(self) -> Tensor:
         """float32 [image, channel, height, width]: of those evaluated on, which takes nothing from the evaluation."""
         return self.judge.images.images(range(min(PARITY_IMAGES, len(self.judge.images))))
 
-    # -- latency ------------------------------------------------------------------------------------------------------
 
-    def time_graphs(self, points: Sequence[Point]) -> None:
-        """Every graph of the first seed that has no latency yet, in turns with the dense graph and those of its target.
-
-        Within a group all share one baseline, and that is what ratios are to: groups can be made on different days.
-        """
-        from ...runtime.measure import profile_onnx
-
-        for batch, target in itertools.product(self.options.batches, dict.fromkeys(self.options.targets)):
-            waiting = {}
-            for point in points:
-                row = self._graph(point, batch) if point.target == target else None
-                if row is None or row["failure"] is not None or point.seed != self.options.seed:
-                    continue
-                if self._latency(point, batch, "onnxruntime") is None:
-                    waiting[point.contender.name] = point, self.output / "graphs" / row["file"]
-            for number, group in enumerate(_groups(waiting)):
-                again = f", group {number + 1}" if number else ""
-                names = {name: point for name, (point, _) in group.items()}
-                with progress.stage(f"Timing {len(group)} graphs at {target:g}, batch {batch}{again}"):
-                    try:
-                        timed = profile_onnx(
-                            {"dense": self.dense_graph(batch), **{name: path for name, (_, path) in group.items()}},
-                            batch=batch,
-                            threads=self.options.threads,
-                            seconds=self.options.seconds,
-                        )
-                    except UserError as error:  # The batch of a model that came as an ONNX file is its own.
-                        progress.remark(f"not timed at {target:g}, batch {batch}: {_one_line(error)}")
-                        continue
-                self._add_latencies(timed, names, target)
-
-    def time_rules(self, points: Sequence[Point]) -> None:
-        """What has no graph, in PyTorch, in turns with the dense model there."""
-        for batch, target in itertools.product(self.options.batches, dict.fromkeys(self.options.targets)):
-            waiting = {}
-            for point in points:
-                row = self._graph(point, batch)
-                if point.target != target or point.seed != self.options.seed or row is None or row["failure"] is None:
-                    continue
-                if self._latency(point, batch, "pytorch") is None:
-                    waiting[point.contender.name] = point
-            if waiting:
-                with progress.stage(f"Timing {len(waiting)} methods in PyTorch at {target:g}, batch {batch}"):
-                    timed = self._time_in_torch({name: self.made(point) for name, point in waiting.items()}, batch)
-                self._add_latencies(timed, waiting, target)
-
-    def _add_latencies(self, timed: Sequence[dict[str, Any]], points: Mapping[str, Point], target: float) -> None:
-        common = {"schema": SCHEMA, "kind": "latency", "key": self.dense_key, "method": "dense", "target": target}
-        rows = []
-        for row in timed:
-            about = points[row["label"]].row("latency") if row["label"] in points else {**common, "seed": None}
-            opset = self.options.opset if row["runtime"] == "onnxruntime" else None
-            rows.append({**row, **about, "opset": opset, "dense_p50_ms": timed[0]["p50_ms"]})
-        self.add(*rows)
-
-    def _time_in_torch(self, made: Mapping[str, Made], batch: int) -> list[dict[str, Any]]:
-        """Rows as :func:`~vpruner.runtime.measure.profile_onnx` gives them, of PyTorch on real images."""
-        import torch
-
-        from ...core.environment import environment
-        from ...core.timing import measure
-
-        threads, here = self.options.threads, environment()
-        images = self.judge.images
-        count = max(batch, min(TIMED_IMAGES, len(images)) // batch * batch)
-        chosen = [index % len(images) for index in range(count)]
-        inputs = [images.images(chosen[start : start + batch]) for start in range(0, count, batch)]
-        before = torch.get_num_threads()
-        try:
-            torch.set_num_threads(threads)
-            with ExitStack() as stack, torch.inference_mode():
-                candidates = {"dense": _caller(self.loaded.adapter.model, inputs)}
-                for name, one in made.items():
-                    candidates[name] = _caller(stack.enter_context(_reduced_copy(self.loaded, one)), inputs)
-                compared = measure(
-                    candidates,
-                    seconds=self.options.seconds,
-                    batch=batch,
-                    protocol={
-                        "clock": "time.perf_counter around the PyTorch module; no preprocessing",
-                        "input": f"{len(inputs)} batches of evaluation images one after the other, the same in a round",
-                        "intra_op_threads": threads,
-                        "device": str(next(self.loaded.adapter.model.parameters()).device),
-                    },
-                )
-        finally:
-            torch.set_num_threads(before)
-        return [
-            {
-                "label": label,
-                "model": self.loaded.name,
-                "runtime": "pytorch",
-                "provider": compared.protocol["device"],
-                "precision": "fp32",
-                "batch": batch,
-                "threads": threads,
-                **compared.row(label),
-                "protocol": compared.protocol,
-                "environment": here,
-            }
-            for label in candidates
-        ]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def one_line(error: Exception) -> str:
+    """An error as rows and remarks hold it."""
+    text = progress.words(error.marked) if isinstance(error, UserError) else str(error)
+    return " ".join(text.split())
 
 
 def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:

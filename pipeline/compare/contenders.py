@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from ...core import progress
 from ...core.errors import UserError
-from ..learned import rearrange_settings
+from ...core.specs import LearnSpec
+from ..learned import learn, rule_of
 from ..options import CompareOptions
-from .made import Contender, Made, _rule_of
+from .made import Contender, Made
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,11 +28,9 @@ def contenders(options: CompareOptions) -> dict[str, Contender]:
     from ...prune.methods import methods
 
     found = {
-        "v-pruner": _learned("v-pruner", options, rearrangement="ppo", tuning="weights"),
-        "v-pruner-content": _learned(
-            "v-pruner-content", options, rearrangement="ppo", tuning="weights", selection="content"
-        ),
-        "fisher": _learned("fisher", options, rearrangement="none", tuning="none"),
+        "v-pruner": _learned("v-pruner", options.learn),
+        "v-pruner-content": _learned("v-pruner-content", replace(options.learn, select="content")),
+        "fisher": _learned("fisher", replace(options.learn, rearrange="none", tune="none")),
     }
     return found | {name: _registered(method()) for name, method in methods().items()}
 
@@ -48,42 +48,31 @@ def chosen_contenders(options: CompareOptions) -> list[Contender]:
     return [known[name] for name in dict.fromkeys(options.methods or known)]
 
 
-def _learned(
-    name: str, options: CompareOptions, rearrangement: str, tuning: str, selection: str = "static"
-) -> Contender:
-    settings = rearrange_settings(tuning, options.episodes, options.time_limit)
+def _learned(name: str, spec: LearnSpec) -> Contender:
+    from ...prune.rearrange.search import RearrangeSettings
+
+    settings = RearrangeSettings.for_tuning(spec.tune, episodes=spec.episodes, time_limit=spec.time_limit)
 
     def make(loaded: LoadedModel, images: ImageSet, calibration: Calibration, target: float, seed: int) -> Made:
-        from ...prune.learn import learn
-
-        if selection == "content" and loaded.graph is not None:
+        if spec.select == "content" and loaded.graph is not None:
             raise UserError(
                 f"{loaded.graph.name} is an ONNX file: patches are chosen by content in PyTorch models alone",
                 "name the model instead of the file",
             )
-        learned = learn(
-            loaded,
-            images,
-            target=target,
-            loss=options.loss,
-            rearrangement=rearrangement,
-            tuning=tuning,
-            selection=selection,
-            settings=settings,
-            seed=seed,
-        )
+        with progress.reporting(progress.Sink()):  # A method that takes part is one line of progress.
+            learned = learn(loaded, images, replace(spec, target=target, seed=seed))
         if any("interrupted" in stage.note for stage in learned.stages):
             raise KeyboardInterrupt  # A plan that was cut short is worth having in a run, and no result here.
         undone = [stage.name for stage in learned.stages[1:] if not stage.kept]
         note = f"undone, as it did not help: {', '.join(undone)}" if undone else ""
-        reduction = learned.plan if learned.content is None else _rule_of(learned.content)
+        reduction = learned.plan if learned.content is None else rule_of(learned.content)
         seconds = sum(stage.seconds for stage in learned.stages)
         return Made(reduction, learned.weights, seconds, note, content=learned.content)
 
-    how = {"rearrange": rearrangement, "tune": tuning, "loss": options.loss}
-    if selection != "static":
-        how["select"] = selection
-    if rearrangement == "ppo":
+    how = {"rearrange": spec.rearrange, "tune": spec.tune, "loss": spec.loss}
+    if spec.select != "static":
+        how["select"] = spec.select
+    if spec.rearrange == "ppo":
         how |= {"episodes": settings.episodes, "time_limit": settings.time_limit}
     return Contender(name, how, True, True, make)
 

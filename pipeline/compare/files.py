@@ -38,7 +38,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _files_of_earlier(output: Path, results: Path) -> list[Path]:
+def files_of_earlier(output: Path, results: Path) -> list[Path]:
     """What an earlier comparison left in the folder; rows that lie elsewhere are not of the folder.
 
     Raises:

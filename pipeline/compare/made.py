@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...core.plan import TokenPlan
+from ..learned import rule_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,14 +98,7 @@ class Point:
         }
 
 
-def _rule_of(plan: ContentPlan) -> TokenRule:
-    from ...prune.methods.content import ContentRule
-
-    return ContentRule.of(plan)
-
-
-def _followed(plan: TokenPlan | ContentPlan) -> dict[str, Any]:
+def followed(plan: TokenPlan | ContentPlan) -> dict[str, Any]:
     """What :class:`Made` says of a plan of either kind."""
-    if isinstance(plan, TokenPlan):
-        return {"reduction": plan, "content": None}
-    return {"reduction": _rule_of(plan), "content": plan}
+    rule = rule_of(plan)
+    return {"reduction": plan, "content": None} if rule is None else {"reduction": rule, "content": plan}

@@ -1,0 +1,36 @@
+"""What tokens do in each block of a model, in numbers and curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..core import progress
+from ..core.files import atomic_path
+from ..core.specs import DataSpec, ModelSpec
+from ..core.text import counted
+from .inputs import at_least_one, one_set, open_prunable
+
+
+def analyze(model: ModelSpec, data: DataSpec, picture: Path | None = None) -> dict[str, Any]:
+    """The row of an analysis; its curves are drawn into ``picture``, an ``.svg`` or ``.png`` file.
+
+    Raises:
+        UserError: The model or the images cannot be used.
+    """
+    from ..prune.analyze import analysis_row, draw_analysis
+    from ..prune.analyze import analyze as analyze_model
+    from ..prune.fisher import batch_size_for
+
+    loaded = open_prunable(model, softmax=True)
+    adapter = loaded.adapter
+    chosen = one_set(loaded.classes, adapter.geometry, data, "calibration")
+    batches = at_least_one(chosen.batches(loaded.preprocessing, batch_size_for(adapter.geometry, most=32)), chosen)
+    with progress.stage("Analyzing", total=len(chosen.indices)) as advance:
+        analysis = analyze_model(adapter, (batch for batch, _ in batches), on_batch=advance)
+    progress.remark(chosen.skipped_remark("calibration"))
+    if picture is not None:
+        title = f"{loaded.name}, {counted(analysis.images, 'image')}"
+        with atomic_path(picture) as temporary:
+            temporary.write_bytes(draw_analysis(analysis, picture.suffix.lower()[1:], title))
+    return analysis_row(loaded, chosen, analysis)

@@ -1,0 +1,59 @@
+"""Learn a plan and write it, with the tuned weights next to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.specs import DataSpec, LearnSpec, ModelSpec
+from .folders import check_output
+from .inputs import one_set, open_cost, open_prunable
+from .learned import check_learn, check_tuned_output, learn, replace_learned, tuned_beside
+
+if TYPE_CHECKING:
+    from ..core.content_plan import ContentPlan
+    from ..core.plan import TokenPlan
+    from ..prune.loaded import LoadedModel
+    from ..prune.stages import Learned
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A plan as it was learned and written.
+
+    Attributes:
+        plan: The plan in the file.
+        weights: The file of tuned weights; None where tuning changed none.
+    """
+
+    loaded: LoadedModel
+    learned: Learned
+    plan: TokenPlan | ContentPlan
+    output: Path
+    weights: Path | None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.output,) if self.weights is None else (self.output, self.weights)
+
+
+def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Pruned:
+    """Learn a plan from calibration images and write it to ``output``.
+
+    Raises:
+        UserError: Something the user gave cannot be used; nothing is written then.
+    """
+    check_output(output, ".json", *model.files)
+    tuned = tuned_beside(output, model.what)
+    check_learn(spec, model, output, tuned)
+    if spec.tune == "weights":
+        check_output(tuned, tuned.suffix, *model.files)
+        check_tuned_output(tuned)
+    loaded = open_prunable(model, loss=spec.loss, softmax=True)
+    geometry = loaded.adapter.geometry
+    cost = open_cost(spec.cost, loaded.name, geometry)
+    calibration = one_set(loaded.classes, geometry, data, "calibration")
+    learned = learn(loaded, calibration, spec, cost)
+    plan = replace_learned(loaded, learned, output, tuned, (*model.files, spec.checkpoint))
+    return Pruned(loaded, learned, plan, output, tuned if learned.weights else None)
