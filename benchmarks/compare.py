@@ -29,13 +29,15 @@ from vpruner.core.content_plan import ContentPlan
 from vpruner.core.cost import dense_macs, plan_macs
 from vpruner.core.plan import Geometry, TokenPlan
 from vpruner.core.rows import append_rows, read_rows
+from vpruner.core.specs import DataSpec, ExportSpec, LearnSpec, ModelSpec, TimingSpec
 from vpruner.export.fold import fold_file
 from vpruner.export.rules import export_rule
 from vpruner.pipeline.compare.comparison import Comparison
 from vpruner.pipeline.compare.contenders import chosen_contenders
 from vpruner.pipeline.compare.made import Contender, Point
+from vpruner.pipeline.compare.timing import time_graphs, time_rules
 from vpruner.pipeline.graphs import write_dense
-from vpruner.pipeline.inputs import choose, open_as_given
+from vpruner.pipeline.inputs import choose, open_prunable
 from vpruner.pipeline.options import CompareOptions
 from vpruner.prune.methods.content import ContentRule
 from vpruner.prune.methods.evit import Evit
@@ -69,7 +71,7 @@ def take_over(comparison: Comparison, contender: Contender, target: float, seed:
     first = next(iter(found.values()))
     geometry = comparison.loaded.adapter.geometry
     path = comparison.output / "plans" / f"{point.name}.json"
-    if seed == comparison.options.seed and not path.exists():
+    if seed == comparison.options.learn.seed and not path.exists():
         kept = [list(range(count)) for count in first["counts"]]
         plan = TokenPlan(
             comparison.loaded.name,
@@ -109,21 +111,17 @@ def take_over(comparison: Comparison, contender: Contender, target: float, seed:
 
 def open_comparison(args: argparse.Namespace) -> tuple[Comparison, list[Point]]:
     options = CompareOptions(
+        model=ModelSpec(args.model),
+        data=DataSpec(args.data, args.eval_data, args.images, args.eval_images),
+        learn=LearnSpec(time_limit=args.time_limit),
+        timing=TimingSpec(args.threads, args.seconds),
         targets=tuple(args.targets),
         methods=tuple(args.methods) if args.methods else None,
-        model=args.model,
-        data=args.data,
-        eval_data=args.eval_data,
-        images=args.images,
-        eval_images=args.eval_images,
         seeds=args.seeds,
-        time_limit=args.time_limit,
         batches=tuple(args.batch),
-        threads=args.threads,
-        seconds=args.seconds,
     )
-    loaded = open_as_given(options)
-    calibration, evaluation = choose(options, loaded)
+    loaded = open_prunable(options.model)
+    calibration, evaluation = choose(options.data, loaded, bundled_model=args.model is None)
     comparison = Comparison(options, loaded, calibration, evaluation, args.output, args.results)
     return comparison, comparison.points(chosen_contenders(options))
 
@@ -170,7 +168,7 @@ def speed(name: str, targets: Sequence[float], batches: Sequence[int], args: arg
     for batch in batches:
         dense = folder / f"{name}-dense-b{batch}.onnx"
         if not dense.exists():
-            write_dense(loaded, dense, opset=20, dynamic_batch=False, batch_size=batch)
+            write_dense(loaded, dense, ExportSpec(20, batch_size=batch))
         for target in targets:
             files, macs = {"dense": dense}, {"dense": 1.0}
             for method, reduction in reductions(loaded.adapter, target).items():
@@ -229,8 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             take_over(comparison, point.contender, point.target, point.seed, before)
             comparison.make(point)
     else:
-        comparison.time_graphs(points)
-        comparison.time_rules(points)
+        time_graphs(comparison, points)
+        time_rules(comparison, points)
 
 
 if __name__ == "__main__":

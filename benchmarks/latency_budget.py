@@ -20,6 +20,7 @@ from vpruner.core.environment import environment
 from vpruner.core.latency_table import LatencyTable
 from vpruner.core.plan import TokenPlan
 from vpruner.core.rows import append_rows
+from vpruner.core.specs import ExportSpec
 from vpruner.export.fold import fold_file
 from vpruner.pipeline.evaluate import evaluate_graphs, open_graphs
 from vpruner.pipeline.graphs import write_dense
@@ -77,7 +78,7 @@ def main() -> None:
         plans = {"by latency": by_time, "by macs": by_macs}
         with tempfile.TemporaryDirectory() as folder:
             paths = {"dense": Path(folder) / "dense.onnx"}
-            write_dense(loaded, paths["dense"], opset=20, dynamic_batch=False, batch_size=table.batch)
+            write_dense(loaded, paths["dense"], ExportSpec(20, batch_size=table.batch))
             for label, plan in plans.items():
                 paths[label] = Path(folder) / f"{label.replace(' ', '_')}.onnx"
                 fold_file(paths["dense"], plan, paths[label])

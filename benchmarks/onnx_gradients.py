@@ -29,6 +29,7 @@ from vpruner.core import bundled
 from vpruner.core.environment import environment
 from vpruner.core.plan import Geometry
 from vpruner.core.rows import append_rows
+from vpruner.core.specs import ExportSpec
 from vpruner.export.files import load_model, save_model
 from vpruner.export.passes.edit import add_constant, add_node
 from vpruner.export.rebuild.graph import rebuild
@@ -61,7 +62,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        write_dense(loaded, path, opset=20, dynamic_batch=True, batch_size=1)
+        write_dense(loaded, path, ExportSpec(20, dynamic_batch=True))
         gate_gradients(loaded.adapter, [(images, labels)], "labels")  # warm-up
         reference, seconds = timed(lambda: gate_gradients(loaded.adapter, [(images, labels)], "labels"))
         report(rows, "pytorch", reference, reference, seconds, args, geometry)

@@ -21,6 +21,7 @@ from vpruner.core.cost import cost_ratio
 from vpruner.core.environment import environment
 from vpruner.core.plan import TokenPlan
 from vpruner.core.rows import append_rows
+from vpruner.core.specs import ExportSpec
 from vpruner.core.statistics import proportion
 from vpruner.export.fold import fold_file
 from vpruner.export.precision import Agreement, Conversion, compare_outputs, convert, cpu_form
@@ -41,10 +42,10 @@ FORMS = (("fp16", None), ("bf16", None), *(("int8", name) for name in CALIBRATIO
 def write_graphs(loaded: LoadedModel, calibration: ImageSet, target: float, seed: int, folder: Path) -> TokenPlan:
     """dense.onnx and pruned.onnx in ``folder``; returns the plan."""
     learned = learn(loaded, calibration, target=target, rearrangement="none", tuning="weights", seed=seed)
-    plan, asked = learned.plan, {"opset": 20, "dynamic_batch": False, "batch_size": 1}
-    write_dense(loaded, folder / "dense.onnx", **asked)
+    plan, spec = learned.plan, ExportSpec(20)
+    write_dense(loaded, folder / "dense.onnx", spec)
     with with_weights(loaded.adapter.model, learned.weights):
-        write_dense(loaded, folder / "tuned.onnx", **asked)
+        write_dense(loaded, folder / "tuned.onnx", spec)
     fold_file(folder / "tuned.onnx", plan, folder / "pruned.onnx")
     return plan
 

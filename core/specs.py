@@ -183,13 +183,13 @@ class TimingSpec:
     Attributes:
         threads: Of each session; None: every core that this process may use.
         seconds: Time to measure for; a few rounds are made in any case.
-        rounds: Rounds to measure instead, if they take less time.
+        timed_rounds: Rounds to measure at most; None: as many as fit into the time.
     """
 
     threads: int | None = 1
     seconds: float = 10.0
-    rounds: int | None = None
+    timed_rounds: int | None = None
 
     def __post_init__(self) -> None:
-        _check_at_least(1, threads=self.threads, rounds=self.rounds)
+        _check_at_least(1, threads=self.threads, timed_rounds=self.timed_rounds)
         _check_positive(seconds=self.seconds)

@@ -262,7 +262,7 @@ def time_graphs(variants: Variants, judged: Judged, export: ExportSpec, timing: 
     timed = {**variants.timed, **{item.label: item.path for item in judged.converted if item.runs == item.path}}
     with progress.stage("Measuring latency"):
         return profile_onnx(
-            timed, batch=export.batch_size, threads=timing.threads, seconds=timing.seconds, rounds=timing.rounds
+            timed, batch=export.batch_size, threads=timing.threads, seconds=timing.seconds, rounds=timing.timed_rounds
         )
 
 

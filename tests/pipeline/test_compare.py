@@ -3,7 +3,8 @@
 import json
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +18,14 @@ from vpruner.core.content_plan import ContentPlan, load_plan
 from vpruner.core.errors import UserError
 from vpruner.core.plan import TokenPlan
 from vpruner.core.rows import read_rows
+from vpruner.core.specs import DataSpec, LearnSpec, ModelSpec, TimingSpec
 from vpruner.core.statistics import kl_divergence
 from vpruner.pipeline.compare import comparison as module
+from vpruner.pipeline.compare import timing
+from vpruner.pipeline.compare.compare import compare
+from vpruner.pipeline.compare.contenders import _Batches, chosen_contenders, contenders
+from vpruner.pipeline.compare.files import read_results
+from vpruner.pipeline.inputs import choose
 from vpruner.pipeline.options import CompareOptions
 from vpruner.prune.choose_images import choose_images
 from vpruner.prune.methods.tome import Tome
@@ -49,8 +56,15 @@ def copied(compared, tmp_path):
 
 
 def options(card, folder, **changes):
-    given = dict(model=str(card), data=str(folder), images=16, targets=(0.8,), latency=False, methods=("tome",))
-    return CompareOptions(**{**given, **changes})
+    """Options of a comparison; fields of its Specs are given by their own names."""
+    given = dict(what=str(card), data=str(folder), images=16, targets=(0.8,), latency=False, methods=("tome",))
+    given.update(changes)
+    parts = {}
+    for name, kind in {"model": ModelSpec, "data": DataSpec, "learn": LearnSpec, "timing": TimingSpec}.items():
+        own = {field.name for field in fields(kind)} & set(given)
+        parts[name] = kind(**{key: given[key] for key in own})
+    rest = {key: value for key, value in given.items() if key in {field.name for field in fields(CompareOptions)}}
+    return CompareOptions(**{**rest, **parts})
 
 
 def of(rows, kind):
@@ -122,10 +136,10 @@ def test_a_graph_that_could_not_be_written_is_no_result(card, images, tmp_path):
     given = options(card, images, latency=True, seconds=0.1)
     (tmp_path / "graphs").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
-        module.compare(given, tmp_path)
+        compare(given, tmp_path)
     assert [row["kind"] for row in read_rows(tmp_path / "results.jsonl")] == ["compared"]
     (tmp_path / "graphs").unlink()
-    rows = module.compare(given, tmp_path)["rows"]
+    rows = compare(given, tmp_path)["rows"]
     assert of(rows, "graph")["tome"]["failure"] is None and of(rows, "latency")["tome"]["runtime"] == "onnxruntime"
 
 
@@ -172,7 +186,7 @@ def test_weights_of_another_plan_are_not_taken(comparison, monkeypatch, damage, 
 
 
 def test_a_stand_in_with_the_counts_alone_is_never_judged(comparison):
-    (point,) = comparison.points([module.contenders(comparison.options)["fisher"]])
+    (point,) = comparison.points([contenders(comparison.options)["fisher"]])
     plan = TokenPlan("tiny", comparison.loaded.adapter.geometry, [range(16), range(9), range(4)])
     plan.with_provenance(stand_in=True).save(comparison.output / "plans" / f"{point.name}.json")
     assert comparison._saved(point, stand_in=False) is None
@@ -188,14 +202,14 @@ def opened(card, images, folder, change=lambda loaded: loaded):
     """A comparison under way of a model that was changed."""
     given = options(card, images)
     loaded = change(open_model(card))
-    calibration, evaluation = module.choose(given, loaded)
+    calibration, evaluation = choose(given.data, loaded, bundled_model=False)
     return module.Comparison(given, loaded, calibration, evaluation, folder, folder / "results.jsonl")
 
 
 def test_another_model_of_the_same_weights_is_another_result(card, images, tmp_path):
     def key(change=lambda loaded: loaded):
         comparison = opened(card, images, tmp_path, change)
-        (point,) = comparison.points([module.contenders(comparison.options)["tome"]])
+        (point,) = comparison.points([contenders(comparison.options)["tome"]])
         return point.key, comparison.dense_key
 
     def darker(loaded):
@@ -217,7 +231,7 @@ def test_another_batch_size_takes_the_plan_and_weights_that_are_there(copied, ar
     """The tuned weights come back from their file: the parity checks compare the graph with the model that has them."""
     (plan,) = copied.glob("plans/v-pruner-*.json")
     provenance = json.loads(plan.read_text())["provenance"]
-    contender = module.contenders(CompareOptions())["v-pruner"]
+    contender = contenders(CompareOptions())["v-pruner"]
     assert contender.settings["tune"] == "weights"
     monkeypatch.setattr("vpruner.prune.learn.learn", lambda *_, **__: pytest.fail("learned again"))
     call(*arguments, "--methods", "v-pruner", "--batch-size", 2, "-o", copied)
@@ -238,10 +252,10 @@ def test_an_interrupted_comparison_goes_on(card, images, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Tome, "make", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            module.compare(given, tmp_path)
+            compare(given, tmp_path)
     first = read_rows(tmp_path / "results.jsonl")
     assert [(row["method"], row["target"]) for row in first] == [("random", 0.8)]
-    result = module.compare(given, tmp_path)
+    result = compare(given, tmp_path)
     rows = read_rows(tmp_path / "results.jsonl")
     assert rows[:1] == first and result["made"] == 4
     assert [(row["method"], row["target"]) for row in rows[1:]] == [("tome", 0.8), ("random", 0.7), ("tome", 0.7)]
@@ -249,7 +263,7 @@ def test_an_interrupted_comparison_goes_on(card, images, tmp_path, monkeypatch):
 
 def test_what_depends_on_chance_is_made_with_every_seed(card, images, tmp_path):
     given = options(card, images, methods=("random", "tome", "saint-frozen"), seeds=2)
-    module.compare(given, tmp_path)
+    compare(given, tmp_path)
     rows = read_rows(tmp_path / "results.jsonl")
     assert Counter(row["method"] for row in rows) == {"random": 2, "saint-frozen": 2, "tome": 1}
     assert {row["seed"] for row in rows if row["method"] == "random"} == {0, 1}
@@ -284,11 +298,10 @@ def test_a_method_that_cannot_is_reported_and_the_others_go_on(images, tmp_path)
     assert len(read_rows(tmp_path / "alone" / "results.jsonl")) == 1
 
 
-def test_images_in_both_sets_are_said(card, images, tmp_path, reported):
+def test_images_in_both_sets_are_said(card, images, tmp_path):
     copies = shutil.copytree(images, tmp_path / "copies")
     given = options(card, images, methods=("fisher",), eval_data=str(copies), images=24)
-    module.compare(given, tmp_path / "out")
-    (said,) = (line for line in reported.remarks if "also calibration images" in line)
+    (said,) = (line for line in compare(given, tmp_path / "out")["remarks"] if "also calibration images" in line)
     assert said.startswith("24 of the 24 evaluation images") and said in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -296,7 +309,7 @@ def test_force_begins_anew_and_results_may_lie_elsewhere(card, images, tmp_path)
     given, results = options(card, images), tmp_path / "rows.jsonl"
     folder = tmp_path / "out"
     for force in (False, True):
-        module.compare(given, folder, results=results, force=force)
+        compare(given, folder, results=results, force=force)
         (row,) = read_rows(results)
         assert row["method"] == "tome" and not (folder / "results.jsonl").exists()
         results.write_text(json.dumps({**row, "top1": {**row["top1"], "value": 9.0}}) + "\n")
@@ -304,8 +317,8 @@ def test_force_begins_anew_and_results_may_lie_elsewhere(card, images, tmp_path)
     other = {"kind": "compared", "key": "of another", "method": "tome"}
     with open(results, "a") as file:
         file.write(json.dumps(other) + "\n")
-    result = module.compare(given, folder, results=results)
-    module.compare(given, folder, results=results, force=True)
+    result = compare(given, folder, results=results)
+    compare(given, folder, results=results, force=True)
     assert [row["key"] == "of another" for row in read_rows(results)] == [True, False]
     assert result["rows"][0]["top1"]["value"] == 9.0, "the row that was there was made again"
 
@@ -317,10 +330,10 @@ def test_another_setting_is_another_result(card, images, tmp_path, change):
     def key(**changes):
         given = options(card, images, methods=("fisher",), **changes)
         loaded = open_model(card)
-        calibration, evaluation = module.choose(given, loaded)
+        calibration, evaluation = choose(given.data, loaded, bundled_model=False)
         # The images that are evaluated on are the first seed's: not to be what tells these keys apart.
         comparison = module.Comparison(given, loaded, calibration, evaluation, tmp_path, tmp_path / "none.jsonl")
-        (point,) = comparison.points(module.chosen_contenders(given))
+        (point,) = comparison.points(chosen_contenders(given))
         return point.key
 
     assert key() == key() != key(**change)
@@ -334,7 +347,7 @@ def test_an_interrupted_rearrangement_is_no_result(card, images, monkeypatch):
         stages, content = (Stage,), None
 
     monkeypatch.setattr("vpruner.prune.learn.learn", lambda *_, **__: Learned)
-    contender = module.contenders(CompareOptions())["v-pruner"]
+    contender = contenders(CompareOptions())["v-pruner"]
     with pytest.raises(KeyboardInterrupt):
         contender.make(None, None, None, 0.5, 0)
 
@@ -346,12 +359,12 @@ def test_a_plan_by_content_is_saved_with_its_score_and_exported(card, images, tm
     learned = Learned(plan, None, (), content)
     monkeypatch.setattr("vpruner.prune.learn.learn", lambda *_, selection, **__: {"content": learned}[selection])
     given = options(card, images, methods=("v-pruner-content",), latency=True, seconds=0.1)
-    rows = of(module.compare(given, tmp_path)["rows"], "compared")
+    rows = of(compare(given, tmp_path)["rows"], "compared")
     assert rows["v-pruner-content"]["form"] == "rule" and rows["v-pruner-content"]["counts"] == [17, 11, 7]
     (path,) = (tmp_path / "plans").iterdir()
     assert load_plan(path).digest == content.digest
     monkeypatch.setattr("vpruner.prune.learn.learn", lambda *_, **__: pytest.fail("learned again"))
-    result = module.compare(replace(given, batches=(1, 2)), tmp_path)
+    result = compare(replace(given, batches=(1, 2)), tmp_path)
     graphs = [row for row in result["rows"] if row["kind"] == "graph"]
     assert [(row["batch"], row["failure"]) for row in graphs] == [(1, None), (2, None)]
 
@@ -360,22 +373,22 @@ def test_rows_of_the_folder_itself_are_no_strangers_however_they_are_named(card,
     monkeypatch.chdir(tmp_path)
     results = tmp_path / "out" / "mine.jsonl"
     for folder in ("out", tmp_path / "out"):
-        module.compare(options(card, images), module.Path(folder), results=results)
+        compare(options(card, images), Path(folder), results=results)
     (tmp_path / "out" / ".report.html.x1.html").write_text("left by a process that was killed")
-    module.compare(options(card, images), tmp_path / "out", results=results)
+    compare(options(card, images), tmp_path / "out", results=results)
     assert len(read_rows(results)) == 1
     (tmp_path / "out" / "report.html.bak").write_text("somebody's copy, which --force would remove")
     with pytest.raises(UserError, match=r"report\.html\.bak"):
-        module.compare(options(card, images), tmp_path / "out", results=results, force=True)
+        compare(options(card, images), tmp_path / "out", results=results, force=True)
 
 
 def test_large_graphs_are_timed_in_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "GROUP_BYTES", 10)
+    monkeypatch.setattr(timing, "GROUP_BYTES", 10)
     waiting = {}
     for name, size in {"a": 6, "b": 4, "c": 1, "d": 30, "e": 2}.items():
         (tmp_path / name).write_bytes(bytes(size))
         waiting[name] = None, tmp_path / name
-    assert [list(group) for group in module._groups(waiting)] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert [list(group) for group in timing._groups(waiting)] == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
 def test_calibration_images_are_prepared_as_asked_for(card, images):
@@ -386,7 +399,7 @@ def test_calibration_images_are_prepared_as_asked_for(card, images):
         images, None, calibration=7, evaluation=2, classes=loaded.classes, outputs=4, seed=0
     )
     calibration = Calibration.load(calibration, loaded.preprocessing)
-    batches = module._Batches(calibration, np.arange(7), 3)
+    batches = _Batches(calibration, np.arange(7), 3)
     assert [len(batch) for batch in batches] == [3, 3, 1] and len(batches) == 3
     assert np.array_equal(batches[2].numpy(), calibration.images([6]).numpy())
 
@@ -402,7 +415,7 @@ def test_mistakes_end_in_one_line(arguments, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"kind": "compared"}\n{"kind": "comp')
     fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="line 2 of")
     with pytest.raises(UserError, match="is not a row"):
-        module.read_results(tmp_path / "rows.jsonl")
+        read_results(tmp_path / "rows.jsonl")
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\n")
     fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="cannot be read as rows")
     (tmp_path / "rows.jsonl").unlink()

@@ -14,6 +14,7 @@ from tiny_vits import tiny
 
 from vpruner.core import bundled, progress
 from vpruner.core.plan import TokenPlan
+from vpruner.core.specs import ExportSpec, ModelSpec
 from vpruner.export.files import load_model, save_model
 from vpruner.export.parity import run_onnx
 from vpruner.export.rebuild.graph import probe_images, rebuild
@@ -84,7 +85,7 @@ def reference():
 def reference_graph(request, reference, tmp_path_factory):
     path, geometry = tmp_path_factory.mktemp("reference") / "reference.onnx", reference.adapter.geometry
     if request.param == "ours":
-        write_dense(reference, path, opset=20, dynamic_batch=False, batch_size=1)
+        write_dense(reference, path, ExportSpec())
     else:
         zeros = torch.zeros(1, geometry.in_chans, *geometry.image_size)
         write_module(reference.adapter.model, zeros, path, request.param, 18, False)
@@ -213,10 +214,8 @@ def test_a_folded_file_is_compared_with_the_graph_it_came_from(graph, images, tm
 def test_what_the_output_is_follows_the_loss(graph, images):
     def opened(loss):
         with progress.reporting() as record:
-            loaded = open_prunable(
-                str(graph), pretrained=False, weights=None, model_args={}, loss=loss,
-                preprocessing={"mean": (0.5,) * 3, "std": (0.5,) * 3},
-            )  # fmt: skip
+            given = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+            loaded = open_prunable(ModelSpec(str(graph), preprocessing=given), loss=loss)
         return loaded.adapter.geometry.output, bool(record.remarks)
 
     assert [opened(loss) for loss in ("auto", "self", "features")] == [
