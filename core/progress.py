@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from .errors import UserError
 from .text import as_python
 
 logger = logging.getLogger("vpruner")
@@ -101,6 +102,11 @@ def current() -> Record:
 def words(text: str) -> str:
     """``text`` with options and commands named as the user of the current job names them."""
     return current().sink.words(text)
+
+
+def words_of(error: BaseException) -> str:
+    """The message of an error in one line, with options and commands named as :func:`words` does."""
+    return " ".join(words(error.marked if isinstance(error, UserError) else str(error)).split())
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Words in messages: counts, and names of options that a Python caller and a command line spell differently.
 
 A message of the library never says ``--data``: its reader may have called a function. It says ``option("data")``,
-which :func:`as_python` turns into ``data`` and the command line into ``--data``. ``command("prune", "MODEL")`` likewise
+which :func:`as_python` turns into ``'data'`` and the command line into ``--data``. ``command("prune", "MODEL")``
 stands for ``model.prune(...)`` or ``vpruner prune MODEL``. Marks live in an error and on the way to
 :func:`vpruner.core.progress.remark` only: text that is returned or written to a file goes through
 :func:`vpruner.core.progress.words` first.
@@ -80,7 +80,7 @@ def translate(
 
 
 def as_python(text: str) -> str:
-    """``text`` as a Python caller reads it: ``data=DIR``, ``model.prune(..., select="content")``."""
+    """``text`` as a Python caller reads it: ``'data'``, ``data=DIR``, ``model.prune(..., select="content")``."""
     return translate(text, _argument, _call)
 
 
@@ -93,7 +93,7 @@ def _literal(value: Any) -> str:
 
 
 def _argument(name: str, value: Any) -> str:
-    return name if value is None else f"{name}={_literal(value)}"
+    return f"'{name}'" if value is None else f"{name}={_literal(value)}"
 
 
 def _call(name: str, arguments: list[str], options: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from onnx_ir.passes import common as passes
 from ..core.errors import UserError
 from ..core.metadata import REQUIRED, ModelMetadata
 from ..core.plan import Geometry, TokenPlan
+from ..core.text import option
 from ..core.timing import random_images
 from ..export.files import load_model, save_model
 from ..export.fold import already_pruned, fold_block, fold_entry, fold_file, fold_head, gather_rows, infer_static_shapes
@@ -191,7 +192,8 @@ class _FoldedGraphs(Graphs):
         if session.static_batch not in (None, self.batch):
             raise UserError(
                 f"{self.dense} runs at its own batch size {session.static_batch}, asked for {self.batch}",
-                f"measure with --batch-size {session.static_batch}, or export it again with --batch-size {self.batch}",
+                f"measure with {option('batch_size', session.static_batch)}, or export it again with "
+                f"{option('batch_size', self.batch)}",
             )
         shape = (self.geometry.in_chans, *self.geometry.image_size)
         images = random_images(self.batch, shape, session.preprocessing, self.seed)

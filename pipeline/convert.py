@@ -14,6 +14,7 @@ from ..core.errors import UserError
 from ..core.files import canonical_json, scratch_beside
 from ..core.metadata import PREPROCESSING, ModelMetadata
 from ..core.preprocess import Preprocessing, resolve_preprocessing
+from ..core.text import option
 from ..export import quantize
 from ..export.files import load_model
 from ..export.precision import _NOISE, Agreement, Conversion, agreement, convert
@@ -79,7 +80,10 @@ def _images(
     The last is None where no image was read and ``preprocessing`` says nothing.
     """
     if data is not None and precision != "int8":
-        raise UserError(f"--data calibrates static int8, found --precision {precision}", "leave it out, or --eval-data")
+        raise UserError(
+            f"{option('data')} calibrates static int8, found {option('precision', precision)}",
+            f"leave it out, or {option('eval_data')}",
+        )
     model = load_model(path)
     if len(model.graph.outputs) > 1:
         outputs = ", ".join(str(value.name) for value in model.graph.outputs)
@@ -107,7 +111,9 @@ def _images(
     calibration = None
     if precision == "int8":
         if data is None:
-            raise UserError("static int8 is calibrated on images", "give them with --data DIR, or use int8-dynamic")
+            raise UserError(
+                "static int8 is calibrated on images", f"give them with {option('data', 'DIR')}, or use int8-dynamic"
+            )
         calibration, evaluation, remarks = choose_images(
             data,
             eval_data,

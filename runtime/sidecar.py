@@ -127,7 +127,7 @@ class EngineRecord:
     def rebuild_command(self, engine: str | os.PathLike) -> str:
         """What builds it again, on the machine where that is done."""
         onnx = Path(engine).parent / self.onnx
-        return words(command("build", onnx, output=engine, **self.options))
+        return words(command("build", onnx, output=engine, **dict(sorted(self.options.items()))))
 
     def check_files(self, engine: str | os.PathLike) -> None:
         """Raise UserError where the engine, or the ONNX file beside it, is not the one of this record."""

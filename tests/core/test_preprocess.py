@@ -268,9 +268,9 @@ def test_a_file_that_does_not_say_needs_mean_and_std_and_a_fixed_size():
     both = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
     found = resolve_preprocessing(None, both, size=(32, 48), source="a.onnx")
     assert found == Preprocessing((0.5, 0.5, 0.5), (0.2, 0.2, 0.2), (32, 48), "bicubic", 1.0, "center")
-    with pytest.raises(UserError, match="^a.onnx does not say.*mean is not given; give them .* mean=.0.485"):
+    with pytest.raises(UserError, match="^a.onnx does not say.*'mean' is not given; give them .* mean=.0.485"):
         resolve_preprocessing(None, {}, size=(32, 48), source="a.onnx")
-    with pytest.raises(UserError, match="and std is not given"):
+    with pytest.raises(UserError, match="and 'std' is not given"):
         resolve_preprocessing(None, {"mean": (0.5, 0.5, 0.5)}, size=(32, 48), source="a.onnx")
     with pytest.raises(UserError, match="no fixed image size"):
         resolve_preprocessing(None, both, size=None, source="a.onnx")

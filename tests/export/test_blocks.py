@@ -115,7 +115,7 @@ def test_graphs_run_and_leave_nothing_behind(exported, tmp_path):
 def test_batches(exported, tmp_path):
     with OrtGraphs(exported(dynamic_batch=True).path, tmp_path, threads=1, batch=3).model(None) as call:
         assert call()[0].shape == (3, 5)
-    with pytest.raises(UserError, match="its own batch size 1, asked for 2; measure with --batch-size 1"):
+    with pytest.raises(UserError, match="its own batch size 1, asked for 2; measure with batch_size=1"):
         OrtGraphs(exported().path, tmp_path, threads=1, batch=2)
 
 

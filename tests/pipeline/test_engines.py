@@ -33,7 +33,7 @@ def test_fp16_of_a_float32_file(machine, make_onnx, tmp_path, release, converted
     else:
         assert flags == {"FP16"} == set(record.flags) and parsed == str(onnx)
     assert record.precision == "fp16" and record.onnx_sha256 == file_sha256(onnx)
-    assert record.rebuild_command(tmp_path / "a.engine").endswith("--precision fp16 --no-check")
+    assert record.rebuild_command(tmp_path / "a.engine").endswith(', check=False, precision="fp16")')
 
 
 def test_fp16_where_the_file_cannot_be_converted_names_the_command(machine, make_onnx, tmp_path, monkeypatch):
@@ -41,13 +41,13 @@ def test_fp16_where_the_file_cannot_be_converted_names_the_command(machine, make
     monkeypatch.setitem(sys.modules, "vpruner.export.precision", None)
     with pytest.raises(UserError) as caught:
         build_engine(make_onnx(), tmp_path / "a.engine", BuildOptions("fp16"))
-    assert "vpruner convert" in str(caught.value) and "--precision fp16" in str(caught.value)
+    assert "convert_checked(" in str(caught.value) and 'precision="fp16"' in str(caught.value)
     assert not (tmp_path / "a.engine").exists()
 
 
 def test_what_the_release_does_not_read_is_said_before_building(machine, make_onnx, tmp_path):
     there = machine("8.5")
-    with pytest.raises(UserError, match=r"opset 18, TensorRT 8\.5\.3\.1 reads up to 17; .*--for trt8\.5"):
+    with pytest.raises(UserError, match=r"opset 18, TensorRT 8\.5\.3\.1 reads up to 17; .*deploy_for=.trt8\.5"):
         build_engine(make_onnx(), tmp_path / "a.engine")
     assert there.trt.log == []
 
@@ -61,7 +61,7 @@ def test_lint_names_the_node(machine, make_onnx, tmp_path, monkeypatch, reported
     with pytest.raises(UserError) as caught:
         build_engine(tmp_path / "odd.onnx", tmp_path / "a.engine")
     text = str(caught.value)
-    assert "does not take Unique odd_one" in text and "vpruner check" in text and "--for trt10" in text
+    assert "does not take Unique odd_one" in text and "check.check(" in text and 'target="trt10"' in text
     # Without the export extra TensorRT itself has the word, and the user knows why.
     monkeypatch.setitem(sys.modules, "vpruner.export.check", None)
     build_engine(tmp_path / "odd.onnx", tmp_path / "a.engine")

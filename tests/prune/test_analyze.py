@@ -186,7 +186,7 @@ def test_the_picture_is_the_same_for_the_same_numbers():
 
 def test_nothing_to_analyze_is_refused():
     adapter = ViTAdapter(tiny("class token"), "tiny")
-    with pytest.raises(UserError, match=r"no images .*name some with data"):
+    with pytest.raises(UserError, match=r"no images .*name some with 'data'"):
         analyze(adapter, [])
     single = ViTAdapter(tiny("class token", img_size=(32, 32), patch_size=32), "single")
     with pytest.raises(UserError, match="single has a single patch"):

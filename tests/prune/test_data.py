@@ -67,7 +67,7 @@ def test_corrupt_images_are_skipped_and_counted_or_refused(tmp_path):
     assert len(images.skipped) == 2 and images.count == 6
     assert any("1.png" in name for name in images.skipped.values())
     strict = ImageSet(ImageSource(tmp_path), range(8), None, strict=True)
-    with pytest.raises(UserError, match=r"1\.png .* is not a readable image .* leave out strict"):
+    with pytest.raises(UserError, match=r"1\.png .* is not a readable image .* leave out 'strict'"):
         list(strict.images())
 
 
@@ -177,7 +177,7 @@ def test_one_source_is_split_without_overlap(tmp_path):
     calibration, evaluation, remarks = pick(tmp_path)
     assert len(evaluation.indices) == 5 and len(calibration.indices) == 15
     assert not set(calibration.indices) & set(evaluation.indices)
-    assert remarks == [f"no eval_data: 5 images of {tmp_path.name} were put aside for evaluation"]
+    assert remarks == [f"no 'eval_data': 5 images of {tmp_path.name} were put aside for evaluation"]
     assert overlap(calibration, evaluation) == 0
     again, _, _ = pick(tmp_path)
     other, _, _ = pick(tmp_path, seed=1)
@@ -185,13 +185,13 @@ def test_one_source_is_split_without_overlap(tmp_path):
     same, held, remarks = pick(tmp_path, tmp_path / ".")
     assert not set(same.indices) & set(held.indices)
     place = tmp_path.name
-    assert remarks == [f"data and eval_data are both {place}: 5 images were put aside for evaluation"]
-    assert pick(tmp_path, evaluation=1)[2] == [f"no eval_data: 1 image of {place} was put aside for evaluation"]
+    assert remarks == [f"'data' and 'eval_data' are both {place}: 5 images were put aside for evaluation"]
+    assert pick(tmp_path, evaluation=1)[2] == [f"no 'eval_data': 1 image of {place} was put aside for evaluation"]
 
 
 def test_the_current_folder_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(make_folder(tmp_path / "pets"))
-    assert pick(".")[2] == ["no eval_data: 2 images of pets were put aside for evaluation"]
+    assert pick(".")[2] == ["no 'eval_data': 2 images of pets were put aside for evaluation"]
 
 
 def test_a_folder_inside_the_other_is_refused(tmp_path):
@@ -234,7 +234,7 @@ def test_two_sources(tmp_path):
     make_folder(tmp_path / "a"), make_folder(tmp_path / "b", seed=1)
     calibration, evaluation, remarks = pick(tmp_path / "a", tmp_path / "b", calibration=3)
     assert (len(calibration.indices), len(evaluation.indices), remarks) == (3, 8, [])
-    with pytest.raises(UserError, match="eval_data without data"):
+    with pytest.raises(UserError, match="'eval_data' without 'data'"):
         pick(None, tmp_path / "b")
 
 
@@ -341,7 +341,7 @@ def test_bad_items_of_a_stream_are_skipped_or_refused(tmp_path):
     for _ in range(2):
         assert [label for _, label in images.images()] == [0, 1]
         assert images.count == 2 and list(images.skipped) == [1, 2, 3]
-    with pytest.raises(UserError, match="item 1 in .* is not a readable image .* leave out strict"):
+    with pytest.raises(UserError, match="item 1 in .* is not a readable image .* leave out 'strict'"):
         list(ImageSet(source, range(10), strict=True).images())
 
 

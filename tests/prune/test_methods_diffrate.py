@@ -223,5 +223,5 @@ def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="no class token"):
         DiffRateRule(geometry, (0,) * 4, (0,) * 4)
     adapter = ViTAdapter(tiny("class token"), "tiny")
-    with pytest.raises(UserError, match=r"learns from images, and was given none; name some with data"):
+    with pytest.raises(UserError, match=r"learns from images, and was given none; name some with 'data'"):
         DiffRate().make(adapter, [], 0.8)

@@ -68,7 +68,7 @@ def test_weights_of_another_image_size_are_resampled_as_timm_does(small_model, w
             "no model 'deit_smal_patch16_224'; did you mean deit_small_patch16_224",
         ),
         (dict(spec=NAME), f"no weights given for {NAME}; give one of weights=FILE or pretrained=True"),
-        (dict(spec=NAME, weights="w", pretrained=True), "both pretrained and weights"),
+        (dict(spec=NAME, weights="w", pretrained=True), "both 'pretrained' and 'weights'"),
         (dict(spec=NAME, weights="/nowhere.pth"), "there is no weights file /nowhere.pth"),
         (dict(spec=None, pretrained=True), "a model card names its own weights"),
         (dict(spec=None, weights="/nowhere.pth"), "there is no weights file /nowhere.pth"),
@@ -84,10 +84,10 @@ def test_what_cannot_be_opened(arguments, reason):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("photos", "photos is a folder without config.json, expected .*; images go to data"),
-        ("cat.png", "cat.png is an image, expected .*; images go to data"),
-        ("images.tar", "images.tar is a .tar file, expected .*; images go to data"),
-        ("notes.txt", "notes.txt is a file, expected .* model card .*; weights in a file go to weights"),
+        ("photos", "photos is a folder without config.json, expected .*; images go to 'data'"),
+        ("cat.png", "cat.png is an image, expected .*; images go to 'data'"),
+        ("images.tar", "images.tar is a .tar file, expected .*; images go to 'data'"),
+        ("notes.txt", "notes.txt is a file, expected .* model card .*; weights in a file go to 'weights'"),
     ],
 )
 def test_a_path_that_is_no_model_is_called_what_it_is(name, reason, tmp_path):
@@ -148,7 +148,7 @@ def test_a_state_dict_with_something_else_than_a_tensor(small_model, tmp_path):
 
 
 def test_unknown_model_arguments(weights):
-    with pytest.raises(UserError, match="does not take these arguments: .*colour.*check model_args"):
+    with pytest.raises(UserError, match="does not take these arguments: .*colour.*check 'model_args'"):
         open_model(NAME, weights=weights, model_args={"colour": 1})
     wrong = r"arguments: unexpected keyword argument 'img_siz'; did you mean img_size\?"
     with pytest.raises(UserError, match=wrong):

@@ -212,7 +212,7 @@ def test_another_machine_is_remarked_on(monkeypatch):
 def test_a_table_that_predicts_badly_says_so():
     row = {"label": "a", "key_counts": [37] * 6, "measured_ms": 2.0, "predicted_ms": 1.42, "error": -0.29}
     (remark,) = some_table(environment={}, validation=[row]).remarks()
-    assert "off by up to 29 % on plans kept out: measure again with more seconds" in remark
+    assert "off by up to 29 % on plans kept out: measure again with more 'seconds'" in remark
     assert some_table().error_remark() == some_table(validation=[]).error_remark() == ""
 
 

@@ -238,9 +238,9 @@ def test_a_plan_for_another_tower_is_refused(model, changes):
     ("asked", "says"),
     [
         (dict(mode="best"), "expected one of vit"),
-        (dict(mode="vit", keep=0.0), "keep is 0,"),
-        (dict(mode="vit", keep=1.5), "keep is 1.5"),
-        (dict(mode="vit", keep=float("nan")), "keep is nan"),
+        (dict(mode="vit", keep=0.0), "'keep' is 0,"),
+        (dict(mode="vit", keep=1.5), "'keep' is 1.5"),
+        (dict(mode="vit", keep=float("nan")), "'keep' is nan"),
         (dict(mode="vit"), "neither a share to keep nor a threshold"),
         (dict(mode="llm", keep=0.5, threshold=0.8), "both a share to keep and a threshold"),
         (dict(mode="random", threshold=0.8), "not with random"),
@@ -248,8 +248,8 @@ def test_a_plan_for_another_tower_is_refused(model, changes):
         (dict(mode="llm", keep=0.5, encoder_keep=0.7), "not with llm"),
         (dict(mode="fastv", keep=0.5, layers=(1, 2)), "one number of layers"),
         (dict(mode="static"), "give it with plan=PLAN"),
-        (dict(mode="static", keep=0.5, plan=staged_plan(3)), "leave out keep"),
-        (dict(mode="vit", keep=0.5, plan=staged_plan(3)), "leave out plan"),
+        (dict(mode="static", keep=0.5, plan=staged_plan(3)), "leave out 'keep'"),
+        (dict(mode="vit", keep=0.5, plan=staged_plan(3)), "leave out 'plan'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(asked, says):
@@ -280,7 +280,7 @@ def test_every_mode_is_combined_with_every_share():
     assert [one.label for one in found] == expected
     assert [one.label for one in prunings_from(["vit"], [])] == ["vit 0.25"]
     assert [one.label for one in prunings_from(["llm"], [], threshold=0.8)] == ["llm threshold 0.8"]
-    with pytest.raises(UserError, match="plan goes with mode static"):
+    with pytest.raises(UserError, match="'plan' goes with 'mode' static"):
         prunings_from(["vit"], [0.5], plan=plan)
 
 
