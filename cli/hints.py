@@ -16,7 +16,6 @@ FLAGS = {
     "deploy_for": "--for",
     "target_runtime": "--for",
     "precisions": "--precision",
-    "plan_path": "--plan",
     "keeps": "--keep",
     "modes": "--mode",
     "batch": "--batch-size",

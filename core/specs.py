@@ -173,7 +173,9 @@ class PrecisionSpec:
             _check_choice("precisions", name, PRECISIONS)
         _check_choice("io", self.io, IO)
         if self.io != "float32" and not {"fp16", "bf16"} & set(self.precisions):
-            raise UserError(f"{option('io', self.io)} goes with {option('precisions', 'fp16')} or bf16", "leave it out")
+            raise UserError(
+                f"{option('io', self.io)} goes with {option('precisions', ['fp16'])} or bf16", "leave it out"
+            )
 
 
 @dataclass(frozen=True)

@@ -102,16 +102,14 @@ def evaluate(
     """
     if model.is_onnx:
         if plan_path or model.pretrained or model.weights or model.model_args:
-            named = f"{option('plan_path')}, {option('weights')}"
+            named = f"{option('plan')}, {option('weights')}"
             raise UserError(
                 f"{model.what} is an ONNX file: {named} and such go with a PyTorch model", f"use {option('against')}"
             )
         estimates, images = _evaluate_onnx(model, data, None if against is None else Path(against))
     else:
         if against:
-            raise UserError(
-                f"{option('against')} goes with an ONNX file", f"for a PyTorch model give {option('plan_path')}"
-            )
+            raise UserError(f"{option('against')} goes with an ONNX file", f"for a PyTorch model give {option('plan')}")
         refuse_preprocessing(model.preprocessing)
         estimates, images = _evaluate_torch(model, data, plan_path)
     progress.remark(images.skipped_remark("evaluation"))
@@ -122,7 +120,7 @@ def _images_for(classes: Sequence[str] | None, geometry: Geometry, data: DataSpe
     """Evaluation images; without labels something must be compared with."""
     images = one_set(classes, geometry, data, "evaluation")
     if not compares and not images.labelled:
-        against, plan = option("against", "DENSE.ONNX"), option("plan_path")
+        against, plan = option("against", "DENSE.ONNX"), option("plan")
         raise UserError(
             "nothing to measure: no labels, and nothing to compare with",
             f"give the dense model with {against}, or a plan with {plan} for a PyTorch model",
@@ -231,7 +229,7 @@ def check_against(model: Path, against: Path) -> None:
 
 def refuse_same(model: Path, against: Path) -> None:
     if model.exists() and against.exists() and model.samefile(against):
-        raise UserError(f"{model} against itself", f"give the dense file after {option('against')}")
+        raise UserError(f"{model} against itself", f"give the dense file with {option('against')}")
 
 
 def refuse_pruned(against: Path, metadata: ModelMetadata) -> None:
@@ -239,5 +237,5 @@ def refuse_pruned(against: Path, metadata: ModelMetadata) -> None:
     plan, kept, geometry = metadata.plan, metadata.kept, metadata.geometry
     if plan and not (kept and geometry and all(len(indices) == geometry.patches for indices in kept)):
         raise UserError(
-            f"{against} is a pruned file (plan {plan[:12]})", f"give the dense file after {option('against')}"
+            f"{against} is a pruned file (plan {plan[:12]})", f"give the dense file with {option('against')}"
         )

@@ -130,7 +130,7 @@ def check_export(precision: PrecisionSpec, plan: Any, method: MethodSpec | None,
         data: Calibration images; None: none.
     """
     if plan is not None and method is not None:
-        raise UserError(f"{option('plan_path')} and {option('method')} both say which tokens leave", "give one of them")
+        raise UserError(f"{option('plan')} and {option('method')} both say which tokens leave", "give one of them")
     if tokens and (method is not None or precision.precisions):
         raise UserError(
             f"{option('tokens')} goes with neither {option('method')} nor {option('precisions')}", "leave it out"
@@ -142,7 +142,7 @@ def check_export(precision: PrecisionSpec, plan: Any, method: MethodSpec | None,
     if data is not None and "int8" not in precision.precisions and method is None:
         raise UserError(
             f"{option('data')} calibrates static int8",
-            f"add {option('precisions', 'int8')} or {option('method', 'NAME')}, or leave it out",
+            f"add {option('precisions', ['int8'])} or {option('method', 'NAME')}, or leave it out",
         )
 
 

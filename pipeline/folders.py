@@ -57,7 +57,7 @@ def check_free(output: Path, *, force: bool) -> None:
     if found and not force:
         raise UserError(
             f"{output} exists already",
-            f"choose another folder with {option('output')}, or replace it with {option('force')}",
+            f"choose another folder with {option('output')}, or replace it with {option('force', True)}",
         )
     foreign = [name for name in found if not RUN_FILES.fullmatch(name)]
     if foreign:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -274,13 +273,12 @@ def remark_untuned(
         name = str(plan.provenance.get("tuned_weights_file") or "model.safetensors")
         weights, where = name, "PLAN"
         if plan_path is not None:
-            where, beside = shlex.quote(str(plan_path)), Path(plan_path).with_name(Path(name).name)
+            where, beside = str(plan_path), Path(plan_path).with_name(Path(name).name)
             weights = str(beside) if beside.is_file() else name
-        weights = shlex.quote(weights)
         again = (
-            command("fold", weights, plan_path=where)
+            command("fold", weights, plan=where)
             if is_onnx(name)
-            else command(verb, "MODEL", weights=weights, plan_path=where)
+            else command(verb, "MODEL", weights=weights, plan=where)
         )
         progress.remark(
             f"the model has its weights from before tuning; those tuned for this plan are in {name}, written beside "

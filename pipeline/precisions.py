@@ -89,7 +89,7 @@ def convert_beside(
             remove_model(path)
             # The folder may be one that the user never sees.
             made.append(
-                Converted(precision, path, failure=progress.words(error.marked).replace(f"{source.parent}{os.sep}", ""))
+                Converted(precision, path, failure=progress.words_of(error).replace(f"{source.parent}{os.sep}", ""))
             )
             continue
         count = len(images) if precision == "int8" else None
@@ -133,7 +133,7 @@ def judge_precisions(
             except UserError as error:
                 del outputs.of[item.label]
                 remove_model(item.path)
-                item = replace(item, conversion=None, runs=None, failure=progress.words(error.marked))
+                item = replace(item, conversion=None, runs=None, failure=progress.words_of(error))
         if item.failure is not None:
             progress.remark(f"{item.path.name} was left out: {item.failure}")
         judged.append(item)

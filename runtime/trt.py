@@ -19,6 +19,7 @@ import numpy as np
 from ..core.errors import UserError
 from ..core.extras import require
 from ..core.metadata import ModelMetadata
+from ..core.progress import words
 from ..core.text import command, option
 from . import cuda
 from .capabilities import Capabilities
@@ -330,7 +331,7 @@ class TrtSession(Session):
                     f"{self.path}: the engine cannot be recorded as a CUDA graph: {error.marked_problem}",
                     "leave out cuda_graph=True",
                 ) from None
-            self.use_graph, self.graph_problem = False, error.marked_problem
+            self.use_graph, self.graph_problem = False, words(error.marked_problem)
 
     def _drop_graph(self) -> None:
         if self._graph is not None:

@@ -198,11 +198,11 @@ class Comparison:
                 if not judged:
                     self.add(self._judged_row(point, made))
             except (UserError, ParityError) as error:
-                failed = {**point.row("compared"), **self.about(point), "failure": one_line(error)}
+                failed = {**point.row("compared"), **self.about(point), "failure": progress.words_of(error)}
                 # What was judged stays judged, though no graph can be made of it any more.
                 if row is None or (not judged and row["failure"] != failed["failure"]):
                     self.add(failed)
-                progress.remark(f"{point.contender.name} at {point.target:g}: {one_line(error)}")
+                progress.remark(f"{point.contender.name} at {point.target:g}: {progress.words_of(error)}")
                 return
             for batch in missing:
                 self.add(self._graph_row(point, made, batch))
@@ -361,7 +361,7 @@ class Comparison:
                     self._reduced(made), self._as_asked(batch), scratch, scratch, self._parity_images, plain_dense=dense
                 )
             except (UserError, ParityError) as error:
-                return {**row, "file": None, "failure": one_line(error)}
+                return {**row, "file": None, "failure": progress.words_of(error)}
             row["parity"] = [_without(parity_row(check), "schema", "kind") for check in written.checks]
             move_model(written.files["pruned"], path)
         return {**row, "failure": None, "file_sha256": file_sha256(path), "file_bytes": model_bytes(path)}
@@ -381,12 +381,6 @@ class Comparison:
     def _parity_images(self) -> Tensor:
         """float32 [image, channel, height, width]: of those evaluated on, which takes nothing from the evaluation."""
         return self.judge.images.images(range(min(PARITY_IMAGES, len(self.judge.images))))
-
-
-def one_line(error: Exception) -> str:
-    """An error as rows and remarks hold it."""
-    text = progress.words(error.marked) if isinstance(error, UserError) else str(error)
-    return " ".join(text.split())
 
 
 def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ...core import progress
 from ...core.errors import UserError
 from ...core.plan import TokenPlan
 from ..graphs import model_bytes
-from .comparison import Comparison, one_line
+from .comparison import Comparison
 from .made import SCHEMA, Made, Point
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def time_graphs(comparison: Comparison, points: Sequence[Point]) -> None:
                         seconds=comparison.options.timing.seconds,
                     )
                 except UserError as error:  # The batch of a model that came as an ONNX file is its own.
-                    progress.remark(f"not timed at {target:g}, batch {batch}: {one_line(error)}")
+                    progress.remark(f"not timed at {target:g}, batch {batch}: {progress.words_of(error)}")
                     continue
             _add_latencies(comparison, timed, names, target)
 
