@@ -1,4 +1,4 @@
-"""Text of docs/ that is made from the program and its tests: the command reference, and the models that work."""
+"""Text of the pages that is made from the program and its tests: commands, models that work, versions that were tested."""
 
 from __future__ import annotations
 
@@ -142,3 +142,35 @@ def _listed(names) -> str:
 
 def _table(heads: tuple[str, ...], rows) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+
+
+# -- versions ---------------------------------------------------------------------------------------------------------
+
+#: Packages that the sentence names: those whose versions change what vpruner does.
+NAMED = ("torch", "timm", "onnx", "onnxruntime", "transformers")
+
+
+def versions() -> str:
+    """What constraints.txt pins, and the earlier releases of transformers that ``make test-all`` runs."""
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    earlier = re.search(r"^TRANSFORMERS := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    found = {name: _pinned(text, name) for name in NAMED}
+    found["transformers"] = sorted({*earlier[1].split(), *found["transformers"]}, key=_numbers)
+    pythons = re.search(r"[Tt]ested with Python ([\d., and]+\d)", text)[1]
+    packages = ", ".join(f"{name} {_listed(found[name])}" for name in NAMED)
+    return f"Tested with Python {pythons}; {packages}."
+
+
+def _pinned(text: str, name: str) -> list[str]:
+    """``["1.23.2", "1.32.0"]`` of lines for several Pythons, ``["2.14 to 2.15"]`` of a range."""
+    found = []
+    for pin in re.findall(rf"^{name}([=><][^\s;]+)", text, re.MULTILINE):
+        if between := re.fullmatch(r">=([\d.]+),<(\d+)\.(\d+)", pin):
+            found.append(f"{between[1]} to {between[2]}.{int(between[3]) - 1}")
+        else:
+            found.append(pin.removeprefix("=="))
+    return found
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
