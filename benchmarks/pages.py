@@ -1,4 +1,4 @@
-"""Text of the pages that is made from the program and its tests: commands, models that work, versions that were tested."""
+"""Text of the pages that is made from the program and its tests: commands, models that work, tested versions."""
 
 from __future__ import annotations
 
@@ -162,11 +162,11 @@ def versions() -> str:
 
 
 def _pinned(text: str, name: str) -> list[str]:
-    """``["1.23.2", "1.32.0"]`` of lines for several Pythons, ``["2.14 to 2.15"]`` of a range."""
+    """``["1.23.2", "1.32.0"]`` of lines for several Pythons, ``["2.14", "2.15"]`` of a range."""
     found = []
     for pin in re.findall(rf"^{name}([=><][^\s;]+)", text, re.MULTILINE):
-        if between := re.fullmatch(r">=([\d.]+),<(\d+)\.(\d+)", pin):
-            found.append(f"{between[1]} to {between[2]}.{int(between[3]) - 1}")
+        if between := re.fullmatch(r">=(\d+)\.(\d+),<\1\.(\d+)", pin):
+            found += [f"{between[1]}.{minor}" for minor in range(int(between[2]), int(between[3]))]
         else:
             found.append(pin.removeprefix("=="))
     return found

@@ -53,7 +53,7 @@ def pages() -> list[Path]:
 def generated() -> dict[str, Callable[[], str]]:
     """Name -> text, made when it is asked for."""
     made = {name: lambda name=name: table(name) for name in TABLES}
-    return {**made, "cli": written.cli, "models": written.models}
+    return {**made, "cli": written.cli, "models": written.models, "versions": written.versions}
 
 
 def table(name: str) -> str:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from vpruner.report.blocks import Table
 from vpruner.report.compare import protocol_sentence
 from vpruner.report.entries import Entry, at_equal_time, batches_of, entries_of
+from vpruner.report.numbers import (
+    METRICS,
+    NOT_MEASURED,
+    decimal,
+    estimate,
+    milliseconds,
+    percent,
+    points,
+    quantity,
+    ratio,
+    ratio_of,
+)
+from vpruner.report.numbers import size as file_size
 from vpruner.report.tables import compare as compare_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,12 +56,12 @@ def latency_ort(rows: list[dict]) -> str:
             newest[key] = []
         newest[key].append(row)
     lines = [
-        "| model | batch | graph | MACs | p50 | latency ratio (95 %) | rounds |",
+        "| model | batch | graph | MACs / dense | p50 | time / first (95 %) | rounds |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {model} | {batch} | {row['label']} | {row['macs_ratio']:.3f} | {row['p50_ms']:.1f} ms | "
-        + ("1" if row["label"] == row["ratio_to"] else _ratio(row))
+        f"| {model} | {batch} | {row['label']} | {ratio(row['macs_ratio'])} | {milliseconds(row['p50_ms'])} | "
+        + ("1" if row["label"] == row["ratio_to"] else ratio_of(row))
         + f" | {row['count']} |"
         for (model, batch), measured in newest.items()
         for row in measured
@@ -65,32 +78,24 @@ def latency_ort(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _ratio(row: dict) -> str:
-    return f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
-
-
 def demo(rows: list[dict]) -> str:
     """The table that the bundled run ends with."""
     cost = {row["label"]: row for row in rows if row["kind"] == "cost"}
     accuracy = {(row["label"], row["metric"]): row for row in rows if row["kind"] == "accuracy"}
     latency = {row["label"]: row for row in rows if row["kind"] == "latency"}
-
-    def share(label: str, metric: str, sign: str = "") -> str:
-        row = accuracy[label, metric]
-        return f"{100 * row['value']:{sign}.1f} ({100 * row['low']:{sign}.1f} to {100 * row['high']:{sign}.1f})"
-
-    p50 = {label: f"{row['p50_ms']:.2f} ms" for label, row in latency.items()}
-    ratio = latency["pruned"]
     count = accuracy["dense", "top1"]["count"]
+    quality = {label: estimate(accuracy[label, "top1"]) for label in ("dense", "pruned")}
+    change = estimate(accuracy["pruned", "top1_difference"])
+    macs = {label: quantity(row["macs"]) for label, row in cost.items()}
+    p50 = {label: milliseconds(row["p50_ms"]) for label, row in latency.items()}
     return "\n".join(
         [
             "| | dense | pruned | change |",
             "| --- | ---: | ---: | ---: |",
-            f"| top-1 in % of {count:,} images (95 %) | {share('dense', 'top1')} | {share('pruned', 'top1')} | "
-            f"{share('pruned', 'top1_difference', '+')} |",
-            f"| multiply-adds | {cost['dense']['macs'] / 1e6:.1f} M | {cost['pruned']['macs'] / 1e6:.1f} M | "
-            f"× {cost['pruned']['ratio']:.3f} |",
-            f"| onnxruntime, 1 CPU thread, batch 1, p50 | {p50['dense']} | {p50['pruned']} | × {_ratio(ratio)} |",
+            f"| {METRICS['top1']}, {count:,} images | {quality['dense']} | {quality['pruned']} | {change} |",
+            f"| MACs | {macs['dense']} | {macs['pruned']} | {ratio(cost['pruned']['ratio'])} |",
+            f"| p50, onnxruntime, 1 CPU thread, batch 1 | {p50['dense']} | {p50['pruned']} | "
+            f"{ratio_of(latency['pruned'])} |",
         ]
     )
 
@@ -109,19 +114,14 @@ def fisher_rounds(rows: list[dict]) -> str:
         for number in rounds:
             values = groups[target, number]
             lost, divergence = (sum(values[k]) / len(values[k]) for k in ("top1_difference", "kl"))
-            cells.append(f"{100 * lost:+.2f} pp, KL {divergence:.3f}")
+            cells.append(f"{points(lost)}, KL {decimal(divergence)}")
         lines.append(f"| {target:g} | {' | '.join(cells)} |")
     seeds, images = len({row["seed"] for row in rows}), rows[0]["count"]
     return "\n".join([*lines, "", f"Mean of {seeds} seeds, {images:,} images."])
 
 
-#: What the table shows -> its name, what values are multiplied by, their format.
-SHOWN = {
-    "top1_difference": ("top-1 in pp", 100, "+.2f"),
-    "agreement": ("same class in %", 100, ".1f"),
-    "kl": ("KL", 1, ".3f"),
-    "cosine": ("cosine", 1, ".3f"),
-}
+#: What the table shows, in its order, and the form of its numbers.
+SHOWN = {"top1_difference": points, "agreement": percent, "kl": decimal, "cosine": decimal}
 #: (method, target) -> metric -> the row of each seed.
 Results = dict[tuple[str, float], dict[str, list[dict]]]
 
@@ -133,7 +133,7 @@ def accuracy(rows: list[dict]) -> str:
         targets = sorted({target for _, target in results}, reverse=True)
         shown = _shown_metrics(results)
         seeds = _seeds(results)
-        head = f"{model}: {' / '.join(SHOWN[metric][0] for metric in shown)}"
+        head = f"{model}: {' / '.join(METRICS[metric] for metric in shown)}"
         heads = [*(f"{t:g}" for t in targets), "time"]
         lines += [f"| {head} | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
         for method in in_table_order(method for method, _ in results):
@@ -178,16 +178,22 @@ def _seeds(results: Results) -> set[int]:
 
 
 def _accuracy_cell(metrics: dict[str, list[dict]], shown: list[str], seeds: int) -> str:
-    """Such as "-1.50 ± 0.21 / 0.041 ± 0.001"; fewer than ``seeds`` seeds are counted behind it, in brackets."""
+    """Such as "−1.50 pp ± 0.21 / 0.0410 ± 0.0010"; fewer than ``seeds`` seeds are counted behind it, in brackets."""
     parts, fewest = [], seeds
     for metric in shown:
         if metric in metrics:
-            _, factor, digits = SHOWN[metric]
-            values = [factor * row["value"] for row in metrics[metric]]
-            spread = f" ± {statistics.stdev(values):{digits.lstrip('+')}}" if len(values) > 1 else ""
-            parts.append(f"{statistics.fmean(values):{digits}}{spread}")
+            values = [row["value"] for row in metrics[metric]]
+            parts.append(_mean(values, SHOWN[metric]))
             fewest = min(fewest, len(values))
-    return (" / ".join(parts) + (f" ({fewest})" if fewest < seeds else "")) or "–"
+    return (" / ".join(parts) + (f" ({fewest})" if fewest < seeds else "")) or NOT_MEASURED
+
+
+def _mean(values: list[float], form: Callable[[float], str]) -> str:
+    """Mean ± standard deviation."""
+    if len(values) < 2:
+        return form(values[0])
+    spread = form(statistics.stdev(values)).lstrip("+±").removesuffix(" pp").removesuffix(" %")
+    return f"{form(statistics.fmean(values))} ± {spread}"
 
 
 def _seconds_cell(method: str, results: Results) -> str:
@@ -199,7 +205,7 @@ def _seconds_cell(method: str, results: Results) -> str:
         for row in rows
         if row["seconds"] is not None  # The process was paused meanwhile.
     ]
-    return f"{statistics.median(seconds):.0f} s" if seconds else "–"
+    return f"{statistics.median(seconds):.0f} s" if seconds else NOT_MEASURED
 
 
 def _accuracy_caption(results: Results) -> str:
@@ -265,14 +271,14 @@ def compare_speed(rows: list[dict]) -> str:
     """Graphs of larger models, the newest of each: latency ratio over MACs ratio, where 1 is ideal."""
     newest = {(r["model"], r["batch"], r["target"], r["method"]): r for r in rows if r["kind"] == "speed"}
     lines = [
-        "| model | MACs | method | batch | of dense | ms | ratio | ratio / MACs |",
+        "| model | budget | method | batch | MACs / dense | p50 | time / dense | time / MACs |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (model, batch, target, method), row in newest.items():
         if method != "dense":
             lines.append(
-                f"| {model} | {target:g} | {method} | {batch} | {row['macs_ratio']:.3f} | {row['p50_ms']:.1f} | "
-                f"{_ratio(row)} | {row['ratio'] / row['macs_ratio']:.2f} |"
+                f"| {model} | {target:g} | {method} | {batch} | {ratio(row['macs_ratio'])} | "
+                f"{milliseconds(row['p50_ms'])} | {ratio_of(row)} | {ratio(row['ratio'] / row['macs_ratio'])} |"
             )
     return "\n".join(lines)
 
@@ -281,20 +287,17 @@ def summary(compared: list[dict], latency: list[dict]) -> str:
     """Of the first page: accuracy and time of our default method, and the ratio on larger models."""
     entries = [entry for entry in entries_of(compared) if entry.method == "v-pruner" and entry.results]
     batches = batches_of(entries)
-    heads = ["multiply-adds", "top-1, pp", *(f"time, batch {batch}" for batch in batches)]
+    heads = ["multiply-adds", METRICS["top1_difference"], *(f"time, batch {batch}" for batch in batches)]
     lines = [f"| {' | '.join(heads)} |", f"|{' ---: |' * len(heads)}"]
     for entry in entries:
-        values = [100 * value for value in entry.values("top1_difference")]
+        values = entry.values("top1_difference")
         if len(values) > 1:  # Budgets at which every seed was measured; the others are on the page of results.
-            top1 = f"{statistics.fmean(values):+.2f} ± {statistics.stdev(values):.2f}"
-            times = [f"× {ratio:.2f}" if (ratio := entry.latency_ratio(batch)) else "" for batch in batches]
-            lines.append(f"| × {entry.macs_ratio:.2f} | {top1} | {' | '.join(times)} |")
+            times = [ratio(entry.latency_ratio(batch)) for batch in batches]
+            lines.append(f"| {ratio(entry.macs_ratio)} | {_mean(values, points)} | {' | '.join(times)} |")
     pruned = [row for row in latency if row["label"] == "pruned" and f"{row['macs_ratio']:.2f}" == "0.65"]
     larger = {row["model"]: row for row in pruned if row["batch"] == 1}  # The newest of each.
-    shown = [f"{name} × {row['ratio']:.2f}" for name, row in sorted(larger.items(), key=lambda one: one[1]["p50_ms"])]
-    return "\n".join(
-        [*lines, "", f"Time of larger models at × 0.65 of the multiply-adds, batch 1: {', '.join(shown)}."]
-    )
+    shown = [f"{name} {ratio(row['ratio'])}" for name, row in sorted(larger.items(), key=lambda one: one[1]["p50_ms"])]
+    return "\n".join([*lines, "", f"Larger models at 0.65× of the multiply-adds, batch 1: {', '.join(shown)}."])
 
 
 #: Way of benchmarks/onnx_gradients.py -> what the table calls it.
@@ -311,7 +314,7 @@ def onnx_gradients(rows: list[dict]) -> str:
     newest = {row["way"]: row for row in rows}
     lines = ["| gradients by | CPU time per image | correlation with exact importance |", "| --- | ---: | ---: |"]
     lines += [
-        f"| {name} | {newest[way]['cpu_ms_per_image']:,.0f} ms | {newest[way]['pearson']:.4f} |"
+        f"| {name} | {milliseconds(newest[way]['cpu_ms_per_image'])} | {decimal(newest[way]['pearson'])} |"
         for way, name in GRADIENTS.items()
         if way in newest
     ]
@@ -325,15 +328,14 @@ def latency_budget(rows: list[dict]) -> str:
     for row in rows:
         found.setdefault((row["target"], row["searched"]), {})[row["metric"]] = row
     lines = [
-        "| target | searched | MACs | time, predicted | time, measured (95 %) | top-1, pp (95 %) | KL |",
+        f"| target | searched | MACs / dense | time, predicted | time, measured | {METRICS['top1_difference']} | KL |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (target, searched), metrics in found.items():
-        row, change, divergence = metrics["kl"], metrics["top1_difference"], metrics["kl"]
-        interval = f"{100 * change['low']:+.1f} to {100 * change['high']:+.1f}"
+        row = metrics["kl"]
         lines.append(
-            f"| {target:g} | {searched} | {row['macs_ratio']:.3f} | {row['predicted_ratio']:.3f} | {_ratio(row)} | "
-            f"{100 * change['value']:+.1f} ({interval}) | {divergence['value']:.3f} |"
+            f"| {target:g} | {searched} | {ratio(row['macs_ratio'])} | {ratio(row['predicted_ratio'])} | "
+            f"{ratio_of(row)} | {estimate(metrics['top1_difference'])} | {estimate(row)} |"
         )
     some = rows[-1]
     environment = f"{some['environment']['cpu']}, onnxruntime {some['environment']['packages']['onnxruntime']}"
@@ -353,7 +355,7 @@ def stage_costs(rows: list[dict]) -> str:
 
     def cell(row: dict | None) -> str:
         if row is None:
-            return "–"
+            return NOT_MEASURED
         memory = f"{row['peak_bytes'] / 2**30:.1f} GiB"
         if row["seconds"] is None:  # Something else was running.
             return f"{row['episodes']} episodes, {memory}" if row["episodes"] else memory
@@ -381,8 +383,8 @@ def precision(rows: list[dict]) -> str:
         for graph in graphs:
             row = newest[model, graph, "fp32", None]
             name = graph if graph == "dense" else f"{graph}, {row['target']:g} of the MACs"
-            heads += [name, "change in pp (95 %)", "MB"]
-        lines += [f"| {model}, top-1 in % | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+            heads += [name, METRICS["top1_difference"], "size"]
+        lines += [f"| {model}, {METRICS['top1']} | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
         for form in forms:
             found = [newest.get((model, graph, *form)) for graph in graphs]
             cells = [cell for row in found for cell in _precision_cells(row)]
@@ -397,12 +399,9 @@ def precision(rows: list[dict]) -> str:
 
 def _precision_cells(row: dict | None) -> list[str]:
     if row is None:
-        return ["–"] * 3
-    change = row.get("top1_difference")
-    spread = (
-        f"{100 * change['value']:+.2f} ({100 * change['low']:+.2f} to {100 * change['high']:+.2f})" if change else ""
-    )
-    return [f"{100 * row['top1']['value']:.2f}", spread, f"{row['file_bytes'] / 1e6:.2f}"]
+        return [NOT_MEASURED] * 3
+    change = estimate(row.get("top1_difference"), "top1_difference")
+    return [percent(row["top1"]["value"]), change, file_size(row["file_bytes"])]
 
 
 #: Score of benchmarks/content_scores.py -> what the table calls it; in the order of the table.
@@ -431,25 +430,24 @@ def content_scores(rows: list[dict]) -> str:
     table = []
     for score, name in SCORES.items():
         cells = [_score_cell(found, score, *column) for column in columns]
-        if any(cell != "–" for cell in cells):
+        if any(cell != NOT_MEASURED for cell in cells):
             table.append([name, *cells])
     newest = rows[-1]
     top1, lost = (found[("static", *columns[0], metric)]["value"] for metric in ("top1", "top1_difference"))
-    dense = 100 * (top1 - lost)
     caption = (
         f"{newest['images']:,} calibration and {newest['eval_images']:,} evaluation images, on which the dense model "
-        f"has {dense:.1f} %."
+        f"has {percent(top1 - lost)}."
     )
-    lines = [f"| {' | '.join(cells)} |" for cells in (["top-1 in % / KL", *heads], *table)]
+    lines = [f"| {' | '.join(cells)} |" for cells in ([f"{METRICS['top1']} / KL", *heads], *table)]
     lines.insert(1, f"| --- |{' ---: |' * len(heads)}")
     return "\n".join([*lines, "", caption])
 
 
 def _score_cell(found: dict[tuple, dict], score: str, target: float, refit: bool) -> str:
     if (score, target, refit, "top1") not in found:
-        return "–"
+        return NOT_MEASURED
     top1, kl = (found[score, target, refit, metric]["value"] for metric in ("top1", "kl"))
-    return f"{100 * top1:.1f} / {kl:.3f}"
+    return f"{percent(top1)} / {decimal(kl)}"
 
 
 #: Method of benchmarks/vlm/accuracy.py -> what the table calls it, and colour, marker and line of the plot.
@@ -482,7 +480,7 @@ def vlm_accuracy(rows: list[dict]) -> str:
     for method, (name, *_) in VLM_METHODS.items():
         cells = [_vlm_cell(found.get((method, keep)), "all", seeds) for keep in keeps]
         cells += [_vlm_cell(found.get((method, least)), kind, seeds) for kind in kinds]
-        if any(cell != "–" for cell in cells):
+        if any(cell != NOT_MEASURED for cell in cells):
             lines.append(f"| {name} | {' | '.join(cells)} | {_vlm_tokens(found.get((method, least)))} |")
     return "\n".join([*lines, "", _vlm_caption(found, least, seeds)])
 
@@ -514,22 +512,22 @@ def vlm_mean(rows: list[dict] | None, kind: str, metric: str) -> tuple[float, fl
 
 
 def _vlm_cell(rows: list[dict] | None, kind: str, seeds: int) -> str:
-    """Such as "-1.5 ± 0.8"; fewer than ``seeds`` seeds are counted behind it, in brackets."""
+    """Such as "−1.50 pp ± 0.80"; fewer than ``seeds`` seeds are counted behind it, in brackets."""
     mean = vlm_mean(rows, kind, "accuracy_difference")
     if mean is None:
-        return "–"
-    return f"{100 * mean[0]:+.1f} ± {100 * mean[1]:.1f}" + (f" ({mean[2]})" if mean[2] < seeds else "")
+        return NOT_MEASURED
+    return f"{points(mean[0])} ± {100 * mean[1]:.2f}" + (f" ({mean[2]})" if mean[2] < seeds else "")
 
 
 def _vlm_tokens(rows: list[dict] | None) -> str:
     """Mean over seeds and layers of the visual tokens that enter a layer: what a share costs goes by that, too."""
     counts = [row["visual_tokens"][:-1] for row in rows or ()]
-    return f"{statistics.fmean(statistics.fmean(layers) for layers in counts):.0f}" if counts else "–"
+    return f"{statistics.fmean(statistics.fmean(layers) for layers in counts):.0f}" if counts else NOT_MEASURED
 
 
 def _vlm_caption(found: dict[tuple[str, float], list[dict]], least: float, seeds: int) -> str:
     dense = [row for (method, _), rows in found.items() if method == "dense" for row in rows]
-    shares = [f"{kind} {100 * vlm_mean(dense, kind, 'accuracy')[0]:.1f} %" for kind in VLM_KINDS[1:]]
+    shares = [f"{kind} {percent(vlm_mean(dense, kind, 'accuracy')[0])}" for kind in VLM_KINDS[1:]]
     count = next(row["count"] for row in dense if row["question_kind"] == VLM_KINDS[1])
     fewer = any(len({row["seed"] for row in rows}) < seeds for rows in found.values())
     sentences = [
@@ -549,13 +547,14 @@ def vlm_prefill(rows: list[dict]) -> str:
         return ""
     dense, *pruned = rows[starts[-1] :]
     lines = [
-        "| | multiply-adds | time to the first token (95 %) | time saved / MACs saved | peak memory | cache |",
+        "| | MACs | time to the first token | time saved / MACs saved | peak memory | cache |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         f"| dense | 1 | {dense['p50_ms'] / 1000:.1f} s | | {dense['peak_tensor_bytes'] / 2**20:.0f} MiB | |",
     ]
     lines += [
-        f"| SAINT, {row['mode']} | {1 - row['macs_saved']:.3f} | {_ratio(row)} | {row['saved_of_macs_saved']:.2f} "
-        f"| {row['peak_tensor_bytes'] / 2**20:.0f} MiB | {row['kv_bytes'] / 2**20:.0f} MiB |"
+        f"| SAINT, {row['mode']} | {ratio(1 - row['macs_saved'])} | {ratio_of(row)} "
+        f"| {ratio(row['saved_of_macs_saved'])} | {row['peak_tensor_bytes'] / 2**20:.0f} MiB "
+        f"| {row['kv_bytes'] / 2**20:.0f} MiB |"
         for row in pruned
     ]
     caption = (

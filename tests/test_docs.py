@@ -148,7 +148,7 @@ def test_times_of_trtexec_become_a_report(workplace):
             if program == "vpruner" and not block.needs and ("--from-trtexec" in words or words[0] == "report"):
                 call(*words)
     report = (workplace / "profile" / "report.md").read_text(encoding="utf-8")
-    assert "| pruned | with copies | 1.700 |" in report and "Where the time goes" in report
+    assert "| pruned | with copies | 1.70 ms |" in report and "Where the time goes" in report
 
 
 def test_what_needs_hardware_is_marked_and_said():
@@ -266,6 +266,15 @@ def test_pictures_are_small():
 def test_what_is_generated_is_up_to_date(repository):
     check = subprocess.run([sys.executable, "benchmarks/render.py", "--check"], cwd=repository, capture_output=True)
     assert check.returncode == 0, check.stderr.decode()
+
+
+def test_the_tested_versions_are_those_of_the_constraints(repository):
+    """Counted here in another way than benchmarks/pages.py reads them."""
+    (sentence,) = re.findall(r"^Tested with .+\.$", page_text("README.md"), re.MULTILINE)
+    pins = (repository / "constraints.txt").read_text(encoding="utf-8")
+    for package in ("timm", "onnx", "onnxruntime", "transformers"):
+        named = re.search(rf"[ ,]{package} ([\d., and]+?)(?:, [a-z]|\.$)", sentence)[1]
+        assert set(re.findall(rf"^{package}==(\S+)", pins, re.MULTILINE)) <= set(re.split(", | and ", named)), package
 
 
 def test_what_was_not_measured_is_said():

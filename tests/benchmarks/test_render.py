@@ -45,11 +45,11 @@ def test_accuracy_table(tables):
         *rows("random", 0.65, 1, lost=-0.03, kl=0.3),
     ]
     lines = tables.accuracy(found).splitlines()
-    start = lines.index("| toy: top-1 in pp / KL | 0.65 | 0.5 | time |")
+    start = lines.index("| toy: change in top-1 / KL to dense (nats) | 0.65 | 0.5 | time |")
     assert lines[start + 1 :] == [
         "| --- | ---: | ---: | ---: |",
-        "| random exits | -2.00 ± 1.41 / 0.200 ± 0.141 | -4.00 / 0.900 (1) | 10 s |",
-        "| Fisher + PPO | – | -0.50 / 0.050 (1) | 10 s |",
+        "| random exits | −2.00 pp ± 1.41 / 0.2000 ± 0.1414 | −4.00 pp / 0.9000 (1) | 10 s |",
+        "| Fisher + PPO | – | −0.50 pp / 0.0500 (1) | 10 s |",
         "",
         "Mean ± standard deviation of 2 seeds; brackets hold the number of seeds where it is smaller; "
         "1,024 calibration and 2,000 evaluation images; PPO played 640 episodes; "
@@ -70,17 +70,20 @@ def test_accuracy_table_does_not_depend_on_the_order_of_rows(tables):
     shuffled = random.Random(0).sample(found, len(found))
     table = tables.accuracy(found)
     assert tables.accuracy(shuffled) == table
-    assert table.index("| other: top") < table.index("| toy: top") and table.count("PPO + weights") == 2
+    assert table.index("| other: change") < table.index("| toy: change") and table.count("PPO + weights") == 2
 
 
 def test_unlabelled_images_and_features(tables):
     unlabelled = [row for row in rows("fisher", 0.5, 0) if row["metric"] in ("agreement", "kl")]
     assert (
-        "| toy: same class in % / KL | 0.5 | time |\n| --- | ---: | ---: |\n| Fisher | 90.0 / 0.100 | 10 s |"
-        in tables.accuracy(unlabelled)
+        "| toy: agreement with dense / KL to dense (nats) | 0.5 | time |\n| --- | ---: | ---: |\n"
+        "| Fisher | 90.00 % / 0.1000 | 10 s |" in tables.accuracy(unlabelled)
     )
     features = [{**unlabelled[0], "metric": "cosine", "value": 0.98}]
-    assert "| toy: cosine | 0.5 | time |\n| --- | ---: | ---: |\n| Fisher | 0.980 | 10 s |" in tables.accuracy(features)
+    assert (
+        "| toy: cosine to dense | 0.5 | time |\n| --- | ---: | ---: |\n| Fisher | 0.9800 | 10 s |"
+        in tables.accuracy(features)
+    )
     assert "pp" not in tables.accuracy(features).splitlines()[-1]
 
 
@@ -90,7 +93,9 @@ def test_a_page_before_and_after_there_are_rows(render, tables, tmp_path, monkey
     assert render.render(page, text, texts) == text
     append_rows(tmp_path / "accuracy.jsonl", rows("fisher", 0.5, 0))
     after = render.render(page, text, texts)
-    assert "| Fisher | -1.00 / 0.100 |" in after and render.render(page, after, texts) == after and "![" not in after
+    assert (
+        "| Fisher | −1.00 pp / 0.1000 |" in after and render.render(page, after, texts) == after and "![" not in after
+    )
     with pytest.raises(
         SystemExit, match=r"docs/results/accuracy\.md: nothing generates accuracy, expected one of demo"
     ):
@@ -182,11 +187,11 @@ def test_precision_table(tables):
         row("dense", "fp16", lost=0.0),
     ]
     assert tables.precision(found).splitlines() == [
-        "| toy, top-1 in % | dense | change in pp (95 %) | MB | pruned, 0.65 of the MACs | change in pp (95 %) | MB |",
+        "| toy, top-1 accuracy | dense | change in top-1 | size | pruned, 0.65 of the MACs | change in top-1 | size |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| fp32 | 78.00 |  | 6.46 | 78.00 |  | 6.46 |",
-        "| int8, minmax | 77.85 | -0.15 (-0.55 to +0.45) | 1.79 | – | – | – |",
-        "| fp16 | 78.00 | +0.00 (-0.40 to +0.60) | 6.46 | – | – | – |",
+        "| fp32 | 78.00 % |  | 6.46 MB | 78.00 % |  | 6.46 MB |",
+        "| int8, minmax | 77.85 % | −0.15 pp (−0.55 to +0.45) | 1.79 MB | – | – | – |",
+        "| fp16 | 78.00 % | ±0.00 pp (−0.40 to +0.60) | 6.46 MB | – | – | – |",
         "",
         "2,000 evaluation images; INT8 was calibrated on 128; BF16 is emulated in float32.",
     ]
@@ -237,12 +242,12 @@ def test_content_scores_table(tables):
         found += [row(score, target, refit, "top1", top1), row(score, target, refit, "top1_difference", top1 - 0.78)]
         found += [row(score, target, refit, "kl", kl)]
     assert tables.content_scores(found).splitlines() == [
-        "| top-1 in % / KL | 0.65 | 0.5 | 0.5, refitted |",
+        "| top-1 accuracy / KL | 0.65 | 0.5 | 0.5, refitted |",
         "| --- | ---: | ---: | ---: |",
-        "| none: the static plan | 76.5 / 0.040 | 74.0 / 0.090 | – |",
-        "| the same, plan as prior (`--select content`) | – | 76.0 / 0.060 | 77.0 / 0.040 |",
+        "| none: the static plan | 76.50 % / 0.0400 | 74.00 % / 0.0900 | – |",
+        "| the same, plan as prior (`--select content`) | – | 76.00 % / 0.0600 | 77.00 % / 0.0400 |",
         "",
-        "1,024 calibration and 2,000 evaluation images, on which the dense model has 78.0 %.",
+        "1,024 calibration and 2,000 evaluation images, on which the dense model has 78.00 %.",
     ]
 
 
@@ -271,11 +276,11 @@ def test_the_summary_shows_what_every_seed_measured(tables):
         dict(common, model="half", ratio=0.5, p50_ms=20.0, macs_ratio=0.5),
     ]
     assert tables.summary(found, larger).splitlines() == [
-        "| multiply-adds | top-1, pp | time, batch 1 |",
+        "| multiply-adds | change in top-1 | time, batch 1 |",
         "| ---: | ---: | ---: |",
-        "| × 0.65 | -1.50 ± 0.71 | × 0.70 |",
+        "| 0.650× | −1.50 pp ± 0.71 | 0.700× |",
         "",
-        "Time of larger models at × 0.65 of the multiply-adds, batch 1: tiny × 0.67, base × 0.68.",
+        "Larger models at 0.65× of the multiply-adds, batch 1: tiny 0.667×, base 0.680×.",
     ]
 
 
@@ -296,7 +301,7 @@ def test_gradients_and_budgets_of_time(tables):
         dict(common, metric="kl", value=0.149),
     ]
     assert tables.latency_budget(rows).splitlines()[2:] == [
-        "| 0.5 | by latency | 0.420 | 0.500 | 0.520 (0.510 to 0.530) | -5.0 (-7.0 to -4.0) | 0.149 |",
+        "| 0.5 | by latency | 0.420× | 0.500× | 0.520× (0.510 to 0.530) | −5.00 pp (−7.00 to −4.00) | 0.1490 |",
         "",
         "toy, 2,000 evaluation images, batch 1, 1 thread; A processor, onnxruntime 1.2.",
     ]

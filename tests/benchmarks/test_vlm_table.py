@@ -38,13 +38,14 @@ def test_points_lost_by_share_and_kind(tables):
     start = lines.index("| | 50 % | 25 % | position, 25 % | count, 25 % | presence, 25 % | tokens per layer |")
     assert lines[start + 1 :] == [
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| FastV | +0.0 ± 3.0 (1) | +0.0 ± 3.0 (1) | -2.0 ± 3.0 (1) | -4.0 ± 3.0 (1) | -6.0 ± 3.0 (1) | 160 |",
+        "| FastV | ±0.00 pp ± 3.00 (1) | ±0.00 pp ± 3.00 (1) | −2.00 pp ± 3.00 (1) | −4.00 pp ± 3.00 (1) "
+        "| −6.00 pp ± 3.00 (1) | 160 |",
         # Two seeds: 3 / sqrt(2).
-        "| SAINT, hybrid | – | +0.0 ± 2.1 | -2.0 ± 2.1 | -4.0 ± 2.1 | -6.0 ± 2.1 | 160 |",
+        "| SAINT, hybrid | – | ±0.00 pp ± 2.12 | −2.00 pp ± 2.12 | −4.00 pp ± 2.12 | −6.00 pp ± 2.12 | 160 |",
         "",
-        "Right answers of the dense model: position 80.0 %, count 70.0 %, presence 60.0 %; 2 seeds of 1,000 questions "
-        "of each kind, brackets hold the number where it is smaller; ± half of the 95 % interval, paired question by "
-        "question; tokens per layer: visual tokens that enter a language layer at 25 %, on average.",
+        "Right answers of the dense model: position 80.00 %, count 70.00 %, presence 60.00 %; 2 seeds of 1,000 "
+        "questions of each kind, brackets hold the number where it is smaller; ± half of the 95 % interval, paired "
+        "question by question; tokens per layer: visual tokens that enter a language layer at 25 %, on average.",
     ]
     assert tables.vlm_accuracy([]) == tables.vlm_accuracy(rows("dense", 1.0, 0)) == ""
 
@@ -76,7 +77,7 @@ def test_time_to_the_first_token(tables):
     newest = [prefill("dense", 8195.6, 1.0, 0.0), prefill("vit", 3900, 0.48, 0.5, peak_tensor_bytes=92 << 20)]
     assert tables.vlm_prefill([*older, *newest]).splitlines()[2:] == [
         "| dense | 1 | 8.2 s | | 200 MiB | |",
-        "| SAINT, vit | 0.500 | 0.480 (0.460 to 0.500) | 1.04 | 92 MiB | 30 MiB |",
+        "| SAINT, vit | 0.500× | 0.480× (0.460 to 0.500) | 1.040× | 92 MiB | 30 MiB |",
         "",
         "LLaVA, 4 language layers in float32, random weights, one image and 616 tokens in all; 25 % of the visual "
         "tokens kept; 9 rounds in turns, 2 threads of a CPU. The peak memory is that of the prefill, "
