@@ -4,7 +4,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-newest lint gpu-check wheel lock clean
+.PHONY: help demo test test-all test-newest lint gpu-check wheel docs lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -57,6 +57,9 @@ gpu-check: $(FOR_DEV) ## On a machine with an NVIDIA GPU: results and times ther
 wheel: $(FOR_DEV) ## Build sdist and wheel into dist/
 	@rm -rf build
 	$(BIN)/python -m build --no-isolation --outdir dist .
+
+docs: $(FOR_DEV) ## Write what is generated in README.md and docs/: commands, tables, models, versions
+	$(BIN)/python benchmarks/render.py
 
 lock: ## Write the newest versions into constraints.txt, for Python 3.10 and 3.11
 	$(PYTHON) .ci/lock.py $(LOCK_PYTHONS)
