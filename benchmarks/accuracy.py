@@ -35,6 +35,7 @@ from vpruner.core.cost import cost_ratio
 from vpruner.core.environment import environment
 from vpruner.core.plan import TokenPlan
 from vpruner.core.rows import append_rows, read_rows
+from vpruner.core.specs import LearnSpec
 from vpruner.core.statistics import Estimate
 from vpruner.pipeline.compare.judge import Judge
 from vpruner.pipeline.compare.made import Made
@@ -43,10 +44,10 @@ from vpruner.prune.choose_images import choose_indices, map_labels
 from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.fisher import batch_size_for
 from vpruner.prune.learn import learn
+from vpruner.prune.learned import Learned
 from vpruner.prune.loaded import LoadedModel
 from vpruner.prune.models import open_model
 from vpruner.prune.rearrange.search import RearrangeSettings, World, swap_greedily
-from vpruner.prune.stages import Learned
 from vpruner.prune.tune.stage import tune
 
 #: What tells one result from another.
@@ -110,33 +111,27 @@ class Candidates:
     @cached_property
     def shipped(self) -> Learned:
         """All stages as ``vpruner run`` plays them: the rearrangement foresees that weights will be refitted."""
-        return self._learn(rearrangement="ppo", tuning="weights")
+        return self._learn(rearrange="ppo", tune="weights")
 
     @cached_property
     def untuned(self) -> Learned:
         """Rearranged for the weights as they are, as with ``--tune none``."""
-        return self._learn(rearrangement="ppo", tuning="none")
+        return self._learn(rearrange="ppo", tune="none")
 
     @cached_property
     def searched(self) -> Learned:
-        return self._learn(rearrangement="none", tuning="none")
+        return self._learn(rearrange="none", tune="none")
 
     @cached_property
     def learned_in_one_round(self) -> Learned:
         rearranges = "fisher 1 round + greedy" in self.methods
-        return self._learn(rounds=1, rearrangement="greedy" if rearranges else "none", tuning="none")
+        return self._learn(rounds=1, rearrange="greedy" if rearranges else "none", tune="none")
 
-    def _learn(self, *, tuning: str, **options) -> Learned:
-        return learn(
-            self.shared.loaded,
-            self.shared.images,
-            target=self.target,
-            # No limit of time: what comes out must not depend on what else the machine does.
-            settings=RearrangeSettings.for_tuning(tuning, episodes=self.episodes, time_limit=1e6),
-            tuning=tuning,
-            seed=self.seed,
-            **options,
-        )
+    def _learn(self, **options) -> Learned:
+        # No limit of time: what comes out must not depend on what else the machine does.
+        limits = {"episodes": self.episodes, "time_limit": 1e6}
+        spec = LearnSpec(target=self.target, seed=self.seed, **limits, **options)
+        return learn(self.shared.loaded, self.shared.images, spec)
 
     def after_stages(self, learned: Learned, count: int) -> Candidate:
         """After the first ``count`` stages, or fewer where a plan that drops nothing had nothing to go on with."""

@@ -18,6 +18,7 @@ from vpruner.core import bundled
 from vpruner.core.cost import cost_ratio
 from vpruner.core.environment import environment
 from vpruner.core.rows import append_rows
+from vpruner.core.specs import LearnSpec
 from vpruner.core.statistics import Outputs, compare
 from vpruner.prune.choose_images import choose_indices, map_labels
 from vpruner.prune.data import ImageSet, ImageSource
@@ -57,8 +58,9 @@ def main() -> None:
         for rounds in args.rounds:
             for seed in args.seeds:
                 calibration = ImageSet(source, choose_indices(source, args.images, seed), label_map)
+                spec = LearnSpec(target=target, rounds=rounds, seed=seed, loss=args.loss)
                 started = time.perf_counter()
-                plan = learn_plan(loaded, calibration, target=target, rounds=rounds, seed=seed, loss=args.loss)
+                plan = learn_plan(loaded, calibration, spec)
                 seconds = time.perf_counter() - started
                 with adapter.applied(plan, "dead"):
                     pruned = outputs()

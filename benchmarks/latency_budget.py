@@ -20,7 +20,7 @@ from vpruner.core.environment import environment
 from vpruner.core.latency_table import LatencyTable
 from vpruner.core.plan import TokenPlan
 from vpruner.core.rows import append_rows
-from vpruner.core.specs import ExportSpec
+from vpruner.core.specs import ExportSpec, LearnSpec
 from vpruner.export.fold import fold_file
 from vpruner.pipeline.evaluate import evaluate_graphs, open_graphs
 from vpruner.pipeline.graphs import write_dense
@@ -28,7 +28,6 @@ from vpruner.prune.choose_images import choose_indices, map_labels
 from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.learn import learn, learn_plan
 from vpruner.prune.models import open_model
-from vpruner.prune.rearrange.search import RearrangeSettings
 from vpruner.prune.search import minimum_cost
 from vpruner.runtime.measure import profile_onnx
 
@@ -60,10 +59,9 @@ def main() -> None:
 
     def made(target: float, cost) -> TokenPlan:
         if not args.episodes:
-            return learn_plan(loaded, calibration, target=target, cost=cost, seed=args.seed)
-        settings = RearrangeSettings(episodes=args.episodes, time_limit=1e6)
-        options = dict(rearrangement="ppo", tuning="none", settings=settings, seed=args.seed)
-        return learn(loaded, calibration, target=target, cost=cost, **options).plan
+            return learn_plan(loaded, calibration, LearnSpec(target=target, seed=args.seed), cost=cost)
+        spec = LearnSpec(target=target, tune="none", episodes=args.episodes, time_limit=1e6, seed=args.seed)
+        return learn(loaded, calibration, spec, cost=cost).plan
 
     for target in args.targets:
         by_time = made(target, LatencyCost(table, geometry))
@@ -72,7 +70,7 @@ def main() -> None:
         low, high = minimum_cost(macs) / macs.dense, 1.0
         for _ in range(8):  # By the search alone: rearrangement stays within the budget it is given.
             middle = 0.5 * (low + high)
-            trial = learn_plan(loaded, calibration, target=middle, seed=args.seed)
+            trial = learn_plan(loaded, calibration, LearnSpec(target=middle, seed=args.seed))
             low, high = (middle, high) if table.predict_plan(trial) <= wanted else (low, middle)
         by_macs = made(low, macs)
         plans = {"by latency": by_time, "by macs": by_macs}

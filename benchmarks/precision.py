@@ -16,16 +16,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vpruner.core import bundled
-from vpruner.core.choices import INT8_IMAGES
+from vpruner.core.choices import CALIBRATIONS, INT8_IMAGES
 from vpruner.core.cost import cost_ratio
 from vpruner.core.environment import environment
 from vpruner.core.plan import TokenPlan
 from vpruner.core.rows import append_rows
-from vpruner.core.specs import ExportSpec
+from vpruner.core.specs import ExportSpec, LearnSpec
 from vpruner.core.statistics import proportion
 from vpruner.export.fold import fold_file
 from vpruner.export.precision import Agreement, Conversion, compare_outputs, convert, cpu_form
-from vpruner.export.quantize import CALIBRATIONS
 from vpruner.pipeline.evaluate import collect_graphs, open_graphs
 from vpruner.pipeline.graphs import write_dense
 from vpruner.pipeline.inputs import first_images
@@ -41,7 +40,7 @@ FORMS = (("fp16", None), ("bf16", None), *(("int8", name) for name in CALIBRATIO
 
 def write_graphs(loaded: LoadedModel, calibration: ImageSet, target: float, seed: int, folder: Path) -> TokenPlan:
     """dense.onnx and pruned.onnx in ``folder``; returns the plan."""
-    learned = learn(loaded, calibration, target=target, rearrangement="none", tuning="weights", seed=seed)
+    learned = learn(loaded, calibration, LearnSpec(target=target, rearrange="none", tune="weights", seed=seed))
     plan, spec = learned.plan, ExportSpec(20)
     write_dense(loaded, folder / "dense.onnx", spec)
     with with_weights(loaded.adapter.model, learned.weights):

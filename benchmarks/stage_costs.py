@@ -23,13 +23,13 @@ from latency_ort import open_dense
 
 from vpruner.cli.console import ConsoleSink
 from vpruner.core import bundled, progress
+from vpruner.core.choices import EPISODES, REARRANGEMENTS, TIME_LIMIT, TUNINGS
 from vpruner.core.environment import environment
 from vpruner.core.rows import append_rows
+from vpruner.core.specs import LearnSpec
 from vpruner.prune.choose_images import choose_indices
 from vpruner.prune.data import ImageSet, ImageSource
-from vpruner.prune.learn import REARRANGEMENTS, learn
-from vpruner.prune.rearrange.search import RearrangeSettings
-from vpruner.prune.tune.stage import TUNINGS
+from vpruner.prune.learn import learn
 
 
 def reset_peak() -> None:
@@ -65,10 +65,8 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.65)
     parser.add_argument("--rearrange", choices=REARRANGEMENTS, default="ppo")
     parser.add_argument("--tune", choices=TUNINGS, default="weights")
-    parser.add_argument("--episodes", type=int, default=RearrangeSettings.episodes)
-    parser.add_argument(
-        "--time-limit", type=float, default=RearrangeSettings.time_limit, help="seconds of rearrangement"
-    )
+    parser.add_argument("--episodes", type=int, default=EPISODES)
+    parser.add_argument("--time-limit", type=float, default=TIME_LIMIT, help="seconds of rearrangement")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/stage_costs.jsonl"))
     args = parser.parse_args()
 
@@ -76,16 +74,15 @@ def main() -> None:
     source = ImageSource(args.data, split="train")
     images = ImageSet(source, choose_indices(source, args.images, 0))
     watch = Watch()
-    settings = RearrangeSettings(episodes=args.episodes, time_limit=args.time_limit)
+    spec = LearnSpec(
+        target=args.target,
+        rearrange=args.rearrange,
+        tune=args.tune,
+        episodes=args.episodes,
+        time_limit=args.time_limit,
+    )
     with progress.reporting(watch) as record:
-        learned = learn(
-            loaded,
-            images,
-            target=args.target,
-            rearrangement=args.rearrange,
-            tuning=args.tune,
-            settings=settings,
-        )
+        learned = learn(loaded, images, spec)
     played = next((s.details["episodes"] for s in learned.stages if s.method == "ppo"), None)
     here = environment()
     rows = [

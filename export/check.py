@@ -17,7 +17,8 @@ from ..core.errors import UserError
 from ..core.progress import words
 from ..core.text import command
 from .files import check_tensors, external_problem, read_model
-from .targets import MISSING_WEIGHTS, NO_PRODUCER, SEVERITIES, UNKNOWN_DOMAIN, Bound, Rule, Target, find_target
+from .targets import find_target
+from .targets.rules import MISSING_WEIGHTS, NO_PRODUCER, SEVERITIES, UNKNOWN_DOMAIN, Bound, Rule, Target
 
 _INT32 = np.iinfo(np.int32)
 #: Where a value comes from, each including the ones before: a constant; computed from constants; from shapes of
@@ -42,7 +43,7 @@ class Finding:
     """One thing that a target does not take, or takes with a cost.
 
     Args:
-        severity: "error", "warning" or "remark", as :data:`vpruner.export.targets.SEVERITIES` says.
+        severity: "error", "warning" or "remark", as :data:`vpruner.export.targets.rules.SEVERITIES` says.
         rule: Name of the rule, the same for all findings of one kind.
         node: The node's name in the file, behind the names of the nodes whose subgraph it is in (``if_1 > then_branch >
             add_2``); empty where the finding is of the whole file or of a graph input.

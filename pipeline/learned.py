@@ -20,11 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.content_plan import ContentPlan
-    from ..core.cost import Cost
-    from ..prune.data import ImageSet
+    from ..prune.learned import Learned
     from ..prune.loaded import LoadedModel
     from ..prune.methods.rule import TokenRule
-    from ..prune.stages import Learned
 
 
 def check_learn(spec: LearnSpec, model: ModelSpec, *others: str | Path | None) -> None:
@@ -48,27 +46,6 @@ def check_learn(spec: LearnSpec, model: ModelSpec, *others: str | Path | None) -
     from ..prune.learn import check_selection
 
     check_selection(spec.select, spec.tune)
-
-
-def learn(loaded: LoadedModel, calibration: ImageSet, spec: LearnSpec, cost: Cost | None = None) -> Learned:
-    """:func:`~vpruner.prune.learn.learn` as the spec says."""
-    from ..prune import learn as stages
-    from ..prune.rearrange.search import RearrangeSettings
-
-    return stages.learn(
-        loaded,
-        calibration,
-        target=spec.target,
-        cost=cost,
-        loss=spec.loss,
-        rounds=spec.rounds,
-        rearrangement=spec.rearrange,
-        tuning=spec.tune,
-        selection=spec.select,
-        settings=RearrangeSettings.for_tuning(spec.tune, episodes=spec.episodes, time_limit=spec.time_limit),
-        checkpoint=spec.checkpoint,
-        seed=spec.seed,
-    )
 
 
 def check_checkpoint(spec: LearnSpec, *others: str | Path | None) -> None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from ..core.specs import DataSpec, LearnSpec, ModelSpec
 from .folders import check_output
 from .inputs import one_set, open_cost, open_prunable
-from .learned import check_learn, check_tuned_output, learn, replace_learned, tuned_beside
+from .learned import check_learn, check_tuned_output, replace_learned, tuned_beside
 
 if TYPE_CHECKING:
     from ..core.content_plan import ContentPlan
     from ..core.plan import TokenPlan
+    from ..prune.learned import Learned
     from ..prune.loaded import LoadedModel
-    from ..prune.stages import Learned
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Pr
     Raises:
         UserError: Something the user gave cannot be used; nothing is written then.
     """
+    from ..prune.learn import learn
+
     check_output(output, ".json", *model.files)
     tuned = tuned_beside(output, model.what)
     check_learn(spec, model, output, tuned)
@@ -54,6 +56,6 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Pr
     geometry = loaded.adapter.geometry
     cost = open_cost(spec.cost, loaded.name, geometry)
     calibration = one_set(loaded.classes, geometry, data, "calibration")
-    learned = learn(loaded, calibration, spec, cost)
+    learned = learn(loaded, calibration, spec, cost=cost)
     plan = replace_learned(loaded, learned, output, tuned, (*model.files, spec.checkpoint))
     return Pruned(loaded, learned, plan, output, tuned if learned.weights else None)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..export.deploy import Deployment
     from ..export.parity import ParityCheck
     from ..prune.data import ImageSet
-    from ..prune.stages import Learned
+    from ..prune.learned import Learned
 
 
 def accuracy_rows(estimates: Mapping[str, Sequence[Estimate]], precisions: Mapping[str, str]) -> list[dict[str, Any]]:

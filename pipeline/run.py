@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from ..core.statistics import Estimate
     from ..export.precision import Agreement
     from ..prune.data import ImageSet
+    from ..prune.learned import Learned
     from ..prune.loaded import LoadedModel
     from ..prune.methods.rule import TokenRule
-    from ..prune.stages import Learned
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,9 @@ def open_inputs(options: RunOptions) -> Inputs:
 
 
 def learn(options: RunOptions, inputs: Inputs) -> Learned:
-    from .learned import learn
+    from ..prune.learn import learn
 
-    return learn(inputs.loaded, inputs.calibration, options.learn, inputs.cost)
+    return learn(inputs.loaded, inputs.calibration, options.learn, cost=inputs.cost)
 
 
 def save(loaded: LoadedModel, learned: Learned, folder: Path) -> Saved:

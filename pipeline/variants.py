@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ..core.content_plan import ContentPlan
     from ..core.plan import TokenPlan
-    from ..prune.stages import Learned
+    from ..prune.learned import Learned
 
 
 @dataclass(frozen=True)

@@ -208,5 +208,10 @@ class Judgement:
         """Whether the second is better by more than chance explains: by at least one standard error."""
         return bool(self.after < self.before - self.error)
 
+    @property
+    def unchanged(self) -> Judgement:
+        """Of leaving the second as it is."""
+        return Judgement(self.after, self.after, 0.0, self.images)
+
     def to_json(self) -> dict[str, float | int]:
         return {"before": self.before, "after": self.after, "error": self.error, "images": self.images}

@@ -1,72 +1,340 @@
-"""What a stage of learning hands on."""
+"""The stages of learning, in one form: each makes a proposal, and :func:`judge_and_keep` lets it stand or undoes it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 from torch import Tensor
 
+from ..core import progress
 from ..core.content_plan import ContentPlan
+from ..core.cost import Cost, dense_macs, plan_macs
 from ..core.plan import TokenPlan
-from .calibration import Judgement
+from ..core.specs import LearnSpec
+from .calibration import Calibration, Judgement
+from .data import ImageSet
+from .fisher import batch_size_for
+from .learned import Stage
+from .loaded import LoadedModel
+from .methods.content import choose_by_content, choosing_steps
+from .rearrange.search import (
+    Rearranged,
+    RearrangeSettings,
+    World,
+    greedy_swaps,
+    plans_around,
+    rearrange,
+    swap_greedily,
+)
+from .rounds import SEARCH_IMAGES, choose_loss, round_sizes, search_in_rounds
+from .tune.stage import tune
+
+#: Greedily swapped plans that the rearrangement may begin at, where weights stay as they are. How good one is depends
+#: on the images that happen to give its gradients: by 5 to 10 % in KL divergence.
+RESTARTS = 3
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage as it went.
+class Task:
+    """What is to be learned, and from what.
 
     Attributes:
-        name: ``"search"``, ``"rearrange"``, ``"tune"`` or ``"select"``.
-        method: Such as ``"fisher"``, ``"ppo"``, ``"weights"``.
-        plan: The plan after it.
-        weights: State-dict name -> tensor, where weights differ from the model's; else None.
-        kept: Whether the stage changed anything; it is undone where it does not help on held-out images.
-        seconds: Wall-clock time.
-        judgement: Divergence from the dense model on held-out images, before and after; None without such images.
-        note: One sentence for the report, or empty.
-        details: JSON values.
-        content: The plan by content, after a selection that was kept.
+        loaded: The trained model.
+        images: Calibration images, as they were asked for.
+        calibration: The same, decoded and split.
+        spec: How it is to be learned.
+        cost: What the budget is of.
+        target: Budget of the plan; lower than that of ``spec`` where choosing patches costs something too.
+        settings: How much the rearrangement plays.
     """
 
-    name: str
-    method: str
+    loaded: LoadedModel
+    images: ImageSet
+    calibration: Calibration
+    spec: LearnSpec
+    cost: Cost
+    target: float
+    settings: RearrangeSettings = field(default_factory=RearrangeSettings)
+
+
+@dataclass(frozen=True)
+class State:
+    """What has been learned so far.
+
+    Attributes:
+        plan: The identity before the search.
+        weights: State-dict name -> tensor, where weights differ from the model's; else None.
+        content: The plan by content, once one was kept.
+        judgement: Of the last stage that was kept; None before any, or without held-out images.
+        importance: float64 [exit 0..L, patch N]: Fisher importance at the dense model, once there was a search.
+        stages: A record of each stage.
+    """
+
     plan: TokenPlan
-    weights: Mapping[str, Tensor] | None
+    weights: Mapping[str, Tensor] | None = None
+    content: ContentPlan | None = None
+    judgement: Judgement | None = None
+    importance: np.ndarray | None = None
+    stages: tuple[Stage, ...] = ()
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a stage would make of the state.
+
+    Attributes:
+        state: With the stage's plan, weights, content and importance.
+        kept: Whether it is to stand: better on held-out images by more than chance explains.
+        judgement: Divergence from the dense model on those, before and after; None where nothing was measured, and of
+            the search, whose plan is measured once it stands.
+        note: One sentence for the report, or empty.
+        details: JSON values.
+    """
+
+    state: State
     kept: bool
-    seconds: float
     judgement: Judgement | None
     note: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
-    content: ContentPlan | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """What provenance and result rows say of it."""
-        return {
-            "stage": self.name,
-            "method": self.method,
-            "kept": self.kept,
-            "seconds": round(self.seconds, 2),
-            "held_out": None if self.judgement is None else self.judgement.to_json(),
-            "note": self.note,
-            **self.details,
-        }
+
+class LearningStage(Protocol):
+    """One stage: ``name`` and ``method`` as in :class:`~vpruner.prune.learned.Stage`."""
+
+    name: ClassVar[str]
+    task: Task
+
+    @property
+    def method(self) -> str: ...
+
+    def run(self, state: State) -> Proposal: ...
+
+
+def stages_of(task: Task) -> Iterator[LearningStage]:
+    """The stages that were asked for, in order; the search alone where no images are held out to judge others on."""
+    yield Search(task)
+    if not len(task.calibration.held_out):
+        return
+    if task.spec.rearrange != "none":
+        yield Rearrange(task)
+    if task.spec.tune != "none":
+        yield Tune(task)
+    if task.spec.select == "content":
+        yield Select(task)
+
+
+def judge_and_keep(stage: LearningStage, state: State) -> State:
+    """Run a stage. What it proposes becomes the state where it helps on held-out images, and is undone where not."""
+    started = time.perf_counter()
+    proposal = stage.run(state)
+    seconds = time.perf_counter() - started
+    progress.remark(proposal.note)
+    kept, judgement, first = proposal.kept, proposal.judgement, not state.stages
+    # There is nothing to go back to from the search: one that drops nothing says where its plan came from.
+    after = proposal.state if kept or first else state
+    if kept and first:
+        judgement = _judged_against_dense(stage.task, after.plan)
+    record = Stage(
+        stage.name,
+        stage.method,
+        after.plan,
+        after.weights,
+        kept,
+        seconds,
+        judgement,
+        proposal.note,
+        proposal.details,
+        after.content,
+    )
+    return replace(after, judgement=judgement if kept else state.judgement, stages=(*state.stages, record))
+
+
+def _judged_against_dense(task: Task, plan: TokenPlan) -> Judgement | None:
+    """The plan against the dense model, whose outputs all stages compare with; None without held-out images."""
+    adapter, calibration = task.loaded.adapter, task.calibration
+    compared = calibration.held_out
+    if not len(compared):
+        return None
+    if task.spec.rearrange != "none":
+        compared = np.concatenate([World(adapter, calibration).images, compared])
+    with progress.stage("Running the dense model for comparison", len(compared)) as advance:
+        calibration.dense_outputs(adapter, compared, advance)
+    after = calibration.divergence(adapter, plan, calibration.held_out)
+    return Judgement.of(np.zeros_like(after), after)
+
+
+# -- search -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Learned:
-    """What :func:`learn` hands back.
+class Search:
+    """Fisher importance of every gate, and the mask within budget that loses least of it."""
 
-    Attributes:
-        plan: The plan to ship, with provenance.
-        weights: State-dict name -> tensor for the weights that tuning changed; None when none did.
-        stages: What each stage did, in order.
-        content: The plan by content to ship instead, with provenance and on the counts of ``plan``; the weights are
-            those for it. None where none was asked for, or where it did not help.
+    task: Task
+    name: ClassVar[str] = "search"
+    method: ClassVar[str] = "fisher"
+
+    def run(self, state: State) -> Proposal:
+        plan, importance = search_plan(self.task)
+        found = replace(state, plan=plan, importance=importance)
+        details = {"rounds": len(plan.provenance["rounds"])}
+        return Proposal(found, not plan.is_identity, None, plan.provenance["note"], details)
+
+
+def search_plan(task: Task, batch_size: int | None = None) -> tuple[TokenPlan, np.ndarray]:
+    """The plan, and the Fisher importance [exit 0..L, patch N] at the dense model that the first round found.
+
+    Args:
+        batch_size: Images per backward pass; None picks one that keeps activations within 1.5 GiB.
     """
+    loaded, images, calibration, cost = task.loaded, task.images, task.calibration, task.cost
+    geometry, seed = loaded.adapter.geometry, task.spec.seed
+    loss = choose_loss(task.spec.loss, geometry.output, images.labelled)
+    batch_size = batch_size or batch_size_for(geometry, backward=True)
+    fit = calibration.fit[:SEARCH_IMAGES]
+    sizes = round_sizes(len(fit), task.spec.rounds)
+    parts = np.split(fit, np.cumsum(sizes)[:-1])
+    with progress.stage(f"Fisher token mask search of {loaded.name}", len(fit)) as advance:
+        found = search_in_rounds(
+            loaded.adapter,
+            [calibration.batches(part, batch_size) for part in parts],
+            loss,
+            task.target,
+            cost=cost,
+            seed=seed,
+            on_batch=advance,
+        )
+    progress.remark(images.skipped_remark("calibration"))
+    plan = found.plan.with_provenance(
+        method="fisher",
+        loss=loss,
+        target=task.target,
+        target_kind=cost.kind,
+        cost=cost.to_json(found.plan),
+        macs=plan_macs(found.plan),
+        dense_macs=dense_macs(geometry),
+        ratio=round(cost.ratio(found.plan), 6),
+        rounds=list(found.rounds),
+        seed=seed,
+        calibration={
+            "source": Path(images.source.spec).name,
+            "images": images.count,
+            "held_out": len(calibration.held_out),
+            "skipped": len(images.skipped),
+            "sha256": images.sha256,
+        },
+        weights_sha256=loaded.sha256,
+        preprocessing=loaded.preprocessing.to_json(),
+        note=found.note,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions={name: version(name) for name in ("torch", "timm", "numpy")},
+    )
+    return plan, found.dense_importance
 
-    plan: TokenPlan
-    weights: Mapping[str, Tensor] | None
-    stages: tuple[Stage, ...]
-    content: ContentPlan | None = None
+
+# -- rearrangement ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rearrange:
+    """Tokens moved within the budget, by reinforcement learning or by greedy swaps."""
+
+    task: Task
+    name: ClassVar[str] = "rearrange"
+
+    @property
+    def method(self) -> str:
+        return self.task.spec.rearrange
+
+    def run(self, state: State) -> Proposal:
+        task = self.task
+        world = World(task.loaded.adapter, task.calibration)
+        if self.method == "greedy":
+            with progress.stage("Token mask rearrangement (greedy)"):
+                found = swap_greedily(world, state.plan, target=task.target, cost=task.cost, seed=task.spec.seed)
+        else:
+            try:
+                found = self._play(world, state)
+            except KeyboardInterrupt:  # Between episodes it is the stage's own affair.
+                note = "rearrangement was interrupted before its first episode; the Fisher plan was kept"
+                found = Rearranged(state.plan, state.judgement.unchanged, False, note, {"episodes": 0})
+        plan = found.plan.with_provenance(**state.plan.provenance)
+        details = {**found.details, "history": found.history}
+        return Proposal(replace(state, plan=plan), found.kept, found.judgement, found.note, details)
+
+    def _play(self, world: World, state: State) -> Rearranged:
+        task, plan, firsts = self.task, state.plan, []
+        limits: dict[str, Any] = {"target": task.target, "cost": task.cost}
+        seed, depth = task.spec.seed, world.geometry.depth
+        if task.spec.tune == "weights":
+            with progress.stage("Refitting stand-in weights", depth, unit="blocks") as advance:
+                around = plans_around(world, plan, importance=state.importance, seed=seed, **limits)
+                world.foresee_tuning(around, advance)
+        else:
+            with progress.stage("Swapping tokens for a start", RESTARTS, unit="plans") as advance:
+                for start in range(RESTARTS):
+                    firsts.append(greedy_swaps(world, plan, seed=seed + start, **limits)[0])
+                    advance(1)
+        with progress.stage("Token mask rearrangement (PPO)", task.settings.episodes, unit="episodes") as advance:
+            return rearrange(
+                world,
+                plan,
+                importance=state.importance,
+                firsts=firsts,
+                settings=task.settings,
+                seed=seed,
+                checkpoint=task.spec.checkpoint,
+                on_batch=lambda count, gain: advance(count, f"divergence {-gain:+.0%}"),
+                **limits,
+            )
+
+
+# -- tuning -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Weights or gates refitted to the tokens that are left."""
+
+    task: Task
+    name: ClassVar[str] = "tune"
+
+    @property
+    def method(self) -> str:
+        return self.task.spec.tune
+
+    def run(self, state: State) -> Proposal:
+        task, adapter = self.task, self.task.loaded.adapter
+        with progress.stage(f"Token mask tuning ({self.method})", adapter.geometry.depth, unit="steps") as advance:
+            tuned = tune(adapter, state.plan, task.calibration, self.method, seed=task.spec.seed, on_step=advance)
+        plan = tuned.plan.with_provenance(**state.plan.provenance)
+        found = replace(state, plan=plan, weights=tuned.weights)
+        return Proposal(found, tuned.kept, tuned.judgement, tuned.note, tuned.details)
+
+
+# -- selection --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Select:
+    """The counts of the plan, the patches chosen by each image."""
+
+    task: Task
+    name: ClassVar[str] = "select"
+    method: ClassVar[str] = "content"
+
+    def run(self, state: State) -> Proposal:
+        adapter, refit = self.task.loaded.adapter, self.task.spec.tune == "weights"
+        with progress.stage("Selection by content", choosing_steps(adapter.geometry, refit), unit="steps") as advance:
+            chosen = choose_by_content(
+                adapter, state.plan, state.weights, self.task.calibration, refit=refit, on_step=advance
+            )
+        found = replace(state, content=chosen.plan, weights=chosen.weights)
+        return Proposal(found, chosen.plan is not None, chosen.judgement, chosen.note, chosen.details)

@@ -228,7 +228,7 @@ class Comparison:
 
     def _save(self, point: Point, made: Made) -> Made:
         """Write a plan (and the weights tuned for it) into the folder; the same with the plan as written."""
-        from ...prune.stages import Learned
+        from ...prune.learned import Learned
 
         about = {"seconds": round(made.seconds, 3), "cpu_seconds": round(made.cpu_seconds, 3), "note": made.note}
         path = self.output / "plans" / f"{point.name}.json"

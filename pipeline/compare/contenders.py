@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...core import progress
 from ...core.errors import UserError
 from ...core.specs import LearnSpec
-from ..learned import learn, rule_of
+from ..learned import rule_of
 from ..options import CompareOptions
 from .made import Contender, Made
 
@@ -54,6 +54,8 @@ def _learned(name: str, spec: LearnSpec) -> Contender:
     settings = RearrangeSettings.for_tuning(spec.tune, episodes=spec.episodes, time_limit=spec.time_limit)
 
     def make(loaded: LoadedModel, images: ImageSet, calibration: Calibration, target: float, seed: int) -> Made:
+        from ...prune.learn import learn
+
         if spec.select == "content" and loaded.graph is not None:
             raise UserError(
                 f"{loaded.graph.name} is an ONNX file: patches are chosen by content in PyTorch models alone",

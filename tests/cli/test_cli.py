@@ -28,7 +28,7 @@ from vpruner.core.cost import cost_ratio
 from vpruner.core.errors import ParityError
 from vpruner.core.plan import TokenPlan
 from vpruner.core.text import counted
-from vpruner.prune import learn
+from vpruner.prune import stages
 from vpruner.prune.calibration import Judgement
 from vpruner.prune.models import open_model
 from vpruner.prune.rearrange import search as rearrange
@@ -47,7 +47,7 @@ def finished(card, images, tmp_path_factory):
 
 def everything_helps(patch):
     """Let every stage run and then find something: two dozen images of noise give it nothing to find."""
-    real_rearrange, real_tune, real_greedy = learn.rearrange, learn.tune, learn.swap_greedily
+    real_rearrange, real_tune, real_greedy = stages.rearrange, stages.tune, stages.swap_greedily
 
     def moved(real):
         def rearrange(world, plan, **options):
@@ -69,9 +69,9 @@ def everything_helps(patch):
         names = ("blocks.1.attn.proj.weight", "blocks.2.mlp.fc2.bias")
         return replace(done, weights={name: 1.5 * own[name] for name in names}, judgement=Judgement(0.2, 0.1, 0.01, 4))
 
-    patch.setattr(learn, "rearrange", moved(real_rearrange))
-    patch.setattr(learn, "swap_greedily", moved(real_greedy))
-    patch.setattr(learn, "tune", tune)
+    patch.setattr(stages, "rearrange", moved(real_rearrange))
+    patch.setattr(stages, "swap_greedily", moved(real_greedy))
+    patch.setattr(stages, "tune", tune)
 
 
 @pytest.fixture(scope="module")
@@ -510,7 +510,7 @@ def test_ctrl_c_elsewhere_ends_the_program(card, images, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vpruner.prune.learn.tune", interrupted)
+    monkeypatch.setattr("vpruner.prune.stages.tune", interrupted)
     result = CliRunner().invoke(
         main, ["run", str(card), "--data", str(images), "--rearrange", "none", "-o", str(tmp_path / "out")]
     )
@@ -565,7 +565,7 @@ def test_bad_checkpoints(finished, card, images, tmp_path, monkeypatch):
     for name in ("plan.json", "plan.safetensors"):
         fails("prune", card, "-o", here / "plan.json", "--checkpoint", here / name, says="is written by this command")
     (tmp_path / "broken.pt").write_bytes(b"oops")
-    monkeypatch.setattr("vpruner.prune.learn._search", None)  # Refused before anything is searched.
+    monkeypatch.setattr("vpruner.prune.stages.search_plan", None)  # Refused before anything is searched.
     fails("prune", card, "--data", images, "-q", "-o", here / "plan.json", "--checkpoint", tmp_path / "broken.pt",
           says="broken.pt is not a checkpoint of a rearrangement")  # fmt: skip
     assert list(here.iterdir()) == [] and (tmp_path / "broken.pt").read_bytes() == b"oops"

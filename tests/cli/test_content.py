@@ -9,7 +9,7 @@ from commands import call, fails
 
 from vpruner.core.content_plan import ContentPlan, load_plan
 from vpruner.core.plan import TokenPlan
-from vpruner.prune import learn
+from vpruner.prune import stages
 from vpruner.prune.calibration import Judgement
 from vpruner.prune.methods import content
 from vpruner.prune.methods.content import ContentRule
@@ -35,7 +35,7 @@ def finished(card, images, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Judgement, "better", True)
-        patch.setattr(learn, "tune", tuning(1.5))
+        patch.setattr(stages, "tune", tuning(1.5))
         patch.setattr(content, "tune", tuning(1.25))
         call("run", card, "--data", images, *OPTIONS, "--select", "content", "--seconds", 0.3, "-o", folder)
     return folder

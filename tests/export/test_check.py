@@ -10,7 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 from vpruner.core.errors import UserError
 from vpruner.export.check import check, summarize
 from vpruner.export.fold import fold_file
-from vpruner.export.targets import SEVERITIES, TARGETS, find_target
+from vpruner.export.targets import TARGETS, find_target
+from vpruner.export.targets.rules import SEVERITIES
 
 FLOAT, INT64, DOUBLE, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.DOUBLE, TensorProto.BOOL
 TRT = ("trt8.5", "trt10", "trt11")

@@ -10,7 +10,9 @@ import pytest
 from vpruner.cli.hints import as_typed
 from vpruner.core.errors import UserError
 from vpruner.core.text import as_python
-from vpruner.export.targets import REDUCTIONS, SEVERITIES, TARGETS, Bound, Rule, Target, find_target
+from vpruner.export.targets import TARGETS, find_target
+from vpruner.export.targets.rules import SEVERITIES, Bound, Rule, Target
+from vpruner.export.targets.tensorrt import REDUCTIONS
 
 
 def rules_of(target: Target) -> list[Rule]:

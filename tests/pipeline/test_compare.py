@@ -28,9 +28,9 @@ from vpruner.pipeline.compare.files import read_results
 from vpruner.pipeline.inputs import choose
 from vpruner.pipeline.options import CompareOptions
 from vpruner.prune.choose_images import choose_images
+from vpruner.prune.learned import Learned
 from vpruner.prune.methods.tome import Tome
 from vpruner.prune.models import open_model
-from vpruner.prune.stages import Learned
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +357,7 @@ def test_a_plan_by_content_is_saved_with_its_score_and_exported(card, images, tm
     plan = TokenPlan("tiny", geometry, [range(16), range(10), range(6)])
     content = ContentPlan(plan, 0.75)
     learned = Learned(plan, None, (), content)
-    monkeypatch.setattr("vpruner.prune.learn.learn", lambda *_, selection, **__: {"content": learned}[selection])
+    monkeypatch.setattr("vpruner.prune.learn.learn", lambda loaded, images, spec: {"content": learned}[spec.select])
     given = options(card, images, methods=("v-pruner-content",), latency=True, seconds=0.1)
     rows = of(compare(given, tmp_path)["rows"], "compared")
     assert rows["v-pruner-content"]["form"] == "rule" and rows["v-pruner-content"]["counts"] == [17, 11, 7]

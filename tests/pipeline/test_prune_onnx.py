@@ -14,7 +14,7 @@ from tiny_vits import tiny
 
 from vpruner.core import bundled, progress
 from vpruner.core.plan import TokenPlan
-from vpruner.core.specs import ExportSpec, ModelSpec
+from vpruner.core.specs import ExportSpec, LearnSpec, ModelSpec
 from vpruner.export.files import load_model, save_model
 from vpruner.export.parity import run_onnx
 from vpruner.export.rebuild.graph import probe_images, rebuild
@@ -22,12 +22,13 @@ from vpruner.pipeline.fold import fold_checked
 from vpruner.pipeline.folders import check_free
 from vpruner.pipeline.graphs import write_dense
 from vpruner.pipeline.inputs import open_prunable
-from vpruner.prune import learn
+from vpruner.prune import stages
 from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.calibration import Calibration, Judgement
 from vpruner.prune.choose_images import choose_indices, map_labels
 from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.fisher import gate_gradients
+from vpruner.prune.learn import learn_plan
 from vpruner.prune.models import open_model
 
 GIVEN = ("--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25")
@@ -62,7 +63,7 @@ def images(tmp_path_factory):
 @pytest.fixture
 def tuning_helps(monkeypatch):
     """Let tuning find something: two dozen images of noise give it next to nothing."""
-    real = learn.tune
+    real = stages.tune
 
     def tune(adapter, plan, calibration, kind, **options):
         own = adapter.model.state_dict()
@@ -70,7 +71,7 @@ def tuning_helps(monkeypatch):
         done = real(adapter, plan, calibration, kind, **options)
         return replace(done, kept=True, note="", weights=weights, judgement=Judgement(0.2, 0.1, 0.01, 4))
 
-    monkeypatch.setattr(learn, "tune", tune)
+    monkeypatch.setattr(stages, "tune", tune)
 
 
 # -- the same plan ----------------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def test_the_plan_from_the_graph_is_the_one_from_pytorch(reference, reference_gr
     for loaded in (reference, rebuilt):
         batches = Calibration.load(chosen, loaded.preprocessing, held_out=0).batches(np.arange(32), 32)
         scores.append(gate_gradients(loaded.adapter, batches, "self").importance(8))
-        plans.append(learn.learn_plan(loaded, chosen, target=0.6, loss="self", rounds=2, seed=1))
+        plans.append(learn_plan(loaded, chosen, LearnSpec(target=0.6, loss="self", rounds=2, seed=1)))
     assert np.abs(scores[1] - scores[0]).max() <= 1e-4 * scores[0].max()
     assert scores[0].max() > 0
     assert plans[1].kept == plans[0].kept and not plans[0].is_identity

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,12 +8,14 @@ from tiny_vits import tiny
 
 from vpruner.core.cost import cost_ratio
 from vpruner.core.errors import UserError
+from vpruner.core.plan import TokenPlan
 from vpruner.core.preprocess import Preprocessing
-from vpruner.prune import learn
+from vpruner.core.specs import LearnSpec
+from vpruner.prune import rounds, stages
 from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
-from vpruner.prune.calibration import Calibration
+from vpruner.prune.calibration import Calibration, Judgement
 from vpruner.prune.data import ImageSet, ImageSource
-from vpruner.prune.learn import learn_plan
+from vpruner.prune.learn import learn, learn_plan
 from vpruner.prune.loaded import LoadedModel
 from vpruner.prune.rearrange.search import STAND_IN_PLANS, RearrangeSettings, World
 from vpruner.prune.rounds import choose_loss, round_sizes
@@ -46,7 +50,7 @@ def test_round_sizes():
 
 @pytest.mark.parametrize("kind", ["class token", "average pooling", "attention pooling", "distilled", "features"])
 def test_plan_meets_the_budget_and_says_how_it_came_about(images, kind):
-    plan = learn_plan(loaded(kind), calibration(images), target=0.6, rounds=3)
+    plan = learn_plan(loaded(kind), calibration(images), LearnSpec(target=0.6, rounds=3))
     # One of 24 patches in one of 4 blocks is about 1 % of this model.
     assert 0.57 < cost_ratio(plan) <= 0.6
     facts = plan.provenance
@@ -55,13 +59,13 @@ def test_plan_meets_the_budget_and_says_how_it_came_about(images, kind):
     ratios = [step["ratio"] for step in facts["rounds"]]
     assert ratios == sorted(ratios, reverse=True) and ratios[-1] == facts["ratio"]
     assert facts["calibration"]["images"] == 24 and len(facts["weights_sha256"]) == 64
-    again = learn_plan(loaded(kind), calibration(images), target=0.6, rounds=3)
+    again = learn_plan(loaded(kind), calibration(images), LearnSpec(target=0.6, rounds=3))
     assert again.digest == plan.digest
 
 
 def test_each_image_is_used_once_and_gradients_are_those_of_the_pruned_model(images, monkeypatch):
     seen, plans = [], []
-    real = learn.gate_gradients
+    real = rounds.gate_gradients
 
     def watch(adapter, batches, loss, *, plan, **options):
         batches = list(batches)
@@ -69,8 +73,8 @@ def test_each_image_is_used_once_and_gradients_are_those_of_the_pruned_model(ima
         plans.append(plan)
         return real(adapter, batches, loss, plan=plan, **options)
 
-    monkeypatch.setattr(learn, "gate_gradients", watch)
-    final = learn_plan(loaded(), calibration(images), target=0.6, rounds=3, batch_size=5)
+    monkeypatch.setattr(rounds, "gate_gradients", watch)
+    final = learn_plan(loaded(), calibration(images), LearnSpec(target=0.6, rounds=3), batch_size=5)
     assert len(seen) == 24 == len(set(seen))
     assert plans[0].is_identity
     chain = [*plans, final]
@@ -79,7 +83,7 @@ def test_each_image_is_used_once_and_gradients_are_those_of_the_pruned_model(ima
 
 
 def test_nothing_to_drop_is_said(images, reported):
-    plan = learn_plan(loaded(), calibration(images), target=1.0)
+    plan = learn_plan(loaded(), calibration(images), LearnSpec(target=1.0))
     assert plan.is_identity
     assert "nothing had to be dropped" in reported.remarks[0] and plan.provenance["note"] in reported.remarks
 
@@ -87,13 +91,13 @@ def test_nothing_to_drop_is_said(images, reported):
 def test_unreadable_images_may_fill_a_whole_round(images, tmp_path, reported):
     for path in sorted(images.iterdir()):
         (tmp_path / path.name).write_bytes(path.read_bytes() if path.name < "04" else b"broken")
-    plan = learn_plan(loaded(), calibration(tmp_path), target=0.6, rounds=4)
+    plan = learn_plan(loaded(), calibration(tmp_path), LearnSpec(target=0.6, rounds=4))
     assert 0.57 < cost_ratio(plan) <= 0.6
     assert "20 calibration images could not be read" in reported.remarks[0]
     for path in tmp_path.iterdir():
         path.write_bytes(b"broken")
     with pytest.raises(UserError, match="none of the 24 images"):
-        learn_plan(loaded(), calibration(tmp_path), target=0.6)
+        learn_plan(loaded(), calibration(tmp_path), LearnSpec(target=0.6))
 
 
 def test_garbage_gradients_are_refused(images, monkeypatch):
@@ -101,7 +105,7 @@ def test_garbage_gradients_are_refused(images, monkeypatch):
     with torch.no_grad():
         model.adapter.model.head.weight.fill_(torch.nan)
     with pytest.raises(UserError, match="not finite numbers"):
-        learn_plan(model, calibration(images), target=0.6)
+        learn_plan(model, calibration(images), LearnSpec(target=0.6))
 
 
 def test_choice_of_loss():
@@ -124,8 +128,8 @@ QUICK = RearrangeSettings(episodes=16, batch=4, images=8, effect_images=8)
 
 
 def learn_all(images, model=None, count=24, **options):
-    arguments = {**dict(target=0.6, rounds=2, settings=QUICK), **options}
-    return learn.learn(model or loaded(), calibration(images, count), **arguments)
+    spec = LearnSpec(**{"target": 0.6, "rounds": 2, **options})
+    return learn(model or loaded(), calibration(images, count), spec, settings=QUICK)
 
 
 @pytest.mark.parametrize("rearrangement", ["ppo", "greedy", "none"])
@@ -133,7 +137,7 @@ def learn_all(images, model=None, count=24, **options):
 def test_stages_are_recorded_as_they_went(images, rearrangement, tuning, reported):
     model = loaded()
     before = weights_sha256(model.adapter.model)
-    learned = learn_all(images, model, rearrangement=rearrangement, tuning=tuning)
+    learned = learn_all(images, model, rearrange=rearrangement, tune=tuning)
     assert weights_sha256(model.adapter.model) == before
     names = ["search"] + ["rearrange"] * (rearrangement != "none") + ["tune"] * (tuning != "none")
     assert [stage.name for stage in learned.stages] == names
@@ -158,11 +162,13 @@ def test_stages_are_recorded_as_they_went(images, rearrangement, tuning, reporte
 
 
 def test_search_alone_is_the_search_on_what_is_not_held_out(images, tmp_path):
-    learned = learn_all(images, rearrangement="none", tuning="none")
+    learned = learn_all(images, rearrange="none", tune="none")
     for path in sorted(images.iterdir()):
         if path.name < "18":
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert learned.plan.digest == learn_plan(loaded(), calibration(tmp_path, 18), target=0.6, rounds=2).digest
+    assert (
+        learned.plan.digest == learn_plan(loaded(), calibration(tmp_path, 18), LearnSpec(target=0.6, rounds=2)).digest
+    )
 
 
 @pytest.mark.parametrize("rearrangement", ["ppo", "greedy"])
@@ -196,14 +202,14 @@ def test_no_stage_fits_to_held_out_images(images, rearrangement, monkeypatch):
     monkeypatch.setattr(Calibration, "batches", batches)
     model = loaded()
     adapter = model.adapter
-    learn_all(images, model, rearrangement=rearrangement)
+    learn_all(images, model, rearrange=rearrangement)
     assert fitted and judged and {index % 24 for index in fitted} <= set(range(18))
 
 
 @pytest.mark.parametrize("garbage", ["noise", "nan"])
 def test_garbage_leaves_the_plan_of_the_search(images, garbage, monkeypatch):
     random = np.random.default_rng(0)
-    expected = learn_all(images, rearrangement="none", tuning="none").plan
+    expected = learn_all(images, rearrange="none", tune="none").plan
 
     def effects(self, plan, indices):
         values = random.normal(size=(len(indices), self.geometry.depth, self.geometry.patches)).astype(np.float32)
@@ -220,12 +226,12 @@ def test_garbage_leaves_the_plan_of_the_search(images, garbage, monkeypatch):
     real = World.judge
     monkeypatch.setattr(World, "effects", effects)
     monkeypatch.setattr(World, "judge", judge)
-    learned = learn_all(images, tuning="none")
+    learned = learn_all(images, tune="none")
     rearranged = learned.stages[1]
     # A plan picked by noise may be a better one by luck, but only a better one is kept.
     assert rearranged.judgement.better if rearranged.kept else learned.plan.kept == expected.kept
     monkeypatch.setattr(World, "judge", lambda self, plans, indices: (np.ones((len(plans), len(indices))),) * 2)
-    learned = learn_all(images, tuning="none")
+    learned = learn_all(images, tune="none")
     assert learned.plan.kept == expected.kept and not learned.stages[1].kept
     assert "nothing better than the Fisher plan" in learned.stages[1].note
 
@@ -234,8 +240,8 @@ def test_an_interrupt_before_the_first_episode_keeps_the_plan_of_the_search(imag
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    expected = learn_all(images, rearrangement="none")
-    monkeypatch.setattr(learn, "plans_around", interrupt)
+    expected = learn_all(images, rearrange="none")
+    monkeypatch.setattr(stages, "plans_around", interrupt)
     learned = learn_all(images)
     assert not learned.stages[1].kept and "before its first episode" in learned.stages[1].note
     assert learned.plan.kept == expected.plan.kept and len(learned.stages) == 3
@@ -250,12 +256,12 @@ def test_rearrangement_foresees_tuning_only_where_weights_will_be_tuned(images, 
         begun.append(len(firsts))
         return real(*args, firsts=firsts, **options)
 
-    real = learn.rearrange
-    monkeypatch.setattr(learn, "rearrange", rearrange)
+    real = stages.rearrange
+    monkeypatch.setattr(stages, "rearrange", rearrange)
     for tuning in ("weights", "gates", "none"):
-        learn_all(images, tuning=tuning)
+        learn_all(images, tune=tuning)
     # What greedy swaps gain, a refit would have gained too: they are a start where there is none.
-    assert asked == [STAND_IN_PLANS] and begun == [0, learn.RESTARTS, learn.RESTARTS]
+    assert asked == [STAND_IN_PLANS] and begun == [0, stages.RESTARTS, stages.RESTARTS]
 
 
 def test_too_few_images_to_hold_any_out_are_said(images, reported):
@@ -271,10 +277,20 @@ def test_nothing_dropped_leaves_nothing_to_the_other_stages(images):
     assert stage.name == "search" and not stage.kept and stage.judgement is None and stage.note
 
 
-@pytest.mark.parametrize("options", [dict(rearrangement="sarsa"), dict(tuning="piano")])
-def test_unknown_stages_are_refused(images, options):
-    with pytest.raises(ValueError, match="unknown stage"):
-        learn_all(images, **options)
+@pytest.mark.parametrize("options", [dict(rearrange="sarsa"), dict(tune="piano"), dict(select="dice"), dict(loss="x")])
+def test_unknown_stages_are_refused(options):
+    with pytest.raises(UserError, match="expected one of"):
+        LearnSpec(**options)
+
+
+def test_gates_do_not_go_with_patches_that_each_image_chooses(images):
+    with pytest.raises(UserError, match="gates belong to places"):
+        learn_all(images, tune="gates", select="content")
+
+
+def test_a_budget_of_another_kind_needs_its_table_opened(images):
+    with pytest.raises(ValueError, match="open that table"):
+        learn_all(images, cost="latency:table.json")
 
 
 def test_learning_repeats_itself_and_goes_on_from_a_checkpoint(images, tmp_path):
@@ -286,3 +302,28 @@ def test_learning_repeats_itself_and_goes_on_from_a_checkpoint(images, tmp_path)
     assert resumed.stages[1].details["history"] == first.stages[1].details["history"]
     with pytest.raises(UserError, match="another run"):
         learn_all(images, checkpoint=path, seed=1)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_proposal_stands_or_is_undone(kept, reported):
+    """A made-up stage after a made-up search."""
+    model = loaded()
+    dense = TokenPlan.identity("tiny", model.adapter.geometry)
+    pruned = TokenPlan("tiny", dense.geometry, [range(24), range(20), range(16), range(12)])
+    before = stages.State(pruned, stages=("the search",), judgement=Judgement(0.0, 0.4, 0.1, 6))
+
+    class Better:
+        name, method, task = "tune", "magic", None
+
+        def run(self, state):
+            found = replace(state, plan=dense, weights={"a": torch.ones(1)})
+            return stages.Proposal(found, kept, Judgement(0.4, 0.2, 0.1, 6), "said", {"why": 1})
+
+    after = stages.judge_and_keep(Better(), before)
+    search, record = after.stages
+    assert search == "the search" and reported.remarks == ["said"]
+    assert (record.name, record.method, record.kept, record.note) == ("tune", "magic", kept, "said")
+    assert record.judgement.after == 0.2 and record.details == {"why": 1} and record.seconds >= 0
+    assert record.plan == after.plan == (dense if kept else pruned)
+    assert (record.weights is None) == (after.weights is None) == (not kept)
+    assert after.judgement.after == (0.2 if kept else 0.4)
