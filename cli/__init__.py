@@ -1,5 +1,5 @@
 """The ``vpruner`` command."""
 
-from .commands import main
+from .group import main
 
 __all__ = ["main"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import click
 from rich.console import Console
 from rich.markup import escape
@@ -10,6 +14,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from ..core.progress import Record, Sink, reporting
 from ..report.blocks import Table
 from .hints import as_typed
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+def emit_rows(rows: list[dict[str, Any]], results: Path | None, as_json: bool) -> bool:
+    """Append rows to a results.jsonl if one is named; print them if JSON is wanted, and say whether that was done."""
+    from ..core.rows import append_rows
+
+    if results:
+        append_rows(results, rows)
+    if as_json:
+        print_json(rows)
+    return as_json
+
+
+def print_checks(checks, output: Path, deployed) -> None:
+    from ..pipeline.results import parity_row
+    from ..report.tables.run import parity_table
+
+    print_table(parity_table([parity_row(check) for check in checks]))
+    if deployed is not None:
+        click.echo(deployed.summary)
+    click.echo(output)
 
 
 class ConsoleSink(Sink):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +20,6 @@ from ..core.choices import (
     INTERPOLATIONS,
     IO,
     LOSSES,
-    PRECISIONS,
     PROVIDERS,
     REARRANGEMENTS,
     SELECTIONS,
@@ -31,6 +28,7 @@ from ..core.choices import (
     TUNINGS,
 )
 from ..export.targets import TARGETS
+from .types import PerChannel, Seconds, key_values, precision_names
 
 
 def specs(**kinds: type) -> Callable:
@@ -57,16 +55,6 @@ def specs(**kinds: type) -> Callable:
     return decorate
 
 
-class Seconds(click.FloatRange):
-    """A finite time; FloatRange alone lets NaN through."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a time in seconds", param, ctx)
-        return number
-
-
 def stacked(*decorators: Callable) -> Callable:
     def decorate(command: Callable) -> Callable:
         for decorator in reversed(decorators):
@@ -74,20 +62,6 @@ def stacked(*decorators: Callable) -> Callable:
         return command
 
     return decorate
-
-
-def key_values(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    """``("img_size=384", "qk_norm=true")`` -> {"img_size": 384, "qk_norm": True}; values are JSON where they parse."""
-    result = {}
-    for value in values:
-        key, equals, text = value.partition("=")
-        if not equals or not key.isidentifier():
-            raise click.BadParameter(f"{value!r} is not key=value, as in --model-arg img_size=384")
-        try:
-            result[key] = json.loads(text)
-        except ValueError:
-            result[key] = text
-    return result
 
 
 model_options = stacked(
@@ -137,23 +111,6 @@ calibration_options = stacked(
     ),
     click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
 )
-
-
-class PerChannel(click.ParamType):
-    """Three numbers, or one for all channels: ``0.485,0.456,0.406`` -> (0.485, 0.456, 0.406), ``0.5`` -> three."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(float(part) for part in value.split(","))
-        except ValueError:
-            numbers = ()
-        if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
-            self.fail(f"{value!r} is not one number, or three with commas between them", param, ctx)
-        return numbers * 3 if len(numbers) == 1 else numbers
 
 
 def _gathered_preprocessing(command: Callable) -> Callable:
@@ -263,17 +220,6 @@ stage_options = stacked(
         help="Save the state of --rearrange ppo there, and go on from it where it exists.",
     ),
 )
-
-
-def precision_names(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    """``("fp16,int8", "bf16")`` -> ("fp16", "int8", "bf16"); fp32 is always written, and named twice is named once."""
-    names = [name.strip() for value in values for name in value.split(",")]
-    unknown = [name for name in names if name not in ("fp32", *PRECISIONS)]
-    if unknown:
-        raise click.BadParameter(f"{unknown[0]!r} is not one of fp32, {', '.join(PRECISIONS)}")
-    return tuple(dict.fromkeys(name for name in names if name != "fp32"))
-
-
 io_option = click.option(
     "--io",
     default="float32",

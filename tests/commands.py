@@ -2,7 +2,7 @@
 
 from click.testing import CliRunner, Result
 
-from vpruner.cli.commands import main
+from vpruner.cli import main
 
 
 def call(*arguments, code: int = 0, **options) -> Result:

@@ -45,13 +45,10 @@ def test_the_blocker_blocks():
 
 
 def test_light_modules_import_without_heavy_packages(repository):
-    names = [
-        "vpruner",
-        *(f"vpruner.{name}" for name in ("errors", "artifacts", "extras", "bundled", "draw", "report", "cli")),
-    ]
-    names += ["vpruner.core.plan", "vpruner.core.cost", "vpruner.runtime"]
-    runtime = [path.stem for path in (repository / "runtime").glob("*.py") if path.stem != "__init__"]
-    names += [f"vpruner.runtime.{name}" for name in sorted(runtime)]
+    names = ["vpruner", "vpruner.prune.plan", "vpruner.runtime", "vpruner.export.targets"]
+    for room in ("core", "report", "cli", "runtime"):
+        names += [".".join(("vpruner", *path.relative_to(repository).with_suffix("").parts))
+                  for path in sorted((repository / room).rglob("*.py")) if path.stem != "__init__"]  # fmt: skip
     probe("import importlib\nfor name in sys.argv[1:]:\n    importlib.import_module(name)", *names)
 
 
@@ -165,3 +162,22 @@ def test_a_command_without_its_extra_says_so_in_one_line(arguments, extra, tmp_p
     assert done.returncode == 2 and len(said) == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "new").exists() or not any((tmp_path / "new").iterdir()), "a failed command left files"
+
+
+def test_the_list_of_commands_loads_none_of_them():
+    done = probe(
+        """
+from click.testing import CliRunner
+from vpruner.cli import main
+from vpruner.cli.catalogue import CATALOGUE
+done = CliRunner().invoke(main, ["--help"])
+assert done.exit_code == 0, done.output
+for intent, commands in CATALOGUE.items():
+    assert f"{intent}:" in done.output, intent
+    for name in commands:
+        assert f"\\n  {name} " in done.output, name
+        assert f"vpruner.cli.{name}" not in sys.modules, name
+print(sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+    )
+    assert not {"numpy", "PIL", "rich"} & set(json.loads(done.stdout.replace("'", '"')))

@@ -53,7 +53,7 @@ def test_wheel_holds_the_package_and_nothing_else(built, sources):
     modules = {path for path in modules if path.parts[0] not in OUTSIDE} | {Path("py.typed")}
     assets = {path.relative_to(sources) for path in (sources / "assets").iterdir()}
     expected = {f"vpruner/{path.as_posix()}" for path in modules | assets}
-    assert {"vpruner/cli/commands.py", "vpruner/core/plan.py", "vpruner/assets/reference.json"} <= expected
+    assert {"vpruner/cli/group.py", "vpruner/core/plan.py", "vpruner/assets/reference.json"} <= expected
     with zipfile.ZipFile(built[".whl"]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == expected
@@ -97,7 +97,7 @@ def test_sdist_can_be_tested_and_rebuilt(built):
     wanted = {"Makefile", "LICENSE", "CHANGELOG.md", "CITATION.cff", "README.md", ".ci/run", "tests/conftest.py"}
     wanted |= {"constraints.txt", ".ci/lock.py"}
     wanted |= {"tests/test_packaging.py", "tests/recorded/train.tar", "benchmarks/reference/make_assets.py"}
-    wanted |= {"assets/calibration.tar", "cli/commands.py"}
+    wanted |= {"assets/calibration.tar", "cli/group.py"}
     assert wanted <= names
     assert not [name for name in names if name.startswith((".venv", "runs", "build/")) or "__pycache__" in name]
 

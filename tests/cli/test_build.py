@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from fake_tensorrt import install
 from PIL import Image
 
-from vpruner.cli import commands as cli
+from vpruner.cli import main
 from vpruner.cli.hints import as_typed
 from vpruner.core.text import command
 from vpruner.runtime.sidecar import sidecar_path
@@ -53,7 +53,7 @@ def machine(monkeypatch, tmp_path):
 
 
 def vpruner(*arguments):
-    return CliRunner().invoke(cli.main, list(map(str, arguments)))
+    return CliRunner().invoke(main, list(map(str, arguments)))
 
 
 def test_build_and_predict(machine, model, tmp_path):

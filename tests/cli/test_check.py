@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
-from vpruner.cli.commands import main
+from vpruner.cli import main
 from vpruner.export.targets import TARGETS
 
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_cards import CLASSES, TINY
 
-from vpruner.cli.commands import main
+from vpruner.cli import main
 from vpruner.core import bundled
 from vpruner.core.choices import PROVIDERS
 from vpruner.core.cost import cost_ratio
@@ -193,7 +193,7 @@ def test_termination_leaves_nothing(card, images, tmp_path):
     """SIGTERM in the middle of a run: the scratch folder goes, as with Ctrl-C."""
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "vpruner.cli.commands", "run", card, "--data", images, "--seconds", "60"),
+            *(sys.executable, "-m", "vpruner", "run", card, "--data", images, "--seconds", "60"),
             *("-o", tmp_path / "out", *SEARCH_ALONE),
         ],
         stdout=subprocess.DEVNULL,

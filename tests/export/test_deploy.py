@@ -12,7 +12,7 @@ from export_tools import nodes, only, random_plan, relative_difference, run
 from foreign_graphs import Foreign, tiny_model, write_foreign
 from onnx import TensorProto, helper, numpy_helper
 
-from vpruner.cli import commands as cli
+from vpruner.cli import main
 from vpruner.core.errors import UserError
 from vpruner.core.metadata import TARGET
 from vpruner.export.check import check
@@ -301,7 +301,7 @@ def test_attention_with_gates_or_norms_of_queries_is_not_fused(exported, folded)
 
 
 def call(*arguments):
-    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def test_fold_for_a_target(exported, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 from export_tools import random_plan, relative_difference, run
 
-from vpruner.cli.commands import main
+from vpruner.cli import main
 from vpruner.core.errors import UserError
 from vpruner.export import files
 from vpruner.export.fold import fold_file

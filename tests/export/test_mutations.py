@@ -18,7 +18,7 @@ from export_tools import random_plan, relative_difference
 from foreign_graphs import write_module
 from tiny_vits import tiny
 
-from vpruner.cli.commands import main
+from vpruner.cli import main
 from vpruner.core.errors import GraphError, PlanError
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import check_shape, fold, fold_file

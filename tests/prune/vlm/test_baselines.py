@@ -6,7 +6,7 @@ import torch
 from click import BadParameter
 from tiny_vlms import PATCHES, prompts, shared_vlm, tiny_vlm
 
-from vpruner.cli import commands as cli
+from vpruner.cli.types import Layers
 from vpruner.core.errors import UserError
 from vpruner.core.plan import Geometry, TokenPlan
 
@@ -300,6 +300,6 @@ def test_candidates_are_told_apart(model):
 def test_layers_are_numbers_and_ranges(text, layers):
     if layers is None:
         with pytest.raises(BadParameter, match="is not layers, as in 7-16"):
-            cli._Layers().convert(text, None, None)
+            Layers().convert(text, None, None)
     else:
-        assert cli._Layers().convert(text, None, None) == layers
+        assert Layers().convert(text, None, None) == layers

@@ -1,0 +1,54 @@
+"""Every command, by what one wants to do: the list that ``vpruner --help`` prints without loading any of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import click
+
+#: Intent -> name of a command -> what it does. The module of the same name holds it.
+CATALOGUE: dict[str, dict[str, str]] = {
+    "Prune": {
+        "run": "Prune a model, export it, check the files, measure them: everything, in one folder.",
+        "prune": "Learn a token plan: which patch tokens enter each block.",
+        "fold": "Fold a token plan into the dense ONNX graph of a Vision Transformer. Needs no PyTorch.",
+        "export": "Export a model to ONNX, whole or pruned, and check that the file computes the same.",
+    },
+    "Look": {
+        "inspect": "Say what is recognised in an ONNX graph, or name the node where recognition stopped.",
+        "check": "List what a runtime does not take in an ONNX file, or takes at a cost, node by node.",
+        "analyze": "Show what tokens do in each block, and the stages of SAINT.",
+        "show": "Draw the tokens that each block keeps on an image.",
+        "report": "Write a page of measured latencies: tables, charts and protocol.",
+    },
+    "Measure": {
+        "profile": "Measure the latency of an ONNX file or a TensorRT engine, and its ratio to a baseline.",
+        "table": "Measure a latency table, for a search that aims at time instead of MACs.",
+        "evaluate": "Measure the accuracy of a pruned model and what it lost, with paired 95 % intervals.",
+        "compare": "Compare methods of token reduction on your model: accuracy, MACs, measured latency.",
+    },
+    "Deploy": {
+        "build": "Build a TensorRT engine from an ONNX file, for the GPU and the TensorRT of this machine.",
+        "convert": "Convert a float32 ONNX file to FP16, BF16 or INT8, and say what that costs.",
+        "predict": "Classify image files with an ONNX file or a TensorRT engine. Needs no PyTorch.",
+    },
+    "Vision-language models": {
+        "vlm": "Drop visual tokens of LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision: what it saves and what it costs.",
+    },
+}
+SUMMARIES = {name: summary for commands in CATALOGUE.values() for name, summary in commands.items()}
+
+
+def command(function: Callable) -> click.Command:
+    """A command under the name of its function; the summary stands before the docstring in its help."""
+    return click.command(function.__name__, help=help_of(function.__name__, function))(function)
+
+
+def group(function: Callable) -> click.Group:
+    """The same for a group of commands."""
+    return click.group(function.__name__, help=help_of(function.__name__, function))(function)
+
+
+def help_of(name: str, function: Callable) -> str:
+    return f"{SUMMARIES[name]}\n\n{inspect.cleandoc(function.__doc__ or '')}"

@@ -1,0 +1,148 @@
+"""``vpruner compare``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..core.choices import EPISODES, LOSSES, TIME_LIMIT
+from ..core.extras import RUN_PACKAGES, require_all
+from ..core.specs import DataSpec, LearnSpec, ModelSpec, TimingSpec
+from .catalogue import command
+from .console import print_json, print_table, report_progress
+from .options import (
+    eval_data_option,
+    eval_images_option,
+    json_option,
+    model_options,
+    preprocessing_options,
+    quiet_option,
+    specs,
+)
+from .types import Seconds, names, numbers
+
+
+@command
+@model_options
+@click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...).")
+@click.option(
+    "--images", default=1024, show_default=True, type=click.IntRange(1), help="Calibration images to use, at most."
+)
+@eval_data_option
+@eval_images_option
+@click.option(
+    "--methods",
+    multiple=True,
+    metavar="NAME[,NAME...]",
+    callback=names,
+    help="v-pruner (what run does), fisher (its search alone), saint, tome, ...; may be repeated  [default: all]",
+)
+@click.option(
+    "--targets",
+    default="0.8,0.65,0.5",
+    show_default=True,
+    metavar="NUMBER[,NUMBER...]",
+    callback=numbers,
+    help="Budgets, as fractions of the dense model's multiply-adds.",
+)
+@click.option(
+    "--seeds",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="How many times to make what depends on chance or on which images calibrate.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="The first of them; draws images."
+)
+@click.option(
+    "--loss",
+    default="auto",
+    show_default=True,
+    type=click.Choice(("auto", *LOSSES)),
+    help="v-pruner and fisher: what the gradients are of.",
+)
+@click.option("--episodes", show_default=f"{EPISODES}", type=click.IntRange(1), help="v-pruner: episodes, at most.")
+@click.option(
+    "--time-limit",
+    show_default=f"{TIME_LIMIT:g}",
+    metavar="SECONDS",
+    type=Seconds(0.1),
+    help="v-pruner: time for its episodes; no batch of 16 begins that would outlast it, after the first.",
+)
+@click.option(
+    "--batch-size",
+    "batches",
+    default=(1,),
+    show_default=True,
+    multiple=True,
+    type=click.IntRange(1),
+    help="Batch size to time; may be repeated.",
+)
+@click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement."
+)
+@click.option(
+    "--seconds",
+    default=10.0,
+    show_default=True,
+    type=Seconds(0.1),
+    help="Time to measure the graphs of one budget and batch size for.",
+)
+@click.option("--latency/--no-latency", default=True, help="Export graphs and time them, or not (default: do).")
+@click.option("--opset", default=20, show_default=True, type=click.IntRange(17, 23), help="ONNX opset of the graphs.")
+@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write  [default: runs/compare-MODEL]")
+@click.option(
+    "--results",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Where rows are read from and added to  [default: results.jsonl in the folder]",
+)
+@click.option("--force", is_flag=True, help="Begin anew instead of going on from the rows that are there.")
+@json_option
+@quiet_option
+@preprocessing_options
+@specs(model=ModelSpec, data=DataSpec, learn=LearnSpec, timing=TimingSpec)
+def compare(model, output, results, force, as_json, quiet, **options) -> None:
+    """MODEL is whatever run takes. All methods get the same budgets and images. Graphs are exported, checked and timed
+    in turns with the dense graph. Rows are written as they are made. The same command continues where it was
+    interrupted, and with more methods or budgets it makes only those. A method that fails for a model or a budget is
+    reported.
+
+    \b
+    Example:
+      vpruner compare --methods v-pruner,saint-frozen,tome --targets 0.65,0.5 -o runs/compare
+      vpruner compare deit_small_patch16_224 --pretrained --data train/ --eval-data val/ --batch-size 1 --batch-size 8
+    """
+    require_all(RUN_PACKAGES)
+    from ..pipeline.compare.compare import compare as compare_methods
+    from ..pipeline.options import CompareOptions
+
+    report_progress(quiet)
+    output = output or Path("runs") / f"compare-{Path(model.what).stem if model.what else 'reference'}"
+    result = compare_methods(CompareOptions(model, **options), output, results=results, force=force)
+    if as_json:
+        print_json(result)
+    else:
+        _print_comparison(result)
+    if not result["made"]:
+        sys.exit(1)
+
+
+def _print_comparison(result: dict[str, Any]) -> None:
+    from ..report.entries import at_equal_time, batches_of, entries_of
+    from ..report.tables.compare import comparison_remarks, comparison_table, equal_time_table
+
+    entries = entries_of(result["rows"])
+    if result["made"]:
+        print_table(comparison_table(entries))
+        for batch in batches_of(entries)[:1]:
+            print_table(equal_time_table(at_equal_time(entries, batch), batch))
+    for line in comparison_remarks(entries):
+        click.echo(line)
+    for path in result["files"].values():
+        click.echo(path)

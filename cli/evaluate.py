@@ -1,0 +1,59 @@
+"""``vpruner evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..core.specs import DataSpec, ModelSpec
+from .catalogue import command
+from .console import emit_rows, print_table, report_progress
+from .options import (
+    eval_data_option,
+    eval_images_option,
+    json_option,
+    model_options,
+    preprocessing_options,
+    quiet_option,
+    specs,
+)
+
+
+@command
+@model_options
+@click.option(
+    "--plan", "plan_path", metavar="FILE", help="With a PyTorch model: compare it with itself pruned by this plan."
+)
+@click.option("--against", metavar="DENSE.ONNX", help="With an ONNX file: the file to compare it with.")
+@preprocessing_options
+@eval_data_option
+@eval_images_option
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the choice of images."
+)
+@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl.")
+@json_option
+@quiet_option
+@specs(model=ModelSpec, data=DataSpec)
+def evaluate(model, data, plan_path, against, as_json, quiet, results) -> None:
+    """MODEL is an ONNX file, or whatever prune takes together with --plan. Models without classes are compared by the
+    cosine of their features.
+
+    \b
+    Example:
+      vpruner evaluate runs/demo/pruned.onnx --against runs/demo/dense.onnx
+      vpruner evaluate deit_small_patch16_224 --weights deit_small.pth --plan plan.json --eval-data val/
+    """
+    from ..pipeline.evaluate import evaluate as evaluate_model
+    from ..pipeline.folders import check_output
+    from ..report.tables.run import evaluation_table
+
+    report_progress(quiet)
+    if results:
+        check_output(results, ".jsonl")
+    rows = evaluate_model(model, data, plan_path=plan_path, against=against)
+    if emit_rows(rows, results, as_json):
+        return
+    print_table(evaluation_table(rows))

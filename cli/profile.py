@@ -1,0 +1,148 @@
+"""``vpruner profile``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..core import progress
+from ..core.errors import UserError
+from .catalogue import command
+from .console import emit_rows, print_json, print_table, report_progress
+from .options import json_option, quiet_option, runtime_options
+from .types import Seconds
+
+
+@command
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--against", metavar="DENSE", type=click.Path(path_type=Path), help="Baseline, measured in turns with MODEL."
+)
+@click.option(
+    "--batch-size",
+    "batches",
+    multiple=True,
+    default=[1],
+    show_default=True,
+    type=click.IntRange(1),
+    help="Images per run; may be repeated.",
+)
+@runtime_options
+@click.option(
+    "--cuda-graph/--no-cuda-graph",
+    default=None,
+    help="Launch a run as a whole, or kernel by kernel  [default: both, where a graph can be recorded]",
+)
+@click.option("--layers", is_flag=True, help="Milliseconds of each block, from the times of single layers.")
+@click.option("--power", is_flag=True, help="Power, clocks, temperature and throttling during steady work.")
+@click.option("--trust", is_flag=True, help="Load an engine without a record beside it; engines can carry code.")
+@click.option("--seconds", default=10.0, show_default=True, type=Seconds(0.1), help="Time for each batch size.")
+@click.option(
+    "--print-trtexec", is_flag=True, help="Measure nothing: print the commands for a device that has no Python."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+    help="With --print-trtexec: of the engine  [default: the file's]",
+)
+@click.option(
+    "--from-trtexec",
+    nargs=3,
+    metavar="TIMES PROFILE LAYERS",
+    help="Measure nothing: read what those commands wrote (JSON files; - for one that there is not).",
+)
+@click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl.")
+@json_option
+@quiet_option
+def profile(
+    model, against, batches, power, results, as_json, quiet, print_trtexec, precision, from_trtexec, **options
+) -> None:
+    """Both are measured in turns. An engine also gets its GPU time, the time with copies and the throughput, with a
+    CUDA graph and without.
+
+    \b
+    Example:
+      vpruner profile runs/demo/pruned.onnx --against runs/demo/dense.onnx --threads 1 --layers
+      vpruner profile pruned.engine --against dense.engine --batch-size 1 --batch-size 8 --power --results results.jsonl
+      vpruner profile pruned.onnx --print-trtexec --precision fp16
+      vpruner profile pruned.onnx --from-trtexec pruned.times.json pruned.profile.json pruned.layers.json
+    """
+    from ..pipeline.folders import check_output
+    from ..runtime.power import open_source
+    from ..runtime.profile import profile_files
+    from ..runtime.trtexec import rows_from_trtexec
+
+    report_progress(quiet)
+    if print_trtexec:
+        _print_trtexec(model, against, batches, precision, options["cuda_graph"], options["seconds"], as_json)
+        return
+    if precision:
+        raise UserError("--precision goes with --print-trtexec", "build the engine in it: vpruner build --precision")
+    if results:
+        check_output(results, ".jsonl", model, against)
+    if from_trtexec:
+        files = [None if name == "-" else name for name in from_trtexec]
+        if len(batches) > 1:
+            raise UserError("--from-trtexec takes one --batch-size", "read the files of each batch size by themselves")
+        rows = rows_from_trtexec(model, files, batch=batches[0])
+    else:
+        if against:
+            _check_baseline(model, against)
+        paths = {"dense": against, "pruned": model} if against else {model.stem: model}
+        with open_source(power) as (source, remark):
+            progress.remark(remark)
+            with progress.stage("Measuring latency"):
+                rows = profile_files(paths, batches=batches, power=source, **options)
+    if emit_rows(rows, results, as_json):
+        return
+    _print_profile(rows)
+
+
+def _check_baseline(model: Path, against: Path) -> None:
+    """Refuse a baseline that is none, of either kind of file."""
+    from ..core.metadata import ModelMetadata
+    from ..pipeline.evaluate import check_against, refuse_pruned, refuse_same
+    from ..runtime.profile import is_engine
+    from ..runtime.sidecar import EngineRecord
+
+    if not is_engine(against):
+        check_against(model, against)
+        return
+    refuse_same(model, against)
+    if record := EngineRecord.load(against):
+        refuse_pruned(against, ModelMetadata.from_props(record.metadata, str(against)))
+
+
+def _print_trtexec(model, against, batches, precision, cuda_graph, seconds, as_json) -> None:
+    from ..runtime.trtexec import JETSON_PATH, trtexec_commands
+
+    if len(batches) > 1:
+        raise UserError("--print-trtexec takes one --batch-size", "print the commands of each batch size by itself")
+    options = dict(batch=batches[0], precision=precision, cuda_graph=cuda_graph is not False, seconds=seconds)
+    files = [path for path in (against, model) if path is not None]
+    commands = [(path, command) for path in files for command in trtexec_commands(path, **options)]
+    if as_json:
+        print_json([{"file": str(path), **command.to_json()} for path, command in commands])
+        return
+    click.echo(f"# trtexec comes with TensorRT, not with its Python packages; on a Jetson it is in {JETSON_PATH}")
+    for release in dict.fromkeys(one.release for _, one in commands):
+        click.echo(f"\n# TensorRT {release}")
+        for _, one in commands:
+            if one.release == release:
+                click.echo(one.line)
+
+
+def _print_profile(rows) -> None:
+    from ..report.results import by_setting
+    from ..report.tables import latency as tables
+
+    for group in by_setting(rows).values():
+        timed = list(group.values())
+        print_table(tables.latency_table(timed, tables.named(timed[0])))
+    for group in by_setting(rows, "blocks").values():
+        print_table(tables.blocks_table(group))
+    print_table(tables.throughput_table(rows))
+    print_table(tables.power_table(rows))
+    for remark in tables.timing_remarks(rows):
+        progress.remark(remark)
