@@ -15,8 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 _OPTION, _COMMAND, _END = "\x02", "\x03", "\x04"
-_MARK = re.compile(f"([{_OPTION}{_COMMAND}])([^{_END}]*){_END}")
 _CONTROL = re.compile(f"[{_OPTION}{_COMMAND}{_END}]")
+#: Around JSON, which writes control characters, such as a file's name may hold, as letters.
+_MARK = re.compile(rf'([{_OPTION}{_COMMAND}])(\["[^{_OPTION}{_COMMAND}{_END}]*\]){_END}')
 #: Words that stand for a value.
 STAND_INS = frozenset(
     {"DENSE", "DIR", "FILE", "FOLDER", "IMAGES", "MAX", "MIN", "MODEL", "MODEL_FOLDER", "N", "OPT", "PLAN"}
@@ -63,7 +64,6 @@ def command(name: str, *arguments: object, **options: object) -> str:
 
 
 def _encoded(value: object) -> str:
-    """JSON: it writes control characters, which a file's name may hold, as letters."""
     return json.dumps(value, default=lambda other: other.item() if hasattr(other, "item") else str(other))
 
 
