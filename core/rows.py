@@ -1,27 +1,258 @@
-"""Rows of measurements: one JSON object a line in ``results.jsonl``."""
+"""Rows of measurements: their types, and the one reader and writer of ``results.jsonl``, one JSON object a line.
+
+A row says its ``kind``; the types below say what every row of a kind has. A row may have more: what a stage found, or
+who compared it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+from .errors import UserError
 
 
-def append_rows(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
-    """Add measurement rows to a ``results.jsonl``; each is written in one call, so no reader sees half a row.
+class _Row(TypedDict):
+    schema: int
+    kind: str
+
+
+class RunRow(_Row):
+    """A run as a whole. ``seconds`` are by stage, ``note`` holds its remarks."""
+
+    model: str
+    target: float
+    target_kind: str
+    loss: str
+    seed: int
+    seconds: dict[str, float]
+    peak_memory_bytes: dict[str, int]
+    command: str
+    data: dict[str, Any]
+    note: list[str]
+    deployment: dict[str, Any] | None
+    environment: dict[str, Any]
+
+
+class CostRow(_Row):
+    """MACs of one form of the model, and ``ratio`` to the dense model's."""
+
+    label: str
+    macs: int
+    ratio: float
+    parameters: int
+
+
+class StageRow(_Row):
+    """What a stage did; ``label`` says which accuracy rows show the model after it."""
+
+    stage: str
+    method: str
+    label: str
+    kept: bool
+    seconds: float
+    held_out: dict[str, float] | None
+    note: str
+    macs: int
+    ratio: float
+
+
+class ParityRow(_Row):
+    """A parity check; ``rung`` is its name."""
+
+    rung: str
+    difference: float
+    tolerance: float
+    compared: int
+    passed: bool
+    top1_changed: int | None
+    near_ties: int | None
+
+
+class AccuracyRow(_Row):
+    """An estimate with its 95 % interval; None where one image has none."""
+
+    label: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+class LatencyRow(_Row):
+    """Times of one file or method, with what they mean: protocol and environment."""
+
+    label: str
+    model: str | None
+    runtime: str
+    provider: str
+    precision: str
+    batch: int
+    p50_ms: float
+    protocol: dict[str, Any]
+    environment: dict[str, Any]
+
+
+class BlocksRow(_Row):
+    """Milliseconds of each block, from the times of single layers."""
+
+    label: str
+    runtime: str
+    blocks: list[dict[str, Any]]
+    total_ms: float
+
+
+class PrecisionRow(_Row):
+    """A file in another precision; ``failure`` says why there is none, and then nothing else is known."""
+
+    label: str
+    precision: str
+    file: str
+    failure: str | None
+
+
+class GatesRow(_Row):
+    """What gate constants cost in time."""
+
+    p50_ms: float
+    ungated_p50_ms: float
+    ratio: float
+
+
+class PredictionRow(_Row):
+    """What a latency table promised, next to what was measured."""
+
+    label: str
+    predicted_ms: float
+    predicted_dense_ms: float
+    predicted_ratio: float
+    measured_ms: float
+    measured_dense_ms: float
+    measured_ratio: float
+    error_ms: float
+    error_ratio: float
+    table_sha256: str
+
+
+class AnalysisRow(_Row):
+    """What tokens do in each block of a model."""
+
+    model: str
+    weights_sha256: str
+    data: dict[str, Any]
+    blocks: list[dict[str, Any]]
+    environment: dict[str, Any]
+
+
+class ComparedRow(_Row):
+    """What a method made of a model within a budget; ``failure`` says why it made nothing."""
+
+    key: str
+    method: str
+    target: float
+    seed: int | None
+    model: str
+    failure: str | None
+    environment: dict[str, Any]
+
+
+class GraphRow(_Row):
+    """The graph of what a method made."""
+
+    key: str
+    method: str
+    target: float
+    seed: int | None
+    batch: int
+    opset: int
+    file: str | None
+    failure: str | None
+
+
+class VlmRow(_Row):
+    """What dropping visual tokens saves or costs."""
+
+    label: str
+    model: str
+    dtype: str
+    batch: int
+    pruning: dict[str, Any] | None
+    environment: dict[str, Any]
+
+
+#: Kind -> what every row of it has.
+KINDS: Mapping[str, type] = {
+    "run": RunRow,
+    "cost": CostRow,
+    "stage": StageRow,
+    "parity": ParityRow,
+    "accuracy": AccuracyRow,
+    "latency": LatencyRow,
+    "blocks": BlocksRow,
+    "precision": PrecisionRow,
+    "gates": GatesRow,
+    "prediction": PredictionRow,
+    "analysis": AnalysisRow,
+    "compared": ComparedRow,
+    "graph": GraphRow,
+    "vlm_latency": VlmRow,
+    "vlm_accuracy": VlmRow,
+}
+
+
+def append_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a ``results.jsonl``; each is written in one call, so no reader sees half a row.
 
     Raises:
-        ValueError: A value is not finite (JSON has no word for it); nothing is written then.
+        ValueError: A value is not finite (JSON has no word for it), or a row lacks what its kind has. Nothing is
+            written then.
     """
+    lines = [_line(row) for row in rows]
     path = Path(path)
-    lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
         for line in lines:
             stream.write(line)
 
 
-def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+def read_rows(path: str | os.PathLike, hint: str = "") -> list[dict[str, Any]]:
+    """The rows of a ``results.jsonl``, whatever their kinds; blank lines are skipped.
+
+    Args:
+        hint: What the user may do instead, for the error.
+
+    Raises:
+        UserError: The file cannot be read, or a line is no JSON object.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", hint) from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number} is not a row of measurements", hint)
+        rows.append(row)
+    return rows
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    import msgspec
+
+    text = json.dumps(row, allow_nan=False)
+    if kind := KINDS.get(row.get("kind")):
+        try:
+            msgspec.json.decode(text, type=kind)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"a row of kind {row['kind']!r} is malformed: {error}") from error
+    return f"{text}\n"

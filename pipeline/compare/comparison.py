@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 from ...core import progress
 from ...core.errors import ParityError, UserError
 from ...core.files import file_sha256, json_sha256, scratch_beside, write_text
-from ...core.rows import append_rows
+from ...core.rows import append_rows, read_rows
 from ...core.specs import ExportSpec
+from ...core.text import option
 from ..graphs import Reduced, model_bytes, move_model, write_dense, write_graphs
 from ..learned import save_learned
 from ..options import PARITY_IMAGES, CompareOptions
 from ..results import parity_row
-from .files import read_results
 from .judge import Judge
 from .made import Contender, Made, Point, followed
 
@@ -62,7 +62,10 @@ class Comparison:
         self.evaluation = evaluation
         self._sets = {options.learn.seed: calibration}
         self._calibrations: dict[int, Calibration] = {}
-        self.rows = read_results(results) if rows is None else rows
+        if rows is None:
+            hint = f"correct it, or name another with {option('results')}"
+            rows = read_rows(results, hint) if results.exists() else []
+        self.rows = rows
 
     @property
     def seeds(self) -> range:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 from ...core.errors import UserError
 from ...core.text import option
@@ -14,33 +12,6 @@ _FILES = r"(results\.jsonl|comparison\.(svg|png)|report\.(html|md))"
 #: What the folder of a comparison holds besides its rows; ``--force`` removes these and nothing else. With a dot before
 #: and more behind: what a process that was killed left unfinished.
 COMPARE_FILES = re.compile(rf"graphs|plans|{_FILES}|\.{_FILES}\..*")
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file; none where there is none.
-
-    Raises:
-        UserError: It is not one of JSON objects.
-    """
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read as rows: {error}", f"name another file with {option('results')}"
-        ) from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"line {number} of {path} is not a row", f"correct it, or name another with {option('results')}"
-                )
-            rows.append(row)
-    return rows
 
 
 def files_of_earlier(output: Path, results: Path) -> list[Path]:

@@ -24,7 +24,6 @@ from vpruner.pipeline.compare import comparison as module
 from vpruner.pipeline.compare import timing
 from vpruner.pipeline.compare.compare import compare
 from vpruner.pipeline.compare.contenders import _Batches, chosen_contenders, contenders
-from vpruner.pipeline.compare.files import read_results
 from vpruner.pipeline.inputs import choose
 from vpruner.pipeline.options import CompareOptions
 from vpruner.prune.choose_images import choose_images
@@ -413,11 +412,13 @@ def test_mistakes_end_in_one_line(arguments, tmp_path):
     fails(*arguments, "-o", tmp_path / "photos", says="holds cat.jpg, which is not of a comparison")
     fails(*arguments, "-o", tmp_path / "photos" / "cat.jpg", says="cat.jpg is a file")
     (tmp_path / "rows.jsonl").write_text('{"kind": "compared"}\n{"kind": "comp')
-    fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="line 2 of")
+    fails(
+        *arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="rows.jsonl, line 2 is not a row"
+    )
     with pytest.raises(UserError, match="is not a row"):
-        read_results(tmp_path / "rows.jsonl")
+        read_rows(tmp_path / "rows.jsonl")
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\n")
-    fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="cannot be read as rows")
+    fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="cannot read")
     (tmp_path / "rows.jsonl").unlink()
     fails(*arguments, "-o", "/proc/out", "--results", tmp_path / "rows.jsonl", says="cannot write to /proc")
     (tmp_path / "rows.jsonl").write_text("")
