@@ -13,22 +13,70 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..core import bundled
 from ..core.errors import UserError
 from ..core.files import file_sha256
-from ..core.preprocess import Preprocessing
+from ..core.plan import Geometry
+from ..core.preprocess import Preprocessing, resolve_preprocessing
 from ..core.text import command, first_line, option
-from .backbones.vit import ViTAdapter, read_geometry, weights_sha256
+from .backbones.registry import adapter_for
+from .backbones.vit import ViTAdapter, weights_sha256
 from .data import IMAGE_SUFFIXES
 from .loaded import LoadedModel
 from .weights_file import _check_weights_file, _quiet_logging, load_weights
 
 
+def from_module(
+    module: nn.Module,
+    *,
+    name: str | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+) -> LoadedModel:
+    """Take a trained model that is in memory.
+
+    Args:
+        module: A timm ``VisionTransformer``, in float32. It is put into evaluation mode and used as it is, not copied;
+            its weights are never changed.
+        name: What plans and files call it; None: the name that timm knows it by, or that of its class.
+        preprocessing: How an image becomes its input, whole or as fields over what timm states for the model
+            (``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``). None: as timm states it.
+        classes: Name of each output; None: ImageNet's where timm states 1000 classes, else unknown.
+
+    Raises:
+        UserError: A class or part that cannot be pruned, a model of another dtype, or one that does not say how images
+            become its input.
+    """
+    config = getattr(module, "pretrained_cfg", None) or {}
+    name = name or config.get("architecture") or type(module).__name__
+    adapter = adapter_for(module, name)
+    geometry = adapter.geometry
+    dtypes = {parameter.dtype for parameter in module.parameters()}
+    if dtypes != {torch.float32}:
+        found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise UserError(f"{name} computes in {found}, expected float32", "give module.float()")
+    if not isinstance(preprocessing, Preprocessing):
+        given, stated = dict(preprocessing or {}), None
+        if "mean" in config and "std" in config:
+            stated = timm_preprocessing(adapter)
+        elif not {"mean", "std"} <= given.keys():
+            raise UserError(
+                f"{name} does not say how images become its input: it has no pretrained_cfg of timm's",
+                "give what it was trained with, such as "
+                "preprocessing=dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))",
+            )
+        preprocessing = resolve_preprocessing(stated, given, size=geometry.image_size, source=name)
+    if classes is None and config.get("num_classes") == 1000:
+        classes = imagenet_classes(geometry)
+    return _ready(adapter, preprocessing, classes)
+
+
 def open_model(
-    spec: str | None = None,
+    spec: str | nn.Module | None = None,
     *,
     pretrained: bool = False,
     weights: str | Path | None = None,
@@ -38,7 +86,8 @@ def open_model(
 
     Args:
         spec: A timm model name, the path of a model card (``.json``), a folder of a transformers vision tower or LLaVA
-            (:mod:`~vpruner.prune.vlm.tower`), or None for the bundled reference.
+            (:mod:`~vpruner.prune.vlm.tower`), a module as :func:`from_module` takes it, or None for the bundled
+            reference.
         pretrained: Let timm download the weights.
         weights: A local file instead: ``.safetensors``, ``.pth``, ``.pt`` or ``.bin``. With a model card, in place of
             the weights that it names.
@@ -47,6 +96,11 @@ def open_model(
     Raises:
         UserError: Unknown name, missing or unfit weights, an architecture that cannot be pruned.
     """
+    if isinstance(spec, nn.Module):
+        if pretrained or weights or model_args:
+            left_out = f"{option('pretrained')}, {option('weights')} and {option('model_args')}"
+            raise UserError(f"a {type(spec).__name__} in memory has its weights", f"leave out {left_out}")
+        return from_module(spec)
     if spec is not None and (Path(spec) / "config.json").is_file():
         if pretrained or model_args:
             raise UserError(
@@ -124,12 +178,10 @@ def _open_timm(name: str, pretrained: bool, weights: str | Path | None, model_ar
             f"the pretrained weights of {name} could not be had: {first_line(error)}",
             f"download them elsewhere and give the file: {option('weights', 'FILE')}",
         ) from error
-    geometry = read_geometry(model, name)  # Before the weights: "cannot be pruned" says more than "does not fit".
+    adapter = adapter_for(model, name)  # Before the weights: "cannot be pruned" says more than "does not fit".
     if weights is not None:
         load_weights(model, weights, name)
-    # 1000 outputs of a timm model are those of ImageNet; a card can say what its outputs are, or that it does not know.
-    imagenet = geometry.outputs == 1000 and geometry.output == "logits"
-    return _ready(model, name, None, _imagenet_classes() if imagenet else None)
+    return _ready(adapter, timm_preprocessing(adapter), imagenet_classes(adapter.geometry))
 
 
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
@@ -173,8 +225,9 @@ def _open_card(path: Path, model_args: dict[str, Any], instead: str | Path | Non
             f"get the matching weights, or correct sha256 in {path}",
         )
     load_weights(model, weights, path.stem)
-    preprocessing = Preprocessing.from_json(card["preprocessing"]) if "preprocessing" in card else None
-    return _ready(model, path.stem, preprocessing, card.get("classes"))
+    adapter = adapter_for(model, path.stem)
+    stated = Preprocessing.from_json(card["preprocessing"]) if "preprocessing" in card else timm_preprocessing(adapter)
+    return _ready(adapter, stated, card.get("classes"), " in the model card")
 
 
 def read_card(path: Path) -> dict[str, Any]:
@@ -237,39 +290,49 @@ def _card_class(path: Path, dotted: str) -> type[nn.Module]:
     return found
 
 
+def timm_preprocessing(adapter: ViTAdapter) -> Preprocessing:
+    """How images become the input, as timm has it for the model; timm's defaults where it does not say."""
+    config = timm.data.resolve_model_data_config(adapter.model)
+    return Preprocessing(
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        # The model may have been built at another size than its default configuration names.
+        size=adapter.geometry.image_size,
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+    )
+
+
 def _ready(
-    model: nn.Module, name: str, preprocessing: Preprocessing | None, classes: Sequence[str] | None
+    adapter: ViTAdapter, preprocessing: Preprocessing, classes: Sequence[str] | None, place: str = ""
 ) -> LoadedModel:
-    model.eval()
-    adapter = ViTAdapter(model, name)
-    geometry = adapter.geometry
-    if preprocessing is None:
-        config = timm.data.resolve_data_config({}, model=model)
-        preprocessing = Preprocessing(
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
-            # The model may have been built at another size than its default configuration names.
-            size=geometry.image_size,
-            interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
-            crop_mode=config["crop_mode"],
-        )
+    """Check what belongs together; ``place`` is where the user said it, for messages."""
+    adapter.model.eval()
+    name, geometry = adapter.name, adapter.geometry
     if tuple(preprocessing.size) != geometry.image_size:
         raise UserError(
             f"{name}: preprocessing gives {list(preprocessing.size)} pixels, "
             f"the model takes {list(geometry.image_size)}",
-            "make the two agree in the model card",
+            f"make the two agree{place}",
         )
     if geometry.in_chans != 3:
         raise UserError(f"{name} takes {geometry.in_chans} channels, expected 3 (RGB)", "only RGB models are supported")
     if classes is not None and (geometry.output != "logits" or len(classes) != geometry.outputs):
         raise UserError(
-            f"{name}: {len(classes)} class names for {geometry.outputs} outputs", "correct 'classes' in the card"
+            f"{name}: {len(classes)} class names for {geometry.outputs} outputs", f"correct 'classes'{place}"
         )
-    return LoadedModel(adapter, preprocessing, None if classes is None else tuple(classes), weights_sha256(model))
+    classes = None if classes is None else tuple(classes)
+    return LoadedModel(adapter, preprocessing, classes, weights_sha256(adapter.model))
 
 
-def _imagenet_classes() -> list[str] | None:
+def imagenet_classes(geometry: Geometry) -> list[str] | None:
+    """Names of 1000 outputs, which are ImageNet's in a timm model; None for any other number, or without the names.
+
+    A model card can say what its outputs are, or that it does not know.
+    """
+    if geometry.outputs != 1000 or geometry.output != "logits":
+        return None
     try:
         info = timm.data.ImageNetInfo()
         return [info.index_to_description(index) for index in range(1000)]

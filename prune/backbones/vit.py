@@ -29,6 +29,8 @@ from torch.nn import functional as F
 from ...core.errors import UserError
 from ...core.plan import Geometry, TokenPlan
 
+NAME = "timm VisionTransformer"
+SUPPORTED = f"{NAME} with standard blocks, such as deit_small_patch16_224"
 FORMS = ("masked", "gathered", "dead")
 #: The gate of a token that has left, where its gradient is wanted: small enough that a thousand such tokens change
 #: nothing, large enough for float32 to resolve (a softmax weight of 1e-7 has all its digits).
@@ -185,17 +187,22 @@ class ViTAdapter:
 # -- geometry ---------------------------------------------------------------------------------------------------------
 
 
+def detect(module: nn.Module) -> bool:
+    """Whether it is a timm VisionTransformer; :func:`read_geometry` says whether all of its parts can be pruned."""
+    return isinstance(module, VisionTransformer)
+
+
 def read_geometry(model: nn.Module, name: str) -> Geometry:
     """Read the shape of a timm ViT, or refuse it by name with the reason."""
 
     def refuse(reason: str) -> UserError:
         return UserError(
             f"{name} cannot be pruned: {reason}",
-            "models that can: timm VisionTransformer with standard blocks, such as deit_small_patch16_224",
+            f"models that can: {SUPPORTED}",
         )
 
-    if not isinstance(model, VisionTransformer):
-        raise refuse(f"it is a {type(model).__name__}, not a timm VisionTransformer")
+    if not detect(model):
+        raise refuse(f"it is a {type(model).__name__}, not a {NAME}")
     if type(model).forward_features is not VisionTransformer.forward_features:
         raise refuse(f"{type(model).__name__} has its own forward_features")
     distilled = isinstance(model, VisionTransformerDistilled)

@@ -6,10 +6,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 
 from vpruner.core import bundled
 from vpruner.core.errors import UserError
-from vpruner.prune.models import open_model
+from vpruner.core.preprocess import Preprocessing
+from vpruner.prune.backbones.registry import BACKBONES, adapter_for
+from vpruner.prune.backbones.vit import weights_sha256
+from vpruner.prune.models import from_module, open_model
 
 NAME = "vit_tiny_patch16_224"
 SMALL = {"img_size": 64, "depth": 2}
@@ -226,3 +230,83 @@ def test_a_card_that_agrees_with_its_weights(tmp_path):
     weights = card.parent / json.loads(card.read_text())["weights"]
     loaded = open_model(write_card(tmp_path, sha256=hashlib.sha256(weights.read_bytes()).hexdigest()))
     assert loaded.name == "card" and loaded.sha256 == open_model().sha256
+
+
+# -- models in memory -------------------------------------------------------------------------------------------------
+
+
+def bare(**changes):
+    """A class of timm's that nobody registered: it says nothing about images."""
+    return VisionTransformer(
+        **{**dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5), **changes}
+    )
+
+
+def test_a_timm_model_in_memory_is_what_its_name_and_weights_open(small_model, weights):
+    small_model.train()
+    loaded = from_module(small_model)
+    opened = open_model(NAME, weights=weights, model_args=SMALL)
+    assert loaded.adapter.model is small_model and not small_model.training
+    for field in ("name", "preprocessing", "classes", "sha256"):
+        assert getattr(loaded, field) == getattr(opened, field), field
+    assert loaded.adapter.geometry == opened.adapter.geometry and loaded.graph is None
+    again = open_model(small_model)
+    assert again.adapter.model is small_model and again.sha256 == loaded.sha256
+
+
+def test_what_is_said_of_a_model_in_memory_goes_over_what_timm_states(small_model):
+    loaded = from_module(
+        small_model, name="mine", preprocessing={"mean": (0.1, 0.2, 0.3)}, classes=list(map(str, range(1000)))
+    )
+    assert loaded.name == "mine" and loaded.preprocessing.mean == (0.1, 0.2, 0.3)
+    assert loaded.preprocessing.std == (0.5, 0.5, 0.5) and loaded.preprocessing.crop_pct == 0.9
+    assert loaded.classes[7] == "7"
+    whole = Preprocessing((0.5,) * 3, (0.5,) * 3, (64, 64), "bilinear")
+    assert from_module(small_model, preprocessing=whole).preprocessing == whole
+
+
+def test_other_outputs_than_timm_states_have_no_names():
+    loaded = from_module(timm.create_model(NAME, **SMALL, num_classes=7))
+    assert loaded.adapter.geometry.outputs == 7 and loaded.classes is None
+
+
+def test_a_module_that_states_no_preprocessing_is_asked_for_it():
+    with pytest.raises(UserError, match=r"VisionTransformer does not say how .*; give .*preprocessing=dict\(mean="):
+        from_module(bare())
+    with pytest.raises(UserError, match="does not say how images"):
+        from_module(bare(), preprocessing={"mean": (0.5,) * 3})
+    loaded = from_module(bare(), name="mine", preprocessing={"mean": (0.5,) * 3, "std": (0.25,) * 3})
+    assert loaded.name == "mine" and loaded.classes is None
+    assert loaded.preprocessing == Preprocessing((0.5,) * 3, (0.25,) * 3, (32, 32))
+    assert loaded.sha256 == weights_sha256(loaded.adapter.model)
+
+
+@pytest.mark.parametrize(
+    "module, given, reason",
+    [
+        (lambda: torch.nn.Linear(2, 3), {}, "it is a Linear, not a timm VisionTransformer; models that can"),
+        (lambda: timm.create_model("resnet18"), {}, "resnet18 cannot be pruned: it is a ResNet"),
+        (lambda: bare(dynamic_img_size=True), {}, "dynamic_img_size lets the image size vary"),
+        (lambda: bare(in_chans=1), {"preprocessing": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}, "takes 1 channels"),
+        (lambda: bare().half(), {}, r"computes in float16, expected float32; give module\.float\(\)"),
+        (bare, {"preprocessing": {"mean": (0.5,) * 3, "std": (0.5,) * 3}, "classes": ["a"]}, "1 class names for 5"),
+        (bare, {"preprocessing": Preprocessing((0.5,) * 3, (0.5,) * 3, (64, 64))}, r"gives \[64, 64\] pixels"),
+    ],
+)  # fmt: skip
+def test_a_module_that_cannot_be_taken_is_refused_by_name(module, given, reason):
+    with pytest.raises(UserError, match=reason):
+        from_module(module(), **given)
+
+
+def test_options_of_files_do_not_go_with_a_module(small_model):
+    for given in (dict(pretrained=True), dict(weights="w.pth"), dict(model_args=SMALL)):
+        with pytest.raises(UserError, match="in memory has its weights"):
+            open_model(small_model, **given)
+
+
+def test_every_backbone_takes_what_it_detects(small_model):
+    (backbone,) = BACKBONES
+    assert backbone.detect(small_model) and not backbone.detect(torch.nn.Linear(2, 3))
+    adapter = adapter_for(small_model, "mine")
+    assert isinstance(adapter, backbone.adapter) and adapter.name == "mine"
+    assert adapter.geometry == backbone.read_geometry(small_model, "mine")
