@@ -35,6 +35,35 @@ class Exported:
         return torch.randn(count, self.geometry.in_chans, *self.geometry.image_size, generator=generator)
 
 
+#: Kind, opset and batch, 0 for an open one: each opset and each batch. The first three are those that other tests use.
+FORMS = [
+    ("class token", 20, 1),
+    ("class token", 20, 0),
+    ("class token", 20, 3),
+    ("class token", 17, 1),
+    ("registers", 18, 0),
+    ("average pooling", 19, 1),
+    ("attention pooling", 21, 0),
+    ("distilled", 22, 3),
+    ("average pooling", 23, 0),
+]
+ALL_FORMS = list(
+    dict.fromkeys(
+        [
+            *FORMS,
+            *((kind, opset, 1) for kind in ("class token", "average pooling") for opset in range(17, 24)),
+            *((kind, 20, 0) for kind in ("distilled", "registers", "attention pooling", "average pooling")),
+            ("attention pooling", 20, 3),
+        ]
+    )
+)
+
+
+def exported_form(form: tuple[str, int, int]) -> "Exported":
+    kind, opset, batch = form
+    return exported(kind, opset=opset, dynamic_batch=not batch, batch_size=batch or 1)
+
+
 def exported(kind: str = "class token", *, opset=20, dynamic_batch=False, batch_size=1, **changes) -> Exported:
     """A dense ONNX file of a tiny model, exported once; ``changes`` are arguments of the model."""
     return _exported(kind, opset, dynamic_batch, batch_size, tuple(sorted(changes.items())))

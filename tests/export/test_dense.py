@@ -6,7 +6,8 @@ import logging
 import onnx
 import pytest
 import torch
-from export_tools import PREPROCESSING, relative_difference, run
+from export_tools import ALL_FORMS, FORMS, PREPROCESSING, exported_form, relative_difference, run
+from products import sampled
 from tiny_vits import tiny
 
 from vpruner.core.errors import UserError
@@ -65,16 +66,15 @@ def test_the_file_says_nothing_about_the_machine_that_wrote_it(exported):
     assert b"site-packages" not in content and b"stack_trace" not in content and b".py" not in content
 
 
-@pytest.mark.parametrize("opset, ir_version", [(17, 8), (18, 8), (19, 9), (20, 9), (21, 10), (22, 10), (23, 11)])
-@pytest.mark.parametrize("kind", ["class token", "average pooling"])
-def test_the_opset_asked_for_is_the_opset_written(exported, kind, opset, ir_version):
-    dense = exported(kind, opset=opset)
+@pytest.mark.parametrize("form", sampled(ALL_FORMS, FORMS), ids=str)
+def test_the_opset_asked_for_is_the_opset_written(form):
+    dense, (_, opset, batch) = exported_form(form), form
     model = onnx.load(dense.path)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
-    assert model.ir_version == ir_version
+    assert model.ir_version == {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}[opset]
     onnx.checker.check_model(model, full_check=True)
     assert not [node for node in model.graph.node if node.op_type == "Attention"]
-    images = dense.images()
+    images = dense.images(batch or 2)
     assert relative_difference(run(dense.path, images), dense.model(images).detach().numpy()) < 2e-5
 
 

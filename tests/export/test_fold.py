@@ -6,9 +6,22 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from export_tools import dims, gathered_reference, nodes, only, random_plan, relative_difference, run, token_gathers
+from export_tools import (
+    ALL_FORMS,
+    FORMS,
+    dims,
+    exported_form,
+    gathered_reference,
+    nodes,
+    only,
+    random_plan,
+    relative_difference,
+    run,
+    token_gathers,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from products import sampled
 from timm.layers import SwiGLU, SwiGLUPacked
 from tiny_vits import KINDS
 
@@ -49,52 +62,39 @@ def test_pruned_onnx_equals_the_gathered_model(exported, kind):
             assert node.op_type not in ("ScatterND", "ScatterElements", "NonZero", "GatherND", "Shape")
 
 
-@pytest.mark.parametrize("opset", range(17, 24))
-@pytest.mark.parametrize("kind", ["class token", "average pooling"])
-def test_every_opset(exported, kind, opset):
-    dense = exported(kind, opset=opset)
-    result = assert_folds(dense, random_plan(dense.geometry, opset, gates=True), dense.images())
-    assert result.model.opset_imports == {"": opset}
-
-
-@pytest.mark.parametrize("kind", ["class token", "distilled", "registers", "attention pooling", "average pooling"])
-def test_dynamic_batch(exported, kind):
-    dense = exported(kind, dynamic_batch=True)
-    plan = random_plan(dense.geometry, 5, gates=True)
-    for count in (1, 3):
+@pytest.mark.parametrize("form", sampled(ALL_FORMS, FORMS), ids=str)
+def test_every_opset_and_batch(form):
+    dense, (_, opset, batch) = exported_form(form), form
+    plan = random_plan(dense.geometry, opset, gates=True)
+    for count in [batch] if batch else [1, 3]:
         result = assert_folds(dense, plan, dense.images(count))
-    assert dims(result.model.graph.inputs[0])[0] == "batch" == dims(result.model.graph.outputs[0])[0]
-
-
-@pytest.mark.parametrize("kind", ["class token", "attention pooling"])
-def test_static_batch_of_more_than_one(exported, kind):
-    dense = exported(kind, batch_size=3)
-    result = assert_folds(dense, random_plan(dense.geometry, 6), dense.images(3))
-    for node in result.model.graph:
-        for value in node.outputs:
-            assert all(isinstance(dim, int) for dim in value.shape), value
+    assert result.model.opset_imports == {"": opset}
+    for value in (result.model.graph.inputs[0], result.model.graph.outputs[0]):
+        assert dims(value)[0] == (batch or "batch")
+    if batch:
+        for node in result.model.graph:
+            for value in node.outputs:
+                assert all(isinstance(dim, int) for dim in value.shape), value
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"mlp_layer": SwiGLU},
-        {"mlp_layer": SwiGLUPacked},
+        pytest.param({"mlp_layer": SwiGLUPacked}, marks=pytest.mark.nightly),
         {"mlp_layer": SwiGLUPacked, "opset": 17, "dynamic_batch": True},
         {"act_layer": "gelu_tanh", "opset": 18},
         {"act_layer": "quick_gelu", "opset": 17},
         {"act_layer": torch.nn.SiLU},
-        {"attn_drop_rate": 0.1, "proj_drop_rate": 0.1},
-        {"embed_dim": 48, "num_heads": 3},
+        {"attn_drop_rate": 0.1, "proj_drop_rate": 0.1, "embed_dim": 48, "num_heads": 3},
         {"init_values": 0.1, "qk_norm": True, "qkv_bias": False, "pre_norm": True, "reg_tokens": 2},
         {"scale_attn_norm": True, "scale_mlp_norm": True},
-        {"depth": 1},
-        {"in_chans": 1},
+        {"depth": 1, "in_chans": 1},
     ],
     ids=lambda changes: " ".join(changes),
 )
 def test_other_block_contents(exported, changes):
-    dense = exported("class token", **changes)
+    dense = exported("class token", **{"depth": 2, **changes})
     for seed in range(2):
         assert_folds(dense, random_plan(dense.geometry, seed, enter=0.7), dense.images())
 

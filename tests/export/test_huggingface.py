@@ -11,6 +11,7 @@ import torch
 from covered import EXPORTED_TOWERS
 from export_tools import random_plan, relative_difference
 from foreign_graphs import write_module
+from products import sampled
 from torch import nn
 
 from vpruner.export.files import load_model
@@ -46,13 +47,12 @@ CASES = DYNAMO + [
     # Its positions are resized by a bicubic filter that the older exporter does not know.
     if tower != "DINOv2 with registers"
 ]
-SLOW = [
+NIGHTLY = [
     (tower, "dynamo", 20, dynamic, "sdpa")
     for tower in EXPORTED_TOWERS
     for dynamic in (False, True)
     if (tower, "dynamo", 20, dynamic, "sdpa") not in DYNAMO
 ]
-ALL = CASES + [pytest.param(case, marks=pytest.mark.slow) for case in SLOW]
 
 
 class OneOutput(nn.Module):
@@ -103,7 +103,7 @@ def gathered(model: nn.Module, plan, images) -> np.ndarray:
         return model(images).numpy()
 
 
-@pytest.mark.parametrize("case", ALL, ids=lambda case: " ".join(map(str, case)))
+@pytest.mark.parametrize("case", sampled(CASES + NIGHTLY, CASES), ids=lambda case: " ".join(map(str, case)))
 def test_the_fold_equals_the_gathered_tower(case, tmp_path):
     name, exporter, opset, dynamic, attention = case
     model = build(name, attention)
@@ -113,7 +113,7 @@ def test_the_fold_equals_the_gathered_tower(case, tmp_path):
     *_, prefix, head_prefix, head_patches = TOWERS[name]
     assert (geometry.prefix_tokens, geometry.head_prefix, geometry.head_patches) == (prefix, head_prefix, head_patches)
     assert (geometry.depth, geometry.embed_dim, geometry.num_heads, geometry.grid) == (3, 32, 2, (4, 4))
-    plan = random_plan(geometry, (CASES + SLOW).index(case), enter=0.8)
+    plan = random_plan(geometry, (CASES + NIGHTLY).index(case), enter=0.8)
     fold_file(tmp_path / "tower.onnx", plan, tmp_path / "pruned.onnx")
     expected = gathered(model, plan, images)
     found = run_onnx(tmp_path / "pruned.onnx", images.numpy())

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from products import sampled
 
 from vpruner.core.cost import MacsCost
 from vpruner.core.errors import UserError
@@ -154,7 +155,7 @@ def known(request):
     return world, best_of_all(world)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", sampled(range(5), [0, 1]))
 def test_the_best_of_all_plans_is_found(known, seed):
     world, best = known
     plan, found = play(world, settings=RearrangeSettings(episodes=400, images=64, effect_images=64), seed=seed)
@@ -314,7 +315,7 @@ def garbage_effects(kind):
     return effects
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", sampled(range(5), [0, 1]))
 def test_noise_leaves_the_plan(seed):
     plan, found = play(Noise(seed), seed=seed)
     assert found.plan is plan and not found.kept
