@@ -35,7 +35,7 @@ from .quantize import QUANTIZED, QUANTIZED_OPS
 #: Largest finite float16.
 FP16_MAX = 65504.0
 #: Images to compare on where none are given, and to see whether outputs are finite.
-_NOISE = 16
+NOISE_IMAGES = 16
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..core.preprocess import Preprocessing, resolve_preprocessing
 from ..core.text import option
 from ..export import quantize
 from ..export.files import load_model
-from ..export.precision import _NOISE, Agreement, Conversion, agreement, convert
+from ..export.precision import NOISE_IMAGES, Agreement, Conversion, agreement, convert
 
 
 def convert_checked(
@@ -100,8 +100,8 @@ def _images(
     if noise_serves:
         if not fixed:
             raise UserError(f"{path}: the input {name} has no fixed image size", "expected [batch, 3, height, width]")
-        noise = np.random.default_rng(seed).standard_normal((_NOISE, *map(int, shape[1:])), dtype=np.float32)
-        return None, noise, None, f"{_NOISE} noise images", prepared
+        noise = np.random.default_rng(seed).standard_normal((NOISE_IMAGES, *map(int, shape[1:])), dtype=np.float32)
+        return None, noise, None, f"{NOISE_IMAGES} noise images", prepared
     outputs = model.graph.outputs[0].shape
     classes = outputs[-1] if about.output == "logits" and outputs is not None and isinstance(outputs[-1], int) else None
     from ..prune.choose_images import choose_images, choose_indices, map_labels

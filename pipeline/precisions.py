@@ -14,8 +14,8 @@ from ..core import progress
 from ..core.choices import DEFAULT_CALIBRATION
 from ..core.errors import UserError
 from ..export.files import remove_model
-from ..export.precision import _NOISE, Conversion, agreement, beside, convert, cpu_form
-from .results import _paired_ratio, parity_row
+from ..export.precision import NOISE_IMAGES, Conversion, agreement, beside, convert, cpu_form
+from .results import paired_ratio, parity_row
 
 if TYPE_CHECKING:
     from ..core.statistics import Outputs
@@ -84,7 +84,7 @@ def convert_beside(
         try:
             with progress.stage(f"Converting to {precision}"):
                 done = convert(source, path, precision, **options)
-                agreement(source, path, images[:_NOISE])
+                agreement(source, path, images[:NOISE_IMAGES])
         except UserError as error:
             remove_model(path)
             # The folder may be one that the user never sees.
@@ -175,7 +175,7 @@ def precision_rows(
         row.update(float32=done.float32, quantized=done.quantized, left_out=list(done.left_out))
         row.update(calibrated_on=item.calibrated_on, beyond=list(cost.beyond))
         if times := timed.get(item.label):
-            row.update(p50_ms=times["p50_ms"], ratio_to="pruned", ratio=_paired_ratio(timed, item.label, "pruned"))
+            row.update(p50_ms=times["p50_ms"], ratio_to="pruned", ratio=paired_ratio(timed, item.label, "pruned"))
         row["latency_note"] = LATENCY_NOTES.get(item.precision)
         rows.append(row)
     return rows

@@ -107,7 +107,7 @@ def stage_rows(learned: Learned, labels: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _paired_ratio(timed: Mapping[str, Mapping[str, Any]], label: str, other: str) -> float:
+def paired_ratio(timed: Mapping[str, Mapping[str, Any]], label: str, other: str) -> float:
     """Time of one graph over that of another, both timed in turns with the baseline.
 
     Of paired ratios, not of medians: what disturbed one graph disturbed the other.
@@ -127,7 +127,7 @@ def gate_rows(latency: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "kind": "gates",
             "p50_ms": pruned["p50_ms"],
             "ungated_p50_ms": ungated["p50_ms"],
-            "ratio": _paired_ratio(timed, "pruned", "ungated"),
+            "ratio": paired_ratio(timed, "pruned", "ungated"),
         }
     ]
 

@@ -12,7 +12,7 @@ import timm.data
 from ..core import bundled, progress
 from ..core.errors import UserError
 from ..core.text import option
-from .data import ImageSet, ImageSource, _shown
+from .data import ImageSet, ImageSource, source_name
 
 
 def overlap(calibration: ImageSet, evaluation: ImageSet) -> int:
@@ -75,7 +75,7 @@ def choose_images(
         put_aside = min(evaluation, max(1, len(source) // 4))
         calibration_set = ImageSet(source, shuffled[put_aside:][:calibration].tolist(), label_map, strict)
         evaluation_set = ImageSet(source, shuffled[:put_aside].tolist(), label_map, strict)
-        place = _shown(source)
+        place = source_name(source)
         reason = (
             f"no {option('eval_data')}"
             if eval_data is None
@@ -129,7 +129,7 @@ def map_labels(
         if ambiguous:
             remarks.append(
                 f"{bearers[ambiguous[0]]} classes of the model are called {ambiguous[0]!r}, like a folder of "
-                f"{_shown(source)}: its images are used without labels"
+                f"{source_name(source)}: its images are used without labels"
             )
             return None
         position = {name: index for index, name in enumerate(outputs_named)}
@@ -139,12 +139,12 @@ def map_labels(
     known = set(classes or synsets or ())
     unknown = [name for name in names if name not in known]
     if not known:
-        reason = f"{_shown(source)} has {len(names)} classes ({_some(names)}), the model {outputs} without names"
+        reason = f"{source_name(source)} has {len(names)} classes ({_some(names)}), the model {outputs} without names"
     elif len(unknown) == len(names):
-        reason = f"the {len(names)} folder names of {_shown(source)} ({_some(names)}) are not classes of the model"
+        reason = f"the {len(names)} folder names of {source_name(source)} ({_some(names)}) are not classes of the model"
     else:
         reason = (
-            f"{len(unknown)} of the {len(names)} folder names of {_shown(source)} ({_some(unknown)}) "
+            f"{len(unknown)} of the {len(names)} folder names of {source_name(source)} ({_some(unknown)}) "
             f"{'is not a class' if len(unknown) == 1 else 'are not classes'} of the model"
         )
     remarks.append(f"{reason}: its images are used without labels")

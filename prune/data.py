@@ -316,7 +316,7 @@ def _reason(error: Exception) -> str:
     return first_line(error, 160).partition(" <_io.")[0]
 
 
-def _shown(source: ImageSource) -> str:
+def source_name(source: ImageSource) -> str:
     """What remarks call a source: the folder's own name, also for ``--data .``, or the data set's."""
     return source.spec if source.folder is None else Path(source.spec).resolve().name or source.spec
 

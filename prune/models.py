@@ -27,7 +27,7 @@ from .backbones.registry import adapter_for
 from .backbones.vit import ViTAdapter, weights_sha256
 from .data import IMAGE_SUFFIXES
 from .loaded import LoadedModel
-from .weights_file import _check_weights_file, _quiet_logging, load_weights
+from .weights_file import check_weights_file, load_weights, quiet_logging
 
 
 def from_module(
@@ -106,7 +106,7 @@ def open_model(
             raise UserError(
                 f"{spec} is a folder of a whole model", f"leave out {option('pretrained')} and {option('model_args')}"
             )
-        _check_weights_file(weights)
+        check_weights_file(weights)
         from .vlm.tower import open_tower
 
         return open_tower(spec, weights=weights)
@@ -115,7 +115,7 @@ def open_model(
             raise UserError(
                 "a model card names its own weights", f"leave out {option('pretrained')}, or give a timm model name"
             )
-        _check_weights_file(weights)
+        check_weights_file(weights)
         return _open_card(Path(spec) if spec else bundled.reference_card(), dict(model_args or {}), weights)
     if Path(spec).suffix.lower() == ".onnx":
         raise UserError(
@@ -141,7 +141,7 @@ def open_model(
         raise UserError(
             f"{found} given for {spec}", f"give one of {option('weights', 'FILE')} or {option('pretrained', True)}"
         )
-    _check_weights_file(weights)
+    check_weights_file(weights)
     return _open_timm(spec, pretrained, weights, dict(model_args or {}))
 
 
@@ -162,7 +162,7 @@ def _no_model(path: Path) -> UserError:
 
 def _open_timm(name: str, pretrained: bool, weights: str | Path | None, model_args: dict[str, Any]) -> LoadedModel:
     try:
-        with _quiet_logging():
+        with quiet_logging():
             model = timm.create_model(name, pretrained=pretrained, **model_args)
     except TypeError as error:
         raise UserError(

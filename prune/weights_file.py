@@ -19,7 +19,7 @@ from ..core.errors import UserError
 from ..core.text import first_line, option
 
 
-def _check_weights_file(weights: str | Path | None) -> None:
+def check_weights_file(weights: str | Path | None) -> None:
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"there is no weights file {weights}", f"check the path that {option('weights')} gives")
 
@@ -31,7 +31,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
         UserError: Unreadable, or made for another model; says how many tensors fit and names the first that does not.
     """
     try:
-        with _quiet_logging():
+        with quiet_logging():
             state = load_state_dict(str(path))
     except Exception as error:
         reason, hint = _why_unreadable(error) if _may_be_weights(path) else _NOT_WEIGHTS
@@ -40,7 +40,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
     if problem:
         # Checkpoints of the original code bases (DINOv2, CLIP, other image sizes) fit after timm's own conversion.
         try:
-            with _quiet_logging():
+            with quiet_logging():
                 state = checkpoint_filter_fn(dict(state), model)
         except Exception:
             state = {}
@@ -96,7 +96,7 @@ def _mismatch(model: nn.Module, state: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _quiet_logging():
+def quiet_logging():
     """timm and the hub client log progress and retries; the user gets one line of ours instead."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)

@@ -105,7 +105,7 @@ class EngineRecord:
             found = content.get("schema") if isinstance(content, dict) else type(content).__name__
             raise UserError(f"{path} has schema {found!r}, expected {SCHEMA}", _REBUILD)
         if "options" not in content:
-            content["options"] = _options_of(content.get("arguments"))
+            content["options"] = options_of(content.get("arguments"))
         known = {item.name for item in fields(cls)}
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items() if key in known}
         try:
@@ -173,7 +173,7 @@ class EngineRecord:
         return f"engine built with TensorRT {self.tensorrt}, this is {tensorrt}"
 
 
-def _options_of(arguments: Any) -> dict[str, Any]:
+def options_of(arguments: Any) -> dict[str, Any]:
     """Of a record of version 0.1, which held words of a command line: ``["--batch-range", "1", "4", "8"]``."""
     found: dict[str, list[Any]] = {}
     for word in arguments if isinstance(arguments, list) else ():

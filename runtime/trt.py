@@ -384,7 +384,7 @@ class TrtSession(Session):
             context.set_tensor_address(name, tensor.device.pointer)
         self._execute(context)  # Unmeasured: kernels load.
         self.stream.synchronize()
-        profiler = _layer_times(trt)
+        profiler = layer_times(trt)
         context.profiler = profiler
         if self.capabilities.report_to_profiler:
             context.enqueue_emits_profile = False
@@ -452,7 +452,7 @@ def trt_logger(trt: ModuleType) -> Any:
     return Logger()
 
 
-def _layer_times(trt: ModuleType) -> Any:
+def layer_times(trt: ModuleType) -> Any:
     """A profiler that adds up the time of each layer in ``totals``."""
 
     class LayerTimes(trt.IProfiler):

@@ -94,6 +94,18 @@ def test_nothing_imports_benchmarks_or_tests():
     ]
 
 
+def test_names_with_a_leading_underscore_stay_in_their_module():
+    wrong = [
+        f"{name}: {alias.name}"
+        for name, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("vpruner"))
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    assert not wrong, "\n".join(sorted(wrong))
+
+
 def test_there_are_no_circles():
     reached: dict[str, int] = {}
     path: list[str] = []

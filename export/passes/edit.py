@@ -54,13 +54,13 @@ def infer_shapes_anew(model: ir.Model) -> None:
     passes.ShapeInferencePass()(model)
 
 
-def _type_text(value: ir.Value) -> str:
+def type_text(value: ir.Value) -> str:
     """As ONNX's schemas spell it."""
     spelled = {"FLOAT": "float", "DOUBLE": "double"}
     return f"tensor({spelled.get(value.dtype.name, value.dtype.name.lower())})"
 
 
-def _number(graph: ir.Graph, number: float, like: ir.Value) -> ir.Value:
+def number_like(graph: ir.Graph, number: float, like: ir.Value) -> ir.Value:
     """A scalar initializer of the type of ``like``, shared by all that need the same."""
     dtype = like.dtype or ir.DataType.FLOAT
     return add_constant(graph, f"vpruner.number.{number:.9g}.{dtype.name}", np.asarray(number, dtype.numpy()))

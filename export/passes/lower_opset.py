@@ -9,8 +9,8 @@ import onnx_ir as ir
 from ...core.errors import UserError
 from ...core.text import option
 from ..recognise.graph import attribute_int, integers
-from .edit import _type_text, add_constant
-from .write_out import _WRITTEN_OUT_BEFORE, WriteOut
+from .edit import add_constant, type_text
+from .write_out import WRITTEN_OUT_BEFORE, WriteOut
 
 #: Operators whose meaning moved between opset 16 and 26 in ways that their signature does not show.
 _MEANING_MOVED = ("AveragePool", "DFT", "GridSample", "GroupNormalization", "Resize")
@@ -48,7 +48,7 @@ class LowerOpset(ir.passes.InPlacePass):
         version = model.opset_imports.get("")
         if version is None or version <= self.opset:
             return ir.passes.PassResult(model, False)
-        newer = [name for name, since in _WRITTEN_OUT_BEFORE.items() if self.opset < since <= version]
+        newer = [name for name, since in WRITTEN_OUT_BEFORE.items() if self.opset < since <= version]
         WriteOut(newer)(model)
         for node in list(model.graph):
             if node.domain in ("", "ai.onnx") and not self._lower(node, version):
@@ -115,6 +115,6 @@ def _fits(node: ir.Node, schema: onnx.defs.OpSchema) -> bool:
             parameter = parameters[min(position, len(parameters) - 1)]
             if value is None or value.type is None:
                 continue
-            if parameter.types and _type_text(value) not in parameter.types:
+            if parameter.types and type_text(value) not in parameter.types:
                 return False
     return True

@@ -9,10 +9,10 @@ import onnx_ir as ir
 
 from ...core.errors import UserError
 from ..recognise.graph import attribute_int
-from .edit import _number, add_constant, add_node
+from .edit import add_constant, add_node, number_like
 
 #: Operator -> the operator set that it came with, and before which it is written out.
-_WRITTEN_OUT_BEFORE = {"Gelu": 20, "LayerNormalization": 17}
+WRITTEN_OUT_BEFORE = {"Gelu": 20, "LayerNormalization": 17}
 
 
 class WriteOut(ir.passes.InPlacePass):
@@ -68,7 +68,7 @@ def _write_gelu(model: ir.Model, node: ir.Node) -> ir.Value:
         return add_node(node, op_type, inputs, f"{name}.{step}").outputs[0]
 
     def number(number: float) -> ir.Value:
-        return _number(graph, number, value)
+        return number_like(graph, number, value)
 
     if "approximate" in node.attributes and node.attributes["approximate"].as_string() == "tanh":
         cube = add("Mul", [add("Mul", [value, value], "square"), value], "cube")
@@ -109,8 +109,10 @@ def _write_layer_norm(model: ir.Model, node: ir.Node) -> ir.Value | None:
         value.dtype = ir.DataType.FLOAT
     epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
     centred = add("Sub", [value, mean(value, "mean")], "centred")
-    variance = mean(add("Pow", [centred, _number(graph, 2, value)], "squares"), "variance")
-    deviation = add("Sqrt", [add("Add", [variance, _number(graph, epsilon, value)], "variance_epsilon")], "deviation")
+    variance = mean(add("Pow", [centred, number_like(graph, 2, value)], "squares"), "variance")
+    deviation = add(
+        "Sqrt", [add("Add", [variance, number_like(graph, epsilon, value)], "variance_epsilon")], "deviation"
+    )
     output = add("Div", [centred, deviation], "normalised")
     if widened:
         output = add("Cast", [output], "narrow", {"to": int(dtype)})

@@ -86,7 +86,7 @@ def _registered(method: Method) -> Contender:
         batches: Sequence[Tensor] = ()
         if calibration is not None:
             used = calibration.fit[: method.enough_images]
-            batches = _Batches(calibration, used, batch_size_for(loaded.adapter.geometry))
+            batches = Batches(calibration, used, batch_size_for(loaded.adapter.geometry))
         started = time.perf_counter()
         reduction = method.make(loaded.adapter, batches, target, seed=seed)
         return Made(reduction, None, time.perf_counter() - started)
@@ -101,7 +101,7 @@ def _plain_settings(method: Method) -> dict[str, Any]:
     return {name: value if isinstance(value, plain) else repr(value) for name, value in asdict(method).items()}
 
 
-class _Batches(Sequence):
+class Batches(Sequence):
     """Calibration images as methods take them, prepared when they are asked for: in memory they are bytes."""
 
     def __init__(self, calibration: Calibration, indices: Sequence[int], size: int):

@@ -77,14 +77,14 @@ class ViTAdapter:
         plan.check_fits(self.name, self.geometry)
         with self.exclusive() as undo:
             for block_index, block in enumerate(self.model.blocks):
-                bias = _key_bias(plan, block_index, masked=form == "masked")
+                bias = key_bias(plan, block_index, masked=form == "masked")
                 # In the dead form the block before has selected already.
                 if plan.drops_before(block_index) and (form == "gathered" or (form == "dead" and block_index == 0)):
                     rows = plan.entry_rows(block_index)
                     undo.callback(block.register_forward_pre_hook(_select_input(block, rows)).remove)
                 queries = plan.query_rows(block_index)
                 if form == "dead" and len(queries) < plan.key_counts[block_index]:
-                    block.forward = _forward_without_dead_tokens(block, queries, bias)
+                    block.forward = forward_without_dead_tokens(block, queries, bias)
                     undo.callback(delattr, block, "forward")
                 elif bias is not None:
                     undo.callback(block.register_forward_pre_hook(_add_key_bias(bias), with_kwargs=True).remove)
@@ -125,7 +125,7 @@ class ViTAdapter:
         kept = [torch.tensor(indices, dtype=torch.int64, device=parameter.device) for indices in plan.kept]
         closed = torch.from_numpy(~plan.mask).to(gates)
 
-        def key_bias(index: int, prefix: int) -> Tensor:
+        def gate_bias(index: int, prefix: int) -> Tensor:
             """[batch, 1, 1, key] of gate ``index``; the head's gate, the last, is on what the last block kept."""
             row = min(index, geometry.depth - 1)
             if reopen:
@@ -138,7 +138,7 @@ class ViTAdapter:
 
         def block_hook(index: int):
             def hook(module, args, kwargs):
-                return args, {**kwargs, "attn_mask": key_bias(index, geometry.prefix_tokens)}
+                return args, {**kwargs, "attn_mask": gate_bias(index, geometry.prefix_tokens)}
 
             return hook
 
@@ -152,13 +152,13 @@ class ViTAdapter:
                 if self.model.attn_pool is not None:
 
                     def pool_hook(module, args, kwargs):
-                        return args, {**kwargs, "attn_mask": key_bias(geometry.depth, head_prefix)}
+                        return args, {**kwargs, "attn_mask": gate_bias(geometry.depth, head_prefix)}
 
                     undo.callback(self.model.attn_pool.register_forward_pre_hook(pool_hook, with_kwargs=True).remove)
                 else:
 
                     def mean_hook(module, args, output):
-                        weights = key_bias(geometry.depth, head_prefix)[:, 0, 0].softmax(-1)
+                        weights = gate_bias(geometry.depth, head_prefix)[:, 0, 0].softmax(-1)
                         weights = F.pad(
                             weights * weights.shape[-1], (geometry.prefix_tokens - head_prefix, 0), value=1.0
                         )
@@ -308,13 +308,13 @@ def block_outputs(block: Block, stream: Tensor, rows: np.ndarray) -> Tensor:
     """Run one block on [image, key, channel] and return its output [image, query, channel] for ``rows`` only."""
     if len(rows) == stream.shape[1]:
         return block(stream)
-    return _forward_without_dead_tokens(block, rows, None)(stream)
+    return forward_without_dead_tokens(block, rows, None)(stream)
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------------
 
 
-def _key_bias(plan: TokenPlan, block: int, *, masked: bool) -> Tensor | None:
+def key_bias(plan: TokenPlan, block: int, *, masked: bool) -> Tensor | None:
     """Additive attention bias [1, 1, 1, key] of a block, or None when it would be all zeros."""
     prefix = plan.geometry.prefix_tokens
     gates = plan.gates[block] if plan.gates is not None else None
@@ -362,7 +362,7 @@ def _select_output(block, rows):
     return hook
 
 
-def _forward_without_dead_tokens(block: Block, rows, bias: Tensor | None):
+def forward_without_dead_tokens(block: Block, rows, bias: Tensor | None):
     """``Block.forward`` for ``x`` [batch, key, channel] that returns [batch, query, channel]: only ``rows`` of it."""
     rows = _beside(block, rows)
 

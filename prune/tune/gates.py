@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...core.plan import TokenPlan
-from ..backbones.vit import ViTAdapter, _forward_without_dead_tokens, embed_images
+from ..backbones.vit import ViTAdapter, embed_images, forward_without_dead_tokens
 from ..calibration import Calibration, divergence
 from ..fisher import batch_size_for
 from .ridge import FIRST_RIDGE, NormalEquations
@@ -140,7 +140,7 @@ def tune_gates_by_distillation(
                 with torch.enable_grad():
                     for index, block in enumerate(model.blocks):
                         bias = F.pad(log_gates[index], (geometry.prefix_tokens, 0))[None, None, None]
-                        x = _forward_without_dead_tokens(block, rows[index], bias)(x)
+                        x = forward_without_dead_tokens(block, rows[index], bias)(x)
                     output = model.forward_head(model.norm(x))
                     target = calibration.dense_outputs(adapter, chosen).to(output.device)
                     loss = divergence(target, output, geometry.output).mean()

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from ...core.plan import TokenPlan
 from ..backbones.vit import (
     ViTAdapter,
-    _forward_without_dead_tokens,
-    _key_bias,
     attended_values,
     embed_images,
+    forward_without_dead_tokens,
+    key_bias,
     project_keys_values,
 )
 from ..calibration import Calibration
@@ -211,7 +211,7 @@ class Streams:
         tokens = self.get("pruned", chunk)
         normed = module.norm1(tokens)
         plan = self.plan(chunk)
-        bias = None if isinstance(plan, TokenRule) else _key_bias(plan, block, masked=False)
+        bias = None if isinstance(plan, TokenRule) else key_bias(plan, block, masked=False)
         heads = attended_values(module.attn, selected(normed, rows), normed, None if bias is None else bias.to(tokens))
         return selected(tokens, rows), heads
 
@@ -219,7 +219,7 @@ class Streams:
         """Take the pruned stream through the block with its own weights and the attention bias [1, 1, 1, key]."""
         for chunk in self.chunks:
             rows = self.plan(chunk).query_rows(block)
-            forward = _forward_without_dead_tokens(self.model.blocks[block], rows, bias)
+            forward = forward_without_dead_tokens(self.model.blocks[block], rows, bias)
             self.put("pruned", chunk, forward(self.get("pruned", chunk)))
 
     def add_gate_equations(

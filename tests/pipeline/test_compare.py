@@ -23,7 +23,7 @@ from vpruner.core.statistics import kl_divergence
 from vpruner.pipeline.compare import comparison as module
 from vpruner.pipeline.compare import timing
 from vpruner.pipeline.compare.compare import compare
-from vpruner.pipeline.compare.contenders import _Batches, chosen_contenders, contenders
+from vpruner.pipeline.compare.contenders import Batches, chosen_contenders, contenders
 from vpruner.pipeline.inputs import choose
 from vpruner.pipeline.options import CompareOptions
 from vpruner.prune.choose_images import choose_images
@@ -398,7 +398,7 @@ def test_calibration_images_are_prepared_as_asked_for(card, images):
         images, None, calibration=7, evaluation=2, classes=loaded.classes, outputs=4, seed=0
     )
     calibration = Calibration.load(calibration, loaded.preprocessing)
-    batches = _Batches(calibration, np.arange(7), 3)
+    batches = Batches(calibration, np.arange(7), 3)
     assert [len(batch) for batch in batches] == [3, 3, 1] and len(batches) == 3
     assert np.array_equal(batches[2].numpy(), calibration.images([6]).numpy())
 

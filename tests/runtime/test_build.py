@@ -22,7 +22,7 @@ from vpruner.pipeline.engines import build_engine
 from vpruner.runtime.build import BuildOptions, PrecisionChoice, choose_precision, plan_build, write_engine
 from vpruner.runtime.capabilities import Capabilities
 from vpruner.runtime.onnx_file import OnnxFile, read_onnx
-from vpruner.runtime.sidecar import EngineRecord, _options_of, sidecar_path
+from vpruner.runtime.sidecar import EngineRecord, options_of, sidecar_path
 
 pytest.importorskip("polygraphy")
 
@@ -238,9 +238,9 @@ def test_what_was_given_is_typed_and_called():
 
 def test_records_of_version_0_1_hold_words_of_a_command_line():
     words = "--precision int8 --tf32 --batch-range 1 4 8 --tactic-sources CUBLAS,CUDNN --no-check"
-    again = command("build", "a.onnx", **_options_of(words.split()))
+    again = command("build", "a.onnx", **options_of(words.split()))
     assert as_typed(again) == f"vpruner build a.onnx {words}"
-    assert _options_of(None) == _options_of([]) == {}
+    assert options_of(None) == options_of([]) == {}
 
 
 # -- the graph --------------------------------------------------------------------------------------------------------

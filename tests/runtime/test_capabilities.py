@@ -155,9 +155,9 @@ def test_the_installed_tensorrt_has_what_was_recorded(tmp_path):
 
 def test_the_installed_tensorrt_takes_our_classes():
     tensorrt = pytest.importorskip("tensorrt", reason="TensorRT is not installed", exc_type=ImportError)
-    from vpruner.runtime.trt import _layer_times, trt_logger
+    from vpruner.runtime.trt import layer_times, trt_logger
 
-    logger, times = trt_logger(tensorrt), _layer_times(tensorrt)
+    logger, times = trt_logger(tensorrt), layer_times(tensorrt)
     assert isinstance(logger, tensorrt.ILogger) and isinstance(times, tensorrt.IProfiler)
     logger.log(tensorrt.ILogger.Severity.ERROR, "of\nthis")
     times.report_layer_time("a", 1.0)
