@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,11 +14,10 @@ import onnx_ir as ir
 from ..core.errors import GraphError, UserError
 from ..core.files import atomic_path, json_sha256, scratch_beside
 from ..core.text import command
+from .streaming import LARGE, StoredTensor, read_onnx, write_onnx
 
 #: Bytes of weights up to which they stay inside the file. Protobuf's limit is 2 GiB; the rest is room for the graph.
 INLINE_LIMIT = (1 << 31) - (1 << 25)
-#: Bytes up to which a weight from a file beside the graph is read at once.
-_SMALL = 1 << 14
 _HINT = f"write one with: {command('export', 'MODEL')}"
 _NOT_THERE = "is not there"
 
@@ -31,7 +30,7 @@ def read_model(path: str | os.PathLike) -> ir.Model:
     """
     path = Path(path)
     try:
-        model = ir.load(path)
+        model = read_onnx(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}", _HINT) from None
     except Exception as error:  # protobuf and onnx-ir raise many types for bytes that are no model
@@ -52,7 +51,7 @@ def load_model(path: str | os.PathLike) -> ir.Model:
     check_tensors(model, path)
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= _SMALL:
+        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < LARGE:
             # ONNX's checker is handed small tensors as they are, and looks for this file in the wrong place.
             value.const_value = ir.Tensor(tensor.numpy().copy(), name=value.name)
     return model
@@ -112,6 +111,9 @@ def external_problem(tensor: ir.ExternalTensor) -> str | None:
 
 
 def _inline_problem(tensor: ir.TensorProtocol) -> str | None:
+    if isinstance(tensor, StoredTensor):
+        size = tensor.stored_bytes
+        return f"has {size} bytes of {tensor.nbytes}" if size != tensor.nbytes else None
     proto = tensor.raw if isinstance(tensor, ir.serde.TensorProtoTensor) else None
     if proto is not None and proto.HasField("raw_data"):
         size = len(proto.raw_data)
@@ -132,16 +134,15 @@ def save_model(model: ir.Model, path: str | os.PathLike) -> Path:
     path = Path(path)
     if not stored_outside(model):
         with atomic_path(path) as temporary:
-            # Its dense original may have been larger than the limit.
-            ir.save(into_memory(model), temporary)
-        _remove_stale_data(path, keep=None)
+            write_onnx(model, temporary)
+        _remove_stale_data(path)
         return path
     data_name = f"{path.name}.{json_sha256(dict(model.metadata_props))[:12]}.data"
     with scratch_beside(path) as folder:
         ir.save(model, folder / path.name, external_data=data_name)
         (folder / data_name).replace(path.with_name(data_name))
         (folder / path.name).replace(path)
-    _remove_stale_data(path, keep=data_name)
+    _remove_stale_data(path, keep=[data_name])
     return path
 
 
@@ -171,15 +172,42 @@ def proto_for_converters(model: ir.Model) -> onnx.ModelProto:
     return proto
 
 
+def move_model(source: Path, target: Path) -> None:
+    """Rename an ONNX file that :func:`save_model` wrote, and the weights beside it, on one file system.
+
+    Weights are not copied: under another name, the graph is written anew with the name that they get.
+    """
+    moved = {part: target.name + part.name[len(source.name) :] for part in _data_beside(source)}
+    if moved and source.name != target.name:
+        model = ir.load(source)
+        for graph in model.graphs():
+            for value in graph.initializers.values():
+                stored = value.const_value
+                if isinstance(stored, ir.ExternalTensor):
+                    location = moved[source.with_name(os.fspath(stored.location))]
+                    place = (location, stored.offset, stored.length, stored.dtype)
+                    value.const_value = ir.ExternalTensor(*place, shape=stored.shape, name=stored.name)
+        ir.save(model, source)
+    for part, name in moved.items():
+        part.replace(target.with_name(name))
+    source.replace(target)
+    _remove_stale_data(target, keep=moved.values())
+
+
 def remove_model(path: Path) -> None:
     """Remove an ONNX file that :func:`save_model` wrote, and the weights beside it; nothing where there is none."""
     path.unlink(missing_ok=True)
-    _remove_stale_data(path, keep=None)
+    _remove_stale_data(path)
 
 
-def _remove_stale_data(path: Path, keep: str | None) -> None:
-    """Remove weights files that earlier writes to ``path`` left and nothing refers to any more."""
+def _data_beside(path: Path) -> list[Path]:
+    """The weights files that :func:`save_model` wrote for ``path``, now or before."""
     ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{12}\.data")
-    for other in path.parent.iterdir():
-        if ours.fullmatch(other.name) and other.name != keep:
+    return [other for other in path.parent.iterdir() if ours.fullmatch(other.name)]
+
+
+def _remove_stale_data(path: Path, keep: Collection[str] = ()) -> None:
+    """Remove weights files that earlier writes to ``path`` left and nothing refers to any more."""
+    for other in _data_beside(path):
+        if other.name not in keep:
             other.unlink(missing_ok=True)

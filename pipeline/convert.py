@@ -16,7 +16,7 @@ from ..core.metadata import PREPROCESSING, ModelMetadata
 from ..core.preprocess import Preprocessing, resolve_preprocessing
 from ..core.text import option
 from ..export import quantize
-from ..export.files import load_model
+from ..export.files import load_model, move_model
 from ..export.precision import NOISE_IMAGES, Agreement, Conversion, agreement, convert
 
 
@@ -46,8 +46,6 @@ def convert_checked(
     Returns:
         The conversion, the agreement, and in words what it was measured on.
     """
-    from .graphs import move_model
-
     calibration, evaluation, labels, what, prepared = _images(
         model_path, precision, data, count, eval_data, eval_count, seed, strict, preprocessing or {}
     )

@@ -14,7 +14,7 @@ from ..core.files import scratch_beside
 from ..core.plan import TokenPlan
 from ..core.specs import DataSpec, ExportSpec, PrecisionSpec
 from ..core.text import option
-from .graphs import Reduced, move_model, write_graphs
+from .graphs import Reduced, write_graphs
 from .inputs import at_least_one, noise_images, one_set
 from .learned import remark_untuned, rule_of
 from .options import RULE_PARITY_IMAGES
@@ -183,6 +183,7 @@ def export_reduced(
     """
     import torch
 
+    from ..export.files import move_model
     from ..export.precision import beside
     from .convert import convert_checked
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..core import progress
 from ..core.files import scratch_beside
 from ..core.plan import TokenPlan
-from .graphs import deploy_checked, move_model
+from .graphs import deploy_checked
 from .inputs import noise_images
 from .learned import remark_untuned
 
@@ -31,7 +31,7 @@ def fold_checked(
 
     The file may come from any exporter whose graphs are understood; only those of ours name their weights.
     """
-    from ..export.files import load_model, naming
+    from ..export.files import load_model, move_model, naming
     from ..export.fold import fold_file, read_metadata
     from ..export.parity import check_fold
     from ..export.recognise.normalise import prepare

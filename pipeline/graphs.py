@@ -292,13 +292,3 @@ def deploy_checked(
 def model_bytes(path: Path) -> int:
     """Size of an ONNX file and, where its weights lie outside, of the file beside it."""
     return sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
-
-
-def move_model(source: Path, target: Path) -> None:
-    """Rename an ONNX file into place. With weights in a second file it is rewritten there, since it names that file."""
-    if len(list(source.parent.glob(f"{source.name}*"))) == 1:
-        source.replace(target)
-        return
-    from ..export.files import load_model, save_model
-
-    save_model(load_model(source), target)

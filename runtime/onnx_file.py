@@ -1,7 +1,7 @@
 """What an ONNX file says about itself, read without the onnx package: on a device TensorRT reads the graph, not we.
 
-A protobuf message is a row of (field number, wire type, value); the numbers below are those of ``onnx.proto``. Weights
-are skipped, not read, so a file of gigabytes takes as long as its graph.
+The numbers of fields below are those of ``onnx.proto``. Weights are skipped, not read, so a file of gigabytes takes as
+long as its graph.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TypeVar
 from ..core.errors import UserError
 from ..core.files import file_sha256
 from ..core.metadata import PREFIX
+from ..core.protobuf import fields
 from ..core.text import command
 
 _Read = TypeVar("_Read")
@@ -132,7 +133,7 @@ def read_nodes(path: str | os.PathLike) -> list[GraphNode]:
 
 def _graph_node(data: memoryview) -> GraphNode:
     texts: dict[int, list[str]] = {number: [] for number in (1, 2, 3, 4)}
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number in texts:
             texts[number].append(_text(value))
     inputs, outputs, names, operators = texts.values()
@@ -142,11 +143,11 @@ def _graph_node(data: memoryview) -> GraphNode:
 def _model(path: Path, data: memoryview) -> OnnxFile:
     graph: memoryview | None = None
     opset, metadata = 0, {}
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 7:
             graph = _message(value)
         elif number == 8:
-            entry = dict(_fields(_message(value)))
+            entry = dict(fields(_message(value)))
             if _text(entry.get(1, b"")) in ("", "ai.onnx"):
                 opset = int(entry.get(2, 0))
         elif number == 14:
@@ -157,7 +158,7 @@ def _model(path: Path, data: memoryview) -> OnnxFile:
     operators: Counter[str] = Counter()
     weights: Counter[int] = Counter()
     inputs, constants, external = [], set(), set()
-    for number, value in _fields(graph):
+    for number, value in fields(graph):
         if number == 1:
             operator, tensors = _node(_message(value))
             operators[operator] += 1
@@ -184,20 +185,20 @@ def _model(path: Path, data: memoryview) -> OnnxFile:
 def _node(data: memoryview) -> tuple[str, list[memoryview]]:
     """The operator, and the tensor of a Constant."""
     operator, attributes = "", []
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 4:
             operator = _text(value)
         elif number == 5:
             attributes.append(_message(value))
     if operator != "Constant":
         return operator, []
-    return operator, [_message(value) for one in attributes for number, value in _fields(one) if number == 5]
+    return operator, [_message(value) for one in attributes for number, value in fields(one) if number == 5]
 
 
 def _tensor(data: memoryview) -> tuple[str, int, set[str]]:
     """Name, data type, and the files that it is stored in."""
     name, kind, external = "", 0, set()
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 2:
             kind = int(value)
         elif number == 8:
@@ -211,19 +212,19 @@ def _tensor(data: memoryview) -> tuple[str, int, set[str]]:
 
 def _input(data: memoryview) -> GraphInput:
     name, shape = "", []
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 1:
             name = _text(value)
         elif number == 2:
             for dimension in _nested(_message(value), 1, 2, 1):
-                entry = dict(_fields(dimension))
+                entry = dict(fields(dimension))
                 shape.append(int(entry[1]) if 1 in entry else _text(entry.get(2, b"")))
     return GraphInput(name, tuple(shape))
 
 
 def _nested(data: memoryview, *path: int) -> Iterator[memoryview]:
     """The messages at the end of a path of field numbers."""
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == path[0]:
             if len(path) == 1:
                 yield _message(value)
@@ -232,7 +233,7 @@ def _nested(data: memoryview, *path: int) -> Iterator[memoryview]:
 
 
 def _pair(value: int | memoryview) -> tuple[str, str]:
-    entry = dict(_fields(_message(value)))
+    entry = dict(fields(_message(value)))
     return _text(entry.get(1, b"")), _text(entry.get(2, b""))
 
 
@@ -246,38 +247,3 @@ def _text(value: int | memoryview | bytes) -> str:
     if isinstance(value, int):
         raise ValueError("a number where text is expected")
     return bytes(value).decode("utf-8")
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, value) of a message; the value is a number, or the bytes of anything else."""
-    position = 0
-    while position < len(data):
-        key, position = _varint(data, position)
-        kind = key & 7
-        if kind == 0:
-            value, position = _varint(data, position)
-            yield key >> 3, value
-            continue
-        if kind == 2:
-            size, position = _varint(data, position)
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"wire type {kind}")
-        if size > len(data) - position:
-            raise ValueError("it ends too early")
-        yield key >> 3, data[position : position + size]
-        position += size
-
-
-def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    number = shift = 0
-    while True:
-        if position >= len(data) or shift > 63:
-            raise ValueError("it ends too early" if shift <= 63 else "a number of more than 64 bits")
-        byte = data[position]
-        position += 1
-        number |= (byte & 0x7F) << shift
-        if not byte & 0x80:
-            return number, position
-        shift += 7

@@ -23,7 +23,7 @@ from ...core.files import file_sha256, json_sha256, scratch_beside, write_text
 from ...core.rows import append_rows, read_rows
 from ...core.specs import ExportSpec
 from ...core.text import option
-from ..graphs import Reduced, model_bytes, move_model, write_dense, write_graphs
+from ..graphs import Reduced, model_bytes, write_dense, write_graphs
 from ..learned import save_learned
 from ..options import PARITY_IMAGES, CompareOptions
 from ..results import parity_row
@@ -343,6 +343,8 @@ class Comparison:
         return self.latency(point, batch, "onnxruntime") is not None
 
     def dense_graph(self, batch: int) -> Path:
+        from ...export.files import move_model
+
         path = self.output / "graphs" / f"{self.dense_key}-b{batch}.onnx"
         if not path.exists():
             with scratch_beside(path) as scratch:
@@ -354,6 +356,8 @@ class Comparison:
         return ExportSpec(self.options.opset, batch_size=batch)
 
     def _graph_row(self, point: Point, made: Made, batch: int) -> dict[str, Any]:
+        from ...export.files import move_model
+
         path = self.output / "graphs" / f"{point.name}-b{batch}-o{self.options.opset}.onnx"
         row = {**point.row("graph"), "batch": batch, "opset": self.options.opset, "file": path.name}
         dense = self.dense_graph(batch) if made.static else None

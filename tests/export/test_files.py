@@ -14,7 +14,8 @@ from vpruner.export.fold import fold_file
 
 
 @pytest.fixture
-def small_limit(monkeypatch):
+def small_limit(exported, monkeypatch):
+    exported()  # Other tests use it too, with its weights inside.
     monkeypatch.setattr(files, "INLINE_LIMIT", 10_000)
 
 
@@ -56,6 +57,26 @@ def test_stale_weights_are_removed_and_others_are_not(exported, tmp_path, small_
     files.save_model(files.load_model(path), path)
     assert {file.name for file in tmp_path.iterdir()} == {mine.name, path.name, other.name}
     run(path, dense.images())
+
+
+def test_a_file_moves_with_its_weights_and_they_are_not_copied(exported, tmp_path, small_limit):
+    dense = exported("class token")
+    source, target = tmp_path / "scratch" / "a.onnx", tmp_path / "b.onnx"
+    files.save_model(files.load_model(dense.path), source)
+    (data,) = source.parent.glob("a.onnx.*.data")
+    inode = data.stat().st_ino
+    stale = tmp_path / "b.onnx.0123456789ab.data"
+    stale.write_text("of an earlier file")
+    files.move_model(source, target)
+    (moved,) = tmp_path.glob("b.onnx.*.data")
+    assert moved.stat().st_ino == inode and not list(source.parent.iterdir())
+    images = dense.images()
+    assert relative_difference(run(target, images), run(dense.path, images)) == 0
+    again = tmp_path / "other" / "b.onnx"
+    again.parent.mkdir()
+    text = target.read_bytes()
+    files.move_model(target, again)
+    assert again.read_bytes() == text and relative_difference(run(again, images), run(dense.path, images)) == 0
 
 
 def test_a_missing_weights_file_is_named(exported, tmp_path, small_limit):

@@ -297,7 +297,7 @@ def test_a_file_that_follows_a_method_is_refused_by_the_method(exported, tmp_pat
     dense = exported("class token")
     plan, path = random_plan(dense.geometry, 1), tmp_path / "tome.onnx"
     model = load_model(dense.path)
-    rule = {"method": "tome", "merges": True, "counts": [], "settings": {}}
+    rule = {"method": "tome", "merges": True, "counts": [25] * (dense.geometry.depth + 1), "settings": {}}
     model.metadata_props.update({metadata.PLAN: "7c52" * 16, metadata.RULE: json.dumps(rule)})
     save_model(model, path)
     for attempt in (lambda: fold_file(path, plan, tmp_path / "out.onnx"), lambda: fold(load_model(path), plan)):
@@ -307,8 +307,12 @@ def test_a_file_that_follows_a_method_is_refused_by_the_method(exported, tmp_pat
 
 def test_a_failed_fold_leaves_no_file(exported, tmp_path, monkeypatch):
     dense = exported("class token")
-    monkeypatch.setattr("onnx_ir.save", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("disk on fire")))
-    with pytest.raises(RuntimeError, match="disk on fire"):
+
+    def burn(*args):
+        raise OSError("disk on fire")
+
+    monkeypatch.setattr("vpruner.export.streaming.StoredTensor.tofile", burn)
+    with pytest.raises(OSError, match="disk on fire"):
         fold_file(dense.path, random_plan(dense.geometry, 1), tmp_path / "pruned.onnx")
     assert list(tmp_path.iterdir()) == []
 
