@@ -29,7 +29,9 @@ from ...core.extras import require
 
 #: Public name -> module that has it.
 _HOME = {
-    **dict.fromkeys(("OUTPUT", "POSITIONS", "Prefill", "VLMRun", "pruned"), "frame"),
+    **dict.fromkeys(("POSITIONS", "VLMRun", "pruned"), "frame"),
+    "Prefill": "layout",
+    "OUTPUT": "tower_pruning",
     **dict.fromkeys(
         (
             "MODES",

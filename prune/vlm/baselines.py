@@ -32,13 +32,13 @@ from ...core.text import command, first_line, option
 from ..backbones.vit import weights_sha256
 from ..methods.rule import rank_descending
 from ..tune.weights import with_weights
-from .frame import OUTPUT, VLMRun, pruned
+from .frame import VLMRun, pruned
 from .modes import saint_stages
 from .parts import find_parts
 from .tower import timm_from_tower, tower_of_llava, tuned_in_tower
+from .tower_pruning import OUTPUT
 from .views import EncoderSelector, EncoderView, SpanView
 
-#: What ``--mode`` takes: SAINT's three, and the baselines.
 #: Share that is kept where nothing is said of it.
 KEEP = 0.25
 #: FastV's K: language layers that see every token.

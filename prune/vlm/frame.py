@@ -23,7 +23,6 @@ FlashAttention stay in use, without a mask where no row is padded.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -35,81 +34,16 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...core.errors import UserError
-from ..methods.rule import select_rows, with_prefix
+from ..methods.rule import select_rows
+from .layout import Layout, Prefill
 from .parts import CACHE_NAMES, VLMParts, cache_in, cache_name, find_parts
-from .views import EncoderSelector, EncoderView, SpanSelector, SpanView, split_heads
+from .tower_pruning import OUTPUT, TowerPruning, forward_name
+from .views import EncoderSelector, SpanSelector, SpanView
 
-#: The stage of the tower that sees its features, after the last block and before the projector.
-OUTPUT = "output"
 #: What becomes of the positions of the tokens after those that were dropped in the tower.
 POSITIONS = ("original", "compact")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which tokens of the prompts the rows of a layer are.
-
-    Attributes:
-        index: int64 [batch, row]: place in the prompt; of padding, any.
-        valid: bool [batch, row]: False for padding, which comes first.
-        full: Whether no row is padding.
-    """
-
-    index: Tensor
-    valid: Tensor
-    full: bool
-
-    def to(self, device: torch.device) -> Layout:
-        if self.index.device == device:
-            return self
-        return Layout(self.index.to(device), self.valid.to(device), self.full)
-
-    def only(self, keep: Tensor) -> tuple[Tensor, Layout]:
-        """Rows int64 [batch, most kept] and the layout of what ``keep`` (bool [batch, row]) leaves, padded in front."""
-        least, most = torch.stack(keep.sum(1).aminmax()).tolist()
-        # False sorts before True, and what is equal stays in order.
-        rows = keep.byte().sort(dim=1, stable=True).indices[:, keep.shape[1] - most :]
-        return rows, Layout(self.index.gather(1, rows), keep.gather(1, rows), most == least)
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """What one forward pass over prompts did.
-
-    Attributes:
-        layouts: Rows that entered each layer, and those that left the last.
-        image: bool [batch, token]: visual tokens of the prompts as the model was given them.
-        encoder_positions: int64 [crop, kept]: places in the grid of the patches that the tower kept; None where it was
-            not asked to drop any.
-        patches: Patches of a crop that entered each block of the tower, that left the last, and that were projected.
-        kv_bytes: Of the caches of all layers after this pass.
-        dense_kv_bytes: Of the same prompts without pruning.
-    """
-
-    layouts: tuple[Layout, ...]
-    image: Tensor
-    encoder_positions: Tensor | None
-    patches: tuple[int, ...]
-    kv_bytes: int
-    dense_kv_bytes: int
-
-    def kept(self, layer: int) -> Tensor:
-        """bool [batch, token]: the tokens of the prompts that entered ``layer``; with the depth: that left the last."""
-        layout = self.layouts[layer].to(self.image.device)
-        # A row's places are all different, padding included.
-        return torch.zeros_like(self.image).scatter(1, layout.index, layout.valid)
-
-    def _visual(self) -> np.ndarray:
-        """int64 [batch, layer + 1]."""
-        counts: dict[int, Tensor] = {}
-        for layout in self.layouts:
-            if id(layout) not in counts:
-                here = layout.to(self.image.device)
-                counts[id(layout)] = (self.image.gather(1, here.index) & here.valid).sum(1)
-        return torch.stack([counts[id(layout)] for layout in self.layouts], 1).cpu().numpy()
 
 
 @dataclass
@@ -158,14 +92,13 @@ class VLMRun:
     positions: str = "original"
     last: Prefill | None = None
     _call: _Call | None = field(default=None, repr=False)
-    _patches: Tensor | None = field(default=None, repr=False)
-    _tower_ran: bool = field(default=False, repr=False)
-    _left: dict[int | str, int] = field(default_factory=dict, repr=False)
-    _features_of: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _keys: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _caches: WeakKeyDictionary = field(default_factory=WeakKeyDictionary, repr=False)
     _counts: list[np.ndarray] = field(default_factory=list, repr=False)
     _kv_bytes: list[tuple[int, int]] = field(default_factory=list, repr=False)
+
+    def __post_init__(self):
+        self._tower = TowerPruning(self.parts, self.encoder)
 
     @property
     def visual_tokens(self) -> np.ndarray:
@@ -200,146 +133,6 @@ class VLMRun:
             raise UserError("videos cannot be pruned in the vision tower", 'use mode="llm", or give images')
         self._call = _Call(image)
 
-    # -- the vision tower ---------------------------------------------------------------------------------------------
-
-    def _enter_tower(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._patches = None
-        self._features_of.clear()
-        self._left.clear()
-
-    def _positions(self, crops: int, device: torch.device) -> Tensor:
-        if self._patches is None:
-            self._patches = torch.arange(self.parts.patches, device=device).expand(crops, -1)
-        return self._patches
-
-    def _choose(self, stage: int | str, view: EncoderView) -> Tensor | None:
-        """int64 [crop, kept]: ascending rows among the view's patches; None: all."""
-        rows = self.encoder[stage](view)
-        if rows.shape[1] >= view.positions.shape[1]:
-            return None
-        rows = rows.sort(dim=1).values
-        self._patches = view.positions.gather(1, rows)
-        self._left[stage] = rows.shape[1]
-        return rows
-
-    def _before_blocks(self, module: nn.Module, args: tuple, kwargs: dict):
-        hidden, prefix = args[0], self.parts.prefix
-        self._check_grid(hidden)
-        view = EncoderView(
-            -1, hidden[:, prefix:], self._positions(len(hidden), hidden.device), self.parts.patches, prefix
-        )
-        rows = self._choose(-1, view)
-        return None if rows is None else ((select_rows(hidden, with_prefix(rows, prefix)), *args[1:]), kwargs)
-
-    def _check_grid(self, hidden: Tensor) -> None:
-        found = hidden.shape[1] - self.parts.prefix
-        if self._patches is None and found != self.parts.patches:
-            raise UserError(
-                f"the vision tower was given {found} patches per image, expected {self.parts.patches}",
-                "give images of the size of model.config.vision_config",
-            )
-
-    def _block_forward(self, index: int, block: nn.Module) -> Callable[..., Tensor]:
-        attn, prefix = block.self_attn, self.parts.prefix
-        eager = sys.modules[type(attn).__module__].eager_attention_forward
-
-        def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-            hidden = hidden_states
-            self._check_grid(hidden)
-            normed = block.layer_norm1(hidden)
-            key = split_heads(attn.k_proj(normed), attn.head_dim)
-            view = EncoderView(
-                index,
-                hidden[:, prefix:],
-                self._positions(len(hidden), hidden.device),
-                self.parts.patches,
-                prefix,
-                attn,
-                normed,
-                key,
-            )
-            rows = self._choose(index, view)
-            value = split_heads(attn.v_proj(normed), attn.head_dim)
-            if rows is not None:
-                # What leaves is still attended to, but needs no query, and no MLP.
-                rows = with_prefix(rows, prefix)
-                hidden, normed = select_rows(hidden, rows), select_rows(normed, rows)
-            query = split_heads(attn.q_proj(normed), attn.head_dim)
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager)
-            dropout = attn.dropout if attn.training else 0.0
-            attended, _ = attend(attn, query, key, value, None, scaling=attn.scale, dropout=dropout, is_causal=False)
-            hidden = hidden + attn.out_proj(attended.reshape(*hidden.shape[:2], -1).contiguous())
-            # As after any attention: what it needed is not held while the MLP runs.
-            del hidden_states, view, normed, query, key, value, attended
-            return hidden + block.mlp(block.layer_norm2(hidden))
-
-        return forward
-
-    def _watch_features(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._features_of["normed"] = args[0] if args else kwargs["hidden_states"]
-
-    def _watch_feature_keys(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self._features_of["key"] = output
-
-    def _before_projector(self, module: nn.Module, args: tuple):
-        """Select among the features, and check that they are what is expected."""
-        (features,) = args
-        parts = self.parts
-        crops, found = features.shape[:2]
-        positions = self._positions(crops, features.device)
-        leading = parts.prefix * parts.class_in_features
-        if found != positions.shape[1] + leading:
-            raise UserError(
-                f"the projector was given {found} features per image, expected {positions.shape[1] + leading}",
-                "give images of the size of model.config.vision_config",
-            )
-        if OUTPUT not in self.encoder:
-            return None
-        attn = parts.blocks[max(parts.feature_states) - 1].self_attn
-        view = EncoderView(
-            OUTPUT,
-            features[:, leading:],
-            positions,
-            parts.patches,
-            parts.prefix,
-            attn,
-            self._features_of["normed"],
-            split_heads(self._features_of["key"], attn.head_dim),
-        )
-        rows = self._choose(OUTPUT, view)
-        self._features_of.clear()
-        return None if rows is None else (select_rows(features, with_prefix(rows, leading)),)
-
-    def _after_projector(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        """Put the features back where they stood in the grid, and zero where they are gone.
-
-        So whatever a model does to the grid (cut off margins, end rows with a token of its own) it does as always, and
-        whoever carries features from the tower to the prompt (``generate`` repeats them for beams) carries the mask.
-        """
-        parts, positions = self.parts, self._patches
-        self._tower_ran = True
-        if positions.shape[1] == parts.patches:
-            return None
-        place = with_prefix(positions, parts.prefix * parts.class_in_features)
-        whole = output.new_zeros(len(output), parts.features, output.shape[2])
-        return whole.scatter_(1, place[..., None].expand_as(output), output)
-
-    def _pack(self, packed: Callable, image_features, image_sizes, *args, image_newline=None, **kwargs):
-        """``pack_image_features`` of models with several crops, which may interpolate.
-
-        Features that are gone count nothing then, and what has more of them than of others around it is gone, too.
-        """
-        result, lengths = packed(image_features, image_sizes, *args, image_newline=image_newline, **kwargs)
-        if self._patches is None or self._patches.shape[1] == self.parts.patches:
-            return result, lengths
-        mask = [features.any(-1, keepdim=True).to(features.dtype) for features in image_features]
-        newline = None if image_newline is None else image_newline.new_ones(1)
-        weight, _ = packed(mask, image_sizes, *args, image_newline=newline, **kwargs)
-        return [
-            torch.where(part >= 0.5, features / part.clamp(min=0.5), 0.0)
-            for features, part in zip(result, weight, strict=True)
-        ], lengths
-
     # -- the language model -------------------------------------------------------------------------------------------
 
     def _enter_language(self, module: nn.Module, args: tuple, kwargs: dict):
@@ -371,7 +164,7 @@ class VLMRun:
             raise UserError(
                 f"the prompt holds no image token ({self.parts.image_token})", "give an image, and <image> in the text"
             )
-        if self.encoder and not self._tower_ran:
+        if self.encoder and not self._tower.ran:
             raise UserError("the vision tower was not run, so it could drop nothing", "pass pixel_values")
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
@@ -554,14 +347,6 @@ class VLMRun:
         output.last_hidden_state = whole
         return output
 
-    def _patch_counts(self) -> tuple[int, ...]:
-        counts, left = [], self.parts.patches
-        for block in range(-1, len(self.parts.blocks)):
-            left = self._left.get(block, left)
-            counts.append(left)
-        # The last blocks may run for nothing, but none drops any behind the features.
-        return (*counts, self._left.get(OUTPUT, left))
-
     def _record(self, call: _Call, layouts: tuple[Layout, ...]) -> None:
         config = self.parts.language.config
         layers = self.parts.layers
@@ -574,12 +359,12 @@ class VLMRun:
         self.last = Prefill(
             layouts,
             call.image,
-            self._patches if self.encoder else None,
-            self._patch_counts(),
+            self._tower.patches if self.encoder else None,
+            self._tower.counts(),
             per_row * sum(layout.index.shape[1] for layout in layouts[:-1]) * caching,
             per_row * length * config.num_hidden_layers * caching,
         )
-        self._counts.append(self.last._visual())
+        self._counts.append(self.last.visual_tokens())
         self._kv_bytes.append((self.last.kv_bytes, self.last.dense_kv_bytes))
 
 
@@ -632,35 +417,17 @@ def _hooks(run: VLMRun) -> Iterator:
         yield layer.register_forward_pre_hook(partial(run._before_layer, index), with_kwargs=True)
         if index in run.language:
             yield layer.self_attn.k_proj.register_forward_hook(partial(run._watch_keys, index))
-    if not run.encoder:
-        return
-    yield parts.tower.register_forward_pre_hook(run._enter_tower, with_kwargs=True)
-    yield parts.projector.register_forward_pre_hook(run._before_projector)
-    yield parts.projector.register_forward_hook(run._after_projector)
-    if -1 in run.encoder:
-        yield parts.blocks[0].register_forward_pre_hook(run._before_blocks, with_kwargs=True)
-    if OUTPUT in run.encoder:
-        attn = parts.blocks[max(parts.feature_states) - 1].self_attn
-        yield attn.register_forward_pre_hook(run._watch_features, with_kwargs=True)
-        yield attn.k_proj.register_forward_hook(run._watch_feature_keys)
+    if run.encoder:
+        yield from run._tower.hooks()
 
 
 def _replacements(run: VLMRun) -> Iterator[tuple[nn.Module, str, Callable]]:
     parts = run.parts
-    for index in run.encoder:
-        if isinstance(index, int) and index >= 0:
-            block = parts.blocks[index]
-            yield block, _forward_name(block), run._block_forward(index, block)
+    if run.encoder:
+        yield from run._tower.replacements()
     for index in run.language:
         layer = parts.layers[index]
-        yield layer, _forward_name(layer), run._layer_forward(index, layer)
-    if run.encoder and hasattr(parts.inner, "pack_image_features"):
-        yield parts.inner, "pack_image_features", partial(run._pack, parts.inner.pack_image_features)
-
-
-def _forward_name(module: nn.Module) -> str:
-    """Where accelerate moves what a module is given to its device, around the forward that it has put aside."""
-    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+        yield layer, forward_name(layer), run._layer_forward(index, layer)
 
 
 def _check_stages(parts: VLMParts, encoder: Mapping, language: Mapping, positions: str) -> None:
