@@ -13,7 +13,7 @@ from commands import call, fails
 from onnx import TensorProto, helper
 
 import vpruner
-from vpruner.cli.commands import main
+from vpruner.cli import main
 from vpruner.cli.hints import typed
 from vpruner.core import progress
 from vpruner.core.content_plan import load_plan
