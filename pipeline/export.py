@@ -193,7 +193,7 @@ def export_reduced(
         folder, graphs = scratch / "files", scratch / "graphs"
         folder.mkdir()
         graphs.mkdir()
-        written = write_graphs(reduced, spec, folder, graphs, parity_images, tokens=tokens)
+        written = write_graphs(reduced, spec, folder, graphs, parity_images, tokens=tokens, name=output.name)
         checks = list(written.checks)
         converted, conversions = [], []
         for name in precision.precisions:

@@ -101,6 +101,7 @@ def write_graphs(
     with_dense: bool = False,
     plain_dense: Path | None = None,
     tokens: bool = False,
+    name: str = "pruned.onnx",
 ) -> Written:
     """Write the graphs of a model and check each against the form that it comes from.
 
@@ -111,6 +112,7 @@ def write_graphs(
         with_dense: Also leave the dense graph in ``folder``.
         plain_dense: The plain dense graph, where it has been written before.
         tokens: Of a model that ends in the mean of its tokens: return these instead.
+        name: Of the file of a rule, as its parity check calls it.
 
     Raises:
         UserError: The target does not take the graph, or a rule leaves the number of tokens to each image.
@@ -135,7 +137,7 @@ def write_graphs(
         _return_tokens(reduced, images, wanted[-1], scratch, done)
     _finish(reduced, spec, folder, wanted, images, done)
     if reduced.rule is not None:
-        _write_rule(reduced, spec, plain, folder / "pruned.onnx", scratch, images, done)
+        _write_rule(reduced, spec, plain, folder / name, scratch, images, done)
     return Written(done.files, done.plain, tuple(done.checks), done.deployment)
 
 
