@@ -246,8 +246,7 @@ def compare(rows: list[dict]) -> str:
 
 
 def _markdown_table(table: Table) -> list[str]:
-    """Two columns of words, then numbers."""
-    rule = ["---" if number < 2 else "---:" for number in range(len(table.header))]
+    rule = ["---" if column < table.words else "---:" for column in range(len(table.header))]
     return [f"| {' | '.join(cells)} |" for cells in (table.header, rule, *table.rows)]
 
 

@@ -90,7 +90,7 @@ _PLAIN = str.maketrans({"−": "-", "±": "+-", "×": "x", "–": "-", "→": "-
 
 
 def print_table(table: Table | None) -> None:
-    """One aligned table on stdout; the first column reads, the others are numbers unless the table is wordy."""
+    """One aligned table on stdout; columns of words at the left, of numbers at the right."""
     if table is None:
         return
     from rich.table import Table as Grid
@@ -101,7 +101,7 @@ def print_table(table: Table | None) -> None:
     grid = Grid(title=Text(_shown(table.title, console)) if table.title else None, title_justify="left")
     grid.title_style = "bold"
     for position, name in enumerate(table.header):
-        side = "left" if position == 0 or table.wordy else "right"
+        side = "left" if position < table.words else "right"
         grid.add_column(Text(_shown(name, console)), justify=side, no_wrap=True)
     for row in table.rows:
         grid.add_row(*(Text(_shown(cell, console)) for cell in row))

@@ -17,12 +17,16 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """The first column is text, the others are numbers unless ``wordy``. ``title`` stands above it."""
+    """Rows of text, with a title above.
+
+    Attributes:
+        words: The first so many columns are read; the others are numbers.
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     title: str = ""
-    wordy: bool = False
+    words: int = 1
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,20 @@ class Code:
 
 @dataclass(frozen=True)
 class Figure:
-    """``markup`` is trusted HTML; ``plain`` takes its place in Markdown."""
+    """A picture.
+
+    Attributes:
+        markup: Trusted HTML.
+        plain: Takes its place in Markdown.
+        legend: Colours (None: blank) with what they stand for.
+        themed: Whether it takes the page's own colours; else it is drawn on white.
+    """
 
     markup: str
     caption: str = ""
     plain: Code | None = None
     legend: tuple[tuple[tuple[int, int, int] | None, str], ...] = ()
+    themed: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core import extras
-from ..core.files import atomic_path, write_text
+from ..core.files import atomic_path
 from ..core.text import counted
 from .blocks import Figure, Items, Section, Text
 from .entries import QUALITIES, Entry, at_equal_time, batches_of, entries_of
 from .numbers import METRICS
+from .render import write_pages
 from .results import Row
-from .run import to_html, to_markdown
 from .tables.compare import comparison_remarks, comparison_table, equal_time_table, quality_form
 
 #: What an axis of costs spans at least.
@@ -197,7 +197,7 @@ def write_comparison(
         svg = pictures[0].read_text(encoding="utf-8")
         markup = svg[svg.index("<svg") :]
         written += pictures
-        sections.append(Section("Results", [Figure(f'<div class="wide">{markup}</div>'), comparison_table(entries)]))
+        sections.append(Section("Results", [Figure(markup), comparison_table(entries)]))
     sections.append(Section("Remarks", [Items(tuple(dict.fromkeys([*comparison_remarks(entries), *remarks])))]))
     batches = batches_of(good)
     if batches:
@@ -212,11 +212,7 @@ def write_comparison(
         Section("How it was measured", [Text(_data_sentence(entries, unseen)), Text(protocol_sentence(good))])
     )
     lead = _lead(good, unseen)
-    page, text = to_html(title, lead, [], sections), to_markdown(title, lead, sections)
-    for path, content in ((folder / "report.html", page), (folder / "report.md", text)):
-        write_text(path, content)
-        written.append(path)
-    return written
+    return [*written, *write_pages(folder, title, lead, [], sections)]
 
 
 def _lead(entries: Sequence[Entry], unseen: bool = True) -> str:

@@ -90,7 +90,7 @@ class Results:
     def macs(self, label: str, plan: TokenPlan | None = None) -> float | None:
         """Multiply-adds of the dense or the pruned model; the plan's where no row tells: choosing tokens costs some."""
         macs = number(self.last("cost", label=label), "macs")
-        if macs is None and plan is not None:
+        if not (macs and macs > 0) and plan is not None:
             return dense_macs(plan.geometry) if label == "dense" else plan_macs(plan)
         return macs
 

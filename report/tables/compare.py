@@ -35,7 +35,7 @@ def comparison_table(entries: Sequence[Entry]) -> Table:
         times = (cell for batch in batches for cell in latency_cells(entry, batch))
         made = f"{entry.method}{star}", ratio(entry.macs_ratio)
         rows.append((f"{entry.target:g}", *made, *qualities, *times, seconds(seconds_to_make(entry))))
-    return Table(header, tuple(rows), "methods at each budget, on the same images", wordy=True)
+    return Table(header, tuple(rows), "methods at each budget, on the same images", words=2)
 
 
 def quality_cell(entry: Entry, metric: str) -> str:
@@ -106,4 +106,4 @@ def equal_time_table(found: Sequence[AtEqualTime], batch: int) -> Table | None:
             else:
                 row.append(form(one.peer_value) + ("" if one.better else ", better"))
     title = f"our best and its peers at the time of each of our plans, batch {batch}"
-    return Table(header, tuple(map(tuple, rows.values())), title, wordy=True)
+    return Table(header, tuple(map(tuple, rows.values())), title, words=2)

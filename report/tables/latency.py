@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,9 @@ def named(row: Row) -> str:
 
 def timed_alike(rows: Sequence[Row]) -> str:
     """What of :func:`named` is the same in all rows."""
-    texts = ({_said(row, name) for row in rows} for name in _SAID)
+    whole = [runtime_of] if len({runtime_of(row) for row in rows}) == 1 else []
+    parts = [functools.partial(_said, name=name) for name in (_SAID[2:] if whole else _SAID)]
+    texts = ({say(row) for row in rows} for say in [*whole, *parts])
     return ", ".join(found.pop() for found in texts if len(found) == 1 and found != {""})
 
 
@@ -46,6 +49,11 @@ def _said(row: Row, name: str) -> str:
     return str(row.get(name) or "")
 
 
+def _cell(row: Row, name: str) -> str:
+    """The fact alone, below a heading that says what it is."""
+    return str(row.get(name) or "") if name in ("batch", "threads") else _said(row, name)
+
+
 def latency_table(rows: Sequence[Row], title: str = "") -> Table:
     """Times of whole runs, one line for each model and clock.
 
@@ -60,22 +68,26 @@ def latency_table(rows: Sequence[Row], title: str = "") -> Table:
         for clock, values in clocks_of(row).items():
             lines.append(
                 (
-                    str(row.get("label")), *(_said(row, name) for name in apart), *([clock] if clocks else []),
+                    str(row.get("label")), *(_cell(row, name) for name in apart), *([clock] if clocks else []),
                     *(milliseconds(number(values, key)) for key in ("p50_ms", "p90_ms", "p99_ms")),
                     three(number(values, "images_per_s")), _to_baseline(values, row, baselines),
                 )
             )  # fmt: skip
     what = (*(_HEADS[name] for name in apart), *(["clock"] if clocks else []))
     baseline = baselines.pop() if len(baselines) == 1 else "baseline"
-    return Table(("model", *what, "p50", "p90", "p99", "images/s", f"time / {baseline}"), tuple(lines), title)
+    header = ("model", *what, "p50", "p90", "p99", "images/s", f"time / {baseline}")
+    if not any(line[-1] for line in lines):  # Nothing was compared.
+        header, lines = header[:-1], [line[:-1] for line in lines]
+    return Table(header, tuple(lines), title, words=1 + len(what))
 
 
 _HEADS = {name: name for name in _SAID} | {"cuda_graph": "CUDA graph"}
 
 
 def _to_baseline(values: Row, row: Row, baselines: set[str]) -> str:
+    """Empty for the baseline itself."""
     if values.get("ratio_to", next(iter(baselines))) == row.get("label"):
-        return ratio(1.0)
+        return ""
     return ratio_of(values)
 
 
@@ -221,8 +233,3 @@ def predictions_table(table: LatencyTable) -> Table:
     )
     title = "plans that the table was not fitted to"
     return Table(("plan", "predicted", "measured", "error"), tuple(lines), title)
-
-
-def staircase_text(keys: Sequence[int], times: Sequence[float]) -> str:
-    """The times of a block by its tokens, as plain text."""
-    return "\n".join(f"{key:>5} tokens {milliseconds(ms)}" for key, ms in zip(keys, times, strict=True))

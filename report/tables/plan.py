@@ -76,7 +76,7 @@ def findings_table(findings: Sequence[Mapping[str, str]]) -> tuple[Table | None,
         for (why, todo, source), note in notes.items()
     ]
     header = ("severity", "node", "operator", "found", "note")
-    return (Table(header, tuple(lines), wordy=True) if lines else None), texts
+    return (Table(header, tuple(lines), words=5) if lines else None), texts
 
 
 def analysis_table(row: Row) -> Table:

@@ -116,8 +116,8 @@ def stages_table(stages: Sequence[Row], results: Results | None = None) -> Table
         )  # fmt: skip
     judged_on = held_out_images(stages)
     on = "" if judged_on is None else f", on {counted(judged_on, 'held-out image')}"
-    header = ("stage", *(METRICS[metric] for metric in quality), f"divergence{on}", "time", "")
-    return Table(header, tuple(lines), "what each stage contributed", wordy=True)
+    header = ("stage", *(METRICS[metric] for metric in quality), f"divergence{on}", "time", "outcome")
+    return Table(header, tuple(lines), "what each stage contributed")
 
 
 def stage_name(row: Row) -> str:
@@ -150,7 +150,7 @@ def parity_table(rows: Iterable[Row]) -> Table:
         )
         for row in rows
     )
-    return Table(("parity check", "largest difference", "tolerance", "images", ""), lines, wordy=True)
+    return Table(("parity check", "largest difference", "tolerance", "images", "result"), lines)
 
 
 def _compared(row: Row) -> str:

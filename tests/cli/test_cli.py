@@ -323,7 +323,7 @@ def test_every_stage_is_shown_on_the_evaluation_images(tuned):
     assert "history" not in json.dumps(plan.provenance["stages"])
     for text in ("what each stage contributed", "search (fisher)", "rearrange (ppo)", "tune (weights)"):
         assert text in result.stdout
-    assert "What each stage contributed" in (output / "report.md").read_text()
+    assert "## Stages" in (output / "report.md").read_text()
     # The graphs of the stages in between are measured and thrown away.
     assert {path.name for path in output.iterdir()} == {
         "plan.json", "model.safetensors", "dense.onnx", "pruned.onnx", "results.jsonl", "report.html", "report.md",

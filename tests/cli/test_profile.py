@@ -95,7 +95,7 @@ def test_engines_from_build_to_report(model, monkeypatch, tmp_path):
     assert rows[0]["label"] == "pruned" and rows[0]["cuda_graph"] is False
     call("report", results, "-o", tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "GPU, no CUDA graph" in text and "pruned takes 1.000 of the time of dense" in text
+    assert "GPU, no CUDA graph" in text and "pruned takes 1.000× the time of dense" in text
     fails("profile", pruned, "--against", pruned, says="against itself")
     fails("profile", pruned, "--against", tmp_path / "dense.onnx", says="an engine and an ONNX file")
     fails("profile", pruned, "--batch-size", 3, says="static batch 1, asked for 3")
@@ -144,7 +144,7 @@ def test_reports_of_nothing(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n[1]\n")
     fails("report", tmp_path / "a.jsonl", says="line 2 is not a row")
     (tmp_path / "a.jsonl").write_text('{"kind": "accuracy"}\n')
-    fails("report", tmp_path / "a.jsonl", says="hold no latency; measure one with: vpruner profile")
+    fails("report", tmp_path / "a.jsonl", says="hold no latency; measure one with vpruner profile")
     (tmp_path / "file").write_text("")
     fails("report", tmp_path / "a.jsonl", "-o", tmp_path / "file", says="is a file")
     assert not (tmp_path / "profile").exists()
@@ -173,7 +173,7 @@ def test_what_a_device_did_is_in_the_report():
     by_title = {section.title: section for section in sections}
     (line,) = by_title["Power and clocks"].blocks[0].rows
     assert line == ("dense", "1", "12.5 W", "12.3 mJ", "1300 MHz (306 to 1300)", "71.5 °C", "power cap")
-    assert tiles[0].value == "0.600×" and "pruned takes 0.600 of the time of dense" in lead and title == "Latency"
+    assert tiles[0].value == "0.600×" and "pruned takes 0.600× the time of dense" in lead and title == "Latency"
     remarks = timing_remarks(rows)
     assert any("the device throttled (power cap)" in one for one in remarks)
     assert any("not stable" in one for one in remarks) and "clocks are not pinned" in remarks
