@@ -52,7 +52,7 @@ def read_results(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     return rows
 
 
-_EXPECTED = "expected a results.jsonl with rows of measurements"
+_EXPECTED = f"expected the results.jsonl of {command('run')} or {command('profile', results='results.jsonl')}"
 
 
 def write_profile_report(paths: Sequence[str | Path], folder: str | Path) -> tuple[Path, Path]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...core.cost import cost_ratio
+from ...core.cost import cost_ratio, plan_macs
 from ...core.plan import TokenPlan
 from ...core.text import counted
 from ..blocks import Items, Section, Text
-from ..numbers import number, ratio, share, three
+from ..numbers import number, quantity, ratio, share, three
 from ..results import Results, latency_ratio, listed, mapping
 from ..tables.run import summary_table
 from .stages import stage_notes
@@ -29,7 +29,7 @@ def results_section(plan: TokenPlan, results: Results) -> Section:
     if lean < 1:
         remarks.append(
             "Some tokens are computed and never read. Removing only those costs no accuracy, and brings the "
-            f"multiply-adds to {ratio(lean)}."
+            f"multiply-adds to {ratio(lean)} those of the dense model."
         )
     if not results.headline_latency:
         remarks.append("Latency: not measured.")
@@ -73,6 +73,9 @@ def _about_the_plan(plan: TokenPlan, results: Results) -> Iterator[str]:
     run = results.run
     if plan.provenance.get("tuned_weights_sha256"):
         yield "Weights were tuned: pruned.onnx holds those of model.safetensors, dense.onnx the trained ones."
+    choosing = results.macs("pruned", plan) - plan_macs(plan)
+    if choosing > 0:
+        yield f"Choosing the tokens of each image takes {quantity(choosing)} MACs that the table of blocks leaves out."
     if plan.is_identity:
         yield "This plan keeps every patch in every block; only tokens that nothing reads were removed."
     if run.get("loss") == "self":

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vpruner.cli.hints import TypedSink
+from vpruner.core import progress
 from vpruner.core.cost import cost_ratio, dense_macs, plan_macs
 from vpruner.core.errors import UserError
 from vpruner.core.plan import Geometry, TokenPlan
@@ -477,6 +479,15 @@ def test_slower_is_called_more_time(tmp_path):
     assert "20 % more time per image" in markdown
 
 
+def test_what_choosing_tokens_costs_is_counted(tmp_path):
+    plan = make_plan()
+    rows = make_rows(cost_dense={"macs": dense_macs(plan.geometry)}, cost_pruned={"macs": plan_macs(plan) + 50_000})
+    _, markdown = written(tmp_path, rows)
+    assert "Choosing the tokens of each image takes 50.0 k MACs that" in notes(markdown)
+    assert f"this plan takes {(plan_macs(plan) + 50_000) / dense_macs(plan.geometry):.4f}" in notes(markdown)
+    assert "Choosing the tokens" not in notes(written(tmp_path, make_rows())[1])
+
+
 def test_the_last_of_repeated_rows_counts(tmp_path):
     rows = make_rows()
     old = [{**row, "value": 0.5} if row["kind"] == "accuracy" else row for row in rows]
@@ -511,6 +522,10 @@ def test_usage_fits_the_model(tmp_path):
     assert "prediction.label" in page
     snippet = markdown.split("```python\n")[1].split("```")[0]
     compile(snippet, "snippet", "exec")
+    # Who called a function is not told what to type.
+    assert "vpruner predict" not in page
+    with progress.reporting(TypedSink()):
+        assert "vpruner predict pruned.onnx IMAGE.jpg" in written(tmp_path, [])[1]
 
 
 def test_a_failure_leaves_the_old_report(tmp_path, monkeypatch):
