@@ -26,8 +26,8 @@ TYPED = re.compile(
     r"(?<![\w-])(--[a-z][a-z-]+|-o\b)|\bvpruner (run|prune|fold|export|inspect|check|analyze|show|report|profile|table"
     r"|evaluate|compare|build|convert|predict|vlm)\b"
 )
-#: Options of other programs, and fonts of the page.
-NOT_OURS = re.compile(r"\b(?:trtexec|jetson_clocks|polygraphy|pip)\b[^;:()]*|var\(--[\w-]+")
+#: Options of other programs, and variables of style sheets.
+NOT_OURS = re.compile(r"\b(?:trtexec|jetson_clocks|polygraphy|pip)\b[^;:()]*|var\(--[\w-]+|--[\w-]+(?=:)")
 #: These run other programs, or write what to type for them.
 OTHER_PROGRAMS = {"runtime/power.py", "runtime/trtexec.py"}
 
