@@ -6,12 +6,12 @@ what was timed in the same way, and never compared across groups.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..core.rows import read_rows
 from ..core.text import command
 from .blocks import Items, Section, Text, Tile
 from .facts import protocol_blocks
@@ -28,22 +28,7 @@ def read_results(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     Raises:
         UserError: A file cannot be read or a line is no JSON object; or no row is of a latency.
     """
-    rows = []
-    for path in map(Path, paths):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", _EXPECTED) from None
-        for position, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {position} is not a row of measurements", _EXPECTED)
-            rows.append(row)
+    rows = [row for path in paths for row in read_rows(path, _EXPECTED)]
     if not any(row.get("kind") in ("latency", "blocks") for row in rows):
         raise UserError(
             f"{', '.join(map(str, paths))} hold no latency",

@@ -72,7 +72,8 @@ def _about_the_budget(plan: TokenPlan, results: Results) -> Iterator[str]:
 def _about_the_plan(plan: TokenPlan, results: Results) -> Iterator[str]:
     run = results.run
     if plan.provenance.get("tuned_weights_sha256"):
-        yield "Weights were tuned: pruned.onnx holds those of model.safetensors, dense.onnx the trained ones."
+        tuned = plan.provenance.get("tuned_weights_file") or "model.safetensors"
+        yield f"Weights were tuned: pruned.onnx holds those of {tuned}, dense.onnx the trained ones."
     choosing = results.macs("pruned", plan) - plan_macs(plan)
     if choosing > 0:
         yield f"Choosing the tokens of each image takes {quantity(choosing)} MACs that the table of blocks leaves out."
