@@ -58,13 +58,17 @@ def written():
     return written
 
 
+def runs_commands(module: Path) -> bool:
+    return module.parent.name in ("cli", "pipeline", "benchmarks") or module.stem in ("test_docs", "test_golden")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def exports_once(request):
     """Commands and jobs that export a model get the answer of PyTorch's exporter from the store where it is there.
 
     What the exporter does is tested in tests/export, where it is always asked.
     """
-    if request.path.parent.name not in ("cli", "pipeline", "benchmarks"):
+    if not runs_commands(request.path):
         yield
         return
     torch = pytest.importorskip("torch")
@@ -72,6 +76,18 @@ def exports_once(request):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", remembering(torch.onnx.export))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settles_soon(request):
+    """One untimed run before each that is timed, not up to twenty: tiny graphs and machines in memory fill no caches.
+
+    How many there are otherwise is tested in tests/core/test_timing.py.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if runs_commands(request.path) or request.path.parent.name == "runtime":
+            patch.setattr("vpruner.core.timing.MOST_SETTLING_RUNS", 1)
         yield
 
 

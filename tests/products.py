@@ -13,19 +13,9 @@ def sampled(cases: Sequence, fast: Collection) -> list:
     return [case if case in fast else pytest.param(case, marks=pytest.mark.nightly) for case in cases]
 
 
-def pairs(*axes: Sequence) -> list[tuple]:
-    """Combinations in which any two values of two axes meet at least once; the first values come first.
-
-    Greedy: of the product, the combination that brings the most new pairs, again and again.
-    """
-    product = list(itertools.product(*axes))
-    places = list(itertools.combinations(range(len(axes)), 2))
-
-    def met(case: tuple) -> set:
-        return {(one, other, case[one], case[other]) for one, other in places}
-
-    left, chosen = set().union(*map(met, product)), []
-    while left:
-        chosen.append(max(product, key=lambda case: len(met(case) & left)))
-        left -= met(chosen[-1])
-    return chosen
+def each_with_some(one: Sequence, other: Sequence, some: int) -> list:
+    """All pairs; the fast run takes each of ``one`` with so many of ``other``, in turns."""
+    return [
+        pytest.param(first, second, marks=() if (column - some * row) % len(other) < some else pytest.mark.nightly)
+        for (row, first), (column, second) in itertools.product(enumerate(one), enumerate(other))
+    ]

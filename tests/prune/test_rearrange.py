@@ -155,7 +155,7 @@ def known(request):
     return world, best_of_all(world)
 
 
-@pytest.mark.parametrize("seed", sampled(range(5), [0, 1]))
+@pytest.mark.parametrize("seed", sampled(range(5), [0]))
 def test_the_best_of_all_plans_is_found(known, seed):
     world, best = known
     plan, found = play(world, settings=RearrangeSettings(episodes=400, images=64, effect_images=64), seed=seed)

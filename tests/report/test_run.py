@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from products import each_with_some
 
 from vpruner.cli.hints import TypedSink
 from vpruner.core import progress
@@ -266,12 +267,19 @@ def test_results_without_stages_have_no_such_section(tmp_path):
     assert "0.0400 → 0.0200" in markdown and "plan.stages" not in markdown
 
 
-@pytest.mark.parametrize("value", [None, "fast", float("nan"), [], {}, [1, "x"], -1])
-def test_stage_rows_of_another_form_do_no_harm(tmp_path, value):
-    for key in ("stage", "method", "label", "kept", "seconds", "held_out", "note", "exits", "history", "episodes"):
-        rows = [{**row, key: value} if row["kind"] == "stage" else row for row in make_rows() + make_stages()]
-        page, _ = written(tmp_path, rows)
-        assert Outline(page).open == []
+ODD = [None, "fast", float("nan"), [], {}, [1, "x"], -1]
+STAGE_KEYS = ("stage", "method", "label", "kept", "seconds", "held_out", "note", "exits", "history", "episodes")
+
+
+@pytest.mark.parametrize("key, value", each_with_some(STAGE_KEYS, ODD, 2))
+def test_stage_rows_of_another_form_do_no_harm(tmp_path, key, value):
+    rows = [{**row, key: value} if row["kind"] == "stage" else row for row in make_rows() + make_stages()]
+    page, _ = written(tmp_path, rows)
+    assert Outline(page).open == []
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_stages_of_another_form_in_a_plan_do_no_harm(tmp_path, value):
     written(tmp_path, make_rows(), plan=make_plan(stages=value))
 
 
@@ -312,17 +320,17 @@ def test_no_rows_at_all(tmp_path):
     assert "what that costs in quality was not measured" in markdown and "exported no pruned.onnx yet" in page
 
 
-@pytest.mark.parametrize("value", [None, "fast", float("nan"), float("inf"), True, [], {}])
-def test_values_that_are_no_numbers_are_not_measured(tmp_path, value):
-    keys = (
-        {key for row in make_rows() for key in row}
-        - {"kind", "label", "metric", "rung"}
-        - {"model", "runtime", "provider", "precision"}
-    )
-    for key in sorted(keys):
-        page, _ = written(tmp_path, [{**row, key: value} if key in row else row for row in make_rows()])
-        results = page.split("<section>")[1]
-        assert not re.search(r"\b(nan|inf)\b", results), key
+NAMES = {"kind", "label", "metric", "rung", "model", "runtime", "provider", "precision"}
+NO_NUMBERS = [None, "fast", float("nan"), float("inf"), True, [], {}]
+
+
+@pytest.mark.parametrize(
+    "key, value", each_with_some(sorted({key for row in make_rows() for key in row} - NAMES), NO_NUMBERS, 2)
+)
+def test_values_that_are_no_numbers_are_not_measured(tmp_path, key, value):
+    page, _ = written(tmp_path, [{**row, key: value} if key in row else row for row in make_rows()])
+    results = page.split("<section>")[1]
+    assert not re.search(r"\b(nan|inf)\b", results)
 
 
 def test_text_of_the_user_never_becomes_markup(tmp_path):
