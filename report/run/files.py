@@ -88,7 +88,8 @@ def provenance_section(folder: Path, plan: TokenPlan, results: Results) -> Secti
 
 
 def _files_table(folder: Path) -> Table | None:
-    names = ("plan.json", "model.safetensors", "tuned.onnx", "dense.onnx", "pruned.onnx", "model.engine", "results.jsonl")
+    models = ("model.safetensors", "tuned.onnx", "dense.onnx", "pruned.onnx", "model.engine")
+    names = ("plan.json", *models, "results.jsonl")
     files = [folder / name for name in names if (folder / name).is_file()]
     files += sorted(folder.glob("pruned.*.onnx"))
     rows = tuple((path.name, size(path.stat().st_size), file_sha256(path)) for path in files)
