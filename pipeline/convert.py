@@ -25,9 +25,9 @@ def convert_checked(
     output: Path,
     precision: str,
     *,
-    data: str | None = None,
+    data: Any = None,
     count: int = 128,
-    eval_data: str | None = None,
+    eval_data: Any = None,
     eval_count: int = 2000,
     seed: int = 0,
     strict: bool = False,
@@ -65,9 +65,9 @@ def convert_checked(
 def _images(
     path: Path,
     precision: str,
-    data: str | None,
+    data: Any,
     count: int,
-    eval_data: str | None,
+    eval_data: Any,
     eval_count: int,
     seed: int,
     strict: bool,
@@ -103,7 +103,8 @@ def _images(
     outputs = model.graph.outputs[0].shape
     classes = outputs[-1] if about.output == "logits" and outputs is not None and isinstance(outputs[-1], int) else None
     from ..prune.choose_images import choose_images, choose_indices, map_labels
-    from ..prune.data import ImageSet, ImageSource
+    from ..prune.data import ImageSet
+    from ..prune.memory import open_source
 
     remarks: list[str] = []
     calibration = None
@@ -123,7 +124,7 @@ def _images(
             strict=strict,
         )
     else:
-        source = ImageSource(eval_data)
+        source = open_source(eval_data, split="validation")
         labels = map_labels(source, about.classes, classes, remarks)
         evaluation = ImageSet(source, choose_indices(source, eval_count, seed), labels, strict)
     read = []

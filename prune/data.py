@@ -56,6 +56,7 @@ class ImageSource:
     Attributes:
         folder: The folder or tar file that is read (of ``imagenet/`` the one of the split); None for other data sets.
         class_names: Class of each label, None when the source has no classes (a flat folder).
+        numbered: Whether labels without names are numbers of classes.
 
     Raises:
         UserError: Nothing there, no images in it, or a package that reads it is not installed.
@@ -86,6 +87,7 @@ class ImageSource:
         self.class_names: tuple[str, ...] | None = tuple(names) if len(names) > 1 or any(names) else None
         if not index:
             self.class_names = None
+        self.numbered = self.streams or not hasattr(getattr(self.dataset, "reader", None), "samples")
 
     def _open(self, name: str, root: str | None, split: str):
         # Data sets on hubs call their held-out split by one of these names; a folder or tar has no splits.

@@ -19,6 +19,7 @@ class LoadedModel:
         classes: Name of each output, or None when unknown.
         sha256: Identity of the weights, see :func:`~vpruner.prune.backbones.vit.weights_sha256`.
         graph: The ONNX file that the model was rebuilt from (:mod:`vpruner.export.rebuild.graph`); None for any other.
+        softmax: Whether that graph ends in a ``Softmax``, which the model leaves out.
     """
 
     adapter: ViTAdapter
@@ -26,6 +27,7 @@ class LoadedModel:
     classes: tuple[str, ...] | None
     sha256: str
     graph: Path | None = None
+    softmax: bool = False
 
     @property
     def name(self) -> str:
