@@ -12,13 +12,13 @@ from html import escape
 _SIDE, _LEAST = 168, 2
 
 
-def table_text(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, wordy: bool = False) -> str:
-    """Aligned columns: the first reads, the others are numbers unless ``wordy``."""
+def table_text(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:
+    """Aligned columns: the first ``words`` are read, the others are numbers."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         aligned = (
-            cell.ljust(width) if position == 0 or wordy else cell.rjust(width)
+            cell.ljust(width) if position < words else cell.rjust(width)
             for position, (cell, width) in enumerate(zip(cells, widths, strict=True))
         )
         return "  ".join(aligned).rstrip()
@@ -27,11 +27,11 @@ def table_text(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
     return "\n".join([*([title] if title else []), line(header), rule, *map(line, rows)])
 
 
-def table_html(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, wordy: bool = False) -> str:
+def table_html(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:
     """The same as an HTML table; every text is escaped."""
 
     def cells(values: Sequence[str], tag: str) -> str:
-        sides = ("left" if position == 0 or wordy else "right" for position in range(len(values)))
+        sides = ("left" if position < words else "right" for position in range(len(values)))
         parts = (f'<{tag} style="text-align:{side}">{escape(v)}</{tag}>' for v, side in zip(values, sides, strict=True))
         return f"<tr>{''.join(parts)}</tr>"
 

@@ -141,7 +141,7 @@ class ImageSource:
         """
         # Not through the data set itself: timm replaces an unreadable image by its neighbour without saying so.
         found, label, *_ = self.dataset.reader[index]
-        return _decoded(found), label
+        return decoded(found), label
 
 
 @dataclass
@@ -190,7 +190,7 @@ class ImageSet:
         following = next(raw, None)
         while following is not None:
             (image, label), following = following, next(raw, None)
-            label = _label_number(label)
+            label = label_number(label)
             if gather:
                 pixels = image.tobytes()
                 digest.update(f"{image.size} {label}\n".encode())
@@ -297,7 +297,7 @@ class ImageSet:
                 continue
             failed = None
             try:
-                image = _decoded(found)
+                image = decoded(found)
             except _UNREADABLE as error:
                 self._skip(position, f"item {position}", error)
                 continue
@@ -357,7 +357,7 @@ def _leave_decoding_to_us(reader: Any) -> None:
     reader.ds = reader.ds.cast_column(reader.input_key, datasets.Image(decode=False))
 
 
-def _decoded(found: Any) -> Image.Image:
+def decoded(found: Any) -> Image.Image:
     """RGB from what readers give: an open file, a path, a Pillow image, or the ``bytes`` and ``path`` of a hub item."""
     if isinstance(found, dict):
         found = io.BytesIO(found["bytes"]) if found.get("bytes") else found["path"]
@@ -371,7 +371,7 @@ def _decoded(found: Any) -> Image.Image:
             return to_rgb(image)
 
 
-def _label_number(label: Any) -> int:
+def label_number(label: Any) -> int:
     if label is None:
         return -1
     try:

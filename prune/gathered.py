@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.plan import TokenPlan
-from .backbones.vit import ViTAdapter, _key_bias, attended_values
+from .backbones.vit import ViTAdapter, attended_values, key_bias
 from .tune.weights import with_weights
 
 
@@ -46,11 +46,12 @@ class GatheredBlock(nn.Module):
         if self.entry is not None:
             x = x.index_select(1, self.entry)
         normed = self.norm1(x)
-        queries = normed
-        if self.rows is not None:
-            queries, x = normed.index_select(1, self.rows), x.index_select(1, self.rows)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        attended = self.attn.proj_drop(self.attn.proj(attended_values(self.attn, queries, normed, bias)))
+        if self.rows is None:
+            attended = self.attn(normed, attn_mask=bias)
+        else:
+            queries, x = normed.index_select(1, self.rows), x.index_select(1, self.rows)
+            attended = self.attn.proj_drop(self.attn.proj(attended_values(self.attn, queries, normed, bias)))
         x = x + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -76,6 +77,6 @@ def gathered_module(adapter: ViTAdapter, plan: TokenPlan, weights: Mapping[str, 
         entry = plan.entry_rows(0) if index == 0 and plan.drops_before(0) else None
         queries = plan.query_rows(index)
         rows = queries if len(queries) < plan.key_counts[index] else None
-        blocks.append(GatheredBlock(block, entry, rows, _key_bias(plan, index, masked=False)))
+        blocks.append(GatheredBlock(block, entry, rows, key_bias(plan, index, masked=False)))
     model.blocks = nn.Sequential(*blocks)
     return model.eval()

@@ -14,7 +14,7 @@ from PIL import Image
 from ..core.choices import IMAGES
 from ..core.errors import UserError
 from ..core.text import counted, first_line
-from .data import ImageSource, _decoded, _label_number
+from .data import ImageSource, decoded, label_number
 
 EXPECTED = "expected a folder, a .tar, a torch data set, or an iterable of PIL images, arrays, paths or (image, label)"
 #: Items that are tried for a label before a set is refused of which none can be had.
@@ -76,7 +76,7 @@ class MemorySource(ImageSource):
                 "correct the data set, or leave that item out",
             ) from error
         found, label = _parts(item, f"item {index}")
-        return _decoded(_image_of(found, f"item {index}")), label
+        return decoded(_image_of(found, f"item {index}")), label
 
     def _first_label(self) -> Any:
         """The label of the first item that can be read; what is wrong with the first one where none of a few can."""
@@ -88,7 +88,7 @@ class MemorySource(ImageSource):
                 failed = failed or error
                 continue
             if label is not None:
-                _label_number(label)
+                label_number(label)
             return label
         if isinstance(failed, UserError):
             raise failed

@@ -31,10 +31,10 @@ class Table:
     words: int = 1
 
     def __str__(self) -> str:
-        return table_text(self.title, self.header, self.rows, wordy=self.wordy)
+        return table_text(self.title, self.header, self.rows, words=self.words)
 
     def _repr_html_(self) -> str:
-        return table_html(self.title, self.header, self.rows, wordy=self.wordy)
+        return table_html(self.title, self.header, self.rows, words=self.words)
 
 
 @dataclass(frozen=True)
