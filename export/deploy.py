@@ -21,7 +21,8 @@ from ..core.errors import UserError
 from ..core.metadata import TARGET
 from ..core.text import counted, option
 from .check import Finding, check, summarize
-from .files import load_model, save_model
+from .files import save_model
+from .graph import Graph, copy_model, open_graph
 from .passes.clamp_slice_bounds import ClampSliceBounds
 from .passes.edit import add_constant, add_node, infer_shapes_anew
 from .passes.lower_opset import LowerOpset
@@ -104,15 +105,16 @@ def plain_opset(target: str | None, opset: int | None) -> int:
     return wanted if target is None else max(wanted, PLAIN_OPSET)
 
 
-def deploy_file(
-    source: str | os.PathLike, target: str, output: str | os.PathLike, *, opset: int | None = None
-) -> Deployment:
-    """:func:`prepare_for` on files; ``output`` is written whole or not at all, and may be ``source``.
+def deploy_file(source: Graph, target: str, output: str | os.PathLike, *, opset: int | None = None) -> Deployment:
+    """:func:`prepare_for` on files; ``output`` is written whole or not at all, and may be the file of ``source``.
+
+    Args:
+        source: A file, a model in memory, or an opened graph, which stays as it is.
 
     Raises:
         UserError: As :func:`prepare_for`, or the file cannot be read.
     """
-    model = load_model(source)
+    model = copy_model(open_graph(source).model)
     done = prepare_for(model, target, opset=opset)
     save_model(model, output)
     return done

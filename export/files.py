@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from ..core.errors import GraphError, UserError
+from ..core.errors import UserError
 from ..core.files import atomic_path, json_sha256, scratch_beside
 from ..core.text import command
 from .streaming import LARGE, StoredTensor, read_onnx, write_onnx
@@ -57,22 +56,11 @@ def load_model(path: str | os.PathLike) -> ir.Model:
     return model
 
 
-@contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Put the file's name before what is said of its graph."""
-    try:
-        yield
-    except GraphError as error:
-        if str(path) in error.marked_problem:
-            raise
-        raise GraphError(f"{path}: {error.marked_problem}", error.marked_hint) from error
-
-
-def check_tensors(model: ir.Model, path: Path, *, external: bool = True) -> None:
+def check_tensors(model: ir.Model, source: str | os.PathLike, *, external: bool = True) -> None:
     """Refuse a file that does not hold all of its numbers: they would be missed in the middle of the work.
 
     Args:
-        path: The file, for messages.
+        source: What to call the model in messages.
         external: Also look at those that lie in files beside it.
 
     Raises:
@@ -82,11 +70,11 @@ def check_tensors(model: ir.Model, path: Path, *, external: bool = True) -> None
         if isinstance(tensor, ir.ExternalTensor):
             problem = external_problem(tensor) if external else None
             if problem == _NOT_THERE:
-                raise UserError(f"{path} needs its weights file {tensor.location}, which is not beside it", _HINT)
+                raise UserError(f"{source} needs its weights file {tensor.location}, which is not beside it", _HINT)
             if problem:
-                raise UserError(f"{path} needs {name} of its weights file {tensor.location}, which {problem}", _HINT)
+                raise UserError(f"{source} needs {name} of its weights file {tensor.location}, which {problem}", _HINT)
         elif problem := _inline_problem(tensor):
-            raise UserError(f"{path} is damaged: {name} {problem}", _HINT)
+            raise UserError(f"{source} is damaged: {name} {problem}", _HINT)
 
 
 def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
@@ -177,7 +165,7 @@ def move_model(source: Path, target: Path) -> None:
 
     Weights are not copied: under another name, the graph is written anew with the name that they get.
     """
-    moved = {part: target.name + part.name[len(source.name) :] for part in _data_beside(source)}
+    moved = {part: target.name + part.name[len(source.name) :] for part in data_beside(source)}
     if moved and source.name != target.name:
         model = ir.load(source)
         for graph in model.graphs():
@@ -200,7 +188,7 @@ def remove_model(path: Path) -> None:
     _remove_stale_data(path)
 
 
-def _data_beside(path: Path) -> list[Path]:
+def data_beside(path: Path) -> list[Path]:
     """The weights files that :func:`save_model` wrote for ``path``, now or before."""
     ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{12}\.data")
     return [other for other in path.parent.iterdir() if ours.fullmatch(other.name)]
@@ -208,6 +196,6 @@ def _data_beside(path: Path) -> list[Path]:
 
 def _remove_stale_data(path: Path, keep: Collection[str] = ()) -> None:
     """Remove weights files that earlier writes to ``path`` left and nothing refers to any more."""
-    for other in _data_beside(path):
+    for other in data_beside(path):
         if other.name not in keep:
             other.unlink(missing_ok=True)

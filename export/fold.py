@@ -16,26 +16,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ..core import metadata
-from ..core.errors import GraphError, PlanError
-from ..core.metadata import REQUIRED, ModelMetadata
+from ..core.errors import PlanError
+from ..core.metadata import ModelMetadata
 from ..core.plan import Geometry, TokenPlan
 from ..core.text import command
-from .files import load_model, naming, save_model
+from .files import save_model
+from .graph import Graph, OpenedGraph, already_pruned, open_graph
 from .passes.clean import clean
 from .passes.edit import add_constant, add_node, add_shape, infer_shapes_anew
 from .passes.split_heads_once import split_sizes
 from .recognise.graph import BlockSite, VitSite, integers, recognise
-from .recognise.normalise import prepare
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,15 @@ class FoldRecord:
     """What :func:`fold_file` read and wrote.
 
     Attributes:
+        graph: The pruned graph, as it was written.
+        dense_path: None for a model in memory.
         plan: Digest of the plan.
         modified: Whether the graph differs from the dense one (metadata aside).
         ours: Whether the dense file names its model and weights, as those of ``vpruner export`` do.
     """
 
-    dense_path: Path
+    graph: OpenedGraph = field(repr=False, compare=False)
+    dense_path: Path | None
     output_path: Path
     plan: str
     modified: bool
@@ -78,13 +80,14 @@ class FoldRecord:
     ours: bool = True
 
 
-def fold_file(dense_path: str | os.PathLike, plan: TokenPlan, output_path: str | os.PathLike) -> FoldRecord:
-    """Fold ``plan`` into a dense ONNX file; write the pruned file whole or not at all.
+def fold_file(dense: Graph, plan: TokenPlan, output_path: str | os.PathLike) -> FoldRecord:
+    """Fold ``plan`` into a dense graph; write the pruned file whole or not at all.
 
     A file that ``vpruner export`` wrote must be of the plan's model and weights. One from elsewhere names neither: its
     graph must have the shape that the plan is for.
 
     Args:
+        dense: A file, a model in memory, or an opened graph, which stays as it is.
         plan: One that drops nothing is fine: a class-token model still loses its dead tokens.
 
     Raises:
@@ -92,34 +95,28 @@ def fold_file(dense_path: str | os.PathLike, plan: TokenPlan, output_path: str |
         GraphError: The graph is not understood; the message names the node.
         UserError: The file is missing, not ONNX, or pruned already.
     """
-    dense_path, output_path = Path(dense_path), Path(output_path)
-    model = load_model(dense_path)
-    about = read_metadata(model, str(dense_path))
+    dense, output_path = open_graph(dense), Path(output_path)
+    about = dense.dense_metadata
     if about is not None:
-        if about.plan is not None:
-            raise already_pruned(str(dense_path), about.plan, about.rule)
         plan.check_fits(about.model, about.geometry, about.weights_sha256)
-    with naming(dense_path):
-        prepared = prepare(model, plan.geometry)
-        check_shape(plan.geometry, prepared.geometry, plan.model, str(dense_path))
-        result = fold(model, plan)
+    recognised = dense.recognised(plan.geometry)
+    check_shape(plan.geometry, recognised.geometry, plan.model, dense.source)
+    # Other plans may be folded into the same graph, and this one is compared with its masked form.
+    graph = recognised.copy()
+    with dense.naming():
+        result = fold(graph.model, plan, graph.site)
     folded = ModelMetadata.of_plan(plan) if about is None else about.with_plan(plan)
-    result.model.metadata_props.update(folded.to_props())
-    save_model(result.model, output_path)
-    modified = result.modified or prepared.normalised
-    return FoldRecord(dense_path, output_path, plan.digest, modified, result.blocks, about is not None)
-
-
-def read_metadata(model: ir.Model, source: str) -> ModelMetadata | None:
-    """What a file of ours says about itself; None for a graph from elsewhere.
-
-    Raises:
-        UserError: Some keys of ours are there, and not all, or malformed.
-    """
-    ours = any(key.startswith(metadata.PREFIX) for key in model.metadata_props)
-    if ours and metadata.PLAN in model.metadata_props and metadata.WEIGHTS_SHA256 not in model.metadata_props:
-        raise already_pruned(source, model.metadata_props[metadata.PLAN])
-    return ModelMetadata.from_props(model.metadata_props, source, require=REQUIRED) if ours else None
+    graph.model.metadata_props.update(folded.to_props())
+    save_model(graph.model, output_path)
+    return FoldRecord(
+        OpenedGraph(graph.model, output_path),
+        dense.path,
+        output_path,
+        plan.digest,
+        result.modified or recognised.normalised,
+        result.blocks,
+        about is not None,
+    )
 
 
 #: What a graph shows of its geometry beyond doubt. Costs are not in it: an exporter may have folded products away.
@@ -147,13 +144,16 @@ def check_shape(expected: Geometry, found: Geometry, name: str, source: str) -> 
         )
 
 
-def fold(model: ir.Model, plan: TokenPlan) -> FoldResult:
+def fold(model: ir.Model, plan: TokenPlan, site: VitSite | None = None) -> FoldResult:
     """Fold ``plan`` into ``model``, in place; a graph that is refused is left as it was, apart from clean-up.
+
+    Args:
+        site: Where the blocks are, if the model has been recognised before.
 
     Raises:
         GraphError: The graph is not a dense ViT of ``plan.geometry``; the message names the node.
     """
-    return FoldTokens(plan)(model)
+    return FoldTokens(plan, site)(model)
 
 
 class FoldTokens(ir.passes.InPlacePass):
@@ -163,9 +163,9 @@ class FoldTokens(ir.passes.InPlacePass):
     each block's shapes show its numbers of keys and queries.
     """
 
-    def __init__(self, plan: TokenPlan):
+    def __init__(self, plan: TokenPlan, site: VitSite | None = None):
         super().__init__()
-        self.plan = plan
+        self.plan, self.site = plan, site
 
     def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> FoldResult:
         # The base class would wrap a GraphError from requires() in an error of its own, hiding the node from the user.
@@ -177,8 +177,10 @@ class FoldTokens(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> FoldResult:
         plan, graph = self.plan, model.graph
-        modified = clean(model)
-        site = recognise(model, plan.geometry)
+        modified, site = False, self.site
+        if site is None:
+            modified = clean(model)
+            site = recognise(model, plan.geometry)
         outputs = [value.shape for value in graph.outputs]
 
         changed = fold_entry(graph, site, plan)
@@ -198,15 +200,6 @@ class FoldTokens(ir.passes.InPlacePass):
             infer_static_shapes(model, outputs)
             _check_counts(site, plan)
         return FoldResult(model, modified or changed, tuple(blocks))
-
-
-def already_pruned(source: str, digest: str, rule: Mapping[str, Any] | None = None) -> GraphError:
-    """Of a file whose metadata names the plan ``digest``, or the ``rule`` that chooses the tokens of each image."""
-    found = f"holds plan {digest[:12]} already" if rule is None else f"chooses tokens with {rule['method']} already"
-    return GraphError(
-        f"{source} {found}, expected a dense graph",
-        f"give the dense.onnx that is written by: {command('export', 'MODEL')}",
-    )
 
 
 # -- rewriting --------------------------------------------------------------------------------------------------------

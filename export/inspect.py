@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from ..core.errors import UserError
 from ..core.metadata import MODEL, PLAN, ModelMetadata
 from ..core.plan import Geometry, TokenPlan
 from ..core.text import command
-from .files import load_model, naming
-from .fold import check_shape, read_metadata
+from .fold import check_shape
+from .graph import Graph, OpenedGraph, open_graph
 from .recognise.graph import HeadSite, VitSite, integers, is_constant
-from .recognise.normalise import prepare
 
 
-def inspect_file(path: str | os.PathLike) -> dict[str, Any]:
-    """Recognise the ViT in an ONNX file of any exporter, and describe it; JSON values only.
+def inspect_file(graph: Graph) -> dict[str, Any]:
+    """Recognise the ViT in an ONNX graph of any exporter, and describe it; JSON values only.
 
     A pruned file of ours is described by its metadata: the recogniser knows dense graphs.
 
@@ -32,14 +30,15 @@ def inspect_file(path: str | os.PathLike) -> dict[str, Any]:
         PlanError: The file's metadata tells of another model than its graph.
         UserError: No ONNX file.
     """
-    path = Path(path)
-    with naming(path):
-        return _describe(load_model(path), path)
+    opened = open_graph(graph)
+    with opened.naming():
+        return _describe(opened)
 
 
-def _describe(model: ir.Model, path: Path) -> dict[str, Any]:
+def _describe(opened: OpenedGraph) -> dict[str, Any]:
+    model = opened.model
     described: dict[str, Any] = {
-        "file": str(path),
+        "file": opened.source,
         "opset": model.opset_imports.get("", model.opset_imports.get("ai.onnx")),
         "producer": " ".join(part for part in (model.producer_name, model.producer_version) if part) or None,
         "nodes": len(model.graph),
@@ -49,20 +48,19 @@ def _describe(model: ir.Model, path: Path) -> dict[str, Any]:
         "plan": model.metadata_props.get(PLAN),
     }
     if PLAN in model.metadata_props:
-        return {**described, **_describe_pruned(model.metadata_props, str(path))}
-    about = read_metadata(model, str(path))
-    prepared = prepare(model)
-    geometry = prepared.geometry
+        return {**described, **_describe_pruned(model.metadata_props, opened.source)}
+    about, recognised = opened.metadata, opened.recognised()
+    geometry = recognised.geometry
     if about is not None:
-        check_shape(about.geometry, geometry, f"{about.model}, as its metadata says", str(path))
+        check_shape(about.geometry, geometry, f"{about.model}, as its metadata says", opened.source)
         geometry = about.geometry
-    identity = TokenPlan.identity(path.stem, geometry)
+    identity = TokenPlan.identity(opened.stem, geometry)
     return {
         **described,
         "geometry": geometry.to_json(),
-        "canonical": not prepared.normalised,
-        "blocks": _describe_blocks(prepared.site, identity),
-        "head": _describe_head(prepared.site.head, geometry),
+        "canonical": not recognised.normalised,
+        "blocks": _describe_blocks(recognised.site, identity),
+        "head": _describe_head(recognised.site.head, geometry),
         "dense_macs": dense_macs(geometry),
         "without_dead_tokens": round(cost_ratio(identity), 6),
     }

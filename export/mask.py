@@ -10,23 +10,22 @@ import numpy as np
 import onnx_ir as ir
 
 from ..core.plan import TokenPlan
-from .fold import fold_head
+from .fold import check_shape, fold_head
+from .graph import Recognised
 from .passes.edit import add_constant, add_node, infer_shapes_anew
-from .recognise.graph import recognise
-from .recognise.normalise import prepare
 
 
-def mask_tokens(model: ir.Model, plan: TokenPlan) -> ir.Model:
+def mask_tokens(recognised: Recognised, plan: TokenPlan) -> ir.Model:
     """Add -inf to the attention logits of every key that ``plan`` drops (and log(gate) to the others), in place.
 
     A pooling head averages over the tokens that are left, so these are selected once, after the last block.
 
     Raises:
-        GraphError: The graph is not a dense ViT of ``plan.geometry``.
+        PlanError: The plan is for a model of another shape.
     """
-    graph, geometry = model.graph, plan.geometry
-    prepare(model, geometry)
-    site = recognise(model, geometry)
+    model, site, geometry = recognised.model, recognised.site, plan.geometry
+    graph = model.graph
+    check_shape(geometry, recognised.geometry, plan.model, "the graph")
     for block in site.blocks:
         bias = np.full(geometry.tokens, -np.inf, np.float32)
         bias[plan.token_positions(block.index)] = 0

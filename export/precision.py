@@ -23,11 +23,13 @@ from onnx_ir.passes import common as passes
 
 from ..core.choices import CALIBRATIONS, DEFAULT_CALIBRATION, HALF_PRECISIONS, IO, PRECISIONS
 from ..core.errors import UserError
+from ..core.files import scratch_beside
 from ..core.metadata import PRECISION, ModelMetadata
 from ..core.statistics import Estimate, paired_difference, proportion
 from ..core.text import command, first_line, option
 from . import half, quantize
-from .files import into_memory, load_model, save_model
+from .files import data_beside, into_memory, move_model, save_model
+from .graph import Graph, copy_model, open_graph
 from .parity import run_onnx
 from .passes.edit import infer_shapes_anew
 from .quantize import QUANTIZED, QUANTIZED_OPS
@@ -121,7 +123,7 @@ class Agreement:
 
 
 def convert(
-    model_path: str | os.PathLike,
+    graph: Graph,
     output_path: str | os.PathLike,
     precision: str,
     *,
@@ -135,9 +137,10 @@ def convert(
     symmetric: bool = True,
     props: Mapping[str, str] | None = None,
 ) -> Conversion:
-    """Write ``model_path`` in another precision; the same input gives the same bytes.
+    """Write ``graph`` in another precision; the same input gives the same bytes.
 
     Args:
+        graph: A file, a model in memory, or an opened graph, which stays as it is.
         precision: One of :data:`PRECISIONS`.
         io: FP16 and BF16: whether inputs and outputs stay float32 or change too.
         images: Static INT8: float32 [image, channel, height, width] to calibrate on, preprocessed.
@@ -158,13 +161,14 @@ def convert(
     _check_choice("calibration", calibration, CALIBRATIONS)
     if precision.startswith("int8") and io != "float32":
         raise UserError(f"{precision} graphs have float32 inputs and outputs, found io {io!r}", "leave it out")
-    model = load_model(model_path)
-    _check_float32(model, str(model_path))
+    opened = open_graph(graph)
+    _check_float32(opened.model, opened.source)
+    model = copy_model(opened.model)
     props = {**model.metadata_props, **(props or {})}
     _regularise(model)
     details: dict[str, Any] = {}
     if precision in HALF_PRECISIONS:
-        _check_finite(model, str(model_path), precision)
+        _check_finite(model, opened.source, precision)
         model, details["float32"] = half.to_half(model, precision, io, keep_float32)
     else:
         excluded = [] if first_and_last else [node.name for node in quantize.first_and_last_layers(model)]
@@ -179,16 +183,18 @@ def convert(
         details["quantized"] = quantize.count_quantized(model)
         if not details["quantized"]:
             raise UserError(
-                f"{model_path}: no layer of {', '.join(op_types)} with constant weights was quantized",
+                f"{opened.source}: no layer of {', '.join(op_types)} with constant weights was quantized",
                 "expected the graph of a Vision Transformer",
             )
         details["left_out"] = tuple(excluded)
     model.metadata_props.clear()
     model.metadata_props.update({**props, PRECISION: precision})
-    with tempfile.TemporaryDirectory() as folder:
-        _check_valid(save_model(model, Path(folder) / "checked.onnx"))
-    path = save_model(model, output_path)
-    return Conversion(path, precision, io, _stored_bytes(Path(model_path)), _stored_bytes(path), **details)
+    path = Path(output_path)
+    with scratch_beside(path) as folder:
+        _check_valid(save_model(model, folder / path.name))
+        move_model(folder / path.name, path)
+    after = sum(part.stat().st_size for part in (path, *data_beside(path)))
+    return Conversion(path, precision, io, opened.stored_bytes, after, **details)
 
 
 def _check_choice(name: str, found: str, known: Sequence[str]) -> None:
@@ -254,23 +260,7 @@ def _check_valid(path: Path) -> None:
         ) from error
 
 
-def _stored_bytes(path: Path) -> int:
-    """Of the file and of the weights beside it that it names."""
-    located = {
-        entry.value
-        for tensor in onnx.load(path, load_external_data=False).graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in located)
-
-
-def agreement(
-    reference_path: str | os.PathLike,
-    converted_path: str | os.PathLike,
-    images: np.ndarray,
-    labels: np.ndarray | None = None,
-) -> Agreement:
+def agreement(reference: Graph, converted: Graph, images: np.ndarray, labels: np.ndarray | None = None) -> Agreement:
     """The parity check of a precision, on the CPU.
 
     Args:
@@ -278,35 +268,39 @@ def agreement(
         labels: int64 [image], in the numbering of the outputs.
 
     Raises:
-        UserError: A file cannot be run, or the converted one gives what is not finite.
+        UserError: A graph cannot be run, or the converted one gives what is not finite.
     """
-    reference = _run(reference_path, images)
+    reference, converted = open_graph(reference), open_graph(converted)
+    about = ModelMetadata.from_props(converted.model.metadata_props, converted.source)
     with tempfile.TemporaryDirectory() as folder:
-        path = cpu_form(converted_path, folder)
-        emulated = path != Path(converted_path)
-        converted = _run(path, images, optimized=not emulated)
-    about = ModelMetadata.from_props(load_model(converted_path).metadata_props, str(converted_path))
+        before = _run(cpu_form(reference, folder), images, reference.source)
+        emulated = _is_bfloat16(converted.model)
+        after = _run(cpu_form(converted, folder), images, converted.source, optimized=not emulated)
     return compare_outputs(
-        reference,
-        converted,
+        before,
+        after,
         labels,
         precision=about.precision or "fp32",
         features=about.output == "features",
         emulated=emulated,
-        source=str(converted_path),
+        source=converted.source,
     )
 
 
-def cpu_form(path: str | os.PathLike, folder: str | os.PathLike) -> Path:
-    """What onnxruntime's CPU provider runs in place of a file: the file itself, but for a BF16 graph.
+def cpu_form(graph: Graph, folder: str | os.PathLike) -> Path:
+    """What onnxruntime's CPU provider runs in place of a graph: its file, but for a BF16 graph.
 
     That one is rewritten to :func:`~vpruner.export.half.emulate_bfloat16` in ``folder``, and is to be run with
-    optimizations off.
+    optimizations off. A model in memory is written there too.
     """
-    model = load_model(path)
-    if not any(value.dtype == ir.DataType.BFLOAT16 for value in model.graph.initializers.values()):
-        return Path(path)
-    return save_model(half.emulate_bfloat16(model), Path(folder) / Path(path).name)
+    opened = open_graph(graph)
+    if _is_bfloat16(opened.model):
+        return save_model(half.emulate_bfloat16(copy_model(opened.model)), Path(folder) / f"{opened.stem}.onnx")
+    return opened.path or save_model(opened.model, Path(folder) / f"{opened.stem}.onnx")
+
+
+def _is_bfloat16(model: ir.Model) -> bool:
+    return any(value.dtype == ir.DataType.BFLOAT16 for value in model.graph.initializers.values())
 
 
 def compare_outputs(
@@ -372,14 +366,15 @@ def _beyond(bound: Bound | None, error: float, top1: dict[str, Estimate]) -> Ite
         yield f"top-1 changes by {100 * difference.value:+.2f} pp, expected at most {100 * bound.top1_loss:g} pp lost"
 
 
-def _run(path: str | os.PathLike, images: np.ndarray, *, optimized: bool = True) -> np.ndarray:
+def _run(path: Path, images: np.ndarray, source: str, *, optimized: bool = True) -> np.ndarray:
     """As :func:`~vpruner.export.parity.run_onnx`, outputs widened to float32."""
     try:
         return run_onnx(path, images, optimized=optimized).astype(np.float32, copy=False)
     except UserError:  # onnxruntime is not installed.
         raise
     except Exception as error:  # onnxruntime raises one type per status
-        raise UserError(f"{path}: onnxruntime cannot run it: {first_line(error)}", "check the float32 file") from error
+        found = f"{source}: onnxruntime cannot run it: {first_line(error)}"
+        raise UserError(found, "check the float32 file") from error
 
 
 def beside(path: Path, precision: str) -> Path:

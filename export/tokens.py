@@ -15,7 +15,8 @@ from ..core.errors import GraphError, UserError
 from ..core.plan import TokenPlan
 from ..core.text import option
 from ..prune.backbones.vit import ViTAdapter
-from .files import load_model, save_model
+from .files import save_model
+from .graph import Graph, OpenedGraph, copy_model, open_graph
 from .parity import ParityCheck, compare, evaluating, run_in_chunks, run_onnx
 
 
@@ -34,8 +35,8 @@ def check_pools_by_mean(adapter: ViTAdapter) -> None:
         )
 
 
-def write_tokens(path: str | os.PathLike, output: str | os.PathLike) -> Path:
-    """Write the graph in ``path`` with the tokens as its output, float32 [batch, token, channel], called "tokens".
+def write_tokens(graph: Graph, output: str | os.PathLike) -> OpenedGraph:
+    """Write ``graph`` with the tokens as its output, float32 [batch, token, channel], called "tokens".
 
     They come in the order of the positions that the last block keeps (``vpruner.kept`` in the metadata), behind the
     class token where the mean counts that.
@@ -43,19 +44,21 @@ def write_tokens(path: str | os.PathLike, output: str | os.PathLike) -> Path:
     Raises:
         GraphError: The graph does not end in a mean over tokens.
     """
-    model = load_model(path)
+    source = open_graph(graph)
+    # A copy: the graph that pools has been compared with PyTorch and may be used again.
+    model = copy_model(source.model)
     pooled = model.graph.outputs[0]
     node = pooled.producer()
     if node is None or node.op_type != "ReduceMean" or node.inputs[0].shape is None or len(node.inputs[0].shape) != 3:
         found = "no node" if node is None else f"{node.op_type} {node.name!r}"
-        raise GraphError(f"{path} ends in {found}, expected the mean over tokens (ReduceMean)")
+        raise GraphError(f"{source.source} ends in {found}, expected the mean over tokens (ReduceMean)")
     tokens = node.inputs[0]
     model.graph.outputs[0] = tokens
     model.graph.remove(node, safe=True)
     tokens.name, tokens.dtype = "tokens", ir.DataType.FLOAT
     tokens.shape = ir.Shape([pooled.shape[0], *list(tokens.shape)[1:]])
     passes.RemoveUnusedNodesPass()(model)
-    return save_model(model, output)
+    return OpenedGraph(model, save_model(model, output))
 
 
 def check_tokens(

@@ -24,10 +24,9 @@ from ..core.metadata import REQUIRED, ModelMetadata
 from ..core.plan import Geometry, TokenPlan
 from ..core.text import option
 from ..core.timing import random_images
-from ..export.files import load_model, save_model
-from ..export.fold import already_pruned, fold_block, fold_entry, fold_file, fold_head, gather_rows, infer_static_shapes
-from ..export.passes.clean import clean
-from ..export.recognise.graph import recognise
+from ..export.files import save_model
+from ..export.fold import fold_block, fold_entry, fold_file, fold_head, gather_rows, infer_static_shapes
+from ..export.graph import Recognised, already_pruned, open_graph
 from ..runtime import cuda
 from ..runtime.build import BuildOptions
 from ..runtime.onnx_file import read_onnx
@@ -73,43 +72,32 @@ class ChainPlan:
         return np.arange(self.queries)
 
 
-def cut_to_blocks(model: ir.Model, geometry: Geometry, blocks: int) -> Geometry:
-    """Keep the first ``blocks`` blocks of a dense model, in place: the head reads what the last of them gives.
-
-    Returns:
-        The geometry of what is left.
-
-    Raises:
-        GraphError: The graph is not a dense ViT of ``geometry``.
-    """
+def cut_to_blocks(graph: Recognised, blocks: int) -> Recognised:
+    """Keep the first ``blocks`` blocks, in place: the head reads what the last of them gives."""
+    geometry, site = graph.geometry, graph.site
     if not 1 <= blocks <= geometry.depth:
         raise ValueError(f"{blocks} of {geometry.depth} blocks")
-    clean(model)
-    site = recognise(model, geometry)
+    left = site.blocks[:blocks]
     if blocks < geometry.depth:
-        ir.convenience.replace_all_uses_with(site.blocks[-1].output, site.blocks[blocks - 1].output)
-        passes.RemoveUnusedNodesPass()(model)
-    return replace(geometry, depth=blocks)
+        ir.convenience.replace_all_uses_with(site.blocks[-1].output, left[-1].output)
+        passes.RemoveUnusedNodesPass()(graph.model)
+    site = replace(site, blocks=left, head=replace(site.head, stream=left[-1].output))
+    return replace(graph, geometry=replace(geometry, depth=blocks), site=site)
 
 
-def make_chain(model: ir.Model, geometry: Geometry, keys: int, queries: int, *, refill: bool = False) -> None:
+def make_chain(recognised: Recognised, keys: int, queries: int, *, refill: bool = False) -> ir.Model:
     """Turn a dense model into a chain, in place.
 
     Args:
-        model: Dense.
-        geometry: Its shape.
         keys: K, tokens that enter each block, prefix included; at least one patch.
         queries: Q, at most K.
         refill: Add the ``Gather`` after each block even where Q = K and nothing needs it, to measure what it costs.
-
-    Raises:
-        GraphError: The graph is not a dense ViT of ``geometry``.
     """
+    model, geometry, site = recognised.model, recognised.geometry, recognised.site
     if not geometry.prefix_tokens < keys <= geometry.tokens or not 1 <= queries <= keys:
         raise ValueError(f"no chain of {keys} to {queries} tokens, of {geometry.tokens}")
     graph, outputs = model.graph, [value.shape for value in model.graph.outputs]
-    clean(model)
-    site, plan = recognise(model, geometry), ChainPlan(geometry, keys, queries)
+    plan = ChainPlan(geometry, keys, queries)
     fold_entry(graph, site, plan)
     for block in site.blocks:
         fold_block(graph, block, plan)
@@ -124,6 +112,7 @@ def make_chain(model: ir.Model, geometry: Geometry, keys: int, queries: int, *, 
     fold_head(graph, site, plan)
     passes.RemoveUnusedNodesPass()(model)
     infer_static_shapes(model, outputs)
+    return model
 
 
 class _FoldedGraphs(Graphs):
@@ -143,22 +132,21 @@ class _FoldedGraphs(Graphs):
 
     def __init__(self, dense: str | os.PathLike, folder: Path, *, batch: int, seed: int):
         self.dense, self.folder, self.batch, self.seed = Path(dense), folder, batch, seed
-        model = load_model(self.dense)
-        metadata = ModelMetadata.from_props(model.metadata_props, str(dense), require=REQUIRED)
+        self._opened = open_graph(self.dense)
+        props = self._opened.model.metadata_props
+        metadata = ModelMetadata.from_props(props, self._opened.source, require=REQUIRED)
         if metadata.plan is not None:
-            raise already_pruned(str(dense), metadata.plan, metadata.rule)
+            raise already_pruned(self._opened.source, metadata.plan, metadata.rule)
         self.name, self.geometry = metadata.model, metadata.geometry
-        self._cut: dict[int, Path] = {self.geometry.depth: self.dense}
-        weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
-        self.weight_bytes = sum(tensor.nbytes for tensor in weights)
-        self.opset = model.opset_imports[""]
+        weights = [value.const_value for value in self._opened.model.graph.initializers.values()]
+        self.weight_bytes = sum(tensor.nbytes for tensor in weights if tensor is not None)
+        self.opset = self._opened.model.opset_imports[""]
 
     @contextmanager
     def chain(self, blocks: int, keys: int, queries: int, refill: bool) -> Iterator[Callable[[], object]]:
-        model = load_model(self._cut_file(blocks))
-        make_chain(model, replace(self.geometry, depth=blocks), keys, queries, refill=refill)
-        path = self.folder / "chain.onnx"
-        save_model(model, path)
+        # A copy: every chain is made from the same graph.
+        dense = cut_to_blocks(self._opened.recognised().copy(), blocks)
+        path = save_model(make_chain(dense, keys, queries, refill=refill), self.folder / "chain.onnx")
         with self._open(path) as call:
             yield call
 
@@ -167,18 +155,9 @@ class _FoldedGraphs(Graphs):
         path = self.dense
         if plan is not None:
             path = self.folder / "model.onnx"
-            fold_file(self.dense, plan, path)
+            fold_file(self._opened, plan, path)
         with self._open(path) as call:
             yield call
-
-    def _cut_file(self, blocks: int) -> Path:
-        """The dense model of so many blocks, written once: every chain is made from it."""
-        if blocks not in self._cut:
-            model = load_model(self.dense)
-            cut_to_blocks(model, self.geometry, blocks)
-            self._cut[blocks] = self.folder / f"dense-{blocks}.onnx"
-            save_model(model, self._cut[blocks])
-        return self._cut[blocks]
 
     def _open(self, path: Path) -> AbstractContextManager[Callable[[], object]]:
         raise NotImplementedError

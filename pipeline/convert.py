@@ -16,27 +16,29 @@ from ..core.metadata import PREPROCESSING, ModelMetadata
 from ..core.preprocess import Preprocessing, resolve_preprocessing
 from ..core.text import option
 from ..export import quantize
-from ..export.files import load_model, move_model
+from ..export.files import move_model
+from ..export.graph import Graph, OpenedGraph, open_graph
 from ..export.precision import NOISE_IMAGES, Agreement, Conversion, agreement, convert
 
 
 def convert_checked(
-    model_path: Path,
+    graph: Graph,
     output: Path,
     precision: str,
     *,
-    data: Any = None,
+    data: str | None = None,
     count: int = 128,
-    eval_data: Any = None,
+    eval_data: str | None = None,
     eval_count: int = 2000,
     seed: int = 0,
     strict: bool = False,
     preprocessing: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Conversion, Agreement, str]:
-    """Convert a file and compare the two on images; the file appears only when its outputs are finite.
+    """Convert a graph and compare the two on images; the file appears only when its outputs are finite.
 
     Args:
+        graph: A file, a model in memory, or an opened graph.
         data, count: Calibration images of static INT8. Without ``eval_data`` a quarter is put aside to compare on.
         eval_data, eval_count: Images to compare on; without any, seeded noise for the other precisions.
         preprocessing: How images become the input, over what the file says; written into the converted file. Fields of
@@ -46,16 +48,17 @@ def convert_checked(
     Returns:
         The conversion, the agreement, and in words what it was measured on.
     """
+    opened = open_graph(graph)
     calibration, evaluation, labels, what, prepared = _images(
-        model_path, precision, data, count, eval_data, eval_count, seed, strict, preprocessing or {}
+        opened, precision, data, count, eval_data, eval_count, seed, strict, preprocessing or {}
     )
     if preprocessing:
         options["props"] = {PREPROCESSING: canonical_json(prepared.to_json())}
     with scratch_beside(output) as scratch:
         with progress.stage(f"Converting to {precision}"):
-            done = convert(model_path, scratch / "converted.onnx", precision, images=calibration, **options)
+            done = convert(opened, scratch / output.name, precision, images=calibration, **options)
         with progress.stage("Comparing", unit="images"):
-            cost = agreement(model_path, done.path, evaluation, labels)
+            cost = agreement(opened, done.path, evaluation, labels)
         move_model(done.path, output)
     for sentence in cost.beyond:
         progress.remark(f"beyond what {precision} is expected to cost: {sentence}")
@@ -63,11 +66,11 @@ def convert_checked(
 
 
 def _images(
-    path: Path,
+    opened: OpenedGraph,
     precision: str,
-    data: Any,
+    data: str | None,
     count: int,
-    eval_data: Any,
+    eval_data: str | None,
     eval_count: int,
     seed: int,
     strict: bool,
@@ -82,29 +85,28 @@ def _images(
             f"{option('data')} calibrates static int8, found {option('precision', precision)}",
             f"leave it out, or {option('eval_data')}",
         )
-    model = load_model(path)
+    model, source = opened.model, opened.source
     if len(model.graph.outputs) > 1:
         outputs = ", ".join(str(value.name) for value in model.graph.outputs)
-        progress.remark(f"{path} gives {outputs}; what is compared is the first alone")
-    name, _ = quantize.image_input(model, str(path))
+        progress.remark(f"{source} gives {outputs}; what is compared is the first alone")
+    name, _ = quantize.image_input(model, source)
     shape = next(value.shape for value in model.graph.inputs if value.name == name)
     fixed = shape is not None and len(shape) == 4 and all(isinstance(size, int) for size in shape[1:])
-    about = ModelMetadata.from_props(dict(model.metadata_props), str(path))
+    about = ModelMetadata.from_props(model.metadata_props, source)
     noise_serves = precision != "int8" and eval_data is None
     prepared = None
     if preprocessing or not noise_serves:
         size = tuple(map(int, shape[2:])) if fixed else None
-        prepared = resolve_preprocessing(about.preprocessing, preprocessing, size=size, source=str(path))
+        prepared = resolve_preprocessing(about.preprocessing, preprocessing, size=size, source=source)
     if noise_serves:
         if not fixed:
-            raise UserError(f"{path}: the input {name} has no fixed image size", "expected [batch, 3, height, width]")
+            raise UserError(f"{source}: the input {name} has no fixed image size", "expected [batch, 3, height, width]")
         noise = np.random.default_rng(seed).standard_normal((NOISE_IMAGES, *map(int, shape[1:])), dtype=np.float32)
         return None, noise, None, f"{NOISE_IMAGES} noise images", prepared
     outputs = model.graph.outputs[0].shape
     classes = outputs[-1] if about.output == "logits" and outputs is not None and isinstance(outputs[-1], int) else None
     from ..prune.choose_images import choose_images, choose_indices, map_labels
-    from ..prune.data import ImageSet
-    from ..prune.memory import open_source
+    from ..prune.data import ImageSet, ImageSource
 
     remarks: list[str] = []
     calibration = None
@@ -124,9 +126,9 @@ def _images(
             strict=strict,
         )
     else:
-        source = open_source(eval_data, split="validation")
-        labels = map_labels(source, about.classes, classes, remarks)
-        evaluation = ImageSet(source, choose_indices(source, eval_count, seed), labels, strict)
+        files = ImageSource(eval_data)
+        labels = map_labels(files, about.classes, classes, remarks)
+        evaluation = ImageSet(files, choose_indices(files, eval_count, seed), labels, strict)
     read = []
     for role, images in (("calibration", calibration), ("evaluation", evaluation)):
         found = [] if images is None else list(images.images())

@@ -16,62 +16,74 @@ from .learned import remark_untuned
 if TYPE_CHECKING:
     from ..export.deploy import Deployment
     from ..export.fold import FoldRecord
+    from ..export.graph import Graph, OpenedGraph
     from ..export.parity import ParityCheck
 
 
 def fold_checked(
-    dense: Path,
+    dense: Graph,
     plan: TokenPlan | None,
     output: Path,
     *,
     deploy_for: str | None = None,
     plan_path: str | Path | None = None,
 ) -> tuple[FoldRecord, list[ParityCheck], Deployment | None]:
-    """Fold a plan (None: the identity plan) into a dense file and check the result in onnxruntime, without PyTorch.
+    """Fold a plan (None: the identity plan) into a dense graph and check the result in onnxruntime, without PyTorch.
 
-    The file may come from any exporter whose graphs are understood; only those of ours name their weights.
+    The graph may come from any exporter whose graphs are understood; only files of ours name their weights.
+
+    Args:
+        dense: A file, a model in memory, or an opened graph.
+        plan_path: Where the plan was read from, for remarks.
+        deploy_for: Write it in the form that this deployment target takes; None: in the plain form.
+
+    Raises:
+        PlanError: The plan is for another model.
+        UserError: The graph cannot be read, is not understood, or is pruned already; the target does not take it.
+        ParityError: The pruned graph does not compute what the dense one does with the other tokens masked.
     """
-    from ..export.files import load_model, move_model, naming
-    from ..export.fold import fold_file, read_metadata
+    from ..export.files import move_model
+    from ..export.fold import fold_file
+    from ..export.graph import open_graph
     from ..export.parity import check_fold
-    from ..export.recognise.normalise import prepare
 
-    graph = load_model(dense)
-    about = read_metadata(graph, str(dense))
+    opened = open_graph(dense)
+    about = opened.metadata
     if plan is None:
-        if about is None:
-            with naming(dense):
-                plan = TokenPlan.identity(dense.stem, prepare(graph).geometry)
-        else:
-            plan = TokenPlan.identity(about.model, about.geometry, weights_sha256=about.weights_sha256)
-    del graph
+        plan = _identity(opened)
     with scratch_beside(output) as scratch:
+        written, deployed = scratch / "pruned.onnx", None
         with progress.stage(f"Folding the plan into {output.name}"):
-            record = fold_file(dense, plan, scratch / "pruned.onnx")
+            record = fold_file(opened, plan, written)
         if about is not None:
             remark_untuned(plan, about.weights_sha256, plan_path=plan_path)
-        elif _learned_from(plan, dense):
+        elif _learned_from(plan, opened):
             remark_untuned(plan, "", plan_path=plan_path)
         elif not plan.is_identity:
             progress.remark(
-                f"{dense.name} does not name its weights; whether they are those the plan was learned on "
+                f"{opened.name} does not name its weights; whether they are those the plan was learned on "
                 f"({plan.model}) could not be checked"
             )
+        images, top1 = noise_images(plan.geometry), plan.geometry.output == "logits"
         with progress.stage("Checking parity"):
-            checks = check_fold(plan, dense, scratch / "pruned.onnx", noise_images(plan.geometry))
-        written, deployed = scratch / "pruned.onnx", None
+            checks = check_fold(plan, opened, written, images)
         if deploy_for is not None:
             with progress.stage(f"Writing it for {deploy_for}"):
-                images, top1 = noise_images(plan.geometry), plan.geometry.output == "logits"
-                deployed, check = deploy_checked(written, deploy_for, written, images, top1=top1)
+                deployed, check = deploy_checked(record.graph, deploy_for, written, images, top1=top1)
             checks.append(check)
         move_model(written, output)
     return record, checks, deployed
 
 
-def _learned_from(plan: TokenPlan, path: Path) -> bool:
-    """Whether ``path`` is, byte for byte, the ONNX file that the plan was learned from."""
-    from ..core.files import file_sha256
+def _identity(graph: OpenedGraph) -> TokenPlan:
+    """The plan that drops nothing; names the model and its weights where the graph does."""
+    about = graph.metadata
+    if about is None:
+        return TokenPlan.identity(graph.stem, graph.recognised().geometry)
+    return TokenPlan.identity(about.model, about.geometry, weights_sha256=about.weights_sha256)
 
+
+def _learned_from(plan: TokenPlan, opened: OpenedGraph) -> bool:
+    """Whether the graph is, byte for byte, the ONNX file that the plan was learned from."""
     graph = plan.provenance.get("graph")
-    return isinstance(graph, Mapping) and graph.get("sha256") == file_sha256(path)
+    return isinstance(graph, Mapping) and opened.sha256 is not None and graph.get("sha256") == opened.sha256

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..export.deploy import Deployment
+    from ..export.graph import Graph, OpenedGraph
     from ..export.parity import ParityCheck
     from ..prune.loaded import LoadedModel
     from ..prune.methods.rule import TokenRule
@@ -65,13 +66,13 @@ class Written:
     Attributes:
         files: ``"dense"`` and ``"pruned"``, as far as they were asked for, in the form that was asked for.
         plain: ``"dense"``, ``"tuned"`` (with the tuned weights) and ``"pruned"`` in the plain form, as far as they were
-            made; plans fold into these. What is written for a target may not take a plan any more.
+            made, opened; plans fold into these. What is written for a target may not take a plan any more.
         checks: Every parity check, passed.
         deployment: How the files were written for their target; None for the plain form.
     """
 
     files: Mapping[str, Path]
-    plain: Mapping[str, Path]
+    plain: Mapping[str, OpenedGraph]
     checks: tuple[ParityCheck, ...]
     deployment: Deployment | None = None
 
@@ -85,7 +86,7 @@ class Written:
 class _Writing:
     """What :func:`write_graphs` has so far."""
 
-    plain: dict[str, Path] = field(default_factory=dict)
+    plain: dict[str, OpenedGraph] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     checks: list[ParityCheck] = field(default_factory=list)
     deployment: Deployment | None = None
@@ -99,7 +100,7 @@ def write_graphs(
     images: Tensor,
     *,
     with_dense: bool = False,
-    plain_dense: Path | None = None,
+    plain_dense: Graph | None = None,
     tokens: bool = False,
     name: str = "pruned.onnx",
 ) -> Written:
@@ -119,16 +120,18 @@ def write_graphs(
         ParityError: A graph does not compute what the model does.
     """
     from ..export.deploy import plain_opset
+    from ..export.graph import open_graph
 
     plain = ExportSpec(plain_opset(spec.deploy_for, spec.opset), spec.dynamic_batch, spec.batch_size)
     done = _Writing()
     wanted = ["dense"] if with_dense or reduced.reduction is None else []
     if reduced.rule is None or wanted:
         place = folder if wanted and spec.deploy_for is None else scratch
-        done.plain["dense"] = plain_dense or place / "dense.onnx"
         if plain_dense is None:
+            plain_dense = place / "dense.onnx"
             with progress.stage(f"Exporting {reduced.loaded.name}"):
-                write_dense(reduced.loaded, done.plain["dense"], plain)
+                write_dense(reduced.loaded, plain_dense, plain)
+        done.plain["dense"] = open_graph(plain_dense)
     if reduced.plan is not None:
         _fold(reduced, plain, folder if spec.deploy_for is None else scratch, scratch, done)
         wanted.append("pruned")
@@ -170,17 +173,17 @@ def write_dense(loaded: LoadedModel, path: Path, spec: ExportSpec) -> None:
 
 def _fold(reduced: Reduced, plain: ExportSpec, place: Path, scratch: Path, done: _Writing) -> None:
     from ..export.fold import fold_file
+    from ..export.graph import open_graph
     from ..prune.tune.weights import with_weights
 
     source = done.plain["dense"]
     if reduced.weights:
-        source = done.plain["tuned"] = scratch / "tuned.onnx"
-        model = reduced.loaded.adapter.model
+        path, model = scratch / "tuned.onnx", reduced.loaded.adapter.model
         with progress.stage("Exporting the tuned model"), with_weights(model, reduced.weights):
-            write_dense(reduced.tuned, source, plain)
-    done.plain["pruned"] = place / "pruned.onnx"
+            write_dense(reduced.tuned, path, plain)
+        source = done.plain["tuned"] = open_graph(path)
     with progress.stage("Folding the plan"):
-        fold_file(source, reduced.plan, done.plain["pruned"])
+        done.plain["pruned"] = fold_file(source, reduced.plan, place / "pruned.onnx").graph
 
 
 def _check(reduced: Reduced, images: Tensor, done: _Writing) -> None:
@@ -191,9 +194,9 @@ def _check(reduced: Reduced, images: Tensor, done: _Writing) -> None:
         return
     with progress.stage("Checking parity"):
         if reduced.plan is None:
-            done.checks += check_dense(adapter, done.plain["dense"], images[:PARITY_IMAGES])
+            done.checks += check_dense(adapter, done.plain["dense"].path, images[:PARITY_IMAGES])
         else:
-            dense, pruned = done.plain["dense"], done.plain["pruned"]
+            dense, pruned = done.plain["dense"].path, done.plain["pruned"].path
             done.checks += check_pruned(adapter, reduced.plan, dense, pruned, images, weights=reduced.weights)
 
 
@@ -201,7 +204,7 @@ def _return_tokens(reduced: Reduced, images: Tensor, name: str, scratch: Path, d
     from ..export.tokens import check_tokens, write_tokens
 
     written = write_tokens(done.plain[name], scratch / f"{name}.tokens.onnx")
-    done.checks.append(check_tokens(reduced.loaded.adapter, reduced.plan, written, images))
+    done.checks.append(check_tokens(reduced.loaded.adapter, reduced.plan, written.path, images))
     done.plain[name] = written
 
 
@@ -210,7 +213,7 @@ def _finish(
 ) -> None:
     """Put the plain graphs that were asked for into the folder, in the form of the target where there is one."""
     if spec.deploy_for is None:
-        done.files.update({name: done.plain[name] for name in wanted})
+        done.files.update({name: done.plain[name].path for name in wanted})
         return
     if not wanted:
         return
@@ -259,7 +262,7 @@ def _write_rule(
 
 
 def deploy_checked(
-    plain: Path,
+    plain: Graph,
     target: str,
     output: Path,
     images: np.ndarray,
@@ -271,7 +274,7 @@ def deploy_checked(
     """Write a plain graph in the form that a deployment target takes, and compare the two in onnxruntime.
 
     Args:
-        output: May be ``plain``.
+        output: May be the file of ``plain``.
         images: float32 [image, channel, height, width], preprocessed.
         top1: Whether the output is logits, whose largest has to stay.
         opset, tolerance: As in :func:`~vpruner.export.deploy.prepare_for` and :func:`~vpruner.export.parity.compare`.
@@ -281,9 +284,11 @@ def deploy_checked(
         ParityError: The two disagree.
     """
     from ..export.deploy import deploy_file
-    from ..export.parity import compare, run_onnx
+    from ..export.graph import open_graph
+    from ..export.parity import compare, run_graph, run_onnx
 
-    reference = run_onnx(plain, images)
+    plain = open_graph(plain)
+    reference = run_graph(plain, images)
     deployed = deploy_file(plain, target, output, opset=opset)
     name = f"{output.name} for {target} equals the plain graph"
     # Unoptimized: onnxruntime would fuse again what was taken apart, and run the graph that it is compared with.

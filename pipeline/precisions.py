@@ -14,6 +14,7 @@ from ..core import progress
 from ..core.choices import DEFAULT_CALIBRATION
 from ..core.errors import UserError
 from ..export.files import remove_model
+from ..export.graph import open_graph
 from ..export.precision import NOISE_IMAGES, Conversion, agreement, beside, convert, cpu_form
 from .results import paired_ratio, parity_row
 
@@ -75,7 +76,7 @@ def convert_beside(
         images: float32 [image, channel, height, width], preprocessed: static INT8 is calibrated on all of them, and a
             few say whether the outputs are finite.
     """
-    made = []
+    made, graph = [], open_graph(source)
     for precision in precisions:
         path = beside(source, precision)
         options: dict[str, Any] = {"io": io}
@@ -83,8 +84,9 @@ def convert_beside(
             options = {"calibration": calibration, "images": images}
         try:
             with progress.stage(f"Converting to {precision}"):
-                done = convert(source, path, precision, **options)
-                agreement(source, path, images[:NOISE_IMAGES])
+                done = convert(graph, path, precision, **options)
+                written = open_graph(path)
+                agreement(graph, written, images[:NOISE_IMAGES])
         except UserError as error:
             remove_model(path)
             # The folder may be one that the user never sees.
@@ -93,7 +95,7 @@ def convert_beside(
             )
             continue
         count = len(images) if precision == "int8" else None
-        made.append(Converted(precision, path, done, cpu_form(path, scratch), count))
+        made.append(Converted(precision, path, done, cpu_form(written, scratch), count))
     return made
 
 

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 from ..core.preprocess import Preprocessing
 from .backbones.vit import ViTAdapter
+
+
+class SourceGraph(Protocol):
+    """What is asked here of an opened graph, a :class:`vpruner.export.graph.OpenedGraph`.
+
+    Attributes:
+        name: Of its file, without the folder.
+        sha256: Of its file; None for a graph in memory.
+    """
+
+    name: str
+    sha256: str | None
 
 
 @dataclass(frozen=True)
@@ -18,16 +30,15 @@ class LoadedModel:
         preprocessing: How an image becomes its input.
         classes: Name of each output, or None when unknown.
         sha256: Identity of the weights, see :func:`~vpruner.prune.backbones.vit.weights_sha256`.
-        graph: The ONNX file that the model was rebuilt from (:mod:`vpruner.export.rebuild.graph`); None for any other.
-        softmax: Whether that graph ends in a ``Softmax``, which the model leaves out.
+        graph: The opened ONNX graph that the model was rebuilt from (:mod:`vpruner.export.rebuild.graph`); None for any
+            other.
     """
 
     adapter: ViTAdapter
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None
     sha256: str
-    graph: Path | None = None
-    softmax: bool = False
+    graph: SourceGraph | None = None
 
     @property
     def name(self) -> str:

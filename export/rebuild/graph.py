@@ -35,9 +35,10 @@ from ...core.preprocess import resolve_preprocessing
 from ...core.text import command
 from ...prune.backbones.vit import ViTAdapter, weights_sha256
 from ...prune.loaded import LoadedModel
-from ..files import load_model, save_model
-from ..fold import already_pruned, check_shape, read_metadata
-from ..parity import compare, run_onnx
+from ..files import save_model
+from ..fold import check_shape
+from ..graph import Graph, OpenedGraph, copy_model, open_graph
+from ..parity import compare, run_graph, run_onnx
 from ..passes.edit import add_constant
 from ..recognise.graph import (
     BlockSite,
@@ -52,7 +53,7 @@ from ..recognise.graph import (
     refuse,
     sole_reader,
 )
-from ..recognise.normalise import VIEWS, prepare
+from ..recognise.normalise import VIEWS
 
 #: Largest relative difference between the graph in onnxruntime and the rebuilt model, both float32.
 TOLERANCE = 1e-4
@@ -72,7 +73,7 @@ class Rebuilt:
     """What :func:`rebuild` made of a file.
 
     Attributes:
-        loaded: The model, ready for pruning. Its ``graph`` is the file.
+        loaded: The model, ready for pruning. Its ``graph`` is what was opened.
         softmax: Whether the graph ends in a ``Softmax``, which the model leaves out: it returns the logits.
     """
 
@@ -97,11 +98,12 @@ class SideBySide(VisionTransformer):
 
 
 def rebuild(
-    path: str | os.PathLike, *, preprocessing: Mapping[str, object] | None = None, features: bool | None = None
+    graph: Graph, *, preprocessing: Mapping[str, object] | None = None, features: bool | None = None
 ) -> Rebuilt:
     """Read the ViT in a dense ONNX file of any exporter as a timm model, and prove that the two agree.
 
     Args:
+        graph: A file, a model in memory, or an opened graph.
         preprocessing: What the user said of it, see :func:`~vpruner.core.preprocess.resolve_preprocessing`; needed
             where the file does not say it.
         features: Whether the output is an embedding rather than logits. None: as the file says; where it does not, a
@@ -116,36 +118,31 @@ def rebuild(
             computes something else than the model that was made of it.
         UserError: No ONNX file, pruned already, no three channels, or no preprocessing.
     """
-    path = Path(path)
-    model = load_model(path)
-    about = read_metadata(model, str(path))
-    if about is not None and about.plan is not None:
-        raise already_pruned(str(path), about.plan, about.rule)
-    if model.functions:
-        passes.InlinePass()(model)
-    prepared = prepare(model, None if about is None else about.geometry)
-    geometry, name = prepared.geometry, path.stem
+    opened = open_graph(graph)
+    about, recognised = opened.dense_metadata, opened.recognised()
+    geometry, name = recognised.geometry, opened.stem
     if about is not None:
-        check_shape(about.geometry, geometry, f"{about.model}, as its metadata says", str(path))
+        check_shape(about.geometry, geometry, f"{about.model}, as its metadata says", opened.source)
         geometry, name = about.geometry, about.model
     if geometry.in_chans != 3:
-        raise UserError(f"{path} takes {geometry.in_chans} channels, expected 3 (RGB)", "only RGB models are supported")
-    stated = None if about is None else about.preprocessing
-    resolved = resolve_preprocessing(stated, dict(preprocessing or {}), size=geometry.image_size, source=str(path))
+        found = f"{opened.source} takes {geometry.in_chans} channels"
+        raise UserError(f"{found}, expected 3 (RGB)", "only RGB models are supported")
+    given = dict(preprocessing or {})
+    resolved = resolve_preprocessing(opened.preprocessing, given, size=geometry.image_size, source=opened.source)
 
-    module, softmax = _Reader(model, prepared.site, prepared.geometry).read()
+    module, softmax = _Reader(recognised.model, recognised.site, recognised.geometry).read()
     if about is None:
         head = module.head
         if features is None:
             features = not isinstance(head, nn.Linear) or head.bias is None
         geometry = replace(geometry, output="features" if features else "logits")
-    _check_equal(module, path, geometry, softmax)
+    _check_equal(module, opened, geometry, softmax)
     loaded = LoadedModel(
         ViTAdapter(module, name, geometry),
         resolved,
         None if about is None else about.classes,
         weights_sha256(module) if about is None else about.weights_sha256,
-        path,
+        opened,
     )
     return Rebuilt(loaded, softmax)
 
@@ -163,13 +160,11 @@ def write_graph(loaded: LoadedModel, path: str | os.PathLike, props: Mapping[str
     Raises:
         ParityError: Weights were changed, and the graph with them does not compute what the model does.
     """
-    graph_path, geometry = Path(loaded.graph), loaded.adapter.geometry
-    model = load_model(graph_path)
-    if model.functions:
-        passes.InlinePass()(model)
-    changed = _put_weights(model, prepare(model, geometry).site, loaded.adapter.model)
-    if not changed:
-        model = load_model(graph_path)
+    geometry = loaded.adapter.geometry
+    # Copies: the graph may be written again, with other weights.
+    tuned = loaded.graph.recognised(geometry).copy()
+    changed = _put_weights(tuned.model, tuned.site, loaded.adapter.model)
+    model = tuned.model if changed else copy_model(loaded.graph.model)
     about = ModelMetadata(loaded.name, loaded.sha256, geometry, loaded.preprocessing, loaded.classes)
     model.metadata_props.update({**about.to_props(), **(props or {})})
     if changed:
@@ -205,15 +200,15 @@ def _run(module: nn.Module, images: np.ndarray, softmax: bool) -> np.ndarray:
     return (output.softmax(-1) if softmax else output).numpy()
 
 
-def _check_equal(module: nn.Module, path: Path, geometry: Geometry, softmax: bool) -> None:
+def _check_equal(module: nn.Module, graph: OpenedGraph, geometry: Geometry, softmax: bool) -> None:
     images = probe_images(geometry)
-    reference = run_onnx(path, images)
+    reference = run_graph(graph, images)
     try:
         compare("rebuilt", reference.reshape(len(images), -1), _run(module, images, softmax), TOLERANCE, top1=False)
     except ParityError as error:
         found = str(error).partition("rebuilt: ")[2]
         raise GraphError(
-            f"the model rebuilt from {path} does not compute what the graph does ({found})",
+            f"the model rebuilt from {graph.source} does not compute what the graph does ({found})",
             f"learn the plan from the PyTorch model, then: {command('fold', 'FILE', plan='plan.json')}",
         ) from None
 

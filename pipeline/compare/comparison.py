@@ -33,6 +33,7 @@ from .made import Contender, Made, Point, followed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...export.graph import OpenedGraph
     from ...prune.calibration import Calibration
     from ...prune.data import ImageSet
     from ...prune.loaded import LoadedModel
@@ -62,6 +63,7 @@ class Comparison:
         self.evaluation = evaluation
         self._sets = {options.learn.seed: calibration}
         self._calibrations: dict[int, Calibration] = {}
+        self._opened: dict[int, OpenedGraph] = {}
         if rows is None:
             hint = f"correct it, or name another with {option('results')}"
             rows = read_rows(results, hint) if results.exists() else []
@@ -352,6 +354,14 @@ class Comparison:
                 move_model(scratch / "dense.onnx", path)
         return path
 
+    def _opened_dense(self, batch: int) -> OpenedGraph:
+        """Read and recognised once for all plans that are folded into it."""
+        from ...export.graph import open_graph
+
+        if batch not in self._opened:
+            self._opened[batch] = open_graph(self.dense_graph(batch))
+        return self._opened[batch]
+
     def _as_asked(self, batch: int) -> ExportSpec:
         return ExportSpec(self.options.opset, batch_size=batch)
 
@@ -360,7 +370,7 @@ class Comparison:
 
         path = self.output / "graphs" / f"{point.name}-b{batch}-o{self.options.opset}.onnx"
         row = {**point.row("graph"), "batch": batch, "opset": self.options.opset, "file": path.name}
-        dense = self.dense_graph(batch) if made.static else None
+        dense = self._opened_dense(batch) if made.static else None
         # A folder that cannot be written says nothing of the method: it ends the comparison, and is no row.
         with scratch_beside(path) as scratch, progress.reporting(progress.Sink()):
             try:

@@ -9,8 +9,9 @@ from tiny_vits import KINDS
 
 from vpruner.core.errors import ParityError
 from vpruner.core.plan import TokenPlan
-from vpruner.export.files import load_model, save_model
+from vpruner.export.files import save_model
 from vpruner.export.fold import fold_file
+from vpruner.export.graph import open_graph
 from vpruner.export.mask import mask_tokens
 from vpruner.export.parity import check_dense, check_fold, run_onnx
 from vpruner.prune.backbones.vit import ViTAdapter
@@ -20,7 +21,7 @@ from vpruner.prune.backbones.vit import ViTAdapter
 def test_masked_graph_equals_the_masked_model_and_the_fold(exported, kind, tmp_path):
     dense = exported(kind)
     plan = random_plan(dense.geometry, 0, gates=kind == "class token", enter=0.8)
-    save_model(mask_tokens(load_model(dense.path), plan), tmp_path / "masked.onnx")
+    save_model(mask_tokens(open_graph(dense.path).recognised(), plan), tmp_path / "masked.onnx")
     images = dense.images(3)
     with torch.no_grad(), ViTAdapter(dense.model, "tiny").applied(plan, "masked") as model:
         expected = model(images).numpy()
@@ -33,9 +34,9 @@ def test_masked_graph_equals_the_masked_model_and_the_fold(exported, kind, tmp_p
 
 def test_identity_plan_masks_nothing(exported):
     dense = exported("class token")
-    model = load_model(dense.path)
-    before = [node.op_type for node in model.graph]
-    masked = mask_tokens(model, TokenPlan.identity("tiny", dense.geometry))
+    recognised = open_graph(dense.path).recognised()
+    before = [node.op_type for node in recognised.model.graph]
+    masked = mask_tokens(recognised, TokenPlan.identity("tiny", dense.geometry))
     assert isinstance(masked, ir.Model) and [node.op_type for node in masked.graph] == before
 
 

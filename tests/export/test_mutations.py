@@ -6,6 +6,7 @@ no part in that reference, nor has the tool's own parity check.
 """
 
 import re
+from contextlib import suppress
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ from vpruner.cli import main
 from vpruner.core.errors import GraphError, PlanError
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import check_shape, fold, fold_file
+from vpruner.export.graph import OpenedGraph
 from vpruner.export.inspect import inspect_file
 from vpruner.export.parity import run_onnx
 from vpruner.export.precision import convert
@@ -264,15 +266,14 @@ def mask(model, names, plan):
     return True
 
 
-def refusal(model, geometry, plan):
-    """Fold ``plan`` into ``model`` in place; returns why that was refused, if it was."""
+def folded(model, geometry, plan):
+    """The graph with ``plan`` in it, or why that was refused."""
     try:
-        prepared = prepare(model, geometry)
-        check_shape(geometry, prepared.geometry, "tiny", "mutated.onnx")
-        fold(model, plan)
+        graph = OpenedGraph(model).recognised(geometry).copy()
+        check_shape(geometry, graph.geometry, "tiny", "mutated.onnx")
+        return fold(graph.model, plan, graph.site).model
     except (GraphError, PlanError) as error:
         return str(error)
-    return None
 
 
 def outcome(path, geometry, mutate, folder, seed):
@@ -297,8 +298,11 @@ def outcome(path, geometry, mutate, folder, seed):
     known = {node.name for node in mutated.graph} | {value.name for node in mutated.graph for value in node.outputs}
     known |= {value.name for value in mutated.graph.inputs}
     model = load_model(folder / "mutated.onnx")
-    refused = refusal(model, geometry, plan)
-    if refused is not None:
+    pruned = folded(model, geometry, plan)
+    if isinstance(pruned, str):
+        refused = pruned
+        with suppress(GraphError):
+            prepare(model, geometry)  # What is named may be a node that was rewritten on the way.
         known |= {node.name for node in model.graph}
         assert (
             any(f"'{name}'" in refused for name in known)
@@ -308,7 +312,7 @@ def outcome(path, geometry, mutate, folder, seed):
         return "refused" if dense is not None else None
     if dense is None:
         return None
-    save_model(model, folder / "pruned.onnx")
+    save_model(pruned, folder / "pruned.onnx")
     masked = load_model(folder / "mutated.onnx")
     assert mask(masked, names, plan), "a graph folded whose attention is gone"
     save_model(masked, folder / "masked.onnx")

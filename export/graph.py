@@ -1,0 +1,215 @@
+"""An ONNX graph that is read once and recognised once, however many steps of a command look at it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from ..core.errors import GraphError
+from ..core.files import file_sha256
+from ..core.metadata import PLAN, PREFIX, REQUIRED, WEIGHTS_SHA256, ModelMetadata
+from ..core.plan import Geometry
+from ..core.preprocess import Preprocessing
+from ..core.text import command, first_line
+from .files import check_tensors, load_model
+from .recognise.graph import HINT, VitSite
+from .recognise.normalise import prepare
+
+#: What stands for a graph: a file, a model in memory, or one that is open already.
+Graph: TypeAlias = "str | os.PathLike | onnx.ModelProto | ir.Model | OpenedGraph"
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A dense ViT in the form that folding works on.
+
+    Attributes:
+        model: The graph in that form; it holds no functions.
+        geometry: What :func:`~vpruner.export.recognise.graph.infer_geometry` reads from it.
+        site: Its blocks: nodes and values of ``model``.
+        normalised: Whether the graph had to be rewritten to get there.
+    """
+
+    model: ir.Model
+    geometry: Geometry
+    site: VitSite
+    normalised: bool
+
+    def copy(self) -> Recognised:
+        """One that may be changed in place. Tensors are shared."""
+        model = copy_model(self.model)
+        before, after = self.model.graph, model.graph
+        copies: dict[ir.Node | ir.Value, ir.Node | ir.Value] = dict(zip(before, after, strict=True))
+        copies.update(zip(before.inputs, after.inputs, strict=True))
+        copies.update(zip(before.initializers.values(), after.initializers.values(), strict=True))
+        for old, new in zip(before, after, strict=True):
+            copies.update(zip(old.outputs, new.outputs, strict=True))
+
+        def copied(part: Any) -> Any:
+            if isinstance(part, (ir.Node, ir.Value)):
+                return copies[part]
+            if isinstance(part, tuple):
+                return tuple(map(copied, part))
+            if dataclasses.is_dataclass(part):
+                fields = (field.name for field in dataclasses.fields(part))
+                return dataclasses.replace(part, **{name: copied(getattr(part, name)) for name in fields})
+            return part
+
+        return Recognised(model, self.geometry, copied(self.site), self.normalised)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedGraph:
+    """A graph that was read. Nothing changes it: a step that rewrites a graph works on a copy, which shares tensors.
+
+    Attributes:
+        model: The graph as it was read.
+        path: The file; None for a model in memory.
+    """
+
+    model: ir.Model
+    path: Path | None = None
+
+    @property
+    def source(self) -> str:
+        """What to call it in messages."""
+        return "the model" if self.path is None else str(self.path)
+
+    @property
+    def name(self) -> str:
+        """The same without the folder."""
+        return self.source if self.path is None else self.path.name
+
+    @property
+    def stem(self) -> str:
+        """A name for a model whose graph says none."""
+        return "model" if self.path is None else self.path.stem
+
+    @cached_property
+    def metadata(self) -> ModelMetadata | None:
+        """What a file of ours says about itself; None for a graph from elsewhere.
+
+        Raises:
+            UserError: Some keys of ours are there, and not all, or malformed.
+        """
+        props = self.model.metadata_props
+        if not any(key.startswith(PREFIX) for key in props):
+            return None
+        if PLAN in props and WEIGHTS_SHA256 not in props:
+            raise already_pruned(self.source, props[PLAN])
+        return ModelMetadata.from_props(props, self.source, require=REQUIRED)
+
+    @property
+    def dense_metadata(self) -> ModelMetadata | None:
+        """The same of a graph that is to be pruned.
+
+        Raises:
+            UserError: As :attr:`metadata`, or the graph is pruned already.
+        """
+        about = self.metadata
+        if about is not None and about.plan is not None:
+            raise already_pruned(self.source, about.plan, about.rule)
+        return about
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How images become the input, where the file says it."""
+        return None if self.metadata is None else self.metadata.preprocessing
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """Of the file; None for a model in memory."""
+        return None if self.path is None else file_sha256(self.path)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the file and of those that hold its weights; of the weights alone for a model in memory."""
+        tensors = [
+            value.const_value for value in self.model.graph.initializers.values() if value.const_value is not None
+        ]
+        if self.path is None:
+            return sum(tensor.nbytes for tensor in tensors)
+        outside = {tensor.path for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+        return sum(os.path.getsize(file) for file in (self.path, *outside))
+
+    def recognised(self, expected: Geometry | None = None) -> Recognised:
+        """The ViT in it; the work is done once.
+
+        Args:
+            expected: Gives the image size to a graph whose own is open, where the metadata does not.
+
+        Raises:
+            GraphError: The graph is no dense ViT, or is written in a way that is not understood; names the node.
+        """
+        found = self.__dict__.get("_recognised")
+        if found is None:
+            if expected is None and self.metadata is not None:
+                expected = self.metadata.geometry
+            with self.naming():
+                # A copy: what was read may still be described, run, or written as it was.
+                model = copy_model(self.model)
+                if model.functions:
+                    passes.InlinePass()(model)
+                prepared = prepare(model, expected)
+            found = Recognised(model, prepared.geometry, prepared.site, prepared.normalised)
+            self.__dict__["_recognised"] = found
+        return found
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Put the file's name before what is said of its graph."""
+        try:
+            yield
+        except GraphError as error:
+            if self.path is None or self.source in error.marked_problem:
+                raise
+            raise GraphError(f"{self.source}: {error.marked_problem}", error.marked_hint) from error
+
+
+def open_graph(graph: Graph) -> OpenedGraph:
+    """Read a graph, or take one that is in memory; an opened one is returned as it is.
+
+    Raises:
+        UserError: A file is missing, truncated or no ONNX model; some numbers are not there.
+    """
+    if isinstance(graph, OpenedGraph):
+        return graph
+    if isinstance(graph, (str, os.PathLike)):
+        return OpenedGraph(load_model(graph), Path(graph))
+    model = ir.from_proto(graph) if isinstance(graph, onnx.ModelProto) else graph
+    opened = OpenedGraph(model)
+    check_tensors(model, opened.source)
+    return opened
+
+
+def copy_model(model: ir.Model) -> ir.Model:
+    """Nodes and values are copied, tensors are shared.
+
+    Raises:
+        GraphError: A node reads what no node before it makes.
+    """
+    try:
+        return model.clone()
+    except RuntimeError as error:  # onnx-ir's cloner wraps what it finds, once for each level
+        while isinstance(error, RuntimeError) and error.__cause__ is not None:
+            error = error.__cause__
+        raise GraphError(f"the graph is damaged: {first_line(error)}", HINT) from None
+
+
+def already_pruned(source: str, digest: str, rule: Mapping[str, Any] | None = None) -> GraphError:
+    """Of a graph whose metadata names the plan ``digest``, or the ``rule`` that chooses the tokens of each image."""
+    found = f"holds plan {digest[:12]} already" if rule is None else f"chooses tokens with {rule['method']} already"
+    return GraphError(
+        f"{source} {found}, expected a dense graph",
+        f"give the dense.onnx that is written by: {command('export', 'MODEL')}",
+    )
