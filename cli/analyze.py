@@ -16,13 +16,17 @@ from .options import json_option, model_options, preprocessing_options, quiet_op
 @command
 @model_options
 @click.option("--data", metavar="PATH", help="Images: a folder, a .tar, or a timm data set (hfds/...).")
-@click.option("--images", default=256, show_default=True, type=click.IntRange(1), help="Images to use, at most.")
+@click.option("--images", default=256, show_default=True, type=click.IntRange(1), help="Most images to use.")
 @click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the choice of images."
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of the choice of images."
 )
 @click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
 @click.option(
-    "--output", "-o", metavar="FILE", type=click.Path(path_type=Path), help="Draw the curves there: .svg or .png."
+    "--output",
+    "-o",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Picture of the curves to write: .svg or .png.",
 )
 @click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the row to this results.jsonl.")
 @json_option
@@ -30,8 +34,9 @@ from .options import json_option, model_options, preprocessing_options, quiet_op
 @preprocessing_options
 @specs(model=ModelSpec, data=DataSpec)
 def analyze(model, data, output, results, as_json, quiet) -> None:
-    """MODEL is whatever run takes; nothing is pruned. The blocks are cut into the three stages of SAINT (aligner,
-    explorer, aggregator) where the curves show them, and the blocks follow in which SAINT should drop tokens.
+    """MODEL is anything that vpruner run takes; nothing is pruned. If the curves show the three stages of SAINT
+    (aligner, explorer, aggregator), the result says where they begin. It also names the blocks in which SAINT should
+    drop tokens.
 
     \b
     Example:

@@ -17,52 +17,58 @@ from .options import json_option, quiet_option
 @click.option(
     "--precision",
     type=click.Choice(ENGINE_PRECISIONS),
-    help="What the engine computes in; int8 needs a file with Q/DQ nodes (vpruner convert)  [default: as the file]",
+    help="Precision of the engine; int8 needs a file with Q/DQ nodes (vpruner convert)  [default: the file's]",
 )
 @click.option(
     "--tf32/--no-tf32",
     default=False,
     show_default=True,
-    help="Let FP32 products be rounded to TF32: faster, and no longer FP32. TensorRT itself does that by default.",
+    help="Let FP32 products be rounded to TF32, which is faster and less exact. TensorRT alone does so by default.",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(1), help="Of a graph with an open batch: the one size it is built for."
+    "--batch-size", type=click.IntRange(1), help="For a graph with an open batch: the batch size to build for."
 )
 @click.option(
     "--batch-range",
     nargs=3,
     type=click.IntRange(1),
     metavar="MIN OPT MAX",
-    help="Of a graph with an open batch: from MIN to MAX images, fastest at OPT.",
+    help="For a graph with an open batch: from MIN to MAX images, fastest at OPT.",
 )
-@click.option("--workspace", metavar="MIB", type=click.IntRange(1), help="Scratch memory of a layer, at most.")
+@click.option("--workspace", metavar="MIB", type=click.IntRange(1), help="Most scratch memory of a layer.")
 @click.option(
     "--optimization-level",
     type=click.IntRange(0, 5),
-    help="0 builds quickly, 5 tries most  [default: TensorRT's own, 3]",
+    help="0 builds fastest, 5 tries the most kernels  [default: TensorRT's own, 3]",
 )
 @click.option(
-    "--version-compatible", is_flag=True, help="Let newer TensorRT of the same major version load it; may cost speed."
+    "--version-compatible",
+    is_flag=True,
+    help="Let a newer TensorRT of the same major version load the engine; may cost speed.",
 )
 @click.option(
     "--hardware-compatible",
     type=click.Choice(HARDWARE_COMPATIBILITY),
-    help="Let other GPUs load it; may cost speed.",
+    help="Let other GPUs load the engine; may cost speed.",
 )
 @click.option(
     "--tactic-sources",
     metavar="NAMES",
-    help="Libraries that kernels may come from, as CUBLAS,CUDNN; none for TensorRT's own alone.",
+    help="Libraries that kernels may come from, such as CUBLAS,CUDNN; none allows only TensorRT's own.",
 )
 @click.option(
     "--timing-cache",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Where measured times of kernels are kept for the next build  [default: ~/.cache/vpruner]",
+    help="Folder that keeps measured times of kernels for the next build  [default: ~/.cache/vpruner]",
 )
-@click.option("--no-timing-cache", is_flag=True, help="Measure every kernel anew, and keep nothing.")
-@click.option("--layer-details/--no-layer-details", default=True, help="Let the engine describe its layers (default).")
-@click.option("--check/--no-check", default=True, help="Read the graph against this TensorRT first (default).")
+@click.option("--no-timing-cache", is_flag=True, help="Measure every kernel again, and keep no times.")
+@click.option(
+    "--layer-details/--no-layer-details",
+    default=True,
+    help="Let the engine describe its layers  [default: layer-details]",
+)
+@click.option("--check/--no-check", default=True, help="First check the graph against this TensorRT  [default: check]")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Engine to write, *.engine.")
 @json_option
 @quiet_option
@@ -80,8 +86,9 @@ def build(
     quiet,
     **options,
 ) -> None:
-    """What it was built with goes into model.engine.json. vpruner loads an engine only where that fits. What the
-    installed TensorRT does not have is refused, from 8.5 (JetPack 5) to 11.
+    """TensorRT 8.5 (JetPack 5) to 11 are supported; an option that the installed release lacks is refused. A record
+    next to the engine (pruned.engine.json) says how it was built. vpruner loads an engine only if the record fits the
+    machine.
 
     \b
     Example:

@@ -10,15 +10,15 @@ import click
 #: Intent -> name of a command -> what it does. The module of the same name holds it.
 CATALOGUE: dict[str, dict[str, str]] = {
     "Prune": {
-        "run": "Prune a model, export it, check the files, measure them: everything, in one folder.",
+        "run": "Prune a model, export it, check and measure the files, and write a report: all in one folder.",
         "prune": "Learn a token plan: which patch tokens enter each block.",
         "fold": "Fold a token plan into the dense ONNX graph of a Vision Transformer. Needs no PyTorch.",
         "export": "Export a model to ONNX, whole or pruned, and check that the file computes the same.",
     },
     "Look": {
         "inspect": "Say what is recognised in an ONNX graph, or name the node where recognition stopped.",
-        "check": "List what a runtime does not take in an ONNX file, or takes at a cost, node by node.",
-        "analyze": "Show what tokens do in each block, and the stages of SAINT.",
+        "check": "List what a runtime cannot run in an ONNX file, or runs slowly, node by node.",
+        "analyze": "Measure what tokens do in each block, and find the stages of SAINT.",
         "show": "Draw the tokens that each block keeps on an image.",
         "report": "Write a page of measured latencies: tables, charts and protocol.",
     },

@@ -22,11 +22,11 @@ from .options import json_option
     default="generic",
     show_default=True,
     type=click.Choice(tuple(TARGETS)),
-    help="Where the graph is to run.",
+    help="Runtime that the graph is for.",
 )
 @json_option
 def check(model, target, as_json) -> None:
-    """Nothing is run or changed. The exit code is 1 where something is an error on the target, and 0 otherwise.
+    """Nothing is run or changed. The exit code is 1 if anything is an error on the target, else 0.
 
     \b
     Example:

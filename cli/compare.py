@@ -29,7 +29,7 @@ from .types import Seconds, names, numbers
 @model_options
 @click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...).")
 @click.option(
-    "--images", default=1024, show_default=True, type=click.IntRange(1), help="Calibration images to use, at most."
+    "--images", default=1024, show_default=True, type=click.IntRange(1), help="Most calibration images to use."
 )
 @eval_data_option
 @eval_images_option
@@ -38,7 +38,7 @@ from .types import Seconds, names, numbers
     multiple=True,
     metavar="NAME[,NAME...]",
     callback=names,
-    help="v-pruner (what run does), fisher (its search alone), saint, tome, ...; may be repeated  [default: all]",
+    help="v-pruner (as vpruner run does), fisher (its search alone), saint, tome, ...; may be repeated  [default: all]",
 )
 @click.option(
     "--targets",
@@ -53,25 +53,34 @@ from .types import Seconds, names, numbers
     default=1,
     show_default=True,
     type=click.IntRange(1),
-    help="How many times to make what depends on chance or on which images calibrate.",
+    help="Repeat methods that depend on chance or on the calibration images, with so many seeds.",
 )
 @click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="The first of them; draws images."
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**63 - 1),
+    help="First seed; it also chooses the images.",
 )
 @click.option(
     "--loss",
     default="auto",
     show_default=True,
     type=click.Choice(("auto", *LOSSES)),
-    help="v-pruner and fisher: what the gradients are of.",
+    help="v-pruner and fisher: loss that tokens are scored by.",
 )
-@click.option("--episodes", show_default=f"{EPISODES}", type=click.IntRange(1), help="v-pruner: episodes, at most.")
+@click.option(
+    "--episodes",
+    show_default=f"{EPISODES}",
+    type=click.IntRange(1),
+    help="v-pruner: most episodes of the rearrangement.",
+)
 @click.option(
     "--time-limit",
     show_default=f"{TIME_LIMIT:g}",
     metavar="SECONDS",
     type=Seconds(0.1),
-    help="v-pruner: time for its episodes; no batch of 16 begins that would outlast it, after the first.",
+    help="v-pruner: time for the rearrangement.",
 )
 @click.option(
     "--batch-size",
@@ -90,9 +99,9 @@ from .types import Seconds, names, numbers
     default=10.0,
     show_default=True,
     type=Seconds(0.1),
-    help="Time to measure the graphs of one budget and batch size for.",
+    help="Seconds to measure the graphs of one budget and batch size for.",
 )
-@click.option("--latency/--no-latency", default=True, help="Export graphs and time them, or not (default: do).")
+@click.option("--latency/--no-latency", default=True, help="Export graphs and time them  [default: latency]")
 @click.option("--opset", default=20, show_default=True, type=click.IntRange(17, 23), help="ONNX opset of the graphs.")
 @click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write  [default: runs/compare-MODEL]")
@@ -100,18 +109,18 @@ from .types import Seconds, names, numbers
     "--results",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Where rows are read from and added to  [default: results.jsonl in the folder]",
+    help="File that rows are read from and added to  [default: results.jsonl in the folder]",
 )
-@click.option("--force", is_flag=True, help="Begin anew instead of going on from the rows that are there.")
+@click.option("--force", is_flag=True, help="Start again instead of continuing from the rows that are there.")
 @json_option
 @quiet_option
 @preprocessing_options
 @specs(model=ModelSpec, data=DataSpec, learn=LearnSpec, timing=TimingSpec)
 def compare(model, output, results, force, as_json, quiet, **options) -> None:
-    """MODEL is whatever run takes. All methods get the same budgets and images. Graphs are exported, checked and timed
-    in turns with the dense graph. Rows are written as they are made. The same command continues where it was
-    interrupted, and with more methods or budgets it makes only those. A method that fails for a model or a budget is
-    reported.
+    """MODEL is anything that vpruner run takes. All methods get the same budgets and images. Graphs are exported,
+    checked and timed in turns with the dense graph. Rows are written as they are made. The same command continues after
+    an interruption. With more methods or budgets it makes only the new ones. A method that fails is listed with the
+    reason.
 
     \b
     Example:

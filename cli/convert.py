@@ -28,13 +28,15 @@ from .options import eval_images_option, int8_images_option, io_option, json_opt
     default="minmax",
     show_default=True,
     type=click.Choice(CALIBRATIONS),
-    help="int8: how the range of an activation comes from what was seen.",
+    help="int8: how the range of an activation is calibrated.",
 )
 @click.option("--first-and-last", is_flag=True, help="int8: quantize the patch embedding and the classifier too.")
-@click.option("--eval-data", metavar="PATH", help="Images to compare the two files on, with accuracy where labelled.")
+@click.option(
+    "--eval-data", metavar="PATH", help="Images to compare the two files on; with labels, accuracy is measured too."
+)
 @eval_images_option
 @click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the choice of images."
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of the choice of images."
 )
 @click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
 @preprocessing_options

@@ -23,14 +23,17 @@ from .options import (
 @command
 @model_options
 @click.option(
-    "--plan", "plan_path", metavar="FILE", help="With a PyTorch model: compare it with itself pruned by this plan."
+    "--plan",
+    "plan_path",
+    metavar="FILE",
+    help="For a PyTorch model: the plan that prunes it. It is compared with the dense model.",
 )
-@click.option("--against", metavar="DENSE.ONNX", help="With an ONNX file: the file to compare it with.")
+@click.option("--against", metavar="DENSE.ONNX", help="For an ONNX file: the dense file to compare it with.")
 @preprocessing_options
 @eval_data_option
 @eval_images_option
 @click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the choice of images."
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of the choice of images."
 )
 @click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
 @click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl.")
@@ -38,8 +41,8 @@ from .options import (
 @quiet_option
 @specs(model=ModelSpec, data=DataSpec)
 def evaluate(model, data, plan_path, against, as_json, quiet, results) -> None:
-    """MODEL is an ONNX file, or whatever prune takes together with --plan. Models without classes are compared by the
-    cosine of their features.
+    """MODEL is an ONNX file, or a PyTorch model that vpruner prune takes, with --plan. Models without classes are
+    compared by the cosine of their features.
 
     \b
     Example:

@@ -16,21 +16,21 @@ from .options import export_options, json_option, model_options, precision_optio
 
 @command
 @model_options
-@click.option("--plan", "plan_path", metavar="FILE", help="Export the model pruned by this plan, parity checked.")
-@click.option("--tokens", is_flag=True, help="Tower of a LLaVA: return its tokens, not the mean that plans preserve.")
+@click.option("--plan", "plan_path", metavar="FILE", help="Export the model pruned by this plan.")
+@click.option("--tokens", is_flag=True, help="For the vision tower of a LLaVA: return all its tokens, not their mean.")
 @click.option(
     "--method",
     metavar="NAME",
-    help="Export the model with this method, calibrated here: saint-frozen, tome, evit or another of vpruner compare "
-    "with fixed counts.",
+    help="Export the model with a method that chooses the tokens of each image: saint-frozen, tome, evit or another of "
+    "vpruner compare whose token counts are fixed.",
 )
 @click.option("--target", type=float, help="--method: budget as a fraction of the dense MACs  [default: 0.65]")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="--method: of the choice of images  [default: 0]")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="--method: seed of the choice of images  [default: 0]")
 @export_options
 @precision_options
 @click.option("--data", metavar="PATH", help="--method and int8: calibration images, a folder or .tar.")
 @click.option(
-    "--images", type=click.IntRange(1), help="Calibration images to use, at most  [default: int8 128, --method 512]"
+    "--images", type=click.IntRange(1), help="Most calibration images to use  [default: int8 128, --method 512]"
 )
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), help="File to write  [default: dense.onnx, or pruned.onnx]"

@@ -15,7 +15,11 @@ from .options import deploy_option, json_option, quiet_option
 @command
 @click.argument("dense", type=click.Path(path_type=Path))
 @click.option("--plan", "plan_path", metavar="FILE", help="The token plan to fold in.")
-@click.option("--identity", is_flag=True, help="Drop no token, only what nothing reads: exact, and free.")
+@click.option(
+    "--identity",
+    is_flag=True,
+    help="Keep every token, and remove only work whose result nothing reads: the outputs stay equal.",
+)
 @deploy_option
 @click.option(
     "--output", "-o", default="pruned.onnx", show_default=True, type=click.Path(path_type=Path), help="File to write."
@@ -23,7 +27,7 @@ from .options import deploy_option, json_option, quiet_option
 @json_option
 @quiet_option
 def fold(dense, plan_path, identity, deploy_for, output, as_json, quiet) -> None:
-    """The graph is one that vpruner export wrote, or one of another exporter that vpruner inspect understands.
+    """DENSE is a file of vpruner export, or of any exporter if vpruner inspect recognises it.
 
     \b
     Example:

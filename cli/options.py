@@ -70,7 +70,7 @@ model_options = stacked(
     click.option(
         "--weights",
         metavar="FILE",
-        help="Weights of MODEL: .safetensors, .pth, .pt or .bin; a card's or the reference's own are then not read.",
+        help="Weights of MODEL (.safetensors, .pth, .pt or .bin), in place of those that a model card names.",
     ),
     click.option(
         "--model-arg",
@@ -78,7 +78,7 @@ model_options = stacked(
         multiple=True,
         metavar="KEY=VALUE",
         callback=key_values,
-        help="Argument for the model, such as img_size=384; may be repeated.",
+        help="Argument of the model, such as img_size=384; may be repeated.",
     ),
 )
 calibration_options = stacked(
@@ -88,26 +88,27 @@ calibration_options = stacked(
         default=IMAGES,
         show_default=True,
         type=click.IntRange(1),
-        help="Calibration images to use, at most.",
+        help="Most calibration images to use.",
     ),
     click.option(
         "--loss",
         default="auto",
         show_default=True,
         type=click.Choice(("auto", *LOSSES)),
-        help="What the gradients are of: labels, the model's own distribution, or its features.",
+        help="Loss that tokens are scored by: on labels, on the model's own predictions or on its features; auto takes "
+        "labels if there are any.",
     ),
     click.option(
         "--rounds",
         type=click.IntRange(1),
-        help="Rounds of scoring and searching; by default up to 8, 1 is plain Fisher.",
+        help="Rounds of scoring and searching; 1 is the plain Fisher search  [default: up to 8]",
     ),
     click.option(
         "--seed",
         default=0,
         show_default=True,
         type=click.IntRange(0, 2**63 - 1),
-        help="Of the choice of images and random directions.",
+        help="Seed of everything random: the choice of images, and the search.",
     ),
     click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
 )
@@ -132,33 +133,33 @@ preprocessing_options = stacked(
         "--mean",
         metavar="R,G,B",
         type=PerChannel(),
-        help="Of pixels between 0 and 1, subtracted from them; for ONNX files that do not say how images are prepared.",
+        help="Mean of pixel values between 0 and 1; needed if an ONNX file does not say how images are prepared.",
     ),
-    click.option("--std", metavar="R,G,B", type=PerChannel(), help="Divided by after that."),
+    click.option(
+        "--std", metavar="R,G,B", type=PerChannel(), help="Standard deviation of pixel values between 0 and 1."
+    ),
     click.option(
         "--interpolation",
         type=click.Choice(INTERPOLATIONS),
-        help="Of resizing  [default: the file's, or bicubic]",
+        help="Filter that resizes images  [default: the file's, or bicubic]",
     ),
     click.option(
-        "--crop-pct", type=float, help="Share of the resized image that the crop keeps  [default: the file's, or 1]"
+        "--crop-pct", type=float, help="Fraction of the resized image that the crop keeps  [default: the file's, or 1]"
     ),
     click.option(
         "--crop-mode",
         type=click.Choice(CROP_MODES),
-        help="Crop the middle, squash to the size, or fill up  [default: the file's, or center]",
+        help="Crop the middle, ignore the aspect ratio, or pad the border  [default: the file's, or center]",
     ),
     _gathered_preprocessing,
 )
-eval_data_option = click.option(
-    "--eval-data", metavar="PATH", help="Images to report on; none of them is used to prune."
-)
+eval_data_option = click.option("--eval-data", metavar="PATH", help="Evaluation images: nothing is learned from them.")
 eval_images_option = click.option(
     "--eval-images",
     default=EVAL_IMAGES,
     show_default=True,
     type=click.IntRange(1),
-    help="Images to report on, at most.",
+    help="Most evaluation images to use.",
 )
 target_option = stacked(
     click.option(
@@ -166,14 +167,14 @@ target_option = stacked(
         default=TARGET,
         show_default=True,
         type=float,
-        help="Budget as a fraction of the dense model's cost.",
+        help="Budget, as a fraction of the dense model's cost.",
     ),
     click.option(
         "--cost",
         default="macs",
         show_default=True,
         metavar="macs|latency:TABLE.json",
-        help="What the budget is of: MACs, or milliseconds by a table that vpruner table measured.",
+        help="Unit of the budget: MACs, or milliseconds from a table that vpruner table measured.",
     ),
 )
 stage_options = stacked(
@@ -189,21 +190,20 @@ stage_options = stacked(
         default="weights",
         show_default=True,
         type=click.Choice(TUNINGS),
-        help="What to refit to the tokens that are left: weights are free at run time, gates are not.",
+        help="What to refit after tokens are removed: weights cost nothing at run time, gates cost a little.",
     ),
     click.option(
         "--select",
         default="static",
         show_default=True,
         type=click.Choice(SELECTIONS),
-        help="Keep the same patches of every image, or as many of each, chosen by similarity.",
+        help="static keeps the same patches in every image; content keeps equally many, and each image chooses which.",
     ),
     click.option(
         "--episodes",
         show_default=f"{EPISODES} with --tune weights, else {EPISODES_UNTUNED}",
         type=click.IntRange(1),
-        help="Episodes of --rearrange ppo, each of which tries a plan, at most; Ctrl-C ends it early with the best one "
-        "so far.",
+        help="Most episodes of --rearrange ppo; each tries one plan. Ctrl-C ends it early with the best plan so far.",
     ),
     click.option(
         "--time-limit",
@@ -211,13 +211,13 @@ stage_options = stacked(
         show_default=True,
         metavar="SECONDS",
         type=Seconds(0.1),
-        help="Time for the episodes of --rearrange ppo: no batch of 16 begins that would outlast it, after the first.",
+        help="Time for --rearrange ppo. A batch of 16 episodes that would exceed it is not begun, except the first.",
     ),
     click.option(
         "--checkpoint",
         metavar="FILE",
         type=click.Path(path_type=Path),
-        help="Save the state of --rearrange ppo there, and go on from it where it exists.",
+        help="Save the state of --rearrange ppo in this file, and continue from it if it exists.",
     ),
 )
 io_option = click.option(
@@ -225,7 +225,7 @@ io_option = click.option(
     default="float32",
     show_default=True,
     type=click.Choice(IO),
-    help="fp16 and bf16: inputs and outputs stay float32, or change too.",
+    help="fp16 and bf16: keep inputs and outputs in float32, or convert them too.",
 )
 precision_options = stacked(
     click.option(
@@ -234,7 +234,7 @@ precision_options = stacked(
         multiple=True,
         metavar="NAME[,NAME...]",
         callback=precision_names,
-        help="Write the file in these precisions too: fp16, bf16, int8 (static, calibrated on images), int8-dynamic "
+        help="Also write the file in these precisions: fp16, bf16, int8 (static, calibrated on images), int8-dynamic "
         "(for CPUs); may be repeated  [default: fp32 alone]",
     ),
     io_option,
@@ -244,13 +244,13 @@ int8_images_option = click.option(
     default=INT8_IMAGES,
     show_default=True,
     type=click.IntRange(1),
-    help="Calibration images to use, at most.",
+    help="Most calibration images to use.",
 )
 deploy_option = click.option(
     "--for",
     "deploy_for",
     type=click.Choice(tuple(TARGETS)),
-    help="Write the graph in the form that this runtime takes: opset, operators, fusion.",
+    help="Write the opset and the operators that this runtime takes.",
 )
 export_options = stacked(
     deploy_option,
@@ -266,14 +266,14 @@ runtime_options = stacked(
         default="cpu",
         show_default=True,
         metavar="NAME",
-        help=f"onnxruntime provider: {', '.join(PROVIDERS)}, or onnxruntime's own name of one.",
+        help=f"onnxruntime provider: {', '.join(PROVIDERS)}, or the name that onnxruntime gives it.",
     ),
-    click.option("--threads", type=click.IntRange(1), help="Threads; by default all cores."),
+    click.option("--threads", type=click.IntRange(1), help="Threads  [default: one per core]"),
 )
 trust_option = click.option(
     "--trust",
     is_flag=True,
-    help="Engines: load one whatever lies beside it. An engine can carry code; trust only what you built.",
+    help="Load an engine even if its record is missing or does not fit. An engine can run code: trust only your own.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")

@@ -10,15 +10,13 @@ from ..core import progress
 from ..core.errors import UserError
 from .catalogue import command
 from .console import emit_rows, print_json, print_table, report_progress
-from .options import json_option, quiet_option, runtime_options
+from .options import json_option, quiet_option, runtime_options, trust_option
 from .types import Seconds
 
 
 @command
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--against", metavar="DENSE", type=click.Path(path_type=Path), help="Baseline, measured in turns with MODEL."
-)
+@click.option("--against", metavar="DENSE", type=click.Path(path_type=Path), help="Baseline: the dense file or engine.")
 @click.option(
     "--batch-size",
     "batches",
@@ -32,25 +30,27 @@ from .types import Seconds
 @click.option(
     "--cuda-graph/--no-cuda-graph",
     default=None,
-    help="Launch a run as a whole, or kernel by kernel  [default: both, where a graph can be recorded]",
+    help="Launch a run as one CUDA graph, or kernel by kernel  [default: both, if a graph can be recorded]",
 )
-@click.option("--layers", is_flag=True, help="Milliseconds of each block, from the times of single layers.")
-@click.option("--power", is_flag=True, help="Power, clocks, temperature and throttling during steady work.")
-@click.option("--trust", is_flag=True, help="Load an engine without a record beside it; engines can carry code.")
-@click.option("--seconds", default=10.0, show_default=True, type=Seconds(0.1), help="Time for each batch size.")
+@click.option("--layers", is_flag=True, help="Also measure single layers, added up to blocks.")
+@click.option("--power", is_flag=True, help="Also record power, clocks, temperature and throttling.")
+@trust_option
+@click.option(
+    "--seconds", default=10.0, show_default=True, type=Seconds(0.1), help="Seconds to measure each batch size for."
+)
 @click.option(
     "--print-trtexec", is_flag=True, help="Measure nothing: print the commands for a device that has no Python."
 )
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
-    help="With --print-trtexec: of the engine  [default: the file's]",
+    help="With --print-trtexec: precision of the engine  [default: the file's]",
 )
 @click.option(
     "--from-trtexec",
     nargs=3,
     metavar="TIMES PROFILE LAYERS",
-    help="Measure nothing: read what those commands wrote (JSON files; - for one that there is not).",
+    help="Measure nothing: read the JSON files that those commands wrote; - stands for a missing one.",
 )
 @click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl.")
 @json_option
@@ -58,8 +58,8 @@ from .types import Seconds
 def profile(
     model, against, batches, power, results, as_json, quiet, print_trtexec, precision, from_trtexec, **options
 ) -> None:
-    """Both are measured in turns. An engine also gets its GPU time, the time with copies and the throughput, with a
-    CUDA graph and without.
+    """MODEL and the baseline are measured in turns. Of an engine, vpruner also measures the GPU time, the time with
+    copies and the throughput, with a CUDA graph and without.
 
     \b
     Example:

@@ -36,8 +36,8 @@ from .options import (
 @preprocessing_options
 @specs(model=ModelSpec, data=DataSpec, learn=LearnSpec)
 def prune(model, data, learn, output, as_json, quiet) -> None:
-    """MODEL is whatever run takes. Where tuning changes weights, the model with them is written beside the plan:
-    plan.safetensors for plan.json, or for an ONNX file plan.tuned.onnx, the same graph with those weights.
+    """MODEL is anything that vpruner run takes. If tuning changes weights, the tuned model is written next to
+    plan.json, as plan.safetensors, or as plan.tuned.onnx if MODEL is an ONNX file.
 
     \b
     Example:

@@ -24,7 +24,8 @@ from .options import json_option
 )
 @json_option
 def report(results, output, as_json) -> None:
-    """RESULTS are files that profile --results wrote, or the results.jsonl of a run; those of several devices too.
+    """RESULTS are files that vpruner profile --results wrote, or the results.jsonl of a run. They may come from several
+    devices.
 
     \b
     Example:

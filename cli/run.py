@@ -42,7 +42,7 @@ from .types import Seconds
 @click.option(
     "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement."
 )
-@click.option("--seconds", default=10.0, show_default=True, type=Seconds(0.1), help="Time to measure latency for.")
+@click.option("--seconds", default=10.0, show_default=True, type=Seconds(0.1), help="Seconds to measure latency for.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write  [default: runs/MODEL]")
 @click.option("--force", is_flag=True, help="Replace an earlier run in that folder.")
 @json_option
@@ -51,9 +51,9 @@ from .types import Seconds
 @specs(model=ModelSpec, data=DataSpec, learn=LearnSpec, export=ExportSpec, precision=PrecisionSpec, timing=TimingSpec)
 def run(model, output, force, as_json, quiet, **options) -> None:
     """MODEL is a timm name (with --weights or --pretrained), a model card (.json), an ONNX file of any exporter, the
-    folder of a transformers vision tower or LLaVA, or nothing for the bundled reference. The folder that is written
-    holds plan.json, dense.onnx, pruned.onnx, results.jsonl and report.html when all of it has succeeded, and
-    model.safetensors (or tuned.onnx) where tuning changed weights.
+    folder of a transformers vision tower or LLaVA, or nothing for the bundled reference. The output folder appears when
+    everything has succeeded. It holds plan.json, dense.onnx, pruned.onnx, results.jsonl and report.html, and
+    model.safetensors (or tuned.onnx) if tuning changed weights.
 
     \b
     Example:

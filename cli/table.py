@@ -22,25 +22,25 @@ from .types import Seconds
     default="ort",
     show_default=True,
     type=click.Choice(["ort", "trt"]),
-    help="onnxruntime, or TensorRT: an engine is built for every graph that is measured.",
+    help="onnxruntime or TensorRT; TensorRT builds an engine for every graph that is measured.",
 )
 @runtime_options
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="With --runtime trt: of the engines  [default: fp16]",
+    help="With --runtime trt: precision of the engines  [default: fp16]",
 )
 @click.option(
     "--step",
     type=click.IntRange(1),
-    help="With --runtime trt: kernels like multiples of so many tokens, and both edges are measured  [default: 8]",
+    help="With --runtime trt: tokens of one tile of a kernel; both edges of each tile are measured  [default: 8]",
 )
 @click.option(
     "--seconds",
     default=60.0,
     show_default=True,
     type=Seconds(0.1),
-    help="Time to measure for, about; with --runtime trt building counts too, and 600 is a good start.",
+    help="About how many seconds to measure for. With --runtime trt this includes building; begin with 600.",
 )
 @click.option(
     "--output", "-o", default="table.json", show_default=True, type=click.Path(path_type=Path), help="Table to write."
@@ -49,8 +49,8 @@ from .types import Seconds
 @quiet_option
 @specs(model=ModelSpec, export=ExportSpec)
 def table(model, export, output, as_json, quiet, **options) -> None:
-    """MODEL is whatever prune takes, or the dense.onnx of one. The table holds for the machine, provider, threads and
-    batch size it was measured with; give it to run or prune as --cost latency:TABLE.json.
+    """MODEL is anything that vpruner prune takes, or a dense.onnx. The table holds for the machine, provider, threads
+    and batch size that it was measured with. Pass it to vpruner run or prune as --cost latency:TABLE.json.
 
     \b
     Example:

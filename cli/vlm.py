@@ -57,28 +57,34 @@ vlm_options = stacked(
         "keeps",
         multiple=True,
         type=float,
-        help="Share of the visual tokens that is left; may be repeated  [default: 0.25]",
+        help="Fraction of the visual tokens to keep; may be repeated  [default: 0.25]",
     ),
     click.option(
         "--threshold",
         type=float,
-        help="llm, hybrid: instead of --keep, drop as many tokens as have enough others at least this alike.",
+        help="llm, hybrid: in place of --keep, how similar tokens must be to count as redundant, such as 0.83.",
     ),
     click.option(
         "--layers",
         type=Layers(),
         metavar="N-M",
-        help="Language layers, from 0, that llm and hybrid drop in; fastv: how many layers see every token.",
+        help="llm, hybrid: language layers that drop tokens, counted from 0; fastv: how many layers see every token.",
     ),
-    click.option("--encoder-keep", type=float, help="hybrid: share that the vision tower keeps."),
-    click.option("--plan", metavar="FILE", help="static: a plan.json for the vision tower, from vpruner prune MODEL."),
-    click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of what is random."),
-    click.option("--device", help="cpu, cuda, cuda:1  [default: the GPU where there is one]"),
+    click.option("--encoder-keep", type=float, help="hybrid: fraction that the vision tower keeps."),
     click.option(
-        "--dtype", default="auto", show_default=True, type=click.Choice(VLM_DTYPES), help="Of weights; auto: as saved."
+        "--plan", metavar="FILE", help="static: the plan of the vision tower, written by vpruner prune MODEL."
     ),
-    click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Prompts at a time."),
-    click.option("--results", type=click.Path(path_type=Path), help="Append the rows to this results.jsonl."),
+    click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Random seed."),
+    click.option("--device", help="cpu, cuda, cuda:1  [default: the GPU if there is one]"),
+    click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        type=click.Choice(VLM_DTYPES),
+        help="Type of the weights; auto: as saved.",
+    ),
+    click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Prompts per batch."),
+    click.option("--results", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl."),
     json_option,
     quiet_option,
     _gathered_prunings,
@@ -102,10 +108,10 @@ def vlm() -> None:
 @click.option(
     "--new-tokens", default=16, show_default=True, type=click.IntRange(2), help="Tokens that each prompt generates."
 )
-@click.option("--rounds", type=click.IntRange(1), help="Timed rounds  [default: as many as fit, at least 10]")
-@click.option("--seconds", default=30.0, show_default=True, type=Seconds(0.1), help="Time to measure for.")
+@click.option("--rounds", type=click.IntRange(1), help="Timed rounds  [default: as many as fit, and at least 10]")
+@click.option("--seconds", default=30.0, show_default=True, type=Seconds(0.1), help="Seconds to measure for.")
 def profile_vlm(vlm, prunings, results, as_json, **options) -> None:
-    """Time to the first token, speed of decoding, memory, cache and visual tokens: dense and pruned in turns.
+    """Measure time to the first token, decoding speed, memory, cache and visual tokens, dense and pruned in turns.
 
     \b
     Example:
@@ -127,14 +133,17 @@ def profile_vlm(vlm, prunings, results, as_json, **options) -> None:
     "--data",
     required=True,
     type=click.Path(path_type=Path),
-    help='Lines of {"image": "cat.png", "question": "...", "answer": "..."}, with "kind" to be counted apart.',
+    help='Lines of {"image": "cat.png", "question": "...", "answer": "..."}; "kind" is optional and counted alone.',
 )
-@click.option("--questions", "count", type=click.IntRange(1), help="Take the first so many  [default: all]")
 @click.option(
-    "--max-new-tokens", default=16, show_default=True, type=click.IntRange(1), help="Length of an answer, at most."
+    "--questions", "count", type=click.IntRange(1), help="Most questions to ask, from the first on  [default: all]"
+)
+@click.option(
+    "--max-new-tokens", default=16, show_default=True, type=click.IntRange(1), help="Most tokens of an answer."
 )
 def evaluate_vlm(vlm, prunings, results, as_json, data, seed, **options) -> None:
-    """Accuracy of answers, dense and pruned, on the same questions: exact match but for case, articles and the like.
+    """Measure the accuracy of answers, dense and pruned, on the same questions. An answer must match exactly, apart
+    from case, articles and punctuation.
 
     \b
     Example:

@@ -193,8 +193,8 @@ def _evaluate_torch(
         remark_untuned(plan, loaded.sha256, plan_path=plan_path, verb="evaluate")
         tuned = loaded.sha256 == plan.provenance.get("tuned_weights_sha256")
     if tuned:
-        told = command("evaluate", "pruned.onnx", against="dense.onnx")
-        progress.remark(f"tuned weights are not those of the dense model: what it lost is told by {told}")
+        again = command("evaluate", "pruned.onnx", against="dense.onnx")
+        progress.remark(f"these weights are tuned, not the dense model's; to see what the model lost, run: {again}")
     images = _images_for(loaded.classes, adapter.geometry, data, plan is not None and not tuned)
 
     def dense(batch):

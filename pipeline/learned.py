@@ -173,7 +173,7 @@ def replace_learned(
             remove_tuned(path)
             progress.remark(f"removed {path}: its weights were tuned for the plan that {plan_path.name} held before")
         else:
-            progress.remark(f"{path} stays; it does not belong to {plan_path.name}, which was written beside it")
+            progress.remark(f"{path} was left as it is; its weights do not belong to the new {plan_path.name}")
     return plan
 
 
@@ -257,6 +257,6 @@ def remark_untuned(
             else command(verb, "MODEL", weights=weights, plan=where)
         )
         progress.remark(
-            f"the model has its weights from before tuning; those tuned for this plan are in {name}, written beside "
-            f"it, to be given as in: {again}"
+            f"the model has its weights from before tuning; {name} next to the plan holds the tuned ones; use them "
+            f"with: {again}"
         )

@@ -405,7 +405,7 @@ def test_weights_before_tuning_go_on_with_a_remark(tuned, card, images, tmp_path
         ("evaluate", ("evaluate", card, *plan, "--eval-data", images)),
     ):
         said = " ".join(call(*command).stderr.split())
-        assert "those tuned for this plan are in model.safetensors" in said
+        assert "model.safetensors next to the plan holds the tuned ones" in said
         weights = f"--weights {output / 'model.safetensors'} --plan {output / 'plan.json'}"
         assert f"vpruner {again} MODEL {weights}" in said
     assert "vpruner.tuned_sha256" not in properties_of(tmp_path / "a.onnx")
@@ -445,11 +445,12 @@ def test_tuned_weights_of_an_earlier_plan_do_not_stay_beside_a_new_one(card, ima
         tuned_for(digest) if digest else tuned.write_bytes(b"mine")
         before = tuned.read_bytes()
         said = " ".join(call(*prune, 0.6).stderr.split())
-        assert f"{tuned} stays; it does not belong to p.json" in said and tuned.read_bytes() == before
+        assert f"{tuned} was left as it is; its weights do not belong to the new p.json" in said
+        assert tuned.read_bytes() == before
     # Nor are those that were pruned just now.
     tuned_for(TokenPlan.load(output).digest)
     said = call(*prune, 0.7, "--weights", tuned).stderr
-    assert tuned.exists() and "stays" not in said and "removed" not in said
+    assert tuned.exists() and "was left as it is" not in said and "removed" not in said
 
 
 def test_weights_of_the_users_are_never_overwritten(card, tmp_path):
