@@ -69,8 +69,8 @@ def profile(
       vpruner profile pruned.onnx --from-trtexec pruned.times.json pruned.profile.json pruned.layers.json
     """
     from ..pipeline.folders import check_output
-    from ..runtime.power import open_source
-    from ..runtime.profile import profile_files
+    from ..pipeline.profile import check_baseline
+    from ..pipeline.profile import profile as profile_model
     from ..runtime.trtexec import rows_from_trtexec
 
     report_progress(quiet)
@@ -88,30 +88,12 @@ def profile(
         rows = rows_from_trtexec(model, files, batch=batches[0])
     else:
         if against:
-            _check_baseline(model, against)
+            check_baseline(model, against)
         paths = {"dense": against, "pruned": model} if against else {model.stem: model}
-        with open_source(power) as (source, remark):
-            progress.remark(remark)
-            with progress.stage("Measuring latency"):
-                rows = profile_files(paths, batches=batches, power=source, **options)
+        rows = profile_model(paths, batches=batches, power=power, **options)
     if emit_rows(rows, results, as_json):
         return
     _print_profile(rows)
-
-
-def _check_baseline(model: Path, against: Path) -> None:
-    """Refuse a baseline that is none, of either kind of file."""
-    from ..core.metadata import ModelMetadata
-    from ..pipeline.evaluate import check_against, refuse_pruned, refuse_same
-    from ..runtime.profile import is_engine
-    from ..runtime.sidecar import EngineRecord
-
-    if not is_engine(against):
-        check_against(model, against)
-        return
-    refuse_same(model, against)
-    if record := EngineRecord.load(against):
-        refuse_pruned(against, ModelMetadata.from_props(record.metadata, str(against)))
 
 
 def _print_trtexec(model, against, batches, precision, cuda_graph, seconds, as_json) -> None:
@@ -134,15 +116,9 @@ def _print_trtexec(model, against, batches, precision, cuda_graph, seconds, as_j
 
 
 def _print_profile(rows) -> None:
-    from ..report.results import by_setting
-    from ..report.tables import latency as tables
+    from ..report.tables.latency import profile_tables, timing_remarks
 
-    for group in by_setting(rows).values():
-        timed = list(group.values())
-        print_table(tables.latency_table(timed, tables.named(timed[0])))
-    for group in by_setting(rows, "blocks").values():
-        print_table(tables.blocks_table(group))
-    print_table(tables.throughput_table(rows))
-    print_table(tables.power_table(rows))
-    for remark in tables.timing_remarks(rows):
+    for table in profile_tables(rows):
+        print_table(table)
+    for remark in timing_remarks(rows):
         progress.remark(remark)

@@ -86,11 +86,7 @@ def _print_run(rows: list[dict[str, Any]]) -> None:
     from ..report.tables import run as tables
 
     results = Results(tuple(rows))
-    if stages := results.stages():
-        print_table(tables.stages_table(stages, results))
-    print_table(tables.summary_table(results))
-    print_table(tables.prediction_table(results.last("prediction")))
-    print_table(tables.gates_table(results.last("gates")))
-    print_table(tables.precision_table(results))
+    for table in tables.run_tables(results):
+        print_table(table)
     for note in tables.precision_notes(results):
         click.echo(note)

@@ -58,6 +58,13 @@ class ContentPlan:
     def with_provenance(self, **provenance: Any) -> ContentPlan:
         return replace(self, plan=self.plan.with_provenance(**provenance))
 
+    def __str__(self) -> str:
+        return f"{self.plan}\neach image chooses its own patches; weight of the plan's: {self.prior_weight:g}"
+
+    def _repr_html_(self) -> str:
+        chosen = f"each image chooses its own patches; weight of the plan's: {self.prior_weight:g}"
+        return f"{self.plan._repr_html_()}<p>{chosen}</p>"
+
     @property
     def digest(self) -> str:
         """SHA-256 of what the plan does, not of how it came about."""

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from .drawing import exits_svg, table_html, table_text
 from .errors import PlanError
 from .files import json_sha256, write_text
 from .text import command
@@ -321,6 +322,28 @@ class TokenPlan:
                 f"the plan was learned on weights {mine[:12]}, this {model} has weights {weights_sha256[:12]}",
                 f"make a plan for these weights with: {command('prune', 'MODEL', output='plan.json')}",
             )
+
+    # -- showing it -----------------------------------------------------------------------------------------------
+
+    def _table(self) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+        """Title, header and rows: the tokens of each block."""
+        geometry, ratio = self.geometry, self.provenance.get("ratio")
+        cost = f", {ratio:.3f} of the dense cost" if isinstance(ratio, float) else ""
+        title = f"{self.model}: {geometry.depth} blocks, {geometry.grid[0]} x {geometry.grid[1]} patches{cost}"
+        rows = [
+            (str(block), f"{len(indices)} of {geometry.patches}", str(keys), str(queries))
+            for block, (indices, keys, queries) in enumerate(
+                zip(self.kept, self.key_counts, self.query_counts, strict=True)
+            )
+        ]
+        return title, ("block", "patches that enter", "tokens in", "tokens out"), rows
+
+    def __str__(self) -> str:
+        return table_text(*self._table())
+
+    def _repr_html_(self) -> str:
+        picture = exits_svg(self.exits.tolist(), self.geometry.grid, self.geometry.depth)
+        return f"<div>{table_html(*self._table())}{picture}</div>"
 
     # -- JSON -----------------------------------------------------------------------------------------------------
 

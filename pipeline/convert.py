@@ -26,9 +26,9 @@ def convert_checked(
     output: Path,
     precision: str,
     *,
-    data: str | None = None,
+    data: Any = None,
     count: int = 128,
-    eval_data: str | None = None,
+    eval_data: Any = None,
     eval_count: int = 2000,
     seed: int = 0,
     strict: bool = False,
@@ -68,9 +68,9 @@ def convert_checked(
 def _images(
     opened: OpenedGraph,
     precision: str,
-    data: str | None,
+    data: Any,
     count: int,
-    eval_data: str | None,
+    eval_data: Any,
     eval_count: int,
     seed: int,
     strict: bool,
@@ -106,7 +106,8 @@ def _images(
     outputs = model.graph.outputs[0].shape
     classes = outputs[-1] if about.output == "logits" and outputs is not None and isinstance(outputs[-1], int) else None
     from ..prune.choose_images import choose_images, choose_indices, map_labels
-    from ..prune.data import ImageSet, ImageSource
+    from ..prune.data import ImageSet
+    from ..prune.memory import open_source
 
     remarks: list[str] = []
     calibration = None
@@ -126,7 +127,7 @@ def _images(
             strict=strict,
         )
     else:
-        files = ImageSource(eval_data)
+        files = open_source(eval_data, split="validation")
         labels = map_labels(files, about.classes, classes, remarks)
         evaluation = ImageSet(files, choose_indices(files, eval_count, seed), labels, strict)
     read = []

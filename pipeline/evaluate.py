@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import progress
+from ..core.content_plan import ContentPlan, load_plan
 from ..core.errors import UserError
-from ..core.plan import Geometry
+from ..core.plan import Geometry, TokenPlan
 from ..core.specs import DataSpec, ModelSpec
 from ..core.text import command, option
 from .inputs import at_least_one, one_set, open_torch, refuse_preprocessing
@@ -18,11 +19,15 @@ from .learned import remark_untuned, rule_of
 from .options import EXAMPLE_IMAGES
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
+    from torch import Tensor
 
     from ..core.metadata import ModelMetadata
+    from ..core.preprocess import Preprocessing
     from ..core.statistics import Estimate, Outputs
     from ..prune.data import ImageSet
+    from ..prune.loaded import LoadedModel
     from ..runtime.ort import OrtSession
 
 
@@ -87,31 +92,41 @@ def collect_graphs(
 
 
 def evaluate(
-    model: ModelSpec, data: DataSpec, *, plan_path: str | Path | None = None, against: str | Path | None = None
+    model: ModelSpec,
+    data: DataSpec,
+    *,
+    plan: TokenPlan | ContentPlan | None = None,
+    plan_path: str | Path | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    against: str | Path | LoadedModel | None = None,
 ) -> list[dict[str, Any]]:
     """Accuracy rows of ONNX files through the application's session, or of a PyTorch model.
 
     Of two ONNX files one may be another tool's: what it does not say of its images, it takes from the other.
 
     Args:
-        plan_path: Of a PyTorch model: compare it with itself pruned by this plan.
-        against: Of an ONNX file: the dense file to compare it with.
+        plan: Of a PyTorch model: compare it with itself pruned by this plan.
+        plan_path: Where to read that plan, or where it was read.
+        weights: State-dict name -> tensor, where the pruned model has other weights.
+        against: Of an ONNX file: the dense file, or the dense model in memory, to compare it with.
 
     Raises:
         UserError: Options do not go together, a file cannot be used, or there is nothing to measure.
     """
     if model.is_onnx:
-        if plan_path or model.pretrained or model.weights or model.model_args:
+        if plan or plan_path or model.pretrained or model.weights or model.model_args:
             named = f"{option('plan')}, {option('weights')}"
             raise UserError(
                 f"{model.what} is an ONNX file: {named} and such go with a PyTorch model", f"use {option('against')}"
             )
-        estimates, images = _evaluate_onnx(model, data, None if against is None else Path(against))
+        estimates, images = _evaluate_onnx(model, data, Path(against) if isinstance(against, str) else against)
     else:
-        if against:
+        if against is not None:
             raise UserError(f"{option('against')} goes with an ONNX file", f"for a PyTorch model give {option('plan')}")
         refuse_preprocessing(model.preprocessing)
-        estimates, images = _evaluate_torch(model, data, plan_path)
+        if plan is None and plan_path:
+            plan = load_plan(plan_path)
+        estimates, images = _evaluate_torch(model, data, plan, plan_path, weights)
     progress.remark(images.skipped_remark("evaluation"))
     return [estimate.row(label) for label, values in estimates.items() for estimate in values]
 
@@ -129,16 +144,19 @@ def _images_for(classes: Sequence[str] | None, geometry: Geometry, data: DataSpe
 
 
 def _evaluate_onnx(
-    model: ModelSpec, data: DataSpec, against: Path | None
+    model: ModelSpec, data: DataSpec, against: Path | LoadedModel | None
 ) -> tuple[dict[str, list[Estimate]], ImageSet]:
     from ..core.preprocess import resolve_preprocessing
 
     path = Path(model.what)
     paths = {"model": path}
-    if against is not None:
+    if isinstance(against, Path):
         refuse_same(path, against)
         paths = {"dense": against, "pruned": path}
-    with open_graphs(paths) as sessions:
+    with open_graphs(paths) as opened:
+        sessions: dict[str, Any] = dict(opened)
+        if against is not None and not isinstance(against, Path):
+            sessions = {"dense": InPyTorch(against), "pruned": opened["model"]}
         described = [session.metadata for session in sessions.values() if session.metadata.geometry is not None]
         if not described:
             raise UserError(
@@ -146,8 +164,9 @@ def _evaluate_onnx(
             )
         metadata = described[0]
         if against is not None:
-            refuse_pruned(against, sessions["dense"].metadata)
-            _check_same_weights(path, against, [session.metadata.weights_sha256 for session in sessions.values()])
+            dense = sessions["dense"]
+            refuse_pruned(dense.path, dense.metadata)
+            _check_same_weights(path, dense.path, [session.metadata.weights_sha256 for session in sessions.values()])
         for session in sessions.values():
             session.preprocessing = resolve_preprocessing(
                 session.preprocessing or metadata.preprocessing,
@@ -159,6 +178,34 @@ def _evaluate_onnx(
         with progress.stage("Evaluating", len(images.indices)) as advance:
             estimates, _ = evaluate_graphs(sessions, images, metadata.geometry, advance)
     return estimates, images
+
+
+class InPyTorch:
+    """A model in memory in the place of an opened file: the baseline that a graph is compared with.
+
+    Attributes:
+        path: What messages call it.
+        preprocessing: How images become its input.
+        metadata: What its dense file would say.
+    """
+
+    def __init__(self, loaded: LoadedModel):
+        from ..core.metadata import ModelMetadata
+
+        self._model, self.path = loaded.adapter.model, Path(loaded.name)
+        self.preprocessing: Preprocessing | None = loaded.preprocessing
+        self.metadata = ModelMetadata(
+            loaded.name, loaded.sha256, loaded.adapter.geometry, loaded.preprocessing, loaded.classes
+        )
+
+    def logits(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """[image, output] of the model."""
+        import torch
+
+        parameter = next(self._model.parameters())
+        with torch.inference_mode():
+            inputs = torch.from_numpy(self.preprocessing.batch(images)).to(parameter)
+            return self._model(inputs).float().cpu().numpy()
 
 
 def _check_same_weights(path: Path, against: Path, hashes: Sequence[str | None]) -> None:
@@ -175,22 +222,26 @@ def _check_same_weights(path: Path, against: Path, hashes: Sequence[str | None])
 
 
 def _evaluate_torch(
-    model: ModelSpec, data: DataSpec, plan_path: str | Path | None
+    model: ModelSpec,
+    data: DataSpec,
+    plan: TokenPlan | ContentPlan | None,
+    plan_path: str | Path | None,
+    weights: Mapping[str, Tensor] | None,
 ) -> tuple[dict[str, list[Estimate]], ImageSet]:
     import torch
 
-    from ..core.content_plan import load_plan
     from ..core.statistics import collect_outputs, compare
     from ..prune.fisher import batch_size_for
+    from ..prune.tune.weights import with_weights
 
-    plan = load_plan(plan_path) if plan_path else None
     loaded = open_torch(model)
     adapter = loaded.adapter
     rule = None if plan is None else rule_of(plan)
     tuned = False
     if plan is not None:
         plan.check_fits(loaded.name, adapter.geometry, loaded.sha256)
-        remark_untuned(plan, loaded.sha256, plan_path=plan_path, verb="evaluate")
+        if not weights:
+            remark_untuned(plan, loaded.sha256, plan_path=plan_path, verb="evaluate")
         tuned = loaded.sha256 == plan.provenance.get("tuned_weights_sha256")
     if tuned:
         again = command("evaluate", "pruned.onnx", against="dense.onnx")
@@ -199,10 +250,11 @@ def _evaluate_torch(
 
     def dense(batch):
         with torch.inference_mode():
-            return adapter.model(batch).numpy()
+            return adapter.model(batch.to(next(adapter.model.parameters()))).float().cpu().numpy()
 
     def pruned(batch):
-        with adapter.applied(plan, "dead") if rule is None else rule.applied(adapter):
+        applied = adapter.applied(plan, "dead") if rule is None else rule.applied(adapter)
+        with with_weights(adapter.model, weights), applied:
             return dense(batch)
 
     runners = {"dense": dense} if plan is None else {"dense": dense, "pruned": pruned}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from ..core.errors import UserError
 from ..core.files import scratch_beside
 from ..core.plan import TokenPlan
 from ..core.specs import DataSpec, ExportSpec, PrecisionSpec
-from ..core.text import option
+from ..core.text import command, option
 from .graphs import Reduced, write_graphs
 from .inputs import at_least_one, noise_images, one_set
 from .learned import remark_untuned, rule_of
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from ..export.precision import Agreement, Conversion
     from ..prune.loaded import LoadedModel
     from ..prune.methods.rule import TokenRule
+    from ..report.blocks import Table
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,23 @@ class Exported:
         """Every file, the float32 one first."""
         return (self.path, *(done.path for done, _, _ in self.conversions))
 
+    def __fspath__(self) -> str:
+        """The float32 file, wherever a path is taken."""
+        return str(self.path)
+
+    def _table(self) -> Table:
+        from ..report.tables.run import parity_table
+        from .results import parity_row
+
+        return parity_table([parity_row(check) for check in self.checks])
+
+    def __str__(self) -> str:
+        deployed = [] if self.deployment is None else [self.deployment.summary]
+        return "\n".join([str(self._table()), *deployed, *map(str, self.files)])
+
+    def _repr_html_(self) -> str:
+        return f"{self._table()._repr_html_()}<p>{'<br>'.join(escape(str(path)) for path in self.files)}</p>"
+
 
 def export(
     loaded: LoadedModel,
@@ -88,6 +108,7 @@ def export(
     *,
     plan: TokenPlan | ContentPlan | None = None,
     plan_path: str | Path | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     method: MethodSpec | None = None,
     data: Any = None,
     images: int | None = None,
@@ -98,6 +119,8 @@ def export(
     Args:
         plan: Static or by content.
         plan_path: Where the plan was read from, for remarks.
+        weights: State-dict name -> tensor, where tuning for the plan changed weights of the model; the plan says their
+            hash.
         data, images: Calibration images of the method and of static int8, and how many are used at most.
         tokens: Of a model that ends in the mean of its tokens: return these instead.
 
@@ -107,10 +130,15 @@ def export(
         ParityError: The graph does not compute what the model does.
     """
     check_export(precision, plan, method, data, tokens)
+    if loaded.softmax:
+        raise UserError(
+            f"{loaded.graph.source} ends in a Softmax, and what it returns is compared as logits",
+            f"save the plan and fold it into the graph: {command('fold', 'FILE', plan='plan.json')}",
+        )
     if method is not None:
         reduced, noise = _calibrated(loaded, method, data, images or METHOD_IMAGES)
     else:
-        reduced, noise = by_plan(loaded, plan, plan_path=plan_path), None
+        reduced, noise = by_plan(loaded, plan, plan_path=plan_path, weights=weights), None
         if tokens:
             from ..export.tokens import check_pools_by_mean
 
@@ -147,9 +175,16 @@ def check_export(precision: PrecisionSpec, plan: Any, method: MethodSpec | None,
 
 
 def by_plan(
-    loaded: LoadedModel, plan: TokenPlan | ContentPlan | None, *, plan_path: str | Path | None = None
+    loaded: LoadedModel,
+    plan: TokenPlan | ContentPlan | None,
+    *,
+    plan_path: str | Path | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Reduced:
     """A model with a plan that was learned for it.
+
+    Args:
+        weights: As for :func:`export`.
 
     Raises:
         PlanError: The plan is for another model.
@@ -157,6 +192,8 @@ def by_plan(
     if plan is None:
         return Reduced(loaded)
     plan.check_fits(loaded.name, loaded.adapter.geometry, loaded.sha256)
+    if weights:
+        return Reduced(loaded, rule_of(plan) or plan, weights, plan.provenance["tuned_weights_sha256"])
     remark_untuned(plan, loaded.sha256, plan_path=plan_path)
     tuned = loaded.sha256 == plan.provenance.get("tuned_weights_sha256")
     trained = plan.provenance.get("weights_sha256") if tuned else None

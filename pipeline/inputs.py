@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,8 @@ def open_prunable(model: ModelSpec, *, loss: str = "auto", softmax: bool = False
     from ..prune.loaded import LoadedModel
 
     if isinstance(model.what, LoadedModel):
+        if not softmax:
+            refuse_softmax(model.what)
         return model.what
     if not model.is_onnx:
         refuse_preprocessing(model.preprocessing)
@@ -93,13 +96,9 @@ def open_prunable(model: ModelSpec, *, loss: str = "auto", softmax: bool = False
 
     features = None if loss == "auto" else loss == "features"
     rebuilt = rebuild(model.what, preprocessing=model.preprocessing, features=features)
-    loaded, geometry = rebuilt.loaded, rebuilt.loaded.adapter.geometry
-    if rebuilt.softmax and not softmax:
-        learn, fold = command("prune", str(model.what), data="DIR"), command("fold")
-        raise UserError(
-            f"{model.what} ends in a Softmax, and what it returns is compared as logits",
-            f"learn the plan with: {learn}; then: {fold}",
-        )
+    loaded, geometry = replace(rebuilt.loaded, softmax=rebuilt.softmax), rebuilt.loaded.adapter.geometry
+    if not softmax:
+        refuse_softmax(loaded)
     if loss == "auto" and loaded.classes is None:
         kind = (
             f"an embedding ({option('loss', 'self')} if it is logits)"
@@ -108,6 +107,15 @@ def open_prunable(model: ModelSpec, *, loss: str = "auto", softmax: bool = False
         )
         progress.remark(f"{Path(model.what).name}: its {geometry.outputs} outputs are taken for {kind}")
     return loaded
+
+
+def refuse_softmax(loaded: LoadedModel) -> None:
+    if loaded.softmax:
+        learn, fold = command("prune", loaded.graph.source, data="DIR"), command("fold")
+        raise UserError(
+            f"{loaded.graph.source} ends in a Softmax, and what it returns is compared as logits",
+            f"learn the plan with: {learn}; then: {fold}",
+        )
 
 
 def open_torch(model: ModelSpec) -> LoadedModel:
@@ -168,7 +176,8 @@ def one_set(classes: Sequence[str] | None, geometry: Geometry, data: DataSpec, r
     """Images for a command that reads a single source: ``role`` is ``"calibration"`` or ``"evaluation"``."""
     from ..core import bundled
     from ..prune.choose_images import choose_indices, map_labels
-    from ..prune.data import ImageSet, ImageSource
+    from ..prune.data import ImageSet
+    from ..prune.memory import open_source
 
     learns = role == "calibration"
     spec, count = (data.data, data.images) if learns else (data.eval_data, data.eval_images)
@@ -176,7 +185,7 @@ def one_set(classes: Sequence[str] | None, geometry: Geometry, data: DataSpec, r
         missing = option("data" if learns else "eval_data")
         progress.remark(f"no {missing}: the bundled CIFAR-10 images serve for {role}")
         spec = str(bundled.calibration_data() if learns else bundled.evaluation_data())
-    source = spec if isinstance(spec, ImageSource) else ImageSource(spec, split="train" if learns else "validation")
+    source = open_source(spec, split="train" if learns else "validation")
     remarks: list[str] = []
     label_map = map_labels(source, classes, geometry.class_count, remarks)
     for remark in remarks:

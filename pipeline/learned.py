@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -186,6 +187,21 @@ def remove_tuned(path: Path) -> None:
     remove_model(path)
 
 
+def described(loaded: LoadedModel, learned: Learned) -> TokenPlan | ContentPlan:
+    """The plan to ship, which names the ONNX file that it was learned from and the tuned weights that go with it."""
+    from ..prune.backbones.vit import weights_sha256
+    from ..prune.tune.weights import with_weights
+
+    plan = learned.content or learned.plan
+    if loaded.graph is not None and loaded.graph.sha256 is not None:
+        # What tells folding that this graph is the one, where its metadata does not.
+        plan = plan.with_provenance(graph={"name": loaded.graph.name, "sha256": loaded.graph.sha256})
+    if learned.weights:
+        with with_weights(loaded.adapter.model, learned.weights) as model:
+            plan = plan.with_provenance(tuned_weights_sha256=weights_sha256(model))
+    return plan
+
+
 def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights_path: Path) -> TokenPlan | ContentPlan:
     """Write the plan, and beside it the whole model with tuned weights where there are any; returns the plan written.
 
@@ -197,18 +213,12 @@ def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights
         ParityError: That graph does not compute what the tuned model does.
     """
     from ..core.metadata import TUNED_FOR, WEIGHTS_SHA256
-    from ..prune.backbones.vit import weights_sha256
     from ..prune.tune.weights import with_weights
 
-    plan, model = learned.content or learned.plan, loaded.adapter.model
-    if loaded.graph is not None and loaded.graph.sha256 is not None:
-        # What tells folding that this graph is the one, where its metadata does not.
-        plan = plan.with_provenance(graph={"name": loaded.graph.name, "sha256": loaded.graph.sha256})
+    plan, model = described(loaded, learned), loaded.adapter.model
     if learned.weights:
+        plan = plan.with_provenance(tuned_weights_file=weights_path.name)
         with with_weights(model, learned.weights):
-            plan = plan.with_provenance(
-                tuned_weights_sha256=weights_sha256(model), tuned_weights_file=weights_path.name
-            )
             if loaded.graph is not None:
                 from ..export.rebuild.graph import write_graph
 
@@ -219,6 +229,54 @@ def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights
                 save_weights(model.state_dict(), weights_path, metadata)
     plan.save(plan_path)
     return plan
+
+
+def tuned_for_plan(
+    loaded: LoadedModel, plan: TokenPlan | ContentPlan, plan_path: Path | None, weights_path: Path | None
+) -> dict[str, Tensor] | None:
+    """The weights that were tuned for a plan, where they are not the model's own already.
+
+    Args:
+        plan_path: Where the plan was read from; None: not known.
+        weights_path: The file of the tuned model; None: the one next to the plan's, where it is there.
+
+    Returns:
+        State-dict name -> tensor of what tuning changed; None where it changed nothing, or its file is not known.
+
+    Raises:
+        UserError: The file does not fit the model, or holds other weights than those tuned for the plan.
+    """
+    import torch
+
+    from ..prune.backbones.vit import weights_sha256
+    from ..prune.weights_file import load_weights
+
+    tuned = plan.provenance.get("tuned_weights_sha256")
+    if weights_path is None:
+        name = plan.provenance.get("tuned_weights_file")
+        if not tuned or loaded.sha256 == tuned or plan_path is None or not isinstance(name, str):
+            return None
+        weights_path = plan_path.with_name(Path(name).name)
+        if not weights_path.is_file():
+            return None
+    if is_onnx(weights_path):
+        from ..export.rebuild.graph import rebuild
+
+        stated = {key: value for key, value in loaded.preprocessing.to_json().items() if key != "size"}
+        found = rebuild(weights_path, preprocessing=stated).loaded
+        model, sha256 = found.adapter.model, found.sha256
+    else:
+        model = copy.deepcopy(loaded.adapter.model)
+        load_weights(model, weights_path, loaded.name)
+        sha256 = weights_sha256(model)
+    if sha256 != tuned:
+        raise UserError(
+            f"{weights_path} has weights {sha256[:12]}, the plan goes with {str(tuned)[:12] if tuned else 'no others'}",
+            "give the file that was written with the plan",
+        )
+    own = dict(loaded.adapter.model.named_parameters())
+    found = {name: value.detach() for name, value in model.named_parameters() if not torch.equal(value, own[name])}
+    return found or None
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

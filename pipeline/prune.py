@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Pruned:
+class Saved:
     """A plan as it was learned and written.
 
     Attributes:
@@ -38,7 +39,7 @@ class Pruned:
         return (self.output,) if self.weights is None else (self.output, self.weights)
 
 
-def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Pruned:
+def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Saved:
     """Learn a plan from calibration images and write it to ``output``.
 
     Raises:
@@ -57,5 +58,19 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Pr
     cost = open_cost(spec.cost, loaded.name, geometry)
     calibration = one_set(loaded.classes, geometry, data, "calibration")
     learned = learn(loaded, calibration, spec, cost=cost)
-    plan = replace_learned(loaded, learned, output, tuned, (*model.files, spec.checkpoint))
-    return Pruned(loaded, learned, plan, output, tuned if learned.weights else None)
+    return save_pruned(loaded, learned, output, (*model.files, spec.checkpoint))
+
+
+def save_pruned(loaded: LoadedModel, learned: Learned, output: Path, inputs: Sequence[str | Path | None]) -> Saved:
+    """Write a plan to ``output``, and next to it the tuned weights where there are any.
+
+    Args:
+        inputs: Files that were read, which stay; None for those not given.
+    """
+    check_output(output, ".json", *inputs)
+    tuned = tuned_beside(output, None if loaded.graph is None else "graph.onnx")
+    if learned.weights:
+        check_output(tuned, tuned.suffix, *inputs)
+        check_tuned_output(tuned)
+    plan = replace_learned(loaded, learned, output, tuned, inputs)
+    return Saved(loaded, learned, plan, output, tuned if learned.weights else None)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm.data
@@ -13,6 +15,7 @@ from ..core import bundled, progress
 from ..core.errors import UserError
 from ..core.text import option
 from .data import ImageSet, ImageSource, source_name
+from .memory import open_source
 
 
 def overlap(calibration: ImageSet, evaluation: ImageSet) -> int:
@@ -21,8 +24,8 @@ def overlap(calibration: ImageSet, evaluation: ImageSet) -> int:
 
 
 def choose_images(
-    data: str | Path | None,
-    eval_data: str | Path | None,
+    data: Any,
+    eval_data: Any,
     *,
     calibration: int,
     evaluation: int,
@@ -37,7 +40,7 @@ def choose_images(
     bundled images serve.
 
     Args:
-        data, eval_data: What the user gave.
+        data, eval_data: What the user gave, as :func:`~vpruner.prune.memory.open_source` takes it; None for nothing.
         calibration, evaluation: How many images at most.
         classes: Class names of the model, to map folder names to outputs.
         outputs: Number of the model's classes; None for a model of features.
@@ -58,19 +61,19 @@ def choose_images(
             f"{option('eval_data')} without {option('data')}",
             f"give calibration images with {option('data')}, not the evaluation images",
         )
-    source = ImageSource(data, split="train")
+    source = open_source(data, split="train")
     label_map = map_labels(source, classes, outputs, remarks)
     eval_source = None
     if eval_data is not None and not _same_place(data, eval_data):
-        eval_source = ImageSource(eval_data, split="validation")
+        eval_source = open_source(eval_data, split="validation")
         _check_apart(source, eval_source)
         if source.folder is not None and source.folder == eval_source.folder:
             eval_source = None
     if eval_source is None:
         if source.streams:
-            raise UserError(f"{data} is a stream and cannot be split", f"give other images with {option('eval_data')}")
+            raise UserError(f"{source.spec} is a stream and cannot be split", f"give others with {option('eval_data')}")
         if len(source) < 2:
-            raise UserError(f"{data} holds one image", f"give at least two, or more with {option('eval_data')}")
+            raise UserError(f"{source.spec} holds one image", f"give at least two, or more with {option('eval_data')}")
         shuffled = np.random.default_rng(seed).permutation(len(source))
         put_aside = min(evaluation, max(1, len(source) // 4))
         calibration_set = ImageSet(source, shuffled[put_aside:][:calibration].tolist(), label_map, strict)
@@ -117,7 +120,7 @@ def map_labels(
         return None
     names = source.class_names
     if names is None:
-        if source.streams or not hasattr(getattr(source.dataset, "reader", None), "samples"):
+        if source.numbered:
             return {index: index for index in range(outputs)}
         return None
     synsets = timm.data.ImageNetInfo().label_names() if outputs == 1000 else None
@@ -151,7 +154,9 @@ def map_labels(
     return None
 
 
-def _same_place(one: str | Path, other: str | Path) -> bool:
+def _same_place(one: Any, other: Any) -> bool:
+    if not all(isinstance(what, (str, PathLike)) for what in (one, other)):
+        return one is other
     return str(one) == str(other) or (
         Path(one).exists() and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
     )

@@ -56,6 +56,7 @@ class ImageSource:
     Attributes:
         folder: The folder or tar file that is read (of ``imagenet/`` the one of the split); None for other data sets.
         class_names: Class of each label, None when the source has no classes (a flat folder).
+        numbered: Whether labels without names are numbers of classes.
 
     Raises:
         UserError: Nothing there, no images in it, or a package that reads it is not installed.
@@ -86,6 +87,7 @@ class ImageSource:
         self.class_names: tuple[str, ...] | None = tuple(names) if len(names) > 1 or any(names) else None
         if not index:
             self.class_names = None
+        self.numbered = self.streams or not hasattr(getattr(self.dataset, "reader", None), "samples")
 
     def _open(self, name: str, root: str | None, split: str):
         # Data sets on hubs call their held-out split by one of these names; a folder or tar has no splits.
@@ -139,7 +141,7 @@ class ImageSource:
         """
         # Not through the data set itself: timm replaces an unreadable image by its neighbour without saying so.
         found, label, *_ = self.dataset.reader[index]
-        return _decoded(found), label
+        return decoded(found), label
 
 
 @dataclass
@@ -188,7 +190,7 @@ class ImageSet:
         following = next(raw, None)
         while following is not None:
             (image, label), following = following, next(raw, None)
-            label = _label_number(label)
+            label = label_number(label)
             if gather:
                 pixels = image.tobytes()
                 digest.update(f"{image.size} {label}\n".encode())
@@ -295,7 +297,7 @@ class ImageSet:
                 continue
             failed = None
             try:
-                image = _decoded(found)
+                image = decoded(found)
             except _UNREADABLE as error:
                 self._skip(position, f"item {position}", error)
                 continue
@@ -355,7 +357,7 @@ def _leave_decoding_to_us(reader: Any) -> None:
     reader.ds = reader.ds.cast_column(reader.input_key, datasets.Image(decode=False))
 
 
-def _decoded(found: Any) -> Image.Image:
+def decoded(found: Any) -> Image.Image:
     """RGB from what readers give: an open file, a path, a Pillow image, or the ``bytes`` and ``path`` of a hub item."""
     if isinstance(found, dict):
         found = io.BytesIO(found["bytes"]) if found.get("bytes") else found["path"]
@@ -369,7 +371,7 @@ def _decoded(found: Any) -> Image.Image:
             return to_rgb(image)
 
 
-def _label_number(label: Any) -> int:
+def label_number(label: Any) -> int:
     if label is None:
         return -1
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from ..core.preprocess import Preprocessing
@@ -13,10 +14,14 @@ class SourceGraph(Protocol):
     """What is asked here of an opened graph, a :class:`vpruner.export.graph.OpenedGraph`.
 
     Attributes:
-        name: Of its file, without the folder.
-        sha256: Of its file; None for a graph in memory.
+        path: Its file; None for a graph in memory.
+        source: The same as text for messages.
+        name: The same without the folder.
+        sha256: Of the file; None for a graph in memory.
     """
 
+    path: Path | None
+    source: str
     name: str
     sha256: str | None
 
@@ -32,6 +37,7 @@ class LoadedModel:
         sha256: Identity of the weights, see :func:`~vpruner.prune.backbones.vit.weights_sha256`.
         graph: The opened ONNX graph that the model was rebuilt from (:mod:`vpruner.export.rebuild.graph`); None for any
             other.
+        softmax: Whether that graph ends in a ``Softmax``, which the model leaves out.
     """
 
     adapter: ViTAdapter
@@ -39,6 +45,7 @@ class LoadedModel:
     classes: tuple[str, ...] | None
     sha256: str
     graph: SourceGraph | None = None
+    softmax: bool = False
 
     @property
     def name(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..core.drawing import table_html, table_text
+
 
 @dataclass(frozen=True)
 class Text:
@@ -27,6 +29,12 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     title: str = ""
     words: int = 1
+
+    def __str__(self) -> str:
+        return table_text(self.title, self.header, self.rows, words=self.words)
+
+    def _repr_html_(self) -> str:
+        return table_html(self.title, self.header, self.rows, words=self.words)
 
 
 @dataclass(frozen=True)

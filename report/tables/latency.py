@@ -10,7 +10,7 @@ from ...core.latency_table import LatencyTable
 from ...core.text import counted
 from ..blocks import Table
 from ..numbers import NOT_MEASURED, deviation, milliseconds, number, ratio, ratio_of, three
-from ..results import Row, mapping
+from ..results import Row, by_setting, mapping
 
 
 def runtime_of(row: Row) -> str:
@@ -186,6 +186,18 @@ def _tokens(block: Row) -> str:
     if keys is None:
         return NOT_MEASURED
     return str(keys) if keys == queries else f"{keys} → {queries}"
+
+
+def profile_tables(rows: Sequence[Row]) -> list[Table]:
+    """Everything that a profile measured."""
+    timed = [list(group.values()) for group in by_setting(rows).values()]
+    tables = [
+        *(latency_table(group, named(group[0])) for group in timed),
+        *(blocks_table(group) for group in by_setting(rows, "blocks").values()),
+        throughput_table(rows),
+        power_table(rows),
+    ]
+    return [table for table in tables if table is not None]
 
 
 def timing_remarks(rows: Iterable[Row]) -> list[str]:

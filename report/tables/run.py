@@ -60,6 +60,19 @@ def summary_table(results: Results, plan: TokenPlan | None = None) -> Table:
     return Table(("", "dense", "pruned", "change"), tuple(lines), _summary_title(results))
 
 
+def run_tables(results: Results) -> list[Table]:
+    """What a run ends with."""
+    stages = results.stages()
+    tables = [
+        stages_table(stages, results) if stages else None,
+        summary_table(results),
+        prediction_table(results.last("prediction")),
+        gates_table(results.last("gates")),
+        precision_table(results),
+    ]
+    return [table for table in tables if table is not None]
+
+
 def _summary_title(results: Results) -> str:
     run, target = results.run, number(results.run, "target")
     of = "milliseconds" if run.get("target_kind") == "latency" else "MACs"

@@ -1,0 +1,600 @@
+"""The Python API: models, images and results as objects, and the jobs of the command line as calls.
+
+``import vpruner`` offers these names. Nothing here prints: progress goes to a sink that the caller passes, or to
+Python's logging under ``vpruner``. A mistake of the caller raises :class:`~vpruner.core.errors.UserError`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .core import progress as _progress
+from .core.choices import IMAGES, OPSET, TARGET
+from .core.content_plan import ContentPlan
+from .core.errors import UserError
+from .core.extras import RUN_PACKAGES, require_all
+from .core.files import is_onnx
+from .core.plan import TokenPlan
+from .core.progress import Sink
+from .core.specs import ExportSpec, LearnSpec, ModelSpec, PrecisionSpec, TimingSpec
+from .core.text import option
+from .pipeline.calls import Path_, job, mapping_of, names_of, path_of
+from .pipeline.images import data_of, images_for
+from .pipeline.models import fields_of, loaded_module, write_proto
+from .pipeline.pruned import Pruned, checked_output, plan_of
+from .report.measurements import Finished, Measurements
+
+if TYPE_CHECKING:
+    import torch
+
+    from .core.plan import Geometry
+    from .core.preprocess import Preprocessing
+    from .pipeline.export import Exported, MethodSpec
+    from .prune.loaded import LoadedModel
+    from .runtime.sidecar import EngineRecord
+
+_MODELS = "expected a timm name, a model card, a folder, an ONNX file, a torch module or an ONNX ModelProto"
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A trained model that was opened by :func:`open_model`.
+
+    Attributes:
+        loaded: The model as the stages take it.
+        spec: What it was opened from.
+        loss: What its output is, as :func:`open_model` was told.
+    """
+
+    loaded: LoadedModel
+    spec: ModelSpec
+    loss: str = "auto"
+    _scratch: Any = field(default=None, repr=False)  # Holds the file of an ONNX model that came in memory.
+
+    @property
+    def name(self) -> str:
+        return self.loaded.name
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.loaded.adapter.geometry
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.loaded.preprocessing
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self.loaded.classes
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The unpruned model."""
+        return self.loaded.adapter.model
+
+    def __str__(self) -> str:
+        shape = self.geometry
+        size, grid = " x ".join(map(str, shape.image_size)), " x ".join(map(str, shape.grid))
+        return f"{self.name}: {shape.depth} blocks, {grid} patches of {size} pixels, {shape.outputs} {shape.output}"
+
+    def prune(
+        self,
+        images: Any = None,
+        target: float = TARGET,
+        *,
+        cost: str = "macs",
+        loss: str | None = None,
+        rounds: int | None = None,
+        rearrange: str = "ppo",
+        tune: str = "weights",
+        select: str = "static",
+        episodes: int | None = None,
+        time_limit: float | None = None,
+        checkpoint: Path_ | None = None,
+        seed: int = 0,
+        progress: Sink | None = None,
+    ) -> Pruned:
+        """Learn which tokens the model can do without.
+
+        Args:
+            images: Calibration images, as :func:`open_images` takes them; labels are used where there are any. None:
+                the bundled ones.
+            target: Budget as a fraction of the dense model's cost.
+            cost: What the budget is of: ``"macs"``, or ``"latency:TABLE.json"``.
+            loss: What gradients are of: ``"labels"``, ``"self"`` or ``"features"``; None picks one.
+            rounds, rearrange, tune, select, episodes, time_limit, checkpoint, seed: See
+                :class:`~vpruner.core.specs.LearnSpec`.
+            progress: Who hears of the progress; None: Python's logging.
+
+        Raises:
+            UserError: Images or options cannot be used, or the budget is out of reach.
+        """
+        spec = LearnSpec(
+            target=target,
+            cost=cost,
+            loss=loss or self.loss,
+            rounds=rounds,
+            rearrange=rearrange,
+            tune=tune,
+            select=select,
+            episodes=episodes,
+            time_limit=time_limit,
+            checkpoint=None if checkpoint is None else path_of(checkpoint, "checkpoint"),
+            seed=seed,
+        )
+        with job(progress):
+            from .pipeline.inputs import one_set, open_cost
+            from .pipeline.learned import check_learn
+            from .prune.learn import learn
+
+            graph = self.loaded.graph
+            check_learn(spec, self.spec if graph is None else replace(self.spec, what=graph.path))
+            opened = open_cost(spec.cost, self.name, self.geometry)
+            calibration = one_set(self.classes, self.geometry, images_for(images, "calibration")[1], "calibration")
+            learned = learn(self.loaded, calibration, spec, cost=opened)
+            return Pruned(self.loaded, self.spec.files, learned)
+
+    def with_plan(
+        self, plan: Path_ | TokenPlan | ContentPlan, weights: Path_ | None = None, *, progress: Sink | None = None
+    ) -> Pruned:
+        """The model with a plan that was learned before, ready for export.
+
+        Args:
+            plan: The plan or its file.
+            weights: The file of tuned weights. None: the one next to the plan's file, where it is there.
+
+        Raises:
+            PlanError: The plan cannot be read, or is for another model.
+            UserError: The weights cannot be read, or were not tuned for the plan.
+        """
+        with job(progress):
+            from .pipeline.learned import tuned_for_plan
+            from .prune.learned import Learned
+
+            plan, path = plan_of(plan)
+            plan.check_fits(self.name, self.geometry, self.loaded.sha256)
+            file = None if weights is None else path_of(weights, "weights")
+            changed = tuned_for_plan(self.loaded, plan, path, file)
+            content = plan if isinstance(plan, ContentPlan) else None
+            static = plan.plan if isinstance(plan, ContentPlan) else plan
+            return Pruned(self.loaded, self.spec.files, Learned(static, changed, (), content), path)
+
+    def export(
+        self,
+        output: Path_ = "dense.onnx",
+        *,
+        plan: Path_ | TokenPlan | ContentPlan | None = None,
+        method: str | MethodSpec | None = None,
+        opset: int | None = None,
+        dynamic_batch: bool = False,
+        batch_size: int = 1,
+        deploy_for: str | None = None,
+        precisions: str | Sequence[str] = (),
+        io: str = "float32",
+        data: Any = None,
+        images: int | None = None,
+        tokens: bool = False,
+        progress: Sink | None = None,
+    ) -> Exported:
+        """Write the model as ONNX and check that the graph computes what it does: whole, or reduced.
+
+        Args:
+            output: The file.
+            plan: Export the model with this plan, as :meth:`with_plan` and :meth:`Pruned.export` do.
+            method: Or with this method of token reduction, calibrated on ``data`` first.
+            opset, dynamic_batch, batch_size, deploy_for: See :class:`~vpruner.core.specs.ExportSpec`.
+            precisions, io: Files in other precisions to write next to it, see
+                :class:`~vpruner.core.specs.PrecisionSpec`.
+            data, images: Calibration images of the method and of static int8, and how many are used at most.
+            tokens: Of a model that ends in the mean of its tokens: return these instead.
+
+        Raises:
+            UserError: Options do not go together, or the target does not take the graph.
+            ParityError: The graph does not compute what the model does.
+        """
+        form = ExportSpec(opset, dynamic_batch, batch_size, deploy_for), PrecisionSpec(names_of(precisions), io)
+        given = dict(data=data, images=images, tokens=tokens)
+        with job(progress):
+            require_all(RUN_PACKAGES)
+            if plan is not None and method is None:
+                return self.withplan_of(plan).written(output, *form, **given)
+            from .pipeline.export import MethodSpec, export
+
+            path = checked_output(output, *self.spec.files)
+            spec = MethodSpec(method) if isinstance(method, str) else method
+            if data is not None:
+                given["data"] = images_for(data, "calibration")[0].source
+            return export(
+                self.loaded, path, *form, plan=None if plan is None else plan_of(plan)[0], method=spec, **given
+            )
+
+
+def open_model(
+    model: Any = None,
+    *,
+    weights: Path_ | None = None,
+    pretrained: bool = False,
+    model_args: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    name: str | None = None,
+    classes: Sequence[str] | None = None,
+    loss: str = "auto",
+    progress: Sink | None = None,
+) -> Model:
+    """Open a trained model for pruning and export.
+
+    Args:
+        model: A timm name (with ``weights`` or ``pretrained``), a model card (``.json``), the folder of a transformers
+            vision tower or LLaVA, an ONNX file of any exporter, an ONNX ``ModelProto``, or a torch module of a class
+            that can be pruned. A module is used as it is, in evaluation mode; its weights are not changed. None: the
+            bundled reference.
+        weights: A file with weights for it.
+        pretrained: Let timm download the weights.
+        model_args: Arguments for the model's class.
+        preprocessing: Of an ONNX file or a module: how an image becomes the input, where that is not stated.
+        name, classes: Of a module: what to call it, and its outputs.
+        loss: Of an ONNX file: ``"features"`` if it returns an embedding, ``"self"`` or ``"labels"`` if logits.
+
+    Raises:
+        UserError: It cannot be opened or pruned; the message says which part and why.
+    """
+    if isinstance(model, Model):
+        return model
+    with job(progress):
+        torch_, onnx = sys.modules.get("torch"), sys.modules.get("onnx")
+        if torch_ is not None and isinstance(model, torch_.nn.Module):
+            loaded = loaded_module(model, weights, pretrained, model_args, preprocessing, name, classes)
+            return Model(loaded, ModelSpec(loaded))
+        if name is not None or classes is not None:
+            raise UserError(f"{option('name')} and {option('classes')} go with a torch module", "leave them out")
+        scratch = None
+        if onnx is not None and isinstance(model, onnx.ModelProto):
+            scratch = tempfile.TemporaryDirectory(prefix="vpruner-")
+            stem = re.sub(r"\W+", "_", model.graph.name) or "model"
+            model = write_proto(onnx, model, Path(scratch.name) / f"{stem}.onnx")
+        if model is not None and not isinstance(model, (str, os.PathLike)):
+            from .prune.loaded import LoadedModel
+
+            if not isinstance(model, LoadedModel):
+                raise UserError(f"the model is a {type(model).__name__}", _MODELS)
+        elif model is not None:
+            model = os.fspath(model)
+        require_all(("torch", "timm", *(("onnx", "onnx_ir", "onnxruntime") if is_onnx(model) else ())))
+        from .pipeline.inputs import open_prunable
+
+        stated = (
+            preprocessing if preprocessing is None or isinstance(preprocessing, Mapping) else fields_of(preprocessing)
+        )
+        file = None if weights is None else path_of(weights, "weights")
+        spec = ModelSpec(
+            model, file, pretrained, mapping_of(model_args, "model_args"), mapping_of(stated, "preprocessing")
+        )
+        with _progress.stage("Opening the model"):
+            return Model(open_prunable(spec, loss=loss, softmax=True), spec, loss, scratch)
+
+
+# -- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: Any,
+    images: Any = None,
+    *,
+    against: Any = None,
+    plan: Path_ | TokenPlan | ContentPlan | None = None,
+    weights: Path_ | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    progress: Sink | None = None,
+) -> Measurements:
+    """Accuracy with confidence intervals.
+
+    Args:
+        model: An ONNX file, what an export wrote, a :class:`Pruned`, or whatever :func:`open_model` takes.
+        images: Images that nothing was learned from, as :func:`open_images` takes them. None: the bundled ones.
+        against: Of an ONNX file: the dense model or file to compare it with, on the same images.
+        plan: Of a model: compare it with itself pruned by this plan.
+        weights: A file with weights of a model.
+        preprocessing: Of an ONNX file that does not state it: how an image becomes its input.
+
+    Raises:
+        UserError: Options do not go together, or there is nothing to measure.
+    """
+    with job(progress):
+        from .pipeline.evaluate import evaluate as measure
+        from .report.tables.run import evaluation_table
+
+        data = images_for(images, "evaluation")[1]
+        if is_onnx(model):
+            model = os.fspath(model)
+            if weights is not None or plan is not None:
+                refused = f"{option('weights')} and {option('plan')} go with a PyTorch model, {model} is a file"
+                raise UserError(refused, f"compare it with the dense model: {option('against')}")
+            require_all(("onnxruntime",))
+            stated = mapping_of(fields_of(preprocessing), "preprocessing")
+            rows = measure(ModelSpec(model, preprocessing=stated), data, against=_baseline(against))
+            return Measurements(rows, [evaluation_table(rows)])
+        if against is not None:
+            raise UserError(f"{option('against')} goes with an ONNX file", f"for a model give {option('plan')}")
+        if isinstance(model, Pruned):
+            loaded, pruned = model.loaded, model
+        else:
+            opened = open_model(model, weights=weights, preprocessing=preprocessing)
+            loaded, pruned = opened.loaded, None if plan is None else opened.with_plan(plan)
+        given = {} if pruned is None else dict(plan=pruned.plan, plan_path=pruned.plan_path, weights=pruned.weights)
+        rows = measure(ModelSpec(loaded), data, **given)
+        return Measurements(rows, [evaluation_table(rows)])
+
+
+def _baseline(against: Any) -> Any:
+    """A dense file by its path, or an opened model; None for none."""
+    if against is None:
+        return None
+    if is_onnx(against):
+        return Path(against)
+    return open_model(against).loaded
+
+
+def profile(
+    model: Any,
+    *,
+    against: Any = None,
+    batches: int | Sequence[int] = (1,),
+    provider: str = "cpu",
+    threads: int | None = None,
+    cuda_graph: bool | None = None,
+    layers: bool = False,
+    power: bool = False,
+    trust: bool = False,
+    seconds: float = 10.0,
+    progress: Sink | None = None,
+) -> Measurements:
+    """Time a file on this machine, in turns with a baseline.
+
+    Args:
+        model, against: ONNX files in onnxruntime, or engines in TensorRT.
+        batches: Images per run.
+        power: Whether to read power, clocks and temperature.
+        provider, threads, cuda_graph, layers, trust, seconds: See :func:`~vpruner.runtime.profile.profile_files`.
+
+    Raises:
+        UserError: A file cannot be opened, does not take a batch, or the two cannot be compared.
+    """
+    with job(progress):
+        from .pipeline.profile import check_baseline
+        from .pipeline.profile import profile as measure
+        from .report.tables.latency import profile_tables
+
+        path = path_of(model, "model")
+        paths = {path.stem: path}
+        if against is not None:
+            paths = {"dense": path_of(against, "against"), "pruned": path}
+            check_baseline(path, paths["dense"])
+        TimingSpec(threads, seconds)
+        sizes = (batches,) if isinstance(batches, int) else tuple(batches)
+        how: dict[str, Any] = dict(provider=provider, threads=threads, cuda_graph=cuda_graph, layers=layers)
+        rows = measure(paths, batches=sizes, power=power, trust=trust, seconds=seconds, **how)
+        return Measurements(rows, profile_tables(rows))
+
+
+def fold_plan(
+    dense: Any,
+    plan: Path_ | TokenPlan | None = None,
+    output: Path_ = "pruned.onnx",
+    *,
+    identity: bool = False,
+    deploy_for: str | None = None,
+    progress: Sink | None = None,
+) -> Exported:
+    """Fold a plan into a dense ONNX file of any exporter, and check the result; PyTorch is not needed.
+
+    Args:
+        identity: Instead of a plan: drop no token, only what nothing reads.
+        deploy_for: The deployment target whose form is written; None: the plain form.
+
+    Raises:
+        GraphError: The graph is not understood; the message names the node.
+        UserError: The plan or the file cannot be used.
+        ParityError: The folded graph computes something else.
+    """
+    with job(progress):
+        require_all(("onnx", "onnx_ir", "onnxruntime"))
+        from .pipeline.export import Exported
+        from .pipeline.fold import fold_checked
+        from .pipeline.folders import check_output
+
+        if (plan is not None) == bool(identity):
+            raise UserError(f"give one of {option('plan')} and {option('identity', True)}")
+        source, target = path_of(dense, "dense"), path_of(output, "output")
+        opened, path = (None, None) if plan is None else plan_of(plan)
+        check_output(target, ".onnx", source, path)
+        if isinstance(opened, ContentPlan):
+            TokenPlan.from_json(opened.to_json())  # Says what to do with a plan by content.
+        _, checks, deployment = fold_checked(source, opened, target, deploy_for=deploy_for, plan_path=path)
+        return Exported(target, tuple(checks), deployment)
+
+
+def build_engine(onnx: Any, output: Path_, *, progress: Sink | None = None, **options: Any) -> EngineRecord:
+    """Build a TensorRT engine from an ONNX file, and write what it was built with beside it.
+
+    Args:
+        options: Fields of :class:`~vpruner.runtime.build.BuildOptions`: ``precision="fp16"``, ``batch=(1, 8, 32)``, ...
+
+    Raises:
+        UserError: The file, the options, or this machine cannot be used.
+    """
+    with job(progress):
+        from dataclasses import fields
+
+        from .pipeline.engines import build_engine as build
+        from .pipeline.folders import check_output
+        from .runtime.build import BuildOptions
+
+        known = [one.name for one in fields(BuildOptions)]
+        if unknown := [name for name in options if name not in known]:
+            raise UserError(f"build_engine has no {', '.join(unknown)}", f"expected some of {', '.join(known)}")
+        source, target = path_of(onnx, "onnx"), path_of(output, "output")
+        check_output(target, "", source)
+        return build(source, target, BuildOptions(**options))
+
+
+def _model_spec(model: Any, weights: Any, pretrained: bool, model_args: Any, preprocessing: Any) -> ModelSpec:
+    """What :func:`run` and :func:`compare` open themselves, or a model that is open already."""
+    if model is None or isinstance(model, (str, os.PathLike)):
+        stated = mapping_of(fields_of(preprocessing), "preprocessing")
+        file = None if weights is None else path_of(weights, "weights")
+        what = None if model is None else os.fspath(model)
+        return ModelSpec(what, file, pretrained, mapping_of(model_args, "model_args"), stated)
+    given = dict(weights=weights, pretrained=pretrained, model_args=model_args, preprocessing=preprocessing)
+    return ModelSpec(open_model(model, **given).loaded)
+
+
+def run(
+    model: Any = None,
+    data: Any = None,
+    *,
+    eval_data: Any = None,
+    output: Path_ | None = None,
+    target: float | None = None,
+    weights: Path_ | None = None,
+    pretrained: bool = False,
+    model_args: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    images: int | None = None,
+    eval_images: int | None = None,
+    seed: int = 0,
+    learn: LearnSpec | None = None,
+    export: ExportSpec | None = None,
+    precision: PrecisionSpec | None = None,
+    timing: TimingSpec | None = None,
+    force: bool = False,
+    progress: Sink | None = None,
+) -> Finished:
+    """Prune, export, check, measure and report: a folder with everything in it, or nothing.
+
+    Args:
+        model: What :func:`open_model` takes, or a model that it opened.
+        data, eval_data: Images to learn from and images to report on, as :func:`open_images` takes them. Without
+            ``eval_data`` a part of ``data`` is put aside.
+        output: The folder; None: ``runs/NAME``.
+        target: Budget as a fraction of the dense model's cost; None: that of ``learn``.
+        weights, pretrained, model_args, preprocessing: Of :func:`open_model`.
+        images, eval_images: How many are used at most.
+        seed: Of everything that depends on chance.
+        learn, export, precision, timing: Everything else that can be asked for.
+        force: Replace an earlier run in that folder.
+
+    Raises:
+        UserError: Something that was given cannot be used.
+        ParityError: A graph does not compute what the model does.
+    """
+    with job(progress):
+        require_all(RUN_PACKAGES)
+        from .pipeline.options import RunOptions
+        from .pipeline.run import run as run_all
+        from .report.results import Results
+        from .report.tables.run import run_tables
+
+        spec = _model_spec(model, weights, pretrained, model_args, preprocessing)
+        learn = replace(learn or LearnSpec(), seed=seed, **({} if target is None else {"target": target}))
+        chosen = data_of(data, eval_data, images, eval_images, seed, IMAGES)
+        others = export or ExportSpec(), precision or PrecisionSpec(), timing or TimingSpec()
+        options = RunOptions(spec, chosen, learn, *others)
+        folder = Path("runs") / _stem(spec) if output is None else path_of(output, "output")
+        done = run_all(options, folder, force=force)
+        rows = Measurements(done["rows"], run_tables(Results(tuple(done["rows"]))))
+        return Finished(folder, rows, _paths(done), tuple(done["remarks"]), tuple(done["left_out"]))
+
+
+def compare(
+    model: Any = None,
+    data: Any = None,
+    *,
+    eval_data: Any = None,
+    output: Path_ | None = None,
+    targets: float | Sequence[float] = (0.8, 0.65, 0.5),
+    methods: str | Sequence[str] | None = None,
+    seeds: int = 1,
+    batches: int | Sequence[int] = (1,),
+    latency: bool = True,
+    weights: Path_ | None = None,
+    pretrained: bool = False,
+    model_args: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    images: int | None = None,
+    eval_images: int | None = None,
+    seed: int = 0,
+    learn: LearnSpec | None = None,
+    timing: TimingSpec | None = None,
+    opset: int = OPSET,
+    results: Path_ | None = None,
+    force: bool = False,
+    progress: Sink | None = None,
+) -> Finished:
+    """Compare methods of token reduction at equal budgets; a comparison that was interrupted goes on.
+
+    Args:
+        model, data, eval_data, weights, pretrained, model_args, preprocessing, images, eval_images, seed: As for
+            :func:`run`.
+        output: The folder; None: ``runs/compare-NAME``.
+        targets, methods, seeds, batches, latency, learn, opset: See
+            :class:`~vpruner.pipeline.options.CompareOptions`.
+        results: File that rows are read from and added to; None: ``results.jsonl`` of the folder.
+        force: Forget what an earlier comparison left there.
+
+    Raises:
+        UserError: Something that was given cannot be used.
+    """
+    with job(progress):
+        require_all(RUN_PACKAGES)
+        from .pipeline.compare.compare import compare as compare_all
+        from .pipeline.options import CompareOptions
+        from .report.entries import entries_of
+        from .report.tables.compare import comparison_table
+
+        spec = _model_spec(model, weights, pretrained, model_args, preprocessing)
+        options = CompareOptions(
+            spec,
+            data_of(data, eval_data, images, eval_images, seed, 1024),
+            replace(learn or LearnSpec(), seed=seed),
+            timing or TimingSpec(),
+            targets=(targets,) if isinstance(targets, (int, float)) else tuple(targets),
+            methods=None if methods is None else names_of(methods),
+            seeds=seeds,
+            batches=(batches,) if isinstance(batches, int) else tuple(batches),
+            latency=latency,
+            opset=opset,
+        )
+        folder = Path("runs") / f"compare-{_stem(spec)}" if output is None else path_of(output, "output")
+        done = compare_all(
+            options, folder, results=None if results is None else path_of(results, "results"), force=force
+        )
+        entries = entries_of(done["rows"])
+        rows = Measurements(done["rows"], [comparison_table(entries)] if done["made"] else [])
+        failed = (row for row in done["rows"] if row["kind"] == "compared" and row["failure"] is not None)
+        return Finished(
+            folder,
+            rows,
+            _paths(done),
+            tuple(done["remarks"]),
+            tuple(f"{r['method']} at {r['target']:g}" for r in failed),
+        )
+
+
+def _stem(spec: ModelSpec) -> str:
+    if spec.what is None:
+        return "reference"
+    return Path(spec.what).stem if isinstance(spec.what, (str, os.PathLike)) else spec.what.name
+
+
+def _paths(done: Mapping[str, Any]) -> dict[str, Path]:
+    return {name: Path(path) for name, path in done["files"].items()}

@@ -1,0 +1,106 @@
+"""Images as a caller in Python gives them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..core import progress
+from ..core.choices import EVAL_IMAGES, IMAGES
+from ..core.errors import UserError
+from ..core.specs import DataSpec
+from .calls import job
+
+if TYPE_CHECKING:
+    from ..prune.data import ImageSource
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images that were opened by :func:`open_images`.
+
+    Attributes:
+        source: Where they come from.
+        limit: How many are used at most; None: as many as suit what they are used for.
+        seed: Of the choice.
+        strict: Whether an unreadable image is an error; otherwise it is skipped and counted.
+    """
+
+    source: ImageSource
+    limit: int | None = None
+    seed: int = 0
+    strict: bool = False
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __str__(self) -> str:
+        names = self.source.class_names
+        count = "a stream of images" if self.source.streams else f"{len(self.source):,} images"
+        return f"{self.source.spec}: {count}{'' if names is None else f' in {len(names)} classes'}"
+
+
+def open_images(
+    what: Any = None, *, split: str = "train", limit: int | None = None, seed: int = 0, strict: bool = False
+) -> Images:
+    """Open images to calibrate or to evaluate on.
+
+    Args:
+        what: A folder, a ``.tar``, a data set that timm reads by name (``"hfds/..."``); a torch data set; or an
+            iterable of PIL images, arrays, paths or (image, label). None: the bundled calibration images. Images are
+            those before preprocessing: the model's own is applied.
+        split: Of data sets that have splits.
+        limit: How many are used at most.
+        seed: Of the choice.
+        strict: Whether an unreadable image is an error; otherwise it is skipped and counted.
+
+    Raises:
+        UserError: There are no images, or none that can be read.
+    """
+    if isinstance(what, Images):
+        return what
+    if what is not None and (what == "" if isinstance(what, str) else isinstance(what, (int, float))):
+        raise UserError(f"the images are {what!r}", "expected a folder, a data set or an iterable of images")
+    with job(None):
+        from ..core import bundled
+        from ..prune.memory import open_source
+
+        DataSpec(images=IMAGES if limit is None else limit, seed=seed)  # Checks both.
+        path = str(bundled.calibration_data()) if what is None else what
+        return Images(open_source(path, split=split, limit=limit), limit, seed, strict)
+
+
+def images_for(what: Any, role: str) -> tuple[Images, DataSpec]:
+    """Images of a call, opened, as its data: ``role`` is ``"calibration"`` or ``"evaluation"``."""
+    learns = role == "calibration"
+    if what is None:
+        from ..core import bundled
+
+        progress.remark(f"no images given: the bundled CIFAR-10 images serve for {role}")
+        what = str(bundled.calibration_data() if learns else bundled.evaluation_data())
+    images = open_images(what, split="train" if learns else "validation")
+    source, chosen = images.source, dict(seed=images.seed, strict=images.strict)
+    if learns:
+        return images, DataSpec(data=source, images=images.limit or IMAGES, **chosen)
+    return images, DataSpec(eval_data=source, eval_images=images.limit or EVAL_IMAGES, **chosen)
+
+
+def data_of(
+    data: Any, eval_data: Any, images: int | None, eval_images: int | None, seed: int, default: int
+) -> DataSpec:
+    """Images of a run or a comparison: paths as they are, everything else opened."""
+    limits: dict[str, int | None] = {"data": images, "eval_data": eval_images}
+    given, strict = {"data": data, "eval_data": eval_data}, False
+    for role, what in given.items():
+        if what is not None and not isinstance(what, (str, os.PathLike)):
+            opened = open_images(what)
+            given[role], limits[role] = opened.source, limits[role] or opened.limit
+            strict = strict or opened.strict
+    return DataSpec(
+        **given,
+        images=limits["data"] or default,
+        eval_images=limits["eval_data"] or EVAL_IMAGES,
+        seed=seed,
+        strict=strict,
+    )

@@ -1,0 +1,156 @@
+"""A model with a plan, in memory: to look at, save, export, or go on with in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.choices import INT8_IMAGES
+from ..core.content_plan import ContentPlan, load_plan
+from ..core.errors import UserError
+from ..core.extras import RUN_PACKAGES, require_all
+from ..core.plan import TokenPlan
+from ..core.progress import Sink
+from ..core.specs import ExportSpec, PrecisionSpec
+from .calls import Path_, job, names_of, path_of
+from .folders import check_output
+from .images import images_for
+from .learned import described
+from .prune import save_pruned
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..prune.learned import Learned, Stage
+    from ..prune.loaded import LoadedModel
+    from ..report.blocks import Table
+    from .export import Exported
+
+
+def plan_of(plan: Any) -> tuple[TokenPlan | ContentPlan, Path | None]:
+    """A plan, and the file that it came from; None where that is not known."""
+    if isinstance(plan, (TokenPlan, ContentPlan)):
+        return plan, None
+    path = path_of(plan, "plan")
+    return load_plan(path), path
+
+
+def checked_output(output: Any, *inputs: str | Path | None) -> Path:
+    """The file to write, which is none of ``inputs``."""
+    path = path_of(output, "output")
+    check_output(path, ".onnx", *inputs)
+    return path
+
+
+class Pruned:
+    """A model with a plan: learned now, or read from a file. Prints as its tables.
+
+    Attributes:
+        loaded: The model, whose own weights are as before.
+        files: What it was read from.
+        plan: Which tokens enter each block, with its provenance.
+        plan_path: The file that it was read from, if it was.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, files: Sequence[str | Path], learned: Learned, plan_path: Path | None = None
+    ):
+        self.loaded, self.files = loaded, tuple(files)
+        self.plan: TokenPlan | ContentPlan = described(loaded, learned)
+        self.plan_path = plan_path
+        self._learned = learned
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor] | None:
+        """State-dict name -> tensor of the weights that tuning changed; None where it changed none."""
+        return self._learned.weights or None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What each stage did; empty for a plan that was read."""
+        return self._learned.stages
+
+    def save(self, output: Path_ = "plan.json") -> tuple[Path, ...]:
+        """Write the plan, and next to it the tuned weights where there are any; returns the paths.
+
+        Raises:
+            UserError: A file cannot be written, or its place is taken by something else.
+        """
+        with job(None):
+            return save_pruned(self.loaded, self._learned, path_of(output, "output"), self.files).files
+
+    def module(self) -> torch.nn.Module:
+        """A copy of the model that computes the plan: tokens really removed, the tuned weights in it, no hooks.
+
+        It takes any batch size, has the state dict of the model, and goes through ``torch.compile`` and
+        ``torch.export``.
+
+        Raises:
+            UserError: The plan is one by content: each image chooses its own patches.
+        """
+        if isinstance(self.plan, ContentPlan):
+            raise UserError("each image chooses its own patches by this plan", "export it, or learn a static plan")
+        with job(None):
+            from ..prune.gathered import gathered_module
+
+            return gathered_module(self.loaded.adapter, self.plan, self.weights)
+
+    def export(
+        self,
+        output: Path_ = "pruned.onnx",
+        *,
+        opset: int | None = None,
+        dynamic_batch: bool = False,
+        batch_size: int = 1,
+        deploy_for: str | None = None,
+        precisions: str | Sequence[str] = (),
+        io: str = "float32",
+        data: Any = None,
+        images: int | None = None,
+        tokens: bool = False,
+        progress: Sink | None = None,
+    ) -> Exported:
+        """Write the pruned model as a static ONNX graph and check that it computes what the pruned model does.
+
+        Args: as for :meth:`vpruner.Model.export`.
+
+        Raises:
+            UserError: Options do not go together, or the target does not take the graph.
+            ParityError: The graph does not compute what the model does; nothing is written then.
+        """
+        form = ExportSpec(opset, dynamic_batch, batch_size, deploy_for), PrecisionSpec(names_of(precisions), io)
+        with job(progress):
+            require_all(RUN_PACKAGES)
+            return self.written(output, *form, data=data, images=images, tokens=tokens)
+
+    def written(
+        self, output: Any, form: ExportSpec, precision: PrecisionSpec, *, data: Any, images: int | None, tokens: bool
+    ) -> Exported:
+        """:meth:`export`, with options that are checked already."""
+        from .export import export
+
+        path = checked_output(output, *self.files, self.plan_path)
+        source = None if data is None else images_for(data, "calibration")[0].source
+        given = dict(plan=self.plan, plan_path=self.plan_path, weights=self.weights)
+        return export(
+            self.loaded, path, form, precision, data=source, images=images or INT8_IMAGES, tokens=tokens, **given
+        )
+
+    def _tables(self) -> list[Table]:
+        from ..report.tables.plan import plan_table
+        from ..report.tables.run import stages_table
+
+        stages = [stages_table([stage.to_json() for stage in self.stages])] if self.stages else []
+        return [*stages, plan_table(self._learned.plan)]
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self._tables()))
+
+    def __repr__(self) -> str:
+        tuned = "no tuned weights" if self.weights is None else f"{len(self.weights)} tuned weights"
+        return f"Pruned({self.loaded.name}, {len(self.stages)} stages, {tuned})"
+
+    def _repr_html_(self) -> str:
+        tables = "".join(table._repr_html_() for table in self._tables()[:-1])
+        return f"<div>{tables}{self.plan._repr_html_()}</div>"
