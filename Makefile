@@ -38,10 +38,10 @@ demo: $(FOR_DEMO) ## Prune the bundled model to 65 % of its MACs; the report is 
 	$(BIN)/vpruner run --target 0.65 -o runs/demo --force
 
 test: lint ## Check the style, then run the tests
-	$(PYTEST) -m "not nightly" $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-all: lint $(TRANSFORMERS:%=.transformers/%/.installed) ## The same, with the full products that the tests sample
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) -m "" $(PYTEST_ARGS)
 
 test-newest: ## The tests with the newest version of everything, installed into .venv-newest
 	@rm -f .venv-newest/.for-dev

@@ -128,7 +128,7 @@ def test_make_lists_its_targets(repository):
     )
     targets = [line.split()[1] for line in done.stdout.splitlines()]
     tests = ["test", "test-all", "test-newest"]
-    assert targets == ["help", "demo", *tests, "lint", "gpu-check", "wheel", "lock", "clean"]
+    assert targets == ["help", "demo", *tests, "lint", "gpu-check", "wheel", "docs", "lock", "clean"]
     assert len({len(re.match(r"  make [\w-]+ +", line)[0]) for line in done.stdout.splitlines()}) == 1
 
 
