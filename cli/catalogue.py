@@ -1,4 +1,4 @@
-"""Every command, by what one wants to do: the list that ``vpruner --help`` prints without loading any of them."""
+"""Every command, grouped by what it is for: the list that ``vpruner --help`` prints without loading any of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Types of arguments that click has not."""
+"""Types of arguments that click does not have."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
 def reference_card() -> Path:
-    """``reference.json`` of a small ViT; the weights that it names lie beside it."""
+    """``reference.json`` of a small ViT; the weights that it names lie next to it."""
     _asset("reference.safetensors")
     return _asset("reference.json")
 

@@ -1,4 +1,4 @@
-"""The two exception families: a user's mistake, and a broken promise of ours."""
+"""The two exception families: a user's mistake, and a defect of vpruner."""
 
 from __future__ import annotations
 

@@ -376,7 +376,8 @@ class TokenPlan:
             )
         if isinstance(schema, bool) or schema != SCHEMA:
             raise PlanError(
-                f"the plan has schema {shown(schema)}, this vpruner reads {SCHEMA}", f"run: {command('prune', 'MODEL')}"
+                f"the file is not a plan of schema {SCHEMA}, found schema {shown(schema)}",
+                f"run: {command('prune', 'MODEL')}",
             )
         known = {"schema", "vpruner", "model", "grid", "prefix_tokens", "geometry", "kept", "gates", "provenance"}
         unknown, missing = set(value) - known, {"model", "grid", "prefix_tokens", "geometry", "kept"} - set(value)

@@ -70,7 +70,7 @@ def check_tensors(model: ir.Model, source: str | os.PathLike, *, external: bool 
         if isinstance(tensor, ir.ExternalTensor):
             problem = external_problem(tensor) if external else None
             if problem == _NOT_THERE:
-                raise UserError(f"{source} needs its weights file {tensor.location}, which is not beside it", _HINT)
+                raise UserError(f"{source} needs its weights file {tensor.location}, which is not next to it", _HINT)
             if problem:
                 raise UserError(f"{source} needs {name} of its weights file {tensor.location}, which {problem}", _HINT)
         elif problem := _inline_problem(tensor):

@@ -79,7 +79,7 @@ def to_int8(
 
     Args:
         images: float32 [image, channel, height, width], preprocessed.
-        calibration: One of :data:`CALIBRATIONS`.
+        calibration: One of :data:`~vpruner.core.choices.CALIBRATIONS`.
         excluded: Names of nodes to leave in float32.
         op_types, attention, symmetric: As in :func:`~vpruner.export.precision.convert`.
 

@@ -27,10 +27,10 @@ _SINCE_OPSET_24 = ("RotaryEmbedding", "RMSNormalization", "TensorScatter")
 def build_engine(
     onnx: str | os.PathLike, output: str | os.PathLike, options: BuildOptions | None = None
 ) -> EngineRecord:
-    """Build ``onnx`` into the engine ``output`` and write what it was built with beside it.
+    """Build ``onnx`` into the engine ``output`` and write a record of how it was built next to it.
 
     Returns:
-        The record beside the engine.
+        The record next to the engine.
 
     Raises:
         UserError: The file cannot be read, or does not fit the options or this TensorRT; TensorRT, Polygraphy,

@@ -281,7 +281,7 @@ def check_against(model: Path, against: Path) -> None:
 
 def refuse_same(model: Path, against: Path) -> None:
     if model.exists() and against.exists() and model.samefile(against):
-        raise UserError(f"{model} against itself", f"give the dense file with {option('against')}")
+        raise UserError(f"{model} is compared with itself", f"give the dense file with {option('against')}")
 
 
 def refuse_pruned(against: Path, metadata: ModelMetadata) -> None:

@@ -1,4 +1,4 @@
-"""Export a model, whole or reduced, and beside it in other precisions: all of the files, or none."""
+"""Export a model, whole or reduced, and convert it to other precisions: all of the files, or none."""
 
 from __future__ import annotations
 

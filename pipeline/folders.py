@@ -62,7 +62,7 @@ def check_free(output: Path, *, force: bool) -> None:
     foreign = [name for name in found if not RUN_FILES.fullmatch(name)]
     if foreign:
         raise UserError(
-            f"{output} holds {foreign[0]}, which is not of a run",
+            f"{output} holds {foreign[0]}, which no run wrote",
             f"choose another folder with {option('output')}, or move that away",
         )
 

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 #: Where a latency on onnxruntime's CPU provider is no hint of what the target takes, and why.
 LATENCY_NOTES = {
-    "fp16": "computed in float32 with casts around it by onnxruntime's CPU provider: the time says nothing of a GPU",
+    "fp16": "computed in float32 with casts around it by onnxruntime's CPU provider: the time says nothing about a GPU",
     "bf16": "not timed: onnxruntime's CPU provider lacks kernels for it",
     "int8": "its Q/DQ nodes are for TensorRT; onnxruntime's CPU provider dequantizes and multiplies in float32: the "
-    "time says nothing of a GPU, and on CPUs int8-dynamic is the one to take",
+    "time says nothing about a GPU; on CPUs, use int8-dynamic",
 }
 
 

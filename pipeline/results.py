@@ -133,7 +133,7 @@ def gate_rows(latency: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def prediction_rows(plan: TokenPlan, latency: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Milliseconds that the latency table promised beside those measured; nothing where the budget was of MACs."""
+    """Milliseconds that the latency table predicted, and those measured; nothing where the budget was of MACs."""
     cost = plan.provenance.get("cost", {})
     if cost.get("kind") != "latency":
         return []

@@ -1,4 +1,4 @@
-"""Opening models: a timm name with weights, a model card beside its weights, or the bundled reference."""
+"""Opening models: a timm name with weights, a model card next to its weights, or the bundled reference."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ def open_model(
     if Path(spec).suffix.lower() == ".onnx":
         raise UserError(
             f"{spec} is an ONNX file, expected a timm model name or a model card (.json)",
-            f"learn a plan from it: {command('prune', spec, data='DIR')}; fold a plan into it: {command('fold', spec)}",
+            f"learn a plan from it: {command('prune', spec, data='DIR')}; "
+            f"fold a plan into it: {command('fold', spec, plan='plan.json')}",
         )
     if Path(spec).suffix in (".engine", ".safetensors", ".pth", ".pt", ".bin"):
         raise UserError(
@@ -217,7 +218,7 @@ def _open_card(path: Path, model_args: dict[str, Any], instead: str | Path | Non
         ) from None
     weights = Path(instead) if instead else path.parent / card["weights"]
     if not weights.is_file():
-        raise UserError(f"{path} names the weights {card['weights']}, which are not beside it", "put the file there")
+        raise UserError(f"{path} names the weights {card['weights']}, which are not next to it", "put the file there")
     expected = card.get("sha256")
     if expected and not instead and (found := file_sha256(weights)) != expected:
         raise UserError(

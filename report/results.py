@@ -13,7 +13,7 @@ from .numbers import METRICS, number
 Row = Mapping[str, Any]
 #: What rows that were timed in the same way agree in.
 SETTING = ("runtime", "provider", "precision", "batch", "threads", "cuda_graph")
-#: What quality is told by, the strongest first.
+#: Metrics of quality, the strongest first.
 QUALITY = tuple(metric for metric in METRICS if metric in ("top1", "agreement", "cosine", "kl"))
 
 

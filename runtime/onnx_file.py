@@ -84,7 +84,7 @@ class OnnxFile:
         for name in self.external:
             path = self.path.parent / name
             if not path.is_file():
-                raise UserError(f"{self.path} needs its weights file {name}, which is not beside it")
+                raise UserError(f"{self.path} needs its weights file {name}, which is not next to it")
             hashes[name] = file_sha256(path)
         return hashes
 

@@ -140,7 +140,7 @@ class OrtSession(Session):
         except Exception as error:
             raise UserError(
                 f"{self.path}: onnxruntime cannot open it: {_reason(error, str(self.path))}",
-                "is it a complete ONNX file, with its weights beside it?",
+                "is it a complete ONNX file, with its weights next to it?",
             ) from None
         obtained = session.get_providers()
         lost = [name for name, _ in self._asked if name not in obtained]
@@ -319,4 +319,4 @@ def _reason(error: Exception, path: str) -> str:
     text = " ".join(str(error).split())
     # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from x.onnx failed:Protobuf parsing failed."
     text = text.rpartition("[ONNXRuntimeError] : ")[2].split(" : ", 2)[-1]
-    return text.removeprefix(f"Load model from {path} failed:")[:300]
+    return text.removeprefix(f"Load model from {path} failed:")[:300].rstrip(".")

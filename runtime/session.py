@@ -276,7 +276,7 @@ class Session(ABC):
             )
         if self.preprocessing is None:
             raise UserError(
-                f"{self.path}: does not say how images are prepared (no vpruner.preprocessing in its metadata)",
+                f"{self.path} does not say how images are prepared (no vpruner.preprocessing in its metadata)",
                 f"write the file with {command('export')}, or in Python pass preprocessing={{'mean': ..., 'std': ..., "
                 "'size': [h, w], 'interpolation': 'bicubic'} or use run()",
             )

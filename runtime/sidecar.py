@@ -142,7 +142,7 @@ class EngineRecord:
             source = Path(engine).parent / Path(name).name
             if source.is_file() and (found := file_sha256(source)) != expected:
                 raise UserError(
-                    f"{engine}: {source.name} beside it has changed since it was built (hash {found[:12]}, was "
+                    f"{engine}: {source.name} next to it has changed since it was built (hash {found[:12]}, was "
                     f"{expected[:12]})",
                     f"build it again: {self.rebuild_command(engine)}",
                 )

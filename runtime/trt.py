@@ -150,7 +150,7 @@ class TrtSession(Session):
         record = EngineRecord.load(self.path)
         if record is None:
             raise UserError(
-                f"{self.path} has no {sidecar_path(self.path).name} beside it that says where it is from, and an "
+                f"{self.path} has no {sidecar_path(self.path).name} next to it that says where it is from, and an "
                 "engine can carry code",
                 f"build it with: {command('build', 'MODEL.onnx', output='MODEL.engine')}; or open it with "
                 f"{option('trust', True)} if you know its origin",

@@ -318,7 +318,8 @@ def _about(model: Path) -> tuple[ModelMetadata, str, Path | None, str | None, bo
     record = EngineRecord.load(model)
     if record is None:
         raise UserError(
-            f"{model} has no record beside it that says what it is", "name the ONNX file that it was built from instead"
+            f"{model} has no record next to it that says what it is",
+            "name the ONNX file that it was built from instead",
         )
     metadata = ModelMetadata.from_props(record.metadata, str(model))
     return metadata, record.precision, model.parent / record.onnx, record.tensorrt, True

@@ -464,7 +464,7 @@ class _HeadParts:
         self.pools_prefix = site.pools and site.slice is None and reader.geometry.prefix_tokens > 0
         if site.reshape is not None:
             if selects:
-                raise refuse(selects[0], "no prefix token beside attention pooling")
+                raise refuse(selects[0], "no prefix token with attention pooling")
             self.attention, source = self._read_attention_pool(site)
             sources.append(source)
         elif site.pool is not None:
@@ -568,7 +568,7 @@ class _HeadParts:
         norms = [node for node in readers if _is_vector_norm(node, width)]
         adds = [node for node in readers if node.op_type == "Add"]
         if len(readers) != 2 or len(norms) != 1 or len(adds) != 1:
-            raise refuse(readers[0] if readers else middle, "a norm with an MLP beside a residual Add, as SigLIP has")
+            raise refuse(readers[0] if readers else middle, "a norm with an MLP next to a residual Add, as SigLIP has")
         first = _vector_linear(norms[0].outputs[0])
         second = self._second_layer(adds[0], middle)
         if first is None or second is None:

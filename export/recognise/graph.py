@@ -245,7 +245,7 @@ def sole_reader(value: ir.Value, op_type: str, expected: str) -> ir.Node:
         if node.op_type != op_type or node.domain not in ("", "ai.onnx"):
             raise refuse(node, f"{expected} ({op_type})")
     if len(readers) > 1:
-        raise refuse(readers[1], f"no second reader of {value.name!r} beside {readers[0].name!r}")
+        raise refuse(readers[1], f"no second reader of {value.name!r} besides {readers[0].name!r}")
     return readers[0]
 
 
@@ -674,7 +674,7 @@ def _match_head(stream: ir.Value, geometry: Geometry) -> HeadSite:
 
     for node in selects:
         if not 0 <= chosen[node] < geometry.head_prefix:
-            raise refuse(node, f"a prefix token beside pooling, 0..{geometry.head_prefix - 1}, found {chosen[node]}")
+            raise refuse(node, f"a prefix token with pooling, 0..{geometry.head_prefix - 1}, found {chosen[node]}")
     if not others:
         raise refuse(readers[0], f"the mean over tokens (ReduceMean) or a slice of the patches {where}")
     cut = None
@@ -688,7 +688,7 @@ def _match_head(stream: ir.Value, geometry: Geometry) -> HeadSite:
             raise refuse(value, f"tokens to be pooled {where}")
         node = others[0]
     if len(others) > 1:
-        raise refuse(others[1], f"no second reader of {value.name!r} beside {node.name!r} {where}")
+        raise refuse(others[1], f"no second reader of {value.name!r} besides {node.name!r} {where}")
     if node.op_type in ("ReduceMean", "ReduceSum", "ReduceMax") and node.domain in ("", "ai.onnx"):
         axes = integers(node, 1) or attribute_ints(node, "axes")
         # A sum over tokens is no mean: dropping tokens would rescale it.

@@ -104,7 +104,7 @@ UNKNOWN_OPERATOR = Rule(
 MISSING_WEIGHTS = Rule(
     "error",
     "no runtime can load the graph without them",
-    "put the weights file beside the graph, under the name that the graph holds",
+    "put the weights file next to the graph, under the name that the graph holds",
     "https://onnx.ai/onnx/repo-docs/ExternalData.html",
 )
 #: Said of an operand that is neither an input of the graph, nor a weight, nor another node's output.

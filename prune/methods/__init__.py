@@ -28,12 +28,12 @@ def find_method(name: str) -> type[Method]:
     """The method called ``name``.
 
     Raises:
-        UserError: There is none; the message lists those that are, apart where counts are not fixed: these cannot be
-            exported.
+        UserError: There is none; the message lists those that are, and says which cannot be exported because their
+            counts are not fixed.
     """
     known = methods()
     if name not in known:
         fixed, free = ([key for key, one in known.items() if one.fixed_counts is fix] for fix in (True, False))
-        others = f", or where images may decide the counts {', '.join(free)}" if free else ""
+        others = f"; not for export: {', '.join(free)}" if free else ""
         raise UserError(f"there is no method called {name!r}", f"choose one of {', '.join(fixed)}{others}")
     return known[name]

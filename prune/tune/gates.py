@@ -47,7 +47,7 @@ def tune_gates_least_squares(
 
     Args:
         indices: int [image] of ``calibration``; the first :data:`GATE_IMAGES` of them are looked at.
-        prefix_weight, ram_bytes, on_step: As in :func:`refit_weights`.
+        prefix_weight, ram_bytes, on_step: As in :func:`~vpruner.prune.tune.weights.refit_weights`.
 
     Returns:
         (plan, details): the plan with gates, each within 1/10 and 10 (``plan`` itself when none changed); and JSON

@@ -87,7 +87,7 @@ def refit_weights(
             refitted model as it will be.
         indices: int [image] of ``calibration``; no other image is looked at.
         start: Weights of the pruned model where they are not the dense model's: state-dict name -> tensor.
-        flip: Fit to mirror images as well; None: below :data:`FLIP_BELOW` images.
+        flip: Fit to mirror images as well; None: below :data:`~vpruner.prune.tune.streams.FLIP_BELOW` images.
         prefix_weight: How much more a prefix token that the head reads counts, where the head reads no patches.
         ram_bytes: Activations beyond this lie in a temporary folder.
         on_step: Called with 1 after each block.

@@ -106,7 +106,7 @@ def open_vlm(spec: str, *, device: str | None = None, dtype: str = "auto") -> Lo
     Args:
         spec: A local folder, or a name on the hub.
         device: Such as "cpu" or "cuda"; None: the GPU where there is one.
-        dtype: One of :data:`DTYPES`.
+        dtype: One of :data:`~vpruner.core.choices.VLM_DTYPES`.
 
     Raises:
         UserError: It cannot be loaded, or is no model whose visual tokens can be pruned; the message names what it is.

@@ -118,7 +118,7 @@ def saint_stages(
         raise UserError("neither keep nor threshold is given", "say how much to keep, e.g. keep=0.25")
     if keep is not None and threshold is not None:
         raise UserError(
-            "both keep and threshold are given", "give one; a hybrid with a threshold takes encoder_keep beside it"
+            "both keep and threshold are given", "give one; a hybrid with a threshold also takes encoder_keep"
         )
     if neighbours < 1:
         raise UserError(f"neighbours is {neighbours}", "expected at least 1")

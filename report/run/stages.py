@@ -13,6 +13,12 @@ from ..results import Results, Row
 from ..tables.run import stages_table
 
 
+_FORESEEN = (
+    " The rearrangement is an exception: it was judged with weights that foresee the tuning. The divergence shown is "
+    "with the model's own weights and may rise."
+)
+
+
 def stage_notes(stages: Sequence[Row]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row["note"] for row in stages if isinstance(row.get("note"), str) and row["note"]))
 
@@ -27,7 +33,8 @@ def stages_sections(plan: TokenPlan, results: Results) -> list[Section]:
         Text(
             "Accuracy is of the model as it was after the stage, on the evaluation images. The divergence from the "
             "dense model is before and after the stage, on calibration images held out from every fit. A stage that "
-            "does not lower it there by more than chance is undone."
+            "does not reduce it by more than chance explains is undone."
+            + (_FORESEEN if any(row.get("foresees_tuning") is True for row in stages) else "")
         )
     )
     if notes := stage_notes(stages):

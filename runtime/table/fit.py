@@ -30,9 +30,10 @@ def fit_table(
 
     Args:
         times: ms by label of ``samples``, and of ``"chain"``, all tokens through ``blocks`` blocks.
-        samples: What :func:`design` gave, the dense model, plans, and perhaps a chain of another length.
+        samples: What :func:`~vpruner.runtime.table.design.design` gave, the dense model, plans, and perhaps a
+            chain of another length.
         blocks: Length of the chains.
-        step: As in :class:`Graphs`.
+        step: As in :class:`~vpruner.runtime.table.graphs.Graphs`.
         about: Further fields of the table.
     """
     timed = _Timed.of(times, samples, blocks, geometry)

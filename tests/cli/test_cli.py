@@ -144,7 +144,7 @@ def test_an_existing_folder_is_kept_unless_forced(finished, card, images):
 def test_force_never_replaces_a_folder_of_something_else(card, images, tmp_path, beside):
     for name in ("thesis.tex", *beside):
         (tmp_path / name).write_text("years of work")
-    fails("run", card, "--data", images, "-o", tmp_path, "--force", says="holds thesis.tex, which is not of a run")
+    fails("run", card, "--data", images, "-o", tmp_path, "--force", says="holds thesis.tex, which no run wrote")
     assert (tmp_path / "thesis.tex").exists()
 
 
@@ -229,7 +229,7 @@ def test_a_baseline_must_be_one(finished, images):
     pruned, dense = output / "pruned.onnx", output / "dense.onnx"
     for command, more in (("profile", ("--seconds", 0.1)), ("evaluate", ("--eval-data", images))):
         fails(command, dense, "--against", pruned, *more, says="pruned.onnx is a pruned file")
-        fails(command, pruned, "--against", pruned, *more, says="against itself")
+        fails(command, pruned, "--against", pruned, *more, says="is compared with itself")
 
 
 def test_nothing_to_measure_is_said_before_measuring(finished, tmp_path):

@@ -170,9 +170,9 @@ MISTAKES = {
     ),
     "prune, an ONNX file": (
         ("export", "GRAPH", "-o", "FOLDER/x.onnx"),
-        "vpruner prune GRAPH --data DIR; fold a plan into it: vpruner fold GRAPH",
+        "vpruner prune GRAPH --data DIR; fold a plan into it: vpruner fold GRAPH --plan plan.json",
         lambda card, folder, graph: open_torch(spec=graph),
-        'vpruner.open_model("GRAPH").prune(...); fold a plan into it: vpruner.fold_plan("GRAPH")',
+        'vpruner.open_model("GRAPH").prune(...); fold a plan into it: vpruner.fold_plan("GRAPH", plan="plan.json")',
     ),
     "prune.vlm": (
         ("vlm", "profile", "FOLDER", "--mode", "vit", "--threshold", 0.8),

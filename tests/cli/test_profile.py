@@ -90,11 +90,11 @@ def test_engines_from_build_to_report(model, monkeypatch, tmp_path):
     call("report", results, "-o", tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
     assert "GPU, no CUDA graph" in text and "pruned takes 1.000× the time of dense" in text
-    fails("profile", pruned, "--against", pruned, says="against itself")
+    fails("profile", pruned, "--against", pruned, says="is compared with itself")
     fails("profile", pruned, "--against", tmp_path / "dense.onnx", says="an engine and an ONNX file")
     fails("profile", pruned, "--batch-size", 3, says="static batch 1, asked for 3")
     (tmp_path / "dense.engine.json").unlink()
-    fails("profile", dense, says="has no dense.engine.json beside it")
+    fails("profile", dense, says="has no dense.engine.json next to it")
     assert call("profile", dense, "--trust", "--seconds", 0.3, "--json", "-q").exit_code == 0
 
 

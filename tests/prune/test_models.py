@@ -193,7 +193,7 @@ def test_a_card_with_a_timm_name_and_classes(small_model, weights, tmp_path):
         ({"class": "os.system"}, "'os.system' is not part of timm"),
         ({"class": "timm.models.vision_transformer.NoSuch"}, "has no timm.models.vision_transformer.NoSuch"),
         ({"class": "timm.models.vision_transformer.checkpoint_filter_fn"}, "is not a model class"),
-        ({"weights": "elsewhere.safetensors"}, "are not beside it"),
+        ({"weights": "elsewhere.safetensors"}, "are not next to it"),
         ({"classes": ["one"]}, "1 class names for 10 outputs"),
         ({"args": {"img_size": 32, "colour": 1}}, "the model could not be built"),
         ({"args": None}, "is not a model card"),

@@ -488,5 +488,5 @@ def test_weights_beside_the_graph_are_part_of_the_record(machine, make_onnx, tmp
     with pytest.raises(UserError, match=r"big\.data beside it has changed"):
         record.check_files(engine)
     (tmp_path / "big.data").unlink()
-    with pytest.raises(UserError, match=r"weights file big\.data, which is not beside it"):
+    with pytest.raises(UserError, match=r"weights file big\.data, which is not next to it"):
         build_engine(tmp_path / "big.onnx", engine, BuildOptions(check=False))

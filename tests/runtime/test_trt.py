@@ -250,7 +250,7 @@ def test_an_engine_without_a_record_is_refused_unless_trusted(machine, make_engi
     with TrtSession(path) as session:
         expected = session.run(feeds)["logits"]
     sidecar_path(path).unlink()
-    with pytest.raises(UserError, match=r"no model\.engine\.json beside it.*can carry code; build it with.*trust=True"):
+    with pytest.raises(UserError, match=r"no model\.engine\.json next to it.*can carry code; build it.*trust=True"):
         TrtSession(path)
     with TrtSession(path, trust=True) as session:
         np.testing.assert_array_equal(session.run(feeds)["logits"], expected)

@@ -200,7 +200,7 @@ def test_an_engine_is_known_by_its_record(make_onnx, files, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         rows_from_trtexec(engine, files)
     engine.write_bytes(b"plan")
-    with pytest.raises(UserError, match="no record beside it.*ONNX file"):
+    with pytest.raises(UserError, match="no record next to it.*ONNX file"):
         rows_from_trtexec(engine, files)
     record_for(engine, metadata={"vpruner.model": "tiny", "vpruner.plan": "ab"})
     latency, blocks = rows_from_trtexec(engine, files)
