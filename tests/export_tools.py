@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from store import stored
-from tiny_vits import tiny
+from tiny_vits import KINDS, tiny
 from torch import nn
 
 from vpruner.core.plan import Geometry, TokenPlan
@@ -35,28 +35,42 @@ class Exported:
         return torch.randn(count, self.geometry.in_chans, *self.geometry.image_size, generator=generator)
 
 
-#: Kind, opset and batch, 0 for an open one: each opset and each batch. The first three are those that other tests use.
+#: Kind, opset and batch, 0 for an open one. Each kind of model once, those that no other test takes in the forms that
+#: none takes either; every opset and every batch is among them.
 FORMS = [
     ("class token", 20, 1),
     ("class token", 20, 0),
     ("class token", 20, 3),
-    ("class token", 17, 1),
-    ("registers", 18, 0),
-    ("average pooling", 19, 1),
-    ("attention pooling", 21, 0),
-    ("distilled", 22, 3),
-    ("average pooling", 23, 0),
+    ("registers", 20, 1),
+    ("average pooling", 20, 1),
+    ("average pooling beside a class token", 20, 1),
+    ("average pooling before the norm", 18, 0),
+    ("average pooling with the class token in it", 19, 1),
+    ("attention pooling", 20, 1),
+    ("attention pooling over the class token too", 21, 0),
+    ("layer scale", 20, 1),
+    ("qk-norm", 20, 1),
+    ("no qkv bias", 17, 1),
+    ("pre-norm", 22, 3),
+    ("features", 20, 1),
+    ("patch 16", 23, 0),
+    ("patch 14", 20, 1),
+    ("patch 32", 17, 0),
+    ("distilled", 20, 1),
 ]
 ALL_FORMS = list(
     dict.fromkeys(
         [
             *FORMS,
+            *((kind, 20, 1) for kind in KINDS),
             *((kind, opset, 1) for kind in ("class token", "average pooling") for opset in range(17, 24)),
             *((kind, 20, 0) for kind in ("distilled", "registers", "attention pooling", "average pooling")),
             ("attention pooling", 20, 3),
         ]
     )
 )
+#: One form of each kind.
+FORM = {form[0]: form for form in reversed(FORMS)}
 
 
 def exported_form(form: tuple[str, int, int]) -> "Exported":

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from export_tools import dims, nodes, relative_difference, run, token_gathers
+from products import each_with_some
 
 from vpruner.core.errors import UserError
 from vpruner.core.plan import TokenPlan
@@ -34,8 +35,10 @@ def chain_reference(dense, images, keys: int, queries: int) -> np.ndarray:
         return model.forward_head(model.norm(tokens)).numpy()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("share", [(1.0, 1.0), (1.0, 0.5), (0.6, 0.6), (0.6, 0.2), (0.0, 0.0)], ids=str)
+SHARES = [(1.0, 1.0), (1.0, 0.5), (0.6, 0.6), (0.6, 0.2), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize("kind, share", each_with_some(KINDS, SHARES, 2))
 def test_a_chain_has_the_shapes_it_says_and_computes_what_its_blocks_do(exported, kind, share):
     dense = exported(kind)
     shape = dense.geometry

@@ -9,8 +9,9 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner
 from export_tools import nodes, only, random_plan, relative_difference, run
-from foreign_graphs import Foreign, tiny_model, write_foreign
+from foreign_graphs import Foreign, tiny_model
 from onnx import TensorProto, helper, numpy_helper
+from products import each_with_some
 
 from vpruner.cli import main
 from vpruner.core.errors import UserError
@@ -27,14 +28,14 @@ from vpruner.export.targets import TARGETS
 from vpruner.pipeline.fold import fold_checked
 
 FOREIGN = [
-    Foreign("class token", "dynamo", 23, dynamic=True),
+    Foreign("qk-norm", "dynamo", 23, dynamic=True),
     Foreign("attention pooling", "torchscript", 17, dynamic=True),
-    Foreign("qk-norm", "dynamo", 20, fused=False),
+    Foreign("class token", "dynamo", 18, fused=False),
 ]
 
 
 @pytest.fixture(scope="module")
-def folded(exported, tmp_path_factory):
+def folded(exported, written, tmp_path_factory):
     """Name -> (a plain file, dense or pruned, of ours or of another exporter folded by us; its geometry)."""
     folder, found = tmp_path_factory.mktemp("folded"), {}
     dense = exported("class token")
@@ -42,7 +43,7 @@ def folded(exported, tmp_path_factory):
     fold_file(dense.path, random_plan(dense.geometry, 0, gates=True, enter=0.8), folder / "pruned.onnx")
     found["pruned"] = folder / "pruned.onnx", dense.geometry
     for number, foreign in enumerate(FOREIGN):
-        source = write_foreign(foreign, folder / f"source{number}.onnx")
+        source = written(foreign)
         _, geometry = tiny_model(foreign.kind)
         fold_file(source, random_plan(geometry, number), folder / f"foreign{number}.onnx")
         found[str(foreign)] = folder / f"foreign{number}.onnx", geometry
@@ -54,8 +55,7 @@ def pixels(geometry, count=3, seed=0):
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["dense", "pruned", *map(str, FOREIGN)])
+@pytest.mark.parametrize("target, name", each_with_some(list(TARGETS), ["dense", "pruned", *map(str, FOREIGN)], 2))
 def test_every_target_takes_what_is_written_for_it(folded, name, target, tmp_path):
     path, geometry = folded[name]
     done = deploy_file(path, target, tmp_path / "deployed.onnx")

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from export_tools import random_plan
+from export_tools import FORM, exported_form, random_plan
 from tiny_vits import KINDS
 
 from vpruner.core.errors import ParityError
@@ -18,8 +18,8 @@ from vpruner.prune.backbones.vit import ViTAdapter
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_masked_graph_equals_the_masked_model_and_the_fold(exported, kind, tmp_path):
-    dense = exported(kind)
+def test_masked_graph_equals_the_masked_model_and_the_fold(kind, tmp_path):
+    dense = exported_form(FORM[kind])
     plan = random_plan(dense.geometry, 0, gates=kind == "class token", enter=0.8)
     save_model(mask_tokens(open_graph(dense.path).recognised(), plan), tmp_path / "masked.onnx")
     images = dense.images(3)
