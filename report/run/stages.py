@@ -12,7 +12,6 @@ from ..numbers import number
 from ..results import Results, Row
 from ..tables.run import stages_table
 
-
 _FORESEEN = (
     " The rearrangement is an exception: it was judged with weights that foresee the tuning. The divergence shown is "
     "with the model's own weights and may rise."
