@@ -467,7 +467,7 @@ def test_files_that_were_replaced_are_found(record, tmp_path):
     onnx.rename(tmp_path / "kept.onnx")
     record.check_files(engine)
     onnx.write_bytes(b"another")
-    with pytest.raises(UserError, match=r"model\.onnx beside it has changed since it was built.*vpruner.build_engine"):
+    with pytest.raises(UserError, match=r"model\.onnx next to it has changed since it was built.*vpruner.build_engine"):
         record.check_files(engine)
     engine.write_bytes(b"another")
     with pytest.raises(UserError, match="one of the two was replaced"):
@@ -485,7 +485,7 @@ def test_weights_beside_the_graph_are_part_of_the_record(machine, make_onnx, tmp
     record = replace(record, onnx="big.onnx", onnx_sha256=file_sha256(big), weights_sha256=weights)
     record.check_files(engine)
     (tmp_path / "big.data").write_bytes(b"other weights")
-    with pytest.raises(UserError, match=r"big\.data beside it has changed"):
+    with pytest.raises(UserError, match=r"big\.data next to it has changed"):
         record.check_files(engine)
     (tmp_path / "big.data").unlink()
     with pytest.raises(UserError, match=r"weights file big\.data, which is not next to it"):
