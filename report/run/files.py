@@ -31,8 +31,8 @@ def usage_section(folder: Path, plan: TokenPlan) -> Section:
         Code("sh", "\n".join(shell)),
         Code(
             "python",
-            "import vpruner.runtime\n\n"
-            f'with vpruner.runtime.open("{name}") as session:\n'
+            "import vpruner as vp\n\n"
+            f'with vp.open("{name}") as session:\n'
             '    for prediction in session.predict(["IMAGE.jpg"]):\n'
             f"        print({result})",
         ),
@@ -48,7 +48,10 @@ def parity_section(results: Results) -> Section:
     if not results.parity:
         text = "Not measured: the exported graph was not compared with the model it came from."
         return Section("Parity checks", [Text(text)])
-    text = "Each form of the pruned model is compared with one that was checked before it, on the same inputs."
+    text = (
+        "Each form of the pruned model is compared with one that was checked before it, on the same inputs. A masked "
+        "model hides the tokens that are dropped; a gathered model computes without them."
+    )
     return Section("Parity checks", [Text(text), parity_table(results.parity)])
 
 

@@ -13,8 +13,8 @@ from ..results import Results, Row
 from ..tables.run import stages_table
 
 _FORESEEN = (
-    " The rearrangement is an exception: it was judged with weights that foresee the tuning. The divergence shown is "
-    "with the model's own weights and may rise."
+    " The rearrangement is an exception: it was judged with stand-in weights, which foresee the tuning. The divergence "
+    "shown is with the model's own weights, and may rise."
 )
 
 
