@@ -207,7 +207,7 @@ class Model:
         with job(progress):
             require_all(RUN_PACKAGES)
             if plan is not None and method is None:
-                return self.withplan_of(plan).written(output, *form, **given)
+                return self.with_plan(plan).written(output, *form, **given)
             from .pipeline.export import MethodSpec, export
 
             path = checked_output(output, *self.spec.files)
@@ -330,7 +330,9 @@ def evaluate(
         else:
             opened = open_model(model, weights=weights, preprocessing=preprocessing)
             loaded, pruned = opened.loaded, None if plan is None else opened.with_plan(plan)
-        given = {} if pruned is None else dict(plan=pruned.plan, plan_path=pruned.plan_path, weights=pruned.weights)
+        given: dict[str, Any] = (
+            {} if pruned is None else dict(plan=pruned.plan, plan_path=pruned.plan_path, weights=pruned.weights)
+        )
         rows = measure(ModelSpec(loaded), data, **given)
         return Measurements(rows, [evaluation_table(rows)])
 
@@ -418,7 +420,7 @@ def fold_plan(
         opened, path = (None, None) if plan is None else plan_of(plan)
         check_output(target, ".onnx", source, path)
         if isinstance(opened, ContentPlan):
-            TokenPlan.from_json(opened.to_json())  # Says what to do with a plan by content.
+            opened = TokenPlan.from_json(opened.to_json())  # Says what to do with a plan by content.
         _, checks, deployment = fold_checked(source, opened, target, deploy_for=deploy_for, plan_path=path)
         return Exported(target, tuple(checks), deployment)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..core import progress
@@ -80,10 +80,10 @@ def images_for(what: Any, role: str) -> tuple[Images, DataSpec]:
         progress.remark(f"no images given: the bundled CIFAR-10 images serve for {role}")
         what = str(bundled.calibration_data() if learns else bundled.evaluation_data())
     images = open_images(what, split="train" if learns else "validation")
-    source, chosen = images.source, dict(seed=images.seed, strict=images.strict)
+    spec = DataSpec(seed=images.seed, strict=images.strict)
     if learns:
-        return images, DataSpec(data=source, images=images.limit or IMAGES, **chosen)
-    return images, DataSpec(eval_data=source, eval_images=images.limit or EVAL_IMAGES, **chosen)
+        return images, replace(spec, data=images.source, images=images.limit or IMAGES)
+    return images, replace(spec, eval_data=images.source, eval_images=images.limit or EVAL_IMAGES)
 
 
 def data_of(

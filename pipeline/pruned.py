@@ -132,7 +132,7 @@ class Pruned:
 
         path = checked_output(output, *self.files, self.plan_path)
         source = None if data is None else images_for(data, "calibration")[0].source
-        given = dict(plan=self.plan, plan_path=self.plan_path, weights=self.weights)
+        given: dict[str, Any] = dict(plan=self.plan, plan_path=self.plan_path, weights=self.weights)
         return export(
             self.loaded, path, form, precision, data=source, images=images or INT8_IMAGES, tokens=tokens, **given
         )

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 import torch
+from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from ..core.plan import TokenPlan
@@ -29,6 +31,18 @@ class GatheredBlock(nn.Module):
         rows: int64 [query]: rows of what entered whose output is read later; None: all of them.
         bias: [1, 1, 1, key]: logarithms of the gates; None: all are open.
     """
+
+    norm1: nn.Module
+    attn: Attention
+    ls1: nn.Module
+    drop_path1: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    ls2: nn.Module
+    drop_path2: nn.Module
+    entry: Tensor | None
+    rows: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, block: nn.Module, entry: np.ndarray | None, rows: np.ndarray | None, bias: Tensor | None):
         super().__init__()
@@ -71,8 +85,8 @@ def gathered_module(adapter: ViTAdapter, plan: TokenPlan, weights: Mapping[str, 
     plan.check_fits(adapter.name, adapter.geometry)
     with with_weights(adapter.model, weights):
         model = copy.deepcopy(adapter.model)
-    blocks = []
-    for index, block in enumerate(model.blocks):
+    blocks: list[nn.Module] = []
+    for index, block in enumerate(cast(nn.Sequential, model.blocks)):
         # From the second block on, the block before has selected already.
         entry = plan.entry_rows(0) if index == 0 and plan.drops_before(0) else None
         queries = plan.query_rows(index)

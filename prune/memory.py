@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,9 @@ def open_source(what: Any, *, split: str, limit: int | None = None) -> ImageSour
     """
     if isinstance(what, ImageSource):
         return what
-    return ImageSource(what, split=split) if isinstance(what, (str, PathLike)) else MemorySource(what, limit)
+    if isinstance(what, str):
+        return ImageSource(what, split=split)
+    return ImageSource(Path(what), split=split) if isinstance(what, PathLike) else MemorySource(what, limit)
 
 
 class MemorySource(ImageSource):
@@ -56,8 +59,8 @@ class MemorySource(ImageSource):
             raise UserError(f"there are no images: {type(what).__name__} is empty", "give at least one")
         label = self._first_label()
         names = getattr(what, "classes", None) or getattr(getattr(what, "dataset", None), "classes", None)
-        named = label is not None and isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)
-        self.class_names = tuple(names) if named else None
+        named = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        self.class_names = tuple(names) if named and names and label is not None else None
         self.numbered = label is not None
 
     def __len__(self) -> int:
@@ -90,8 +93,8 @@ class MemorySource(ImageSource):
             if label is not None:
                 label_number(label)
             return label
-        if isinstance(failed, UserError):
-            raise failed
+        if failed is None or isinstance(failed, UserError):
+            raise failed or UserError(f"{self.spec} holds no images")
         raise UserError(f"item 0 of {self.spec} is not a readable image ({first_line(failed)})", EXPECTED) from failed
 
 
