@@ -25,10 +25,10 @@ from .core.plan import TokenPlan
 from .core.progress import Sink
 from .core.specs import ExportSpec, LearnSpec, ModelSpec, PrecisionSpec, TimingSpec
 from .core.text import option
-from .pipeline.calls import Path_, job, mapping_of, names_of, path_of
+from .pipeline.calls import Path_, job, mapping_of, names_of, numbers_of, path_of, spec_of
 from .pipeline.images import data_of, images_for
-from .pipeline.models import fields_of, loaded_module, write_proto
-from .pipeline.pruned import Pruned, checked_output, plan_of
+from .pipeline.models import fields_of, loaded_module, name_of, write_proto
+from .pipeline.pruned import Pruned, checked_output, form_of, plan_of
 from .report.measurements import Finished, Measurements
 
 if TYPE_CHECKING:
@@ -202,8 +202,8 @@ class Model:
             UserError: Options do not go together, or the target does not take the graph.
             ParityError: The graph does not compute what the model does.
         """
-        form = ExportSpec(opset, dynamic_batch, batch_size, deploy_for), PrecisionSpec(names_of(precisions), io)
-        given = dict(data=data, images=images, tokens=tokens)
+        form = form_of(opset, dynamic_batch, batch_size, deploy_for, precisions, io)
+        given: dict[str, Any] = dict(data=data, images=images, tokens=tokens)
         with job(progress):
             require_all(RUN_PACKAGES)
             if plan is not None and method is None:
@@ -211,7 +211,7 @@ class Model:
             from .pipeline.export import MethodSpec, export
 
             path = checked_output(output, *self.spec.files)
-            spec = MethodSpec(method) if isinstance(method, str) else method
+            spec = method if isinstance(method, MethodSpec) or method is None else MethodSpec(method)
             if data is not None:
                 given["data"] = images_for(data, "calibration")[0].source
             return export(
@@ -249,6 +249,8 @@ def open_model(
         UserError: It cannot be opened or pruned; the message says which part and why.
     """
     if isinstance(model, Model):
+        if weights is not None or pretrained or model_args or preprocessing:
+            raise UserError(f"{model.name} is open already", "give these options where it is opened")
         return model
     with job(progress):
         torch_, onnx = sys.modules.get("torch"), sys.modules.get("onnx")
@@ -266,9 +268,9 @@ def open_model(
             from .prune.loaded import LoadedModel
 
             if not isinstance(model, LoadedModel):
-                raise UserError(f"the model is a {type(model).__name__}", _MODELS)
+                raise UserError(f"the model is of type {type(model).__name__}", _MODELS)
         elif model is not None:
-            model = os.fspath(model)
+            model = str(path_of(model, "model"))
         require_all(("torch", "timm", *(("onnx", "onnx_ir", "onnxruntime") if is_onnx(model) else ())))
         from .pipeline.inputs import open_prunable
 
@@ -326,14 +328,15 @@ def evaluate(
         if against is not None:
             raise UserError(f"{option('against')} goes with an ONNX file", f"for a model give {option('plan')}")
         if isinstance(model, Pruned):
+            if plan is not None or weights is not None:
+                raise UserError(
+                    "a Pruned has its plan and its weights", f"leave out {option('plan')} and {option('weights')}"
+                )
             loaded, pruned = model.loaded, model
         else:
             opened = open_model(model, weights=weights, preprocessing=preprocessing)
             loaded, pruned = opened.loaded, None if plan is None else opened.with_plan(plan)
-        given: dict[str, Any] = (
-            {} if pruned is None else dict(plan=pruned.plan, plan_path=pruned.plan_path, weights=pruned.weights)
-        )
-        rows = measure(ModelSpec(loaded), data, **given)
+        rows = measure(ModelSpec(loaded), data, **({} if pruned is None else pruned.reduction))
         return Measurements(rows, [evaluation_table(rows)])
 
 
@@ -382,7 +385,9 @@ def profile(
             paths = {"dense": path_of(against, "against"), "pruned": path}
             check_baseline(path, paths["dense"])
         TimingSpec(threads, seconds)
-        sizes = (batches,) if isinstance(batches, int) else tuple(batches)
+        sizes = numbers_of(batches, "batches", int)
+        if not isinstance(provider, str):
+            raise UserError(f"{option('provider')} is {provider!r}", "expected a name, such as cpu or cuda")
         how: dict[str, Any] = dict(provider=provider, threads=threads, cuda_graph=cuda_graph, layers=layers)
         rows = measure(paths, batches=sizes, power=power, trust=trust, seconds=seconds, **how)
         return Measurements(rows, profile_tables(rows))
@@ -507,14 +512,13 @@ def run(
         from .report.tables.run import run_tables
 
         spec = _model_spec(model, weights, pretrained, model_args, preprocessing)
-        learn = replace(learn or LearnSpec(), seed=seed, **({} if target is None else {"target": target}))
+        learn = replace(spec_of(learn, LearnSpec, "learn"), seed=seed, **({} if target is None else {"target": target}))
         chosen = data_of(data, eval_data, images, eval_images, seed, IMAGES)
-        others = export or ExportSpec(), precision or PrecisionSpec(), timing or TimingSpec()
-        options = RunOptions(spec, chosen, learn, *others)
-        folder = Path("runs") / _stem(spec) if output is None else path_of(output, "output")
+        form, others = spec_of(export, ExportSpec, "export"), spec_of(precision, PrecisionSpec, "precision")
+        options = RunOptions(spec, chosen, learn, form, others, spec_of(timing, TimingSpec, "timing"))
+        folder = Path("runs") / name_of(spec) if output is None else path_of(output, "output")
         done = run_all(options, folder, force=force)
-        rows = Measurements(done["rows"], run_tables(Results(tuple(done["rows"]))))
-        return Finished(folder, rows, _paths(done), tuple(done["remarks"]), tuple(done["left_out"]))
+        return Finished.of(folder, done, run_tables(Results(tuple(done["rows"]))), done["left_out"])
 
 
 def compare(
@@ -567,36 +571,20 @@ def compare(
         options = CompareOptions(
             spec,
             data_of(data, eval_data, images, eval_images, seed, 1024),
-            replace(learn or LearnSpec(), seed=seed),
-            timing or TimingSpec(),
-            targets=(targets,) if isinstance(targets, (int, float)) else tuple(targets),
-            methods=None if methods is None else names_of(methods),
+            replace(spec_of(learn, LearnSpec, "learn"), seed=seed),
+            spec_of(timing, TimingSpec, "timing"),
+            targets=numbers_of(targets, "targets", float),
+            methods=None if methods is None else names_of(methods, "methods"),
             seeds=seeds,
-            batches=(batches,) if isinstance(batches, int) else tuple(batches),
+            batches=numbers_of(batches, "batches", int),
             latency=latency,
             opset=opset,
         )
-        folder = Path("runs") / f"compare-{_stem(spec)}" if output is None else path_of(output, "output")
+        folder = Path("runs") / f"compare-{name_of(spec)}" if output is None else path_of(output, "output")
         done = compare_all(
             options, folder, results=None if results is None else path_of(results, "results"), force=force
         )
         entries = entries_of(done["rows"])
-        rows = Measurements(done["rows"], [comparison_table(entries)] if done["made"] else [])
         failed = (row for row in done["rows"] if row["kind"] == "compared" and row["failure"] is not None)
-        return Finished(
-            folder,
-            rows,
-            _paths(done),
-            tuple(done["remarks"]),
-            tuple(f"{r['method']} at {r['target']:g}" for r in failed),
-        )
-
-
-def _stem(spec: ModelSpec) -> str:
-    if spec.what is None:
-        return "reference"
-    return Path(spec.what).stem if isinstance(spec.what, (str, os.PathLike)) else spec.what.name
-
-
-def _paths(done: Mapping[str, Any]) -> dict[str, Path]:
-    return {name: Path(path) for name, path in done["files"].items()}
+        names = [f"{row['method']} at {row['target']:g}" for row in failed]
+        return Finished.of(folder, done, [comparison_table(entries)] if done["made"] else [], names)

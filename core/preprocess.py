@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,6 +193,9 @@ def resolve_preprocessing(
     Raises:
         UserError: Neither says what mean and std are; the size is open; a value is out of range.
     """
+    known = [one.name for one in fields(Preprocessing) if one.name != "size"]
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"preprocessing has no {', '.join(map(str, unknown))}", f"expected some of {', '.join(known)}")
     if stated is not None:
         return replace(stated, **given)
     missing = [name for name in ("mean", "std") if name not in given]

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from .errors import UserError
-from .text import as_python
+from .text import as_python, option
 
 logger = logging.getLogger("vpruner")
 
@@ -86,6 +86,8 @@ def reporting(sink: Sink | None = None) -> Iterator[Record]:
     if sink is None:
         outer = _current.get()
         sink = LogSink() if outer is None else outer.sink
+    if not isinstance(sink, Sink):
+        raise UserError(f"{option('progress')} is of type {type(sink).__name__}", "expected a vpruner.Sink")
     record = Record(sink)
     token = _current.set(record)
     try:

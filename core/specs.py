@@ -127,6 +127,10 @@ class LearnSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.target, bool) or not isinstance(self.target, (int, float)):
+            raise UserError(f"{option('target')} is {self.target!r}", "expected a fraction such as 0.65")
+        if not isinstance(self.cost, str):
+            raise UserError(f"{option('cost')} is {self.cost!r}", "expected macs or latency:TABLE.json")
         _check_choice("loss", self.loss, ("auto", *LOSSES))
         _check_choice("rearrange", self.rearrange, REARRANGEMENTS)
         _check_choice("tune", self.tune, TUNINGS)
@@ -153,7 +157,7 @@ class ExportSpec:
     deploy_for: str | None = None
 
     def __post_init__(self) -> None:
-        _check_at_least(1, batch_size=self.batch_size)
+        _check_at_least(1, opset=self.opset, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ IN_PYTHON = {
 }
 #: Options that are no arguments by name of those calls: images come first, and results have a method to save them.
 _NOT_IN_PYTHON = {"prune": {"data", "output"}, "export": {"output"}, "table": {"output"}}
+#: Those that are arguments of ``open_model`` where a command is a method of the model.
+_OF_MODEL = ("weights", "pretrained", "model_args")
 
 
 def option(name: str, value: object = None) -> str:
@@ -101,7 +103,10 @@ def _call(name: str, arguments: list[str], options: dict[str, Any]) -> str:
     concrete = all(value != "..." and value.partition(".")[0] not in STAND_INS for value in arguments)
     shown = [_literal(value) for value in arguments] if arguments and concrete else ["..."]
     if called.startswith("model."):  # A method of the model that the command opens.
-        called, shown = called if shown == ["..."] else f"vpruner.open_model({shown[0]}){called[5:]}", ["..."]
+        opening = [_argument(key, options[key]) for key in _OF_MODEL if key in options]
+        if opening or shown != ["..."]:
+            called = f"vpruner.open_model({', '.join([*shown, *opening])}){called[5:]}"
+        shown, left_out = ["..."], {*left_out, *_OF_MODEL}
     given = [_argument(key, value) for key, value in options.items() if key not in left_out]
     return f"{called}({', '.join([*shown, *given])})"
 

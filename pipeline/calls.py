@@ -6,14 +6,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..core import progress
 from ..core.errors import UserError
 from ..core.extras import missing_extra
+from ..core.plan import shown
 from ..core.progress import Record, Sink
 from ..core.text import option
 
+S = TypeVar("S")
 #: What is taken for a path.
 Path_ = str | os.PathLike[str]
 
@@ -21,8 +23,6 @@ Path_ = str | os.PathLike[str]
 @contextmanager
 def job(sink: Sink | None) -> Iterator[Record]:
     """A call that may take a while: its events go to ``sink``, and a missing package is said with its extra."""
-    if sink is not None and not isinstance(sink, Sink):
-        raise UserError(f"{option('progress')} is a {type(sink).__name__}", "expected a vpruner.Sink")
     try:
         with progress.reporting(sink) as record:
             yield record
@@ -33,14 +33,35 @@ def job(sink: Sink | None) -> Iterator[Record]:
 def path_of(value: Any, name: str) -> Path:
     if isinstance(value, (str, os.PathLike)) and os.fspath(value):
         return Path(value)
-    raise UserError(f"{option(name)} is {value!r:.60}", "expected a path")
+    raise UserError(f"{option(name)} is {shown(value)}", "expected a path")
 
 
 def mapping_of(value: Any, name: str) -> Mapping[str, Any]:
     if value is None or isinstance(value, Mapping):
         return value or {}
-    raise UserError(f"{option(name)} is a {type(value).__name__}", "expected a dict")
+    raise UserError(f"{option(name)} is of type {type(value).__name__}", "expected a dict")
 
 
-def names_of(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+def names_of(value: Any, name: str) -> tuple[str, ...]:
+    """One name, or several."""
+    names = (value,) if isinstance(value, str) else value
+    if isinstance(names, Sequence) and all(isinstance(one, str) for one in names):
+        return tuple(names)
+    raise UserError(f"{option(name)} is {shown(value)}", "expected a name, or a list of names")
+
+
+def numbers_of(value: Any, name: str, kind: type) -> tuple[Any, ...]:
+    """One number above zero, or several; ``kind`` is int or float."""
+    numbers = value if isinstance(value, Sequence) else (value,)
+    known = (int,) if kind is int else (int, float)
+    if numbers and all(isinstance(one, known) and not isinstance(one, bool) and one > 0 for one in numbers):
+        return tuple(numbers)
+    what = "a whole number" if kind is int else "a number"
+    raise UserError(f"{option(name)} is {shown(value)}", f"expected {what} above zero, or a list of them")
+
+
+def spec_of(value: Any, kind: type[S], name: str) -> S:
+    """A Spec that may have been left out."""
+    if value is None or isinstance(value, kind):
+        return kind() if value is None else value
+    raise UserError(f"{option(name)} is of type {type(value).__name__}", f"expected a vpruner.{kind.__name__}")

@@ -130,6 +130,7 @@ def export(
         ParityError: The graph does not compute what the model does.
     """
     check_export(precision, plan, method, data, tokens)
+    DataSpec(images=images or INT8_IMAGES)  # Checks that it is a number.
     if loaded.softmax:
         raise UserError(
             f"{loaded.graph.source} ends in a Softmax, and what it returns is compared as logits",
@@ -157,6 +158,8 @@ def check_export(precision: PrecisionSpec, plan: Any, method: MethodSpec | None,
         plan: A plan or the path of one; None: none.
         data: Calibration images; None: none.
     """
+    if method is not None and not isinstance(method.name, str):
+        raise UserError(f"{option('method')} is {method.name!r}", "expected the name of a method, such as tome")
     if plan is not None and method is not None:
         raise UserError(f"{option('plan')} and {option('method')} both say which tokens leave", "give one of them")
     if tokens and (method is not None or precision.precisions):

@@ -10,6 +10,7 @@ from ..core import progress
 from ..core.choices import EVAL_IMAGES, IMAGES
 from ..core.errors import UserError
 from ..core.specs import DataSpec
+from ..core.text import option
 from .calls import job
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Images:
 
     def __str__(self) -> str:
         names = self.source.class_names
+        if self.source.folder is None and not self.source.streams:
+            return self.source.spec
         count = "a stream of images" if self.source.streams else f"{len(self.source):,} images"
         return f"{self.source.spec}: {count}{'' if names is None else f' in {len(names)} classes'}"
 
@@ -60,13 +63,15 @@ def open_images(
     """
     if isinstance(what, Images):
         return what
-    if what is not None and (what == "" if isinstance(what, str) else isinstance(what, (int, float))):
-        raise UserError(f"the images are {what!r}", "expected a folder, a data set or an iterable of images")
+    if isinstance(what, str) and not what:
+        raise UserError("the images are named by an empty text", "give a folder, a .tar or a data set")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise UserError(f"{option('limit')} is {limit!r}", "expected a whole number of at least 1")
     with job(None):
         from ..core import bundled
         from ..prune.memory import open_source
 
-        DataSpec(images=IMAGES if limit is None else limit, seed=seed)  # Checks both.
+        DataSpec(seed=seed)  # Checks it.
         path = str(bundled.calibration_data()) if what is None else what
         return Images(open_source(path, split=split, limit=limit), limit, seed, strict)
 

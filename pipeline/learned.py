@@ -249,7 +249,7 @@ def tuned_for_plan(
     import torch
 
     from ..prune.backbones.vit import weights_sha256
-    from ..prune.weights_file import load_weights
+    from ..prune.weights_file import check_weights_file, load_weights
 
     tuned = plan.provenance.get("tuned_weights_sha256")
     if weights_path is None:
@@ -259,6 +259,7 @@ def tuned_for_plan(
         weights_path = plan_path.with_name(Path(name).name)
         if not weights_path.is_file():
             return None
+    check_weights_file(weights_path)
     if is_onnx(weights_path):
         from ..export.rebuild.graph import rebuild
 

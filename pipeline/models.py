@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
 from ..core.extras import require_all
+from ..core.specs import ModelSpec
 from ..core.text import option
-from .calls import mapping_of
+from .calls import mapping_of, names_of
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,8 @@ def loaded_module(
         raise UserError(f"a {type(module).__name__} in memory has its weights", f"leave out {left_out}")
     if not isinstance(preprocessing, Preprocessing):
         preprocessing = mapping_of(preprocessing, "preprocessing") or None
+    if classes is not None:
+        classes = names_of(classes, "classes")
     return from_module(module, name=name, preprocessing=preprocessing, classes=classes)
 
 
@@ -51,3 +55,10 @@ def write_proto(onnx: Any, proto: Any, path: Path) -> str:
     except Exception as error:
         raise UserError(f"the ONNX model cannot be written: {error}", "load it with its external data") from error
     return str(path)
+
+
+def name_of(spec: ModelSpec) -> str:
+    """What the folder of a job is called after."""
+    if spec.what is None:
+        return "reference"
+    return Path(spec.what).stem if isinstance(spec.what, (str, os.PathLike)) else spec.what.name

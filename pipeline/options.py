@@ -57,3 +57,7 @@ class CompareOptions:
     batches: tuple[int, ...] = (1,)
     latency: bool = True
     opset: int = 20
+
+    def __post_init__(self) -> None:
+        LearnSpec(seed=self.seeds)  # A whole number.
+        ExportSpec(self.opset)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.choices import INT8_IMAGES
 from ..core.content_plan import ContentPlan, load_plan
 from ..core.errors import UserError
 from ..core.extras import RUN_PACKAGES, require_all
@@ -34,6 +33,14 @@ def plan_of(plan: Any) -> tuple[TokenPlan | ContentPlan, Path | None]:
         return plan, None
     path = path_of(plan, "plan")
     return load_plan(path), path
+
+
+def form_of(
+    opset: Any, dynamic_batch: bool, batch_size: Any, deploy_for: str | None, precisions: Any, io: str
+) -> tuple[ExportSpec, PrecisionSpec]:
+    """The form of the graphs of an export, checked."""
+    spec = ExportSpec(opset, dynamic_batch, batch_size, deploy_for)
+    return spec, PrecisionSpec(names_of(precisions, "precisions"), io)
 
 
 def checked_output(output: Any, *inputs: str | Path | None) -> Path:
@@ -65,6 +72,11 @@ class Pruned:
     def weights(self) -> Mapping[str, torch.Tensor] | None:
         """State-dict name -> tensor of the weights that tuning changed; None where it changed none."""
         return self._learned.weights or None
+
+    @property
+    def reduction(self) -> dict[str, Any]:
+        """The plan, its file and the tuned weights, as jobs take them."""
+        return dict(plan=self.plan, plan_path=self.plan_path, weights=self.weights)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -119,7 +131,7 @@ class Pruned:
             UserError: Options do not go together, or the target does not take the graph.
             ParityError: The graph does not compute what the model does; nothing is written then.
         """
-        form = ExportSpec(opset, dynamic_batch, batch_size, deploy_for), PrecisionSpec(names_of(precisions), io)
+        form = form_of(opset, dynamic_batch, batch_size, deploy_for, precisions, io)
         with job(progress):
             require_all(RUN_PACKAGES)
             return self.written(output, *form, data=data, images=images, tokens=tokens)
@@ -132,10 +144,7 @@ class Pruned:
 
         path = checked_output(output, *self.files, self.plan_path)
         source = None if data is None else images_for(data, "calibration")[0].source
-        given: dict[str, Any] = dict(plan=self.plan, plan_path=self.plan_path, weights=self.weights)
-        return export(
-            self.loaded, path, form, precision, data=source, images=images or INT8_IMAGES, tokens=tokens, **given
-        )
+        return export(self.loaded, path, form, precision, data=source, images=images, tokens=tokens, **self.reduction)
 
     def _tables(self) -> list[Table]:
         from ..report.tables.plan import plan_table

@@ -56,7 +56,7 @@ class MemorySource(ImageSource):
         self.spec = _name_of(what, len(self._items))
         self.dataset, self.streams, self.folder = self._items, False, None
         if not len(self._items):
-            raise UserError(f"there are no images: {type(what).__name__} is empty", "give at least one")
+            raise UserError(f"there are no images: the {type(what).__name__} is empty", "give at least one")
         label = self._first_label()
         names = getattr(what, "classes", None) or getattr(getattr(what, "dataset", None), "classes", None)
         named = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
@@ -92,15 +92,22 @@ class MemorySource(ImageSource):
                 continue
             if label is not None:
                 label_number(label)
+            held = self._items if isinstance(self._items, (list, tuple)) else ()
+            for position, other in enumerate(held):
+                if (_parts(other, f"item {position}")[1] is None) != (label is None):
+                    raise UserError(
+                        f"of {self.spec}, some have a label and item {position} differs", "label all or none"
+                    )
             return label
         if failed is None or isinstance(failed, UserError):
             raise failed or UserError(f"{self.spec} holds no images")
-        raise UserError(f"item 0 of {self.spec} is not a readable image ({first_line(failed)})", EXPECTED) from failed
+        reason = first_line(failed, 160).partition(" <_io.")[0]
+        raise UserError(f"item 0 of {self.spec} is not a readable image ({reason})", "check the file") from failed
 
 
 def _name_of(what: Any, count: int) -> str:
-    held = isinstance(what, (list, tuple, np.ndarray, torch.Tensor)) or not hasattr(what, "__getitem__")
-    return f"{counted(count, 'image')} in memory" if held else type(what).__name__
+    """What messages and provenance call a set: ``"the list of 24 images"``."""
+    return f"the {type(what).__name__} of {counted(count, 'image')}"
 
 
 def _listed(what: Any, limit: int) -> Any:
@@ -116,7 +123,7 @@ def _listed(what: Any, limit: int) -> Any:
             "give a list of images, or one array of all of them",
         )
     if isinstance(what, Mapping) or not (isinstance(what, Iterable) or hasattr(what, "__getitem__")):
-        raise UserError(f"the images are a {kind}", EXPECTED)
+        raise UserError(f"the images are of type {kind}", EXPECTED)
     if hasattr(what, "__getitem__") and hasattr(what, "__len__"):
         return what
     try:
@@ -125,7 +132,7 @@ def _listed(what: Any, limit: int) -> Any:
         raise
     except Exception as error:
         raise UserError(
-            f"{kind} raises {type(error).__name__}: {first_line(error, 160)}", "correct what yields the images"
+            f"the {kind} raises {type(error).__name__}: {first_line(error, 160)}", "correct what yields the images"
         ) from error
 
 
@@ -153,7 +160,7 @@ def _image_of(found: Any, name: str) -> Any:
         return Image.fromarray(_pixels(array, name, channels_first=True))
     if isinstance(found, np.ndarray):
         return Image.fromarray(_pixels(found, name, channels_first=False))
-    raise UserError(f"{name} is a {type(found).__name__}, no image", EXPECTED)
+    raise UserError(f"{name} is of type {type(found).__name__}, no image", EXPECTED)
 
 
 def _pixels(array: np.ndarray, name: str, *, channels_first: bool) -> np.ndarray:

@@ -54,6 +54,12 @@ class Finished:
     remarks: tuple[str, ...]
     failed: tuple[str, ...]
 
+    @classmethod
+    def of(cls, folder: Path, done: Mapping[str, Any], tables: Sequence[Table], failed: Sequence[str]) -> Finished:
+        """From the summary that a job hands to the command line."""
+        files = {name: Path(path) for name, path in done["files"].items()}
+        return cls(folder, Measurements(done["rows"], tables), files, tuple(done["remarks"]), tuple(failed))
+
     def __str__(self) -> str:
         return "\n".join([str(self.rows), *map(str, self.files.values())])
 

@@ -27,6 +27,8 @@ def open(path: str | PathLike, **options: Any) -> Session:
     Raises:
         UserError: No backend for the suffix, or the backend refuses the file or an option.
     """
+    if not isinstance(path, (str, PathLike)):
+        raise UserError(f"the model is of type {type(path).__name__}", "expected the path of an .onnx or .engine file")
     suffix = Path(path).suffix.lower()
     if suffix not in BACKENDS:
         raise UserError(
