@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from .errors import UserError
-from .text import as_python, option
+from .text import as_python
 
 logger = logging.getLogger("vpruner")
 
@@ -87,7 +87,7 @@ def reporting(sink: Sink | None = None) -> Iterator[Record]:
         outer = _current.get()
         sink = LogSink() if outer is None else outer.sink
     if not isinstance(sink, Sink):
-        raise UserError(f"{option('progress')} is of type {type(sink).__name__}", "expected a vpruner.Sink")
+        raise UserError(f"progress goes to a {type(sink).__name__}", "expected a vpruner.Sink")
     record = Record(sink)
     token = _current.set(record)
     try:

@@ -13,7 +13,6 @@ from ..core.errors import UserError
 from ..core.extras import missing_extra
 from ..core.plan import shown
 from ..core.progress import Record, Sink
-from ..core.text import option
 
 S = TypeVar("S")
 #: What is taken for a path.
@@ -33,13 +32,13 @@ def job(sink: Sink | None) -> Iterator[Record]:
 def path_of(value: Any, name: str) -> Path:
     if isinstance(value, (str, os.PathLike)) and os.fspath(value):
         return Path(value)
-    raise UserError(f"{option(name)} is {shown(value)}", "expected a path")
+    raise UserError(f"'{name}' is {shown(value)}", "expected a path")
 
 
 def mapping_of(value: Any, name: str) -> Mapping[str, Any]:
     if value is None or isinstance(value, Mapping):
         return value or {}
-    raise UserError(f"{option(name)} is of type {type(value).__name__}", "expected a dict")
+    raise UserError(f"'{name}' is of type {type(value).__name__}", "expected a dict")
 
 
 def names_of(value: Any, name: str) -> tuple[str, ...]:
@@ -47,7 +46,7 @@ def names_of(value: Any, name: str) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else value
     if isinstance(names, Sequence) and all(isinstance(one, str) for one in names):
         return tuple(names)
-    raise UserError(f"{option(name)} is {shown(value)}", "expected a name, or a list of names")
+    raise UserError(f"'{name}' is {shown(value)}", "expected a name, or a list of names")
 
 
 def numbers_of(value: Any, name: str, kind: type) -> tuple[Any, ...]:
@@ -57,11 +56,11 @@ def numbers_of(value: Any, name: str, kind: type) -> tuple[Any, ...]:
     if numbers and all(isinstance(one, known) and not isinstance(one, bool) and one > 0 for one in numbers):
         return tuple(numbers)
     what = "a whole number" if kind is int else "a number"
-    raise UserError(f"{option(name)} is {shown(value)}", f"expected {what} above zero, or a list of them")
+    raise UserError(f"'{name}' is {shown(value)}", f"expected {what} above zero, or a list of them")
 
 
 def spec_of(value: Any, kind: type[S], name: str) -> S:
     """A Spec that may have been left out."""
     if value is None or isinstance(value, kind):
         return kind() if value is None else value
-    raise UserError(f"{option(name)} is of type {type(value).__name__}", f"expected a vpruner.{kind.__name__}")
+    raise UserError(f"'{name}' is of type {type(value).__name__}", f"expected a vpruner.{kind.__name__}")

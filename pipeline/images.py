@@ -10,7 +10,6 @@ from ..core import progress
 from ..core.choices import EVAL_IMAGES, IMAGES
 from ..core.errors import UserError
 from ..core.specs import DataSpec
-from ..core.text import option
 from .calls import job
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def open_images(
     if isinstance(what, str) and not what:
         raise UserError("the images are named by an empty text", "give a folder, a .tar or a data set")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise UserError(f"{option('limit')} is {limit!r}", "expected a whole number of at least 1")
+        raise UserError(f"'limit' is {limit!r}", "expected a whole number of at least 1")
     with job(None):
         from ..core import bundled
         from ..prune.memory import open_source
