@@ -61,7 +61,7 @@ def convert_checked(
             cost = agreement(opened, done.path, evaluation, labels)
         move_model(done.path, output)
     for sentence in cost.beyond:
-        progress.remark(f"beyond what {precision} is expected to cost: {sentence}")
+        progress.remark(f"{precision} costs more than expected: {sentence}")
     return replace(done, path=output), cost, what
 
 

@@ -55,7 +55,8 @@ def check_graph(file: OnnxFile, capabilities: Capabilities) -> None:
     if file.opset > capabilities.opset:
         raise UserError(
             f"{file.path} is of opset {file.opset}, {release} reads up to {capabilities.opset}",
-            f"export it again with {option('deploy_for', target)}, or try all the same with {option('check', False)}",
+            f"export it again with {option('deploy_for', target)}, or build without this check: "
+            f"{option('check', False)}",
         )
     try:
         from ..export.check import check
@@ -71,7 +72,7 @@ def check_graph(file: OnnxFile, capabilities: Capabilities) -> None:
         raise UserError(
             f"{file.path}: {release} does not take {' '.join(filter(None, (first.op_type, first.node)))}: "
             f"{first.found}; {first.why}{others}",
-            f"{first.todo}; all of it: {command('check', file.path, target=target)}; or try all the same with "
+            f"{first.todo}; all of it: {command('check', file.path, target=target)}; or build without this check: "
             f"{option('check', False)}",
         )
 

@@ -211,8 +211,8 @@ class InPyTorch:
 def _check_same_weights(path: Path, against: Path, hashes: Sequence[str | None]) -> None:
     if None in hashes:
         progress.remark(
-            f"{against} and {path} do not both say what their weights are: that they come from the same "
-            "model is for you to know"
+            f"{against} and {path} do not both name their weights: whether they come from the same model "
+            "cannot be checked"
         )
     elif len(set(hashes)) > 1:
         raise UserError(

@@ -131,7 +131,7 @@ def judge_precisions(
                     source=item.path.name,
                 )
                 for sentence in costs[item.label].beyond:
-                    progress.remark(f"{item.path.name} is beyond what {item.precision} is expected to cost: {sentence}")
+                    progress.remark(f"{item.path.name} costs more than {item.precision} is expected to: {sentence}")
             except UserError as error:
                 del outputs.of[item.label]
                 remove_model(item.path)

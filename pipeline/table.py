@@ -49,7 +49,7 @@ class TableSpec:
             )
         if self.engines and (self.provider != "cpu" or self.threads):
             raise UserError(
-                f"{option('provider')} and {option('threads')} are of onnxruntime", f"leave them out with {engines}"
+                f"{option('provider')} and {option('threads')} go with onnxruntime", f"leave them out with {engines}"
             )
 
     @property

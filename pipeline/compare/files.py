@@ -27,7 +27,7 @@ def files_of_earlier(output: Path, results: Path) -> list[Path]:
     foreign = [path.name for path in found if path.resolve() != rows and not COMPARE_FILES.fullmatch(path.name)]
     if foreign:
         raise UserError(
-            f"{output} holds {foreign[0]}, which is not of a comparison",
+            f"{output} holds {foreign[0]}, which no comparison wrote",
             f"choose another folder with {option('output')}, or move that away",
         )
     return found

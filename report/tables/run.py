@@ -223,7 +223,7 @@ def precision_notes(results: Results) -> list[str]:
             notes.append(f"{name}: accuracy is that of float32 with every value rounded as the precision rounds it")
         if row.get("latency_note"):
             notes.append(f"{name}: {row['latency_note']}")
-        notes += [f"{name}: beyond what it is expected to cost: {text}" for text in listed(row.get("beyond"))]
+        notes += [f"{name} costs more than expected: {text}" for text in listed(row.get("beyond"))]
     return notes
 
 

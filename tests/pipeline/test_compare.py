@@ -409,7 +409,7 @@ def test_mistakes_end_in_one_line(arguments, tmp_path):
     fails(*arguments, "--targets", "0.8,0", "-o", tmp_path / "a", says="the target is 0.0")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
-    fails(*arguments, "-o", tmp_path / "photos", says="holds cat.jpg, which is not of a comparison")
+    fails(*arguments, "-o", tmp_path / "photos", says="holds cat.jpg, which no comparison wrote")
     fails(*arguments, "-o", tmp_path / "photos" / "cat.jpg", says="cat.jpg is a file")
     (tmp_path / "rows.jsonl").write_text('{"kind": "compared"}\n{"kind": "comp')
     fails(

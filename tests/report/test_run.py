@@ -596,7 +596,7 @@ def test_precisions_are_shown_against_float32(tmp_path):
     for said in (
         "pruned.onnx in other precisions, compared with fp32, on 2,000 images",
         "int8: calibrated on 128 images.",
-        "int8: beyond what it is expected to cost: top-1 changes by -2.00 pp.",
+        "int8 costs more than expected: top-1 changes by -2.00 pp.",
         "bf16: accuracy is that of float32 with every value rounded",
         "bf16: not timed: no kernels.",
         "pruned.fp16.onnx was left out: a weight is too large.",
