@@ -204,8 +204,8 @@ def write_comparison(
         table = equal_time_table(at_equal_time(good, batches[0]), batches[0])
         if table is not None:
             text = (
-                f"At the time of our best plan of each budget and form (batch {batches[0]}): our best method and each "
-                "peer, read off the line between the method's own budgets. Beyond those there is no value."
+                f"Each row takes the time of one of our plans, at batch {batches[0]}. The values of other methods at "
+                "that time are interpolated between their own budgets. Beyond those budgets there is no value."
             )
             sections.append(Section("At equal measured time", [Text(text), table]))
     sections.append(

@@ -78,7 +78,7 @@ def comparison_remarks(entries: Sequence[Entry]) -> list[str]:
         lines.append("†: timed in PyTorch, ratio to the dense model in PyTorch; not to be compared with the others")
     batches = batches_of(entries)
     front = f"latency at batch {batches[0]}" if batches else "MACs"
-    lines.append(f"*: nothing else here is better at no more than 1 % more cost ({front})")
+    lines.append(f"*: nothing else here is better at the same cost or less, within 1 % ({front})")
     return lines
 
 

@@ -224,7 +224,7 @@ def block_times_table(table: LatencyTable) -> Table:
         )
         for keys, whole in zip(table.keys, table.whole, strict=True)
     ]
-    lines += [("besides blocks", "", milliseconds(table.fixed_ms), "", "")]
+    lines += [("outside the blocks", "", milliseconds(table.fixed_ms), "", "")]
     lines += [("dense model", "", milliseconds(table.dense_ms), "", "")]
     where = (
         f"{table.runtime} {table.provider} {table.precision}, batch {table.batch}, {counted(table.threads, 'thread')}"
