@@ -18,6 +18,8 @@ from .errors import UserError
 from .text import as_python
 
 logger = logging.getLogger("vpruner")
+# Without a handler of the program's, remarks would go to stderr: nothing prints here.
+logger.addHandler(logging.NullHandler())
 
 
 class Sink:

@@ -230,6 +230,33 @@ def test_weights_of_another_plan_are_refused(card, model, pruned, here):
         model.with_plan("plan.json", weights=card.with_suffix(".safetensors"))
 
 
+def test_a_plan_of_an_onnx_file_is_saved_with_the_tuned_graph(exported, here):
+    from dataclasses import replace
+
+    model = vp.open_model(exported("class token").path)
+    pruned = model.prune(noise(8), rounds=1, rearrange="none", tune="none")
+    name = "blocks.1.attn.proj.weight"
+    changed = {name: model.module.get_parameter(name).detach() * 1.01}
+    pruned = vp.Pruned(pruned.loaded, pruned.files, replace(pruned._learned, weights=changed))
+    paths = pruned.save("plan.json")
+    assert [path.name for path in paths] == ["plan.json", "plan.tuned.onnx"]
+    again = model.with_plan("plan.json")
+    assert set(again.weights) == {name} and torch.allclose(again.weights[name], changed[name])
+    assert all(check.passed for check in again.export("pruned.onnx").checks)
+    assert all(check.passed for check in vp.fold_plan("plan.tuned.onnx", "plan.json", "folded.onnx").checks)
+
+
+def test_a_plan_by_content(card, here):
+    model = vp.open_model(card)
+    pruned = model.prune(noise(8), rounds=1, rearrange="none", tune="none")
+    content = vp.ContentPlan(vp.TokenPlan(pruned.plan.model, pruned.plan.geometry, pruned.plan.kept), 0.5)
+    chosen = model.with_plan(content)
+    assert "chooses its own patches" in str(content) and "chooses its own" in chosen._repr_html_()
+    with pytest.raises(vp.UserError, match="each image chooses its own patches by this plan; export it"):
+        chosen.module()
+    assert all(check.passed for check in chosen.export("content.onnx").checks)
+
+
 def test_plans_and_results_show_themselves(pruned, images):
     from dataclasses import replace
     from html.parser import HTMLParser
@@ -338,6 +365,12 @@ def test_nothing_prints_and_progress_is_heard(model, here, capsys, caplog):
         vp.evaluate("pruned.onnx", noise(4), against=model)
         assert any(message.startswith("Evaluating") for message in caplog.messages)
     assert capsys.readouterr() == ("", "")
+
+
+def test_remarks_go_nowhere_where_the_program_has_no_logging():
+    code = "from vpruner.core import progress; progress.remark('no labels')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"", b"")
 
 
 def test_what_messages_call_exists():
