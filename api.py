@@ -322,8 +322,9 @@ def evaluate(
                 refused = f"{option('weights')} and {option('plan')} go with a PyTorch model, {model} is a file"
                 raise UserError(refused, f"compare it with the dense model: {option('against')}")
             require_all(("onnxruntime",))
-            stated = mapping_of(fields_of(preprocessing), "preprocessing")
-            rows = measure(ModelSpec(model, preprocessing=stated), data, against=_baseline(against))
+            dense, said = _baseline(against)
+            stated = mapping_of(fields_of(preprocessing or said), "preprocessing")
+            rows = measure(ModelSpec(model, preprocessing=stated), data, against=dense)
             return Measurements(rows, [evaluation_table(rows)])
         if against is not None:
             raise UserError(f"{option('against')} goes with an ONNX file", f"for a model give {option('plan')}")
@@ -340,13 +341,14 @@ def evaluate(
         return Measurements(rows, [evaluation_table(rows)])
 
 
-def _baseline(against: Any) -> Any:
-    """A dense file by its path, or an opened model; None for none."""
-    if against is None:
-        return None
-    if is_onnx(against):
-        return Path(against)
-    return open_model(against).loaded
+def _baseline(against: Any) -> tuple[Path | LoadedModel | None, Preprocessing | None]:
+    """A dense file or a model, and how images become its input, where that is to be said; None for none."""
+    if against is None or is_onnx(against):
+        return None if against is None else Path(against), None
+    loaded = open_model(against).loaded
+    path = None if loaded.graph is None else loaded.graph.path
+    # Of a model that came as a file, the file: it may end in a Softmax, which the model leaves out.
+    return (loaded, None) if path is None else (path, loaded.preprocessing)
 
 
 def profile(

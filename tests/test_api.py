@@ -240,10 +240,30 @@ def test_a_plan_of_an_onnx_file_is_saved_with_the_tuned_graph(exported, here):
     pruned = vp.Pruned(pruned.loaded, pruned.files, replace(pruned._learned, weights=changed))
     paths = pruned.save("plan.json")
     assert [path.name for path in paths] == ["plan.json", "plan.tuned.onnx"]
+    with pytest.raises(vp.UserError, match='is an ONNX file, and select="content" writes a graph'):
+        model.prune(noise(8), select="content")
     again = model.with_plan("plan.json")
     assert set(again.weights) == {name} and torch.allclose(again.weights[name], changed[name])
     assert all(check.passed for check in again.export("pruned.onnx").checks)
     assert all(check.passed for check in vp.fold_plan("plan.tuned.onnx", "plan.json", "folded.onnx").checks)
+
+
+def test_a_graph_that_ends_in_a_softmax(exported, here):
+    import onnx
+
+    proto = onnx.load(exported("class token").path)
+    (output,) = proto.graph.output
+    proto.graph.node.append(onnx.helper.make_node("Softmax", [output.name], ["probabilities"], axis=-1))
+    output.name = "probabilities"
+    onnx.save(proto, "soft.onnx")
+    model = vp.open_model("soft.onnx")
+    pruned = model.prune(noise(8), rounds=1, rearrange="none", tune="none")
+    with pytest.raises(vp.UserError, match="ends in a Softmax.* vpruner.fold_plan"):
+        pruned.export("pruned.onnx")
+    pruned.save("plan.json")
+    folded = vp.fold_plan("soft.onnx", "plan.json", "folded.onnx")
+    rows, files = (vp.evaluate(folded, noise(6), against=against) for against in (model, "soft.onnx"))
+    assert [row["value"] for row in rows] == [row["value"] for row in files]
 
 
 def test_a_plan_by_content(card, here):

@@ -38,6 +38,11 @@ from vpruner.core.text import as_python, command, option
             "vpruner prune 'a b.onnx' --data DIR",
         ),
         (
+            command("export", "MODEL", weights="a.pth", plan="PLAN"),
+            'vpruner.open_model(..., weights="a.pth").export(..., plan=PLAN)',
+            "vpruner export MODEL --weights a.pth --plan PLAN",
+        ),
+        (
             command("check", "a.onnx", target="trt10"),
             'vpruner.export.check.check("a.onnx", target="trt10")',
             "vpruner check a.onnx --for trt10",
