@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -199,11 +200,17 @@ def copy_model(model: ir.Model) -> ir.Model:
         GraphError: A node reads what no node before it makes.
     """
     try:
-        return model.clone()
+        copied = model.clone()
     except RuntimeError as error:  # onnx-ir's cloner wraps what it finds, once for each level
         while isinstance(error, RuntimeError) and error.__cause__ is not None:
             error = error.__cause__
         raise GraphError(f"the graph is damaged: {first_line(error)}", HINT) from None
+    # onnx-ir gives a copied value the type of the original, and setting ``dtype`` changes that type for both.
+    values = {*copied.graph.inputs, *copied.graph.initializers.values()}
+    values.update(value for node in copied.graph.all_nodes() for value in node.outputs)
+    for value in values:
+        value.type = copy(value.type)
+    return copied
 
 
 def already_pruned(source: str, digest: str, rule: Mapping[str, Any] | None = None) -> GraphError:

@@ -14,8 +14,9 @@ from vpruner.export import files
 from vpruner.export import precision as precisions
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold_file
+from vpruner.export.graph import open_graph
 from vpruner.export.half import emulate_bfloat16
-from vpruner.export.precision import BOUNDS, agreement, convert
+from vpruner.export.precision import BOUNDS, agreement, convert, cpu_form
 from vpruner.export.quantize import first_and_last_layers
 from vpruner.runtime.measure import profile_onnx
 from vpruner.runtime.ort import OrtSession
@@ -139,6 +140,15 @@ def test_bf16_is_emulated_as_pytorch_computes_it(dense, images, tmp_path):
     emulated = emulate_bfloat16(model)
     assert not [value for node in emulated.graph if node.op_type != "Cast" for value in node.inputs if value is not None
                 and value.dtype == ir.DataType.BFLOAT16]  # fmt: skip
+
+
+def test_what_runs_in_place_of_a_bf16_graph_leaves_it_as_it_is(dense, tmp_path):
+    convert(dense.path, tmp_path / "bf16.onnx", "bf16")
+    opened = open_graph(tmp_path / "bf16.onnx")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    forms = [cpu_form(opened, tmp_path / name) for name in ("first", "second")]
+    assert forms[0].read_bytes() == forms[1].read_bytes() != (tmp_path / "bf16.onnx").read_bytes()
 
 
 def test_bf16_rounds_weights_once(dense, tmp_path):
