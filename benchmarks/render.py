@@ -31,6 +31,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "content_scores": (tables.content_scores, ("content_scores",)),
     "demo": (tables.demo, ("demo",)),
     "fisher_rounds": (tables.fisher_rounds, ("fisher_rounds",)),
+    "fold_memory": (tables.fold_memory, ("fold_memory",)),
     "gpu": (tables.gpu, ("gpu",)),
     "latency_budget": (tables.latency_budget, ("latency_budget",)),
     "latency_ort": (tables.latency_ort, ("latency_ort",)),

@@ -371,6 +371,25 @@ def stage_costs(rows: list[dict]) -> str:
     return "\n".join([*lines, "", f"{versions}{limit}."])
 
 
+def fold_memory(rows: list[dict]) -> str:
+    """What folding a large file takes; the median of each way's repeats."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(row["way"], []).append(row)
+    lines = [
+        "| the graph is | file read | graph recognised | CPU time | peak memory |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for way, repeats in found.items():
+        cpu = statistics.median(row["user_seconds"] + row["system_seconds"] for row in repeats)
+        peak = statistics.median(row["peak_bytes"] for row in repeats)
+        counts = (f"{repeats[-1][key]} ×" for key in ("reads", "recognitions"))
+        lines.append(f"| {way} | {' | '.join(counts)} | {cpu:.0f} s | {peak / 2**30:.1f} GiB |")
+    some = rows[-1]
+    environment = f"{some['environment']['cpu']}, onnxruntime {some['environment']['packages']['onnxruntime']}"
+    return "\n".join([*lines, "", f"{some['model']}, a file of {some['file_bytes'] / 2**30:.2f} GiB; {environment}."])
+
+
 def precision(rows: list[dict]) -> str:
     """Each precision of the dense and the pruned graph; the newest measurement of each."""
     newest = {(row["model"], row["graph"], row["precision"], row["calibration"]): row for row in rows}

@@ -32,7 +32,7 @@ from ..core.text import command
 from .files import save_model
 from .graph import Graph, OpenedGraph, already_pruned, open_graph
 from .passes.clean import clean
-from .passes.edit import add_constant, add_node, add_shape, infer_shapes_anew
+from .passes.edit import add_constant, add_node, add_shape, add_tensor, infer_shapes_anew
 from .passes.split_heads_once import split_sizes
 from .recognise.graph import BlockSite, VitSite, integers, recognise
 
@@ -296,8 +296,16 @@ def _split_projection(
 
 def _linear(graph: ir.Graph, before: ir.Node, value: ir.Value, block: BlockSite, columns: slice, name: str) -> ir.Value:
     """The columns [in, columns] of the block's fused projection, as a product of its own."""
-    weight = np.ascontiguousarray(block.qkv.weight.const_value.numpy()[:, columns])
-    output = add_node(before, "MatMul", [value, add_constant(graph, f"{name}.weight", weight)], f"{name}.product")
+    fused = block.qkv.weight.const_value
+    width = columns.stop - columns.start
+    # Cut when it is written, so that no more than one is in memory.
+    weight = ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(fused.numpy()[:, columns])),
+        fused.dtype,
+        ir.Shape([fused.shape[0], width]),
+        name=f"{name}.weight",
+    )
+    output = add_node(before, "MatMul", [value, add_tensor(graph, weight)], f"{name}.product")
     if block.qkv.bias is None:
         return output.outputs[0]
     bias = np.ascontiguousarray(block.qkv.bias.const_value.numpy()[columns])

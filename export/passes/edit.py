@@ -33,8 +33,16 @@ def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
         if known.dtype.numpy() == array.dtype and np.array_equal(known.const_value.numpy(), array):
             return known
         raise ValueError(f"initializer {name!r} exists with other content")
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    return add_tensor(graph, ir.tensor(array, name=name))
+
+
+def add_tensor(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register ``tensor`` as an initializer of its name, which must be a new one."""
+    if tensor.name in graph.initializers:
+        raise ValueError(f"initializer {tensor.name!r} exists")
+    value = ir.Value(
+        name=tensor.name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+    )
     graph.register_initializer(value)
     return value
 

@@ -284,6 +284,22 @@ def test_the_summary_shows_what_every_seed_measured(tables):
     ]
 
 
+def test_time_and_memory_of_folding(tables):
+    common = dict(model="toy", file_bytes=3 << 29, reads=1, recognitions=1, system_seconds=1.0)
+    common["environment"] = {"cpu": "A processor", "packages": {"onnxruntime": "1.2"}}
+    rows = [dict(common, way="read by each step", reads=3, recognitions=5, user_seconds=60.0, peak_bytes=6 << 30)]
+    rows += [
+        dict(common, way="opened once", user_seconds=s, peak_bytes=b << 30)
+        for s, b in ((30.0, 9), (32.0, 2), (90.0, 1))
+    ]
+    assert tables.fold_memory(rows).splitlines()[2:] == [
+        "| read by each step | 3 × | 5 × | 61 s | 6.0 GiB |",
+        "| opened once | 1 × | 1 × | 33 s | 2.0 GiB |",
+        "",
+        "toy, a file of 1.50 GiB; A processor, onnxruntime 1.2.",
+    ]
+
+
 def test_gradients_and_budgets_of_time(tables):
     rows = [dict(way=way, cpu_ms_per_image=1200.4, pearson=0.99932, model="toy", gates=512, threads=1)
             for way in ("rebuilt", "one-sided", "one-sided")]  # fmt: skip

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from export_tools import (
@@ -297,6 +298,20 @@ def test_a_file_that_follows_a_method_is_refused_by_the_method(exported, tmp_pat
     for attempt in (lambda: fold_file(path, plan, tmp_path / "out.onnx"), lambda: fold(load_model(path), plan)):
         with pytest.raises(UserError, match=r"chooses tokens with tome already, expected .*; give the dense\.onnx"):
             attempt()
+
+
+def test_projections_are_cut_when_they_are_written(exported, tmp_path):
+    """A large model's would fill as much memory as half of its weights."""
+    dense = exported("class token")
+    graph = fold_file(dense.path, random_plan(dense.geometry, 1), tmp_path / "pruned.onnx").graph.model.graph
+    cut = {
+        name: value.const_value
+        for name, value in graph.initializers.items()
+        if name.endswith((".q.weight", ".kv.weight"))
+    }
+    assert cut and all(isinstance(tensor, ir.LazyTensor) for tensor in cut.values())
+    stored = load_model(tmp_path / "pruned.onnx").graph.initializers
+    assert all(np.array_equal(tensor.numpy(), stored[name].const_value.numpy()) for name, tensor in cut.items())
 
 
 def test_a_failed_fold_leaves_no_file(exported, tmp_path, monkeypatch):
