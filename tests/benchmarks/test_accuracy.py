@@ -10,10 +10,9 @@ def accuracy(script):
     return script("accuracy")
 
 
-@pytest.mark.slow
 def test_rows_of_all_methods(accuracy, tmp_path, capsys):
     output = tmp_path / "accuracy.jsonl"
-    options = ["--targets", "0.5", "--seeds", "3", "--images", "32", "--eval-images", "24", "--episodes", "16"]
+    options = ["--targets", "0.5", "--seeds", "3", "--images", "16", "--eval-images", "8", "--episodes", "8"]
     some, others = list(accuracy.METHODS)[:5], list(accuracy.METHODS)[5:]
     accuracy.main([*options, "--methods", *some, "-o", str(output)])
     before = read_rows(output)
@@ -27,8 +26,8 @@ def test_rows_of_all_methods(accuracy, tmp_path, capsys):
     by_method = {row["method"]: row for row in rows}
     for row in rows:
         assert row["benchmark"] == "accuracy" and row["model"] == "reference"
-        assert (row["target"], row["seed"], row["images"], row["count"]) == (0.5, 3, 32, 24)
-        assert row["episodes"] == (16 if "ppo" in row["method"] else None)
+        assert (row["target"], row["seed"], row["images"], row["count"]) == (0.5, 3, 16, 8)
+        assert row["episodes"] == (8 if "ppo" in row["method"] else None)
         assert (row["data"], row["eval_data"]) == ("calibration", "evaluation")
         assert 0.48 < row["macs_ratio"] <= 0.5 and row["seconds"] > 0 and row["environment"]["packages"]["torch"]
         assert "/" not in str({key: value for key, value in row.items() if key != "environment"})

@@ -27,7 +27,7 @@ def folders(tmp_path):
 def measured(metric, value, **changes):
     """A row as benchmarks/accuracy.py writes it."""
     row = {
-        "kind": "accuracy", "label": "pruned", "metric": metric, "value": value, "low": value - 0.1,
+        "schema": 1, "kind": "accuracy", "label": "pruned", "metric": metric, "value": value, "low": value - 0.1,
         "high": value + 0.1, "count": 24, "method": "fisher + ppo + weights", "target": 0.8, "seed": 0, "images": 16,
         "eval_images": 24, "data": "train", "eval_data": "val", "episodes": 384, "macs_ratio": 0.79,
         "counts": [16, 12, 9], "kept": {"rearrange": True, "tune": False}, "seconds": 7.5, "environment": {},

@@ -712,8 +712,9 @@ def test_features_model_reports_cosine(images, tmp_path):
 
 def commands(group=main, prefix=""):
     """Name such as "run" or "vlm profile" -> command; groups are gone through."""
-    found = {}
-    for name, command in sorted(group.commands.items()):
+    found, context = {}, click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
         inner = commands(command, f"{name} ") if isinstance(command, click.Group) else {name: command}
         found |= {f"{prefix}{key}": value for key, value in inner.items()}
     return found

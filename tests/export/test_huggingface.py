@@ -13,26 +13,15 @@ from export_tools import random_plan, relative_difference
 from foreign_graphs import write_module
 from products import sampled
 from torch import nn
+from towers import TOWERS, build_tower
 
 from vpruner.export.files import load_model
 from vpruner.export.fold import fold_file
 from vpruner.export.parity import run_onnx
 from vpruner.export.recognise.normalise import prepare
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-#: Name -> its configuration, the output to keep, prefix tokens, prefix tokens that are read, patches read.
-TOWERS = {
-    "ViT": ("ViTConfig", {"num_labels": 5}, "logits", 1, 1, False),
-    "DeiT": ("DeiTConfig", {"num_labels": 5}, "logits", 2, 1, False),
-    "distilled DeiT": ("DeiTConfig", {"num_labels": 5}, "logits", 2, 2, False),
-    "DINOv2": ("Dinov2Config", {"num_labels": 5}, "logits", 1, 1, True),
-    "DINOv2, gated MLP": ("Dinov2Config", {"use_swiglu_ffn": True}, "pooler_output", 1, 1, False),
-    "DINOv2 with registers": ("Dinov2WithRegistersConfig", {"num_labels": 5}, "logits", 5, 5, True),
-    "CLIP": ("CLIPVisionConfig", {"projection_dim": 6}, "image_embeds", 1, 1, False),
-    "SigLIP": ("SiglipVisionConfig", {}, "pooler_output", 0, 0, True),
-}
 #: Each has a way of writing that no other case has; the rest of PyTorch's newer exporter is slow.
 DYNAMO = [
     ("ViT", "dynamo", 23, True, "sdpa"),
@@ -53,30 +42,6 @@ NIGHTLY = [
     for dynamic in (False, True)
     if (tower, "dynamo", 20, dynamic, "sdpa") not in DYNAMO
 ]
-
-
-class OneOutput(nn.Module):
-    """What is left after folding has no place for the unpooled tokens, which these models return too."""
-
-    def __init__(self, tower: nn.Module, output: str):
-        super().__init__()
-        self.tower, self.output = tower, output
-
-    def forward(self, pixels):
-        return getattr(self.tower(pixel_values=pixels), self.output)
-
-
-def build(name: str, attention: str) -> OneOutput:
-    config_class, extra, output, *_ = TOWERS[name]
-    sizes = SIZES if "Dinov2" in config_class else {**SIZES, "intermediate_size": 64}
-    config = getattr(transformers, config_class)(**sizes, **extra)
-    config._attn_implementation = attention
-    torch.manual_seed(0)
-    model = OneOutput(getattr(transformers, EXPORTED_TOWERS[name])(config), output).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
 
 
 def gathered(model: nn.Module, plan, images) -> np.ndarray:
@@ -106,7 +71,7 @@ def gathered(model: nn.Module, plan, images) -> np.ndarray:
 @pytest.mark.parametrize("case", sampled(CASES + NIGHTLY, CASES), ids=lambda case: " ".join(map(str, case)))
 def test_the_fold_equals_the_gathered_tower(case, tmp_path):
     name, exporter, opset, dynamic, attention = case
-    model = build(name, attention)
+    model = build_tower(name, attention)
     images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     write_module(model, images[: 2 if dynamic else 1], tmp_path / "tower.onnx", exporter, opset, dynamic)
     geometry = prepare(load_model(tmp_path / "tower.onnx")).geometry

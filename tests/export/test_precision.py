@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from export_tools import nodes, only, random_plan, run
-from foreign_graphs import Foreign, write_foreign
+from foreign_graphs import Foreign
 
 from vpruner.core.choices import CALIBRATIONS
 from vpruner.core.errors import UserError
@@ -205,11 +205,15 @@ def test_the_same_input_gives_the_same_bytes(dense, precision, images, tmp_path)
 
 @pytest.mark.parametrize(
     "foreign",
-    [Foreign(exporter="dynamo", opset=20), Foreign(exporter="dynamo", opset=20, dynamic=True), Foreign(fused=False)],
+    [
+        Foreign(exporter="dynamo", opset=20),
+        Foreign(exporter="dynamo", opset=20, dynamic=True, fused=False),
+        Foreign(fused=False),
+    ],
     ids=str,
 )
-def test_graphs_of_other_exporters_convert(foreign, images, tmp_path):
-    source = write_foreign(foreign, tmp_path / "theirs.onnx")
+def test_graphs_of_other_exporters_convert(written, foreign, images, tmp_path):
+    source = written(foreign)
     for precision in precisions.PRECISIONS:
         done = convert(source, tmp_path / f"{precision}.onnx", precision, images=images)
         cost = agreement(source, done.path, images)

@@ -10,6 +10,7 @@ from export_tools import gathered_reference, random_plan, relative_difference
 from foreign_graphs import Foreign, tiny_model, write_module
 from tiny_vits import KINDS, tiny
 from torch import nn
+from towers import build_tower
 
 from vpruner.core.errors import GraphError, ParityError, UserError
 from vpruner.core.metadata import TUNED_FOR
@@ -101,9 +102,7 @@ def test_a_pruned_form_of_the_rebuilt_model_is_that_of_the_exported_one(written)
 )
 def test_towers_of_transformers_are_rebuilt(name, kind, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
-    import test_huggingface
-
-    model = test_huggingface.build(name, "eager")
+    model = build_tower(name, "eager")
     write_module(model, torch.zeros(1, 3, 32, 32), tmp_path / "tower.onnx", "torchscript", 17, False)
     adapter = rebuild(tmp_path / "tower.onnx", preprocessing=GIVEN).loaded.adapter
     assert adapter.geometry.output == kind

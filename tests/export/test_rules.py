@@ -317,7 +317,7 @@ def test_a_rule_that_gathers_by_element_is_refused_and_the_model_left_alone(tmp_
 # -- the bundled model ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_saint_on_500_bundled_images(tmp_path):
     """Top-1 equal on all of them, and every token kept alike but for proven near-ties."""
     from vpruner.prune.data import ImageSet, ImageSource

@@ -200,10 +200,10 @@ def test_every_method_is_listed_under_its_name():
     found = methods()
     assert {"saint", "saint-frozen", "tome", "evit", "diffrate", "random", "centre"} <= set(found)
     assert all(found[name].name == name and find_method(name) is found[name] for name in found)
-    says = r"no method called 'topme'; choose one of centre, content, diffrate, evit.*, or where images .* saint$"
+    says = r"no method called 'topme'; choose one of centre, content, diffrate, evit.*; not for export: saint$"
     with pytest.raises(UserError, match=says) as caught:
         find_method("topme")
-    offered, _, _ = caught.value.hint.partition(", or where")
+    offered, _, _ = caught.value.hint.partition("; not for export")
     assert all(found[name].fixed_counts for name in offered.removeprefix("choose one of ").split(", "))
 
 
