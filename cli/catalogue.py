@@ -40,14 +40,33 @@ CATALOGUE: dict[str, dict[str, str]] = {
 SUMMARIES = {name: summary for commands in CATALOGUE.values() for name, summary in commands.items()}
 
 
+class _ShortHelp:
+    """``-h`` beside ``--help``, whoever asks first: click remembers the help option that it made for its first context,
+    and that of a test or of a page need not have the settings of the program.
+    """
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        return ["-h", "--help"]
+
+
+class Command(_ShortHelp, click.Command):
+    """A command of vpruner."""
+
+
+class Group(_ShortHelp, click.Group):
+    """A group of commands of vpruner."""
+
+    command_class = Command
+
+
 def command(function: Callable) -> click.Command:
     """A command under the name of its function; the summary stands before the docstring in its help."""
-    return click.command(function.__name__, help=help_of(function.__name__, function))(function)
+    return click.command(function.__name__, Command, help=help_of(function.__name__, function))(function)
 
 
 def group(function: Callable) -> click.Group:
     """The same for a group of commands."""
-    return click.group(function.__name__, help=help_of(function.__name__, function))(function)
+    return click.group(function.__name__, Group, help=help_of(function.__name__, function))(function)
 
 
 def help_of(name: str, function: Callable) -> str:

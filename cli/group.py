@@ -16,7 +16,7 @@ import click
 from .. import __version__
 from ..core.errors import ParityError, UserError
 from ..core.extras import missing_extra
-from .catalogue import CATALOGUE, SUMMARIES
+from .catalogue import CATALOGUE, SUMMARIES, Group
 
 
 class Reported(click.ClickException):
@@ -25,7 +25,7 @@ class Reported(click.ClickException):
     exit_code = 2
 
 
-class Commands(click.Group):
+class Commands(Group):
     """Loads a command when it is asked for, and turns the library's errors into one line on stderr.
 
     ``VPRUNER_DEBUG=1`` shows the traceback instead.
@@ -93,7 +93,7 @@ def _terminated_cleanly() -> Iterator[None]:
             signal.signal(getattr(signal, name), handler)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"max_content_width": 110})
 @click.version_option(__version__, prog_name="vpruner")
 def main() -> None:
     """Learn which tokens a Vision Transformer can do without, fold that into a static ONNX graph, and measure the gain.

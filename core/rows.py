@@ -60,14 +60,18 @@ class StageRow(_Row):
     ratio: float
 
 
-class ParityRow(_Row):
-    """A parity check; ``rung`` is its name."""
-
+class _Parity(_Row):
     rung: str
-    difference: float
+    difference: float | None
     tolerance: float
-    compared: int
     passed: bool
+
+
+class ParityRow(_Parity, total=False):
+    """A parity check; ``rung`` is its name. Checks of engines count no images, and an
+    output that is not finite has no difference."""
+
+    compared: int
     top1_changed: int | None
     near_ties: int | None
 

@@ -164,6 +164,20 @@ def test_a_command_without_its_extra_says_so_in_one_line(arguments, extra, tmp_p
     assert not (tmp_path / "new").exists() or not any((tmp_path / "new").iterdir()), "a failed command left files"
 
 
+def test_a_commands_help_is_the_same_whoever_asked_for_it_first():
+    done = probe(
+        """
+import click
+from click.testing import CliRunner
+from vpruner.cli import main
+alone = main.get_command(click.Context(main), "show")
+alone.get_help_option(click.Context(alone))
+assert "-h, --help" in CliRunner().invoke(main, ["show", "--help"]).output
+"""
+    )
+    assert done.returncode == 0
+
+
 def test_the_list_of_commands_loads_none_of_them():
     done = probe(
         """
