@@ -404,9 +404,10 @@ def fold_plan(
     deploy_for: str | None = None,
     progress: Sink | None = None,
 ) -> Exported:
-    """Fold a plan into a dense ONNX file of any exporter, and check the result; PyTorch is not needed.
+    """Fold a plan into a dense ONNX graph of any exporter, and check the result; PyTorch is not needed.
 
     Args:
+        dense: A file, an ONNX ``ModelProto``, or an ``onnx_ir.Model``; a model in memory is left as it is.
         identity: Instead of a plan: drop no token, only what nothing reads.
         deploy_for: The deployment target whose form is written; None: the plain form.
 
@@ -423,12 +424,13 @@ def fold_plan(
 
         if (plan is not None) == bool(identity):
             raise UserError(f"give one of {option('plan')} and {option('identity', True)}")
-        source, target = path_of(dense, "dense"), path_of(output, "output")
+        source = path_of(dense, "dense") if dense is None or isinstance(dense, (str, os.PathLike)) else None
+        target = path_of(output, "output")
         opened, path = (None, None) if plan is None else plan_of(plan)
         check_output(target, ".onnx", source, path)
         if isinstance(opened, ContentPlan):
             opened = TokenPlan.from_json(opened.to_json())  # Says what to do with a plan by content.
-        _, checks, deployment = fold_checked(source, opened, target, deploy_for=deploy_for, plan_path=path)
+        _, checks, deployment = fold_checked(source or dense, opened, target, deploy_for=deploy_for, plan_path=path)
         return Exported(target, tuple(checks), deployment)
 
 

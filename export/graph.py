@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..core.errors import GraphError
+from ..core.errors import GraphError, UserError
 from ..core.files import file_sha256
 from ..core.metadata import PLAN, PREFIX, REQUIRED, WEIGHTS_SHA256, ModelMetadata
 from ..core.plan import Geometry
@@ -181,13 +181,16 @@ def open_graph(graph: Graph) -> OpenedGraph:
     """Read a graph, or take one that is in memory; an opened one is returned as it is.
 
     Raises:
-        UserError: A file is missing, truncated or no ONNX model; some numbers are not there.
+        UserError: It is none of those; a file is missing, truncated or no ONNX model; some numbers are not there.
     """
     if isinstance(graph, OpenedGraph):
         return graph
     if isinstance(graph, (str, os.PathLike)):
         return OpenedGraph(load_model(graph), Path(graph))
     model = ir.from_proto(graph) if isinstance(graph, onnx.ModelProto) else graph
+    if not isinstance(model, ir.Model):
+        expected = "expected a path, an onnx.ModelProto or an onnx_ir.Model"
+        raise UserError(f"the graph is a {type(graph).__name__}", expected)
     opened = OpenedGraph(model)
     check_tensors(model, opened.source)
     return opened

@@ -249,6 +249,19 @@ def test_a_plan_of_an_onnx_file_is_saved_with_the_tuned_graph(exported, here):
     assert all(check.passed for check in vp.fold_plan("plan.tuned.onnx", "plan.json", "folded.onnx").checks)
 
 
+def test_a_plan_is_folded_into_a_model_in_memory(exported, here):
+    import onnx
+    import onnx_ir
+
+    path = exported("class token").path
+    vp.fold_plan(path, identity=True, output="file.onnx")
+    for model in (onnx.load(path), onnx_ir.load(path)):
+        folded = vp.fold_plan(model, identity=True, output="memory.onnx")
+        assert folded.checks[0].passed and Path("memory.onnx").read_bytes() == Path("file.onnx").read_bytes()
+    with pytest.raises(vp.UserError, match="the graph is a list; expected a path, an onnx.ModelProto"):
+        vp.fold_plan([1], identity=True)
+
+
 def test_a_graph_that_ends_in_a_softmax(exported, here):
     import onnx
 

@@ -112,3 +112,12 @@ def test_prune(images, counts, tmp_path):
         tmp_path / "plan.json",
     )
     assert counts == {path.name: 1, "recognised": 1} and (tmp_path / "plan.tuned.onnx").exists()
+
+
+@pytest.mark.nightly
+def test_run(images, counts, tmp_path):
+    path = written(Foreign("class token"))
+    options = ("--rearrange", "none", "--loss", "self", "--rounds", 1, "--seconds", 0.1)
+    call("run", path, "--data", images, *PREPROCESSING, *options, "-o", tmp_path / "run")
+    # Three graphs: the user's, and those with its own and with tuned weights that plans are folded into.
+    assert counts == {path.name: 1, "dense.onnx": 1, "tuned.onnx": 1, "recognised": 3}
