@@ -424,13 +424,13 @@ def fold_plan(
 
         if (plan is not None) == bool(identity):
             raise UserError(f"give one of {option('plan')} and {option('identity', True)}")
-        source = path_of(dense, "dense") if dense is None or isinstance(dense, (str, os.PathLike)) else None
+        graph: Any = path_of(dense, "dense") if dense is None or isinstance(dense, (str, os.PathLike)) else dense
         target = path_of(output, "output")
         opened, path = (None, None) if plan is None else plan_of(plan)
-        check_output(target, ".onnx", source, path)
+        check_output(target, ".onnx", graph if isinstance(graph, Path) else None, path)
         if isinstance(opened, ContentPlan):
             opened = TokenPlan.from_json(opened.to_json())  # Says what to do with a plan by content.
-        _, checks, deployment = fold_checked(source or dense, opened, target, deploy_for=deploy_for, plan_path=path)
+        _, checks, deployment = fold_checked(graph, opened, target, deploy_for=deploy_for, plan_path=path)
         return Exported(target, tuple(checks), deployment)
 
 
