@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core import progress as _progress
-from .core.choices import IMAGES, OPSET, TARGET
+from .core.choices import COMPARE_IMAGES, COMPARE_TARGETS, IMAGES, OPSET, TARGET
 from .core.content_plan import ContentPlan
 from .core.errors import UserError
 from .core.extras import RUN_PACKAGES, require_all
@@ -531,7 +531,7 @@ def compare(
     *,
     eval_data: Any = None,
     output: Path_ | None = None,
-    targets: float | Sequence[float] = (0.8, 0.65, 0.5),
+    targets: float | Sequence[float] = COMPARE_TARGETS,
     methods: str | Sequence[str] | None = None,
     seeds: int = 1,
     batches: int | Sequence[int] = (1,),
@@ -574,7 +574,7 @@ def compare(
         spec = _model_spec(model, weights, pretrained, model_args, preprocessing)
         options = CompareOptions(
             spec,
-            data_of(data, eval_data, images, eval_images, seed, 1024),
+            data_of(data, eval_data, images, eval_images, seed, COMPARE_IMAGES),
             replace(spec_of(learn, LearnSpec, "learn"), seed=seed),
             spec_of(timing, TimingSpec, "timing"),
             targets=numbers_of(targets, "targets", float),

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..core.choices import EPISODES, LOSSES, TIME_LIMIT
+from ..core.choices import COMPARE_IMAGES, COMPARE_TARGETS, EPISODES, LOSSES, OPSET, TIME_LIMIT
 from ..core.extras import RUN_PACKAGES, require_all
 from ..core.specs import DataSpec, LearnSpec, ModelSpec, TimingSpec
 from .catalogue import command
@@ -29,7 +29,11 @@ from .types import Seconds, names, numbers
 @model_options
 @click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...).")
 @click.option(
-    "--images", default=1024, show_default=True, type=click.IntRange(1), help="Most calibration images to use."
+    "--images",
+    default=COMPARE_IMAGES,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Most calibration images to use.",
 )
 @eval_data_option
 @eval_images_option
@@ -42,7 +46,7 @@ from .types import Seconds, names, numbers
 )
 @click.option(
     "--targets",
-    default="0.8,0.65,0.5",
+    default=",".join(f"{target:g}" for target in COMPARE_TARGETS),
     show_default=True,
     metavar="NUMBER[,NUMBER...]",
     callback=numbers,
@@ -102,7 +106,9 @@ from .types import Seconds, names, numbers
     help="Seconds to measure the graphs of one budget and batch size for.",
 )
 @click.option("--latency/--no-latency", default=True, help="Export graphs and time them  [default: latency]")
-@click.option("--opset", default=20, show_default=True, type=click.IntRange(17, 23), help="ONNX opset of the graphs.")
+@click.option(
+    "--opset", default=OPSET, show_default=True, type=click.IntRange(17, 23), help="ONNX opset of the graphs."
+)
 @click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write  [default: runs/compare-MODEL]")
 @click.option(

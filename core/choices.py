@@ -17,6 +17,8 @@ IMAGES, EVAL_IMAGES = 4096, 2000
 #: Episodes where weights will be refitted and where they stay as they are: without a refit, plans go on getting better
 #: for longer, and there are no stand-in weights to pay for.
 EPISODES, EPISODES_UNTUNED = 384, 640
+#: Calibration images of a comparison of methods, and its budgets.
+COMPARE_IMAGES, COMPARE_TARGETS = 1024, (0.8, 0.65, 0.5)
 #: Seconds for the episodes.
 TIME_LIMIT = 600.0
 #: Images that methods are calibrated on when a model is exported with one, and static INT8.

@@ -119,10 +119,9 @@ def write_graphs(
         UserError: The target does not take the graph, or a rule leaves the number of tokens to each image.
         ParityError: A graph does not compute what the model does.
     """
-    from ..export.deploy import plain_opset
     from ..export.graph import open_graph
 
-    plain = ExportSpec(plain_opset(spec.deploy_for, spec.opset), spec.dynamic_batch, spec.batch_size)
+    plain = plain_form(spec)
     done = _Writing()
     wanted = ["dense"] if with_dense or reduced.reduction is None else []
     if reduced.rule is None or wanted:
@@ -142,6 +141,17 @@ def write_graphs(
     if reduced.rule is not None:
         _write_rule(reduced, spec, plain, folder / name, scratch, images, done)
     return Written(done.files, done.plain, tuple(done.checks), done.deployment)
+
+
+def plain_form(spec: ExportSpec) -> ExportSpec:
+    """The form that plans fold into: for no target, in the opset that the target's form is then written from.
+
+    Raises:
+        UserError: The target does not take the opset.
+    """
+    from ..export.deploy import plain_opset
+
+    return ExportSpec(plain_opset(spec.deploy_for, spec.opset), spec.dynamic_batch, spec.batch_size)
 
 
 def write_dense(loaded: LoadedModel, path: Path, spec: ExportSpec) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..core.choices import COMPARE_IMAGES, COMPARE_TARGETS, OPSET
 from ..core.specs import DataSpec, ExportSpec, LearnSpec, ModelSpec, PrecisionSpec, TimingSpec
 
 #: Images that are run through PyTorch and onnxruntime to compare the two.
@@ -48,15 +49,15 @@ class CompareOptions:
     """
 
     model: ModelSpec = field(default_factory=ModelSpec)
-    data: DataSpec = field(default_factory=lambda: DataSpec(images=1024))
+    data: DataSpec = field(default_factory=lambda: DataSpec(images=COMPARE_IMAGES))
     learn: LearnSpec = field(default_factory=LearnSpec)
     timing: TimingSpec = field(default_factory=TimingSpec)
-    targets: tuple[float, ...] = (0.8, 0.65, 0.5)
+    targets: tuple[float, ...] = COMPARE_TARGETS
     methods: tuple[str, ...] | None = None
     seeds: int = 1
     batches: tuple[int, ...] = (1,)
     latency: bool = True
-    opset: int = 20
+    opset: int = OPSET
 
     def __post_init__(self) -> None:
         LearnSpec(seed=self.seeds)  # A whole number.

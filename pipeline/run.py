@@ -25,7 +25,7 @@ from ..core.statistics import compare
 from ..core.text import counted, option
 from .evaluate import collect_graphs, open_graphs
 from .folders import finished_folder
-from .graphs import Reduced, Written, write_graphs
+from .graphs import Reduced, Written, plain_form, write_graphs
 from .inputs import choose, first_images, open_cost, open_prunable
 from .learned import check_learn, chosen_plans, rule_of, save_learned
 from .options import EXAMPLE_IMAGES, PARITY_IMAGES, RULE_PARITY_IMAGES, RunOptions
@@ -157,10 +157,8 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
 
 def check(options: RunOptions, output: Path) -> None:
     """Refuse, before any work, options that do not go together."""
-    from ..export.deploy import plain_opset
-
     model, export, checkpoint = options.model, options.export, options.learn.checkpoint
-    plain_opset(export.deploy_for, export.opset)
+    plain_form(export)
     if model.is_onnx and (export.opset is not None or export.dynamic_batch):
         raise UserError(
             f"{model.what} is an ONNX file, which keeps its opset and its batch",

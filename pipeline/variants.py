@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.specs import ExportSpec
-from .graphs import Reduced, Written, write_dense
+from .graphs import Reduced, Written, plain_form, write_dense
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,13 +39,13 @@ def stage_graphs(reduced: Reduced, learned: Learned, written: Written, spec: Exp
     Args:
         scratch: Where the graphs go; none of them is kept.
     """
-    from ..export.deploy import deploy_file, plain_opset
+    from ..export.deploy import deploy_file
     from ..export.fold import fold_file
     from ..prune.backbones.vit import weights_sha256
     from ..prune.tune.weights import with_weights
 
     loaded, labels = reduced.loaded, stage_labels(learned)
-    plain = ExportSpec(plain_opset(spec.deploy_for, spec.opset), spec.dynamic_batch, spec.batch_size)
+    plain = plain_form(spec)
     graphs = {"dense": written.files["dense"]}
     for stage, label in zip(learned.stages, labels, strict=True):
         if label == "pruned" or label in graphs:

@@ -8,14 +8,12 @@ from typing import Any
 
 from ...core import progress
 from ...core.extras import RUN_PACKAGES, require_all
-from ...core.rows import read_rows
-from ...core.text import option
 from ..folders import check_output
 from ..inputs import choose, open_prunable
 from ..options import CompareOptions
 from .comparison import Comparison
 from .contenders import chosen_contenders
-from .files import files_of_earlier
+from .files import files_of_earlier, rows_of_earlier
 from .timing import time_graphs, time_rules
 
 
@@ -46,8 +44,7 @@ def compare(
     earlier = files_of_earlier(output, results)
     check_output(results, ".jsonl", name="results")
     check_output(output / "report.html", ".html")
-    hint = f"correct it, or name another file with {option('results')}"
-    before = read_rows(results, hint) if results.exists() else []
+    before = rows_of_earlier(results)
     with progress.stage("Opening model and images"):
         loaded = open_prunable(options.model, loss=options.learn.loss)
         for target in options.targets:

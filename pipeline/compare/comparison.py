@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 from ...core import progress
 from ...core.errors import ParityError, UserError
 from ...core.files import file_sha256, json_sha256, scratch_beside, write_text
-from ...core.rows import append_rows, read_rows
+from ...core.rows import append_rows
 from ...core.specs import ExportSpec
-from ...core.text import option
 from ..graphs import Reduced, model_bytes, write_dense, write_graphs
 from ..learned import save_learned
 from ..options import PARITY_IMAGES, CompareOptions
 from ..results import parity_row
+from .files import rows_of_earlier
 from .judge import Judge
 from .made import Contender, Made, Point, followed
 
@@ -64,10 +64,7 @@ class Comparison:
         self._sets = {options.learn.seed: calibration}
         self._calibrations: dict[int, Calibration] = {}
         self._opened: dict[int, OpenedGraph] = {}
-        if rows is None:
-            hint = f"correct it, or name another with {option('results')}"
-            rows = read_rows(results, hint) if results.exists() else []
-        self.rows = rows
+        self.rows = rows_of_earlier(results) if rows is None else rows
 
     @property
     def seeds(self) -> range:
@@ -384,14 +381,8 @@ class Comparison:
         return {**row, "failure": None, "file_sha256": file_sha256(path), "file_bytes": model_bytes(path)}
 
     def _reduced(self, made: Made) -> Reduced:
-        from ...prune.backbones.vit import weights_sha256
-        from ...prune.tune.weights import with_weights
-
-        tuned = None
-        if made.weights:
-            model = self.loaded.adapter.model
-            with with_weights(model, made.weights):
-                tuned = weights_sha256(model)
+        # Only what was learned tunes weights, and the plan as it was saved names their hash.
+        tuned = (made.content or made.reduction).provenance["tuned_weights_sha256"] if made.weights else None
         return Reduced(self.loaded, made.reduction, made.weights, tuned)
 
     @cached_property

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from ...core.errors import UserError
+from ...core.rows import read_rows
 from ...core.text import option
 
 _FILES = r"(results\.jsonl|comparison\.(svg|png)|report\.(html|md))"
 #: What the folder of a comparison holds besides its rows; ``--force`` removes these and nothing else. With a dot before
 #: and more behind: what a process that was killed left unfinished.
 COMPARE_FILES = re.compile(rf"graphs|plans|{_FILES}|\.{_FILES}\..*")
+
+
+def rows_of_earlier(results: Path) -> list[dict[str, Any]]:
+    """The rows that are there already; none where there is no file.
+
+    Raises:
+        UserError: The file is none of rows.
+    """
+    hint = f"correct it, or name another file with {option('results')}"
+    return read_rows(results, hint) if results.exists() else []
 
 
 def files_of_earlier(output: Path, results: Path) -> list[Path]:
