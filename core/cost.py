@@ -14,16 +14,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .plan import Geometry, TokenPlan, query_counts
+from .geometry import Geometry
+from .plan import KINDS, TokenPlan, live_masks, updated_prefix
 
 if TYPE_CHECKING:
-    from .latency_table import LatencyTable
+    pass
 
 #: Half the window, in tokens, over which a table's slope is taken; larger for many tokens, one in WINDOW_SHARE of them.
 #: Narrower than one step of a staircase, most slopes would read zero; eight tokens is the common step of fp16 kernels.
@@ -37,45 +37,41 @@ EXTRA = 0.01
 ROUNDING = 1e-12
 
 
-def block_macs(geometry: Geometry, keys: int, queries: int) -> int:
-    """MACs of one block that ``keys`` tokens enter and ``queries`` tokens leave.
+def block_macs(geometry: Geometry, keys: int, queries: int, mlps: int) -> int:
+    """MACs of one block that reads ``keys`` tokens, updates ``queries`` by attention and ``mlps`` by its MLP.
 
-    With d = embed_dim and a = num_heads * head_dim: keys and values 2 K d a, queries Q d a, logits and weighted sum
-    2 Q K a, projection Q a d, MLP Q mlp_macs. Dead tokens (K - Q of them) pay for keys and values only.
+    With d = embed_dim and a = num_heads * head_dim: keys and values 2 K d a, queries and projection 2 Q d a, logits and
+    weighted sum 2 Q K a, MLP M mlp_macs.
     """
     width, inner = geometry.embed_dim, geometry.num_heads * geometry.head_dim
-    return 2 * keys * width * inner + queries * (2 * width * inner + 2 * keys * inner + geometry.mlp_macs)
+    return 2 * width * inner * (keys + queries) + 2 * inner * keys * queries + geometry.mlp_macs * mlps
 
 
-def macs_from_counts(geometry: Geometry, key_counts: Sequence[int], *, dead_tokens: bool = False) -> int:
-    """MACs of the pruned model with ``key_counts[l]`` tokens (prefix included) entering block l.
-
-    Args:
-        dead_tokens: Every block still computes all tokens that enter it, as without their removal.
-    """
-    queries = key_counts if dead_tokens else query_counts(geometry, key_counts)
-    head_tokens = key_counts[-1] - geometry.prefix_tokens if geometry.head_patches else 0
+def macs_from_counts(
+    geometry: Geometry,
+    key_counts: Sequence[int],
+    query_counts: Sequence[int],
+    mlp_counts: Sequence[int],
+    reads: int = 0,
+) -> int:
+    """MACs of the pruned model, from the tokens (prefix included) of each block and the patches that the head reads."""
     return (
         geometry.stem_macs
-        + sum(block_macs(geometry, *counts) for counts in zip(key_counts, queries, strict=True))
+        + sum(block_macs(geometry, *counts) for counts in zip(key_counts, query_counts, mlp_counts, strict=True))
         + geometry.head_macs
-        + geometry.head_macs_per_token * head_tokens
+        + geometry.head_macs_per_token * reads
     )
 
 
 def plan_macs(plan: TokenPlan) -> int:
-    """MACs of ``plan`` as exported: tokens gathered out, dead tokens removed."""
-    return macs_from_counts(plan.geometry, plan.key_counts)
-
-
-def gathered_macs(plan: TokenPlan) -> int:
-    """MACs when tokens are gathered out but every block still computes all tokens that enter it."""
-    return macs_from_counts(plan.geometry, plan.key_counts, dead_tokens=True)
+    """MACs of ``plan`` as exported: what it leaves is computed, and nothing else."""
+    return macs_from_counts(plan.geometry, *plan.counts, len(plan.reads))
 
 
 def dense_macs(geometry: Geometry) -> int:
-    """MACs of the untouched model, dead tokens and all: the 1.0 that budgets are fractions of."""
-    return macs_from_counts(geometry, [geometry.tokens] * geometry.depth, dead_tokens=True)
+    """MACs of the untouched model, dead work and all: the 1.0 that budgets are fractions of."""
+    every = [geometry.tokens] * geometry.depth
+    return macs_from_counts(geometry, every, every, every, geometry.patches if geometry.head_patches else 0)
 
 
 def cost_ratio(plan: TokenPlan) -> float:
@@ -85,83 +81,64 @@ def cost_ratio(plan: TokenPlan) -> float:
 # -- one interface for the search -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Marginal:
-    """What one token more would cost, in the unit of the cost it comes from.
-
-    Attributes:
-        as_key: float64 [block L]: as a key of each block.
-        as_query: float64 [block L]: as a query of each block.
-        head_token: As a patch token that the head reads; 0 where it reads none.
-    """
-
-    as_key: np.ndarray
-    as_query: np.ndarray
-    head_token: float
-
-
 class Cost(ABC):
     """What a plan costs, for one model; budgets are fractions of :attr:`dense`.
+
+    Counts are [kind 3, block L]: keys, queries and MLP tokens of each block, prefix included. The head reads all
+    patches where it reads any.
 
     Attributes:
         geometry: Shape of the model.
         kind: ``"macs"`` or ``"latency"``.
         unit: ``"MACs"`` or ``"ms"``.
         noun: The unit in a sentence: "0.65 of the dense MACs".
-        drops_cost_extra: Whether a block that drops one token costs notably more than one that drops none.
     """
 
     kind: str
     unit: str
     noun: str
-    drops_cost_extra: bool = False
 
     def __init__(self, geometry: Geometry):
         self.geometry = geometry
+        updated = [updated_prefix(geometry, block) for block in range(geometry.depth)]
+        #: int64 [kind, block]: prefix tokens of each.
+        self.prefix = np.array([[geometry.prefix_tokens] * geometry.depth, updated, updated])
+
+    def counts(self, masks: np.ndarray) -> np.ndarray:
+        """int64 [kind, block] of bool [kind, block, patch] without dead work."""
+        return self.prefix + masks.sum(2)
+
+    def full_counts(self) -> np.ndarray:
+        """int64 [kind, block] of the model without dead work."""
+        every = np.ones((len(KINDS), self.geometry.depth, self.geometry.patches), bool)
+        return self.counts(live_masks(self.geometry, every))
 
     @property
     @abstractmethod
     def dense(self) -> float:
-        """Cost of the untouched model, dead tokens and all."""
+        """Cost of the untouched model, dead work and all."""
 
     @abstractmethod
-    def total(self, key_counts: Sequence[int]) -> float:
-        """Cost of the exported model that ``key_counts[l]`` tokens (prefix included) enter block l of, dead tokens
-        removed."""
+    def total(self, counts: np.ndarray) -> float:
+        """Cost of the exported model."""
 
     @abstractmethod
-    def marginal(self, key_counts: np.ndarray) -> Marginal:
-        """Slopes at float64 [block L] counts, whole or not; every slope that can matter is positive."""
+    def marginal(self, counts: np.ndarray) -> np.ndarray:
+        """float64 [kind, block]: what one patch more would cost as each, at real-valued counts; 0 where it is dead."""
 
     def budget(self, target: float) -> float:
         """The cost allowed at ``target`` of the dense model's."""
         return target * self.dense
 
-    def ratio_from_counts(self, key_counts: Sequence[int]) -> float:
-        return self.total(key_counts) / self.dense
+    def of(self, plan: TokenPlan) -> float:
+        return self.total(np.array(plan.counts)) + self.unread(plan)
+
+    def unread(self, plan: TokenPlan) -> float:
+        """What it saves (a number below zero) that the head reads fewer patches than there are."""
+        return 0.0
 
     def ratio(self, plan: TokenPlan) -> float:
-        return self.ratio_from_counts(plan.key_counts)
-
-    def survival(self, key_counts: np.ndarray) -> np.ndarray:
-        """float64 [exit L + 1]: marginal cost of one token that leaves at each block, at these (real-valued) counts."""
-        # A token that leaves at block e is a key in blocks 0..e-1 and a query in blocks 0..e-2.
-        marginal = self.marginal(key_counts)
-        cost = np.zeros(self.geometry.depth + 1)
-        cost[1:] = np.cumsum(marginal.as_key)
-        cost[2:] += np.cumsum(marginal.as_query[:-1])
-        if self.geometry.head_patches:
-            cost[-1] += marginal.as_query[-1] + marginal.head_token
-        return cost
-
-    def stay_prices(self, key_counts: np.ndarray) -> np.ndarray:
-        """float64 [new exit L + 1, exit L + 1]: what it costs if one token leaves at the new exit instead.
-
-        Only entries with new exit > exit mean anything. They may be estimates: a step is judged by :meth:`total` before
-        it is taken. At most zero means free, and must be exact.
-        """
-        cost = self.survival(key_counts)
-        return cost[:, None] - cost[None, :]
+        return self.of(plan) / self.dense
 
     @abstractmethod
     def to_json(self, plan: TokenPlan) -> dict[str, Any]:
@@ -177,96 +154,31 @@ class MacsCost(Cost):
     def dense(self) -> int:
         return dense_macs(self.geometry)
 
-    def total(self, key_counts: Sequence[int]) -> int:
-        return macs_from_counts(self.geometry, key_counts)
+    def total(self, counts: np.ndarray) -> int:
+        reads = self.geometry.patches if self.geometry.head_patches else 0
+        return macs_from_counts(self.geometry, *np.asarray(counts).tolist(), reads)
+
+    def unread(self, plan: TokenPlan) -> int:
+        missing = self.geometry.patches - len(plan.reads) if self.geometry.head_patches else 0
+        return -missing * self.geometry.head_macs_per_token
 
     def budget(self, target: float) -> int:
         return int(target * self.dense)
 
-    def marginal(self, key_counts: np.ndarray) -> Marginal:
+    def marginal(self, counts: np.ndarray) -> np.ndarray:
         geometry = self.geometry
         width, inner = geometry.embed_dim, geometry.num_heads * geometry.head_dim
-        queries = np.asarray(query_counts(geometry, key_counts))
-        return Marginal(
-            as_key=2 * width * inner + 2 * inner * queries,
-            as_query=2 * width * inner + 2 * inner * key_counts + geometry.mlp_macs,
-            head_token=geometry.head_macs_per_token,
+        keys, queries, _ = counts
+        slopes = np.stack(
+            [
+                2 * width * inner + 2 * inner * queries,
+                2 * width * inner + 2 * inner * keys,
+                np.full(geometry.depth, float(geometry.mlp_macs)),
+            ]
         )
+        if not geometry.head_patches:
+            slopes[1:, -1] = 0
+        return slopes
 
     def to_json(self, plan: TokenPlan) -> dict[str, Any]:
-        return {"kind": self.kind, "unit": self.unit, "dense": self.dense, "plan": self.total(plan.key_counts)}
-
-
-class LatencyCost(Cost):
-    """Milliseconds predicted by a table measured on the target.
-
-    Args:
-        table: Of this model; see :meth:`~vpruner.core.latency_table.LatencyTable.check_fits`.
-        geometry: Shape of the model.
-
-    Raises:
-        UserError: The table is of another model.
-    """
-
-    kind, unit, noun = "latency", "ms", "milliseconds"
-
-    def __init__(self, table: LatencyTable, geometry: Geometry):
-        super().__init__(geometry)
-        table.check_fits(geometry)
-        self.table = table
-        self.drops_cost_extra = any(
-            row[-1] > (1 + EXTRA) * whole for row, whole in zip(table.split, table.whole, strict=True)
-        )
-        self._window = max(WINDOW, geometry.tokens // WINDOW_SHARE)
-        everything = float(table.block_ms(geometry.tokens, geometry.tokens))
-        # A table whose blocks cost nothing at all must not make the floor zero.
-        self._least_slope = max(LEAST_SLOPE * everything / geometry.tokens, ROUNDING * self.dense)
-
-    @cached_property
-    def dense(self) -> float:
-        return self.table.dense_ms
-
-    def total(self, key_counts: Sequence[int]) -> float:
-        return float(self._totals(np.asarray(key_counts, np.float64)))
-
-    def _totals(self, key_counts: np.ndarray) -> np.ndarray:
-        """float64 [..., block L] -> float64 [...]."""
-        return self.table.predict(key_counts)
-
-    def marginal(self, key_counts: np.ndarray) -> Marginal:
-        table, most = self.table, self.geometry.tokens
-        keys = np.asarray(key_counts, np.float64)
-        queries = np.clip(table.query_counts(keys), 1, keys)
-        # Slopes of blocks that drop tokens, even where none is dropped yet: the step between the two kinds of block is
-        # no slope. Each window stays where the table knows anything: queries <= keys <= all tokens; where all tokens
-        # stay there is none for keys alone, and the slope is that of fewer queries.
-        fewer, more = np.maximum(keys - self._window, 1), np.minimum(keys + self._window, most)
-        rows = np.minimum(queries, fewer)
-        as_key = self._slope(table.split_ms(more, rows) - table.split_ms(fewer, rows), more - fewer)
-        fewer, more = np.maximum(queries - self._window, 1), np.minimum(queries + self._window, keys)
-        as_query = self._slope(table.split_ms(keys, more) - table.split_ms(keys, fewer), more - fewer)
-        return Marginal(as_key, as_query, self.table.head_token_ms if self.geometry.head_patches else 0.0)
-
-    def _slope(self, rise: np.ndarray, run: np.ndarray) -> np.ndarray:
-        return np.maximum(rise / np.maximum(run, 1e-9), self._least_slope)
-
-    def stay_prices(self, key_counts: np.ndarray) -> np.ndarray:
-        """Modifications: exact, since on a staircase no slope tells a step that is free from one that is not."""
-        depth = self.geometry.depth
-        counts = np.asarray(key_counts, np.float64)
-        block, exits = np.arange(depth), np.arange(depth + 1)
-        # One token that leaves at ``new`` instead of ``old`` enters blocks old..new-1 too.
-        enters = (block >= exits[None, :, None]) & (block < exits[:, None, None])
-        # Counts beyond the model's arise for exits that no token has; what they cost is never asked.
-        prices = self._totals(np.minimum(counts + enters, self.geometry.tokens)) - self._totals(counts)
-        prices[np.abs(prices) < ROUNDING * self.dense] = 0.0
-        return prices
-
-    def to_json(self, plan: TokenPlan) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "unit": self.unit,
-            "dense": round(self.dense, 6),
-            "plan": round(self.total(plan.key_counts), 6),
-            **self.table.summary(),
-        }
+        return {"kind": self.kind, "unit": self.unit, "dense": self.dense, "plan": self.of(plan)}

@@ -1,16 +1,21 @@
-"""Token plans: which patch tokens enter each block of a Vision Transformer, the same for every image.
+"""Token plans: which patch tokens each block of a Vision Transformer reads and updates, the same for every image.
 
-A plan is decided first and applied later, by PyTorch hooks (:mod:`vpruner.prune.backbones.vit`) or by folding it into
-an ONNX graph (:mod:`vpruner.export.fold`). This module needs the standard library and numpy only, so that the runtime
-can read plans.
+A plan is decided first and applied later, by PyTorch (:mod:`vpruner.prune.backbones.vit`) or by folding it into an ONNX
+graph (:mod:`vpruner.export.fold`). This module needs the standard library and numpy only, so that the runtime can read
+plans.
 
 Vocabulary, used everywhere in the package:
 
 * *patch index*: 0-based, row-major position of a patch token in the model's original grid.
 * *prefix tokens*: class, distillation and register tokens; they stand before the patches and are never pruned.
-* *keys* of block ``l``: the tokens that enter it (prefix + ``kept[l]``); *queries*: the tokens whose output anything
-  later reads (prefix + ``kept[l + 1]``, and for the last block what the head reads). A key that is no query is *dead*:
-  its keys and values are needed, its query, projection, MLP and residual are not.
+* *keys* of a block: the patches it reads; their keys and values are computed, and every query attends to them.
+* *queries* of a block: the patches that attend; what they gather is added to their residual.
+* *MLP patches* of a block: those that pass its MLP.
+* *frozen*: a patch whose residual a block leaves as it is. It may still be read.
+* *dead*: work whose result nothing reads. A plan holds none: it is removed when the plan is built.
+* *carried* into a block: the patches whose value something reads from there on.
+
+Dropping a token whole is the special case of a patch that is no key, no query and passes no MLP from some block on.
 """
 
 from __future__ import annotations
@@ -18,11 +23,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from reprlib import Repr
 from types import MappingProxyType
 from typing import Any
 
@@ -32,146 +36,44 @@ from .. import __version__
 from .drawing import exits_svg, table_html, table_text
 from .errors import PlanError
 from .files import json_sha256, write_text
+from .geometry import Geometry, is_whole, shown
 from .text import command
 
 #: Version of the JSON layout. Raise it when an older reader would misread a newer file.
-SCHEMA = 1
+SCHEMA = 3
+#: Of plans that drop tokens whole, with one set of patches per block (``kept``); they are still read.
+DROPPING_SCHEMA = 1
 #: Of plans by content (:mod:`vpruner.core.content_plan`), which the readers of static plans refuse.
 CONTENT_SCHEMA = 2
-#: More tokens than any ViT has; a typing error in a grid must not fill the memory before it is noticed.
-MOST_TOKENS = 1_000_000
+#: The three masks of a block, by the names of their fields.
+KINDS = ("keys", "queries", "mlps")
 #: Levels of lists and objects in a provenance: writing JSON and making the report are recursive.
 MOST_NESTING = 50
 
-#: Field of :class:`Geometry` -> smallest and largest value. Pairs (height, width) are checked number by number.
-_RANGES = {
-    "depth": (1, 10_000),
-    "embed_dim": (1, 10**6),
-    "num_heads": (1, 10**6),
-    "head_dim": (1, 10**6),
-    "grid": (1, 10**6),
-    "prefix_tokens": (0, MOST_TOKENS),
-    "image_size": (1, 10**6),
-    "in_chans": (1, 10**6),
-    "mlp_macs": (0, 10**18),
-    "stem_macs": (0, 10**18),
-    "head_macs": (0, 10**18),
-    "head_macs_per_token": (0, 10**18),
-    "head_prefix": (0, MOST_TOKENS),
-    "outputs": (0, 10**9),
-}
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The shape of a ViT, as far as plans, costs and graph folding need it.
-
-    Attributes:
-        depth: Number of transformer blocks L.
-        embed_dim: Token width d.
-        num_heads: Attention heads per block.
-        head_dim: Width of one attention head.
-        grid: Patches per column and per row (height, width); N = height * width patch tokens.
-        prefix_tokens: P, tokens before the patches.
-        image_size: Input (height, width) in pixels.
-        in_chans: Input channels.
-        mlp_macs: Multiply-adds of one block's MLP for one token.
-        stem_macs: Multiply-adds of the patch embedding for one image.
-        head_macs: Multiply-adds after the last block that do not depend on the token count.
-        head_macs_per_token: Multiply-adds after the last block for each patch token that the head reads.
-        head_prefix: How many leading prefix tokens the head reads; the others are dead in the last block.
-        head_patches: Whether the head reads the patch tokens too (average or attention pooling).
-        outputs: Width of the model's output.
-        output: ``"logits"`` or ``"features"``.
-    """
-
-    depth: int
-    embed_dim: int
-    num_heads: int
-    head_dim: int
-    grid: tuple[int, int]
-    prefix_tokens: int
-    image_size: tuple[int, int]
-    in_chans: int = 3
-    mlp_macs: int = 0
-    stem_macs: int = 0
-    head_macs: int = 0
-    head_macs_per_token: int = 0
-    head_prefix: int = 1
-    head_patches: bool = False
-    outputs: int = 0
-    output: str = "logits"
-
-    def __post_init__(self):
-        for name, (least, most) in _RANGES.items():
-            value, pair = getattr(self, name), name in ("grid", "image_size")
-            parts = value if pair and isinstance(value, (tuple, list)) else [value]
-            if len(parts) != 1 + pair or not all(_is_whole(part) and least <= part <= most for part in parts):
-                what = "two whole numbers (height, width)" if pair else "a whole number"
-                raise PlanError(f"{name} is {shown(value)}, expected {what}, at least {least} and at most {most}")
-            numbers = tuple(int(part) for part in parts)
-            object.__setattr__(self, name, numbers if pair else numbers[0])
-        if self.tokens > MOST_TOKENS:
-            raise PlanError(
-                f"grid {self.grid[0]}x{self.grid[1]} with {self.prefix_tokens} prefix tokens has {self.tokens} tokens, "
-                f"expected at most {MOST_TOKENS}"
-            )
-        if not isinstance(self.head_patches, bool):
-            raise PlanError(f"head_patches is {shown(self.head_patches)}, expected true or false")
-        if not 0 <= self.head_prefix <= self.prefix_tokens:
-            raise PlanError(f"the head reads {self.head_prefix} prefix tokens, the model has {self.prefix_tokens}")
-        if not self.head_prefix and not self.head_patches:
-            raise PlanError("the head reads no token at all")
-        if self.output not in ("logits", "features"):
-            raise PlanError(f"output is {shown(self.output)}, expected 'logits' or 'features'")
-
-    @property
-    def patches(self) -> int:
-        """N, patch tokens of the unpruned model."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def tokens(self) -> int:
-        """P + N."""
-        return self.prefix_tokens + self.patches
-
-    @property
-    def class_count(self) -> int | None:
-        """Number of classes; None for a model of features."""
-        return self.outputs if self.output == "logits" else None
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Geometry:
-        if not isinstance(value, Mapping):
-            raise PlanError(f"the geometry is {shown(value)}, expected a JSON object")
-        known = {f.name for f in fields(cls)}
-        missing = {"depth", "embed_dim", "num_heads", "head_dim", "grid", "prefix_tokens", "image_size"} - set(value)
-        if missing:
-            raise PlanError(f"the geometry lacks {', '.join(sorted(missing))}")
-        return cls(**{name: v for name, v in value.items() if name in known})
-
-    def differences(self, other: Geometry) -> list[str]:
-        """``"depth 12 != 24"`` for each field that differs."""
-        mine, theirs = self.to_json(), other.to_json()
-        return [f"{name} {mine[name]} != {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+Sets = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """A static, nested token mask for one model; an invalid one cannot be built.
+    """Three static masks per block, for one model; an invalid plan cannot be built.
+
+    Any sets are valid. Dead work is removed from them here, so what a plan holds is what is computed; :attr:`dead` says
+    what was removed. Prefix tokens are not listed: they are read, attend and pass the MLP in every block, but for those
+    that the head does not read, which in the last block are read only. In a model without prefix tokens a block
+    that reads nothing has no queries either.
 
     Attributes:
         model: Name of the model, for people and for error messages.
         geometry: Shape of the model that the plan is for.
-        kept: L tuples of patch indices: the patch tokens that enter each block, sorted, each a subset of the one
-            before. Prefix tokens are not listed: they are kept by construction.
-        gates: Optional L tuples beside ``kept``: a positive weight for each kept patch as an attention key (1 changes
-            nothing; log(gate) is added to the attention logits).
+        keys: L tuples of patch indices, each sorted: the patches that each block reads.
+        queries: The same, of the patches that attend.
+        mlps: The same, of the patches that pass the MLP.
+        reads: Patch indices that the head reads; None: all of them. Empty where the head reads no patches.
+        gates: Optional L tuples, one number for each of ``keys``: a positive weight of the patch as an attention key (1
+            changes nothing; log(gate) is added to the attention logits).
         provenance: How the plan came about: data, seed, hashes, budget, costs. JSON values only; it does not take part
             in :attr:`digest`.
+        dead: Kind -> L tuples: the patches that were removed from that set because nothing would have read the result.
 
     Raises:
         PlanError: The reason names the block.
@@ -179,59 +81,107 @@ class TokenPlan:
 
     model: str
     geometry: Geometry
-    kept: tuple[tuple[int, ...], ...]
+    keys: Sets
+    queries: Sets
+    mlps: Sets
+    reads: tuple[int, ...] | None = None
     gates: tuple[tuple[float, ...], ...] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    dead: Mapping[str, Sets] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         geometry = self.geometry
         if not isinstance(self.model, str) or not self.model:
             raise PlanError(f"model is {shown(self.model)}, expected its name")
-        if isinstance(self.kept, str) or not isinstance(self.kept, Sequence):
-            raise PlanError(f"kept is a {type(self.kept).__name__}, expected one list of patch indices per block")
-        kept = tuple(_whole_numbers(indices, block) for block, indices in enumerate(self.kept))
-        if len(kept) != geometry.depth:
-            raise PlanError(f"kept has {len(kept)} lists, the model has {geometry.depth} blocks")
-        allowed = set(range(geometry.patches))
-        for block, indices in enumerate(kept):
-            unsorted = next((b for a, b in zip(indices, indices[1:], strict=False) if a >= b), None)
-            if unsorted is not None:
-                raise PlanError(
-                    f"block {block}: patch {shown(unsorted)} is repeated or out of order; indices must ascend"
-                )
-            extra = set(indices) - allowed
-            if extra:
-                where = (
-                    f"grid {geometry.grid[0]}x{geometry.grid[1]} has patches 0..{geometry.patches - 1}"
-                    if block == 0
-                    else f"block {block - 1} had already dropped it (plans are nested)"
-                )
-                raise PlanError(f"block {block} keeps patch {shown(min(extra))}, but {where}")
-            if not indices and (geometry.prefix_tokens == 0 or (geometry.head_patches and block == geometry.depth - 1)):
-                raise PlanError(f"block {block} keeps no token at all")
-            allowed = set(indices)
-        object.__setattr__(self, "kept", kept)
-        if self.gates is not None:
-            object.__setattr__(self, "gates", _checked_gates(self.gates, kept))
+        given = {kind: _checked_sets(kind, getattr(self, kind), geometry) for kind in KINDS}
+        every = tuple(range(geometry.patches)) if geometry.head_patches else ()
+        reads = every
+        if self.reads is not None:
+            (reads,) = _checked_sets("reads", [self.reads], geometry, 1)
+            reads = reads if geometry.head_patches else ()
+        if geometry.head_patches and not reads:
+            raise PlanError("reads is empty, but the head pools over patches")
+        gates = None if self.gates is None else _checked_gates(self.gates, given["keys"])
+        live = live_sets(geometry, given, reads)
+        dead = {kind: _without(given[kind], live[kind]) for kind in KINDS}
+        if gates is not None and any(dead["keys"]):
+            gates = tuple(
+                tuple(gate for gate, patch in zip(values, before, strict=True) if patch in set(after))
+                for values, before, after in zip(gates, given["keys"], live["keys"], strict=True)
+            )
+        for name, value in (*live.items(), ("reads", reads), ("gates", gates), ("dead", MappingProxyType(dead))):
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "provenance", MappingProxyType(_checked_provenance(self.provenance)))
+
+    def __reduce__(self):  # A mapping proxy cannot be pickled or copied.
+        return _rebuilt, (self.model, self.geometry, *(getattr(self, kind) for kind in KINDS), self.reads, self.gates,
+                          dict(self.provenance))  # fmt: skip
 
     # -- making one -----------------------------------------------------------------------------------------------
 
     @classmethod
     def identity(cls, model: str, geometry: Geometry, **provenance: Any) -> TokenPlan:
-        """The plan that keeps everything; only dead tokens go."""
-        return cls(model, geometry, (tuple(range(geometry.patches)),) * geometry.depth, provenance=provenance)
+        """The plan that keeps everything; only dead work goes."""
+        every = (tuple(range(geometry.patches)),) * geometry.depth
+        return cls(model, geometry, every, every, every, provenance=provenance)
+
+    @classmethod
+    def from_masks(cls, model: str, geometry: Geometry, masks: np.ndarray, **provenance: Any) -> TokenPlan:
+        """Build from bool [kind 3, block L, patch N], kinds as in :data:`KINDS`."""
+        sets = [tuple(tuple(np.flatnonzero(row).tolist()) for row in kind) for kind in np.asarray(masks, bool)]
+        return cls(model, geometry, *sets, provenance=provenance)
 
     @classmethod
     def from_exits(cls, model: str, geometry: Geometry, exits: np.ndarray, **provenance: Any) -> TokenPlan:
-        """Build from the block at which each patch leaves.
+        """Build from the block from which on each patch is no key, no query and passes no MLP.
 
         Args:
-            exits: int [patch N]; token i enters blocks 0..exits[i]-1; ``depth`` means that it never leaves.
+            exits: int [kind 3, patch N], kinds as in :data:`KINDS`; ``depth`` means to the end. Patch i is in the set
+                of blocks 0..exits[kind, i]-1.
         """
         exits = np.asarray(exits)
+        return cls.from_masks(model, geometry, exits[:, None] > np.arange(geometry.depth)[None, :, None], **provenance)
+
+    @classmethod
+    def dropping(
+        cls,
+        model: str,
+        geometry: Geometry,
+        kept: Sequence[Sequence[int]],
+        gates: Sequence[Sequence[float]] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> TokenPlan:
+        """The plan that drops tokens whole: a patch that enters block l is a key there, and what enters block l + 1 has
+        been updated in block l.
+
+        Args:
+            kept: L lists of patch indices: the patches that enter each block, sorted, each a subset of the one before.
+            gates: As of the class, one for each of ``kept``.
+            provenance: As of the class.
+
+        Raises:
+            PlanError: The lists are no such lists; the reason names the block.
+        """
+        kept = _checked_sets("kept", kept, geometry)
+        for block, (before, after) in enumerate(zip(kept, kept[1:], strict=False), 1):
+            extra = set(after) - set(before)
+            if extra:
+                raise PlanError(
+                    f"block {block} keeps patch {shown(min(extra))}, but block {block - 1} had already dropped it "
+                    "(plans that drop tokens are nested)"
+                )
+        for block, patches in enumerate(kept):
+            if not patches and (geometry.prefix_tokens == 0 or (geometry.head_patches and block == geometry.depth - 1)):
+                raise PlanError(f"block {block} keeps no token at all")
+        updated = (*kept[1:], kept[-1])
+        return cls(model, geometry, kept, updated, updated, kept[-1], gates, {} if provenance is None else provenance)
+
+    @classmethod
+    def dropping_from_exits(cls, model: str, geometry: Geometry, exits: np.ndarray, **provenance: Any) -> TokenPlan:
+        """:meth:`dropping`, from int [patch N]: token i enters blocks 0..exits[i]-1; ``depth``: it never leaves."""
+        exits = np.asarray(exits)
         kept = tuple(tuple(np.flatnonzero(exits > block).tolist()) for block in range(geometry.depth))
-        return cls(model, geometry, kept, provenance=provenance)
+        return cls.dropping(model, geometry, kept, provenance=provenance)
 
     def with_provenance(self, **provenance: Any) -> TokenPlan:
         return replace(self, provenance={**self.provenance, **provenance})
@@ -239,67 +189,98 @@ class TokenPlan:
     # -- reading it -----------------------------------------------------------------------------------------------
 
     @cached_property
-    def exits(self) -> np.ndarray:
-        """int64 [patch N]: the block at which each patch leaves; ``depth`` for those that stay to the end."""
-        exits = np.zeros(self.geometry.patches, np.int64)
-        for indices in self.kept:
-            exits[list(indices)] += 1
-        return exits
+    def masks(self) -> np.ndarray:
+        """bool [kind 3, block L, patch N], kinds as in :data:`KINDS`."""
+        masks = np.zeros((len(KINDS), self.geometry.depth, self.geometry.patches), bool)
+        for kind, name in enumerate(KINDS):
+            for block, patches in enumerate(getattr(self, name)):
+                masks[kind, block, list(patches)] = True
+        return masks
 
     @cached_property
-    def mask(self) -> np.ndarray:
-        """bool [block L, patch N]: does the patch enter the block."""
-        return self.exits[None, :] > np.arange(self.geometry.depth)[:, None]
+    def exits(self) -> np.ndarray:
+        """int64 [kind 3, patch N]: one past the last block whose set has the patch; 0 for a patch that is in none.
+
+        Together with ``reads`` they say all there is of a plan that :attr:`is_nested`.
+        """
+        depth = self.geometry.depth
+        last = depth - np.flip(self.masks, 1).argmax(1)
+        return np.where(self.masks.any(1), last, 0).astype(np.int64)
+
+    @cached_property
+    def is_nested(self) -> bool:
+        """Whether each patch is in each kind of set up to some block and in none after it."""
+        return bool((self.masks.sum(1) == self.exits).all())
+
+    @cached_property
+    def kept(self) -> Sets | None:
+        """The patches that enter each block, of a plan that drops tokens whole (:meth:`dropping`); else None."""
+        depth, whole = self.geometry.depth, self.geometry.head_patches
+        kept = self.keys
+        updated = (*kept[1:], kept[-1] if whole else ())
+        nested = all(set(after) <= set(before) for before, after in zip(kept, kept[1:], strict=False))
+        read = self.reads == (kept[depth - 1] if whole else ())
+        return kept if nested and read and self.queries == updated and self.mlps == updated else None
+
+    @cached_property
+    def carried(self) -> Sets:
+        """L + 1 tuples: the patches whose value is read from each block on; the last is :attr:`reads`."""
+        needed = [set(self.reads)]
+        for patches in reversed(self.keys):
+            needed.append(needed[-1] | set(patches))
+        return tuple(tuple(sorted(patches)) for patches in reversed(needed))
 
     @cached_property
     def key_counts(self) -> tuple[int, ...]:
-        """Tokens that enter each block, prefix included."""
-        return tuple(self.geometry.prefix_tokens + len(indices) for indices in self.kept)
+        """Tokens that each block reads, prefix included."""
+        return tuple(self.geometry.prefix_tokens + len(patches) for patches in self.keys)
 
     @cached_property
     def query_counts(self) -> tuple[int, ...]:
-        """Tokens of each block whose output is read later, prefix included."""
-        return query_counts(self.geometry, self.key_counts)
+        """Tokens of each block that attend, prefix included."""
+        return tuple(self.updated_prefix(block) + len(patches) for block, patches in enumerate(self.queries))
 
-    def token_positions(self, block: int) -> np.ndarray:
-        """int64 [token]: positions in the *unpruned* sequence (prefix + patches) of the tokens that enter ``block``.
+    @cached_property
+    def mlp_counts(self) -> tuple[int, ...]:
+        """Tokens of each block that pass its MLP, prefix included."""
+        return tuple(self.updated_prefix(block) + len(patches) for block, patches in enumerate(self.mlps))
 
-        ``block == depth`` gives what the head reads.
-        """
-        geometry = self.geometry
-        if block < geometry.depth:
-            prefix, patches = geometry.prefix_tokens, self.kept[block]
-        else:
-            prefix, patches = geometry.head_prefix, self.kept[-1] if geometry.head_patches else ()
-        return np.concatenate([np.arange(prefix), geometry.prefix_tokens + np.asarray(patches, np.int64)]).astype(
-            np.int64
-        )
+    @property
+    def counts(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Keys, queries and MLP tokens of each block, prefix included."""
+        return self.key_counts, self.query_counts, self.mlp_counts
 
-    def query_rows(self, block: int) -> np.ndarray:
-        """int64 [query]: which rows of the tokens entering ``block`` are read after it."""
-        return np.searchsorted(self.token_positions(block), self.token_positions(block + 1))
-
-    def entry_rows(self, block: int) -> np.ndarray:
-        """int64 [token]: which rows of the tokens entering ``block - 1`` (block 0: of the full sequence) enter it."""
-        positions = self.token_positions(block)
-        return positions if block == 0 else np.searchsorted(self.token_positions(block - 1), positions)
-
-    def drops_before(self, block: int) -> bool:
-        """Whether fewer patches enter ``block`` than the one before it (for block 0: than the grid has)."""
-        before = self.geometry.patches if block == 0 else len(self.kept[block - 1])
-        return len(self.kept[block]) < before
+    def updated_prefix(self, block: int) -> int:
+        """How many prefix tokens, the first ones, attend and pass the MLP in ``block``."""
+        return updated_prefix(self.geometry, block)
 
     @property
     def is_identity(self) -> bool:
-        return self.gates is None and all(len(indices) == self.geometry.patches for indices in self.kept)
+        return self.gates is None and not self.prunes
+
+    @cached_property
+    def prunes(self) -> bool:
+        """Whether any set lacks a patch whose work would not be dead anyway."""
+        identity = TokenPlan.identity(self.model, self.geometry)
+        return (self.keys, self.queries, self.mlps, self.reads) != (
+            identity.keys,
+            identity.queries,
+            identity.mlps,
+            identity.reads,
+        )
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what the plan *does* (model, geometry, kept, gates), not of how it came about."""
-        content = self.to_json()
-        return json_sha256(
-            {name: content[name] for name in ("model", "grid", "prefix_tokens", "geometry", "kept", "gates")}
-        )
+        """SHA-256 of what the plan *does* (model, geometry, sets, gates), not of how it came about.
+
+        A plan that drops tokens whole has the digest that it had in files of schema 1, so that graphs with that plan
+        are still known as its own.
+        """
+        content, names = self.to_json(), ("model", "grid", "prefix_tokens", "geometry", "gates")
+        masks: dict[str, Any] = {name: content[name] for name in (*KINDS, "reads")}
+        if self.kept is not None:
+            masks = {"kept": [list(patches) for patches in self.kept]}
+        return json_sha256({**{name: content[name] for name in names}, **masks})
 
     def check_fits(self, model: str, geometry: Geometry, weights_sha256: str | None = None) -> None:
         """Refuse a plan that was made for another model.
@@ -326,29 +307,29 @@ class TokenPlan:
     # -- showing it -----------------------------------------------------------------------------------------------
 
     def _table(self) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
-        """Title, header and rows: the tokens of each block."""
+        """Title, header and rows: what each block still does."""
         geometry, ratio = self.geometry, self.provenance.get("ratio")
         cost = f", {ratio:.3f} of the dense cost" if isinstance(ratio, float) else ""
         title = f"{self.model}: {geometry.depth} blocks, {geometry.grid[0]} x {geometry.grid[1]} patches{cost}"
         rows = [
-            (str(block), f"{len(indices)} of {geometry.patches}", str(keys), str(queries))
-            for block, (indices, keys, queries) in enumerate(
-                zip(self.kept, self.key_counts, self.query_counts, strict=True)
-            )
+            (str(block), *(f"{len(getattr(self, kind)[block])} of {geometry.patches}" for kind in KINDS))
+            for block in range(geometry.depth)
         ]
-        return title, ("block", "patches that enter", "tokens in", "tokens out"), rows
+        return title, ("block", "patches read", "patches that attend", "patches in the MLP"), rows
 
     def __str__(self) -> str:
         return table_text(*self._table())
 
     def _repr_html_(self) -> str:
-        picture = exits_svg(self.exits.tolist(), self.geometry.grid, self.geometry.depth)
+        geometry = self.geometry
+        picture = exits_svg(self.exits.tolist(), geometry.grid, geometry.depth, last_update(geometry))
         return f"<div>{table_html(*self._table())}{picture}</div>"
 
     # -- JSON -----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
         geometry = self.geometry.to_json()
+        every = tuple(range(self.geometry.patches)) if self.geometry.head_patches else ()
         return {
             "schema": SCHEMA,
             "vpruner": __version__,
@@ -356,14 +337,18 @@ class TokenPlan:
             "grid": geometry.pop("grid"),
             "prefix_tokens": geometry.pop("prefix_tokens"),
             "geometry": geometry,
-            "kept": [list(indices) for indices in self.kept],
+            **{kind: [list(patches) for patches in getattr(self, kind)] for kind in KINDS},
+            "reads": None if self.reads == every else list(self.reads),
             "gates": None if self.gates is None else [list(values) for values in self.gates],
             "provenance": dict(self.provenance),
         }
 
     @classmethod
     def from_json(cls, value: Any) -> TokenPlan:
-        """Inverse of :meth:`to_json`; unknown top-level keys are refused: ignoring one could change the meaning."""
+        """Inverse of :meth:`to_json`, and of the layout with ``kept`` (schema 1).
+
+        Unknown top-level keys are refused: ignoring one could change the meaning.
+        """
         if not isinstance(value, Mapping):
             raise PlanError(f"a plan is a JSON object, found {type(value).__name__}")
         schema = value.get("schema")
@@ -374,24 +359,34 @@ class TokenPlan:
                 f"write its graph with: {command('export', 'MODEL', plan='PLAN')}; or make a static plan: "
                 f"{command('prune', 'MODEL')}",
             )
-        if isinstance(schema, bool) or schema != SCHEMA:
+        if isinstance(schema, bool) or schema not in (SCHEMA, DROPPING_SCHEMA):
             raise PlanError(
-                f"the file is not a plan of schema {SCHEMA}, found schema {shown(schema)}",
+                f"the file is not a plan of schema {SCHEMA} or {DROPPING_SCHEMA}, found schema {shown(schema)}",
                 f"run: {command('prune', 'MODEL')}",
             )
-        known = {"schema", "vpruner", "model", "grid", "prefix_tokens", "geometry", "kept", "gates", "provenance"}
-        unknown, missing = set(value) - known, {"model", "grid", "prefix_tokens", "geometry", "kept"} - set(value)
+        sets = ("kept",) if schema == DROPPING_SCHEMA else KINDS
+        needed = {"model", "grid", "prefix_tokens", "geometry", *sets}
+        optional = {"schema", "vpruner", "gates", "provenance"} | ({"reads"} if schema == SCHEMA else set())
+        unknown, missing = set(value) - needed - optional, needed - set(value)
         if unknown or missing:
             what = f"unknown key {shown(min(unknown, key=str))}" if unknown else f"no key {min(missing)!r}"
             raise PlanError(f"the plan has {what}", f"run: {command('prune', 'MODEL')}")
-        if not isinstance(value["geometry"], Mapping) or not isinstance(value["kept"], list):
-            raise PlanError("'geometry' must be an object and 'kept' a list of lists")
+        if not isinstance(value["geometry"], Mapping) or not all(isinstance(value[name], list) for name in sets):
+            raise PlanError(f"'geometry' must be an object and {' and '.join(map(repr, sets))} lists of lists")
         provenance = value.get("provenance")
+        provenance = {} if provenance is None else provenance
         geometry = Geometry.from_json(
             {**value["geometry"], "grid": value["grid"], "prefix_tokens": value["prefix_tokens"]}
         )
+        if schema == DROPPING_SCHEMA:
+            return cls.dropping(value["model"], geometry, value["kept"], value.get("gates"), provenance)
         return cls(
-            value["model"], geometry, value["kept"], value.get("gates"), {} if provenance is None else provenance
+            value["model"],
+            geometry,
+            *(value[kind] for kind in KINDS),
+            value.get("reads"),
+            value.get("gates"),
+            provenance,
         )
 
     def save(self, path: str | PathLike) -> None:
@@ -407,12 +402,75 @@ class TokenPlan:
             raise PlanError(f"{path}: {error.marked_problem}", error.marked_hint) from None
 
 
+def _rebuilt(*values: Any) -> TokenPlan:
+    return TokenPlan(*values)
+
+
+# -- liveness ---------------------------------------------------------------------------------------------------------
+
+
+def updated_prefix(geometry: Geometry, block: int) -> int:
+    """How many prefix tokens, the first ones, attend and pass the MLP in ``block``: all but in the last block, where
+    those that the head does not read are read only."""
+    return geometry.prefix_tokens if block < geometry.depth - 1 else geometry.head_prefix
+
+
+def last_update(geometry: Geometry) -> int:
+    """One past the last block in which updating a patch can matter: the largest exit of a query or an MLP."""
+    return geometry.depth if geometry.head_patches else geometry.depth - 1
+
+
+def live_sets(geometry: Geometry, sets: Mapping[str, Sets], reads: Sequence[int]) -> dict[str, Sets]:
+    """What is left of keys, queries and MLPs without dead work, which changes no output.
+
+    Walking backwards from what the head reads: an update of a patch is dead if nothing reads the patch later, and the
+    keys of a block are dead if the block has no query at all.
+    """
+    live: dict[str, list[tuple[int, ...]]] = {kind: [] for kind in KINDS}
+    needed = set(reads)
+    for block in reversed(range(geometry.depth)):
+        keys, queries, mlps = (sets[kind][block] for kind in KINDS)
+        if not geometry.prefix_tokens and not keys:
+            queries = ()
+        queries, mlps = (tuple(patch for patch in patches if patch in needed) for patches in (queries, mlps))
+        if not queries and not updated_prefix(geometry, block):
+            keys = ()
+        for kind, patches in zip(KINDS, (keys, queries, mlps), strict=True):
+            live[kind].append(patches)
+        needed |= set(keys)
+    return {kind: tuple(reversed(patches)) for kind, patches in live.items()}
+
+
+def live_masks(geometry: Geometry, masks: np.ndarray, reads: Sequence[int] | None = None) -> np.ndarray:
+    """:func:`live_sets` of bool [kind 3, block L, patch N]; ``reads`` None: all patches that the head may read."""
+    live = np.array(masks, bool)
+    needed = np.full(geometry.patches, geometry.head_patches and reads is None)
+    needed[list(reads or ())] = True
+    for block in reversed(range(geometry.depth)):
+        keys, queries, mlps = live[:, block]
+        if not geometry.prefix_tokens and not keys.any():
+            queries[:] = False
+        queries &= needed
+        mlps &= needed
+        if not queries.any() and not updated_prefix(geometry, block):
+            keys[:] = False
+        needed = needed | keys
+    return live
+
+
+def _without(sets: Sets, live: Sets) -> Sets:
+    return tuple(tuple(sorted(set(all_) - set(left))) for all_, left in zip(sets, live, strict=True))
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
 def write_plan_json(path: str | PathLike, content: Mapping[str, Any]) -> None:
     """Write what ``to_json`` gives, one block's list per line."""
     lines = {
         name: "[\n  " + ",\n  ".join(json.dumps(row) for row in content[name]) + "\n ]"
-        for name in ("kept", "gates")
-        if content[name]
+        for name in (*KINDS, "gates")
+        if content.get(name)
     }
     text = json.dumps({**content, **{name: f"@{name}@" for name in lines}}, indent=1)
     for name, rows in lines.items():
@@ -442,53 +500,56 @@ def read_plan_json(path: str | PathLike) -> Any:
         ) from None
 
 
-def query_counts(geometry: Geometry, key_counts: Sequence[int]) -> tuple[int, ...]:
-    """Queries of each block, given the tokens (prefix included) that enter each."""
-    last = geometry.head_prefix + (key_counts[-1] - geometry.prefix_tokens if geometry.head_patches else 0)
-    return (*key_counts[1:], last)
+# -- checks -----------------------------------------------------------------------------------------------------------
 
 
-_SHORT = Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+def _checked_sets(name: str, sets: Any, geometry: Geometry, length: int | None = None) -> Sets:
+    """``length`` (None: depth) tuples of ascending patch indices of the grid."""
+    if isinstance(sets, str) or not isinstance(sets, (Sequence, np.ndarray)):
+        raise PlanError(f"{name} is a {type(sets).__name__}, expected one list of patch indices per block")
+    if len(sets) != (geometry.depth if length is None else length):
+        raise PlanError(f"{name} has {len(sets)} lists, the model has {geometry.depth} blocks")
+    result = []
+    for block, patches in enumerate(sets):
+        where = name if length else f"block {block}: {name}"
+        if isinstance(patches, str) or not isinstance(patches, (Sequence, np.ndarray)):
+            raise PlanError(f"{where} is a {type(patches).__name__}, expected a list of patch indices")
+        for value in patches:
+            if not is_whole(value):
+                raise PlanError(f"{where} has {shown(value)}, which is not a patch index (a whole number)")
+        indices = tuple(int(value) for value in patches)
+        unsorted = next((b for a, b in zip(indices, indices[1:], strict=False) if a >= b), None)
+        if unsorted is not None:
+            raise PlanError(f"{where}: patch {shown(unsorted)} is repeated or out of order; indices must ascend")
+        if indices and not 0 <= indices[0] <= indices[-1] < geometry.patches:
+            extra = indices[0] if indices[0] < 0 else next(i for i in indices if i >= geometry.patches)
+            raise PlanError(
+                f"{where} has patch {shown(extra)}, but grid {geometry.grid[0]}x{geometry.grid[1]} has patches "
+                f"0..{geometry.patches - 1}"
+            )
+        result.append(indices)
+    return tuple(result)
 
 
-def shown(value: Any) -> str:
-    """``repr`` that fits a line, whatever a file may hold: long texts, long numbers, deep nesting."""
-    return _SHORT.repr(value)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _whole_numbers(indices: Any, block: int) -> tuple[int, ...]:
-    if isinstance(indices, str) or not isinstance(indices, (Sequence, np.ndarray)):
-        raise PlanError(f"block {block}: kept is a {type(indices).__name__}, expected a list of patch indices")
-    for value in indices:
-        if not _is_whole(value):
-            raise PlanError(f"block {block}: {shown(value)} is not a patch index (a whole number)")
-    return tuple(int(value) for value in indices)
-
-
-def _checked_gates(gates: Any, kept: tuple[tuple[int, ...], ...]) -> tuple[tuple[float, ...], ...]:
+def _checked_gates(gates: Any, keys: Sets) -> tuple[tuple[float, ...], ...]:
     if not isinstance(gates, (Sequence, np.ndarray)) or isinstance(gates, str):
         raise PlanError(f"gates is {shown(gates)}, expected one list of numbers per block")
-    if len(gates) != len(kept):
-        raise PlanError(f"gates has {len(gates)} lists, kept has {len(kept)}")
+    if len(gates) != len(keys):
+        raise PlanError(f"gates has {len(gates)} lists, the model has {len(keys)} blocks")
     result = []
-    for block, (values, indices) in enumerate(zip(gates, kept, strict=True)):
+    for block, (values, patches) in enumerate(zip(gates, keys, strict=True)):
         if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, str):
             raise PlanError(f"block {block}: gates is {shown(values)}, expected a list of numbers")
-        if len(values) != len(indices):
-            raise PlanError(f"block {block}: {len(values)} gates for {len(indices)} kept patches")
+        if len(values) != len(patches):
+            raise PlanError(f"block {block}: {len(values)} gates for {len(patches)} patches that are read")
         for value in values:
-            if not (_is_whole(value) or isinstance(value, (float, np.floating))):
+            if not (is_whole(value) or isinstance(value, (float, np.floating))):
                 raise PlanError(f"block {block}: gates must be numbers, found {shown(value)}")
             # No float is larger than this; a whole number in JSON may be.
             if not 0 < value <= sys.float_info.max:
                 raise PlanError(
                     f"block {block}: gates must be positive and finite, found {shown(value)}; "
-                    "a token to drop is left out of kept"
+                    "a patch that is not to be read is left out of keys"
                 )
         result.append(tuple(float(value) for value in values))
     return tuple(result)

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from ..core.errors import UserError
 from ..core.plan import Geometry
 from ..core.text import option
-from .backbones.vit import ViTAdapter, embed_images, query_key_value
+from .backbones.forms import query_key_value
+from .backbones.vit import ViTAdapter, embed_images
 from .methods.saint import Saint, first_blocks, redundancy
 
 if TYPE_CHECKING:

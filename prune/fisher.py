@@ -1,8 +1,9 @@
 """Stage 1a: per-sample gradients of the loss with respect to the token gates, and Fisher scores from them.
 
-The gate of patch i in block l is an additive bias on the attention logits of key i (V-Pruner, AAAI 2026; Fisher masks
-as in Kwon et al. 2022, arXiv 2204.09656, there for heads and filters). One backward pass per image gives its whole row
-of the gradient matrix, because every image gets gates of its own.
+Each patch has three gates in each block: as a key (an additive bias on its attention logit), on its attention update
+and on its MLP update (V-Pruner, AAAI 2026; Fisher masks as in Kwon et al. 2022, arXiv 2204.09656, there for heads and
+filters). One backward pass per image gives its whole row of the gradient matrix, because every image gets gates of its
+own.
 """
 
 from __future__ import annotations
@@ -16,40 +17,37 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.choices import LOSSES
-from ..core.plan import Geometry, TokenPlan
+from ..core.geometry import Geometry
+from ..core.plan import KINDS, TokenPlan
 from .backbones.vit import ViTAdapter
 
 
 @dataclass(frozen=True)
 class GateGradients:
-    """The gradient matrix that scores, search and later stages read.
+    """Second moments of the gradients of every gate.
 
     Attributes:
-        values: float32 [sample x, gate l, patch i]: dLoss/dgate. Gates are the L blocks, plus one for the head where
-            it reads patches.
+        moments: float64 [kind 3, kind 3, block L, patch N]: mean over images of the product of dLoss/dgate of two kinds
+            of gates of the same patch and block.
+        images: How many.
         loss: Which loss was differentiated.
     """
 
-    values: np.ndarray
+    moments: np.ndarray
+    images: int
     loss: str
 
-    def exit_gradients(self) -> np.ndarray:
-        """h[x, l, i] = sum over l' >= l of g[x, l', i]: a token that leaves at block l closes all its later gates."""
-        return np.flip(np.cumsum(np.flip(self.values, 1), axis=1), 1)
+    def losses(self) -> np.ndarray:
+        """float64 [block L, state 8, patch N]: mean over images of the squared sum of the gradients of what each state
+        closes; bit k of a state closes kind k.
 
-    def importance(self, depth: int) -> np.ndarray:
-        """F[l, i] = mean over x of h[x, l, i]^2, float64 [block L + 1, patch N]; the last row (never leaves) is 0."""
-        scores = np.zeros((depth + 1, self.values.shape[2]))
-        scores[:depth] = np.square(self.exit_gradients()[:, :depth], dtype=np.float64).mean(0)
-        return scores
-
-    def quadratic_estimate(self, plan: TokenPlan) -> float:
-        """0.5 * mean over x of (sum over dropped gates of g)^2: second-order loss, interactions included."""
-        open_gates = plan.mask
-        if self.values.shape[1] > len(open_gates):  # The head reads what the last block kept.
-            open_gates = np.concatenate([open_gates, open_gates[-1:]])
-        closed = self.values[:, ~open_gates].sum(1, dtype=np.float64)
-        return float(0.5 * np.square(closed).mean())
+        Gradients of one block are summed before squaring, for its gates are closed together. Over blocks the squares
+        are summed: the gradients of later blocks cancel, and a search that trusts that throws whole tokens out early.
+        """
+        kinds = len(KINDS)
+        closed = (np.arange(1 << kinds)[:, None] >> np.arange(kinds) & 1).astype(np.float64)
+        losses = np.einsum("sa,sb,ablp->lsp", closed, closed, self.moments)
+        return np.maximum(losses, 0)
 
 
 def gate_gradients(
@@ -65,8 +63,8 @@ def gate_gradients(
 
     Args:
         adapter: The model, in evaluation mode; its weights stay as they are and get no gradients.
-        batches: (images float [batch, channel, height, width], labels int64 [batch] or None). Streamed: what grows
-            with the number of images is the gradient matrix alone.
+        batches: (images float [batch, channel, height, width], labels int64 [batch] or None). Streamed: memory does
+            not grow with their number.
         loss: ``"labels"``: cross-entropy. ``"self"``: the dense model's own distribution, see :func:`_self_loss`.
             ``"features"``: directions of the embedding, see :func:`_feature_loss`.
         plan: Tokens that have left already; the gradients are those of the model pruned by it, and zero for its closed
@@ -82,7 +80,7 @@ def gate_gradients(
     # numpy's stream of normals does not depend on how it is cut into batches; torch's does.
     random = np.random.default_rng(seed)
     parameters = [p for p in adapter.model.parameters() if p.requires_grad]
-    rows = []
+    sums, count = 0.0, 0
     # Without weight gradients autograd need not keep the inputs of the linear layers: less memory, a third less time.
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -97,12 +95,14 @@ def gate_gradients(
                 else:
                     value = (_self_loss if loss == "self" else _feature_loss)(output, random)
                 (gradient,) = torch.autograd.grad(value, gates)
-            rows.append(gradient.float().cpu().numpy())
+            gradient = gradient.cpu().double()
+            sums = sums + torch.einsum("xalp,xblp->ablp", gradient, gradient).numpy()
+            count += len(images)
             on_batch(len(images))
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-    return GateGradients(np.concatenate(rows), loss)
+    return GateGradients(sums / count, count, loss)
 
 
 def _self_loss(logits: Tensor, random: np.random.Generator) -> Tensor:

@@ -31,13 +31,14 @@ class FisherSearch:
 
     Attributes:
         plan: Without provenance.
-        dense_importance: float64 [exit L + 1, patch N], at the dense model, as the first round saw it.
+        dense_losses: float64 [block L, state 8, patch N], at the dense model, as the first round saw them; see
+            :meth:`~vpruner.prune.fisher.GateGradients.losses`.
         rounds: JSON values of each.
         note: As of :class:`~vpruner.prune.search.SearchResult`, of the last round.
     """
 
     plan: TokenPlan
-    dense_importance: np.ndarray
+    dense_losses: np.ndarray
     rounds: tuple[Mapping[str, Any], ...]
     note: str
 
@@ -49,6 +50,7 @@ def search_in_rounds(
     target: float,
     *,
     cost: Cost | None = None,
+    form: str = "exits",
     seed: int = 0,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> FisherSearch:
@@ -59,6 +61,7 @@ def search_in_rounds(
         loss: One of :data:`~vpruner.prune.fisher.LOSSES`.
         target: Budget as a fraction of the dense model's cost.
         cost: What the budget is of; None: MACs.
+        form: One of :data:`~vpruner.prune.search.FORMS`.
         seed: For losses that draw random directions.
         on_batch: Called with the number of images after each batch.
     """
@@ -66,24 +69,23 @@ def search_in_rounds(
     cost = cost or MacsCost(geometry)
     plan = TokenPlan.identity(adapter.name, geometry)
     start = cost.ratio(plan)
-    dense_importance, steps = None, []
+    dense_losses, steps = None, []
     for number, batches in enumerate(rounds, 1):
         gradients = gate_gradients(adapter, batches, loss, plan=plan, seed=seed + number, on_batch=on_batch)
-        importance = gradients.importance(geometry.depth)
-        dense_importance = importance if dense_importance is None else dense_importance
+        losses = gradients.losses()
+        dense_losses = losses if dense_losses is None else dense_losses
         # Equal steps in cost.
         step = target if number == len(rounds) else max(target, start - (start - target) * number / len(rounds))
-        found = search_mask(importance, geometry, step, plan.exits, cost)
+        found = search_mask(losses, geometry, step, plan.masks, cost, form)
         plan = found.plan(adapter.name, geometry)
         steps.append(
             {
-                "images": len(gradients.values),
+                "images": gradients.images,
                 "ratio": round(cost.ratio(plan), 6),
                 "importance_lost": found.importance_lost,
-                "quadratic_estimate": gradients.quadratic_estimate(plan),
             }
         )
-    return FisherSearch(plan, dense_importance, tuple(steps), found.note)
+    return FisherSearch(plan, dense_losses, tuple(steps), found.note)
 
 
 def round_sizes(count: int, rounds: int | None) -> list[int]:

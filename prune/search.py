@@ -1,30 +1,37 @@
-"""Stage 1b: the budgeted search for the token mask with the least Fisher importance lost.
+"""Stage 1b: the masks that lose the least importance within a budget.
 
-For each patch token the search picks the block at which it leaves (or never). With importance F[l, i] lost when token i
-leaves at block l, and a cost(counts) in MACs or in milliseconds (:class:`~vpruner.core.cost.Cost`), it solves
-
-    minimise  sum_i F[exit_i, i]   subject to   cost(counts(exit)) <= budget
-
-by Lagrangian relaxation: for a price per unit of cost every token chooses alone, and bisection finds the price that
-meets the budget. Attention makes the cost of one token depend on how many others there are, so the marginal costs are
-taken at the counts of the previous solution and the whole is repeated; cost is always judged exactly. What the
-relaxation leaves of the budget (it can only land on the convex hull) is then filled token by token. Measured time is
-often a staircase; there the filling takes first what costs nothing, so that every block ends at the edge of a step.
+Each block does three things with a patch, and each may be closed. What closing costs in accuracy is estimated block by
+block (:class:`~vpruner.prune.fisher.GateGradients`), what it saves is exact. Lagrangian relaxation: for a price per
+unit of cost every patch chooses alone, and bisection finds the price that meets the budget. Attention makes the cost of
+one patch depend on how many others there are, so marginal costs are taken at the counts of the previous solution and
+the whole is repeated; the cost of a result is always exact. What the relaxation leaves of the budget (it can only land
+on the convex hull) is then filled gate by gate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..core.cost import Cost, MacsCost
 from ..core.errors import UserError
-from ..core.plan import Geometry, TokenPlan
+from ..core.geometry import Geometry
+from ..core.plan import KINDS, TokenPlan, live_masks
 
 #: How far below the budget a result may end, as a fraction of the dense cost, before it is called a miss.
 BUDGET_TOLERANCE = 0.01
+#: State of a patch in a block: bit k is set where kind k of :data:`~vpruner.core.plan.KINDS` is closed.
+STATES = 1 << len(KINDS)
+#: Which states a patch may pass through from block to block, in this order; None: any state in any block.
+FORMS: dict[str, tuple[int, ...] | None] = {
+    "exits": (0b000, 0b100, 0b110, 0b111),
+    "two-exits": (0b000, 0b110, 0b111),
+    "one-exit": (0b000, 0b111),
+    "free": None,
+}
+#: Bisection steps of the price, and repetitions at new marginal costs.
+STEPS, REPEATS = 60, 8
 
 
 @dataclass(frozen=True)
@@ -32,72 +39,199 @@ class SearchResult:
     """What the search found.
 
     Attributes:
-        exits: int64 [patch N]: the block at which each token leaves, L for never.
+        masks: bool [kind 3, block L, patch N], without dead work.
         cost: Exact cost, in the unit of the cost that was searched with: MACs or milliseconds.
         budget: The cost allowed.
-        importance_lost: sum_i F[exit_i, i].
+        importance_lost: Sum over blocks and patches of the loss of their states.
         note: Empty, or why the cost is more than 1 % of the dense cost below the budget.
     """
 
-    exits: np.ndarray
+    masks: np.ndarray
     cost: float
     budget: float
     importance_lost: float
     note: str = ""
 
     def plan(self, model: str, geometry: Geometry, **provenance) -> TokenPlan:
-        return TokenPlan.from_exits(model, geometry, self.exits, **provenance)
+        return TokenPlan.from_masks(model, geometry, self.masks, **provenance)
 
 
 def search_mask(
-    importance: np.ndarray,
+    losses: np.ndarray,
     geometry: Geometry,
     target: float,
-    latest: np.ndarray | None = None,
+    masks: np.ndarray | None = None,
     cost: Cost | None = None,
+    form: str = "exits",
 ) -> SearchResult:
-    """Find the mask that loses least importance at no more than ``target`` of the dense model's cost.
+    """Find the masks that lose least importance at no more than ``target`` of the dense model's cost.
 
     Args:
-        importance: float [block L + 1, patch N]: loss when a token leaves at each block; the last row (never) is zero.
+        losses: float [block L, state 8, patch N]: loss when a patch is in each state of :data:`STATES`.
+        geometry: Shape of the model.
         target: Budget as a fraction of the dense model's cost.
-        latest: int [patch N]: the block at which each token leaves at the latest, because an earlier round has
-            decided so. None: no token has left.
+        masks: bool [kind 3, block L, patch N]: what earlier rounds have left open. None: everything.
         cost: What the budget is of; None: :class:`~vpruner.core.cost.MacsCost`.
+        form: One of :data:`FORMS`.
 
     Returns:
-        The best mask found; it never costs more than the budget.
+        The best masks found; they never cost more than the budget.
 
     Raises:
         UserError: No plan is that cheap; the message names the cheapest.
     """
-    depth, patches = geometry.depth, geometry.patches
-    if importance.shape != (depth + 1, patches):
-        raise ValueError(f"importance is {importance.shape}, expected {(depth + 1, patches)}")
-    if not np.isfinite(importance).all():
+    if losses.shape != (geometry.depth, STATES, geometry.patches):
+        raise ValueError(f"losses are {losses.shape}, expected {(geometry.depth, STATES, geometry.patches)}")
+    if not np.isfinite(losses).all():
         raise UserError(
             "the importance scores are not finite numbers",
             "check that the weights load correctly and that the preprocessing fits the model",
         )
     cost = cost or MacsCost(geometry)
     check_target(geometry, target, cost)
-    budget = cost.budget(target)
-    latest = np.full(patches, depth) if latest is None else np.asarray(latest)
-    if _total(cost, latest) <= budget:
-        return _result(cost, importance, latest, budget)
-    importance = np.where(np.arange(depth + 1)[:, None] <= latest, importance, np.inf)
-    anchor = _anchor_token(importance, geometry, latest)
-    best = None
-    for choices in _exit_choices(cost, importance, latest):
-        counts = np.full(depth, geometry.tokens, np.float64)
-        for _ in range(8):
-            exits = _fill(cost, choices, _bisect_price(cost, choices, cost.survival(counts), budget, anchor), budget)
-            candidate = _result(cost, importance, exits, budget)
+    search = _Search(losses, geometry, cost.budget(target), masks, cost, form)
+    return search.run()
+
+
+class _Search:
+    def __init__(self, losses, geometry: Geometry, budget: float, masks, cost: Cost, form: str):
+        self.geometry, self.budget, self.cost = geometry, budget, cost
+        self.states = np.array(FORMS[form] or range(STATES))
+        self.ordered = FORMS[form] is not None
+        every = np.ones((len(KINDS), geometry.depth, geometry.patches), bool)
+        self.start = live_masks(geometry, every if masks is None else masks)
+        # Kinds that each state leaves open: [state, kind].
+        self.opens = (self.states[:, None] >> np.arange(len(KINDS)) & 1) == 0
+        # What is closed stays closed, unless that is dead work, which has no effect.
+        closed, dead = ~self.start, self.start.copy()
+        dead[1:] = True
+        closed[1:] &= live_masks(geometry, dead)[1:]
+        reopens = (self.opens[None, :, :, None] & closed.transpose(1, 0, 2)[:, None]).any(2)
+        self.losses = np.where(reopens, np.inf, losses[:, self.states])
+        self.anchor = None if geometry.head_patches else int(np.where(self.start[0, 0], losses[0, -1], -1).argmax())
+
+    def run(self) -> SearchResult:
+        begin = self._states_of(self.start)
+        if self._total(begin) <= self.budget:
+            return self._result(begin)
+        best = None
+        counts = self.cost.full_counts().astype(np.float64)
+        for _ in range(REPEATS):
+            states = self._fill(self._bisect(self.cost.marginal(counts)))
+            candidate = self._result(states)
             if best is None or candidate.importance_lost < best.importance_lost:
                 best = candidate
             # Half a step: full steps can swing between two solutions.
-            counts = 0.5 * counts + 0.5 * _key_counts(geometry, exits)
-    return best
+            counts = 0.5 * counts + 0.5 * self._counts(states)
+        return best
+
+    def _states_of(self, masks: np.ndarray) -> np.ndarray:
+        """int64 [block, patch]: indices into ``states``: the one that closes least of what is open."""
+        closes = np.where(np.isfinite(self.losses), (~self.opens).sum(1)[None, :, None], STATES)
+        return closes.argmin(1)
+
+    def _masks(self, states: np.ndarray) -> np.ndarray:
+        return live_masks(self.geometry, self.opens[states].transpose(2, 0, 1) & self.start)
+
+    def _counts(self, states: np.ndarray) -> np.ndarray:
+        return self.cost.counts(self._masks(states))
+
+    def _total(self, states: np.ndarray) -> float:
+        return self.cost.total(self._counts(states))
+
+    def _bisect(self, marginal: np.ndarray) -> np.ndarray:
+        """States at the lowest price per unit of cost at which the patches' own choices meet the budget."""
+        # [block, state]: what a patch in that state costs.
+        prices = np.einsum("sk,kl->ls", self.opens, marginal)
+        positive = self.losses[(self.losses > 0) & np.isfinite(self.losses)]
+        smallest = prices[prices > 0].min()
+        low = np.log((positive.min() if positive.size else 1.0) / prices.sum()) - 5
+        high = np.log((positive.max() if positive.size else 1.0) * self.geometry.depth / smallest) + 5
+        states = self._choose(np.exp(high) * prices)
+        for _ in range(STEPS):
+            middle = 0.5 * (low + high)
+            candidate = self._choose(np.exp(middle) * prices)
+            if self._total(candidate) <= self.budget:
+                high, states = middle, candidate
+            else:
+                low = middle
+        return states
+
+    def _choose(self, prices: np.ndarray) -> np.ndarray:
+        """int64 [block, patch]: the states of least loss and price, for prices [block, state]."""
+        value = self.losses + prices[:, :, None]
+        if not self.ordered:
+            states = value.argmin(1)
+        else:
+            # From the last block to the first: the best from here on, in any state from this one on.
+            depth, count, patches = value.shape
+            best = np.zeros((count, patches))
+            later = np.zeros((depth, count, patches), np.int64)
+            rows = np.arange(count)[:, None]
+            for block in reversed(range(depth)):
+                total = value[block] + best
+                # Running minimum over later states, and where it is.
+                reverse = np.minimum.accumulate(total[::-1], 0)[::-1]
+                at = np.where(total == reverse, rows, count)
+                later[block] = np.minimum.accumulate(at[::-1], 0)[::-1]
+                best = reverse
+            states = np.empty((depth, patches), np.int64)
+            state, columns = np.zeros(patches, np.int64), np.arange(patches)
+            for block in range(depth):
+                state = states[block] = later[block, state, columns]
+        if self.anchor is not None:
+            # One patch must bring the image in.
+            states[0, self.anchor] = min(states[0, self.anchor], self._reading)
+        return states
+
+    @property
+    def _reading(self) -> int:
+        """The last state whose patch is read."""
+        return int(np.flatnonzero(self.opens[:, 0])[-1])
+
+    def _fill(self, states: np.ndarray) -> np.ndarray:
+        """Spend what is left: repeatedly open what gains most per cost, while anything fits."""
+        depth, patches = states.shape
+        states = states.copy()
+        blocks, columns = np.arange(depth)[:, None], np.arange(patches)[None]
+        while True:
+            marginal = self.cost.marginal(self._counts(states).astype(np.float64))
+            prices = np.einsum("sk,kl->ls", self.opens, marginal)
+            now = self.losses[blocks, states, columns]
+            worth = np.full((depth, len(self.states), patches), -1.0)
+            for state in range(len(self.states)):
+                opens_more = (self.opens[state] >= self.opens[states]).all(-1) & (states != state)
+                if self.ordered:
+                    opens_more &= states == state + 1
+                    opens_more[1:] &= states[:-1] <= state
+                gain = now - self.losses[:, state]
+                price = np.maximum(prices[:, state, None] - prices[blocks, states], 1e-300)
+                worth[:, state] = np.where(opens_more & (gain >= 0), gain / price, -1.0)
+            for flat in np.argsort(-worth, axis=None, kind="stable")[:256]:
+                block, state, patch = np.unravel_index(flat, worth.shape)
+                if worth[block, state, patch] < 0:
+                    return states
+                trial = states.copy()
+                trial[block, patch] = state
+                if self._total(trial) <= self.budget:
+                    states = trial
+                    break
+            else:
+                return states
+
+    def _result(self, states: np.ndarray) -> SearchResult:
+        masks, total, note = self._masks(states), self._total(states), ""
+        cost = self.cost
+        if total < self.budget - BUDGET_TOLERANCE * cost.dense:
+            found, allowed = f"{total / cost.dense:.4f}", f"{self.budget / cost.dense:.4f}"
+            note = f"the closest plan below the target of {allowed} costs {found} of the dense {cost.noun}"
+            if (masks == live_masks(self.geometry, np.ones_like(masks))).all():
+                note = (
+                    f"nothing had to be closed: removing dead work alone brings the model to {found} of its "
+                    f"{cost.noun}, below the target of {allowed}"
+                )
+        blocks, columns = np.ogrid[: states.shape[0], : states.shape[1]]
+        return SearchResult(masks, total, self.budget, float(self.losses[blocks, states, columns].sum()), note)
 
 
 def check_target(geometry: Geometry, target: float, cost: Cost | None = None) -> None:
@@ -107,7 +241,7 @@ def check_target(geometry: Geometry, target: float, cost: Cost | None = None) ->
         cost: What the budget is of; None: MACs.
 
     Raises:
-        UserError: Not a fraction, or below the cheapest plan (one patch token, as few blocks as the head allows).
+        UserError: Not a fraction, or below the cheapest plan.
     """
     cost = cost or MacsCost(geometry)
     if not 0 < target <= 1:
@@ -121,123 +255,12 @@ def check_target(geometry: Geometry, target: float, cost: Cost | None = None) ->
 
 
 def minimum_cost(cost: Cost) -> float:
-    """Cost of the cheapest plan that still sees the image: one patch, to the end if head or blocks need it."""
+    """Cost of the cheapest plan that still sees the image: one patch, read by block 0 where the head reads none."""
     geometry = cost.geometry
-    stays = geometry.head_patches or geometry.prefix_tokens == 0
-    exits = np.zeros(geometry.patches, np.int64)
-    exits[0] = geometry.depth if stays else 1
-    return _total(cost, exits)
+    masks = np.zeros((len(KINDS), geometry.depth, geometry.patches), bool)
+    masks[0, 0, 0] = not geometry.head_patches
+    return cost.total(cost.counts(masks))
 
 
 def minimum_macs(geometry: Geometry) -> int:
     return minimum_cost(MacsCost(geometry))
-
-
-def _exit_choices(cost: Cost, importance: np.ndarray, latest: np.ndarray) -> Iterator[np.ndarray]:
-    """The importance to search with: as it is, and with the exits left out that a plan may do better without.
-
-    Where a block costs more because tokens leave after it at all, plans in which they leave at every second block can
-    be better than any found one token at a time: that cost goes only with the last of them.
-    """
-    yield importance
-    if cost.drops_cost_extra:
-        depth = cost.geometry.depth
-        # No token, one block and the end stay possible, and so does what earlier rounds have decided.
-        needed = np.isin(np.arange(depth + 1), [0, 1, depth, *latest])
-        for first in (0, 1):
-            chosen = needed | (np.arange(depth + 1) % 2 == first)
-            if not chosen.all():
-                yield np.where(chosen[:, None], importance, np.inf)
-
-
-def _anchor_token(importance: np.ndarray, geometry: Geometry, latest: np.ndarray) -> tuple[int, int]:
-    """(token, earliest exit): one token must bring the image in, or stay to the end where the head pools."""
-    exit_block = geometry.depth if geometry.head_patches or geometry.prefix_tokens == 0 else 1
-    return int(np.where(latest >= exit_block, importance[0], -1.0).argmax()), exit_block
-
-
-def _key_counts(geometry: Geometry, exits: np.ndarray) -> np.ndarray:
-    return geometry.prefix_tokens + (exits[None, :] > np.arange(geometry.depth)[:, None]).sum(1)
-
-
-def _total(cost: Cost, exits: np.ndarray) -> float:
-    return cost.total(_key_counts(cost.geometry, exits).tolist())
-
-
-def _bisect_price(
-    cost: Cost, importance: np.ndarray, survival_cost: np.ndarray, budget: float, anchor: tuple[int, int]
-) -> np.ndarray:
-    """Exits at the lowest price per unit of cost at which the tokens' own choices meet the budget."""
-
-    def choose(price: float) -> np.ndarray:
-        exits = np.argmin(importance + price * survival_cost[:, None], axis=0)
-        exits[anchor[0]] = max(exits[anchor[0]], anchor[1])
-        return exits
-
-    # Scores span many orders of magnitude, so the price is bisected on a logarithmic scale, from one that drops
-    # everything down to one that drops nothing.
-    positive = importance[(importance > 0) & np.isfinite(importance)]
-    unit = 1.0 / survival_cost[-1]
-    low = np.log((positive.min() if positive.size else 1.0) * unit) - 20
-    high = np.log((positive.max() if positive.size else 1.0) * unit) + np.log(survival_cost[-1] / survival_cost[1]) + 20
-    exits = choose(np.exp(high))
-    for _ in range(80):
-        middle = 0.5 * (low + high)
-        candidate = choose(np.exp(middle))
-        if _total(cost, candidate) <= budget:
-            high, exits = middle, candidate
-        else:
-            low = middle
-    return exits
-
-
-def _fill(cost: Cost, importance: np.ndarray, exits: np.ndarray, budget: float) -> np.ndarray:
-    """Spend what is left: repeatedly let the token with the best gain per cost stay longer, while anything fits."""
-    exits = exits.copy()
-    depth, patches = cost.geometry.depth, cost.geometry.patches
-    tokens = np.arange(patches)
-    while True:
-        counts = _key_counts(cost.geometry, exits).astype(np.float64)
-        room = budget - _total(cost, exits)
-        gain = importance[exits, tokens][None, :] - importance
-        price = cost.stay_prices(counts)[:, exits]
-        # Ties and zero gains still spend budget: a later exit cannot hurt, and the budget is there to be used.
-        allowed = (np.arange(depth + 1)[:, None] > exits) & (gain >= 0)
-        free = allowed & (price <= 0)
-        if free.any():
-            # Places on a plateau are few: the token that gains most takes one.
-            later, token = np.unravel_index(np.argmax(np.where(free, gain, -1.0)), gain.shape)
-            exits[token] = later
-            continue
-        with np.errstate(divide="ignore", invalid="ignore"):
-            worth = np.where(allowed, gain / price, -1.0)
-        # Prices may be good to first order only, so every pick is judged exactly before it is kept.
-        worth[price > room] = -1.0
-        for flat in np.argsort(-worth, axis=None, kind="stable"):
-            later, token = np.unravel_index(flat, worth.shape)
-            if worth[later, token] < 0:
-                return exits
-            trial = exits.copy()
-            trial[token] = later
-            if _total(cost, trial) <= budget:
-                exits = trial
-                break
-        else:
-            return exits
-
-
-def _result(cost: Cost, importance: np.ndarray, exits: np.ndarray, budget: float) -> SearchResult:
-    total, note = _total(cost, exits), ""
-    if (exits == cost.geometry.depth).all():
-        if total < budget - BUDGET_TOLERANCE * cost.dense:
-            note = (
-                f"nothing had to be dropped: removing dead tokens alone brings the model to {total / cost.dense:.4f} "
-                f"of its {cost.noun}, below the target of {budget / cost.dense:.4f}"
-            )
-    elif total < budget - BUDGET_TOLERANCE * cost.dense:
-        note = (
-            f"the closest plan below the target of {budget / cost.dense:.4f} costs {total / cost.dense:.4f} of the "
-            f"dense {cost.noun}"
-        )
-    lost = float(importance[exits, np.arange(cost.geometry.patches)].sum())
-    return SearchResult(exits.astype(np.int64), total, budget, lost, note)

@@ -43,4 +43,4 @@ def half_plan(adapter: ViTAdapter, first: int = 1, seed: int = 0) -> TokenPlan:
     random = np.random.default_rng(seed)
     exits = random.integers(first, 2 * geometry.depth - first, geometry.patches).clip(max=geometry.depth)
     exits[0], exits[1] = geometry.depth, first
-    return TokenPlan.from_exits(adapter.name, geometry, exits)
+    return TokenPlan.dropping_from_exits(adapter.name, geometry, exits)

@@ -2,39 +2,48 @@
 
 Three forms of one :class:`~vpruner.core.plan.TokenPlan` on one model, each equal to the next up to rounding:
 
-* *masked*: every block computes every token; dropped tokens get ``-inf`` attention logits as keys.
-* *gathered*: dropped tokens are selected away before the block they leave at.
-* *dead*: gathered, and tokens that nothing reads later give keys and values only. This is what export folds.
+* *masked*: every block computes every token; what is no key gets ``-inf`` attention logits, and updates of what is no
+  query, or passes no MLP, are multiplied by 0.
+* *gathered*: blocks compute what the plan leaves of them, on a stream that holds all tokens.
+* *dead*: the stream holds only what is read later. This is what export folds.
 
-Everything goes through timm's own seams: forward hooks, ``Block.forward(x, attn_mask=)``, and an instance-level
-``forward`` on blocks with dead tokens. No class is replaced, and leaving the context restores the model.
+Blocks get a ``forward`` of their own, on the instance. No class is replaced, and leaving the context restores the
+model.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import numpy as np
 import torch
 from timm.layers import AttentionPoolLatent, PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...core.errors import UserError
-from ...core.plan import Geometry, TokenPlan
+from ...core.geometry import Geometry
+from ...core.plan import TokenPlan
+from ...core.schedule import schedule
+from .forms import (
+    StepGates,
+    beside,
+    computes_all,
+    gathered_forward,
+    leaving_positions,
+    log_gates,
+    masked_forward,
+    reopened_forward,
+    replace_forward,
+    step_forward,
+)
 
 NAME = "timm VisionTransformer"
 SUPPORTED = f"{NAME} with standard blocks, such as deit_small_patch16_224"
 FORMS = ("masked", "gathered", "dead")
-#: The gate of a token that has left, where its gradient is wanted: small enough that a thousand such tokens change
-#: nothing, large enough for float32 to resolve (a softmax weight of 1e-7 has all its digits).
-ALMOST_CLOSED = 1e-7
 
 
 class ViTAdapter:
@@ -76,95 +85,66 @@ class ViTAdapter:
             raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
         plan.check_fits(self.name, self.geometry)
         with self.exclusive() as undo:
-            for block_index, block in enumerate(self.model.blocks):
-                bias = key_bias(plan, block_index, masked=form == "masked")
-                # In the dead form the block before has selected already.
-                if plan.drops_before(block_index) and (form == "gathered" or (form == "dead" and block_index == 0)):
-                    rows = plan.entry_rows(block_index)
-                    undo.callback(block.register_forward_pre_hook(_select_input(block, rows)).remove)
-                queries = plan.query_rows(block_index)
-                if form == "dead" and len(queries) < plan.key_counts[block_index]:
-                    block.forward = forward_without_dead_tokens(block, queries, bias)
-                    undo.callback(delattr, block, "forward")
-                elif bias is not None:
-                    undo.callback(block.register_forward_pre_hook(_add_key_bias(bias), with_kwargs=True).remove)
-            if form == "masked" and len(plan.kept[-1]) < plan.geometry.patches:
-                # Pooling heads average over the tokens that are left; the class token stays where it is.
-                left, last = plan.token_positions(plan.geometry.depth - 1), self.model.blocks[-1]
-                undo.callback(last.register_forward_hook(_select_output(last, left)).remove)
+            if form == "dead":
+                self._apply_steps(plan, undo)
+            else:
+                for index, block in enumerate(self.model.blocks):
+                    whole = masked_forward if form == "masked" else gathered_forward
+                    replace_forward(block, whole(block, plan, index), undo)
+                left, last = leaving_positions(plan), self.model.blocks[-1]
+                if len(left) < plan.geometry.tokens and plan.geometry.head_patches:
+                    # Pooling heads read what the plan says; the class token stays where it is.
+                    undo.callback(last.register_forward_hook(_select_output(last, left)).remove)
             yield self.model
+
+    def _apply_steps(self, plan: TokenPlan, undo: ExitStack) -> None:
+        steps = schedule(plan)
+        first = self.model.blocks[0]
+        if not steps.keeps_order(plan.geometry.tokens):
+            undo.callback(first.register_forward_pre_hook(_select_input(first, steps.entry)).remove)
+        for block, step in zip(self.model.blocks, steps.steps, strict=True):
+            if not computes_all(step):
+                replace_forward(block, step_forward(block, step), undo)
+            elif step.gates is not None:
+                undo.callback(block.register_forward_pre_hook(_add_key_bias(log_gates(step)), with_kwargs=True).remove)
 
     @contextmanager
     def gated(self, batch_size: int, plan: TokenPlan | None = None, *, reopen: bool = False) -> Iterator[Tensor]:
-        """Run the model with a differentiable gate on every patch as a key, separately for each image.
+        """Run the model with three differentiable gates on every patch of every block, separately for each image.
 
         Args:
             batch_size: Images per forward pass, B.
-            plan: Tokens that have left already: they are gathered out, and their gates get zero gradient. None: all
-                gates are open.
-            reopen: Keep those tokens as masked ones instead, so that closed gates get gradients too: with respect to m
-                at m = 0, what letting the token back in would change. :data:`ALMOST_CLOSED` stands for 0.
+            plan: What has been closed already: it is not computed, and its gates get zero gradient. None: all gates are
+                open.
+            reopen: Compute that too, so that closed gates get gradients: with respect to m at m = 0, what letting the
+                patch back in would change. For keys :data:`ALMOST_CLOSED` stands for 0.
 
         Yields:
-            gates [batch B, gate G, patch N], zeros with ``requires_grad``: additive biases on the attention logits, the
-            same for all heads and queries. G is the number of blocks L, plus one for the head where it reads patches
-            (average pooling is attention with equal logits, so its gate is a bias too). At zero, the gradient with
-            respect to the bias equals the one with respect to the mask m = exp(bias) = 1.
+            gates [batch B, kind 3, block L, patch N], zeros with ``requires_grad``, kinds as in
+            :data:`~vpruner.core.plan.KINDS`. Those of keys are biases on the attention logits, the same for all heads
+            and queries; at zero, the gradient with respect to the bias equals the one with respect to the mask
+            m = exp(bias) = 1. Those of queries and MLPs are added to the mask that multiplies the update of the patch.
         """
         geometry = self.geometry
         plan = TokenPlan.identity(self.name, geometry) if plan is None else plan
         parameter = next(self.model.parameters())
         gates = torch.zeros(
-            batch_size,
-            geometry.depth + geometry.head_patches,
-            geometry.patches,
+            (batch_size, 3, geometry.depth, geometry.patches),
             dtype=parameter.dtype,
             device=parameter.device,
             requires_grad=True,
         )
-        kept = [torch.tensor(indices, dtype=torch.int64, device=parameter.device) for indices in plan.kept]
-        closed = torch.from_numpy(~plan.mask).to(gates)
-
-        def gate_bias(index: int, prefix: int) -> Tensor:
-            """[batch, 1, 1, key] of gate ``index``; the head's gate, the last, is on what the last block kept."""
-            row = min(index, geometry.depth - 1)
-            if reopen:
-                # Scaled so that the gradient is the one with respect to m = exp(bias), at m = ALMOST_CLOSED.
-                scale = 1 + closed[row] * (1 / ALMOST_CLOSED - 1)
-                chosen = gates[:, index] * scale + closed[row] * math.log(ALMOST_CLOSED)
-            else:
-                chosen = gates[:, index].index_select(1, kept[row])
-            return F.pad(chosen, (prefix, 0))[:, None, None, :]
-
-        def block_hook(index: int):
-            def hook(module, args, kwargs):
-                return args, {**kwargs, "attn_mask": gate_bias(index, geometry.prefix_tokens)}
-
-            return hook
-
         with self.exclusive() as undo:
-            for index, block in enumerate(self.model.blocks):
-                if plan.drops_before(index) and not reopen:
-                    undo.callback(block.register_forward_pre_hook(_select_input(block, plan.entry_rows(index))).remove)
-                undo.callback(block.register_forward_pre_hook(block_hook(index), with_kwargs=True).remove)
-            if geometry.head_patches:
-                head_prefix = geometry.prefix_tokens if self.model.pool_include_prefix else 0
-                if self.model.attn_pool is not None:
-
-                    def pool_hook(module, args, kwargs):
-                        return args, {**kwargs, "attn_mask": gate_bias(geometry.depth, head_prefix)}
-
-                    undo.callback(self.model.attn_pool.register_forward_pre_hook(pool_hook, with_kwargs=True).remove)
-                else:
-
-                    def mean_hook(module, args, output):
-                        weights = gate_bias(geometry.depth, head_prefix)[:, 0, 0].softmax(-1)
-                        weights = F.pad(
-                            weights * weights.shape[-1], (geometry.prefix_tokens - head_prefix, 0), value=1.0
-                        )
-                        return output * weights[..., None]
-
-                    undo.callback(self.model.norm.register_forward_hook(mean_hook).remove)
+            if reopen:
+                for index, block in enumerate(self.model.blocks):
+                    replace_forward(block, reopened_forward(block, plan, index, gates), undo)
+            else:
+                steps = schedule(plan)
+                first, every = self.model.blocks[0], plan.geometry.tokens
+                if not steps.keeps_order(every):
+                    undo.callback(first.register_forward_pre_hook(_select_input(first, steps.entry)).remove)
+                for index, (block, step) in enumerate(zip(self.model.blocks, steps.steps, strict=True)):
+                    replace_forward(block, step_forward(block, step, StepGates(gates, index, step, geometry)), undo)
             yield gates
 
     @contextmanager
@@ -304,32 +284,7 @@ def embed_images(model: VisionTransformer, images: Tensor) -> Tensor:
     return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
 
-def block_outputs(block: Block, stream: Tensor, rows: np.ndarray) -> Tensor:
-    """Run one block on [image, key, channel] and return its output [image, query, channel] for ``rows`` only."""
-    if len(rows) == stream.shape[1]:
-        return block(stream)
-    return forward_without_dead_tokens(block, rows, None)(stream)
-
-
 # -- hooks ------------------------------------------------------------------------------------------------------------
-
-
-def key_bias(plan: TokenPlan, block: int, *, masked: bool) -> Tensor | None:
-    """Additive attention bias [1, 1, 1, key] of a block, or None when it would be all zeros."""
-    prefix = plan.geometry.prefix_tokens
-    gates = plan.gates[block] if plan.gates is not None else None
-    dropped = masked and len(plan.kept[block]) < plan.geometry.patches
-    if not dropped and (gates is None or all(gate == 1 for gate in gates)):
-        return None
-    log_gates = torch.zeros(len(plan.kept[block]), dtype=torch.float64)
-    if gates is not None:
-        log_gates = torch.tensor(gates, dtype=torch.float64).log()
-    if not masked:
-        return F.pad(log_gates, (prefix, 0))[None, None, None]
-    bias = torch.full((plan.geometry.tokens,), -torch.inf, dtype=torch.float64)
-    bias[:prefix] = 0
-    bias[prefix + torch.tensor(plan.kept[block], dtype=torch.int64)] = log_gates
-    return bias[None, None, None]
 
 
 def _add_key_bias(bias: Tensor):
@@ -339,13 +294,8 @@ def _add_key_bias(bias: Tensor):
     return hook
 
 
-def _beside(module: nn.Module, rows: np.ndarray) -> Tensor:
-    """Where the weights are: a copy to the GPU in every run would wait for it, and keep the run out of CUDA graphs."""
-    return torch.from_numpy(rows).to(next(module.parameters()).device)
-
-
 def _select_input(block, rows):
-    rows = _beside(block, rows)
+    rows = beside(block, rows)
 
     def hook(module, args):
         return (args[0].index_select(1, rows.to(args[0].device)), *args[1:])
@@ -354,65 +304,9 @@ def _select_input(block, rows):
 
 
 def _select_output(block, rows):
-    rows = _beside(block, rows)
+    rows = beside(block, rows)
 
     def hook(module, args, output):
         return output.index_select(1, rows.to(output.device))
 
     return hook
-
-
-def forward_without_dead_tokens(block: Block, rows, bias: Tensor | None):
-    """``Block.forward`` for ``x`` [batch, key, channel] that returns [batch, query, channel]: only ``rows`` of it."""
-    rows = _beside(block, rows)
-
-    def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        index = rows.to(x.device)
-        normed = block.norm1(x)
-        attended = _cross_attention(
-            block.attn, normed.index_select(1, index), normed, None if bias is None else bias.to(x)
-        )
-        x = x.index_select(1, index) + block.drop_path1(block.ls1(attended))
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-    return forward
-
-
-def _cross_attention(attn: Attention, queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """timm's ``Attention`` with queries from a subset of the tokens: [batch, query, channel] -> the same shape."""
-    return attn.proj_drop(attn.proj(attended_values(attn, queries, keys, bias)))
-
-
-def attended_values(attn: Attention, queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """What the projection of ``attn`` reads: [batch, query, head * head_dim]; arguments as in the forward pass."""
-    return attend(attn, *query_key_value(attn, queries, keys), bias)
-
-
-def attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """The same from queries [batch, head, query, head_dim], and keys and values [batch, head, key, head_dim]."""
-    if attn.fused_attn:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    else:
-        logits = (query * attn.scale) @ key.transpose(-2, -1)
-        out = (logits if bias is None else logits + bias).softmax(-1) @ value
-    return attn.norm(out.transpose(1, 2).flatten(2))
-
-
-def query_key_value(attn: Attention, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[batch, query, channel] and [batch, key, channel] -> [batch, head, query, head_dim], and twice with keys."""
-    return (project_queries(attn, queries), *project_keys_values(attn, keys))
-
-
-def project_queries(attn: Attention, tokens: Tensor) -> Tensor:
-    """[batch, query, channel] -> [batch, head, query, head_dim]."""
-    weight, bias = attn.qkv.weight[: attn.attn_dim], attn.qkv.bias
-    query = F.linear(tokens, weight, None if bias is None else bias[: attn.attn_dim])
-    return attn.q_norm(query.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2))
-
-
-def project_keys_values(attn: Attention, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """[batch, key, channel] -> keys and values, each [batch, head, key, head_dim]."""
-    weight, bias = attn.qkv.weight[attn.attn_dim :], attn.qkv.bias
-    key_value = F.linear(tokens, weight, None if bias is None else bias[attn.attn_dim :])
-    key, value = key_value.unflatten(-1, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-    return attn.k_norm(key), value

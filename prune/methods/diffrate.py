@@ -38,7 +38,8 @@ from ...core.cost import block_macs, dense_macs
 from ...core.errors import UserError
 from ...core.plan import Geometry
 from ...core.text import option
-from ..backbones.vit import ALMOST_CLOSED, ViTAdapter, embed_images, query_key_value
+from ..backbones.forms import ALMOST_CLOSED, query_key_value
+from ..backbones.vit import ViTAdapter, embed_images
 from ..calibration import distance
 from ..fisher import batch_size_for
 from ..tune.streams import frozen

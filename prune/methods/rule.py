@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from ...core.cost import block_macs, dense_macs
 from ...core.plan import Geometry
-from ..backbones.vit import ViTAdapter, attend, project_keys_values, project_queries
+from ..backbones.forms import attend, project_keys_values, project_queries
+from ..backbones.vit import ViTAdapter
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..backbones.vit import query_key_value
+from ..backbones.forms import query_key_value
 
 #: Jacobians are made for so many bytes at a time.
 JACOBIAN_BYTES = 64 << 20

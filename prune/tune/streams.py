@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,14 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.plan import TokenPlan
-from ..backbones.vit import (
-    ViTAdapter,
-    attended_values,
-    embed_images,
-    forward_without_dead_tokens,
-    key_bias,
-    project_keys_values,
-)
+from ...core.schedule import BlockStep, schedule
+from ..backbones.forms import attended_values, log_gates, project_keys_values
+from ..backbones.vit import ViTAdapter, embed_images
 from ..calibration import Calibration
 from ..fisher import batch_size_for
 from ..methods.rule import BlockView, Keep, TokenRule, enter, select_rows, with_prefix
@@ -30,6 +26,54 @@ from .store import ActivationStore
 
 #: Below this many images, their mirror images are fitted to as well.
 FLIP_BELOW = 4096
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """Which rows of a chunk one block computes; int64, as in :class:`~vpruner.core.schedule.BlockStep`.
+
+    Attributes:
+        keys, passed, mlps, mlp_passed: [row], the same of each image.
+        queries: [row], or [batch, row] of a rule.
+        bias: [1, 1, 1, key]: logarithms of the gates; None: all are open.
+        query_positions, mlp_positions, leaving: Where in the unpruned sequence: [row], or [batch, row] of a rule.
+        entering: How many tokens enter.
+        passed_positions, mlp_passed_positions: [row], of a plan.
+    """
+
+    keys: Tensor
+    queries: Tensor
+    passed: Tensor
+    mlps: Tensor
+    mlp_passed: Tensor
+    bias: Tensor | None
+    query_positions: Tensor
+    mlp_positions: Tensor
+    leaving: Tensor
+    entering: int
+    passed_positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    mlp_passed_positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, step: BlockStep, device: torch.device) -> BlockRows:
+        middle = np.concatenate([step.query_positions, step.entering[step.passed]])
+        passed, mlp_passed = step.entering[step.passed], middle[step.mlp_passed]
+        leaving = np.concatenate([step.mlp_positions, mlp_passed])
+        rows = (step.keys, step.queries, step.passed, step.mlps, step.mlp_passed)
+        positions = (step.query_positions, step.mlp_positions, leaving)
+        return cls(
+            *(torch.from_numpy(row).to(device) for row in rows),
+            log_gates(step),
+            *(torch.from_numpy(position).to(device) for position in positions),
+            len(step.entering),
+            torch.from_numpy(passed).to(device),
+            torch.from_numpy(mlp_passed).to(device),
+        )
+
+    def exact(self, tokens: int) -> bool:
+        """Whether the block reads all ``tokens``, and updates all that is needed later."""
+        frozen = len(self.passed) + len(self.mlp_passed)
+        return len(self.keys) == tokens and not frozen and self.bias is None
 
 
 class Streams:
@@ -74,9 +118,11 @@ class Streams:
         self._prefix_weight = prefix_weight
         self._store = ActivationStore(ram_bytes)
         self.diverged = False
-        # Of the block that was last chosen for: rows by chunk, and by (chunk, block) where in the sequence they lie.
-        self._rows: dict[int, Tensor] = {}
-        self._positions: dict[tuple[int, int], Tensor] = {}
+        self._pooled = False
+        # Of the block that was last chosen for, by chunk; of rules also where the tokens that left it lie.
+        self._rows: dict[int, BlockRows] = {}
+        self._positions: dict[int, Tensor] = {}
+        self._steps = {id(plan): schedule(plan) for plan in self.plans if not isinstance(plan, TokenRule)}
 
     def __enter__(self) -> Streams:
         try:
@@ -90,9 +136,9 @@ class Streams:
                 plan = self.plan(chunk)
                 if isinstance(plan, TokenRule):
                     tokens, patches = enter(tokens, plan)
-                    self._positions[chunk, 0] = with_prefix(patches, self.geometry.prefix_tokens)
+                    self._positions[chunk] = with_prefix(patches, self.geometry.prefix_tokens)
                 else:
-                    tokens = tokens.index_select(1, self.positions(chunk, 0))
+                    tokens = tokens.index_select(1, torch.from_numpy(self._steps[id(plan)].entry).to(self.device))
                 self.put("pruned", chunk, tokens)
         except BaseException:
             self._store.__exit__()
@@ -116,111 +162,119 @@ class Streams:
         return self.plans[chunk // self.folds % len(self.plans)]
 
     def choose(self, block: int) -> None:
-        """Let rules decide, from the pruned stream, which tokens stay after ``block``; the first call of each block."""
+        """Find out which rows ``block`` computes, for rules from the pruned stream; the first call of each block."""
         for chunk in self.chunks:
-            rule = self.plan(chunk)
-            if not isinstance(rule, TokenRule):
-                continue
-            here, prefix = self._positions.pop((chunk, block)), self.geometry.prefix_tokens
-            rows = torch.arange(here.shape[1], device=self.device).expand_as(here)
-            if block == self.geometry.depth - 1 and not self.geometry.head_patches:
-                rows = rows[:, : self.geometry.head_prefix]
-            elif rule.acts_in(block):
-                attn = self.model.blocks[block].attn
-                normed = self.model.blocks[block].norm1(self.get("pruned", chunk))
-                patches = here[:, prefix:] - prefix
-                view = BlockView(attn, normed, project_keys_values(attn, normed)[0], None, prefix, None, patches)
-                change = rule.step(block)(view)
-                if isinstance(change, Keep):
-                    rows = change.rows
-            self._rows[chunk] = rows
-            self._positions[chunk, block + 1] = here.gather(1, rows)
+            plan = self.plan(chunk)
+            if isinstance(plan, TokenRule):
+                self._rows[chunk] = self._chosen(chunk, block, plan)
+            else:
+                self._rows[chunk] = BlockRows.of(self._steps[id(plan)].steps[block], self.device)
 
-    def positions(self, chunk: int, block: int) -> Tensor:
-        """Where the tokens entering ``block`` lie in the whole sequence: int64 [token], or [batch, token] of a rule."""
-        if (chunk, block) in self._positions:
-            return self._positions[chunk, block]
-        return torch.from_numpy(self.plan(chunk).token_positions(block)).to(self.device)
+    def _chosen(self, chunk: int, block: int, rule: TokenRule) -> BlockRows:
+        here, prefix = self._positions.pop(chunk), self.geometry.prefix_tokens
+        rows = torch.arange(here.shape[1], device=self.device).expand_as(here)
+        if block == self.geometry.depth - 1 and not self.geometry.head_patches:
+            rows = rows[:, : self.geometry.head_prefix]
+        elif rule.acts_in(block):
+            attn = self.model.blocks[block].attn
+            normed = self.model.blocks[block].norm1(self.get("pruned", chunk))
+            patches = here[:, prefix:] - prefix
+            view = BlockView(attn, normed, project_keys_values(attn, normed)[0], None, prefix, None, patches)
+            change = rule.step(block)(view)
+            if isinstance(change, Keep):
+                rows = change.rows
+        left = self._positions[chunk] = here.gather(1, rows)
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
+        everything = torch.arange(left.shape[1], device=self.device)
+        keys = torch.arange(here.shape[1], device=self.device)
+        return BlockRows(keys, rows, nothing, everything, nothing, None, left, left, left, here.shape[1])
 
-    def rows(self, chunk: int, block: int) -> Tensor:
-        """Which tokens entering ``block`` are read after it: int64 [query], or [batch, query] of a rule."""
-        if chunk in self._rows:
-            return self._rows[chunk]
-        return torch.from_numpy(self.plan(chunk).query_rows(block)).to(self.device)
+    def rows(self, chunk: int) -> BlockRows:
+        """Of the block that was last chosen for."""
+        return self._rows[chunk]
 
     def equations(self, linear: nn.Linear) -> NormalEquations:
         return NormalEquations(
             linear.in_features, linear.out_features, self.folds, bias=linear.bias is not None, device=self.device
         )
 
-    def row_weights(self, chunk: int, block: int) -> Tensor | None:
-        """[query] of ``block``: prefix tokens that the head reads count more, unless it reads patches too."""
+    def row_weights(self, count: int) -> Tensor | None:
+        """[row] of ``count`` rows: prefix tokens that the head reads count more, unless it reads patches too."""
         if self.geometry.head_patches or self._prefix_weight == 1:
             return None
-        weights = torch.ones(self.rows(chunk, block).shape[-1], device=self.device)
+        weights = torch.ones(count, device=self.device)
         weights[: self.geometry.head_prefix] = self._prefix_weight
         return weights
 
     def exact_so_far(self, block: int) -> bool:
         """Whether the pruned stream after ``block`` equals the dense one at its positions, up to rounding."""
-        if self.diverged:
-            return False
-
-        def exact(plan: TokenPlan | TokenRule) -> bool:
-            if isinstance(plan, TokenRule):
-                return plan.static_counts()[block] == self.geometry.tokens
-            gates = () if plan.gates is None else plan.gates[block]
-            return len(plan.kept[block]) == self.geometry.patches and all(gate == 1 for gate in gates)
-
-        return all(exact(plan) for plan in self.plans)
+        return not self.diverged and all(self.rows(chunk).exact(self.geometry.tokens) for chunk in self.chunks)
 
     def advance_dense(self, block: int) -> None:
         """Take the dense stream through the block.
 
-        Keeps what the pruned stream should be at the block's queries: "middle", after attention, and "target", after
-        the block. That is the dense stream; only before a head that pools over patches it is shifted by what makes the
-        pooled token come out right, because the head will miss the dropped patches and no block follows to make up.
+        Keeps what the pruned stream should be: "middle", after attention, at the block's queries, and "target", after
+        the block, at what passes its MLP. That is the dense stream; only before a head that pools over patches it is
+        shifted, see :meth:`wanted`.
         """
         module = self.model.blocks[block]
-        pooled = self.geometry.head_patches and block == self.geometry.depth - 1
+        self._pooled = self.geometry.head_patches and block == self.geometry.depth - 1
         for chunk in self.chunks:
-            tokens = self.get("dense", chunk)
+            tokens, rows = self.get("dense", chunk), self.rows(chunk)
             middle = tokens + module.ls1(module.attn(module.norm1(tokens)))
             tokens = middle + module.ls2(module.mlp(module.norm2(middle)))
-            weights = pooling_weights(self.model, tokens) if pooled else None
-            positions = self.positions(chunk, block + 1)
-            for name, stream in (("middle", middle), ("target", tokens)):
-                wanted = selected(stream, positions)
-                if pooled:
-                    own, prefix = selected(weights, positions), self.geometry.prefix_tokens
-                    own = own / own.sum(1, keepdim=True)
-                    missing = (weights[..., None] * stream).sum(1) - (own[..., None] * wanted).sum(1)
-                    wanted[:, prefix:] += (missing / own[:, prefix:].sum(1, keepdim=True))[:, None]
-                self.put(name, chunk, wanted)
             self.put("dense", chunk, tokens)
+            self.put("middle", chunk, selected(middle, rows.query_positions))
+            self.put("target", chunk, selected(tokens, rows.mlp_positions))
+            if self._pooled:
+                weights = pooling_weights(self.model, tokens)[..., None]
+                read = selected(weights, rows.leaving)
+                self.put("weights", chunk, weights / read.sum(1, keepdim=True))
+                self.put("pooled middle", chunk, (weights * middle).sum(1, keepdim=True))
+                self.put("pooled target", chunk, (weights * tokens).sum(1, keepdim=True))
+
+    def wanted(self, name: str, chunk: int, passed: Tensor) -> Tensor:
+        """What the updated rows should become: [batch, row, channel].
+
+        The dense stream at their positions. Only before a head that pools over patches it is shifted by what makes the
+        pooled token come out right: the head misses what was dropped, it reads frozen patches as they are, and no block
+        follows to make up for either.
+
+        Args:
+            name: ``"middle"``, of the queries, or ``"target"``, of what passes the MLP.
+            passed: [batch, row, channel]: the rows that are passed on.
+        """
+        wanted = self.get(name, chunk)
+        if not self._pooled:
+            return wanted
+        rows, prefix = self.rows(chunk), self.geometry.prefix_tokens
+        updated, others = (
+            (rows.query_positions, rows.passed_positions)
+            if name == "middle"
+            else (rows.mlp_positions, rows.mlp_passed_positions)
+        )
+        weights = self.get("weights", chunk)
+        own, frozen = selected(weights, updated), selected(weights, others)
+        missing = self.get(f"pooled {name}", chunk) - (own * wanted).sum(1, keepdim=True)
+        missing = missing - (frozen * passed).sum(1, keepdim=True)
+        share = own[:, prefix:].sum(1, keepdim=True)
+        shift = torch.where(share > 0, missing / share, 0)
+        return torch.cat([wanted[:, :prefix], wanted[:, prefix:] + shift], 1)
 
     def follow_dense(self, block: int) -> None:
         """Set the pruned stream after ``block`` to the dense one."""
         for chunk in self.chunks:
-            positions = self.positions(chunk, block + 1)
-            self.put("pruned", chunk, selected(self.get("dense", chunk), positions))
+            self.put("pruned", chunk, selected(self.get("dense", chunk), self.rows(chunk).leaving))
 
-    def attend(self, chunk: int, block: int) -> tuple[Tensor, Tensor]:
-        """[batch, query, ...]: the pruned stream entering ``block``, and what the projection reads."""
-        module, rows = self.model.blocks[block], self.rows(chunk, block)
+    def attend(self, chunk: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[batch, row, ...]: the queries of the pruned stream that enters ``block``, what is passed on, and what the
+        projection reads."""
+        module, rows = self.model.blocks[block], self.rows(chunk)
         tokens = self.get("pruned", chunk)
         normed = module.norm1(tokens)
-        plan = self.plan(chunk)
-        bias = None if isinstance(plan, TokenRule) else key_bias(plan, block, masked=False)
-        heads = attended_values(module.attn, selected(normed, rows), normed, None if bias is None else bias.to(tokens))
-        return selected(tokens, rows), heads
-
-    def advance_pruned(self, block: int, bias: Tensor) -> None:
-        """Take the pruned stream through the block with its own weights and the attention bias [1, 1, 1, key]."""
-        for chunk in self.chunks:
-            rows = self.plan(chunk).query_rows(block)
-            forward = forward_without_dead_tokens(self.model.blocks[block], rows, bias)
-            self.put("pruned", chunk, forward(self.get("pruned", chunk)))
+        bias = None if rows.bias is None else rows.bias.to(tokens)
+        heads = attended_values(module.attn, selected(normed, rows.queries), selected(normed, rows.keys), bias)
+        return selected(tokens, rows.queries), selected(tokens, rows.passed), heads
 
     def add_gate_equations(
         self, equations: NormalEquations, chunk: int, block: int, bias: Tensor, *, with_jacobian: bool

@@ -17,7 +17,7 @@ from ..calibration import Calibration
 from ..methods.rule import TokenRule
 from .ridge import FIRST_RIDGE, NormalEquations
 from .store import RAM_BYTES
-from .streams import Streams
+from .streams import Streams, selected
 
 #: How much more than another token a prefix token that the head reads counts in the fit. On the bundled model at 0.35,
 #: the KL divergence on unseen images is 0.140 with 1, 0.138 with 4, 0.136 with 10 and 0.137 with 30.
@@ -134,17 +134,23 @@ class _Refit:
         streams, proj = self.streams, block.attn.proj
         equations = streams.equations(proj)
         for chunk in streams.chunks:
-            inputs, heads = streams.attend(chunk, index)
+            if not len(streams.rows(chunk).queries):
+                streams.put("passed", chunk, selected(streams.get("pruned", chunk), streams.rows(chunk).passed))
+                continue
+            inputs, passed, heads = streams.attend(chunk, index)
             output = self._output(index, "attn.proj", proj, heads)
-            target = streams.get("middle", chunk) - inputs
-            rows = streams.row_weights(chunk, index)
+            target = streams.wanted("middle", chunk, passed) - inputs
+            rows = streams.row_weights(inputs.shape[1])
             equations.add(streams.fold(chunk), heads, target - block.ls1(output), rows)
-            streams.put("heads", chunk, heads)
-            streams.put("pruned", chunk, inputs)
+            for name, value in (("heads", heads), ("pruned", inputs), ("passed", passed)):
+                streams.put(name, chunk, value)
         self._solve(index, "attn.proj", proj, block.ls1, equations)
         for chunk in streams.chunks:
-            output = self._output(index, "attn.proj", proj, streams.get("heads", chunk))
-            streams.put("pruned", chunk, streams.get("pruned", chunk) + block.ls1(output))
+            passed = streams.get("passed", chunk)
+            if len(streams.rows(chunk).queries):
+                output = self._output(index, "attn.proj", proj, streams.get("heads", chunk))
+                passed = torch.cat([streams.get("pruned", chunk) + block.ls1(output), passed], 1)
+            streams.put("pruned", chunk, passed)
 
     def mlp(self, index: int, block: nn.Module) -> None:
         """Refit the second layer, where there is one, and leave the block's output in "pruned"."""
@@ -153,21 +159,28 @@ class _Refit:
         if linear:
             equations = streams.equations(fc2)
             for chunk in streams.chunks:
-                middle = streams.get("pruned", chunk)
-                hidden = _input_of(fc2, block.mlp, block.norm2(middle))
+                rows, middle = streams.rows(chunk), streams.get("pruned", chunk)
+                entering, passed = (selected(middle, part) for part in (rows.mlps, rows.mlp_passed))
+                if not entering.shape[1]:
+                    continue
+                hidden = _input_of(fc2, block.mlp, block.norm2(entering))
                 output = self._output(index, "mlp.fc2", fc2, hidden)
-                target = streams.get("target", chunk) - middle
-                rows = streams.row_weights(chunk, index)
-                equations.add(streams.fold(chunk), hidden, target - block.ls2(output), rows)
+                target = streams.wanted("target", chunk, passed) - entering
+                weights = streams.row_weights(entering.shape[1])
+                equations.add(streams.fold(chunk), hidden, target - block.ls2(output), weights)
             self._solve(index, "mlp.fc2", fc2, block.ls2, equations)
         for chunk in streams.chunks:
-            middle = streams.get("pruned", chunk)
+            rows, middle = streams.rows(chunk), streams.get("pruned", chunk)
+            entering, passed = (selected(middle, part) for part in (rows.mlps, rows.mlp_passed))
+            if not entering.shape[1]:
+                streams.put("pruned", chunk, passed)
+                continue
             if linear:
-                hidden = _input_of(fc2, block.mlp, block.norm2(middle))
+                hidden = _input_of(fc2, block.mlp, block.norm2(entering))
                 output = self._output(index, "mlp.fc2", fc2, hidden)
             else:
-                output = block.mlp(block.norm2(middle))
-            streams.put("pruned", chunk, middle + block.ls2(output))
+                output = block.mlp(block.norm2(entering))
+            streams.put("pruned", chunk, torch.cat([entering + block.ls2(output), passed], 1))
 
     def _solve(self, index: int, name: str, linear: nn.Linear, scale: nn.Module, equations: NormalEquations) -> None:
         solution = equations.solve(self._ridges[name])

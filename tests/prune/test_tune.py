@@ -8,7 +8,8 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny_vits import KINDS, calibration_for, half_plan, tiny
 
 from vpruner.core.plan import TokenPlan
-from vpruner.prune.backbones.vit import ViTAdapter, attended_values, weights_sha256
+from vpruner.prune.backbones.forms import attended_values
+from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
 from vpruner.prune.calibration import Calibration
 from vpruner.prune.tune import gates, stage, streams
 from vpruner.prune.tune.gates import tune_gates_by_distillation, tune_gates_least_squares
