@@ -63,7 +63,7 @@ def learn(
     geometry = loaded.adapter.geometry
     check_selection(spec.select, spec.tune)
     cost = _opened(cost, spec, loaded)
-    check_target(geometry, spec.target, cost)
+    check_target(geometry, spec.target, cost, drops=spec.select == "content")
     choose_loss(spec.loss, geometry.output, images.labelled)
     if spec.checkpoint is not None and Path(spec.checkpoint).exists():
         read_checkpoint(spec.checkpoint)  # Refused now, not after the search.

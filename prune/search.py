@@ -23,11 +23,12 @@ from ..core.plan import KINDS, TokenPlan, live_masks
 BUDGET_TOLERANCE = 0.01
 #: State of a patch in a block: bit k is set where kind k of :data:`~vpruner.core.plan.KINDS` is closed.
 STATES = 1 << len(KINDS)
-#: Which states a patch may pass through from block to block, in this order; None: any state in any block.
+#: Which states a patch may pass through from block to block, in this order; None: any state in any block. With "drop"
+#: the head does not read what has left either: a plan that drops patches whole.
 FORMS: dict[str, tuple[int, ...] | None] = {
     "exits": (0b000, 0b100, 0b110, 0b111),
     "two-exits": (0b000, 0b110, 0b111),
-    "one-exit": (0b000, 0b111),
+    "drop": (0b000, 0b111),
     "free": None,
 }
 #: Bisection steps of the price, and repetitions at new marginal costs.
@@ -44,6 +45,7 @@ class SearchResult:
         budget: The cost allowed.
         importance_lost: Sum over blocks and patches of the loss of their states.
         note: Empty, or why the cost is more than 1 % of the dense cost below the budget.
+        drops: Whether patches are dropped whole.
     """
 
     masks: np.ndarray
@@ -51,9 +53,13 @@ class SearchResult:
     budget: float
     importance_lost: float
     note: str = ""
+    drops: bool = False
 
     def plan(self, model: str, geometry: Geometry, **provenance) -> TokenPlan:
-        return TokenPlan.from_masks(model, geometry, self.masks, **provenance)
+        plan = TokenPlan.from_masks(model, geometry, self.masks)
+        if self.drops:
+            plan = TokenPlan.dropping(model, geometry, plan.keys)
+        return plan.with_provenance(**provenance)
 
 
 def search_mask(
@@ -88,7 +94,7 @@ def search_mask(
             "check that the weights load correctly and that the preprocessing fits the model",
         )
     cost = cost or MacsCost(geometry)
-    check_target(geometry, target, cost)
+    check_target(geometry, target, cost, drops=form == "drop")
     search = _Search(losses, geometry, cost.budget(target), masks, cost, form)
     return search.run()
 
@@ -97,7 +103,7 @@ class _Search:
     def __init__(self, losses, geometry: Geometry, budget: float, masks, cost: Cost, form: str):
         self.geometry, self.budget, self.cost = geometry, budget, cost
         self.states = np.array(FORMS[form] or range(STATES))
-        self.ordered = FORMS[form] is not None
+        self.ordered, self.drops = FORMS[form] is not None, form == "drop"
         every = np.ones((len(KINDS), geometry.depth, geometry.patches), bool)
         self.start = live_masks(geometry, every if masks is None else masks)
         # Kinds that each state leaves open: [state, kind].
@@ -108,7 +114,13 @@ class _Search:
         closed[1:] &= live_masks(geometry, dead)[1:]
         reopens = (self.opens[None, :, :, None] & closed.transpose(1, 0, 2)[:, None]).any(2)
         self.losses = np.where(reopens, np.inf, losses[:, self.states])
-        self.anchor = None if geometry.head_patches else int(np.where(self.start[0, 0], losses[0, -1], -1).argmax())
+        # In a pooled model that drops patches one must stay to the end, else one must be read at all.
+        self.last = geometry.depth - 1 if geometry.head_patches else 0
+        self.anchor = (
+            None
+            if geometry.head_patches and not self.drops
+            else int(np.where(self.start[0, self.last], losses[0, -1], -1).argmax())
+        )
 
     def run(self) -> SearchResult:
         begin = self._states_of(self.start)
@@ -131,7 +143,8 @@ class _Search:
         return closes.argmin(1)
 
     def _masks(self, states: np.ndarray) -> np.ndarray:
-        return live_masks(self.geometry, self.opens[states].transpose(2, 0, 1) & self.start)
+        masks = self.opens[states].transpose(2, 0, 1) & self.start
+        return live_masks(self.geometry, masks, np.flatnonzero(masks[0, -1]).tolist() if self.drops else None)
 
     def _counts(self, states: np.ndarray) -> np.ndarray:
         return self.cost.counts(self._masks(states))
@@ -180,8 +193,8 @@ class _Search:
             for block in range(depth):
                 state = states[block] = later[block, state, columns]
         if self.anchor is not None:
-            # One patch must bring the image in.
-            states[0, self.anchor] = min(states[0, self.anchor], self._reading)
+            first = states[: self.last + 1, self.anchor]
+            np.minimum(first, self._reading, out=first)
         return states
 
     @property
@@ -231,14 +244,16 @@ class _Search:
                     f"{cost.noun}, below the target of {allowed}"
                 )
         blocks, columns = np.ogrid[: states.shape[0], : states.shape[1]]
-        return SearchResult(masks, total, self.budget, float(self.losses[blocks, states, columns].sum()), note)
+        lost = float(self.losses[blocks, states, columns].sum())
+        return SearchResult(masks, total, self.budget, lost, note, self.drops)
 
 
-def check_target(geometry: Geometry, target: float, cost: Cost | None = None) -> None:
+def check_target(geometry: Geometry, target: float, cost: Cost | None = None, *, drops: bool = False) -> None:
     """Refuse a budget that no plan can meet.
 
     Args:
         cost: What the budget is of; None: MACs.
+        drops: Of plans that drop patches whole.
 
     Raises:
         UserError: Not a fraction, or below the cheapest plan.
@@ -246,7 +261,7 @@ def check_target(geometry: Geometry, target: float, cost: Cost | None = None) ->
     cost = cost or MacsCost(geometry)
     if not 0 < target <= 1:
         raise UserError(f"the target is {target}, expected a fraction of the dense {cost.noun} in (0, 1]", "try 0.65")
-    floor = minimum_cost(cost) / cost.dense
+    floor = minimum_cost(cost, drops=drops) / cost.dense
     if target < floor:
         raise UserError(
             f"a target of {target} of the dense {cost.noun} cannot be reached: the cheapest plan costs {floor:.4f}",
@@ -254,11 +269,17 @@ def check_target(geometry: Geometry, target: float, cost: Cost | None = None) ->
         )
 
 
-def minimum_cost(cost: Cost) -> float:
-    """Cost of the cheapest plan that still sees the image: one patch, read by block 0 where the head reads none."""
+def minimum_cost(cost: Cost, *, drops: bool = False) -> float:
+    """Cost of the cheapest plan that still sees the image: one patch, read by block 0 where the head reads none.
+
+    Args:
+        drops: Of plans that drop patches whole: where the head pools, one is needed to the end.
+    """
     geometry = cost.geometry
     masks = np.zeros((len(KINDS), geometry.depth, geometry.patches), bool)
     masks[0, 0, 0] = not geometry.head_patches
+    if drops and geometry.head_patches:
+        masks[:, :, 0] = True
     return cost.total(cost.counts(masks))
 
 

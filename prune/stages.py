@@ -73,7 +73,8 @@ class State:
         weights: State-dict name -> tensor, where weights differ from the model's; else None.
         content: The plan by content, once one was kept.
         judgement: Of the last stage that was kept; None before any, or without held-out images.
-        importance: float64 [exit 0..L, patch N]: Fisher importance at the dense model, once there was a search.
+        losses: float64 [block L, state 8, patch N]: Fisher losses at the dense model, once there was a search; see
+            :meth:`~vpruner.prune.fisher.GateGradients.losses`.
         stages: A record of each stage.
     """
 
@@ -81,7 +82,7 @@ class State:
     weights: Mapping[str, Tensor] | None = None
     content: ContentPlan | None = None
     judgement: Judgement | None = None
-    importance: np.ndarray | None = None
+    losses: np.ndarray | None = None
     stages: tuple[Stage, ...] = ()
 
 
@@ -182,14 +183,14 @@ class Search:
     method: ClassVar[str] = "fisher"
 
     def run(self, state: State) -> Proposal:
-        plan, importance = search_plan(self.task)
-        found = replace(state, plan=plan, importance=importance)
+        plan, losses = search_plan(self.task)
+        found = replace(state, plan=plan, losses=losses)
         details = {"rounds": len(plan.provenance["rounds"])}
         return Proposal(found, not plan.is_identity, None, plan.provenance["note"], details)
 
 
 def search_plan(task: Task, batch_size: int | None = None) -> tuple[TokenPlan, np.ndarray]:
-    """The plan, and the Fisher importance [exit 0..L, patch N] at the dense model that the first round found.
+    """The plan, and the Fisher losses [block L, state 8, patch N] at the dense model that the first round found.
 
     Args:
         batch_size: Images per backward pass; None picks one that keeps activations within 1.5 GiB.
@@ -208,6 +209,7 @@ def search_plan(task: Task, batch_size: int | None = None) -> tuple[TokenPlan, n
             loss,
             task.target,
             cost=cost,
+            form="drop" if task.spec.select == "content" else "exits",
             seed=seed,
             on_batch=advance,
         )
@@ -236,7 +238,7 @@ def search_plan(task: Task, batch_size: int | None = None) -> tuple[TokenPlan, n
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={name: version(name) for name in ("torch", "timm", "numpy")},
     )
-    return plan, found.dense_importance
+    return plan, found.dense_losses
 
 
 # -- rearrangement ----------------------------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ class Rearrange:
         seed, depth = task.spec.seed, world.geometry.depth
         if task.spec.tune == "weights":
             with progress.stage("Refitting stand-in weights", depth, unit="blocks") as advance:
-                around = plans_around(world, plan, importance=state.importance, seed=seed, **limits)
+                around = plans_around(world, plan, losses=state.losses, seed=seed, **limits)
                 world.foresee_tuning(around, advance)
         else:
             with progress.stage("Swapping tokens for a start", RESTARTS, unit="plans") as advance:
@@ -286,7 +288,7 @@ class Rearrange:
             return rearrange(
                 world,
                 plan,
-                importance=state.importance,
+                losses=state.losses,
                 firsts=firsts,
                 settings=task.settings,
                 seed=seed,

@@ -148,7 +148,7 @@ class AnchoredScore(Score):
     @classmethod
     def of_plan(cls, plan: TokenPlan, weight: float) -> AnchoredScore:
         """With ``weight`` times the share of the blocks that each place enters in ``plan`` as the prior."""
-        prior = (weight * plan.exits / plan.geometry.depth).astype(np.float32)
+        prior = (weight * plan.exits[0] / plan.geometry.depth).astype(np.float32)
         return cls(plan.geometry.grid, prior, plan.kept[0])
 
     def _sides(self, patches: int) -> tuple[np.ndarray, np.ndarray]:

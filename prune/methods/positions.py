@@ -21,12 +21,12 @@ from .method import Method, budget_macs, least_reduction, register
 
 
 def random_exits(plan: TokenPlan, seed: int) -> TokenPlan:
-    """The plan whose patches leave in random order, as many at each block as in ``plan``."""
+    """The plan of the same counts that does most for patches chosen at random."""
     return in_order(plan, np.random.default_rng(seed).permutation(plan.geometry.patches))
 
 
 def centre_exits(plan: TokenPlan) -> TokenPlan:
-    """The plan whose patches far from the image's centre leave first, as many at each block as in ``plan``."""
+    """The plan of the same counts that does least for patches far from the image's centre."""
     return in_order(plan, centre_order(plan.geometry))
 
 
@@ -42,10 +42,12 @@ def centre_order(geometry: Geometry) -> np.ndarray:
 
 
 def in_order(plan: TokenPlan, order: np.ndarray) -> TokenPlan:
-    """The plan whose patches leave in this ``order`` (int64 [patch N]), as many at each block as in ``plan``."""
-    exits = np.empty(plan.geometry.patches, np.int64)
-    exits[order] = np.sort(plan.exits)
-    return TokenPlan.from_exits(plan.model, plan.geometry, exits)
+    """The plan that does least for the first patches of ``order`` (int64 [patch N]), with the counts of ``plan``."""
+    masks = np.empty_like(plan.masks)
+    masks[:, :, order] = plan.masks[:, :, np.argsort(plan.masks.sum((0, 1)), kind="stable")]
+    given = TokenPlan.from_masks(plan.model, plan.geometry, masks)
+    # What the head reads goes with the patch too, in a plan that drops patches whole.
+    return given if plan.kept is None else TokenPlan.dropping(plan.model, plan.geometry, given.keys)
 
 
 def even_schedule(name: str, geometry: Geometry, leaving: int) -> TokenPlan:
@@ -63,7 +65,7 @@ def even_schedule(name: str, geometry: Geometry, leaving: int) -> TokenPlan:
     exits = np.full(geometry.patches, geometry.depth)
     for slot in reversed(range(slots)):
         exits[: gone[slot]] = first + slot
-    return TokenPlan.from_exits(name, geometry, exits)
+    return TokenPlan.dropping_from_exits(name, geometry, exits)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...core.plan import TokenPlan
-from ..backbones.vit import ViTAdapter, embed_images, forward_without_dead_tokens
+from ...core.schedule import schedule
+from ..backbones.forms import Step
+from ..backbones.vit import ViTAdapter, embed_images
 from ..calibration import Calibration, divergence
 from ..fisher import batch_size_for
 from .ridge import FIRST_RIDGE, NormalEquations
@@ -68,7 +70,8 @@ def tune_gates_least_squares(
                 continue
             streams.diverged = True
             best, least = log_gates[index], math.inf
-            for step in range(GATE_STEPS + 1 if len(best) else 0):
+            steps = GATE_STEPS + 1 if len(best) and plan.query_counts[index] else 0
+            for step in range(steps):
                 bias = F.pad(log_gates[index], (prefix, 0))[None, None, None]
                 last = step == GATE_STEPS
                 equations = NormalEquations(len(best), 1, streams.folds, bias=False, device=streams.device)
@@ -89,7 +92,7 @@ def tune_gates_least_squares(
                 step_taken = solution.coefficients[:, 0].to(best)
                 log_gates[index] = (best + step_taken).clamp(-MOST_LOG_GATE, MOST_LOG_GATE)
             changed = changed or bool((best != _log_gates(plan)[index].to(best)).any())
-            streams.advance_pruned(index, F.pad(log_gates[index], (prefix, 0))[None, None, None])
+            streams.advance_pruned(index, log_gates[index])
             on_step(1)
         details = {"images": streams.images, "folds": streams.folds, "blocks": blocks}
     return (_with_log_gates(plan, log_gates) if changed else plan), details
@@ -127,8 +130,9 @@ def tune_gates_by_distillation(
     optimizer = torch.optim.Adam(log_gates, lr=learning_rate)
     best = plan
     history = [float(calibration.divergence(adapter, plan, calibration.held_out).mean())]
-    rows = [plan.query_rows(index) for index in range(geometry.depth)]
-    entry = torch.from_numpy(plan.token_positions(0)).to(parameter.device)
+    steps = schedule(replace(plan, gates=None))
+    forms = [Step(step).to(parameter.device) for step in steps.steps]
+    entry = torch.from_numpy(steps.entry).to(parameter.device)
     size = min(DISTILL_BATCH, batch_size_for(geometry, backward=True))
     with frozen(model):
         for _ in range(epochs):
@@ -138,9 +142,8 @@ def tune_gates_by_distillation(
                 with torch.no_grad():
                     x = embed_images(model, calibration.images(chosen).to(parameter)).index_select(1, entry)
                 with torch.enable_grad():
-                    for index, block in enumerate(model.blocks):
-                        bias = F.pad(log_gates[index], (geometry.prefix_tokens, 0))[None, None, None]
-                        x = forward_without_dead_tokens(block, rows[index], bias)(x)
+                    for block, form, gates in zip(model.blocks, forms, log_gates, strict=True):
+                        x = form(block, x, _KeyGates(gates, geometry.prefix_tokens))
                     output = model.forward_head(model.norm(x))
                     target = calibration.dense_outputs(adapter, chosen).to(output.device)
                     loss = divergence(target, output, geometry.output).mean()
@@ -164,11 +167,32 @@ def tune_gates_by_distillation(
     return best, details
 
 
+class _KeyGates:
+    """Log-gates [patch] of the keys of one block, as a step takes them; updates have none."""
+
+    def __init__(self, log_gates: Tensor, prefix: int):
+        self._log_gates, self._prefix = log_gates, prefix
+
+    def key_bias(self) -> Tensor:
+        return F.pad(self._log_gates, (self._prefix, 0))[None, None, None]
+
+    def updates(self, kind: int) -> float:
+        return 1.0
+
+
 def _log_gates(plan: TokenPlan) -> list[Tensor]:
-    """float64 [patch] per block, of the kept patches."""
-    gates = plan.gates or [[1.0] * len(kept) for kept in plan.kept]
-    return [torch.tensor(values, dtype=torch.float64).log() for values in gates]
+    """float64 [patch] per block, of the keys in the order of the plan's schedule."""
+    prefix = plan.geometry.prefix_tokens
+    result = []
+    for step in schedule(plan).steps:
+        gates = np.ones(len(step.keys)) if step.gates is None else step.gates
+        result.append(torch.from_numpy(gates[prefix:]).log())
+    return result
 
 
 def _with_log_gates(plan: TokenPlan, log_gates: Sequence[Tensor]) -> TokenPlan:
-    return replace(plan, gates=tuple(tuple(values.double().exp().tolist()) for values in log_gates))
+    prefix, gates = plan.geometry.prefix_tokens, []
+    for step, values in zip(schedule(plan).steps, log_gates, strict=True):
+        order = np.argsort(step.entering[step.keys][prefix:])
+        gates.append(tuple(values.double().exp().cpu().numpy()[order].tolist()))
+    return replace(plan, gates=tuple(gates))

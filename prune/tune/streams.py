@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ...core.plan import TokenPlan
 from ...core.schedule import BlockStep, schedule
-from ..backbones.forms import attended_values, log_gates, project_keys_values
+from ..backbones.forms import attended_values, log_gates, project_keys_values, step_forward
 from ..backbones.vit import ViTAdapter, embed_images
 from ..calibration import Calibration
 from ..fisher import batch_size_for
@@ -276,33 +276,43 @@ class Streams:
         heads = attended_values(module.attn, selected(normed, rows.queries), selected(normed, rows.keys), bias)
         return selected(tokens, rows.queries), selected(tokens, rows.passed), heads
 
+    def advance_pruned(self, block: int, log_gates: Tensor) -> None:
+        """Take the pruned stream through the block with its own weights and these gates [patch] of its keys."""
+        gates = F.pad(log_gates.double().cpu(), (self.geometry.prefix_tokens, 0)).exp().numpy()
+        for chunk in self.chunks:
+            step = replace(self._steps[id(self.plan(chunk))].steps[block], gates=gates)
+            self.put("pruned", chunk, step_forward(self.model.blocks[block], step)(self.get("pruned", chunk)))
+
     def add_gate_equations(
         self, equations: NormalEquations, chunk: int, block: int, bias: Tensor, *, with_jacobian: bool
     ) -> None:
         """Add the equations of the log-gates of ``block`` at ``bias``; without Jacobian only their squared error."""
-        module = self.model.blocks[block]
-        rows, weights = self.rows(chunk, block), self.row_weights(chunk, block)
+        module, rows = self.model.blocks[block], self.rows(chunk)
         attn, prefix = module.attn, self.geometry.prefix_tokens
-        tokens, middle = self.get("pruned", chunk), self.get("middle", chunk)
+        tokens, weights = self.get("pruned", chunk), self.row_weights(len(rows.queries))
         normed = module.norm1(tokens)
-        targets = middle - tokens.index_select(1, rows)
+        queries, keys = selected(normed, rows.queries), selected(normed, rows.keys)
+        passed = selected(tokens, rows.passed)
+        targets = self.wanted("middle", chunk, passed) - selected(tokens, rows.queries)
 
         def project(out: Tensor) -> Tensor:
             return module.ls1(attn.proj(attn.norm(out)))
 
         if not with_jacobian:
-            out = attended_values(attn, normed.index_select(1, rows), normed, bias.to(normed))
+            out = attended_values(attn, queries, keys, bias.to(normed))
             error = (targets - module.ls1(attn.proj(out))).square()
             error = error if weights is None else error * weights.to(error)[:, None]
             equations.squares[self.fold(chunk)] += error.sum().to(equations.squares)
             return
-        patches, inner = normed.shape[1] - prefix, attn.attn_dim
-        queries_at_once = max(1, min(len(rows), JACOBIAN_BYTES // (4 * patches * inner)))
+        patches, inner = keys.shape[1] - prefix, attn.attn_dim
+        queries_at_once = max(1, min(len(rows.queries), JACOBIAN_BYTES // (4 * patches * inner)))
         images_at_once = max(1, JACOBIAN_BYTES // (4 * patches * inner * queries_at_once))
-        for keys, target in zip(normed.split(images_at_once), targets.split(images_at_once), strict=True):
-            for start in range(0, len(rows), queries_at_once):
+        for asking, read, target in zip(
+            *(part.split(images_at_once) for part in (queries, keys, targets)), strict=True
+        ):
+            for start in range(0, len(rows.queries), queries_at_once):
                 part = slice(start, start + queries_at_once)
-                out, jacobian = gate_jacobian(attn, keys.index_select(1, rows[part]), keys, bias, prefix)
+                out, jacobian = gate_jacobian(attn, asking[:, part], read, bias, prefix)
                 residual = target[:, part] - project(out)
                 # Through norm, projection and LayerScale, patch by patch: [patch, batch, query, channel].
                 with warnings.catch_warnings():
