@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from vpruner.core.cost import dense_macs, plan_macs
 from vpruner.core.errors import PlanError
-from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.core.files import json_sha256
+from vpruner.core.geometry import Geometry
+from vpruner.core.plan import KINDS, TokenPlan, live_masks
+from vpruner.core.schedule import schedule
 
 
 def geometry(**changes) -> Geometry:
@@ -20,67 +23,159 @@ def geometry(**changes) -> Geometry:
 
 
 @st.composite
-def plans(draw, max_depth=5):
+def geometries(draw, max_depth=5):
     pooled = draw(st.booleans())
     prefix = draw(st.integers(0 if pooled else 1, 5))
-    grid = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
-    depth = draw(st.integers(1, max_depth))
-    shape = geometry(
-        depth=depth,
-        grid=grid,
+    return geometry(
+        depth=draw(st.integers(1, max_depth)),
+        grid=draw(st.tuples(st.integers(1, 6), st.integers(1, 6))),
         prefix_tokens=prefix,
         head_prefix=prefix if pooled else draw(st.integers(1, prefix)),
         head_patches=pooled,
     )
-    exits = np.array(draw(st.lists(st.integers(0, depth), min_size=shape.patches, max_size=shape.patches)))
-    if pooled:
-        exits[draw(st.integers(0, shape.patches - 1))] = depth
-    plan = TokenPlan.from_exits("m", shape, exits, seed=3)
+
+
+@st.composite
+def plans(draw, max_depth=5):
+    """Any sets, not nested; with gates and unread patches at times."""
+    shape = draw(geometries(max_depth))
+    random = np.random.default_rng(draw(st.integers(0, 10**6)))
+    shares = random.choice([0, 0.3, 0.7, 1], (3, shape.depth, 1))
+    masks = random.random((3, shape.depth, shape.patches)) < shares
+    reads = None
     if draw(st.booleans()):
-        gates = [draw(st.lists(st.floats(0.01, 10), min_size=len(k), max_size=len(k))) for k in plan.kept]
-        plan = TokenPlan("m", shape, plan.kept, gates, {"seed": 3})
-    return plan
+        reads = sorted({0, *np.flatnonzero(random.random(shape.patches) < 0.5).tolist()})
+    sets = [[np.flatnonzero(row).tolist() for row in kind] for kind in masks]
+    gates = [[float(g) for g in random.uniform(0.1, 3, len(k))] for k in sets[0]] if draw(st.booleans()) else None
+    return TokenPlan("m", shape, *sets, reads, gates, {"seed": 3})
+
+
+@st.composite
+def dropping(draw, max_depth=5):
+    shape = draw(geometries(max_depth))
+    exits = np.array(draw(st.lists(st.integers(0, shape.depth), min_size=shape.patches, max_size=shape.patches)))
+    if shape.head_patches:
+        exits[draw(st.integers(0, shape.patches - 1))] = shape.depth
+    return TokenPlan.dropping_from_exits("m", shape, exits), exits
 
 
 @settings(deadline=None)
 @given(plans())
-def test_a_plan_is_nested_sorted_and_survives_json(plan):
+def test_a_plan_is_sorted_without_dead_work_and_survives_json(plan):
     again = TokenPlan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan and again.digest == plan.digest and dict(again.provenance) == {"seed": 3}
-    for before, after in zip(plan.kept, plan.kept[1:], strict=False):
-        assert set(after) <= set(before)
-    for block, indices in enumerate(plan.kept):
-        assert list(indices) == sorted(set(indices))
-        assert plan.mask[block].nonzero()[0].tolist() == list(indices)
-    assert TokenPlan.from_exits("m", plan.geometry, plan.exits).kept == plan.kept
+    assert copy.deepcopy(plan) == plan
+    for kind, name in enumerate(KINDS):
+        for block, patches in enumerate(getattr(plan, name)):
+            assert list(patches) == sorted(set(patches))
+            assert plan.masks[kind, block].nonzero()[0].tolist() == list(patches)
+    assert not any(any(sets) for sets in again.dead.values())
+    assert (live_masks(plan.geometry, plan.masks, plan.reads) == plan.masks).all()
+    if plan.reads == TokenPlan.identity("m", plan.geometry).reads:
+        assert TokenPlan.from_masks("m", plan.geometry, plan.masks).masks.tolist() == plan.masks.tolist()
 
 
 @settings(deadline=None)
 @given(plans())
-def test_row_indices_follow_the_tokens_through_the_blocks(plan):
-    """Selecting rows block after block gives the tokens the plan names, in the numbering of the full sequence."""
-    tokens = np.arange(plan.geometry.tokens)[plan.entry_rows(0)]
-    for block in range(plan.geometry.depth):
-        assert tokens.tolist() == plan.token_positions(block).tolist()
-        assert len(tokens) == plan.key_counts[block]
-        prefix = tokens[: plan.geometry.prefix_tokens]
-        assert prefix.tolist() == list(range(plan.geometry.prefix_tokens))
-        tokens = tokens[plan.query_rows(block)]
-        assert len(tokens) == plan.query_counts[block]
-        if block + 1 < plan.geometry.depth:
-            assert tokens.tolist() == plan.token_positions(block)[plan.entry_rows(block + 1)].tolist()
+def test_dead_work_is_what_nothing_reads(plan):
+    """An update of a patch is live if a later block or the head reads it; told from the sets alone."""
+    geometry = plan.geometry
+    for block in range(geometry.depth):
+        later = set(plan.reads).union(*plan.keys[block + 1 :])
+        updated = set(plan.queries[block]) | set(plan.mlps[block])
+        assert updated <= later
+        assert not set(plan.dead["mlps"][block]) & later
+        if geometry.prefix_tokens:
+            assert not plan.dead["keys"][block] or (block == geometry.depth - 1 and not geometry.head_prefix)
+            assert not set(plan.dead["queries"][block]) & later
+        elif not plan.keys[block] or not plan.queries[block]:
+            assert not plan.keys[block] and not plan.queries[block]
+
+
+@settings(deadline=None)
+@given(plans(), st.booleans())
+def test_a_schedule_carries_every_token_that_is_needed_and_no_other(plan, ordered):
+    """Selecting rows step by step gives the tokens that the plan names, in the numbering of the full sequence."""
+    geometry, prefix = plan.geometry, plan.geometry.prefix_tokens
+    steps = schedule(plan, ordered=ordered)
+    tokens = steps.entry
+    for block, step in enumerate(steps.steps):
+        assert sorted(tokens.tolist()) == [*range(prefix), *(prefix + patch for patch in plan.carried[block])]
+        assert tokens[:prefix].tolist() == list(range(prefix)) and (tokens == step.entering).all()
+        updated = list(range(plan.updated_prefix(block)))
+        for rows, patches, first in (
+            (tokens[step.keys], plan.keys[block], list(range(prefix))),
+            (tokens[step.queries], plan.queries[block], updated),
+        ):
+            assert sorted(rows.tolist()) == [*first, *(prefix + patch for patch in patches)]
+        middle = np.concatenate([tokens[step.queries], tokens[step.passed]])
+        assert sorted(middle[step.mlps].tolist()) == [*updated, *(prefix + patch for patch in plan.mlps[block])]
+        if step.gates is not None:
+            expected = dict(zip(plan.keys[block], plan.gates[block], strict=True))
+            found = dict(zip((tokens[step.keys] - prefix).tolist(), step.gates.tolist(), strict=True))
+            assert {patch: gate for patch, gate in found.items() if patch >= 0} == expected
+        tokens = np.concatenate([middle[step.mlps], middle[step.mlp_passed]])
+        counts = len(step.keys), len(step.queries), len(step.mlps)
+        assert counts == tuple(kind[block] for kind in plan.counts)
+    assert (tokens == steps.leaving).all()
+    assert sorted(tokens.tolist()) == [*range(geometry.head_prefix), *(prefix + patch for patch in plan.reads)]
+
+
+@settings(deadline=None)
+@given(geometries(), st.integers(0, 10**6))
+def test_nested_plans_are_slices_where_one_order_suits_all_sets(shape, seed):
+    """With one exit for queries and MLPs, and every patch read to the end, no row is picked by index."""
+    random = np.random.default_rng(seed)
+    updates = random.integers(0, shape.depth + 1, shape.patches)
+    plan = TokenPlan.from_exits("m", shape, np.stack([np.full(shape.patches, shape.depth), updates, updates]))
+    assert plan.is_nested
+    for step in schedule(plan).steps:
+        for rows in (step.keys, step.queries, step.passed, step.mlps, step.mlp_passed):
+            assert (np.diff(rows) == 1).all()
+
+
+@settings(deadline=None)
+@given(dropping())
+def test_a_plan_that_drops_patches_whole(pair):
+    plan, exits = pair
+    geometry = plan.geometry
+    blocks = np.arange(geometry.depth)[:, None]
+    assert plan.kept == tuple(tuple(np.flatnonzero(row).tolist()) for row in exits > blocks)
+    assert plan.is_nested and plan.keys == plan.kept
+    kept = (*plan.kept[1:], plan.kept[-1] if geometry.head_patches else ())
+    assert plan.queries == plan.mlps == kept
+    assert [len(patches) for patches in plan.carried] == [*map(len, plan.kept), len(plan.reads)]
+    again = TokenPlan.dropping("m", geometry, plan.kept)
+    assert again == plan and again.digest == plan.digest
+
+
+@settings(deadline=None)
+@given(geometries(), st.integers(0, 10**6))
+def test_exits_are_a_view_of_nested_plans(shape, seed):
+    random = np.random.default_rng(seed)
+    exits = np.sort(random.integers(0, shape.depth + 1, (3, shape.patches)), axis=0)[::-1]
+    plan = TokenPlan.from_exits("m", shape, exits)
+    assert (plan.exits <= exits).all()
+    assert TokenPlan.from_exits("m", shape, plan.exits) == plan
+    if shape.prefix_tokens:
+        assert plan.is_nested and (plan.exits[0] == exits[0]).all()
 
 
 def test_counts_of_a_known_plan():
-    plan = TokenPlan("m", geometry(), [[0, 1, 2, 3, 4], [0, 3, 4], [4]])
-    assert plan.key_counts == (6, 4, 2)
-    assert plan.query_counts == (4, 2, 1)
-    assert plan.exits.tolist() == [2, 1, 1, 2, 3, 0]
-    assert plan.token_positions(1).tolist() == [0, 1, 4, 5]
-    assert plan.query_rows(0).tolist() == [0, 1, 4, 5]
-    assert plan.query_rows(2).tolist() == [0]
-    pooled = geometry(head_patches=True)
-    assert TokenPlan("m", pooled, plan.kept).query_counts == (4, 2, 2)
+    plan = TokenPlan.dropping("m", geometry(), [[0, 1, 2, 3, 4], [0, 3, 4], [4]])
+    assert plan.counts == ((6, 4, 2), (4, 2, 1), (4, 2, 1))
+    assert plan.exits[0].tolist() == [2, 1, 1, 2, 3, 0]
+    assert TokenPlan.dropping("m", geometry(head_patches=True), plan.kept).query_counts == (4, 2, 2)
+    frozen = TokenPlan("m", geometry(), [[0, 1], [0, 1], [0]], [[0, 1], [0], [5]], [[1], [], []])
+    # Nothing reads patch 1 after block 1, nor a patch that the last block updates.
+    assert (frozen.queries, frozen.mlps) == (((0, 1), (0,), ()), ((1,), (), ()))
+    assert frozen.dead["queries"] == ((), (), (5,)) and frozen.carried == ((0, 1), (0, 1), (0,), ())
+
+
+def test_without_prefix_tokens_a_block_that_reads_nothing_updates_nothing():
+    bare = geometry(prefix_tokens=0, head_prefix=0, head_patches=True)
+    plan = TokenPlan("m", bare, [[], [0], [1]], [[0], [], [2]], [[0]] * 3)
+    assert (plan.keys, plan.queries, plan.mlps) == (((), (), (1,)), ((), (), (2,)), ((0,),) * 3)
 
 
 @pytest.mark.parametrize(
@@ -88,34 +183,36 @@ def test_counts_of_a_known_plan():
     [
         ([[0, 1], [0]], "kept has 2 lists, the model has 3 blocks"),
         ([[0, 1], [0, 2], [0]], "block 1 keeps patch 2, but block 0 had already dropped it"),
-        ([[1, 0], [0], [0]], "block 0: patch 0 is repeated or out of order"),
-        ([[0, 0], [0], [0]], "block 0: patch 0 is repeated or out of order"),
-        ([[0, 6], [0], [0]], "block 0 keeps patch 6, but grid 2x3 has patches 0..5"),
-        ([[-1, 0], [0], [0]], "block 0 keeps patch -1"),
-        ([[0.5], [0], [0]], "block 0: 0.5 is not a patch index"),
-        ([[True], [0], [0]], "block 0: True is not a patch index"),
+        ([[1, 0], [0], [0]], "block 0: kept: patch 0 is repeated or out of order"),
+        ([[0, 0], [0], [0]], "block 0: kept: patch 0 is repeated or out of order"),
+        ([[0, 6], [0], [0]], "block 0: kept has patch 6, but grid 2x3 has patches 0..5"),
+        ([[-1, 0], [0], [0]], "block 0: kept has patch -1"),
+        ([[0.5], [0], [0]], "block 0: kept has 0.5, which is not a patch index"),
+        ([[True], [0], [0]], "block 0: kept has True, which is not a patch index"),
         (["012", [0], [0]], "block 0: kept is a str"),
         ("abc", "kept is a str"),
     ],
 )
 def test_an_invalid_plan_cannot_be_built(kept, reason):
     with pytest.raises(PlanError, match=reason):
-        TokenPlan("m", geometry(), kept)
+        TokenPlan.dropping("m", geometry(), kept)
 
 
 def test_a_block_needs_a_token():
-    TokenPlan("m", geometry(), [[0], [], []])  # The class token is left.
+    TokenPlan.dropping("m", geometry(), [[0], [], []])  # The class token is left.
     with pytest.raises(PlanError, match="block 1 keeps no token at all"):
-        TokenPlan("m", geometry(prefix_tokens=0, head_prefix=0, head_patches=True), [[0], [], []])
+        TokenPlan.dropping("m", geometry(prefix_tokens=0, head_prefix=0, head_patches=True), [[0], [], []])
     with pytest.raises(PlanError, match="block 2 keeps no token at all"):
-        TokenPlan("m", geometry(head_patches=True), [[0], [0], []])
+        TokenPlan.dropping("m", geometry(head_patches=True), [[0], [0], []])
+    with pytest.raises(PlanError, match="reads is empty, but the head pools over patches"):
+        TokenPlan("m", geometry(head_patches=True), *[[[0]] * 3] * 3, reads=[])
 
 
 @pytest.mark.parametrize(
     ("gates", "reason"),
     [
-        ([[1.0], [1.0]], "gates has 2 lists, kept has 3"),
-        ([[1.0, 1.0], [1.0], [1.0]], "block 0: 2 gates for 1 kept patches"),
+        ([[1.0], [1.0]], "gates has 2 lists, the model has 3 blocks"),
+        ([[1.0, 1.0], [1.0], [1.0]], "block 0: 2 gates for 1 patches that are read"),
         ([[0.0], [1.0], [1.0]], "block 0: gates must be positive"),
         ([[float("nan")], [1.0], [1.0]], "block 0: gates must be positive"),
         ([["x"], [1.0], [1.0]], "block 0: gates must be numbers"),
@@ -123,26 +220,42 @@ def test_a_block_needs_a_token():
 )
 def test_invalid_gates_are_refused(gates, reason):
     with pytest.raises(PlanError, match=reason):
-        TokenPlan("m", geometry(), [[0]] * 3, gates)
+        TokenPlan("m", geometry(), *[[[0]] * 3] * 3, gates=gates)
 
 
 def test_plan_is_frozen():
     plan = TokenPlan.identity("m", geometry())
     with pytest.raises(AttributeError):
-        plan.kept = ()
+        plan.keys = ()
     with pytest.raises(TypeError):
         plan.provenance["seed"] = 1
 
 
 def test_file_round_trip_and_layout(tmp_path):
-    plan = TokenPlan("deit", geometry(), [[0, 1, 4], [1, 4], [4]], [[1, 2, 3], [0.5, 1], [1]], {"seed": 1})
+    sets = [[0, 1, 4], [1, 4], [4]]
+    plan = TokenPlan("deit", geometry(), sets, sets, [[1], [], []], None, [[1, 2, 3], [0.5, 1], [1]], {"seed": 1})
     plan.save(tmp_path / "plan.json")
     written = json.loads((tmp_path / "plan.json").read_text())
-    assert written["schema"] == 1
-    assert written["kept"] == [[0, 1, 4], [1, 4], [4]]
+    assert written["schema"] == 3
+    assert (written["keys"], written["queries"], written["mlps"]) == (sets, [[1, 4], [4], []], [[1], [], []])
     assert (written["prefix_tokens"], written["grid"], written["model"]) == (1, [2, 3], "deit")
     assert TokenPlan.load(tmp_path / "plan.json") == plan
     assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
+
+
+def test_a_file_of_schema_1_opens_as_what_it_means(tmp_path):
+    kept = [[0, 1, 4], [1, 4], [4]]
+    content = TokenPlan.identity("deit", geometry(head_patches=True)).to_json()
+    for name in (*KINDS, "reads"):
+        del content[name]
+    content |= {"schema": 1, "kept": kept, "gates": [[1.0, 2.0, 3.0], [0.5, 1.0], [1.0]]}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    plan = TokenPlan.load(tmp_path / "plan.json")
+    assert plan == TokenPlan.dropping("deit", geometry(head_patches=True), kept, content["gates"])
+    assert (plan.keys, plan.queries, plan.reads) == (((0, 1, 4), (1, 4), (4,)), ((1, 4), (4,), (4,)), (4,))
+    # The digest that such files had: it is in the metadata of the graphs made of them.
+    hashed = {name: content[name] for name in ("model", "grid", "prefix_tokens", "geometry", "kept", "gates")}
+    assert plan.digest == json_sha256(hashed)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +263,12 @@ def test_file_round_trip_and_layout(tmp_path):
     [
         ({"schema": 99}, "schema 99"),
         ({"surprise": 1}, "unknown key 'surprise'"),
-        ({"kept": None}, "'kept' a list of lists"),
+        ({"keys": None}, "'keys' and 'queries' and 'mlps' lists of lists"),
+        ({"keys": [[0], [0]]}, "keys has 2 lists, the model has 3 blocks"),
+        ({"mlps": [[0], [1, 0], []]}, "block 1: mlps: patch 0 is repeated or out of order"),
+        ({"reads": [9]}, "reads has patch 9, but grid 2x3"),
+        ({"kept": [[0]] * 3}, "unknown key 'kept'"),
+        ({"schema": 1}, "unknown key 'keys'"),
         ({"grid": [0, 3]}, "grid is"),
         ({"geometry": {}}, "geometry lacks"),
         ({"geometry": 5}, "'geometry' must be an object"),
@@ -216,8 +334,8 @@ def test_deep_nesting_is_refused(tmp_path):
     for _ in range(300):
         deep = {"deeper": [deep]}
     with pytest.raises(PlanError, match="provenance is nested more than 50 levels deep"):
-        TokenPlan("m", geometry(), [[0]] * 3, provenance=deep)
-    for name in ("schema", "model", "grid", "kept", "gates"):
+        TokenPlan("m", geometry(), *[[[0]] * 3] * 3, provenance=deep)
+    for name in ("schema", "model", "grid", "keys", "reads", "gates"):
         with pytest.raises(PlanError):
             TokenPlan.from_json({**TokenPlan.identity("m", geometry()).to_json(), name: [deep] * 3})
 
@@ -263,9 +381,9 @@ def test_a_damaged_plan_is_refused_or_valid(plan, data):
         return
     again = TokenPlan.from_json(json.loads(json.dumps(damaged.to_json())))
     assert again.digest == damaged.digest and len(damaged.query_counts) == damaged.geometry.depth
-    assert len(damaged.exits) == damaged.geometry.patches and plan_macs(damaged) <= dense_macs(damaged.geometry)
-    for block in range(damaged.geometry.depth):
-        assert len(damaged.query_rows(block)) == damaged.query_counts[block]
+    assert damaged.exits.shape == (3, damaged.geometry.patches)
+    assert plan_macs(damaged) <= dense_macs(damaged.geometry)
+    assert len(schedule(damaged).steps) == damaged.geometry.depth
     with contextlib.suppress(PlanError):
         damaged.check_fits("m", plan.geometry, "b" * 64)
 
@@ -301,7 +419,11 @@ def test_a_plan_fits_the_weights_it_was_learned_on_and_those_tuned_for_it():
 
 
 def test_digest_ignores_provenance_alone():
-    plan = TokenPlan("m", geometry(), [[0, 1], [0], [0]])
+    shape, sets = geometry(head_patches=True), [[0, 1], [0], [0]]
+    plan = TokenPlan("m", shape, sets, sets, sets)
     assert plan.with_provenance(seed=9).digest == plan.digest
-    assert TokenPlan("m", geometry(), [[0, 1], [1], [1]]).digest != plan.digest
-    assert TokenPlan("m", geometry(), plan.kept, [[1, 2], [1], [1]]).digest != plan.digest
+    changed = [[[[0], [0], [0]] if kind == at else sets for at in range(3)] for kind in range(3)]
+    others = [TokenPlan("m", shape, *kinds) for kinds in changed]
+    others.append(TokenPlan("m", shape, sets, sets, sets, reads=[0]))
+    others.append(TokenPlan("m", shape, sets, sets, sets, gates=[[1, 2], [1], [1]]))
+    assert len({plan.digest, *(other.digest for other in others)}) == 6
