@@ -8,7 +8,7 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,18 +59,40 @@ def gate_gradients(
     seed: int = 0,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> GateGradients:
-    """One backward pass over the calibration images.
+    """One backward pass over the calibration images; arguments as of :func:`gradients_of_images`.
+
+    Memory does not grow with the number of images.
+
+    Args:
+        on_batch: Called with the number of images after each batch.
+    """
+    sums, count = 0.0, 0
+    for gradients in gradients_of_images(adapter, batches, loss, plan=plan, seed=seed):
+        values = gradients.astype(np.float64)
+        sums = sums + np.einsum("xalp,xblp->ablp", values, values)
+        count += len(values)
+        on_batch(len(values))
+    return GateGradients(sums / count, count, loss)
+
+
+def gradients_of_images(
+    adapter: ViTAdapter,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    loss: str,
+    *,
+    plan: TokenPlan | None = None,
+    seed: int = 0,
+) -> Iterator[np.ndarray]:
+    """Per batch float32 [image, kind 3, block L, patch N]: dLoss/dgate of each image.
 
     Args:
         adapter: The model, in evaluation mode; its weights stay as they are and get no gradients.
-        batches: (images float [batch, channel, height, width], labels int64 [batch] or None). Streamed: memory does
-            not grow with their number.
+        batches: (images float [batch, channel, height, width], labels int64 [batch] or None).
         loss: ``"labels"``: cross-entropy. ``"self"``: the dense model's own distribution, see :func:`_self_loss`.
             ``"features"``: directions of the embedding, see :func:`_feature_loss`.
-        plan: Tokens that have left already; the gradients are those of the model pruned by it, and zero for its closed
+        plan: What has been closed already; the gradients are those of the model pruned by it, and zero for its closed
             gates. None: of the dense model.
         seed: For the random directions of the last two losses.
-        on_batch: Called with the number of images after each batch.
 
     Raises:
         ValueError: An unknown loss, or ``"labels"`` without labels.
@@ -80,7 +102,6 @@ def gate_gradients(
     # numpy's stream of normals does not depend on how it is cut into batches; torch's does.
     random = np.random.default_rng(seed)
     parameters = [p for p in adapter.model.parameters() if p.requires_grad]
-    sums, count = 0.0, 0
     # Without weight gradients autograd need not keep the inputs of the linear layers: less memory, a third less time.
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -95,14 +116,10 @@ def gate_gradients(
                 else:
                     value = (_self_loss if loss == "self" else _feature_loss)(output, random)
                 (gradient,) = torch.autograd.grad(value, gates)
-            gradient = gradient.cpu().double()
-            sums = sums + torch.einsum("xalp,xblp->ablp", gradient, gradient).numpy()
-            count += len(images)
-            on_batch(len(images))
+            yield gradient.float().cpu().numpy()
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-    return GateGradients(sums / count, count, loss)
 
 
 def _self_loss(logits: Tensor, random: np.random.Generator) -> Tensor:

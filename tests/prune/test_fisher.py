@@ -6,7 +6,13 @@ from torch.nn import functional as F
 
 from vpruner.core.plan import TokenPlan
 from vpruner.prune.backbones.vit import ViTAdapter
-from vpruner.prune.fisher import GateGradients, activation_bytes, batch_size_for, gate_gradients
+from vpruner.prune.fisher import (
+    GateGradients,
+    activation_bytes,
+    batch_size_for,
+    gate_gradients,
+    gradients_of_images,
+)
 
 POOLS = ["class token", "registers", "average pooling", "average pooling before the norm", "attention pooling",
          "average pooling with the class token in it", "attention pooling over the class token too",
@@ -24,37 +30,51 @@ def batch(adapter: ViTAdapter, count: int = 3):
     return images, torch.randint(adapter.geometry.outputs, (count,), generator=generator)
 
 
+def gradients(*arguments, **options) -> np.ndarray:
+    """float32 [image, kind, block, patch]."""
+    return np.concatenate(list(gradients_of_images(*arguments, **options)))
+
+
+def every_gate(geometry):
+    """(kind, block, patch): one patch of each gate that may matter."""
+    for kind in range(3):
+        for block in range(geometry.depth - (kind > 0 and not geometry.head_patches)):
+            yield kind, block, (5 * block + 2 * kind + 2) % geometry.patches
+
+
 def test_gate_gradients_equal_finite_differences_per_sample(adapter):
     images, labels = batch(adapter)
-    gradients = gate_gradients(adapter, [(images[:2], labels[:2]), (images[2:], labels[2:])], "labels").values
+    found = gradients(adapter, [(images[:2], labels[:2]), (images[2:], labels[2:])], "labels")
     geometry = adapter.geometry
-    assert gradients.shape == (3, geometry.depth + geometry.head_patches, geometry.patches)
+    assert found.shape == (3, 3, geometry.depth, geometry.patches)
     step = 1e-5
     with torch.no_grad(), adapter.gated(3) as gates:
-        for gate in range(gradients.shape[1]):
-            patch = (5 * gate + 2) % geometry.patches
+        for kind, block, patch in every_gate(geometry):
             sides = []
             for sign in (1, -1):
-                gates[1, gate, patch] = sign * step
+                gates[1, kind, block, patch] = sign * step
                 sides.append(F.cross_entropy(adapter.model(images), labels, reduction="none"))
-            gates[1, gate, patch] = 0
+            gates[1, kind, block, patch] = 0
             difference = ((sides[0] - sides[1]) / (2 * step)).numpy()
-            assert difference[1] == pytest.approx(gradients[1, gate, patch], rel=1e-3, abs=1e-7)
+            assert difference[1] == pytest.approx(found[1, kind, block, patch], rel=1e-3, abs=1e-7)
             # The other images do not feel this image's gate: that is what makes one backward pass per-sample.
             assert np.abs(difference[[0, 2]]).max() < 1e-8
+    if not geometry.head_patches:
+        assert np.abs(found[:, 1:, -1]).max() == 0  # Dead: nothing reads what the last block makes of a patch.
 
 
-def test_a_closed_gate_equals_a_gathered_token(adapter):
-    """Bias -inf from block l on, head included, is the plan in which that token leaves at block l."""
+def test_a_closed_gate_equals_the_gathered_form(adapter):
+    """Bias -inf and factor 0 from some block on are the plan in which that patch is no key, no query, no MLP row."""
     images, _ = batch(adapter)
     geometry = adapter.geometry
-    exits = np.full(geometry.patches, geometry.depth)
-    exits[4] = 2
+    exits = np.full((3, geometry.patches), geometry.depth)
+    exits[:, 4] = 3, 2, 1
     with torch.no_grad():
         with adapter.applied(TokenPlan.from_exits("m", geometry, exits), "dead"):
             expected = adapter.model(images)
         with adapter.gated(len(images)) as gates:
-            gates[:, 2:, 4] = -torch.inf
+            gates[:, 0, 3:, 4] = -torch.inf
+            gates[:, 1, 2:, 4] = gates[:, 2, 1:, 4] = -1
             assert (adapter.model(images) - expected).abs().max() < 1e-10
 
 
@@ -70,7 +90,7 @@ def test_self_loss_estimates_the_curvature_of_the_kl():
     """The mean square of many random directions approaches J^T (diag(p) - p p^T) J, computed here row by row."""
     adapter = ViTAdapter(tiny("class token", seed=3).double(), "m")
     images, _ = batch(adapter, 1)
-    draws = gate_gradients(adapter, [(images.repeat(400, 1, 1, 1), None)], "self", seed=1).values
+    draws = gradients(adapter, [(images.repeat(400, 1, 1, 1), None)], "self", seed=1)
     with adapter.gated(1) as gates:
         logits = adapter.model(images)
         rows = [torch.autograd.grad(value, gates, retain_graph=True)[0][0] for value in logits[0]]
@@ -89,7 +109,7 @@ def test_losses_are_seeded_and_not_trivial(kind, loss):
     adapter = ViTAdapter(tiny(kind), kind)
     images, labels = batch(ViTAdapter(tiny("class token"), "labels"))
     images = images.float()
-    one, again, other = (gate_gradients(adapter, [(images, labels)], loss, seed=s).values for s in (0, 0, 1))
+    one, again, other = (gradients(adapter, [(images, labels)], loss, seed=s) for s in (0, 0, 1))
     assert np.array_equal(one, again) and np.abs(one).max() > 0
     assert np.array_equal(one, other) == (loss == "labels")
 
@@ -100,8 +120,8 @@ def test_losses_are_seeded_and_not_trivial(kind, loss):
 def test_batches_change_nothing(kind, loss):
     adapter = ViTAdapter(tiny(kind).double(), kind)
     images, labels = batch(ViTAdapter(tiny("class token"), "labels"), 20)
-    whole = gate_gradients(adapter, [(images, labels)], loss).values
-    parts = gate_gradients(adapter, list(zip(images.split(7), labels.split(7), strict=True)), loss).values
+    whole = gradients(adapter, [(images, labels)], loss)
+    parts = gradients(adapter, list(zip(images.split(7), labels.split(7), strict=True)), loss)
     assert np.abs(whole - parts).max() <= 1e-6 * np.abs(whole).max()
 
 
@@ -114,36 +134,18 @@ def test_unknown_loss_and_missing_labels():
         gate_gradients(adapter, [(images, None)], "labels")
 
 
-def test_scores_against_loops():
-    random = np.random.default_rng(0)
-    values = random.normal(size=(7, 3, 4)).astype(np.float32)
-    gradients = GateGradients(values, "self")
-    importance = gradients.importance(3)
-    assert importance.shape == (4, 4) and (importance[3] == 0).all()
-    for block in range(3):
-        for patch in range(4):
-            h = [sum(float(values[x, later, patch]) for later in range(block, 3)) for x in range(7)]
-            assert importance[block, patch] == pytest.approx(np.mean(np.square(h)), rel=1e-5)
-
-
-def test_quadratic_estimate_against_loops():
-    adapter = ViTAdapter(tiny("average pooling"), "m")
-    geometry = adapter.geometry
-    random = np.random.default_rng(0)
-    values = random.normal(size=(5, geometry.depth + 1, geometry.patches)).astype(np.float32)
-    exits = random.integers(0, geometry.depth + 1, geometry.patches)
-    exits[0] = geometry.depth
-    plan = TokenPlan.from_exits("m", geometry, exits)
-    total = 0.0
-    for x in range(5):
-        closed = 0.0
-        for patch in range(geometry.patches):
-            if exits[patch] < geometry.depth:
-                closed += float(values[x, exits[patch] :, patch].sum())
-        total += 0.5 * closed**2 / 5
-    assert GateGradients(values, "self").quadratic_estimate(plan) == pytest.approx(total, rel=1e-4)
-    identity = TokenPlan.identity("m", geometry)
-    assert GateGradients(values, "self").quadratic_estimate(identity) == 0
+def test_losses_of_states_against_loops(adapter):
+    """What a state closes in a block is summed before it is squared; and nothing is kept of the single images."""
+    images, labels = batch(adapter, 5)
+    pairs = list(zip(images.split(2), labels.split(2), strict=True))
+    single, found = gradients(adapter, pairs, "labels"), gate_gradients(adapter, pairs, "labels")
+    losses = found.losses()
+    assert found.images == 5 and losses.shape == (adapter.geometry.depth, 8, adapter.geometry.patches)
+    for state in range(8):
+        closed = [kind for kind in range(3) if state >> kind & 1]
+        expected = np.square(single[:, closed].sum(1, dtype=np.float64)).mean(0)
+        np.testing.assert_allclose(losses[:, state], expected, rtol=1e-4, atol=1e-7 * expected.max(initial=1e-30))
+    assert GateGradients(found.moments * 0, 5, "labels").losses().max() == 0
 
 
 def test_batches_shrink_with_the_model():
@@ -155,9 +157,9 @@ def test_batches_shrink_with_the_model():
 
 def half_plan(adapter: ViTAdapter) -> TokenPlan:
     geometry = adapter.geometry
-    exits = np.random.default_rng(4).integers(0, geometry.depth + 1, geometry.patches)
-    exits[3] = geometry.depth
-    return TokenPlan.from_exits("m", geometry, exits)
+    masks = np.random.default_rng(4).random((3, geometry.depth, geometry.patches)) < 0.5
+    masks[:, :, 3] = True
+    return TokenPlan.from_masks("m", geometry, masks)
 
 
 def test_gates_of_a_pruned_model(adapter):
@@ -170,16 +172,16 @@ def test_gates_of_a_pruned_model(adapter):
             expected = adapter.model(images)
         with adapter.gated(2, plan):
             assert (adapter.model(images) - expected).abs().max() < 1e-10
-    gradients = gate_gradients(adapter, [(images, labels)], "labels", plan=plan).values
-    open_gates = plan.mask if not geometry.head_patches else np.concatenate([plan.mask, plan.mask[-1:]])
-    assert (gradients[:, ~open_gates] == 0).all()
-    assert np.abs(gradients[:, open_gates]).max() > 0
+    found = gradients(adapter, [(images, labels)], "labels", plan=plan)
+    assert (found[:, ~plan.masks] == 0).all()
+    assert (np.abs(found[:, plan.masks]).max(0) > 0).all()
     step = 1e-5
     with torch.no_grad(), adapter.gated(2, plan) as gates:
-        for gate in range(gradients.shape[1]):
+        for kind, block, _ in every_gate(geometry):
             sides = []
             for sign in (1, -1):
-                gates[1, gate, 3] = sign * step
+                gates[1, kind, block, 3] = sign * step
                 sides.append(F.cross_entropy(adapter.model(images), labels, reduction="none")[1])
-            gates[1, gate, 3] = 0
-            assert float(sides[0] - sides[1]) / (2 * step) == pytest.approx(gradients[1, gate, 3], rel=1e-3, abs=1e-7)
+            gates[1, kind, block, 3] = 0
+            slope = float(sides[0] - sides[1]) / (2 * step)
+            assert slope == pytest.approx(found[1, kind, block, 3], rel=1e-3, abs=1e-7)

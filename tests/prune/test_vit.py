@@ -9,7 +9,7 @@ from flops import flop_counter
 from timm.layers import LayerNormFp32, RmsNorm
 from tiny_vits import KINDS, tiny
 
-from vpruner.core.cost import cost_ratio, dense_macs, gathered_macs, plan_macs
+from vpruner.core.cost import cost_ratio, dense_macs, plan_macs
 from vpruner.core.errors import PlanError, UserError
 from vpruner.core.plan import TokenPlan
 from vpruner.prune.backbones.vit import FORMS, ViTAdapter, weights_sha256
@@ -23,16 +23,14 @@ def adapter(request) -> ViTAdapter:
 
 
 def random_plan(adapter: ViTAdapter, seed: int = 0, gates: bool = False) -> TokenPlan:
+    """Any sets, not nested; by the seed some patches are not read by the head."""
     random = np.random.default_rng(seed)
     geometry = adapter.geometry
-    exits = random.integers(0, geometry.depth + 1, geometry.patches)
-    exits[random.integers(geometry.patches)] = geometry.depth
-    plan = TokenPlan.from_exits(adapter.name, geometry, exits)
-    if gates:
-        plan = TokenPlan(
-            adapter.name, geometry, plan.kept, [random.uniform(0.3, 3, len(k)).tolist() for k in plan.kept]
-        )
-    return plan
+    masks = random.random((3, geometry.depth, geometry.patches)) < random.uniform(0.2, 1, (3, geometry.depth, 1))
+    sets = [[np.flatnonzero(row).tolist() for row in kind] for kind in masks]
+    reads = sorted({1, *np.flatnonzero(random.random(geometry.patches) < 0.5).tolist()}) if seed % 2 else None
+    weights = [random.uniform(0.3, 3, len(k)).tolist() for k in sets[0]] if gates else None
+    return TokenPlan(adapter.name, geometry, *sets, reads, weights)
 
 
 def images_for(adapter: ViTAdapter, count: int = 2) -> torch.Tensor:
@@ -40,16 +38,34 @@ def images_for(adapter: ViTAdapter, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, *adapter.geometry.image_size, dtype=torch.float64, generator=generator)
 
 
-def gathered_by_hand(model, plan: TokenPlan, images: torch.Tensor) -> torch.Tensor:
-    """The reference: timm's own modules in a loop, tokens selected away before each block, nothing of the adapter."""
+def masked_by_hand(model, plan: TokenPlan, images: torch.Tensor) -> torch.Tensor:
+    """The reference: timm's own modules in a loop, on all tokens, nothing of the adapter.
+
+    What is no key is cut out of the tokens that a block's attention sees; what is not updated gets its old value back.
+    """
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-    left = np.arange(plan.geometry.tokens)
-    prefix = np.arange(plan.geometry.prefix_tokens)
-    for block, kept in zip(model.blocks, plan.kept, strict=True):
-        wanted = np.concatenate([prefix, plan.geometry.prefix_tokens + np.array(kept, dtype=int)])
-        x = x[:, [left.tolist().index(token) for token in wanted]]
-        left = wanted
-        x = block(x)
+    prefix, every = plan.geometry.prefix_tokens, plan.geometry.tokens
+
+    def positions(patches):
+        return [*range(prefix), *(prefix + patch for patch in patches)]
+
+    for block, keys, queries, mlps in zip(model.blocks, plan.keys, plan.queries, plan.mlps, strict=True):
+        normed, update = block.norm1(x), torch.zeros_like(x)
+        # One query at a time beside the keys: timm's attention has as many queries as keys, and one row is its own.
+        # A token that is no key attends too, so it stands in a sequence whose last token only asks.
+        read = normed[:, positions(keys)]
+        for token in positions(queries) if read.shape[1] else []:
+            both = torch.cat([read, normed[:, token : token + 1]], 1)
+            bias = torch.zeros(1, 1, 1, both.shape[1], dtype=x.dtype)
+            bias[..., -1] = -torch.inf
+            update[:, token] = block.ls1(block.attn(both, attn_mask=bias))[:, -1]
+        x = x + update
+        rows = positions(mlps)
+        x = x.clone()
+        x[:, rows] = x[:, rows] + block.ls2(block.mlp(block.norm2(x[:, rows])))
+    if plan.geometry.head_patches:
+        x = x[:, positions(plan.reads)]
+    assert x.shape[1] <= every
     return model.forward_head(model.norm(x))
 
 
@@ -62,11 +78,41 @@ def test_identity_plan_changes_nothing(adapter):
             assert (adapter.model(images) - expected).abs().max() < TOLERANCE, form
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_all_forms_equal_gathering_by_hand(adapter, seed):
+@pytest.mark.parametrize("seed", range(4))
+def test_all_forms_equal_masking_by_hand(adapter, seed):
     images, plan = images_for(adapter), random_plan(adapter, seed)
-    expected = gathered_by_hand(adapter.model, plan, images)
+    expected = masked_by_hand(adapter.model, plan, images)
     assert (expected - adapter.model(images)).abs().max() > 1e-6  # The plan does something.
+    for form in FORMS:
+        with adapter.applied(plan, form):
+            assert (adapter.model(images) - expected).abs().max() < TOLERANCE, form
+
+
+def test_blocks_without_any_patch(adapter):
+    """Sets may be empty, all of them: what is left is what prefix tokens do, and what the head reads."""
+    geometry = adapter.geometry
+    images = images_for(adapter)
+    for masks in (np.zeros((3, geometry.depth, geometry.patches)), np.eye(3)[:, [0, 1, 2, 0]][..., None]):
+        masks = np.broadcast_to(masks, (3, geometry.depth, geometry.patches)).astype(bool)
+        plan = TokenPlan.from_masks(adapter.name, geometry, masks)
+        expected = masked_by_hand(adapter.model, plan, images)
+        for form in FORMS:
+            with adapter.applied(plan, form):
+                assert (adapter.model(images) - expected).abs().max() < TOLERANCE, form
+
+
+def test_dropping_equals_selecting_tokens_away(adapter):
+    """The classical plan, against timm's whole blocks on the tokens that are left."""
+    geometry, images = adapter.geometry, images_for(adapter)
+    exits = np.random.default_rng(1).integers(0, geometry.depth + 1, geometry.patches)
+    exits[2] = geometry.depth
+    plan = TokenPlan.dropping_from_exits(adapter.name, geometry, exits)
+    model, prefix = adapter.model, geometry.prefix_tokens
+    x, left = model.norm_pre(model._pos_embed(model.patch_embed(images))), list(range(geometry.tokens))
+    for block, kept in zip(model.blocks, plan.kept, strict=True):
+        wanted = [*range(prefix), *(prefix + patch for patch in kept)]
+        x, left = block(x[:, [left.index(token) for token in wanted]]), wanted
+    expected = model.forward_head(model.norm(x))
     for form in FORMS:
         with adapter.applied(plan, form):
             assert (adapter.model(images) - expected).abs().max() < TOLERANCE, form
@@ -88,10 +134,10 @@ def test_fused_attention_gives_the_same(adapter):
 def test_gates_weigh_attention_keys(adapter):
     """A gate of 2 on a key equals that key standing there twice; tested against a hand-made softmax in one block."""
     geometry = adapter.geometry
-    kept = TokenPlan.identity(adapter.name, geometry).kept
-    gates = [[1.0] * geometry.patches for _ in kept]
+    every = [list(range(geometry.patches))] * geometry.depth
+    gates = [[1.0] * geometry.patches for _ in every]
     gates[1][3] = 2.0
-    plan = TokenPlan(adapter.name, geometry, kept, gates)
+    plan = TokenPlan(adapter.name, geometry, every, every, every, gates=gates)
     block = adapter.model.blocks[1]
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(1, geometry.tokens, geometry.embed_dim, dtype=torch.float64, generator=generator)
@@ -132,8 +178,6 @@ def test_closed_form_macs_equal_the_flop_counter(adapter, seed):
     assert counted() == dense_macs(adapter.geometry)
     with adapter.applied(plan, "dead"):
         assert counted() == plan_macs(plan)
-    with adapter.applied(plan, "gathered"):
-        assert counted() == gathered_macs(plan)
 
 
 def test_identity_plan_saves_five_percent_of_deit_small():
@@ -236,34 +280,28 @@ REOPENED = [
 ]
 
 
-def with_mask(adapter: ViTAdapter, mask: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """The reference: attention weights multiplied by ``mask`` [gate, patch] and normalised again, no logarithm."""
+def with_masks(adapter: ViTAdapter, masks: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """The reference: attention weights multiplied by ``masks`` [kind, block, patch] and normalised again, no logarithm;
+    updates multiplied."""
     model, geometry = adapter.model, adapter.geometry
 
-    def weigh(factors):
+    def softmax_with(factors):
         def softmax(logits, dim):
-            weights = (logits - logits.amax(dim, keepdim=True)).exp()
-            weights = weights * torch.cat([torch.ones(weights.shape[-1] - len(factors)).double(), factors])
+            weights = (logits - logits.amax(dim, keepdim=True)).exp() * factors
             return weights / weights.sum(dim, keepdim=True)
 
         return softmax
 
+    ones = torch.ones(*masks.shape[:2], geometry.prefix_tokens, dtype=torch.float64)
+    keys, queries, mlps = torch.cat([ones, masks], -1)
     with pytest.MonkeyPatch.context() as patch:
         x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-        for block, factors in zip(model.blocks, mask[: geometry.depth], strict=True):
+        for index, block in enumerate(model.blocks):
             block.attn.fused_attn = False
-            patch.setattr(torch.Tensor, "softmax", weigh(factors))
-            x = block(x)
-        x = model.norm(x)
-        if model.attn_pool is not None:
-            model.attn_pool.fused_attn = False
-            patch.setattr(torch.Tensor, "softmax", weigh(mask[-1]))
-        elif geometry.head_patches:
-            first = 0 if model.pool_include_prefix else geometry.prefix_tokens
-            factors = torch.cat([torch.ones(geometry.prefix_tokens - first).double(), mask[-1]])
-            pooled = (x[:, first:] * factors[:, None]).sum(1) / factors.sum()
-            return model.head(model.head_drop(model.fc_norm(pooled)))
-        return model.forward_head(x)
+            patch.setattr(torch.Tensor, "softmax", softmax_with(keys[index]))
+            x = x + queries[index][:, None] * block.ls1(block.attn(block.norm1(x)))
+            x = x + mlps[index][:, None] * block.ls2(block.mlp(block.norm2(x)))
+    return model.forward_head(model.norm(x))
 
 
 @pytest.mark.parametrize("kind", REOPENED)
@@ -272,34 +310,32 @@ def test_reopened_gates_have_the_gradient_of_the_mask(kind):
     geometry, images = adapter.geometry, images_for(adapter)
     plan = random_plan(adapter, 2)
     direction = torch.randn(geometry.outputs, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    gates = geometry.depth + geometry.head_patches
-    rows = torch.tensor([*range(geometry.depth), geometry.depth - 1][:gates])
-    mask = torch.from_numpy(plan.mask).double()[rows]
+    masks = torch.from_numpy(plan.masks).double()
     with adapter.applied(plan, "masked"):
         expected = adapter.model(images)
-    # What the reference is of: with the plan's own mask it is the masked form.
-    assert (with_mask(adapter, mask, images) - expected).abs().max() < TOLERANCE
+    # What the reference is of: with the plan's own masks it is the masked form.
+    assert (with_masks(adapter, masks, images) - expected).abs().max() < TOLERANCE
     for block in adapter.model.blocks:
         block.attn.fused_attn = True
     with adapter.gated(2, plan, reopen=True) as opened:
         output = adapter.model(images)
         (gradient,) = torch.autograd.grad((output @ direction).sum(), opened)
-    assert gradient.shape == (2, gates, geometry.patches) and torch.isfinite(gradient).all()
+    assert gradient.shape == (2, 3, geometry.depth, geometry.patches) and torch.isfinite(gradient).all()
     assert (output - expected).abs().max() < 1e-4  # ALMOST_CLOSED stands for closed.
     with adapter.gated(2, plan) as ordinary:
         (plain,) = torch.autograd.grad((adapter.model(images) @ direction).sum(), ordinary)
-    is_open = mask.bool().expand(2, -1, -1)
+    is_open = masks.bool().expand(2, -1, -1, -1)
     assert plain[~is_open].abs().max() == 0 < gradient[~is_open].abs().max()
     torch.testing.assert_close(gradient[is_open], plain[is_open], rtol=1e-4, atol=1e-5)
-    # Closed gates, a few of each row: finite differences in m from 0, second order.
+    # Closed gates, one of each row: finite differences in m from 0, second order.
     step, random = 1e-4, np.random.default_rng(0)
-    for gate in range(gates):
-        closed = np.flatnonzero(~plan.mask[min(gate, geometry.depth - 1)])
-        for patch in random.permutation(closed)[:2]:
-            values = []
-            for size in (0, step, 2 * step):
-                mask[gate, patch] = size
-                values.append(with_mask(adapter, mask, images) @ direction)
-            mask[gate, patch] = 0
-            slope = (4 * values[1] - 3 * values[0] - values[2]) / (2 * step)
-            torch.testing.assert_close(gradient[:, gate, patch], slope, rtol=1e-3, atol=1e-5)
+    for gate in range(3):
+        for block in range(geometry.depth):
+            for patch in random.permutation(np.flatnonzero(~plan.masks[gate, block]))[:1]:
+                values = []
+                for size in (0, step, 2 * step):
+                    masks[gate, block, patch] = size
+                    values.append(with_masks(adapter, masks, images) @ direction)
+                masks[gate, block, patch] = 0
+                slope = (4 * values[1] - 3 * values[0] - values[2]) / (2 * step)
+                torch.testing.assert_close(gradient[:, gate, block, patch], slope, rtol=1e-3, atol=1e-5)
