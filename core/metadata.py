@@ -14,7 +14,7 @@ from typing import Any
 from .. import __version__
 from .errors import UserError
 from .files import canonical_json
-from .plan import Geometry, TokenPlan
+from .plan import KINDS, Geometry, TokenPlan
 from .preprocess import Preprocessing
 from .text import command
 
@@ -25,9 +25,12 @@ WEIGHTS_SHA256 = "vpruner.weights_sha256"
 TUNED_SHA256 = "vpruner.tuned_sha256"
 GEOMETRY = "vpruner.geometry"
 PLAN = "vpruner.plan"
+#: The sets of a plan that is folded in, as JSON: keys, queries, MLPs and reads. Gates are in the graph alone.
+SETS = "vpruner.sets"
+#: What files of plans that drop tokens whole had in its place: the patches that enter each block.
 KEPT = "vpruner.kept"
 #: Of a file whose tokens are chosen image by image (:mod:`vpruner.export.rules`): method, counts and settings. There
-#: :data:`PLAN` is the digest of that, and :data:`KEPT` is absent.
+#: :data:`PLAN` is the digest of that, and :data:`SETS` is absent.
 RULE = "vpruner.rule"
 PREPROCESSING = "vpruner.preprocessing"
 CLASSES = "vpruner.classes"
@@ -53,7 +56,7 @@ class ModelMetadata:
         preprocessing: How images become the input.
         classes: Names of the outputs.
         plan: Digest of the token plan in the graph, or of the rule; None in a dense file.
-        kept: Patch indices that enter each block; None in a dense file, and where images decide.
+        token_plan: The plan in the graph, without gates and provenance; None in a dense file, and where images decide.
         rule: What chooses the tokens of each image, as :func:`vpruner.export.rules.describe_rule` has it; None in every
             other file.
         tuned_sha256: Hash of the tuned weights in the graph; None where they are the trained ones.
@@ -68,7 +71,7 @@ class ModelMetadata:
     preprocessing: Preprocessing | None = None
     classes: tuple[str, ...] | None = None
     plan: str | None = None
-    kept: tuple[tuple[int, ...], ...] | None = None
+    token_plan: TokenPlan | None = None
     rule: Mapping[str, Any] | None = None
     tuned_sha256: str | None = None
     output: str | None = None
@@ -79,11 +82,26 @@ class ModelMetadata:
         if self.output is None:
             object.__setattr__(self, "output", "logits" if self.geometry is None else self.geometry.output)
 
+    @property
+    def token_counts(self) -> tuple[tuple[int, ...], ...] | None:
+        """Tokens, prefix included, that each block reads, that attend, and that pass its MLP; None without geometry."""
+        if self.geometry is None:
+            return None
+        if self.rule is not None:
+            # What leaves a block has attended and passed its MLP. Tokens that are merged attended too, but where the
+            # head reads none of them.
+            entering, leaving = tuple(self.rule["counts"][:-1]), tuple(self.rule["counts"][1:])
+            attending = (*entering[:-1], max(entering[-1] * self.geometry.head_patches, leaving[-1]))
+            return entering, attending if self.rule.get("merges") else leaving, leaving
+        if self.token_plan is None:
+            return ((self.geometry.tokens,) * self.geometry.depth,) * 3
+        return self.token_plan.counts
+
     def to_props(self) -> dict[str, str]:
         """The key/value strings to write; keys of unknown things are absent."""
-        classes, kept = self.classes, None
-        if self.plan is not None and self.rule is None:
-            kept = canonical_json([list(indices) for indices in self.kept or ()])
+        classes, sets = self.classes, None
+        if self.token_plan is not None:
+            sets = canonical_json({name: getattr(self.token_plan, name) for name in (*KINDS, "reads")})
         props = {
             VERSION: self.version,
             MODEL: self.model,
@@ -95,7 +113,7 @@ class ModelMetadata:
             TUNED_SHA256: self.tuned_sha256,
             PLAN: self.plan,
             RULE: None if self.rule is None else canonical_json(dict(self.rule)),
-            KEPT: kept,
+            SETS: sets,
             PRECISION: self.precision,
         }
         return {key: value for key, value in props.items() if value is not None}
@@ -133,7 +151,8 @@ class ModelMetadata:
             except ValueError as error:
                 raise ValueError(f"{key} is not JSON: {error}") from None
 
-        geometry, preprocessing, classes, kept, rule = map(parsed, (GEOMETRY, PREPROCESSING, CLASSES, KEPT, RULE))
+        geometry, preprocessing, classes, rule = map(parsed, (GEOMETRY, PREPROCESSING, CLASSES, RULE))
+        geometry = None if geometry is None else Geometry.from_json(geometry)
         output = props.get(OUTPUT, "logits")
         if output not in ("logits", "features"):
             raise ValueError(f"output is {output!r}, expected 'logits' or 'features'")
@@ -144,11 +163,11 @@ class ModelMetadata:
         return cls(
             model=props.get(MODEL),
             weights_sha256=props.get(WEIGHTS_SHA256),
-            geometry=None if geometry is None else Geometry.from_json(geometry),
+            geometry=geometry,
             preprocessing=None if preprocessing is None else Preprocessing.from_json(preprocessing),
             classes=None if classes is None else tuple(classes),
             plan=props.get(PLAN),
-            kept=None if kept is None else tuple(tuple(row) for row in kept),
+            token_plan=_token_plan(props.get(MODEL) or "model", geometry, parsed(SETS), parsed(KEPT)),
             rule=rule,
             tuned_sha256=props.get(TUNED_SHA256),
             output=output,
@@ -162,7 +181,7 @@ class ModelMetadata:
 
         How images become its input, its class names and the identity of its weights are not known.
         """
-        return cls(plan.model, geometry=plan.geometry, plan=plan.digest, kept=plan.kept)
+        return cls(plan.model, geometry=plan.geometry, plan=plan.digest, token_plan=_bare(plan))
 
     def with_plan(self, plan: TokenPlan) -> ModelMetadata:
         """The metadata of the pruned file that folding ``plan`` into this one gives.
@@ -173,15 +192,31 @@ class ModelMetadata:
         weights, tuned = self.weights_sha256, self.tuned_sha256
         if weights == plan.provenance.get("tuned_weights_sha256"):
             weights, tuned = plan.provenance.get("weights_sha256") or weights, weights
-        folded = {"plan": plan.digest, "kept": plan.kept, "version": __version__}
+        folded = {"plan": plan.digest, "token_plan": _bare(plan), "version": __version__}
         return replace(self, weights_sha256=weights, tuned_sha256=tuned, **folded)
 
 
-def _is_rule(rule: Any, geometry: Any) -> bool:
+def _bare(plan: TokenPlan) -> TokenPlan:
+    return replace(plan, gates=None, provenance={})
+
+
+def _token_plan(model: str, geometry: Geometry | None, sets: Any, kept: Any) -> TokenPlan | None:
+    if sets is None and kept is None:
+        return None
+    if geometry is None:
+        raise ValueError(f"it names the patches of a plan, and has no {GEOMETRY}")
+    if sets is None:
+        return TokenPlan.dropping(model, geometry, kept)
+    if not isinstance(sets, dict) or set(sets) != {*KINDS, "reads"}:
+        raise ValueError(f"{SETS} does not hold {', '.join(KINDS)} and reads")
+    return TokenPlan(model, geometry, **sets)
+
+
+def _is_rule(rule: Any, geometry: Geometry | None) -> bool:
     counts = rule.get("counts") if isinstance(rule, dict) else None
     return (
         isinstance(counts, list)
         and all(isinstance(count, int) for count in counts)
         and isinstance(rule.get("method"), str)
-        and (not isinstance(geometry, dict) or len(counts) == geometry.get("depth", 0) + 1)
+        and (geometry is None or len(counts) == geometry.depth + 1)
     )

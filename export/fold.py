@@ -1,13 +1,17 @@
 """Fold a token plan into the ONNX graph of a Vision Transformer: static shapes, tokens picked by constant indices.
 
-Block l is entered by K = ``plan.key_counts[l]`` tokens and left by Q = ``plan.query_counts[l]``. Where Q = K it stays
-as it is, apart from the counts in its reshapes. Where Q < K, the K - Q dead tokens give keys and values only::
+A block reads K tokens (keys and values), K' of them attend, and M pass its MLP; the rest of the stream passes through
+(:mod:`vpruner.core.schedule` says which rows these are). Where all tokens do all of it, a block stays as it is, apart
+from the counts in its reshapes. Otherwise, with rows picked by ``Slice`` where they follow each other and by ``Gather``
+where they do not::
 
-    x [B, K, d] - LayerNorm -+- W_kv ---------- keys, values [B, H, K, D] -+
-      |                      +- Gather - W_q -- queries      [B, H, Q, D] -+ attention [B, H, Q, D]
-      |                                                                    |
-      |                                                              projection
-      +-- Gather --------------------------------------------------------- Add -> norm, MLP -> [B, Q, d]
+    x [B, T, d] -- keys -- LayerNorm -+----------- W_kv -- keys, values [B, H, K, D] -+
+      |                               +- queries - W_q --- queries      [B, H, Q, D] -+ attention, projection [B, Q, d]
+      |                                                                               |
+      +-- queries ------------------------------------------------------------------ Add -- y [B, Q, d]
+      +-- passed ------------------------------------------------------------------------ z [B, ..., d]
+
+    y, z -- mlps -- LayerNorm, MLP, Add [B, M, d] -- Concat with the rows of y and z that pass [B, T', d]
 
 Recognition comes first and refuses before anything is touched; rewriting follows what was recognised and nothing else.
 """
@@ -28,23 +32,29 @@ from ..core import metadata
 from ..core.errors import PlanError
 from ..core.metadata import ModelMetadata
 from ..core.plan import Geometry, TokenPlan
+from ..core.schedule import BlockStep, Schedule, schedule
 from ..core.text import command
 from .files import save_model
 from .graph import Graph, OpenedGraph, already_pruned, open_graph
 from .passes.clean import clean
 from .passes.edit import add_constant, add_node, add_shape, add_tensor, infer_shapes_anew
 from .passes.split_heads_once import split_sizes
-from .recognise.graph import BlockSite, VitSite, integers, recognise
+from .recognise.graph import BlockSite, HeadSite, VitSite, integers, readers_of, recognise
+from .stream import Stream
 
 
 @dataclass(frozen=True)
 class BlockCounts:
-    """What folding did to one block: tokens that enter and leave it, and the ``Gather`` nodes it now has."""
+    """What folding did to one block: tokens, prefix included, that it reads, that attend, and that pass its MLP.
+
+    Attributes:
+        gated: Whether gates are added to its attention logits.
+    """
 
     block: int
     keys: int
     queries: int
-    gathers: int
+    mlps: int
     gated: bool
 
 
@@ -160,7 +170,7 @@ class FoldTokens(ir.passes.InPlacePass):
     """The pass behind :func:`fold`.
 
     Precondition: no plan is folded in. Postcondition: every value has a known shape, static but for one batch axis, and
-    each block's shapes show its numbers of keys and queries.
+    each block's shapes show its numbers of keys, queries and MLP tokens.
     """
 
     def __init__(self, plan: TokenPlan, site: VitSite | None = None):
@@ -176,39 +186,91 @@ class FoldTokens(ir.passes.InPlacePass):
         return super().__call__(model)
 
     def call(self, model: ir.Model) -> FoldResult:
-        plan, graph = self.plan, model.graph
         modified, site = False, self.site
         if site is None:
             modified = clean(model)
-            site = recognise(model, plan.geometry)
-        outputs = [value.shape for value in graph.outputs]
-
-        changed = fold_entry(graph, site, plan)
-        blocks = []
-        for block in site.blocks:
-            gathers, touched = fold_block(graph, block, plan)
-            gated = _fold_gates(graph, block, plan)
-            if block.index == 0:
-                gathers += changed
-            changed |= touched or gated
-            index = block.index
-            blocks.append(BlockCounts(index, plan.key_counts[index], plan.query_counts[index], gathers, gated))
-        changed |= fold_head(graph, site, plan)
-
+            site = recognise(model, self.plan.geometry)
+        outputs = [value.shape for value in model.graph.outputs]
+        steps = schedule(self.plan)
+        changed = fold_steps(model.graph, site, steps, self.plan.geometry)
         if changed:
             passes.RemoveUnusedNodesPass()(model)
             infer_static_shapes(model, outputs)
-            _check_counts(site, plan)
-        return FoldResult(model, modified or changed, tuple(blocks))
+            _check_counts(site, steps)
+        blocks = tuple(
+            BlockCounts(index, len(step.keys), len(step.queries), len(step.mlps), step.gates is not None)
+            for index, step in enumerate(steps.steps)
+        )
+        return FoldResult(model, modified or changed, blocks)
 
 
 # -- rewriting --------------------------------------------------------------------------------------------------------
 
 
-def gather_rows(graph: ir.Graph, before: ir.Node, stream: ir.Value, rows: np.ndarray, name: str) -> ir.Value:
-    """[B, T, d] -> [B, len(rows), d]."""
-    indices = add_constant(graph, f"{name}.rows", np.asarray(rows, np.int64))
-    return add_node(before, "Gather", [stream, indices], name, {"axis": 1}).outputs[0]
+def fold_steps(graph: ir.Graph, site: VitSite, steps: Schedule, geometry: Geometry) -> bool:
+    """Make each block take and give the rows of its step, and the head read those that leave the last one.
+
+    What nothing reads any more stays in the graph, for ``RemoveUnusedNodesPass``.
+
+    Returns:
+        Whether anything changed.
+    """
+    stream = enter(site, steps.entry, geometry.tokens)
+    changed = stream.pieces[0][0] is not site.stream
+    for block, step in zip(site.blocks, steps.steps, strict=True):
+        stream, touched = fold_block(graph, block, step, stream)
+        changed |= touched
+    return fold_head(graph, site, stream, steps.leaving, geometry) or changed
+
+
+def enter(site: VitSite, entry: np.ndarray, tokens: int) -> Stream:
+    """The rows ``entry`` of the ``tokens`` that the stem gives, in this order."""
+    picked = Stream([(site.stream, tokens)]).take(site.blocks[0].norm1, entry, "vpruner.entry")
+    return Stream([(picked, len(entry))])
+
+
+def fold_block(graph: ir.Graph, block: BlockSite, step: BlockStep, stream: Stream) -> tuple[Stream, bool]:
+    """Make one block do what ``step`` leaves of it, to ``stream``; returns what leaves it, and whether it changed."""
+    name = f"vpruner.block.{block.index}"
+    before = block.norm1
+    if len(step.queries):
+        # Both halves of the attention read one norm.
+        union = np.union1d(step.keys, step.queries)
+        changed = _reroute(block.stream, before, stream.take(before, union, f"{name}.keys"))
+        residual = stream.take(before, step.queries, f"{name}.queries")
+        changed |= _reroute(block.stream, block.residual1, residual)
+        if np.array_equal(step.keys, step.queries):
+            changed |= _reshape_to(graph, block.heads.reshape, len(step.keys))
+        else:
+            changed = True
+            normed = Stream([(before.outputs[0], len(union))])
+            _split_projection(graph, block, step, normed, union, name)
+        changed |= _reshape_to(graph, block.merge, len(step.queries))
+        changed |= _add_gates(graph, block, step, name)
+        middle = Stream([(block.residual1.outputs[0], len(step.queries))])
+    else:
+        middle, changed = Stream([]), True
+    middle.pieces += stream.passing(before, step.passed, f"{name}.passed")
+
+    norm2 = next(node for node in readers_of(block.residual1.outputs[0]) if node is not block.residual2)
+    if len(step.mlps):
+        entering = middle.take(norm2, step.mlps, f"{name}.mlps")
+        for node in (norm2, block.residual2):
+            changed |= _reroute(block.residual1.outputs[0], node, entering)
+        leaving = Stream([(block.output, len(step.mlps))])
+    else:
+        leaving, changed = Stream([]), True
+    leaving.pieces += middle.passing(norm2, step.mlp_passed, f"{name}.mlp_passed")
+    return leaving, changed
+
+
+def _reroute(old: ir.Value, reader: ir.Node, new: ir.Value) -> bool:
+    """Let ``reader`` read ``new`` in place of ``old``."""
+    for position, value in enumerate(reader.inputs):
+        if value is old and old is not new:
+            reader.replace_input_with(position, new)
+            return True
+    return False
 
 
 def _reshape_to(graph: ir.Graph, reshape: ir.Node, tokens: int) -> bool:
@@ -220,76 +282,37 @@ def _reshape_to(graph: ir.Graph, reshape: ir.Node, tokens: int) -> bool:
     return True
 
 
-def fold_entry(graph: ir.Graph, site: VitSite, plan: TokenPlan) -> bool:
-    """Drop the patches that do not even enter block 0."""
-    rows = plan.entry_rows(0)
-    if len(rows) == plan.geometry.tokens:
-        return False
-    readers = list(site.stream.uses())
-    gathered = gather_rows(graph, site.blocks[0].norm1, site.stream, rows, "vpruner.block.0.entry")
-    for node, position in readers:
-        node.replace_input_with(position, gathered)
-    return True
-
-
-def fold_block(graph: ir.Graph, block: BlockSite, plan: TokenPlan) -> tuple[int, bool]:
-    """Make one block take K tokens and give Q; returns how often it gathers, and whether anything changed."""
-    keys, queries = plan.key_counts[block.index], plan.query_counts[block.index]
-    if queries == keys:
-        changed = _reshape_to(graph, block.heads.reshape, keys)
-        changed |= _reshape_to(graph, block.merge, queries)
-        return 0, changed
-
-    name = f"vpruner.block.{block.index}"
-    # norm1 reads what enters the block now, which is not block.stream where an entry Gather stands before block 0.
-    stream = block.norm1.inputs[0]
-    selected = gather_rows(graph, block.norm1, stream, plan.query_rows(block.index), f"{name}.queries")
-    for position, value in enumerate(block.residual1.inputs):
-        if value is stream:
-            block.residual1.replace_input_with(position, selected)
-
-    _split_projection(graph, block, selected, keys, queries, name)
-    _reshape_to(graph, block.merge, queries)
-    return 2, True
-
-
 def _split_projection(
-    graph: ir.Graph, block: BlockSite, selected: ir.Value, keys: int, queries: int, name: str
+    graph: ir.Graph, block: BlockSite, step: BlockStep, normed: Stream, rows: np.ndarray, name: str
 ) -> None:
-    """Queries of the tokens that stay, keys and values of all K, by two products in place of the fused one.
+    """Queries of the tokens that attend, keys and values of those that are read, by two products in place of one.
 
-    However few the dead tokens are: with one of 197 the split takes 0.98 to 1.00 of the time of one product on all of
-    them whose queries are then gathered, with 16 of them 0.97 to 0.98 (onnxruntime 1.31 on one CPU thread, 192 and 384
+    However few do not attend: with one of 197 the split takes 0.98 to 1.00 of the time of one product on all of them
+    whose queries are then gathered, with 16 of them 0.97 to 0.98 (onnxruntime 1.31 on one CPU thread, 192 and 384
     channels; norm, products and heads). What would not pay is a second norm on the Q rows in place of the ``Gather`` of
-    the first norm's: 1.01 to 1.03 with up to 4 dead tokens.
+    the first norm's: 1.01 to 1.03 with up to 4 tokens that do not attend.
+
+    Args:
+        normed: What the norm gives, of these ``rows`` of the stream.
     """
     heads, head_dim = block.heads.heads, block.heads.head_dim
     inner = heads * head_dim
     before = block.heads.reshape
     batch = integers(block.heads.reshape, 1)[0]
-    attributes = dict(block.heads.reshape.attributes)
-    rows = selected.producer().inputs[1]
-    normed = add_node(before, "Gather", [block.norm1.outputs[0], rows], f"{name}.normed", {"axis": 1}).outputs[0]
-    query = _linear(graph, before, normed, block, slice(0, inner), f"{name}.q")
-    query = add_node(
-        before, "Reshape", [query, add_shape(graph, [batch, queries, heads, head_dim])], f"{name}.q.rows", attributes
-    )
-    query = add_node(before, "Transpose", query.outputs, f"{name}.q.heads", {"perm": [0, 2, 1, 3]})
 
-    key_value = _linear(graph, before, block.norm1.outputs[0], block, slice(inner, 3 * inner), f"{name}.kv")
-    key_value = add_node(
-        before,
-        "Reshape",
-        [key_value, add_shape(graph, [batch, keys, 2 * heads, head_dim])],
-        f"{name}.kv.rows",
-        dict(attributes),
-    )
-    key_value = add_node(before, "Transpose", key_value.outputs, f"{name}.kv.heads", {"perm": [0, 2, 1, 3]})
-    key_value = add_node(
-        before, "Split", [key_value.outputs[0], split_sizes(graph, heads, 2)], f"{name}.kv.parts", {"axis": 1}, 2
-    )
+    def project(kind: str, wanted: np.ndarray, columns: slice, count: int) -> ir.Value:
+        """[B, count H, len(wanted), D] of the rows ``wanted``."""
+        part = f"{name}.{kind}"
+        value = normed.take(before, np.searchsorted(rows, wanted), f"{part}.normed")
+        value = _linear(graph, before, value, block, columns, part)
+        shape = add_shape(graph, [batch, len(wanted), count * heads, head_dim])
+        split = add_node(before, "Reshape", [value, shape], f"{part}.rows", dict(before.attributes))
+        return add_node(before, "Transpose", split.outputs, f"{part}.heads", {"perm": [0, 2, 1, 3]}).outputs[0]
 
-    for old, new in zip(block.heads.parts, (query.outputs[0], *key_value.outputs), strict=True):
+    query = project("q", step.queries, slice(0, inner), 1)
+    key_value = project("kv", step.keys, slice(inner, 3 * inner), 2)
+    parts = add_node(before, "Split", [key_value, split_sizes(graph, heads, 2)], f"{name}.kv.parts", {"axis": 1}, 2)
+    for old, new in zip(block.heads.parts, (query, *parts.outputs), strict=True):
         ir.convenience.replace_all_uses_with(old, new)
     graph.remove([*reversed(block.heads.nodes), *reversed(block.qkv.nodes)], safe=True)
 
@@ -312,42 +335,47 @@ def _linear(graph: ir.Graph, before: ir.Node, value: ir.Value, block: BlockSite,
     return add_node(before, "Add", [output.outputs[0], add_constant(graph, f"{name}.bias", bias)], name).outputs[0]
 
 
-def _fold_gates(graph: ir.Graph, block: BlockSite, plan: TokenPlan) -> bool:
+def _add_gates(graph: ir.Graph, block: BlockSite, step: BlockStep, name: str) -> bool:
     """Add log(gate) of each key to the attention logits [B, H, Q, K], if any gate of this block is not 1."""
-    gates = None if plan.gates is None else plan.gates[block.index]
-    if gates is None or all(gate == 1 for gate in gates):
+    if step.gates is None:
         return False
     logits = block.softmax.inputs[0]
-    bias = np.concatenate([np.zeros(plan.geometry.prefix_tokens), np.log(np.asarray(gates, np.float64))])
-    bias = bias.astype(logits.dtype.numpy() if logits.dtype is not None else np.float32)[None, None, None]
-    name = f"vpruner.block.{block.index}.gates"
-    gated = add_node(block.softmax, "Add", [logits, add_constant(graph, f"{name}.log", bias)], name)
+    bias = np.log(step.gates).astype(logits.dtype.numpy() if logits.dtype is not None else np.float32)
+    constant = add_constant(graph, f"{name}.gates.log", bias[None, None, None])
+    gated = add_node(block.softmax, "Add", [logits, constant], f"{name}.gates")
     block.softmax.replace_input_with(0, gated.outputs[0])
     return True
 
 
-def fold_head(graph: ir.Graph, site: VitSite, plan: TokenPlan) -> bool:
-    """Rename the tokens that the head reads: positions among those that leave the last block."""
-    left = plan.token_positions(plan.geometry.depth)
-    changed = False
-    for select in site.head.selects:
+def fold_head(graph: ir.Graph, site: VitSite, stream: Stream, leaving: np.ndarray, geometry: Geometry) -> bool:
+    """Let the head read ``stream``: tokens at the positions ``leaving``, prefix first and then patches in any order."""
+    readers = list(site.head.stream.uses())
+    # In the order of the graph: the pieces are joined ahead of the first reader.
+    first = next(node for node in graph if any(node is reader for reader, _ in readers))
+    tokens = stream.joined(first, "vpruner.head.tokens")
+    changed = tokens is not site.head.stream
+    for node, position in readers:
+        node.replace_input_with(position, tokens)
+    return rename_tokens(graph, site.head, leaving, geometry) or changed
+
+
+def rename_tokens(graph: ir.Graph, head: HeadSite, leaving: np.ndarray, geometry: Geometry) -> bool:
+    """Put rows of the tokens that are left in the place of the positions and counts that a head names."""
+    prefix, changed = int((leaving < geometry.prefix_tokens).sum()), False
+    for select in head.selects:
         token = integers(select, 1)[0]
-        row = int(np.searchsorted(left, token))
+        (row,) = np.flatnonzero(leaving == token).tolist()
         if row != token:
             index = np.full(select.inputs[1].const_value.shape, row, np.int64)
             select.replace_input_with(1, add_constant(graph, f"vpruner.head.{token}", index))
             changed = True
-    patches = len(plan.kept[-1]) if plan.geometry.head_patches else 0
-    cut = site.head.slice
-    if cut is not None:
-        # Its end lies at or past the last token already, and may stay there.
-        start = integers(cut, 1)[0]
-        row = int(np.searchsorted(left, start))
-        if row != start:
-            cut.replace_input_with(1, add_constant(graph, "vpruner.head.first_patch", np.asarray([row], np.int64)))
-            changed = True
-    if site.head.reshape is not None:
-        changed |= _reshape_to(graph, site.head.reshape, patches if cut is not None else len(left))
+    # The end of the slice lies at or past the last token already, and may stay there.
+    if head.slice is not None and integers(head.slice, 1)[0] != prefix:
+        first_patch = add_constant(graph, "vpruner.head.first_patch", np.asarray([prefix], np.int64))
+        head.slice.replace_input_with(1, first_patch)
+        changed = True
+    if head.reshape is not None:
+        changed |= _reshape_to(graph, head.reshape, len(leaving) - (0 if head.slice is None else prefix))
     return changed
 
 
@@ -369,12 +397,16 @@ def infer_static_shapes(model: ir.Model, outputs: Sequence[ir.Shape | None]) -> 
                 raise AssertionError(f"folding left value {value.name!r} with shape {value.shape}")
 
 
-def _check_counts(site: VitSite, plan: TokenPlan) -> None:
-    for block in site.blocks:
-        keys, queries = plan.key_counts[block.index], plan.query_counts[block.index]
-        logits, output = block.softmax.outputs[0].shape, block.output.shape
-        if (logits[2], logits[3], output[1]) != (queries, keys, queries):
-            raise AssertionError(
-                f"folding gave block {block.index} logits {logits} and output {output}, "
-                f"expected {queries} queries and {keys} keys"
-            )
+def _check_counts(site: VitSite, steps: Schedule) -> None:
+    for block, step in zip(site.blocks, steps.steps, strict=True):
+        keys, queries, mlps = len(step.keys), len(step.queries), len(step.mlps)
+        expected = {
+            "attention logits": (block.softmax, (2, 3), (queries, keys)),
+            "attention": (block.residual1, (1,), (queries,)),
+            "MLP": (block.residual2, (1,), (mlps,)),
+        }
+        for what, (node, axes, counts) in expected.items():
+            found = tuple(node.outputs[0].shape[axis] for axis in axes)
+            # A node that is left out has the shape that it had before.
+            if found != counts if counts[0] else node.graph is not None:
+                raise AssertionError(f"folding gave block {block.index} {found} rows of {what}, expected {counts}")

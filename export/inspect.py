@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -68,37 +66,26 @@ def _describe(opened: OpenedGraph) -> dict[str, Any]:
 
 def _describe_pruned(props: Mapping[str, str], source: str) -> dict[str, Any]:
     about = ModelMetadata.from_props(props, source)
-    if about.rule is not None and about.geometry is not None:
-        return _describe_rule(about.rule, about.geometry)
-    if about.geometry is None or about.kept is None:
-        raise UserError(f"{source} names a plan, and not what it keeps", f"fold the plan again with: {command('fold')}")
-    plan = TokenPlan(about.model or Path(source).stem, about.geometry, about.kept)
-    return {
+    if about.geometry is None or about.token_plan is about.rule is None:
+        raise UserError(f"{source} names a plan, and not what it holds", f"fold the plan again with: {command('fold')}")
+    described = {
         "geometry": about.geometry.to_json(),
         "canonical": None,
-        "blocks": [
-            {"block": index, "keys": keys, "queries": queries, "dead": keys - queries}
-            for index, (keys, queries) in enumerate(zip(plan.key_counts, plan.query_counts, strict=True))
-        ],
+        "blocks": _counts(*about.token_counts),
         "head": None,
         "dense_macs": dense_macs(about.geometry),
-        "of_dense_macs": round(cost_ratio(plan), 6),
     }
+    if about.rule is not None:
+        return {"rule": dict(about.rule), **described}
+    return {**described, "of_dense_macs": round(cost_ratio(about.token_plan), 6)}
 
 
-def _describe_rule(rule: Mapping[str, Any], geometry: Geometry) -> dict[str, Any]:
-    counts = rule["counts"]
-    return {
-        "rule": dict(rule),
-        "geometry": geometry.to_json(),
-        "canonical": None,
-        "blocks": [
-            {"block": index, "keys": keys, "queries": queries, "dead": 0 if rule.get("merges") else keys - queries}
-            for index, (keys, queries) in enumerate(itertools.pairwise(counts))
-        ],
-        "head": None,
-        "dense_macs": dense_macs(geometry),
-    }
+def _counts(*counts: Sequence[int]) -> list[dict[str, int]]:
+    """Of each block, from the keys, queries and MLP tokens of all blocks."""
+    return [
+        {"block": block, "keys": keys, "queries": queries, "mlps": mlps}
+        for block, (keys, queries, mlps) in enumerate(zip(*counts, strict=True))
+    ]
 
 
 def _signature(value: ir.Value) -> dict[str, Any]:
@@ -107,18 +94,15 @@ def _signature(value: ir.Value) -> dict[str, Any]:
 
 
 def _describe_blocks(site: VitSite, plan: TokenPlan) -> list[dict[str, Any]]:
-    """For each block the values that carry the residual stream, and the tokens that nothing reads after it."""
+    """For each block the values that carry the residual stream, and the tokens of which something is read later."""
     return [
         {
-            "block": block.index,
+            **counts,
             "enters": block.stream.name,
             "after_attention": block.residual1.outputs[0].name,
             "leaves": block.output.name,
-            "keys": plan.key_counts[block.index],
-            "queries": plan.query_counts[block.index],
-            "dead": plan.key_counts[block.index] - plan.query_counts[block.index],
         }
-        for block in site.blocks
+        for block, counts in zip(site.blocks, _counts(*plan.counts), strict=True)
     ]
 
 

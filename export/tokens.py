@@ -13,11 +13,13 @@ from torch import nn
 
 from ..core.errors import GraphError, UserError
 from ..core.plan import TokenPlan
+from ..core.schedule import is_range, schedule
 from ..core.text import option
 from ..prune.backbones.vit import ViTAdapter
 from .files import save_model
 from .graph import Graph, OpenedGraph, copy_model, open_graph
 from .parity import ParityCheck, compare, evaluating, run_in_chunks, run_onnx
+from .passes.edit import add_constant, add_node
 
 
 def check_pools_by_mean(adapter: ViTAdapter) -> None:
@@ -35,11 +37,14 @@ def check_pools_by_mean(adapter: ViTAdapter) -> None:
         )
 
 
-def write_tokens(graph: Graph, output: str | os.PathLike) -> OpenedGraph:
+def write_tokens(graph: Graph, plan: TokenPlan | None, output: str | os.PathLike) -> OpenedGraph:
     """Write ``graph`` with the tokens as its output, float32 [batch, token, channel], called "tokens".
 
-    They come in the order of the positions that the last block keeps (``vpruner.kept`` in the metadata), behind the
-    class token where the mean counts that.
+    They come in the order of the patches that the plan's ``reads`` names, behind the class token where the mean counts
+    that.
+
+    Args:
+        plan: What is folded into the graph; None: nothing.
 
     Raises:
         GraphError: The graph does not end in a mean over tokens.
@@ -53,6 +58,13 @@ def write_tokens(graph: Graph, output: str | os.PathLike) -> OpenedGraph:
         found = "no node" if node is None else f"{node.op_type} {node.name!r}"
         raise GraphError(f"{source.source} ends in {found}, expected the mean over tokens (ReduceMean)")
     tokens = node.inputs[0]
+    if plan is not None:
+        leaving = schedule(plan).leaving
+        order = np.argsort(leaving[len(leaving) - tokens.shape[1] :])
+        if not is_range(order):
+            rows = add_constant(model.graph, "vpruner.tokens.rows", order)
+            tokens = add_node(node, "Gather", [tokens, rows], "vpruner.tokens", {"axis": 1}).outputs[0]
+            tokens.shape = node.inputs[0].shape
     model.graph.outputs[0] = tokens
     model.graph.remove(node, safe=True)
     tokens.name, tokens.dtype = "tokens", ir.DataType.FLOAT

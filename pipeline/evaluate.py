@@ -285,9 +285,8 @@ def refuse_same(model: Path, against: Path) -> None:
 
 
 def refuse_pruned(against: Path, metadata: ModelMetadata) -> None:
-    # The identity plan drops nothing: a file without dead tokens is a fair baseline too.
-    plan, kept, geometry = metadata.plan, metadata.kept, metadata.geometry
-    if plan and not (kept and geometry and all(len(indices) == geometry.patches for indices in kept)):
+    # The identity plan prunes nothing: a file without dead work is a fair baseline too.
+    if metadata.plan and (metadata.token_plan is None or metadata.token_plan.prunes):
         raise UserError(
-            f"{against} is a pruned file (plan {plan[:12]})", f"give the dense file with {option('against')}"
+            f"{against} is a pruned file (plan {metadata.plan[:12]})", f"give the dense file with {option('against')}"
         )

@@ -213,7 +213,7 @@ def _check(reduced: Reduced, images: Tensor, done: _Writing) -> None:
 def _return_tokens(reduced: Reduced, images: Tensor, name: str, scratch: Path, done: _Writing) -> None:
     from ..export.tokens import check_tokens, write_tokens
 
-    written = write_tokens(done.plain[name], scratch / f"{name}.tokens.onnx")
+    written = write_tokens(done.plain[name], reduced.plan, scratch / f"{name}.tokens.onnx")
     done.checks.append(check_tokens(reduced.loaded.adapter, reduced.plan, written.path, images))
     done.plain[name] = written
 

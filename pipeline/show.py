@@ -31,9 +31,9 @@ def show(source: Path, image: str | None, output: Path) -> TokenPlan:
                 f"{source} holds no token plan: {metadata.rule['method']} chooses the tokens of each image",
                 f"give a pruned.onnx that {command('fold')} wrote, or a plan.json",
             )
-        if metadata.kept is None or metadata.geometry is None:
+        if metadata.token_plan is None:
             raise UserError(f"{source} holds no token plan", "give a pruned.onnx or a plan.json")
-        plan = TokenPlan(metadata.model or source.stem, metadata.geometry, metadata.kept)
+        plan = metadata.token_plan
         preprocessing = metadata.preprocessing
     else:
         plan = TokenPlan.load(source)

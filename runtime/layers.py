@@ -27,7 +27,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.metadata import ModelMetadata
-from ..core.plan import TokenPlan
+from ..core.plan import KINDS
 from ..core.progress import words
 from ..core.text import command
 from .onnx_file import GraphNode, read_nodes, read_onnx
@@ -462,20 +462,6 @@ def _fill_gaps(shares: list[Counter[Place]]) -> None:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def tokens_of(metadata: ModelMetadata) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Tokens that enter and leave each block, as the graph's own metadata says; None where it does not."""
-    geometry = metadata.geometry
-    if geometry is None:
-        return None
-    if metadata.rule is not None:
-        counts = tuple(metadata.rule["counts"])
-        return counts[:-1], counts[1:]
-    if metadata.kept is None:
-        return (geometry.tokens,) * geometry.depth, (geometry.tokens,) * geometry.depth
-    plan = TokenPlan(metadata.model or "model", geometry, metadata.kept)
-    return tuple(plan.key_counts), tuple(plan.query_counts)
-
-
 def block_map(onnx: str | PathLike | None, metadata: ModelMetadata) -> BlockMap:
     """From the ONNX file where it is there, else for names alone."""
     depth = metadata.geometry.depth if metadata.geometry else None
@@ -491,10 +477,12 @@ def blocks_row(times: BlockTimes, metadata: ModelMetadata, source: str, **about:
         source: Who measured the layers.
         about: What else to say: label, runtime, precision, batch.
     """
-    tokens = tokens_of(metadata)
+    tokens = metadata.token_counts
     lines = []
     for block, ms in enumerate(times.blocks):
-        counts = {"keys": tokens[0][block], "queries": tokens[1][block]} if tokens and block < len(tokens[0]) else {}
+        counts = {}
+        if tokens and block < len(tokens[0]):
+            counts = {kind: of_block[block] for kind, of_block in zip(KINDS, tokens, strict=True)}
         lines.append({"block": block, "ms": ms, **counts})
     return {
         "schema": 1,

@@ -1,0 +1,79 @@
+"""The residual stream of a graph between two blocks, as the pieces that it consists of, and how rows are picked of it.
+
+Nothing but ``Gather``, ``Slice`` and ``Concat`` along the token axis, with constant indices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from ..core.schedule import is_range
+from .passes.edit import add_constant, add_node
+
+
+@dataclass
+class Stream:
+    """Values [B, rows, d] that follow each other on the token axis; they are joined where something reads across them.
+
+    Attributes:
+        pieces: Values and their numbers of rows; a number may be 0, of a stream of which nothing is read.
+    """
+
+    pieces: list[tuple[ir.Value, int]]
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for _, rows in self.pieces)
+
+    def joined(self, before: ir.Node, name: str) -> ir.Value:
+        """All rows as one value, made ahead of the node ``before``."""
+        if len(self.pieces) > 1:
+            values = [value for value, _ in self.pieces]
+            self.pieces = [(add_node(before, "Concat", values, name, {"axis": 1}).outputs[0], self.rows)]
+        return self.pieces[0][0]
+
+    def take(self, before: ir.Node, rows: np.ndarray, name: str) -> ir.Value:
+        """These ``rows`` of it as one value [B, len(rows), d], made ahead of the node ``before``.
+
+        Args:
+            name: Of the node that picks them; where pieces are joined for it, ``name.stream`` of that one.
+        """
+        if len(rows) == self.rows and is_range(rows):
+            return self.joined(before, name)
+        for value, start, rows_here in self._spans():
+            if start <= rows.min() and rows.max() < start + rows_here:
+                return _pick(before, value, rows_here, rows - start, name)
+        return _pick(before, self.joined(before, f"{name}.stream"), self.rows, rows, name)
+
+    def passing(self, before: ir.Node, rows: np.ndarray, name: str) -> list[tuple[ir.Value, int]]:
+        """The pieces of ascending ``rows``, each picked from one piece of this stream."""
+        pieces = []
+        for index, (value, start, rows_here) in enumerate(self._spans()):
+            inside = rows[(start <= rows) & (rows < start + rows_here)] - start
+            if len(inside):
+                pieces.append((_pick(before, value, rows_here, inside, f"{name}.{index}"), len(inside)))
+        return pieces
+
+    def _spans(self) -> list[tuple[ir.Value, int, int]]:
+        """Each piece: value, its first row in the stream, number of rows."""
+        starts = np.cumsum([0, *(rows for _, rows in self.pieces)]).tolist()
+        return [(value, start, rows) for (value, rows), start in zip(self.pieces, starts, strict=False)]
+
+
+def _pick(before: ir.Node, value: ir.Value, of: int, rows: np.ndarray, name: str) -> ir.Value:
+    """``rows`` of a value [B, of, d]."""
+    graph, first = before.graph, int(rows[0])
+    if not is_range(rows, first):
+        indices = add_constant(graph, f"{name}.rows", np.asarray(rows, np.int64))
+        return add_node(before, "Gather", [value, indices], name, {"axis": 1}).outputs[0]
+    if len(rows) == of:
+        return value
+    bounds = [_integer(graph, "row", first), _integer(graph, "row", first + len(rows)), _integer(graph, "axis", 1)]
+    return add_node(before, "Slice", [value, *bounds], name).outputs[0]
+
+
+def _integer(graph: ir.Graph, what: str, number: int) -> ir.Value:
+    return add_constant(graph, f"vpruner.{what}.{number}", np.asarray([number], np.int64))
