@@ -5,7 +5,7 @@ Nothing but ``Gather``, ``Slice`` and ``Concat`` along the token axis, with cons
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -19,10 +19,11 @@ class Stream:
     """Values [B, rows, d] that follow each other on the token axis; they are joined where something reads across them.
 
     Attributes:
-        pieces: Values and their numbers of rows; a number may be 0, of a stream of which nothing is read.
+        pieces: Values and their numbers of rows.
     """
 
     pieces: list[tuple[ir.Value, int]]
+    _picked: dict[tuple[ir.Value, bytes], ir.Value] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -43,18 +44,18 @@ class Stream:
         """
         if len(rows) == self.rows and is_range(rows):
             return self.joined(before, name)
-        for value, start, rows_here in self._spans():
-            if start <= rows.min() and rows.max() < start + rows_here:
-                return _pick(before, value, rows_here, rows - start, name)
-        return _pick(before, self.joined(before, f"{name}.stream"), self.rows, rows, name)
+        for value, start, count in self._spans():
+            if start <= rows.min() and rows.max() < start + count:
+                return self._pick(before, value, count, rows - start, name)
+        return self._pick(before, self.joined(before, f"{name}.stream"), self.rows, rows, name)
 
     def passing(self, before: ir.Node, rows: np.ndarray, name: str) -> list[tuple[ir.Value, int]]:
         """The pieces of ascending ``rows``, each picked from one piece of this stream."""
         pieces = []
-        for index, (value, start, rows_here) in enumerate(self._spans()):
-            inside = rows[(start <= rows) & (rows < start + rows_here)] - start
+        for index, (value, start, count) in enumerate(self._spans()):
+            inside = rows[(start <= rows) & (rows < start + count)] - start
             if len(inside):
-                pieces.append((_pick(before, value, rows_here, inside, f"{name}.{index}"), len(inside)))
+                pieces.append((self._pick(before, value, count, inside, f"{name}.{index}"), len(inside)))
         return pieces
 
     def _spans(self) -> list[tuple[ir.Value, int, int]]:
@@ -62,17 +63,21 @@ class Stream:
         starts = np.cumsum([0, *(rows for _, rows in self.pieces)]).tolist()
         return [(value, start, rows) for (value, rows), start in zip(self.pieces, starts, strict=False)]
 
-
-def _pick(before: ir.Node, value: ir.Value, of: int, rows: np.ndarray, name: str) -> ir.Value:
-    """``rows`` of a value [B, of, d]."""
-    graph, first = before.graph, int(rows[0])
-    if not is_range(rows, first):
-        indices = add_constant(graph, f"{name}.rows", np.asarray(rows, np.int64))
-        return add_node(before, "Gather", [value, indices], name, {"axis": 1}).outputs[0]
-    if len(rows) == of:
-        return value
-    bounds = [_integer(graph, "row", first), _integer(graph, "row", first + len(rows)), _integer(graph, "axis", 1)]
-    return add_node(before, "Slice", [value, *bounds], name).outputs[0]
+    def _pick(self, before: ir.Node, value: ir.Value, count: int, rows: np.ndarray, name: str) -> ir.Value:
+        """``rows`` of a value [B, count, d]; the same rows twice are picked once."""
+        graph, first = before.graph, int(rows[0])
+        if is_range(rows, first) and len(rows) == count:
+            return value
+        key = value, rows.tobytes()
+        if key not in self._picked:
+            if is_range(rows, first):
+                bounds = [_integer(graph, "row", at) for at in (first, first + len(rows))]
+                node = add_node(before, "Slice", [value, *bounds, _integer(graph, "axis", 1)], name)
+            else:
+                indices = add_constant(graph, f"{name}.rows", np.asarray(rows, np.int64))
+                node = add_node(before, "Gather", [value, indices], name, {"axis": 1})
+            self._picked[key] = node.outputs[0]
+        return self._picked[key]
 
 
 def _integer(graph: ir.Graph, what: str, number: int) -> ir.Value:

@@ -1,6 +1,6 @@
 """What the tests of export share: a reference of their own, plans, and ways to run and look at ONNX models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
+from hypothesis import strategies as st
 from store import stored
 from tiny_vits import KINDS, tiny
 from torch import nn
@@ -101,39 +102,82 @@ def write_dense(folder: Path, kind: str, opset: int, dynamic_batch: bool, batch_
 
 
 def random_plan(geometry: Geometry, seed: int, *, gates: bool = False, enter: float = 1.0) -> TokenPlan:
-    """A nested plan with random exits; one random patch stays to the end.
+    """A plan that drops tokens whole, one of three exits a patch, or one of any sets, in turns by ``seed``.
 
     Args:
-        enter: Probability of a patch to enter block 0 at all.
+        enter: Probability of a patch to be in any set at all.
     """
     random = np.random.default_rng(seed)
-    exits = random.integers(1, geometry.depth + 1, geometry.patches)
-    exits[random.random(geometry.patches) >= enter] = 0
-    exits[random.integers(geometry.patches)] = geometry.depth
-    plan = TokenPlan.from_exits("tiny", geometry, exits)
+    entering = random.random(geometry.patches) < enter
+    # Some patch is read to the end.
+    entering[one := random.integers(geometry.patches)] = True
+    if seed % 3 < 2:
+        exits = random.integers(1, geometry.depth + 1, (1 + 2 * (seed % 3), geometry.patches)) * entering
+        exits[0, one] = geometry.depth
+        make = TokenPlan.dropping_from_exits if seed % 3 == 0 else TokenPlan.from_exits
+        plan = make("tiny", geometry, exits[0] if seed % 3 == 0 else exits)
+    else:
+        plan = free_plan(geometry, random, entering)
     if gates:
-        rows = [random.uniform(0.2, 3.0, len(indices)).tolist() for indices in plan.kept]
-        plan = TokenPlan("tiny", geometry, plan.kept, rows)
+        plan = replace(plan, gates=[random.uniform(0.2, 3.0, len(patches)).tolist() for patches in plan.keys])
     return plan
 
 
-def gathered_reference(model: nn.Module, plan: TokenPlan, images: torch.Tensor) -> np.ndarray:
-    """What the pruned graph must give: timm's own blocks, with tokens selected away before each of them.
+def free_plan(geometry: Geometry, random: np.random.Generator, entering: np.ndarray | None = None) -> TokenPlan:
+    """Any sets, some of them empty or whole; the head reads some of the patches.
 
-    Written out here, without the adapter and without the plan's row arithmetic, so that the test has its own opinion.
+    Args:
+        entering: bool [patch]: those that are in any set at all.
     """
-    prefix = plan.geometry.prefix_tokens
+    shares = random.choice([0, 0.3, 0.7, 1], (3, geometry.depth, 1))
+    masks = random.random((3, geometry.depth, geometry.patches)) < shares
+    entering = np.ones(geometry.patches, bool) if entering is None else entering
+    plan = TokenPlan.from_masks("tiny", geometry, masks & entering)
+    reads = np.flatnonzero(entering & (random.random(geometry.patches) < random.choice([0.5, 1])))
+    return replace(plan, reads=reads if len(reads) else [int(entering.argmax())])
+
+
+@st.composite
+def plans(draw, geometry: Geometry) -> TokenPlan:
+    """Any plan for a model of this shape: no two sets of it have anything to do with each other."""
+    patches = st.sets(st.integers(0, geometry.patches - 1)).map(sorted)
+    # What is drawn set by set is seldom large, and most sets of a real plan are.
+    patches |= patches.map(lambda few: sorted(set(range(geometry.patches)) - set(few)))
+    sets = [[draw(patches) for _ in range(geometry.depth)] for _ in range(3)]
+    gates = None
+    if draw(st.booleans()):
+        gates = [[draw(st.sampled_from((0.25, 1.0, 3.0))) for _ in keys] for keys in sets[0]]
+    return TokenPlan("tiny", geometry, *sets, draw(patches) or [0], gates)
+
+
+def gathered_reference(model: nn.Module, plan: TokenPlan, images: torch.Tensor) -> np.ndarray:
+    """What the pruned graph must give: timm's own modules, on no more tokens than the plan names, added in place.
+
+    Written out here, without the adapter and without the schedule, so that the test has its own opinion. What attends
+    and is not read is there as a token with a mask.
+    """
+    prefix = list(range(plan.geometry.prefix_tokens))
+
+    def positions(patches) -> list[int]:
+        return [*prefix, *(len(prefix) + patch for patch in patches)]
+
     with torch.no_grad():
         tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-        present = list(range(tokens.shape[1]))
         for index, block in enumerate(model.blocks):
-            wanted = [*range(prefix), *(prefix + patch for patch in plan.kept[index])]
-            tokens = tokens.index_select(1, torch.tensor([present.index(token) for token in wanted]))
-            present = wanted
-            bias = None
-            if plan.gates is not None:
-                bias = torch.tensor([1.0] * prefix + list(plan.gates[index])).log()[None, None, None]
-            tokens = block(tokens, attn_mask=bias)
+            keys, queries, mlps = (positions(sets[index]) for sets in (plan.keys, plan.queries, plan.mlps))
+            if keys:
+                gates = [1.0] * len(keys) if plan.gates is None else [1.0] * len(prefix) + list(plan.gates[index])
+                there = keys + [token for token in queries if token not in keys]
+                bias = torch.tensor(gates + [0.0] * (len(there) - len(keys))).log()[None, None, None]
+                attended = block.ls1(block.attn(block.norm1(tokens[:, there]), attn_mask=bias))
+                update = torch.zeros_like(tokens)
+                update[:, queries] = attended[:, [there.index(token) for token in queries]]
+                tokens = tokens + update
+            update = torch.zeros_like(tokens)
+            update[:, mlps] = block.ls2(block.mlp(block.norm2(tokens[:, mlps])))
+            tokens = tokens + update
+        if plan.geometry.head_patches:
+            tokens = tokens[:, positions(plan.reads)]
         return model.forward_head(model.norm(tokens)).numpy()
 
 

@@ -46,7 +46,7 @@ def foreign(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def plan(model):
     geometry = read_geometry(model, "tiny")
-    exits = np.random.default_rng(0).integers(1, geometry.depth + 1, geometry.patches)
+    exits = np.random.default_rng(0).integers(1, geometry.depth + 1, (3, geometry.patches))
     return TokenPlan.from_exits("tiny", geometry, exits)
 
 
@@ -56,7 +56,9 @@ def test_a_foreign_graph_is_described(model, foreign):
     assert found["inputs"] == [{"name": "pixels", "dtype": "FLOAT", "shape": ["batch", 3, 32, 48]}]
     assert found["canonical"] is False and found["plan"] is None and found["model"] is None
     assert found["head"] == {"reads_prefix": [0], "pools": None, "pools_prefix": False}
-    assert [block["dead"] for block in found["blocks"]] == [0, 0, 24]
+    assert [[block[kind] for kind in ("keys", "queries", "mlps")] for block in found["blocks"]] == [
+        [25, 25, 25], [25, 25, 25], [25, 1, 1]
+    ]  # fmt: skip
     # The values named are those of the file: another tool can look them up there.
     names = {name for node in onnx.load(foreign).graph.node for name in node.output}
     for block, following in zip(found["blocks"], found["blocks"][1:], strict=False):
@@ -120,8 +122,8 @@ def test_a_plan_folds_into_a_foreign_file(model, foreign, plan, tmp_path):
 
     described = json.loads(call("inspect", tmp_path / "pruned.onnx", "--json").stdout)
     assert described["plan"] == plan.digest and described["of_dense_macs"] < 1
-    assert [block["keys"] for block in described["blocks"]] == list(plan.key_counts)
-    assert [block["queries"] for block in described["blocks"]] == list(plan.query_counts)
+    counts = [tuple(block[kind] for kind in ("keys", "queries", "mlps")) for block in described["blocks"]]
+    assert counts == list(zip(*plan.counts, strict=True))
     assert f"{plan.digest} is folded in" in call("inspect", tmp_path / "pruned.onnx").stdout
     again = call("fold", tmp_path / "pruned.onnx", "--identity", "-o", tmp_path / "again.onnx", code=2)
     assert plan.digest[:12] in again.stderr and not (tmp_path / "again.onnx").exists()

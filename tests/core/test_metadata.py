@@ -28,15 +28,38 @@ def test_round_trip():
 
 
 def test_with_plan():
-    plan = TokenPlan("tiny", GEOMETRY, ((0, 1, 4), (4,)))
+    gates = ((0.5, 1, 2, 1), (1, 1, 1))
+    plan = TokenPlan("tiny", GEOMETRY, ((0, 1, 4, 5), (1, 4, 5)), ((1, 4), ()), ((4,), ()), None, gates, {"seed": 3})
     pruned = read(DENSE.with_plan(plan).to_props())
-    assert pruned.plan == plan.digest and pruned.kept == ((0, 1, 4), (4,))
-    assert dataclasses.replace(pruned, plan=None, kept=None) == DENSE
+    assert pruned.plan == plan.digest and pruned.token_plan == dataclasses.replace(plan, gates=None)
+    assert not pruned.token_plan.provenance and pruned.token_counts == ((5, 4), (3, 1), (2, 1))
+    assert dataclasses.replace(pruned, plan=None, token_plan=None) == DENSE
+    pooled = dataclasses.replace(GEOMETRY, head_patches=True)
+    plan = TokenPlan("tiny", pooled, ((0, 1), (1, 4)), ((4,), (2, 4)), ((4,), ()), (2, 4))
+    assert read(dataclasses.replace(DENSE, geometry=pooled).with_plan(plan).to_props()).token_plan == plan
+
+
+def test_files_of_plans_that_drop_tokens_whole_are_still_read():
+    props = {**DENSE.to_props(), "vpruner.plan": "ab" * 32, "vpruner.kept": "[[0,1,4],[4]]"}
+    about = read(props)
+    assert about.token_plan == TokenPlan.dropping("tiny", GEOMETRY, ((0, 1, 4), (4,)))
+    assert about.token_counts == ((4, 2), (2, 1), (2, 1))
+    assert "vpruner.kept" not in about.to_props()
+
+
+def test_counts_of_a_dense_file_and_of_a_rule():
+    assert DENSE.token_counts == ((7, 7),) * 3 and ModelMetadata().token_counts is None
+    rule = {"method": "tome", "merges": True, "counts": [7, 5, 1], "settings": {}}
+    assert dataclasses.replace(DENSE, rule=rule).token_counts == ((7, 5), (7, 1), (5, 1))
+    pooled = dataclasses.replace(GEOMETRY, head_patches=True)
+    rule["counts"] = [7, 5, 3]
+    assert dataclasses.replace(DENSE, rule=rule, geometry=pooled).token_counts == ((7, 5), (7, 5), (5, 3))
+    assert dataclasses.replace(DENSE, rule={**rule, "merges": False}).token_counts == ((7, 5), (5, 3), (5, 3))
 
 
 def test_tuned_weights_are_filed_under_those_they_were_tuned_from():
     facts = {"weights_sha256": "ab" * 32, "tuned_weights_sha256": "cd" * 32}
-    plan = TokenPlan("tiny", GEOMETRY, ((0, 1, 4), (4,)), provenance=facts)
+    plan = TokenPlan.dropping("tiny", GEOMETRY, ((0, 1, 4), (4,)), provenance=facts)
     tuned = dataclasses.replace(DENSE, weights_sha256="cd" * 32)
     pruned = read(tuned.with_plan(plan).to_props())
     assert (pruned.weights_sha256, pruned.tuned_sha256) == ("ab" * 32, "cd" * 32)
@@ -44,7 +67,7 @@ def test_tuned_weights_are_filed_under_those_they_were_tuned_from():
     assert ModelMetadata.from_props(props, "x.onnx").tuned_sha256 == "cd" * 32
     # The trained weights with the same plan, and a plan that says nothing of what they were tuned from.
     assert read(DENSE.with_plan(plan).to_props()).tuned_sha256 is None
-    plan = TokenPlan("tiny", GEOMETRY, ((0, 1, 4), (4,)), provenance={"tuned_weights_sha256": "cd" * 32})
+    plan = TokenPlan.dropping("tiny", GEOMETRY, ((0, 1, 4), (4,)), provenance={"tuned_weights_sha256": "cd" * 32})
     assert read(tuned.with_plan(plan).to_props()).weights_sha256 == "cd" * 32
 
 
@@ -54,11 +77,13 @@ def test_props_of_others_are_ignored():
 
 def test_the_keys_are_a_file_format():
     """Written by every version so far, and read by every one to come: text and order, byte by byte."""
-    plan = TokenPlan("tiny", GEOMETRY, ((0, 1, 4), (4,)))
+    plan = TokenPlan.dropping("tiny", GEOMETRY, ((0, 1, 4), (4,)))
     assert list(DENSE.with_plan(plan).to_props()) == [
         *("vpruner.version", "vpruner.model", "vpruner.weights_sha256", "vpruner.geometry", "vpruner.preprocessing"),
-        *("vpruner.output", "vpruner.classes", "vpruner.plan", "vpruner.kept"),
+        *("vpruner.output", "vpruner.classes", "vpruner.plan", "vpruner.sets"),
     ]
+    sets = DENSE.with_plan(plan).to_props()["vpruner.sets"]
+    assert sets == '{"keys":[[0,1,4],[4]],"mlps":[[4],[]],"queries":[[4],[]],"reads":[]}'
     props = DENSE.to_props()
     assert props["vpruner.classes"] == '["cat", "dog", "Hündin"]' and props["vpruner.output"] == "logits"
     assert props["vpruner.preprocessing"] == (
@@ -66,7 +91,7 @@ def test_the_keys_are_a_file_format():
         '"std":[0.25,0.25,0.25]}'
     )
     assert list(ModelMetadata.of_plan(plan).to_props()) == [
-        "vpruner.version", "vpruner.model", "vpruner.geometry", "vpruner.output", "vpruner.plan", "vpruner.kept"
+        "vpruner.version", "vpruner.model", "vpruner.geometry", "vpruner.output", "vpruner.plan", "vpruner.sets"
     ]  # fmt: skip
 
 
@@ -95,6 +120,10 @@ def test_a_missing_key_is_named(key):
         ("vpruner.geometry", "[]"),
         ("vpruner.classes", "3"),
         ("vpruner.kept", "7"),
+        ("vpruner.kept", "[[0], [1]]"),
+        ("vpruner.sets", "7"),
+        ("vpruner.sets", '{"keys": [[], []]}'),
+        ("vpruner.sets", '{"keys": [[], []], "queries": [[], []], "mlps": [[], [99]], "reads": []}'),
         ("vpruner.output", "boxes"),
         ("vpruner.preprocessing", '{"mean": 1}'),
         ("vpruner.rule", '{"method": "x"}'),

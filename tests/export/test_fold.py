@@ -1,6 +1,8 @@
 """Folding a plan into a graph: right numbers for every kind of model, right nodes, honest reports."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -15,6 +17,7 @@ from export_tools import (
     gathered_reference,
     nodes,
     only,
+    plans,
     random_plan,
     relative_difference,
     run,
@@ -27,9 +30,11 @@ from timm.layers import SwiGLU, SwiGLUPacked
 
 from vpruner.core import metadata
 from vpruner.core.errors import PlanError, UserError
-from vpruner.core.plan import TokenPlan
+from vpruner.core.plan import KINDS, TokenPlan
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold, fold_file
+from vpruner.export.graph import open_graph
+from vpruner.export.mask import mask_tokens
 from vpruner.export.recognise.graph import recognise
 
 #: Float32 rounding of these models is near 1e-6; a wrong token shows above 1e-3 (see test_a_wrong_token_is_seen).
@@ -56,9 +61,7 @@ def test_pruned_onnx_equals_the_gathered_model(form):
         plan = random_plan(dense.geometry, seed, enter=1.0 if seed else 0.8, gates=seed == 2)
         result = assert_folds(dense, plan, images)
         assert result.modified
-        assert [(b.keys, b.queries) for b in result.blocks] == list(
-            zip(plan.key_counts, plan.query_counts, strict=True)
-        )
+        assert [(b.keys, b.queries, b.mlps) for b in result.blocks] == list(zip(*plan.counts, strict=True))
         assert result.model.opset_imports == {"": opset}
         for value in (result.model.graph.inputs[0], result.model.graph.outputs[0]):
             assert dims(value)[0] == (batch or "batch")
@@ -94,75 +97,95 @@ def test_other_block_contents(exported, changes):
         assert_folds(dense, random_plan(dense.geometry, seed, enter=0.7), dense.images())
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_nested_plan(exported, data):
+def test_any_plan(exported, data):
+    """Against the reference, and against the masked graph."""
     kind, changes = data.draw(
         st.sampled_from(
             [
                 ("class token", {}),
                 ("registers", {"img_size": (24, 16), "depth": 3}),
                 ("average pooling", {"img_size": (16, 40), "depth": 2}),
+                ("attention pooling over the class token too", {"img_size": (16, 16), "depth": 2}),
             ]
         )
     )
     dense = exported(kind, **changes)
-    geometry = dense.geometry
-    patch_exits = st.lists(st.integers(0, geometry.depth), min_size=geometry.patches, max_size=geometry.patches)
-    exits = np.array(data.draw(patch_exits))
-    if geometry.head_patches or not geometry.prefix_tokens:
-        exits[data.draw(st.integers(0, geometry.patches - 1))] = geometry.depth
-    assert_folds(dense, TokenPlan.from_exits("tiny", geometry, exits), dense.images())
+    plan, images = data.draw(plans(dense.geometry)), dense.images()
+    folded = run(assert_folds(dense, plan, images).model, images)
+    masked = run(mask_tokens(open_graph(dense.path).recognised(), plan), images)
+    assert relative_difference(folded, masked) < TOLERANCE
 
 
 def test_a_wrong_token_is_seen(exported):
-    """The comparisons above are sharp enough to see one patch taken for its neighbour, in any block."""
-    dense = exported("class token")
-    images = dense.images()
-    everything = tuple(range(dense.geometry.patches))
-    right, wrong = (0, 3, 7, 9), (0, 3, 8, 9)
-    for block in range(1, dense.geometry.depth):
-        plan, other = (
-            TokenPlan("tiny", dense.geometry, (everything,) * block + (kept,) * (dense.geometry.depth - block))
-            for kept in (right, wrong)
-        )
-        folded = run(fold(load_model(dense.path), other).model, images)
-        assert relative_difference(folded, gathered_reference(dense.model, plan, images)) > 5 * TOLERANCE
+    """The comparisons above are sharp enough to see one patch taken for its neighbour, in any set of any block."""
+    dense = exported("average pooling")
+    images, geometry = dense.images(), dense.geometry
+    masks = np.random.default_rng(0).random((3, geometry.depth, geometry.patches)) < 0.6
+    masks[..., 7], masks[..., 8] = True, False
+    plan = TokenPlan.from_masks("tiny", geometry, masks)
+    reference = gathered_reference(dense.model, plan, images)
+    assert relative_difference(run(fold(load_model(dense.path), plan).model, images), reference) < TOLERANCE
+    for kind in range(3):
+        for block in range(geometry.depth):
+            other = masks.copy()
+            other[kind, block, [7, 8]] = other[kind, block, [8, 7]]
+            folded = run(fold(load_model(dense.path), TokenPlan.from_masks("tiny", geometry, other)).model, images)
+            assert relative_difference(folded, reference) > 5 * TOLERANCE, (kind, block)
 
 
 # -- which nodes ------------------------------------------------------------------------------------------------------
 
 
-def test_dead_tokens_give_keys_and_values_only(exported):
+def moves(model: ir.Model) -> dict[str, str]:
+    """Name -> operator of the nodes that folding added to pick rows and to put them together."""
+    added = [node for node in model.graph if node.name.startswith("vpruner.")]
+    return {node.name: node.op_type for node in added if node.op_type in ("Gather", "Slice", "Concat")}
+
+
+def rows_of(node: ir.Node) -> list[int]:
+    """The rows that a ``Gather`` or ``Slice`` of :func:`moves` picks on axis 1."""
+    constants = [value.const_value.numpy() for value in node.inputs[1:]]
+    assert all(array.dtype == np.int64 for array in constants)
+    if node.op_type == "Gather":
+        assert node.attributes["axis"].as_int() == 1
+        return constants[0].tolist()
+    (first,), (end,), (axis,) = constants
+    assert axis == 1
+    return list(range(first, end))
+
+
+def test_tokens_that_are_dropped_give_keys_and_values_only(exported):
     dense = exported("class token")
     geometry = dense.geometry
-    kept = (tuple(range(24)), (0, 5, 6, 11, 20), (0, 5, 6, 11, 20), (5,))
-    plan = TokenPlan("tiny", geometry, kept)
+    plan = TokenPlan.dropping("tiny", geometry, (range(24), (0, 5, 6, 11, 20), (0, 5, 6, 11, 20), (5,)))
     original = load_model(dense.path)
     site = recognise(original, geometry)
     whole_weights = [block.qkv.weight.const_value.numpy() for block in site.blocks]
     result = fold(original, plan)
     graph = original.graph
+    by_name = {node.name: node for node in graph}
 
-    gathers = {node.name: node for node in token_gathers(result.model)}
-    kinds = ("queries", "normed")
-    assert set(gathers) == {f"vpruner.block.{block}.{kind}" for block in (0, 2, 3) for kind in kinds}
-    for block, rows in ((0, [0, 1, 6, 7, 12, 21]), (2, [0, 2]), (3, [0])):
-        pair = [gathers[f"vpruner.block.{block}.{kind}"] for kind in kinds]
-        assert pair[0].inputs[1] is pair[1].inputs[1]
-        indices = pair[0].inputs[1].const_value.numpy()
-        assert indices.tolist() == rows and indices.dtype == np.int64
-        assert [node.attributes["axis"].as_int() for node in pair] == [1, 1]
-    assert [block.gathers for block in result.blocks] == [2, 0, 2, 2]
+    # The longer a patch is updated, the earlier it stands: what goes on is in front in every block.
+    assert moves(result.model) == {
+        "vpruner.entry": "Gather",
+        **{f"vpruner.block.{block}.{kind}": "Slice" for block in (0, 2, 3) for kind in ("queries", "q.normed")},
+    }
+    gone = [1 + patch for patch in range(24) if patch not in (0, 5, 6, 11, 20)]
+    assert rows_of(by_name["vpruner.entry"]) == [0, 6, 1, 7, 12, 21, *gone]
+    for block, count in ((0, 6), (2, 2), (3, 1)):
+        for kind in ("queries", "q.normed"):
+            assert rows_of(by_name[f"vpruner.block.{block}.{kind}"]) == list(range(count))
 
-    # Block 0: the residual reads the gathered stream, queries the gathered norm, keys and values the whole norm.
-    block, gather, normed = site.blocks[0], gathers["vpruner.block.0.queries"], gathers["vpruner.block.0.normed"]
-    assert gather.inputs[0] is block.stream and normed.inputs[0] is block.norm1.outputs[0]
-    assert only(gather.outputs[0].uses()).node is block.residual1
+    # Block 0: the residual reads the rows that attend, queries their norm, keys and values the whole norm.
+    block, queries, normed = site.blocks[0], by_name["vpruner.block.0.queries"], by_name["vpruner.block.0.q.normed"]
+    entry = by_name["vpruner.entry"].outputs[0]
+    assert queries.inputs[0] is entry and normed.inputs[0] is block.norm1.outputs[0]
+    assert only(queries.outputs[0].uses()).node is block.residual1
     assert only(normed.outputs[0].uses()).node.name == "vpruner.block.0.q.product"
-    assert {usage.node for usage in block.stream.uses()} == {block.norm1, gather}
-    query = only(node for node in graph if node.name == "vpruner.block.0.q.product")
-    key_value = only(node for node in graph if node.name == "vpruner.block.0.kv.product")
+    assert {usage.node for usage in entry.uses()} == {block.norm1, queries}
+    query, key_value = by_name["vpruner.block.0.q.product"], by_name["vpruner.block.0.kv.product"]
     assert dims(query.inputs[0]) == [1, 6, 32] and dims(query.outputs[0]) == [1, 6, 32]
     assert dims(key_value.inputs[0]) == [1, 25, 32] and dims(key_value.outputs[0]) == [1, 25, 64]
     np.testing.assert_array_equal(query.inputs[1].const_value.numpy(), whole_weights[0][:, :32])
@@ -171,7 +194,7 @@ def test_dead_tokens_give_keys_and_values_only(exported):
     assert dims(block.merge.outputs[0]) == [1, 6, 32]
     assert dims(block.output) == [1, 6, 32]
 
-    # Block 1 has no dead tokens: its own nodes, with 6 for 25.
+    # In block 1 all tokens do all of it: its own nodes, with 6 for 25.
     block = site.blocks[1]
     assert list(block.qkv.matmul.outputs[0].shape) == [1, 6, 96]
     assert dims(block.softmax.outputs[0]) == [1, 2, 6, 6]
@@ -185,15 +208,90 @@ def test_dead_tokens_give_keys_and_values_only(exported):
     assert [id(block.qkv.weight) in left for block in site.blocks] == [False, True, False, False]
 
 
+def test_frozen_tokens_pass_by_and_are_read(exported):
+    """One chain: patches stop passing the MLP, then attending, and are read to the end."""
+    dense = exported("class token")
+    exits = np.array([[4] * 24, [3] * 6 + [2] * 18, [3] * 4 + [1] * 20])
+    plan = TokenPlan.from_exits("tiny", dense.geometry, exits)
+    model = load_model(dense.path)
+    site = recognise(model, dense.geometry)
+    result = assert_folds(dense, plan, dense.images())
+    fold(model, plan)
+    by_name = {node.name: node for node in model.graph}
+    assert moves(model) == moves(result.model)
+    assert all(op_type in ("Slice", "Concat") for op_type in moves(model).values())
+
+    # Block 1: all attend by the one fused projection, 5 pass the MLP; the other 20 go around it.
+    block = site.blocks[1]
+    assert block.qkv.matmul in model.graph and dims(block.output) == [1, 5, 32]
+    assert [name for name in by_name if name.startswith("vpruner.block.1.")]
+    # Block 2: 7 of 25 attend, to all 25; 5 of them pass the MLP.
+    block = site.blocks[2]
+    assert dims(block.softmax.outputs[0]) == [1, 2, 7, 25] and dims(block.residual1.outputs[0]) == [1, 7, 32]
+    assert dims(block.output) == [1, 5, 32]
+    assert dims(by_name["vpruner.block.2.kv.product"].outputs[0]) == [1, 25, 64]
+    # Block 3: the class token reads all 25.
+    assert dims(site.blocks[3].softmax.outputs[0]) == [1, 2, 1, 25]
+
+
+def test_rows_that_attend_and_are_read_keep_the_fused_projection(exported):
+    """Others are frozen, and neither read nor updated here."""
+    dense = exported("average pooling")
+    masks = np.ones((3, dense.geometry.depth, dense.geometry.patches), bool)
+    masks[:, 1, 4:] = False
+    result = assert_folds(dense, TokenPlan.from_masks("tiny", dense.geometry, masks), dense.images())
+    assert not [node for node in result.model.graph if node.name.endswith("product")]
+    assert "Gather" not in moves(result.model).values()
+
+
+def test_blocks_of_which_nothing_is_left_are_gone(exported):
+    dense = exported("average pooling")
+    geometry = dense.geometry
+    for kind, gone in ((1, "Softmax"), (2, "Gelu")):
+        masks = np.ones((3, geometry.depth, geometry.patches), bool)
+        masks[kind, 1:3] = False
+        plan = TokenPlan.from_masks("tiny", geometry, masks)
+        result = assert_folds(dense, plan, dense.images())
+        assert len(nodes(result.model, gone)) == geometry.depth - 2
+        assert [(b.keys if kind == 1 else 1) * (b.queries, b.mlps)[kind - 1] > 0 for b in result.blocks] == [
+            True, False, False, True,
+        ]  # fmt: skip
+    nothing = TokenPlan.from_masks("tiny", geometry, np.zeros((3, geometry.depth, geometry.patches), bool))
+    left = assert_folds(dense, nothing, dense.images()).model
+    assert not nodes(left, "Softmax") and not moves(left)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_is_added_that_is_not_needed(exported, seed):
+    dense = exported("registers")
+    before = Counter(node.op_type for node in load_model(dense.path).graph)
+    model = fold(load_model(dense.path), random_plan(dense.geometry, seed, gates=seed == 5)).model
+    after = Counter(node.op_type for node in model.graph)
+    split = sum(node.name.endswith(".q.product") for node in model.graph)
+    gated = sum(node.name.endswith(".gates") for node in model.graph)
+    more = {op_type: after[op_type] - before[op_type] for op_type in after}
+    assert all(more[op_type] <= split for op_type in ("MatMul", "Reshape", "Transpose"))
+    assert more["Add"] <= split + gated
+    assert {op_type for op_type, count in more.items() if count > 0} <= {
+        "Gather", "Slice", "Concat", "MatMul", "Reshape", "Transpose", "Add",
+    }  # fmt: skip
+    assert all(value.uses() or value.is_graph_output() for node in model.graph for value in node.outputs)
+    assert all(value.uses() for value in model.graph.initializers.values())
+    # A row is picked once: of no value the same rows by two nodes, and never all of them in their order.
+    picks = [(node.inputs[0], tuple(rows_of(node)), node) for node in model.graph if node.name in moves(model)
+             and node.op_type != "Concat"]  # fmt: skip
+    assert len({(value, rows) for value, rows, _ in picks}) == len(picks)
+    assert not any(rows == tuple(range(value.shape[1])) for value, rows, _ in picks)
+
+
 def test_patches_that_never_enter_are_gathered_out_before_block_0(exported):
     dense = exported("average pooling")
     kept = (1, 4, 5, 23)
-    result = fold(load_model(dense.path), TokenPlan("tiny", dense.geometry, (kept,) * 4))
+    result = fold(load_model(dense.path), TokenPlan.dropping("tiny", dense.geometry, (kept,) * 4))
+    assert moves(result.model) == {"vpruner.entry": "Gather"}
     gather = only(token_gathers(result.model))
-    assert gather.name == "vpruner.block.0.entry"
-    assert gather.inputs[1].const_value.numpy().tolist() == list(kept)
+    assert rows_of(gather) == list(kept)
     assert [node.op_type for node in (usage.node for usage in gather.outputs[0].uses())].count("Add") == 1
-    assert {block.gathers for block in result.blocks[1:]} == {0} and result.blocks[0].gathers == 1
     assert not [node for node in result.model.graph if node.name.endswith(".q.product")]
 
 
@@ -201,11 +299,11 @@ def test_identity_plan_on_average_pooling_changes_nothing(exported):
     for kind in ("average pooling", "attention pooling", "average pooling beside a class token"):
         dense = exported(kind)
         model = load_model(dense.path)
-        before = model.graph, [node.name for node in model.graph], onnx.load(dense.path)
+        before = [node.name for node in model.graph]
         result = fold(model, TokenPlan.identity("tiny", dense.geometry))
         assert not result.modified
-        assert [node.name for node in model.graph] == before[1]
-        assert all(b.gathers == 0 and b.keys == b.queries for b in result.blocks)
+        assert [node.name for node in model.graph] == before
+        assert all(b.keys == b.queries == b.mlps == dense.geometry.tokens for b in result.blocks)
 
 
 def test_identity_plan_drops_dead_tokens_of_a_class_token_model(exported):
@@ -213,9 +311,8 @@ def test_identity_plan_drops_dead_tokens_of_a_class_token_model(exported):
     plan = TokenPlan.identity("tiny", dense.geometry)
     result = assert_folds(dense, plan, dense.images())
     assert result.modified
-    assert [block.gathers for block in result.blocks] == [0, 0, 0, 2]
-    rows = only({gather.inputs[1] for gather in token_gathers(result.model)})
-    assert rows.const_value.numpy().tolist() == [0, 1]
+    assert moves(result.model) == {"vpruner.block.3.queries": "Slice", "vpruner.block.3.q.normed": "Slice"}
+    assert [rows_of(node) for node in result.model.graph if node.name in moves(result.model)] == [[0, 1]] * 2
     images = dense.images()
     assert relative_difference(run(result.model, images), dense.model(images).detach().numpy()) < TOLERANCE
 
@@ -225,7 +322,7 @@ def test_gates_add_one_bias_where_a_gate_is_not_1(exported):
     everything = TokenPlan.identity("tiny", dense.geometry)
     ones = (1.0,) * dense.geometry.patches
     halves = (0.5, *ones[1:])
-    plan = TokenPlan("tiny", dense.geometry, everything.kept, (ones, halves, ones, ones))
+    plan = replace(everything, gates=(ones, halves, ones, ones))
     result = assert_folds(dense, plan, dense.images())
     assert [block.gated for block in result.blocks] == [False, True, False, False]
     gate = only(node for node in nodes(result.model, "Add") if node.name.endswith(".gates"))
@@ -234,7 +331,7 @@ def test_gates_add_one_bias_where_a_gate_is_not_1(exported):
     assert np.flatnonzero(bias).tolist() == [5]
     assert bias[0, 0, 0, 5] == pytest.approx(np.log(0.5))
     assert gate.outputs[0].uses()[0].node.op_type == "Softmax"
-    without = TokenPlan("tiny", dense.geometry, everything.kept, (ones,) * 4)
+    without = replace(everything, gates=(ones,) * 4)
     assert not any(block.gated for block in fold(load_model(dense.path), without).blocks)
 
 
@@ -256,7 +353,8 @@ def test_fold_file_carries_metadata_and_names_the_plan(exported, tmp_path):
         {prop.key: prop.value for prop in onnx.load(path).metadata_props} for path in (dense.path, record.output_path)
     )
     assert record.plan == plan.digest == after.pop("vpruner.plan")
-    assert [tuple(row) for row in json.loads(after.pop("vpruner.kept"))] == list(plan.kept)
+    sets = json.loads(after.pop("vpruner.sets"))
+    assert sets == {kind: plan.to_json()[kind] for kind in KINDS} | {"reads": list(plan.reads)}
     assert after == before
     assert record.modified and record.dense_path == dense.path
     onnx.checker.check_model(record.output_path, full_check=True)

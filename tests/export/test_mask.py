@@ -33,7 +33,7 @@ def test_masked_graph_equals_the_masked_model_and_the_fold(kind, tmp_path):
 
 
 def test_identity_plan_masks_nothing(exported):
-    dense = exported("class token")
+    dense = exported("average pooling")
     recognised = open_graph(dense.path).recognised()
     before = [node.op_type for node in recognised.model.graph]
     masked = mask_tokens(recognised, TokenPlan.identity("tiny", dense.geometry))

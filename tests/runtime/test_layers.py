@@ -6,7 +6,7 @@ import pytest
 
 from vpruner.core.errors import UserError
 from vpruner.core.metadata import ModelMetadata
-from vpruner.core.plan import Geometry
+from vpruner.core.plan import Geometry, TokenPlan
 from vpruner.runtime.layers import (
     BlockMap,
     BlockTimes,
@@ -16,7 +16,6 @@ from vpruner.runtime.layers import (
     parse_layer_information,
     parse_layer_times,
     parse_ort_profile,
-    tokens_of,
 )
 
 DEPTH = 3
@@ -353,14 +352,11 @@ def test_rows_say_the_tokens_of_each_block(vit):
         mlp_macs=2 * 64 * 256, stem_macs=1, head_macs=1, head_prefix=1, head_patches=False, outputs=5,
     )  # fmt: skip
     times = BlockTimes((1.0, 2.0, 3.0), stem_ms=0.5)
-    assert tokens_of(ModelMetadata()) is None
-    assert tokens_of(ModelMetadata(geometry=geometry)) == ((10,) * 3, (10,) * 3)
-    kept = (tuple(range(9)), tuple(range(6)), (0, 2))
-    metadata = ModelMetadata(model="m", geometry=geometry, kept=kept, plan="ab")
-    assert tokens_of(metadata) == ((10, 7, 3), (7, 3, 1))
+    plan = TokenPlan("m", geometry, (range(9), range(6), (0, 2)), (range(6), (0, 2), ()), (range(5), (), ()))
+    metadata = ModelMetadata(model="m", geometry=geometry, token_plan=plan, plan="ab")
     row = blocks_row(times, metadata, "a test", label="pruned", batch=8)
     assert row["kind"] == "blocks" and row["label"] == "pruned" and row["total_ms"] == 6.5 and row["plan"] == "ab"
-    assert row["blocks"][1] == {"block": 1, "ms": 2.0, "keys": 7, "queries": 3}
+    assert row["blocks"][1] == {"block": 1, "ms": 2.0, "keys": 7, "queries": 3, "mlps": 1}
     json.dumps(row, allow_nan=False)
     scaled = times.scaled(13.0)
     assert (scaled.blocks, scaled.stem_ms, scaled.total_ms) == ((2.0, 4.0, 6.0), 1.0, 13.0)

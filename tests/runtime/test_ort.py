@@ -200,11 +200,11 @@ def test_a_closed_session_says_so(make_onnx):
 
 
 def test_metadata_is_read(make_onnx):
-    props = {"vpruner.plan": "cd" * 32, "vpruner.kept": "[[0,1],[1]]"}
+    props = {"vpruner.plan": "cd" * 32}
     with OrtSession(make_onnx(classes=CLASSES, props=props)) as session:
         metadata = session.metadata
     assert (metadata.model, metadata.version, metadata.plan) == ("tiny", "0.0.1", "cd" * 32)
-    assert metadata.kept == ((0, 1), (1,)) and metadata.classes == tuple(CLASSES) and metadata.geometry is None
+    assert metadata.token_plan is None and metadata.classes == tuple(CLASSES) and metadata.geometry is None
 
 
 def test_a_file_without_preprocessing_runs_but_does_not_predict(make_onnx, preprocessing_json):
@@ -233,6 +233,7 @@ def test_preprocessing_of_another_size_is_refused(make_onnx, preprocessing_json)
         ("vpruner.preprocessing", '{"mean": 1}'),
         ("vpruner.classes", '"cat"'),
         ("vpruner.kept", "3"),
+        ("vpruner.sets", "3"),
         ("vpruner.output", "boxes"),
         ("vpruner.geometry", "{}"),
     ],
