@@ -867,14 +867,25 @@ def _layer_scale(scale: np.ndarray | None, width: int) -> nn.Module:
 
 
 def _put_weights(model: ir.Model, site: VitSite, module: nn.Module) -> bool:
-    """Give the graph the projections and second MLP layers of ``module``; returns whether any was another."""
+    """Give the graph what tuning refits, as ``module`` has it; returns whether any was another."""
     changed = False
     for block, trained in zip(site.blocks, module.blocks, strict=True):
-        for name, residual, stream, linear in (
-            ("proj", block.residual1, block.stream, trained.attn.proj),
-            ("fc2", block.residual2, block.residual1.outputs[0], trained.mlp.fc2),
+        qkv, (proj, fc2) = (
+            block.qkv,
+            (
+                _last_linear(residual, stream, f"{name} of block {block.index}")
+                for name, residual, stream in (
+                    ("proj", block.residual1, block.stream),
+                    ("fc2", block.residual2, block.residual1.outputs[0]),
+                )
+            ),
+        )
+        bias = None if qkv.bias is None else constant(qkv.bias).reshape(-1)
+        for name, last, linear in (
+            ("qkv", _LastLinear(qkv.matmul, qkv.add, constant(qkv.weight).T, bias, None), trained.attn.qkv),
+            ("proj", proj, trained.attn.proj),
+            ("fc2", fc2, trained.mlp.fc2),
         ):
-            last = _last_linear(residual, stream, f"{name} of block {block.index}")
             weight = linear.weight.detach().cpu().numpy()
             bias = None if linear.bias is None else linear.bias.detach().cpu().numpy()
             if np.array_equal(weight, last.weight) and (bias is None or np.array_equal(bias, last.bias)):

@@ -36,7 +36,8 @@ class BlockRows:
         keys, passed, mlps, mlp_passed: [row], the same of each image.
         queries: [row], or [batch, row] of a rule.
         bias: [1, 1, 1, key]: logarithms of the gates; None: all are open.
-        query_positions, mlp_positions, leaving: Where in the unpruned sequence: [row], or [batch, row] of a rule.
+        key_positions, query_positions, mlp_positions, leaving: Where in the unpruned sequence: [row], or [batch, row]
+            of a rule.
         entering: How many tokens enter.
         passed_positions, mlp_passed_positions: [row], of a plan.
     """
@@ -47,6 +48,7 @@ class BlockRows:
     mlps: Tensor
     mlp_passed: Tensor
     bias: Tensor | None
+    key_positions: Tensor
     query_positions: Tensor
     mlp_positions: Tensor
     leaving: Tensor
@@ -60,7 +62,7 @@ class BlockRows:
         passed, mlp_passed = step.entering[step.passed], middle[step.mlp_passed]
         leaving = np.concatenate([step.mlp_positions, mlp_passed])
         rows = (step.keys, step.queries, step.passed, step.mlps, step.mlp_passed)
-        positions = (step.query_positions, step.mlp_positions, leaving)
+        positions = (step.entering[step.keys], step.query_positions, step.mlp_positions, leaving)
         return cls(
             *(torch.from_numpy(row).to(device) for row in rows),
             log_gates(step),
@@ -187,7 +189,7 @@ class Streams:
         nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
         everything = torch.arange(left.shape[1], device=self.device)
         keys = torch.arange(here.shape[1], device=self.device)
-        return BlockRows(keys, rows, nothing, everything, nothing, None, left, left, left, here.shape[1])
+        return BlockRows(keys, rows, nothing, everything, nothing, None, here, left, left, left, here.shape[1])
 
     def rows(self, chunk: int) -> BlockRows:
         """Of the block that was last chosen for."""
@@ -260,6 +262,15 @@ class Streams:
         share = own[:, prefix:].sum(1, keepdim=True)
         shift = torch.where(share > 0, missing / share, 0)
         return torch.cat([wanted[:, :prefix], wanted[:, prefix:] + shift], 1)
+
+    def read(self, chunk: int, block: int) -> tuple[Tensor, Tensor]:
+        """[batch, key, channel], twice: what ``block`` reads, in the dense stream and in the pruned one, normed.
+
+        Before :meth:`advance_dense` has taken the dense stream through the block.
+        """
+        norm, rows = self.model.blocks[block].norm1, self.rows(chunk)
+        dense = selected(self.get("dense", chunk), rows.key_positions)
+        return norm(dense), norm(selected(self.get("pruned", chunk), rows.keys))
 
     def follow_dense(self, block: int) -> None:
         """Set the pruned stream after ``block`` to the dense one."""

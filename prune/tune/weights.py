@@ -70,10 +70,12 @@ def refit_weights(
     ram_bytes: int = RAM_BYTES,
     on_step: Callable[[int], None] = lambda count: None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Refit attention projections and second MLP layers so that kept tokens get back the dense model's residual stream.
+    """Refit what blocks read of a stream that is no longer the dense one, and what they write into it.
 
-    Block by block, with the pruned model's own activations (refitted up to there) as input x. With target t (the dense
-    stream at the same positions) and the layer's present output W x + b, it solves in closed form
+    Block by block, with the pruned model's own activations (refitted up to there) as input x: the projections to keys
+    and values, whose target t is the dense model's keys and values at the same positions (a frozen token's stream is
+    stale); then attention projections and second MLP layers, with the dense residual stream as target. With the layer's
+    present output W x + b, it solves in closed form
 
         minimise  |t - (W + V) x - (b + c)|^2 + ridge |V|^2
 
@@ -103,6 +105,8 @@ def refit_weights(
         for index, block in enumerate(adapter.model.blocks):
             refit.blocks.append({})
             streams.choose(index)
+            if streams.diverged:
+                refit.keys_values(index, block)
             streams.advance_dense(index)
             if streams.exact_so_far(index) and not any(name.startswith(f"blocks.{index}.") for name in refit.weights):
                 # Nothing has been dropped yet: what a fit would find is rounding.
@@ -127,7 +131,19 @@ class _Refit:
     def __init__(self, streams: Streams, weights: dict[str, Tensor]):
         self.streams, self.weights = streams, weights
         self.blocks: list[dict[str, Any]] = []
-        self._ridges = {"attn.proj": FIRST_RIDGE, "mlp.fc2": FIRST_RIDGE}
+        self._ridges = {"attn.qkv": FIRST_RIDGE, "attn.proj": FIRST_RIDGE, "mlp.fc2": FIRST_RIDGE}
+
+    def keys_values(self, index: int, block: nn.Module) -> None:
+        """Refit the projections to keys and values; that to queries stays."""
+        streams, qkv, inner = self.streams, block.attn.qkv, block.attn.attn_dim
+        equations = NormalEquations(
+            qkv.in_features, 2 * inner, streams.folds, bias=qkv.bias is not None, device=streams.device
+        )
+        for chunk in streams.chunks:
+            dense, pruned = streams.read(chunk, index)
+            target = F.linear(dense, qkv.weight, qkv.bias) - self._output(index, "attn.qkv", qkv, pruned)
+            equations.add(streams.fold(chunk), pruned, target[..., inner:])
+        self._solve(index, "attn.qkv", qkv, nn.Identity(), equations)
 
     def attention(self, index: int, block: nn.Module) -> None:
         """Refit the projection, and leave the stream behind the attention in "pruned"."""
@@ -137,7 +153,8 @@ class _Refit:
             if not len(streams.rows(chunk).queries):
                 streams.put("passed", chunk, selected(streams.get("pruned", chunk), streams.rows(chunk).passed))
                 continue
-            inputs, passed, heads = streams.attend(chunk, index)
+            with with_weights(block.attn.qkv, self._changed(f"blocks.{index}.attn.qkv")):
+                inputs, passed, heads = streams.attend(chunk, index)
             output = self._output(index, "attn.proj", proj, heads)
             target = streams.wanted("middle", chunk, passed) - inputs
             rows = streams.row_weights(inputs.shape[1])
@@ -189,12 +206,18 @@ class _Refit:
             return
         self._ridges[name] = solution.ridge
         update = _unscaled(solution.coefficients, scale)
+        # Keys and values are the last of the rows.
+        update = F.pad(update, (linear.out_features - update.shape[1], 0))
         full_name = f"blocks.{index}.{name}"
         weight = self.weights.get(f"{full_name}.weight", linear.weight)
         self.weights[f"{full_name}.weight"] = _added(weight, update[: linear.in_features].T)
         if linear.bias is not None:
             bias = self.weights.get(f"{full_name}.bias", linear.bias)
             self.weights[f"{full_name}.bias"] = _added(bias, update[-1])
+
+    def _changed(self, name: str) -> dict[str, Tensor]:
+        """Of one layer: name within it -> tensor."""
+        return {leaf: self.weights[f"{name}.{leaf}"] for leaf in ("weight", "bias") if f"{name}.{leaf}" in self.weights}
 
     def _output(self, index: int, name: str, linear: nn.Linear, inputs: Tensor) -> Tensor:
         """Of the layer as it is by now."""

@@ -447,8 +447,8 @@ def tuned_in_tower(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
 
     Args:
         module: A CLIP or SigLIP tower of transformers.
-        state: Of the timm model rebuilt from it, such as a run's ``model.safetensors``. Tuning changes attention
-            projections and second MLP layers only, and only these are looked at.
+        state: Of the timm model rebuilt from it, such as a run's ``model.safetensors``. Tuning changes the layers of
+            attention and second MLP layers only, and only these are looked at.
 
     Raises:
         UserError: Something has another shape than in the tower.
@@ -457,14 +457,20 @@ def tuned_in_tower(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
     family, changed = FAMILIES[module.config.model_type], {}
     for index, encoder_layer in enumerate(_layers(module)):
         layer = _layer(family, encoder_layer)
-        for prefix, linear in (
-            (f"blocks.{index}.attn.proj", layer.projection),
-            (f"blocks.{index}.mlp.fc2", layer.mlp.fc2),
+        for prefix, part, linear in (
+            *(
+                (f"blocks.{index}.attn.qkv", part, linear)
+                for part, linear in enumerate((layer.query, layer.key, layer.value))
+            ),
+            (f"blocks.{index}.attn.proj", None, layer.projection),
+            (f"blocks.{index}.mlp.fc2", None, layer.mlp.fc2),
         ):
             for leaf, parameter in linear.named_parameters():
                 tuned = state.get(f"{prefix}.{leaf}")
                 if tuned is None:
                     continue
+                if part is not None and len(tuned) == 3 * len(parameter):
+                    tuned = tuned.chunk(3)[part]
                 if tuned.shape != parameter.shape:
                     raise UserError(
                         f"the tuned {prefix}.{leaf} is {list(tuned.shape)}, the tower's {list(parameter.shape)}",
