@@ -44,3 +44,13 @@ def half_plan(adapter: ViTAdapter, first: int = 1, seed: int = 0) -> TokenPlan:
     exits = random.integers(first, 2 * geometry.depth - first, geometry.patches).clip(max=geometry.depth)
     exits[0], exits[1] = geometry.depth, first
     return TokenPlan.dropping_from_exits(adapter.name, geometry, exits)
+
+
+def frozen_plan(adapter: ViTAdapter, first: int = 1, seed: int = 0) -> TokenPlan:
+    """Every block from ``first`` on updates fewer patches, by its MLP sooner than by attention; nearly all are read."""
+    geometry = adapter.geometry
+    random = np.random.default_rng(seed)
+    exits = np.sort(random.integers(first, geometry.depth + 1, (3, geometry.patches)), axis=0)[::-1].copy()
+    exits[0] = np.where(random.random(geometry.patches) < 0.8, geometry.depth, exits[0])
+    exits[:, 0], exits[1:, 1] = geometry.depth, first
+    return TokenPlan.from_exits(adapter.name, geometry, exits)

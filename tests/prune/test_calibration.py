@@ -130,7 +130,7 @@ def test_the_dense_model_runs_once_for_each_image():
 def test_outputs_and_divergence_of_a_plan(kind):
     adapter, calibration = ViTAdapter(tiny(kind), kind), synthetic()
     geometry = adapter.geometry
-    plan = TokenPlan.from_exits(kind, geometry, np.arange(geometry.patches) % (geometry.depth + 1))
+    plan = TokenPlan.dropping_from_exits(kind, geometry, np.arange(geometry.patches) % (geometry.depth + 1))
     images = calibration.images(calibration.held_out)
     with adapter.applied(plan, "masked"), torch.no_grad():
         expected = adapter.model(images)

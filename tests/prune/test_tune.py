@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from tiny_vits import KINDS, calibration_for, half_plan, tiny
+from tiny_vits import KINDS, calibration_for, frozen_plan, half_plan, tiny
 
 from vpruner.core.plan import TokenPlan
 from vpruner.prune.backbones.forms import attended_values
@@ -177,14 +177,17 @@ def test_disk_and_memory_give_the_same(fit, tmp_path, monkeypatch):
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("make", [half_plan, frozen_plan])
 @pytest.mark.parametrize("kind", KINDS)
-def test_refitted_weights_bring_every_kind_closer_to_the_dense_model(kind):
-    adapter, plan, calibration = case(kind)
+def test_refitted_weights_bring_every_kind_closer_to_the_dense_model(kind, make):
+    adapter, _, calibration = case(kind)
+    plan = make(adapter)
     before = weights_sha256(adapter.model)
     weights, details = refit_weights(adapter, plan, calibration, calibration.fit)
     assert weights_sha256(adapter.model) == before
     parameters = dict(adapter.model.named_parameters())
-    assert weights and all(".attn.proj." in name or ".mlp.fc2." in name for name in weights)
+    refitted = (".attn.qkv.", ".attn.proj.", ".mlp.fc2.")
+    assert weights and all(any(layer in name for layer in refitted) for name in weights)
     for name, value in weights.items():
         assert value.shape == parameters[name].shape and value.dtype == torch.float32 and torch.isfinite(value).all()
     # Block 0 keeps all its tokens: there is nothing to restore.
@@ -197,7 +200,7 @@ def test_refitted_weights_bring_every_kind_closer_to_the_dense_model(kind):
 def test_tokens_that_never_enter_are_made_up_for_too():
     adapter, _, calibration = case()
     plan = half_plan(adapter, first=0)
-    assert plan.drops_before(0)
+    assert len(plan.keys[0]) < plan.geometry.patches
     weights, details = refit_weights(adapter, plan, calibration, calibration.fit)
     assert details["blocks"][0]["attn.proj"]["explained"] > 0.1
     assert squared_error(adapter, plan, calibration, weights) < 0.9 * squared_error(adapter, plan, calibration)
@@ -242,7 +245,7 @@ def test_channels_that_layer_scale_closes_are_left_alone():
 
 def test_gates_that_the_plan_has_are_in_force_during_the_refit():
     adapter, plan, calibration = case()
-    gated = TokenPlan("tiny", plan.geometry, plan.kept, tuple((1.5,) * len(kept) for kept in plan.kept))
+    gated = TokenPlan.dropping("tiny", plan.geometry, plan.kept, [[1.5] * len(kept) for kept in plan.kept])
     plain, _ = refit_weights(adapter, plan, calibration, calibration.fit)
     weights, details = refit_weights(adapter, gated, calibration, calibration.fit)
     assert details["blocks"][0] and not equal(plain, weights)
@@ -265,26 +268,63 @@ def test_mirror_images_and_prefix_weight_are_options():
     ["average pooling", "average pooling beside a class token", "average pooling with the class token in it"],
 )
 def test_pooled_targets_have_the_mean_of_the_dense_tokens(kind):
-    adapter, plan, calibration = case(kind)
+    """What is updated makes up for patches that are dropped, and for those that the head reads frozen."""
+    adapter, dropping, calibration = case(kind)
     model, prefix = adapter.model, adapter.geometry.prefix_tokens
     first = 0 if model.pool_include_prefix else prefix
     dense = []
     hook = model.blocks[-1].register_forward_hook(lambda module, args, output: dense.append(output))
-    with (
-        torch.no_grad(),
-        Streams(adapter, [plan], calibration, calibration.fit, False, 4.0, 1 << 30) as streams,
-    ):
-        for block in range(adapter.geometry.depth):
-            streams.advance_dense(block)
+    with torch.no_grad():
         model(calibration.images(calibration.fit))
-        target = torch.cat([streams.get("target", chunk) for chunk in streams.chunks])
     hook.remove()
-    assert target.shape[1] == prefix + len(plan.kept[-1]) < dense[0].shape[1]
-    torch.testing.assert_close(target[:, first:].mean(1), dense[0][:, first:].mean(1))
-    # Only patches are shifted, all of an image by the same.
-    torch.testing.assert_close(target[:, :prefix], dense[0][:, :prefix])
-    shift = target[:, prefix:] - dense[0][:, plan.token_positions(adapter.geometry.depth - 1)[prefix:]]
-    torch.testing.assert_close(shift, shift[:, :1].expand_as(shift), atol=1e-4, rtol=1e-4)
+    for plan in (dropping, frozen_plan(adapter)):
+        with (
+            torch.no_grad(),
+            Streams(adapter, [plan], calibration, calibration.fit, False, 4.0, 1 << 30) as streams,
+        ):
+            for block in range(adapter.geometry.depth):
+                streams.choose(block)
+                streams.advance_dense(block)
+            targets, frozen = [], []
+            for chunk in streams.chunks:
+                rows = streams.rows(chunk)
+                images = len(streams.get("target", chunk))
+                frozen.append(torch.randn(images, len(rows.mlp_passed), adapter.geometry.embed_dim))
+                targets.append(streams.wanted("target", chunk, frozen[-1]))
+        target, frozen = torch.cat(targets), torch.cat(frozen)
+        assert target.shape[1] == plan.mlp_counts[-1] < dense[0].shape[1]
+        assert frozen.shape[1] == (0 if plan is dropping else len(plan.reads) - len(plan.mlps[-1]))
+        read = torch.cat([target, frozen], 1)[:, first:]
+        torch.testing.assert_close(read.mean(1), dense[0][:, first:].mean(1))
+        # Only patches are shifted, all of an image by the same.
+        torch.testing.assert_close(target[:, :prefix], dense[0][:, :prefix])
+        shift = target[:, prefix:] - dense[0][:, rows.mlp_positions[prefix:]]
+        torch.testing.assert_close(shift, shift[:, :1].expand_as(shift), atol=1e-4, rtol=1e-4)
+
+
+def test_keys_and_values_of_stale_patches_are_brought_back():
+    """A frozen patch is read on; refitted projections tell its keys and values from its stale stream."""
+    adapter, _, calibration = case(qkv_bias=False)
+    geometry = adapter.geometry
+    updates = np.where(np.arange(geometry.patches) % 3, 1, geometry.depth)
+    plan = TokenPlan.from_exits(
+        "tiny", geometry, np.stack([np.full(geometry.patches, geometry.depth), updates, updates])
+    )
+    weights, details = refit_weights(adapter, plan, calibration, calibration.fit)
+    changed = [index for index, block in enumerate(details["blocks"]) if block.get("attn.qkv", {}).get("ridge")]
+    assert changed and changed[0] >= 2  # Block 1 still reads what block 0 updated.
+    inner = adapter.model.blocks[0].attn.attn_dim
+    for index in changed:
+        before = dict(adapter.model.named_parameters())[f"blocks.{index}.attn.qkv.weight"]
+        after = weights[f"blocks.{index}.attn.qkv.weight"]
+        assert torch.equal(before[:inner], after[:inner]) and not torch.equal(before[inner:], after[inner:])
+        assert details["blocks"][index]["attn.qkv"]["explained"] > 0.1
+    without = {name: value for name, value in weights.items() if ".qkv." not in name}
+    error = squared_error(adapter, plan, calibration, weights)
+    assert (
+        error < squared_error(adapter, plan, calibration, without)
+        and f"blocks.{changed[0]}.attn.qkv.bias" not in weights
+    )
 
 
 @pytest.mark.parametrize("kind", ["attention pooling", "attention pooling over the class token too"])
@@ -378,7 +418,7 @@ def test_distillation_keeps_the_best_epoch_and_repeats_itself():
 def test_distillation_trains_the_model_that_is_evaluated():
     """Its loss at the start is the divergence of the plan as applied, for gates that differ from 1."""
     adapter, plan, calibration = case("distilled")
-    gated = TokenPlan("tiny", plan.geometry, plan.kept, tuple((2.0,) * len(kept) for kept in plan.kept))
+    gated = TokenPlan.dropping("tiny", plan.geometry, plan.kept, [[2.0] * len(kept) for kept in plan.kept])
     losses = []
     real = gates.divergence
 
