@@ -14,7 +14,8 @@ from typing import Any
 
 from .errors import PlanError
 from .files import json_sha256
-from .plan import CONTENT_SCHEMA, SCHEMA, Geometry, TokenPlan, read_plan_json, shown, write_plan_json
+from .geometry import Geometry, shown
+from .plan import CONTENT_SCHEMA, DROPPING_SCHEMA, KINDS, TokenPlan, read_plan_json, write_plan_json
 from .text import command
 
 #: The one score there is, see :class:`vpruner.prune.methods.content.AnchoredScore`.
@@ -28,12 +29,12 @@ class ContentPlan:
     """How many patches enter each block, and which, as each image has it.
 
     Attributes:
-        plan: A static plan. Its counts hold, and what it drops before the first block leaves in every image; after that
-            it is the prior of the choice. Without gates.
+        plan: A static plan that drops patches whole. Its counts hold, and what it drops before the first block leaves
+            in every image; after that it is the prior of the choice. Without gates.
         prior_weight: How much it counts.
 
     Raises:
-        PlanError: The weight is no number from 0 on, or the plan has gates.
+        PlanError: The weight is no number from 0 on, the plan has gates, or it freezes patches.
     """
 
     plan: TokenPlan
@@ -42,6 +43,8 @@ class ContentPlan:
     def __post_init__(self):
         if self.plan.gates is not None:
             raise PlanError("a plan by content has gates, which belong to places")
+        if self.plan.kept is None:
+            raise PlanError("a plan by content freezes patches, expected one that drops them whole")
         weight = self.prior_weight
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= MOST_WEIGHT:
             raise PlanError(f"the prior's weight is {shown(weight)}, expected a number from 0 to {MOST_WEIGHT:g}")
@@ -74,7 +77,9 @@ class ContentPlan:
         return {"kind": SCORE, "prior_weight": self.prior_weight}
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.plan.to_json(), "schema": CONTENT_SCHEMA, "score": self._score_to_json()}
+        plan = {name: value for name, value in self.plan.to_json().items() if name not in (*KINDS, "reads")}
+        kept = [list(patches) for patches in self.plan.kept or ()]
+        return {**plan, "kept": kept, "schema": CONTENT_SCHEMA, "score": self._score_to_json()}
 
     @classmethod
     def from_json(cls, value: Any) -> ContentPlan:
@@ -86,7 +91,7 @@ class ContentPlan:
         if not isinstance(score, Mapping) or set(score) != {"kind", "prior_weight"} or score["kind"] != SCORE:
             raise PlanError(f"the score is {shown(score)}, expected kind {SCORE!r} and a prior_weight", hint)
         plan = {name: part for name, part in value.items() if name != "score"}
-        return cls(TokenPlan.from_json({**plan, "schema": SCHEMA}), score["prior_weight"])
+        return cls(TokenPlan.from_json({**plan, "schema": DROPPING_SCHEMA}), score["prior_weight"])
 
     def save(self, path: str | PathLike) -> None:
         write_plan_json(path, self.to_json())

@@ -469,7 +469,7 @@ def write_plan_json(path: str | PathLike, content: Mapping[str, Any]) -> None:
     """Write what ``to_json`` gives, one block's list per line."""
     lines = {
         name: "[\n  " + ",\n  ".join(json.dumps(row) for row in content[name]) + "\n ]"
-        for name in (*KINDS, "gates")
+        for name in (*KINDS, "kept", "gates")
         if content.get(name)
     }
     text = json.dumps({**content, **{name: f"@{name}@" for name in lines}}, indent=1)
