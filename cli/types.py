@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import click
 
 from ..core.choices import PRECISIONS
+from ..core.errors import UserError
+from ..core.json_file import parse_json
 
 
 class Layers(click.ParamType):
@@ -63,8 +64,8 @@ def key_values(ctx: click.Context, parameter: click.Parameter, values: tuple[str
         if not equals or not key.isidentifier():
             raise click.BadParameter(f"{value!r} is not key=value, as in --model-arg img_size=384")
         try:
-            result[key] = json.loads(text)
-        except ValueError:
+            result[key] = parse_json(text, key)
+        except UserError:
             result[key] = text
     return result
 

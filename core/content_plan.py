@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
-from .files import json_sha256
+from .json_file import json_sha256
 from .plan import CONTENT_SCHEMA, SCHEMA, Geometry, TokenPlan, read_plan_json, shown, write_plan_json
 from .text import command
 

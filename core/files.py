@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -74,12 +73,3 @@ def file_sha256(path: str | os.PathLike) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no blanks: the same value always gives the same bytes, so it can be hashed."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def json_sha256(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()

@@ -6,13 +6,12 @@ who compared it.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from .errors import UserError
+from .json_file import json_text, read_json_lines
 
 
 class _Row(TypedDict):
@@ -215,12 +214,17 @@ def append_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> N
         ValueError: A value is not finite (JSON has no word for it), or a row lacks what its kind has. Nothing is
             written then.
     """
-    lines = [_line(row) for row in rows]
+    lines = "".join(map(_line, rows)).encode()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
-        for line in lines:
-            stream.write(line)
+    with path.open("ab", buffering=0) as stream:
+        before, written = stream.seek(0, os.SEEK_END), 0
+        try:
+            while written < len(lines):
+                written += stream.write(lines[written:])
+        except OSError:  # The disk is full: half a row would make the rows before it unreadable.
+            stream.truncate(before)
+            raise
 
 
 def read_rows(path: str | os.PathLike, hint: str = "") -> list[dict[str, Any]]:
@@ -232,28 +236,13 @@ def read_rows(path: str | os.PathLike, hint: str = "") -> list[dict[str, Any]]:
     Raises:
         UserError: The file cannot be read, or a line is no JSON object.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", hint) from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} is not a row of measurements", hint)
-        rows.append(row)
-    return rows
+    return [row for _, row in read_json_lines(path, "the rows", hint)]
 
 
 def _line(row: Mapping[str, Any]) -> str:
     import msgspec
 
-    text = json.dumps(row, allow_nan=False)
+    text = json_text(row)
     if kind := KINDS.get(row.get("kind")):
         try:
             msgspec.json.decode(text, type=kind)

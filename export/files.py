@@ -11,7 +11,8 @@ import onnx
 import onnx_ir as ir
 
 from ..core.errors import UserError
-from ..core.files import atomic_path, json_sha256, scratch_beside
+from ..core.files import atomic_path, scratch_beside
+from ..core.json_file import json_sha256
 from ..core.text import command
 from .streaming import LARGE, StoredTensor, read_onnx, write_onnx
 

@@ -14,7 +14,6 @@ Recognition comes first and refuses before anything is touched; rewriting follow
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from onnx_ir.passes import common as passes
 
 from ..core import metadata
 from ..core.errors import PlanError
+from ..core.json_file import parse_json
 from ..core.metadata import ModelMetadata
 from ..core.plan import Geometry, TokenPlan
 from ..core.text import command
@@ -172,7 +172,9 @@ class FoldTokens(ir.passes.InPlacePass):
         model = model_or_result.model if isinstance(model_or_result, ir.passes.PassResult) else model_or_result
         if metadata.PLAN in model.metadata_props:
             rule = model.metadata_props.get(metadata.RULE)
-            raise already_pruned("the graph", model.metadata_props[metadata.PLAN], rule and json.loads(rule))
+            raise already_pruned(
+                "the graph", model.metadata_props[metadata.PLAN], rule and parse_json(rule, metadata.RULE)
+            )
         return super().__call__(model)
 
     def call(self, model: ir.Model) -> FoldResult:

@@ -26,7 +26,7 @@ from onnx_ir.passes import common as passes
 
 from ..core.errors import ParityError, UserError
 from ..core.extras import require
-from ..core.files import json_sha256
+from ..core.json_file import json_sha256
 from ..core.metadata import ModelMetadata
 from ..core.plan import Geometry, TokenPlan
 from ..core.text import option

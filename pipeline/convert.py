@@ -11,7 +11,8 @@ import numpy as np
 
 from ..core import progress
 from ..core.errors import UserError
-from ..core.files import canonical_json, scratch_beside
+from ..core.files import scratch_beside
+from ..core.json_file import canonical_json
 from ..core.metadata import PREPROCESSING, ModelMetadata
 from ..core.preprocess import Preprocessing, resolve_preprocessing
 from ..core.text import option

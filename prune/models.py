@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import json
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import nn
 from ..core import bundled
 from ..core.errors import UserError
 from ..core.files import file_sha256
+from ..core.json_file import read_json
 from ..core.plan import Geometry
 from ..core.preprocess import Preprocessing, resolve_preprocessing
 from ..core.text import command, first_line, option
@@ -239,12 +239,7 @@ def read_card(path: Path) -> dict[str, Any]:
     Raises:
         UserError: Unreadable, or an entry is missing or of the wrong type; the message names it.
     """
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the model card {path}: {error.strerror}", "check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}", "a model card is JSON with class, args and weights") from None
+    card = read_json(path, "the model card", "a model card is JSON with class, args and weights")
     if not isinstance(card, dict) or not isinstance(card.get("args"), dict) or not isinstance(card.get("weights"), str):
         raise UserError(
             f"{path} is not a model card", "it needs 'args' (an object), 'weights' (a file name) and 'class' or 'name'"

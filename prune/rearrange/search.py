@@ -41,7 +41,8 @@ from torch import Tensor, nn
 from ...core.choices import EPISODES, EPISODES_UNTUNED, TIME_LIMIT
 from ...core.cost import Cost, MacsCost
 from ...core.errors import UserError
-from ...core.files import atomic_path, json_sha256
+from ...core.files import atomic_path
+from ...core.json_file import json_sha256
 from ...core.plan import Geometry, TokenPlan
 from ...core.text import counted, first_line, option
 from ..backbones.vit import ViTAdapter, weights_sha256

@@ -18,7 +18,6 @@ Shapes below: batch B, prefix tokens P, patches N, width d.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from ...core.errors import UserError
 from ...core.extras import require
+from ...core.json_file import read_json
 from ...core.preprocess import Preprocessing
 from ...core.text import command, first_line, option
 from ...core.timing import random_images
@@ -346,15 +346,7 @@ def _class_names(config: Any) -> tuple[str, ...] | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read: {first_line(error)}", "expected a file that save_pretrained wrote"
-        ) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object", "expected a file that save_pretrained wrote")
-    return value
+    return read_json(path, "the settings", "expected a file that save_pretrained wrote", expected=dict)
 
 
 # -- rebuilding -------------------------------------------------------------------------------------------------------

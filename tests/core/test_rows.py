@@ -33,7 +33,12 @@ def test_a_malformed_row_is_a_defect_and_nothing_is_written(tmp_path, row, what)
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b'{"kind": "cost"}\n[1]\n', "line 2"), (b"{", "line 1"), (b"\xff\xfe", "cannot read"), (b"[" * 5000, "line 1")],
+    [
+        (b'{"kind": "cost"}\n[1]\n', "line 2"),
+        (b"{", "line 1"),
+        (b"\xff\xfe", "line 1 is not text in UTF-8"),
+        (b"[" * 5000, "line 1"),
+    ],
 )
 def test_what_is_no_file_of_rows_is_refused_by_line(tmp_path, content, says):
     (tmp_path / "results.jsonl").write_bytes(content)
