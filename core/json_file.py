@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,9 @@ def parse_json(
         return value
     except _Refused as refused:
         problem = str(refused)
+    except json.JSONDecodeError as found:
+        line = f"line {found.lineno}, " if "\n" in found.doc.strip() else ""
+        problem = f"is not JSON: {found.msg} at {line}column {found.colno}"
     except (ValueError, RecursionError) as found:
         problem = f"is not JSON: {found}"
     raise error(f"{source} {problem}", hint)
@@ -88,7 +91,7 @@ def read_json(path: str | os.PathLike, what: str, hint: str = "", **checks: Any)
     """The value in a file.
 
     Args:
-        what: The kind of file, as in ``"the plan"``.
+        what: The kind of file, as in ``"the plan"`` or ``"the rows in"``.
         hint, checks: As in :func:`parse_json`.
 
     Raises:
@@ -97,18 +100,16 @@ def read_json(path: str | os.PathLike, what: str, hint: str = "", **checks: Any)
     return parse_json(_read(path, what, hint, **checks), str(path), hint, **checks)
 
 
-def read_json_lines(path: str | os.PathLike, what: str, hint: str = "", **checks: Any) -> list[tuple[int, dict]]:
-    """(number of the line, its object) of each line of a file; blank lines are skipped.
+def read_json_lines(path: str | os.PathLike, what: str, hint: str = "", **checks: Any) -> Iterator[tuple[int, dict]]:
+    """(number of the line, its object) of each line of a file, parsed as it is asked for; blank lines are skipped.
 
     Raises:
         UserError: As in :func:`read_json`, or a line is no object; the message names file and line.
     """
     data = _read(path, what, hint, **checks)
-    return [
-        (number, parse_json(line, f"{path}, line {number}", hint, expected=dict, **checks))
-        for number, line in enumerate(data.split(b"\n"), 1)
-        if line.strip()
-    ]
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            yield number, parse_json(line, f"{path}, line {number}", hint, expected=dict, **checks)
 
 
 def json_text(value: Any, *, indent: int | None = None, ascii_only: bool = True) -> str:

@@ -236,7 +236,7 @@ def read_rows(path: str | os.PathLike, hint: str = "") -> list[dict[str, Any]]:
     Raises:
         UserError: The file cannot be read, or a line is no JSON object.
     """
-    return [row for _, row in read_json_lines(path, "the rows", hint)]
+    return [row for _, row in read_json_lines(path, "the rows in", hint)]
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ class Question:
         return normalise_answer(answer) in {normalise_answer(one) for one in self.answers}
 
 
+_A_LINE = 'a line is {"image": "cat.png", "question": "...", "answer": "..."}'
+
+
 def read_questions(path: str | Path, count: int | None = None) -> list[Question]:
     """Read questions from JSON lines: objects with ``image``, ``question``, ``answer`` and, if wanted, ``kind``.
 
@@ -57,22 +60,18 @@ def read_questions(path: str | Path, count: int | None = None) -> list[Question]
         UserError: Not readable as that; the message names the line.
     """
     path = Path(path)
-    lines = read_json_lines(path, "the questions", "expected a .jsonl file of questions")
+    lines = read_json_lines(path, "the questions in", _A_LINE)
     questions = list(itertools.islice(_questions(path, lines), count))
     if not questions:
-        raise UserError(
-            f"{path} holds no questions", 'a line is {"image": "cat.png", "question": "...", "answer": "..."}'
-        )
+        raise UserError(f"{path} holds no questions", _A_LINE)
     return questions
 
 
-def _questions(path: Path, lines: Sequence[tuple[int, dict]]) -> Iterator[Question]:
+def _questions(path: Path, lines: Iterable[tuple[int, dict]]) -> Iterator[Question]:
     for number, row in lines:
 
         def refuse(what: str, number: int = number) -> UserError:
-            return UserError(
-                f"{path}, line {number}: {what}", 'a line is {"image": "cat.png", "question": "...", "answer": "..."}'
-            )
+            return UserError(f"{path}, line {number}: {what}", _A_LINE)
 
         images, answers = _texts(row.get("image")), _texts(row.get("answer"))
         if not images:

@@ -22,7 +22,8 @@ from vpruner.core.json_file import (
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"{", "is not JSON: .*line 1 column 2"),
+        (b"{", "is not JSON: Expecting property name.* at column 2"),
+        (b'{"a": 1,\n "b" 2}', "is not JSON: Expecting ':' delimiter at line 2, column 6"),
         (b"", "is empty"),
         (b" \n", "is empty"),
         (b"[" * 100_000, "more than 100 levels"),
@@ -97,11 +98,12 @@ def test_lines_are_numbered_as_an_editor_does(tmp_path):
     path = tmp_path / "rows.jsonl"
     # U+2028 and the like end a line of Python's, not of a file.
     path.write_text('{"a": "\u2028"}\r\n\n{"b": 1}\n', encoding="utf-8")
-    assert read_json_lines(path, "the rows") == [(1, {"a": "\u2028"}), (3, {"b": 1})]
+    assert list(read_json_lines(path, "the rows")) == [(1, {"a": "\u2028"}), (3, {"b": 1})]
     for line, says in (("[1]", "holds a list"), ("5", "holds the number 5"), ("[" * 100_000, "is nested too deeply")):
         path.write_text(f'{{"a": 1}}\n\n{line}\n')
         with pytest.raises(UserError, match=f"^{path}, line 3 {says}"):
-            read_json_lines(path, "the rows")
+            list(read_json_lines(path, "the rows"))
+    assert next(read_json_lines(path, "the rows")) == (1, {"a": 1})  # Nobody asked for the others.
 
 
 def test_what_is_not_finite_is_never_written(tmp_path):
