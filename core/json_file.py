@@ -81,7 +81,7 @@ def parse_json(
         problem = str(refused)
     except json.JSONDecodeError as found:
         line = f"line {found.lineno}, " if "\n" in found.doc.strip() else ""
-        problem = f"is not JSON: {found.msg} at {line}column {found.colno}"
+        problem = f"is not JSON: {found.msg.removesuffix(' at')} at {line}column {found.colno}"
     except (ValueError, RecursionError) as found:
         problem = f"is not JSON: {found}"
     raise error(f"{source} {problem}", hint)

@@ -134,9 +134,9 @@ def test_help_has_examples_for_both():
 def test_reports_of_nothing(tmp_path):
     fails("report", tmp_path / "no.jsonl", says="cannot read")
     (tmp_path / "a.jsonl").write_text("not json\n")
-    fails("report", tmp_path / "a.jsonl", says="a.jsonl, line 1 is not a row")
+    fails("report", tmp_path / "a.jsonl", says="a.jsonl, line 1 is not JSON")
     (tmp_path / "a.jsonl").write_text("\n[1]\n")
-    fails("report", tmp_path / "a.jsonl", says="line 2 is not a row")
+    fails("report", tmp_path / "a.jsonl", says="line 2 holds a list, expected an object")
     (tmp_path / "a.jsonl").write_text('{"kind": "accuracy"}\n')
     fails("report", tmp_path / "a.jsonl", says="hold no latency; measure one with vpruner profile")
     (tmp_path / "file").write_text("")

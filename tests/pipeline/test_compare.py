@@ -412,10 +412,8 @@ def test_mistakes_end_in_one_line(arguments, tmp_path):
     fails(*arguments, "-o", tmp_path / "photos", says="holds cat.jpg, which no comparison wrote")
     fails(*arguments, "-o", tmp_path / "photos" / "cat.jpg", says="cat.jpg is a file")
     (tmp_path / "rows.jsonl").write_text('{"kind": "compared"}\n{"kind": "comp')
-    fails(
-        *arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="rows.jsonl, line 2 is not a row"
-    )
-    with pytest.raises(UserError, match="is not a row"):
+    fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="rows.jsonl, line 2 is not JSON")
+    with pytest.raises(UserError, match="is not JSON"):
         read_rows(tmp_path / "rows.jsonl")
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\n")
     fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="cannot read")
