@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.finite import check_finite
 from ..core.plan import TokenPlan
 from ..core.preprocess import Preprocessing
 from .backbones.vit import ViTAdapter
@@ -111,11 +112,16 @@ class Calibration:
         indices: Sequence[int] | np.ndarray,
         on_batch: Callable[[int], None] = lambda count: None,
     ) -> Tensor:
-        """float32 [image, output] of the dense model; each image (and mirror image) is run once and remembered."""
+        """float32 [image, output] of the dense model; each image (and mirror image) is run once and remembered.
+
+        Raises:
+            UserError: They are not finite.
+        """
         indices = np.asarray(indices)
         missing = np.unique(np.array([index for index in indices.tolist() if index not in self._dense], np.int64))
         if len(missing):
             outputs = self.outputs(adapter, None, missing, on_batch)
+            check_finite(outputs.numpy(), adapter.name)
             self._dense.update(zip(missing.tolist(), outputs, strict=True))
         return torch.stack([self._dense[index] for index in indices.tolist()])
 

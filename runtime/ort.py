@@ -72,7 +72,8 @@ class OrtSession(Session):
         batch_size, preprocessing, classes: See :class:`~vpruner.runtime.session.Session`.
 
     On a GPU tensors are bound to memory there that is kept from run to run. :meth:`upload`, :meth:`enqueue` and
-    :meth:`download` are the three steps of a run, for measuring them apart; they work on the CPU too.
+    :meth:`download` are the three steps of a run, for measuring them apart; they work on the CPU too. On the CPU,
+    threads run at the same time.
 
     Raises:
         UserError: No such file, not an ONNX model, an unknown or unavailable provider, one that was asked for and not
@@ -169,16 +170,21 @@ class OrtSession(Session):
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         if self.placement[0] == "cpu":
+            session = self._session  # Of this run: another thread may close ours meanwhile.
+            self._check_open()
             with self._failures():
-                return self._session.run(None, feeds)
-        self._upload(feeds)
-        self.enqueue()
-        return list(self.download().values())
+                return session.run(None, feeds)
+        with self._lock:
+            self._upload(feeds)
+            self.enqueue()
+            return list(self.download().values())
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"{self.path}: onnxruntime failed to run it: {_reason(error, str(self.path))}") from None
 
@@ -187,7 +193,9 @@ class OrtSession(Session):
         self._upload(self.check_feeds(feeds))
 
     def _upload(self, feeds: Mapping[str, np.ndarray]) -> None:
-        with self._failures():
+        with self._lock, self._failures():
+            self._check_open()
+            self._claim()
             if self._bound is None or not self._bound.takes(feeds):
                 self._bound = _Binding(self, feeds)
             else:
@@ -195,23 +203,26 @@ class OrtSession(Session):
 
     def enqueue(self) -> None:
         """Run once on what was uploaded, without copies; returns when it is done."""
-        self._check_open()
-        if self._bound is None:
-            raise UserError(f"{self.path}: nothing to run on", "call upload() first")
-        with self._failures():
+        with self._lock, self._failures():
+            self._check_open()
+            if self._bound is None:
+                raise UserError(f"{self.path}: nothing to run on", "call upload() first")
+            self._check_claim()
             self._session.run_with_iobinding(self._bound.binding)
 
     def download(self) -> dict[str, np.ndarray]:
         """Copy the outputs of the last run: {name: array}, in the graph's order."""
-        self._check_open()
-        if self._bound is None:
-            raise UserError(f"{self.path}: nothing has run", "call upload() and enqueue() first")
-        with self._failures():
+        with self._lock, self._failures():
+            self._check_open()
+            if self._bound is None:
+                raise UserError(f"{self.path}: nothing has run", "call upload() and enqueue() first")
+            self._check_claim()
             return self._bound.results()
 
     def close(self) -> None:
-        self._bound = None
-        self._session = None
+        with self._lock:
+            self._bound = None
+            self._session = None
 
     @property
     def closed(self) -> bool:

@@ -232,6 +232,19 @@ def test_a_baseline_must_be_one(finished, images):
         fails(command, pruned, "--against", pruned, *more, says="is compared with itself")
 
 
+def test_no_accuracy_is_made_of_outputs_that_are_no_numbers(finished, images, tmp_path):
+    output, _ = finished
+    pruned, dense, broken = output / "pruned.onnx", output / "dense.onnx", tmp_path / "broken.onnx"
+    model = onnx.load(dense)
+    weight = max(model.graph.initializer, key=lambda one: len(one.raw_data))
+    weight.raw_data = np.full(len(weight.raw_data) // 4, np.nan, np.float32).tobytes()
+    onnx.save(model, broken)
+    says = f"outputs are not finite (NaN or infinity) for 4 of 4 images: its initializer {weight.name!r} holds NaN"
+    for files in ((broken,), (pruned, "--against", broken), (broken, "--against", dense)):
+        fails("evaluate", *files, "--eval-data", images, "--eval-images", 4, says=f"broken.onnx: the {says}")
+    fails("predict", broken, images / "cat" / "0.png", says="broken.onnx: the outputs are not finite")
+
+
 def test_nothing_to_measure_is_said_before_measuring(finished, tmp_path):
     output, _ = finished
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
