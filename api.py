@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from .core.extras import RUN_PACKAGES, require_all
 from .core.files import is_onnx
 from .core.plan import TokenPlan
 from .core.progress import Sink
+from .core.scratch import temporary_folder
 from .core.specs import ExportSpec, LearnSpec, ModelSpec, PrecisionSpec, TimingSpec
 from .core.text import option
 from .pipeline.calls import Path_, job, mapping_of, names_of, numbers_of, path_of, spec_of
@@ -210,7 +210,7 @@ class Model:
                 return self.with_plan(plan).written(output, *form, **given)
             from .pipeline.export import MethodSpec, export
 
-            path = checked_output(output, *self.spec.files)
+            path = checked_output(output, form[1], *self.spec.files)
             spec = method if isinstance(method, MethodSpec) or method is None else MethodSpec(method)
             if data is not None:
                 given["data"] = images_for(data, "calibration")[0].source
@@ -261,7 +261,7 @@ def open_model(
             raise UserError(f"{option('name')} and {option('classes')} go with a torch module", "leave them out")
         scratch = None
         if onnx is not None and isinstance(model, onnx.ModelProto):
-            scratch = tempfile.TemporaryDirectory(prefix="vpruner-")
+            scratch = temporary_folder()
             stem = re.sub(r"\W+", "_", model.graph.name) or "model"
             model = write_proto(onnx, model, Path(scratch.name) / f"{stem}.onnx")
         if model is not None and not isinstance(model, (str, os.PathLike)):

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from ..core.errors import UserError
-from ..core.files import atomic_path, scratch_beside
+from ..core.files import atomic_path, scratch_beside, written_to
 from ..core.json_file import json_sha256
 from ..core.text import command
 from .streaming import LARGE, StoredTensor, read_onnx, write_onnx
@@ -120,7 +120,7 @@ def save_model(model: ir.Model, path: str | os.PathLike) -> Path:
     That file carries a hash in its name, so that the graph at ``path`` always refers to its own weights, even if
     writing a new one over it is interrupted.
     """
-    path = Path(path)
+    path = written_to(path)
     if not stored_outside(model):
         with atomic_path(path) as temporary:
             write_onnx(model, temporary)
@@ -166,6 +166,7 @@ def move_model(source: Path, target: Path) -> None:
 
     Weights are not copied: under another name, the graph is written anew with the name that they get.
     """
+    target = written_to(target)
     moved = {part: target.name + part.name[len(source.name) :] for part in data_beside(source)}
     if moved and source.name != target.name:
         model = ir.load(source)

@@ -7,7 +7,6 @@ form, in removing dead tokens, in the exporter, or in folding.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 from ..core.errors import ParityError
 from ..core.extras import require
 from ..core.plan import TokenPlan
+from ..core.scratch import temporary_folder
 from .dense import evaluating
 from .files import save_model
 from .graph import Graph, OpenedGraph, open_graph
@@ -210,7 +210,7 @@ def run_graph(graph: OpenedGraph, images: np.ndarray) -> np.ndarray:
     """The same for an opened graph. One in memory is written first: onnxruntime needs least memory with a file."""
     if graph.path is not None:
         return run_onnx(graph.path, images)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         return run_onnx(save_model(graph.model, Path(folder) / "graph.onnx"), images)
 
 

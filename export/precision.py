@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..core.choices import CALIBRATIONS, DEFAULT_CALIBRATION, HALF_PRECISIONS, I
 from ..core.errors import UserError
 from ..core.files import scratch_beside
 from ..core.metadata import PRECISION, ModelMetadata
+from ..core.scratch import temporary_folder
 from ..core.statistics import Estimate, paired_difference, proportion
 from ..core.text import command, first_line, option
 from . import half, quantize
@@ -272,7 +272,7 @@ def agreement(reference: Graph, converted: Graph, images: np.ndarray, labels: np
     """
     reference, converted = open_graph(reference), open_graph(converted)
     about = ModelMetadata.from_props(converted.model.metadata_props, converted.source)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         before = _run(cpu_form(reference, folder), images, reference.source)
         emulated = _is_bfloat16(converted.model)
         after = _run(cpu_form(converted, folder), images, converted.source, optimized=not emulated)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io as io_module
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -15,6 +14,7 @@ import onnx_ir as ir
 
 from ..core.errors import UserError
 from ..core.extras import require
+from ..core.scratch import temporary_folder
 from ..core.text import command, first_line, option
 from .files import into_memory, load_model, proto_for_converters, stored_outside
 
@@ -159,7 +159,7 @@ def to_int8_dynamic(model: ir.Model, excluded: Sequence[str]) -> ir.Model:
 def _quantized(model: ir.Model, quantize: Callable[[Path, Path, bool], None]) -> ir.Model:
     quant_pre_process = require("onnxruntime.quantization.shape_inference").quant_pre_process
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with temporary_folder() as folder, _quiet():
         written, prepared, target = (Path(folder) / f"{name}.onnx" for name in ("written", "prepared", "quantized"))
         try:
             # Protobuf holds 2 GiB, and each step writes its result to a file.

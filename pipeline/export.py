@@ -151,6 +151,13 @@ def export(
     )
 
 
+def written_files(output: Path, precision: PrecisionSpec) -> tuple[Path, ...]:
+    """What an export to ``output`` writes, the float32 file first."""
+    from ..export.precision import beside
+
+    return (output, *(beside(output, name) for name in precision.precisions))
+
+
 def check_export(precision: PrecisionSpec, plan: Any, method: MethodSpec | None, data: Any, tokens: bool) -> None:
     """Refuse, before any work, what does not go together.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..core import extras
 from ..core.files import atomic_path
+from ..core.ours import PICTURE_MARKS
 from ..core.text import counted
 from .blocks import Figure, Items, Section, Text
 from .entries import QUALITIES, Entry, at_equal_time, batches_of, entries_of
@@ -119,8 +120,7 @@ def _drawn(entries: Sequence[Entry], form: str, title: str, batch: int | None) -
             figure.suptitle(title, fontsize=10)
         figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
         stream = io.BytesIO()
-        nothing = {"Date": None} if form == "svg" else {"Software": None}
-        figure.savefig(stream, format=form, dpi=150, metadata=nothing)
+        figure.savefig(stream, format=form, dpi=150, metadata=PICTURE_MARKS[form])
     return stream.getvalue()
 
 

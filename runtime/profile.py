@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from os import PathLike
@@ -14,6 +13,7 @@ import numpy as np
 from ..core.environment import usable_cores
 from ..core.errors import UserError
 from ..core.extras import require
+from ..core.scratch import temporary_folder
 from ..core.text import command, option
 from ..core.timing import SETTLE_SECONDS, measure, random_images
 from .layers import block_map, blocks_row, fold_layers, parse_ort_profile
@@ -213,7 +213,7 @@ def ort_blocks(
         )
     threads = usable_cores() if threads is None else threads
     known, calls = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         for number, (label, path) in enumerate(paths.items()):
             # Closed again before anything is timed: a model need not lie in memory twice.
             with OrtSession(path, [provider], threads, spinning=False) as session:

@@ -12,7 +12,6 @@ patch embedding and each attention are written in the canonical form, the class 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from onnx_ir.passes import common as passes
 from ...core.errors import GraphError
 from ...core.extras import require
 from ...core.plan import Geometry
+from ...core.scratch import temporary_folder
 from ...core.text import command
 from ..files import save_model
 from ..passes.clean import clean
@@ -324,7 +324,7 @@ class FoldShapes(ir.passes.InPlacePass):
             graph.outputs.extend(unique)
             for value in unique:
                 value.shape = None
-            with tempfile.TemporaryDirectory() as folder:
+            with temporary_folder() as folder:
                 save_model(model, Path(folder) / "shapes.onnx")
                 options = onnxruntime.SessionOptions()
                 options.log_severity_level = 4

@@ -42,7 +42,7 @@ def compare(
     taking_part = chosen_contenders(options)
     results = results or output / "results.jsonl"
     earlier = files_of_earlier(output, results)
-    check_output(results, ".jsonl", name="results")
+    check_output(results, ".jsonl", name="results", known=True)
     check_output(output / "report.html", ".html")
     before = rows_of_earlier(results)
     with progress.stage("Opening model and images"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Hashable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ...core.scratch import temporary_folder
 
 #: Activations up to this size stay in memory, others go to disk.
 RAM_BYTES = 512 << 20
@@ -26,7 +28,7 @@ class ActivationStore:
         self._held: dict[Hashable, Tensor] = {}
         self._files: dict[Hashable, Path] = {}
         self._bytes = self._written = 0
-        self._folder: tempfile.TemporaryDirectory | None = None
+        self._folder: TemporaryDirectory | None = None
 
     def __enter__(self) -> ActivationStore:
         return self
@@ -54,7 +56,7 @@ class ActivationStore:
             self._bytes += value.nbytes
             return
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="vpruner-")
+            self._folder = temporary_folder()
         if key not in self._files:
             self._files[key] = Path(self._folder.name) / f"{self._written}.npy"
             self._written += 1
