@@ -252,7 +252,7 @@ def open_model(
         if weights is not None or pretrained or model_args or preprocessing:
             raise UserError(f"{model.name} is open already", "give these options where it is opened")
         return model
-    with job(progress):
+    with job(progress, model, weights):
         torch_, onnx = sys.modules.get("torch"), sys.modules.get("onnx")
         if torch_ is not None and isinstance(model, torch_.nn.Module):
             loaded = loaded_module(model, weights, pretrained, model_args, preprocessing, name, classes)
@@ -311,7 +311,7 @@ def evaluate(
     Raises:
         UserError: Options do not go together, or there is nothing to measure.
     """
-    with job(progress):
+    with job(progress, model):
         from .pipeline.evaluate import evaluate as measure
         from .report.tables.run import evaluation_table
 
@@ -376,7 +376,7 @@ def profile(
     Raises:
         UserError: A file cannot be opened, does not take a batch, or the two cannot be compared.
     """
-    with job(progress):
+    with job(progress, model, against):
         from .pipeline.profile import check_baseline
         from .pipeline.profile import profile as measure
         from .report.tables.latency import profile_tables
@@ -416,7 +416,7 @@ def fold_plan(
         UserError: The plan or the file cannot be used.
         ParityError: The folded graph computes something else.
     """
-    with job(progress):
+    with job(progress, dense):
         require_all(("onnx", "onnx_ir", "onnxruntime"))
         from .pipeline.export import Exported
         from .pipeline.fold import fold_checked
@@ -443,7 +443,7 @@ def build_engine(onnx: Any, output: Path_, *, progress: Sink | None = None, **op
     Raises:
         UserError: The file, the options, or this machine cannot be used.
     """
-    with job(progress):
+    with job(progress, onnx):
         from dataclasses import fields
 
         from .pipeline.engines import build_engine as build
@@ -508,7 +508,7 @@ def run(
         UserError: Something that was given cannot be used.
         ParityError: A graph does not compute what the model does.
     """
-    with job(progress):
+    with job(progress, model, weights):
         require_all(RUN_PACKAGES)
         from .pipeline.options import RunOptions
         from .pipeline.run import run as run_all
@@ -564,7 +564,7 @@ def compare(
     Raises:
         UserError: Something that was given cannot be used.
     """
-    with job(progress):
+    with job(progress, model, weights):
         require_all(RUN_PACKAGES)
         from .pipeline.compare.compare import compare as compare_all
         from .pipeline.options import CompareOptions

@@ -56,6 +56,20 @@ _OUT_OF_MEMORY = re.compile(
 _LESS_MEMORY = "use fewer or smaller images, a smaller batch, or a machine with more memory"
 
 
+class CannotWrite(UserError):
+    """The system refused to write.
+
+    Attributes:
+        number: The system's, as in ``errno.ENOSPC``.
+        path: The file or folder.
+    """
+
+    def __init__(self, path: str, number: int, elsewhere: str, where: str = ""):
+        hint = f"{_NO_ROOM[number]}, or {elsewhere}" if number in _NO_ROOM else elsewhere
+        super().__init__(f"cannot write {where or path}: {os.strerror(number)}", hint)
+        self.path, self.number = path, number
+
+
 @contextmanager
 def reading(path: str | os.PathLike, hint: str = "", what: str = "") -> Iterator[None]:
     """Around the call of a package that reads a file: whatever that raises says that the file cannot be read.
@@ -95,32 +109,43 @@ def writing(path: str | os.PathLike, temporary: str | os.PathLike | None = None)
     Raises:
         UserError: In place of the system's error, or of the package that wrote.
     """
-    names = {} if temporary is None else {os.fspath(temporary): os.fspath(path)}
+    names = {}
+    if temporary is not None:  # A file of the same name in the folder is what becomes the user's file.
+        temporary, path = os.fspath(temporary), os.fspath(path)
+        names = {os.path.join(temporary, os.path.basename(path)): path, temporary: path}
     try:
         yield
     except UserError as error:
-        problem, hint = _renamed(error.marked_problem, names), _renamed(error.marked_hint, names)
-        if (problem, hint) == (error.marked_problem, error.marked_hint):
-            raise
-        raise type(error)(problem, hint) from error.__cause__
+        error.rename(names)
+        raise
     except Exception as error:
         number, file = _system_error(error)
         below = temporary is None or (file is not None and _is_below(file, temporary))
         if number is None or not (number in _NO_ROOM or below):
             raise
-        where = _renamed(file, names) if file is not None and below else os.fspath(path)
-        hint = f"{_NO_ROOM[number]}, or choose" if number in _NO_ROOM else "choose"
-        raise UserError(
-            f"cannot write {where}: {os.strerror(number)}", f"{hint} another place with {option('output')}"
-        ) from error
+        where = os.fspath(path) if file is None else file
+        found = CannotWrite(where, number, f"choose another place with {option('output')}")
+        found.rename(names)
+        raise found from error
+
+
+def no_room_below(folder: str | os.PathLike, error: BaseException | None) -> CannotWrite | None:
+    """What to raise for ``error`` if a temporary folder, which no user named, is full: it names where that lies."""
+    if not isinstance(error, (OSError, CannotWrite)):
+        return None
+    number, file = (error.number, error.path) if isinstance(error, CannotWrite) else _system_error(error)
+    if number not in _NO_ROOM or not (file is None or _is_below(file, folder)):
+        return None
+    place = os.path.dirname(os.fspath(folder))
+    return CannotWrite(place, number, "set TMPDIR to a folder on another disk", f"temporary files in {place}")
 
 
 @contextmanager
-def boundary(inputs: Iterable[str | os.PathLike] = ()) -> Iterator[None]:
+def boundary(inputs: Iterable[Any] = ()) -> Iterator[None]:
     """Around a command or a call of the Python API: errors of other packages and of the system become a UserError.
 
     Args:
-        inputs: The user's files, to be named where the error names none.
+        inputs: What the user gave; those that are files are named where the error names none.
 
     Raises:
         UserError: In place of those, which stay its cause. Defects of ours and all other errors are unchanged.
@@ -135,7 +160,7 @@ def boundary(inputs: Iterable[str | os.PathLike] = ()) -> Iterator[None]:
         raise found from error
 
 
-def as_user_error(error: BaseException, inputs: Iterable[str | os.PathLike] = ()) -> UserError | None:
+def as_user_error(error: BaseException, inputs: Iterable[Any] = ()) -> UserError | None:
     """What :func:`boundary` makes of ``error``; None for a defect of ours."""
     cause = error.__cause__
     if _root(error) == "onnx_ir" and cause is not None:  # A pass of ours failed, which onnx_ir wraps.
@@ -143,7 +168,7 @@ def as_user_error(error: BaseException, inputs: Iterable[str | os.PathLike] = ()
     whose = _whose(error)
     if whose is None:
         return None
-    about = ", ".join(map(os.fspath, inputs))
+    about = ", ".join(os.fspath(one) for one in inputs if isinstance(one, (str, os.PathLike)) and os.path.isfile(one))
     if whose == "memory":
         return UserError(f"{about + ': ' if about else ''}memory ran out", _LESS_MEMORY)
     if isinstance(error, RecursionError):
@@ -160,7 +185,7 @@ def as_user_error(error: BaseException, inputs: Iterable[str | os.PathLike] = ()
 def place_of(error: BaseException) -> str:
     """Where ``error`` was raised: ``prune/search.py:123``; and what of other packages was called there."""
     frames = list(_frames(error.__traceback__))
-    ours = [f"{Path(file).relative_to(_ROOT)}:{line}" for file, line, mine in frames if mine]
+    ours = [f"{Path(file).resolve().relative_to(_ROOT)}:{line}" for file, line, mine in frames if mine]
     file, line, mine = frames[-1] if frames else ("", 0, True)
     return (ours[-1] if ours else "an unknown place") + (
         "" if mine else f" (at {'/'.join(Path(file).parts[-2:])}:{line})"
@@ -221,14 +246,5 @@ def _reason(error: Exception) -> str:
     return f"{first_line(error)} ({type(error).__name__})" if str(error).strip() else type(error).__name__
 
 
-# -- names ------------------------------------------------------------------------------------------------------------
-
-
 def _is_below(file: str, folder: str | os.PathLike) -> bool:
     return Path(file).absolute().is_relative_to(Path(folder).absolute())
-
-
-def _renamed(text: str, names: dict[str, Any]) -> str:
-    for temporary, name in names.items():
-        text = text.replace(temporary, name)
-    return text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .text import as_python
 
 
@@ -26,6 +28,12 @@ class UserError(Exception):
         self.marked_problem = problem
         self.marked_hint = hint
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Put other names into the message, such as the user's file for the temporary one that becomes it."""
+        for name, other in names.items():
+            self.marked_problem = self.marked_problem.replace(name, other)
+            self.marked_hint = self.marked_hint.replace(name, other)
+
     @property
     def problem(self) -> str:
         return as_python(self.marked_problem)
@@ -36,7 +44,7 @@ class UserError(Exception):
 
     @property
     def marked(self) -> str:
-        return super().__str__()
+        return f"{self.marked_problem}; {self.marked_hint}" if self.marked_hint else self.marked_problem
 
     def __str__(self) -> str:
         return as_python(self.marked)

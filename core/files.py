@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .boundary import writing
 from .errors import UserError
 from .scratch import marker, remove_leftovers
 from .text import option
@@ -37,12 +38,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        # mkstemp makes files private; what replaces a user's file must be readable like any file the user makes.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(target)
+        with writing(path, temporary):
+            yield temporary
+            # mkstemp makes files private; what replaces a user's file must be readable like any file the user makes.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -66,7 +68,8 @@ def scratch_beside(path: str | os.PathLike) -> Iterator[Path]:
             f"cannot write to {target.parent}: {error.strerror}", f"choose another place with {option('output')}"
         ) from None
     try:
-        yield scratch
+        with writing(path, scratch):
+            yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from .boundary import writing
 from .json_file import json_text, read_json_lines
 
 
@@ -216,15 +217,16 @@ def append_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> N
     """
     lines = "".join(map(_line, rows)).encode()
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as stream:
-        before, written = stream.seek(0, os.SEEK_END), 0
-        try:
-            while written < len(lines):
-                written += stream.write(lines[written:])
-        except OSError:  # The disk is full: half a row would make the rows before it unreadable.
-            stream.truncate(before)
-            raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as stream:
+            before, written = stream.seek(0, os.SEEK_END), 0
+            try:
+                while written < len(lines):
+                    written += stream.write(lines[written:])
+            except OSError:  # The disk is full: half a row would make the rows before it unreadable.
+                stream.truncate(before)
+                raise
 
 
 def read_rows(path: str | os.PathLike, hint: str = "") -> list[dict[str, Any]]:

@@ -16,6 +16,9 @@ import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from .boundary import no_room_below
 
 _MARKER = re.compile(r"vpruner-([0-9a-f]{8})-(\d+)-([0-9a-f]{8})-(\d+)\.")
 #: Ends the name of a folder that stepped aside for a new one.
@@ -28,11 +31,20 @@ def marker() -> str:
     return f"vpruner-{_host()}-{pid}-{_boot()}-{_start_of(pid) or 0}."
 
 
+class _Folder(tempfile.TemporaryDirectory):
+    """One that says where there is no room left, which no user named."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)
+        if found := no_room_below(self.name, error):
+            raise found from error
+
+
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     """A folder in the system's place for temporary files; those of dead processes are removed first."""
     place = Path(tempfile.gettempdir())
     remove_leftovers(place, "")
-    return tempfile.TemporaryDirectory(prefix=f".{marker()}", dir=place)
+    return _Folder(prefix=f".{marker()}", dir=place)
 
 
 def remove_leftovers(place: Path, name: str | None = None) -> None:

@@ -176,6 +176,8 @@ def _quantized(model: ir.Model, quantize: Callable[[Path, Path, bool], None]) ->
                 external_data_location="prepared.weights",
             )
             quantize(prepared, target, external)
+        except (OSError, MemoryError):
+            raise
         except Exception as error:  # the quantizer raises many types
             raise UserError(
                 f"onnxruntime cannot quantize the graph: {first_line(error)}",

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ...core.errors import GraphError
+from ...core.errors import GraphError, UserError
 from ...core.extras import require
 from ...core.plan import Geometry
 from ...core.scratch import temporary_folder
@@ -336,6 +336,8 @@ class FoldShapes(ir.passes.InPlacePass):
                 for batch in _batches(graph):
                     pixels = np.zeros([batch, *(int(dim) for dim in image.shape[1:])], np.float32)
                     runs.append(dict(zip(unique, session.run(None, {image.name: pixels}), strict=True)))
+        except (OSError, MemoryError, UserError):
+            raise
         except Exception as error:  # onnxruntime raises many types for graphs that it cannot run
             raise GraphError(
                 f"onnxruntime cannot run the graph: {str(error).splitlines()[0][:200]}",

@@ -26,6 +26,7 @@ incumbent on images that no reward was ever computed on, or the Fisher plan.
 from __future__ import annotations
 
 import hashlib
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -1117,8 +1118,10 @@ class _Run:
             "unit": self.prospect.unit,
             "evidence": self.evidence.state(),
         }
+        # PyTorch says nothing of a full disk where it writes the file itself.
+        torch.save(state, buffer := io.BytesIO())
         with atomic_path(path) as temporary:
-            torch.save(state, temporary)
+            temporary.write_bytes(buffer.getbuffer())
 
     def resume(self, path: Path) -> None:
         if not path.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,10 +34,10 @@ class ActivationStore:
     def __enter__(self) -> ActivationStore:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._held.clear()
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.__exit__(*error)
 
     @property
     def bytes_in_memory(self) -> int:
@@ -60,8 +61,12 @@ class ActivationStore:
         if key not in self._files:
             self._files[key] = Path(self._folder.name) / f"{self._written}.npy"
             self._written += 1
-        # Written and read whole, not mapped: pages of a mapped file count as memory of the process.
-        np.save(self._files[key], value.numpy())
+        # Written and read whole, not mapped: pages of a mapped file count as memory of the process. Through a stream of
+        # Python's, since numpy's own writing does not say that a disk is full.
+        array = np.asarray(value.numpy(), order="C")
+        with self._files[key].open("wb") as stream:
+            np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+            stream.write(array.data)
 
     def get(self, key: Hashable) -> Tensor:
         """On the CPU.
