@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.errors import ParityError
+from ..core.external import check_data
 from ..core.extras import require
 from ..core.plan import TokenPlan
 from ..core.scratch import temporary_folder
@@ -223,7 +224,7 @@ def run_all_outputs(path: str | os.PathLike, images: np.ndarray, *, optimized: b
     options.enable_cpu_mem_arena = False
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(os.fspath(check_data(path)), options, providers=["CPUExecutionProvider"])
     (graph_input,) = session.get_inputs()
     dtype = np.float16 if graph_input.type == "tensor(float16)" else np.float32
     batch = graph_input.shape[0] if isinstance(graph_input.shape[0], int) else min(_CHUNK, len(images))

@@ -33,6 +33,7 @@ from .graph import Graph, copy_model, open_graph
 from .parity import run_onnx
 from .passes.edit import infer_shapes_anew
 from .quantize import QUANTIZED, QUANTIZED_OPS
+from .recognise.unfit import refuse_subgraphs
 
 #: Largest finite float16.
 FP16_MAX = 65504.0
@@ -162,7 +163,8 @@ def convert(
     if precision.startswith("int8") and io != "float32":
         raise UserError(f"{precision} graphs have float32 inputs and outputs, found io {io!r}", "leave it out")
     opened = open_graph(graph)
-    _check_float32(opened.model, opened.source)
+    with opened.naming():
+        _check_float32(opened.model, opened.source)
     model = copy_model(opened.model)
     props = {**model.metadata_props, **(props or {})}
     _regularise(model)
@@ -208,6 +210,7 @@ def _check_float32(model: ir.Model, source: str) -> None:
     if said != "fp32":
         raise UserError(f"{source} is {said} already", hint)
     for node in model.graph:
+        refuse_subgraphs(node)
         if node.op_type in QUANTIZED_OPS:
             raise UserError(f"{source} is quantized already: node {node.name!r} is {node.op_type}", hint)
     for value in (*model.graph.inputs, *model.graph.initializers.values()):

@@ -8,6 +8,7 @@ with vpruner.runtime.ort.OrtSession("pruned.onnx") as session:
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from os import PathLike
@@ -19,9 +20,10 @@ import numpy as np
 from ..core.choices import PROVIDERS
 from ..core.environment import usable_cores
 from ..core.errors import UserError
+from ..core.external import check_data
 from ..core.extras import require
 from ..core.metadata import ModelMetadata
-from ..core.text import option
+from ..core.text import command, option
 from .opening import open
 from .session import Prediction, Score, Session, TensorSpec
 
@@ -129,10 +131,11 @@ class OrtSession(Session):
             settings.add_session_config_entry("session.force_spinning_stop", "1")
         if not self.optimized:
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        path = check_data(self.path)
         # enable_fallback=0: onnxruntime's Python layer would print, drop the provider and try again.
         try:
             session = ort.InferenceSession(
-                str(self.path),
+                str(path),
                 settings,
                 providers=[name for name, _ in self._asked],
                 provider_options=[options for _, options in self._asked],
@@ -140,8 +143,8 @@ class OrtSession(Session):
             )
         except Exception as error:
             raise UserError(
-                f"{self.path}: onnxruntime cannot open it: {_reason(error, str(self.path))}",
-                "is it a complete ONNX file, with its weights next to it?",
+                f"{self.path}: onnxruntime cannot open it: {_reason(error, str(path))}",
+                f"see what is wrong with it, with: {command('check', self.path)}",
             ) from None
         obtained = session.get_providers()
         lost = [name for name, _ in self._asked if name not in obtained]
@@ -330,4 +333,6 @@ def _reason(error: Exception, path: str) -> str:
     text = " ".join(str(error).split())
     # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from x.onnx failed:Protobuf parsing failed."
     text = text.rpartition("[ONNXRuntimeError] : ")[2].split(" : ", 2)[-1]
-    return text.removeprefix(f"Load model from {path} failed:")[:300].rstrip(".")
+    text = text.removeprefix(f"Load model from {path} failed:")
+    # "/onnxruntime_src/.../model_load_utils.h:46 void onnxruntime::...(...) ONNX Runtime only *guarantees* ..."
+    return re.sub(r"^/\S+\.(?:h|cc|cpp):\d+ .*?\) (?=[A-Z])", "", text)[:300].rstrip(".")

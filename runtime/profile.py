@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core.environment import usable_cores
 from ..core.errors import UserError
+from ..core.external import check_data
 from ..core.extras import require
 from ..core.scratch import temporary_folder
 from ..core.text import command, option
@@ -258,4 +259,4 @@ def _profiled(path: str | PathLike, threads: int, prefix: Path) -> Any:
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.enable_profiling = True
     settings.profile_file_prefix = str(prefix)
-    return ort.InferenceSession(str(path), settings, providers=[PROVIDERS["cpu"]])
+    return ort.InferenceSession(str(check_data(path)), settings, providers=[PROVIDERS["cpu"]])
