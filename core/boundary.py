@@ -53,6 +53,8 @@ _NO_ROOM = {
 _OUT_OF_MEMORY = re.compile(
     r"bad_alloc|out of memory|DefaultCPUAllocator|Failed to allocate memory|CUDA_ERROR_OUT_OF_MEMORY", re.IGNORECASE
 )
+#: numpy writes arrays past Python's streams, and does not say why it could not.
+_OF_NUMPY = re.compile(r"^problem writing element \d+ to file|^\d+ requested and \d+ written")
 _LESS_MEMORY = "use fewer or smaller images, a smaller batch, or a machine with more memory"
 
 
@@ -99,33 +101,34 @@ def reading(path: str | os.PathLike, hint: str = "", what: str = "") -> Iterator
 
 
 @contextmanager
-def writing(path: str | os.PathLike, temporary: str | os.PathLike | None = None) -> Iterator[None]:
+def writing(
+    path: str | os.PathLike, temporary: str | os.PathLike | None = None, *, folder: bool = False
+) -> Iterator[None]:
     """Around what writes a file or a folder: a full disk and the like name it as the user did.
 
     Args:
         path: As the user named it.
         temporary: Where it is written first: a message of any error names ``path`` in its place.
+        folder: Whether that is a folder that becomes ``path``, and not one for the making of a file.
 
     Raises:
         UserError: In place of the system's error, or of the package that wrote.
     """
-    names = {}
-    if temporary is not None:  # A file of the same name in the folder is what becomes the user's file.
-        temporary, path = os.fspath(temporary), os.fspath(path)
-        names = {os.path.join(temporary, os.path.basename(path)): path, temporary: path}
+    path = os.fspath(path)
+    below = "" if folder else r"(?:/[\w.@+-]+)*"
+    pattern = "(?!)" if temporary is None else re.escape(os.fspath(temporary)) + below
     try:
         yield
     except UserError as error:
-        error.rename(names)
+        error.rename(pattern, path)
         raise
     except Exception as error:
         number, file = _system_error(error)
-        below = temporary is None or (file is not None and _is_below(file, temporary))
-        if number is None or not (number in _NO_ROOM or below):
+        written = temporary is None or (file is not None and _is_below(file, temporary))
+        if number is None or not (number in _NO_ROOM or written):
             raise
-        where = os.fspath(path) if file is None else file
-        found = CannotWrite(where, number, f"choose another place with {option('output')}")
-        found.rename(names)
+        found = CannotWrite(path if file is None else file, number, f"choose another place with {option('output')}")
+        found.rename(pattern, path)
         raise found from error
 
 
@@ -231,9 +234,20 @@ def _system_error(error: Exception) -> tuple[int | None, str | None]:
     """(number, file) of an error of the system, also where a package in Rust repeats it; None where there is none."""
     if isinstance(error, OSError):
         file = error.filename
-        return error.errno, None if file is None or isinstance(file, int) else os.fsdecode(file)
+        number = error.errno
+        if number is None and _OF_NUMPY.search(str(error)):
+            number = errno.EFBIG if _files_are_limited() else errno.ENOSPC
+        return number, None if file is None or isinstance(file, int) else os.fsdecode(file)
     found = re.search(r"\(os error (\d+)\)", str(error)) if _whose(error) == "safetensors" else None
     return (int(found[1]) if found else None), None
+
+
+def _files_are_limited() -> bool:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return False
+    return resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
 
 
 def _reason(error: Exception) -> str:

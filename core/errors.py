@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 
 from .text import as_python
 
@@ -28,11 +28,10 @@ class UserError(Exception):
         self.marked_problem = problem
         self.marked_hint = hint
 
-    def rename(self, names: Mapping[str, str]) -> None:
-        """Put other names into the message, such as the user's file for the temporary one that becomes it."""
-        for name, other in names.items():
-            self.marked_problem = self.marked_problem.replace(name, other)
-            self.marked_hint = self.marked_hint.replace(name, other)
+    def rename(self, pattern: str, name: str) -> None:
+        """Put another name into the message, such as the user's file for the temporary one that becomes it."""
+        self.marked_problem = re.sub(pattern, lambda match: name, self.marked_problem)
+        self.marked_hint = re.sub(pattern, lambda match: name, self.marked_hint)
 
     @property
     def problem(self) -> str:

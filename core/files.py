@@ -50,10 +50,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch_beside(path: str | os.PathLike) -> Iterator[Path]:
+def scratch_beside(path: str | os.PathLike, *, folder: bool = False) -> Iterator[Path]:
     """Yield a temporary folder on the file system of ``path``, so that what is finished can be renamed into place.
 
     What earlier processes left of ``path`` when they were killed is removed.
+
+    Args:
+        folder: Whether the folder itself becomes ``path``, and not a file in it.
     """
     target = written_to(path)
     blocking = next((parent for parent in target.absolute().parents if parent.is_file()), None)
@@ -68,7 +71,7 @@ def scratch_beside(path: str | os.PathLike) -> Iterator[Path]:
             f"cannot write to {target.parent}: {error.strerror}", f"choose another place with {option('output')}"
         ) from None
     try:
-        with writing(path, scratch):
+        with writing(path, scratch, folder=folder):
             yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

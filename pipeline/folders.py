@@ -38,7 +38,7 @@ def finished_folder(output: Path, *, force: bool) -> Iterator[Path]:
         )
     remove_leftovers(output.parent, output.name)
     check_free(output, force=force)
-    with scratch_beside(output) as scratch:
+    with scratch_beside(output, folder=True) as scratch:
         yield scratch
         check_free(output, force=force)  # Again: another run may have finished there in the meantime.
         scratch.chmod(0o755)  # mkdtemp makes private folders.

@@ -126,7 +126,7 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
     """
     require_all(RUN_PACKAGES)  # Missing extras are said now, not after ten minutes.
     check(options, output)
-    with finished_folder(output, force=force) as folder, scratch_beside(folder / "graphs") as scratch:
+    with finished_folder(output, force=force) as folder, scratch_beside(folder / "graphs", folder=True) as scratch:
         inputs = open_inputs(options)
         learned = learn(options, inputs)
         saved = save(inputs.loaded, learned, folder)

@@ -14,6 +14,7 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -197,16 +198,16 @@ def test_a_file_in_a_scratch_folder_is_named_as_what_it_becomes(no_room, tmp_pat
     output = tmp_path / "runs" / "mine"
     with (
         pytest.raises(UserError, match=f"^cannot write {output}/plan.json: {no_room}"),
-        scratch_beside(output) as folder,
+        scratch_beside(output, folder=True) as folder,
     ):
         write_text(folder / "plan.json", "x" * 100_000)
     output = tmp_path / "runs" / "a.onnx"
     with pytest.raises(UserError, match=f"^cannot write {output}: {no_room}"), scratch_beside(output) as folder:
-        (folder / "a.onnx").write_bytes(b"x" * 100_000)
+        write_text(folder / "files" / "dense.onnx", "x" * 100_000)
     assert not list((tmp_path / "runs").iterdir())
     with pytest.raises(GraphError) as found, scratch_beside(output) as folder:
         raise GraphError(f"{folder / 'a.onnx'} has no nodes", f"look at {folder}/b.onnx")
-    assert str(found.value) == f"{output} has no nodes; look at {output}/b.onnx"
+    assert str(found.value) == f"{output} has no nodes; look at {output}"
 
 
 def test_temporary_files_name_the_folder_that_is_full(no_room, tmp_path, monkeypatch):
@@ -239,13 +240,23 @@ def test_weights_that_do_not_fit_are_said_in_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_numpy_cannot_write_is_said_in_the_words_of_the_system(tmp_path):
+    says = f"^cannot write {tmp_path / 'a'}: File too large"
+    for write in (np.ndarray.tofile, lambda array, stream: np.save(stream, array)):
+        with pytest.raises(CannotWrite, match=says), files_of_at_most(50_000), atomic_path(tmp_path / "a") as temporary:
+            write(np.zeros(100_000), temporary)
+    full = OSError("problem writing element 2048 to file")
+    with pytest.raises(CannotWrite, match="^cannot write a: No space left"), writing("a"):
+        raises(full)
+
+
 def test_other_errors_in_a_folder_are_not_about_writing(tmp_path):
     missing = tmp_path / "image.png"
     with pytest.raises(FileNotFoundError), scratch_beside(tmp_path / "out"), atomic_path(tmp_path / "a.json"):
         missing.read_bytes()
     with (
         pytest.raises(UserError, match=f"^cannot write {tmp_path}/out/a/b: No such file"),
-        scratch_beside(tmp_path / "out") as folder,
+        scratch_beside(tmp_path / "out", folder=True) as folder,
     ):
         (folder / "a" / "b").write_text("x")
     missing.mkdir()
