@@ -27,7 +27,7 @@ from .core.specs import ExportSpec, LearnSpec, ModelSpec, PrecisionSpec, TimingS
 from .core.text import option
 from .pipeline.calls import Path_, job, mapping_of, names_of, numbers_of, path_of, spec_of
 from .pipeline.images import data_of, images_for
-from .pipeline.models import fields_of, loaded_module, name_of, write_proto
+from .pipeline.models import fields_of, loaded_module, model_spec, name_of, write_proto
 from .pipeline.pruned import Pruned, checked_output, form_of, plan_of
 from .report.measurements import Finished, Measurements
 
@@ -225,6 +225,7 @@ def open_model(
     weights: Path_ | None = None,
     pretrained: bool = False,
     model_args: Mapping[str, Any] | None = None,
+    resample: bool = False,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     name: str | None = None,
     classes: Sequence[str] | None = None,
@@ -240,7 +241,8 @@ def open_model(
             bundled reference.
         weights: A file with weights for it.
         pretrained: Let timm download the weights.
-        model_args: Arguments for the model's class.
+        model_args: Arguments of the model's architecture.
+        resample: Load weights of another patch size, with a resampled patch kernel, in place of refusing them.
         preprocessing: Of an ONNX file or a module: how an image becomes the input, where that is not stated.
         name, classes: Of a module: what to call it, and its outputs.
         loss: Of an ONNX file: ``"features"`` if it returns an embedding, ``"self"`` or ``"labels"`` if logits.
@@ -277,10 +279,7 @@ def open_model(
         stated = (
             preprocessing if preprocessing is None or isinstance(preprocessing, Mapping) else fields_of(preprocessing)
         )
-        file = None if weights is None else path_of(weights, "weights")
-        spec = ModelSpec(
-            model, file, pretrained, mapping_of(model_args, "model_args"), mapping_of(stated, "preprocessing")
-        )
+        spec = model_spec(model, weights, pretrained, model_args, resample, stated)
         with _progress.stage("Opening the model"):
             return Model(open_prunable(spec, loss=loss, softmax=True), spec, loss, scratch)
 
@@ -458,14 +457,16 @@ def build_engine(onnx: Any, output: Path_, *, progress: Sink | None = None, **op
         return build(source, target, BuildOptions(**options))
 
 
-def _model_spec(model: Any, weights: Any, pretrained: bool, model_args: Any, preprocessing: Any) -> ModelSpec:
+def _model_spec(
+    model: Any, weights: Any, pretrained: bool, model_args: Any, resample: bool, preprocessing: Any
+) -> ModelSpec:
     """What :func:`run` and :func:`compare` open themselves, or a model that is open already."""
     if model is None or isinstance(model, (str, os.PathLike)):
-        stated = mapping_of(fields_of(preprocessing), "preprocessing")
-        file = None if weights is None else path_of(weights, "weights")
         what = None if model is None else os.fspath(model)
-        return ModelSpec(what, file, pretrained, mapping_of(model_args, "model_args"), stated)
-    given = dict(weights=weights, pretrained=pretrained, model_args=model_args, preprocessing=preprocessing)
+        return model_spec(what, weights, pretrained, model_args, resample, fields_of(preprocessing))
+    given = dict(
+        weights=weights, pretrained=pretrained, model_args=model_args, resample=resample, preprocessing=preprocessing
+    )
     return ModelSpec(open_model(model, **given).loaded)
 
 
@@ -479,6 +480,7 @@ def run(
     weights: Path_ | None = None,
     pretrained: bool = False,
     model_args: Mapping[str, Any] | None = None,
+    resample: bool = False,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     images: int | None = None,
     eval_images: int | None = None,
@@ -498,7 +500,7 @@ def run(
             ``eval_data`` a part of ``data`` is put aside.
         output: The folder; None: ``runs/NAME``.
         target: Budget as a fraction of the dense model's cost; None: that of ``learn``.
-        weights, pretrained, model_args, preprocessing: Of :func:`open_model`.
+        weights, pretrained, model_args, resample, preprocessing: Of :func:`open_model`.
         images, eval_images: How many are used at most.
         seed: Of everything that depends on chance.
         learn, export, precision, timing: Everything else that can be asked for.
@@ -515,7 +517,7 @@ def run(
         from .report.results import Results
         from .report.tables.run import run_tables
 
-        spec = _model_spec(model, weights, pretrained, model_args, preprocessing)
+        spec = _model_spec(model, weights, pretrained, model_args, resample, preprocessing)
         learn = replace(spec_of(learn, LearnSpec, "learn"), seed=seed, **({} if target is None else {"target": target}))
         chosen = data_of(data, eval_data, images, eval_images, seed, IMAGES)
         form, others = spec_of(export, ExportSpec, "export"), spec_of(precision, PrecisionSpec, "precision")
@@ -539,6 +541,7 @@ def compare(
     weights: Path_ | None = None,
     pretrained: bool = False,
     model_args: Mapping[str, Any] | None = None,
+    resample: bool = False,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     images: int | None = None,
     eval_images: int | None = None,
@@ -553,8 +556,8 @@ def compare(
     """Compare methods of token reduction at equal budgets; a comparison that was interrupted goes on.
 
     Args:
-        model, data, eval_data, weights, pretrained, model_args, preprocessing, images, eval_images, seed: As for
-            :func:`run`.
+        model, data, eval_data, weights, pretrained, model_args, resample, preprocessing, images, eval_images, seed: As
+            for :func:`run`.
         output: The folder; None: ``runs/compare-NAME``.
         targets, methods, seeds, batches, latency, learn, opset: See
             :class:`~vpruner.pipeline.options.CompareOptions`.
@@ -571,7 +574,7 @@ def compare(
         from .report.entries import entries_of
         from .report.tables.compare import comparison_table
 
-        spec = _model_spec(model, weights, pretrained, model_args, preprocessing)
+        spec = _model_spec(model, weights, pretrained, model_args, resample, preprocessing)
         options = CompareOptions(
             spec,
             data_of(data, eval_data, images, eval_images, seed, COMPARE_IMAGES),

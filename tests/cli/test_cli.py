@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, messages, files, and nothing half-written."""
 
 import json
+import math
 import shlex
 import shutil
 import signal
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from tiny_cards import CLASSES, TINY
 
 from vpruner.cli import main
+from vpruner.cli.types import read_value
 from vpruner.core import bundled
 from vpruner.core.choices import PROVIDERS
 from vpruner.core.cost import cost_ratio
@@ -753,3 +755,21 @@ def test_version():
     from vpruner import __version__
 
     assert __version__ in call("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("False", False), ("false", False), ("FALSE ", False), ("True", True), ("None", None), ("null", None),
+        ("(16, 16)", (16, 16)), ("[16, 16]", [16, 16]), ("16", 16), ("0.5", 0.5), ("'avg'", "avg"), ("avg", "avg"),
+        ("none", "none"), ("Flase", "Flase"), ("", ""), ("(" * 500, "(" * 500), ("NaN", "NaN"), ("1e999", math.inf),
+    ],
+)  # fmt: skip
+def test_a_value_of_a_model_argument_is_read_as_json_or_as_python(typed, value):
+    found = read_value(typed)
+    assert found == value and type(found) is type(value)
+
+
+def test_a_mistyped_truth_value_is_refused_and_never_true(tmp_path):
+    says = "--model-arg: pool_include_prefix is 'Flase', expected true or false"
+    fails("export", "-o", tmp_path / "m.onnx", "--model-arg", "pool_include_prefix=Flase", says=says)
