@@ -6,11 +6,12 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .boundary import writing
 from .errors import UserError
@@ -105,6 +106,21 @@ def what_is_there(path: Path) -> str:
     """What a path is that is neither a file nor a folder: ``"a pipe"``."""
     kinds = {"is_fifo": "a pipe", "is_socket": "a socket", "is_char_device": "a device", "is_block_device": "a device"}
     return next((what for asked, what in kinds.items() if getattr(path, asked)()), "no file")
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Open a file to read its bytes. What is no regular file is refused at once: opening a pipe waits for a writer.
+
+    Raises:
+        OSError: It cannot be opened, or is a folder, a pipe or a device.
+    """
+    stream = open(  # noqa: SIM115 - the caller closes it
+        path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+    )
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(f"{path} is {what_is_there(Path(path))}, expected a file")
+    return stream
 
 
 def is_onnx(path: Any) -> bool:

@@ -136,7 +136,7 @@ def _images(
         found = [] if images is None else list(images.images())
         if images is not None:
             images.require_any()
-            remarks.append(images.skipped_remark(role))
+            remarks.append(images.remark(role))
         read.append((prepared.batch([image for image, _ in found]) if found else None, found))
     for remark in remarks:
         progress.remark(remark)

@@ -133,7 +133,7 @@ def evaluate(
         if plan is None and plan_path:
             plan = load_plan(plan_path)
         estimates, images = _evaluate_torch(model, data, plan, plan_path, weights)
-    progress.remark(images.skipped_remark("evaluation"))
+    progress.remark(images.remark("evaluation"))
     return [estimate.row(label) for label, values in estimates.items() for estimate in values]
 
 

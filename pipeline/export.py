@@ -290,7 +290,7 @@ def _calibrated(loaded: LoadedModel, method: MethodSpec, data: Any, count: int) 
     geometry = loaded.adapter.geometry
     calibration = one_set(loaded.classes, geometry, DataSpec(data=data, images=count, seed=method.seed), "calibration")
     images, _ = next(at_least_one(calibration.batches(loaded.preprocessing, count), calibration))
-    progress.remark(calibration.skipped_remark("calibration"))
+    progress.remark(calibration.remark("calibration"))
     made = make_pruning(loaded, method, images)
     if isinstance(made, TokenPlan):
         return by_plan(loaded, made), None

@@ -244,7 +244,7 @@ def remark_on_images(calibration: ImageSet, evaluation: ImageSet) -> None:
     """Say what a reader of the accuracy must know of the images."""
     from ..prune.choose_images import overlap
 
-    progress.remark(evaluation.skipped_remark("evaluation"))
+    progress.remark(evaluation.remark("evaluation"))
     if seen_before := overlap(calibration, evaluation):
         also = "is also a calibration image" if seen_before == 1 else "are also calibration images"
         progress.remark(

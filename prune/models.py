@@ -19,7 +19,7 @@ from ..core.progress import remark
 from ..core.text import command, first_line, option
 from .backbones.registry import adapter_for
 from .card import open_card, open_timm_folder
-from .data import IMAGE_SUFFIXES
+from .image_files import IMAGE_SUFFIXES
 from .loaded import LoadedModel, imagenet_classes, ready, timm_preprocessing
 from .model_args import build, check_size, checked_args, user_args
 from .names import HUB, LOCAL_FOLDER, check_name

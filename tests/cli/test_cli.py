@@ -548,7 +548,7 @@ def test_unreadable_evaluation_images_are_refused_before_anything_is_learned(car
     monkeypatch.setattr("vpruner.prune.learn.learn", learned)
     start = ("run", card, "--data", images, "--eval-data", folder, "-q", "-o", tmp_path / "out")
     fails(*start, says=f"none of the 3 images of {folder} can be read: ")
-    fails(*start, says=".jpg (cannot identify image file")
+    fails(*start, says=".jpg (not an image that Pillow can read")
     # One that can be read is enough, wherever it is.
     Image.new("RGB", (16, 16)).save(folder / "9.png")
     with pytest.raises(AssertionError):
