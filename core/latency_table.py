@@ -239,7 +239,7 @@ class LatencyTable:
         here = environment()
         packages = ("onnxruntime", "onnxruntime-gpu") if self.runtime == "onnxruntime" else ("tensorrt",)
         versions, found = (
-            {name: (value.get("packages") or {}).get(name) for name in packages} for value in (self.environment, here)
+            {name: _packages_of(value).get(name) for name in packages} for value in (self.environment, here)
         )
         pairs = [("model", self.model, model), ("batch", self.batch, batch)]
         if self.runtime == "onnxruntime":
@@ -340,6 +340,11 @@ class LatencyTable:
             raise UserError(
                 f"{path} is not a latency table of use: {error.marked_problem}", error.marked_hint or HINT
             ) from None
+
+
+def _packages_of(environment: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = environment.get("packages")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _bad(problem: str) -> UserError:

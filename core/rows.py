@@ -7,11 +7,12 @@ who compared it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 from .boundary import writing
+from .errors import UserError
 from .json_file import json_text, read_json_lines
 
 
@@ -101,12 +102,23 @@ class LatencyRow(_Row):
     environment: dict[str, Any]
 
 
+class _Block(TypedDict):
+    ms: float
+
+
+class Block(_Block, total=False):
+    """``keys`` and ``queries`` are where the file says its tokens."""
+
+    keys: int
+    queries: int
+
+
 class BlocksRow(_Row):
     """Milliseconds of each block, from the times of single layers."""
 
     label: str
     runtime: str
-    blocks: list[dict[str, Any]]
+    blocks: list[Block]
     total_ms: float
 
 
@@ -229,23 +241,49 @@ def append_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> N
                 raise
 
 
-def read_rows(path: str | os.PathLike, hint: str = "") -> list[dict[str, Any]]:
+def read_rows(
+    path: str | os.PathLike, hint: str = "", *, type_of: Callable[[dict[str, Any]], type | None] | None = None
+) -> list[dict[str, Any]]:
     """The rows of a ``results.jsonl``, whatever their kinds; blank lines are skipped.
 
     Args:
         hint: What the user may do instead, for the error.
+        type_of: What else a row must hold for its reader; None: nothing.
 
     Raises:
-        UserError: The file cannot be read, or a line is no JSON object.
+        UserError: The file cannot be read, a line is no JSON object, or a row lacks what its kind has. The message
+            names the line.
     """
-    return [row for _, row in read_json_lines(path, "the rows in", hint)]
+    rows = []
+    for number, row in read_json_lines(path, "the rows in", hint):
+        for kind in (_kind_of(row), type_of and type_of(row)):
+            if kind and (problem := _misfit(row, kind)):
+                raise UserError(f"{path}, line {number}: a row of kind {row['kind']!r} is malformed: {problem}", hint)
+        rows.append(row)
+    return rows
+
+
+def _kind_of(row: Mapping[str, Any]) -> type | None:
+    kind = row.get("kind")
+    return KINDS.get(kind) if isinstance(kind, str) else None
+
+
+def _misfit(row: Mapping[str, Any], kind: type) -> str:
+    """What keeps a row from being of a type; empty if nothing does."""
+    import msgspec
+
+    try:
+        msgspec.convert(row, kind)
+    except msgspec.ValidationError as error:
+        return str(error)
+    return ""
 
 
 def _line(row: Mapping[str, Any]) -> str:
     import msgspec
 
     text = json_text(row)
-    if kind := KINDS.get(row.get("kind")):
+    if kind := _kind_of(row):
         try:
             msgspec.json.decode(text, type=kind)
         except msgspec.ValidationError as error:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..core.choices import HARDWARE_COMPATIBILITY
 from ..core.errors import UserError
 from ..core.files import file_sha256
 from ..core.json_file import read_json, write_json
@@ -119,6 +120,13 @@ class EngineRecord:
         for name in ("profile", "metadata", "weights_sha256", "options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise TypeError(f"{name} is {getattr(self, name)!r}")
+        for name, check in _OPTIONS.items():
+            if name in self.options and not check(self.options[name]):
+                raise TypeError(f"options.{name} is {self.options[name]!r:.60}")
+        for name, value in self.options.items():
+            values = value if isinstance(value, list) else [value]
+            if not name.isidentifier() or not all(isinstance(one, (str, int, float)) for one in values):
+                raise TypeError(f"options.{name:.60} is {value!r:.60}")
 
     def rebuild_command(self, engine: str | os.PathLike) -> str:
         """What builds it again, on the machine where that is done."""
@@ -180,6 +188,11 @@ def options_of(arguments: Any) -> dict[str, Any]:
     return {name: values if len(values) > 1 else values[0] if values else True for name, values in found.items()}
 
 
+#: What a command line says in words of its own.
+_OPTIONS = {
+    "workspace_bytes": lambda value: isinstance(value, int),
+    "hardware_compatibility": lambda value: value in HARDWARE_COMPATIBILITY.values(),
+}
 _REBUILD = f"build the engine again: {command('build', 'MODEL.onnx', output='MODEL.engine')}"
 
 

@@ -27,7 +27,11 @@ def rows_of_earlier(results: Path) -> list[dict[str, Any]]:
         UserError: The file is none of rows.
     """
     hint = f"correct it, or name another file with {option('results')}"
-    return read_rows(results, hint) if results.exists() else []
+    if not results.exists():
+        return []
+    from ...core.comparison_rows import type_of  # Not at the top: reports of other kinds need none of it.
+
+    return read_rows(results, hint, type_of=type_of)
 
 
 def files_of_earlier(output: Path, results: Path) -> list[Path]:

@@ -1,5 +1,7 @@
 """Rows of measurements are typed where they are written, and whole where they are read."""
 
+import json
+
 import pytest
 
 from vpruner.core.errors import UserError
@@ -34,7 +36,7 @@ def test_a_malformed_row_is_a_defect_and_nothing_is_written(tmp_path, row, what)
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b'{"kind": "cost"}\n[1]\n', "line 2"),
+        (b'{"kind": "mine"}\n[1]\n', "line 2"),
         (b"{", "line 1"),
         (b"\xff\xfe", "line 1 is not text in UTF-8"),
         (b"[" * 5000, "line 1"),
@@ -45,6 +47,15 @@ def test_what_is_no_file_of_rows_is_refused_by_line(tmp_path, content, says):
     with pytest.raises(UserError, match=says) as raised:
         read_rows(tmp_path / "results.jsonl", "name another file")
     assert raised.value.hint == "name another file"
+
+
+def test_a_row_that_lacks_what_its_kind_has_is_refused_by_line(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(COST) + "\n" + json.dumps({**COST, "macs": "5"}))
+    with pytest.raises(
+        UserError, match=f"^{path}, line 2: a row of kind 'cost' is malformed: Expected `int`, got `str`"
+    ):
+        read_rows(path)
 
 
 def test_a_missing_file_is_a_users_mistake(tmp_path):

@@ -315,7 +315,7 @@ def test_force_begins_anew_and_results_may_lie_elsewhere(card, images, tmp_path)
         assert row["method"] == "tome" and not (folder / "results.jsonl").exists()
         results.write_text(json.dumps({**row, "top1": {**row["top1"], "value": 9.0}}) + "\n")
     # Rows of something else in a file that several comparisons share are not this one's to drop.
-    other = {"kind": "compared", "key": "of another", "method": "tome"}
+    other = {**row, "key": "of another"}
     with open(results, "a") as file:
         file.write(json.dumps(other) + "\n")
     result = compare(given, folder, results=results)
@@ -424,12 +424,16 @@ def test_mistakes_end_in_one_line(arguments, tmp_path):
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
     fails(*arguments, "-o", tmp_path / "photos", says="holds cat.jpg, which no comparison wrote")
     fails(*arguments, "-o", tmp_path / "photos" / "cat.jpg", says="cat.jpg is a file")
-    (tmp_path / "rows.jsonl").write_text('{"kind": "compared"}\n{"kind": "comp')
+    (tmp_path / "rows.jsonl").write_text('{"kind": "another"}\n{"kind": "comp')
     fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="rows.jsonl, line 2 is not JSON")
     with pytest.raises(UserError, match="is not JSON"):
         read_rows(tmp_path / "rows.jsonl")
-    (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\n")
-    fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="cannot read")
+    for content, says in (
+        (b"\xff\xfe\n", "line 1 is not text in UTF-8"),
+        (b'{"kind": "graph"}', "line 1: a row of kind 'graph' is malformed"),
+    ):
+        (tmp_path / "rows.jsonl").write_bytes(content)
+        fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says=says)
     (tmp_path / "rows.jsonl").unlink()
     fails(*arguments, "-o", "/proc/out", "--results", tmp_path / "rows.jsonl", says="cannot write to /proc")
     (tmp_path / "rows.jsonl").write_text("")
