@@ -116,7 +116,7 @@ def find_data(graph: Path, location: str) -> Path:
     parts = re.split(r"[/\\]", location)
     absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor
     if not location or "\0" in location or ".." in parts or absolute:
-        raise ExternalDataError("is no name of a file in the folder of the graph")
+        raise ExternalDataError("is no name of a file in the folder of the file that names it")
     folders = _folders(graph)
     for folder in folders:
         path = folder / location
@@ -126,7 +126,7 @@ def find_data(graph: Path, location: str) -> Path:
         except (OSError, RuntimeError):  # RuntimeError: links in a circle, up to Python 3.12.
             continue
         if not any(real.is_relative_to(allowed.resolve()) for allowed in folders):
-            raise ExternalDataError("is a link to a file outside of the folder of the graph")
+            raise ExternalDataError("is a link to a file outside of that folder")
         if not stat.S_ISREG(mode):
             raise ExternalDataError("is not a regular file")
         return path

@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..core.errors import UserError
+from ..core.external import ExternalDataError, find_data
 from ..core.files import file_sha256
 from ..core.json_file import read_json
 from ..core.preprocess import Preprocessing
@@ -63,7 +64,9 @@ def open_card(
             f"{weights} has SHA-256 {found[:12]}, its card says {expected[:12]}",
             f"get the matching weights, or correct sha256 in {path}",
         )
-    check_size(arguments, weights, f"{path}, args")
+    # Those of timm's class, where the card names it and not a model.
+    usual = {"width": 768, "depth": 12} if "class" in card else {}
+    check_size(arguments, weights, f"{path}, args", **usual)
     hint = "correct 'args' in the card" + (f" or {option('model_args')}" if model_args else "")
     model = build(make, str(path), arguments, hint)
     load_weights(model, weights, path.stem, resample=resample)
@@ -81,22 +84,13 @@ def weights_beside(path: Path, name: str) -> Path:
     Raises:
         UserError: It is not there, or elsewhere.
     """
-    where = Path(name)
-    if not name or where.is_absolute() or PureWindowsPath(name).is_absolute() or ".." in where.parts or "\0" in name:
+    try:
+        return find_data(path, name)
+    except ExternalDataError as error:
         raise UserError(
-            f"{path} names the weights {shown(name)}, expected a file next to it, by its name alone",
-            f"put the file there and correct 'weights', or give it yourself: {option('weights', 'FILE')}",
-        )
-    found = path.parent / where
-    if not found.is_file():
-        raise UserError(f"{path} names the weights {shown(name)}, which are not next to it", "put the file there")
-    folders = {path.parent.resolve(), path.resolve().parent}
-    if not any(found.resolve().is_relative_to(folder) for folder in folders):
-        raise UserError(
-            f"{path} names the weights {shown(name)}, a link to {found.resolve()}, which is not next to it",
-            f"put the file there, or give it yourself: {option('weights', 'FILE')}",
-        )
-    return found
+            f"{path} names the weights {shown(name)}: the file {error}",
+            f"put the weights next to it and correct 'weights', or give them yourself: {option('weights', 'FILE')}",
+        ) from None
 
 
 def read_card(path: Path) -> dict[str, Any]:

@@ -180,21 +180,28 @@ def _near(name: Any) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
-def check_size(arguments: Mapping[str, Any], weights: str | Path, where: str) -> None:
+def check_size(
+    arguments: Mapping[str, Any], weights: str | Path, where: str, *, width: int = 64, depth: int = 1
+) -> None:
     """Refuse to build what no file of this size can fill: a few digits of a card could ask for all memory there is.
 
-    Arguments that are not given count as those of ViT-B. The bound is wide: a file with fewer bytes than a quarter of
-    the parameters holds none of the formats that can be loaded.
+    Every format that can be loaded takes two bytes for a parameter of a block or more. Embeddings may be resampled, so
+    for them the bound is wide.
+
+    Args:
+        width, depth: What the model has where the arguments do not say; the least, if that is not known.
     """
-    width, depth = arguments.get("embed_dim", 768), arguments.get("depth", 12)
+    width, depth = arguments.get("embed_dim", width), arguments.get("depth", depth)
     pixels, patch = (_area(arguments.get(name, usual)) for name, usual in (("img_size", 224), ("patch_size", 16)))
     blocks = depth * width * width * (4 + 2 * arguments.get("mlp_ratio", 4.0))
     tokens = pixels / patch + arguments.get("reg_tokens", 0)
-    about = blocks + width * (patch * arguments.get("in_chans", 3) + tokens + arguments.get("num_classes", 0))
+    others = width * (patch * arguments.get("in_chans", 3) + tokens + arguments.get("num_classes", 0))
     size = os.path.getsize(weights)
-    if about > 4 * size + 1e8:
+    # A small model is built in no time, and its misfit then says more.
+    if blocks > size + 2e7 or others > 4 * size + 1e8:
         raise UserError(
-            f"{where}: the model would have about {about:.1e} parameters, {weights} has {counted(size, 'byte')}",
+            f"{where}: the model would have about {blocks + others:.1e} parameters, "
+            f"{weights} has {counted(size, 'byte')}",
             "correct the arguments, or give the weights of that model",
         )
 

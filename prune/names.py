@@ -53,8 +53,8 @@ def check_name(spec: str, pretrained: bool) -> None:
     if known := _TORCHVISION.get(spec):
         raise UserError(
             f"{spec} is torchvision's name, expected timm's, which is {known}",
-            "torchvision's weights have names of their own: export that model with torch.onnx.export, then: "
-            + command("run", "model.onnx"),
+            f"timm's own weights: {command('run', known, pretrained=True)}; those of torchvision have names "
+            "of their own and cannot be loaded",
         )
     if re.fullmatch(r"[\w.-]+/[\w.@-]+", spec):
         raise UserError(

@@ -13,6 +13,7 @@ A target is one test::
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -87,7 +88,7 @@ def mutated_json(value: Any, seed: int) -> bytes:
         parent, key = chance.choice(places)
         match chance.randrange(7):
             case 0 | 1 | 2:
-                parent[key] = chance.choice(JUNK)
+                parent[key] = copy.deepcopy(chance.choice(JUNK))  # What is put in may be changed by the next fault.
             case 3:
                 del parent[key]
             case 4:  # What stands elsewhere in the file.

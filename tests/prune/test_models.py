@@ -195,7 +195,7 @@ def test_a_caller_in_python_may_give_a_class_for_a_layer(weights):
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ("vit_b_16", "torchvision's name, expected timm's, which is vit_base_patch16_224; .*torch.onnx.export"),
+        ("vit_b_16", "torchvision's name, expected timm's, which is vit_base_patch16_224; timm's own weights"),
         ("google/vit-base-patch16-224", "repository on the Hugging Face hub; timm's weights .*vit_base_patch16_224"),
         ("openai/clip-vit-large-patch14-336", "vit_large_patch14_clip_336"),
         ("facebook/dinov2-with-registers-small", "vit_small_patch14_reg4_dinov2"),
@@ -328,7 +328,10 @@ def test_a_card_with_a_timm_name_and_classes(small_model, weights, tmp_path):
         ({"class": "timm.optim.AdamW"}, "has no timm.optim.AdamW"),
         ({"class": "timm.models.resnet.ResNet"}, "is not a model class that can be pruned"),
         ({"class": "timm.models.vision_transformer.checkpoint_filter_fn"}, "is not a model class"),
-        ({"weights": "elsewhere.safetensors"}, "are not next to it"),
+        (
+            {"weights": "elsewhere.safetensors"},
+            "'elsewhere.safetensors': the file is not there; put the weights next",
+        ),
         ({"classes": ["one"]}, "1 class names for 10 outputs"),
         (
             {"args": {"img_size": 32, "colour": 1}},
@@ -378,7 +381,7 @@ def test_a_card_gives_arguments_of_the_architecture_only(tmp_path, args, reason,
 
 @pytest.mark.parametrize("weights", ["/etc/passwd", "../w.safetensors", "C:\\w.pth", "", "a\0b"])
 def test_a_card_names_weights_beside_it_only(tmp_path, weights):
-    with pytest.raises(UserError, match="expected a file next to it, by its name alone"):
+    with pytest.raises(UserError, match="names the weights .* is no name of a file in the folder"):
         open_model(write_card(tmp_path, weights=weights, sha256=None))
 
 
@@ -393,7 +396,7 @@ def test_links_of_a_hubs_cache_are_followed_and_others_are_not(tmp_path):
     assert open_model(str(tmp_path / "snapshots" / "card.json")).sha256 == open_model().sha256
     shutil.copy(tmp_path / "blobs" / "abc", tmp_path / "other" / "card.json")
     (tmp_path / "other" / "reference.safetensors").symlink_to("../blobs/def")
-    with pytest.raises(UserError, match="a link to .*def, which is not next to it"):
+    with pytest.raises(UserError, match="the file is a link to a file outside"):
         open_model(str(tmp_path / "other" / "card.json"))
 
 
@@ -471,7 +474,7 @@ def test_a_module_that_states_no_preprocessing_is_asked_for_it():
 @pytest.mark.parametrize(
     "module, given, reason",
     [
-        (lambda: torch.nn.Linear(2, 3), {}, "it is a Linear, not a timm VisionTransformer; models that can"),
+        (lambda: torch.nn.Linear(2, 3), {}, "it is a Linear, not a timm VisionTransformer; .*models that can"),
         (lambda: timm.create_model("resnet18"), {}, "resnet18 cannot be pruned: it is a ResNet"),
         (lambda: bare(dynamic_img_size=True), {}, "dynamic_img_size lets the image size vary"),
         (lambda: bare(in_chans=1), {"preprocessing": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}, "takes 1 channels"),
@@ -489,6 +492,33 @@ def test_options_of_files_do_not_go_with_a_module(small_model):
     for given in (dict(pretrained=True), dict(weights="w.pth"), dict(model_args=SMALL)):
         with pytest.raises(UserError, match="in memory has its weights"):
             open_model(small_model, **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("swin_tiny_patch4_window7_224", "SwinTransformer, not a .*its attention works in windows"),
+        ("beit_base_patch16_224", "a bias by relative position"),
+        ("vit_relpos_small_patch16_224", "a bias by relative position"),
+        ("eva02_tiny_patch14_224", "RoPE"),
+        ("naflexvit_base_patch16_gap", "two inputs, patches and where they are"),
+        ("mixer_s16_224", "no attention over tokens"),
+        ("levit_128", "merges tokens from stage to stage"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_with_what_stands_in_the_way(name, cause):
+    with torch.device("meta"):  # Only its parts are looked at.
+        model = timm.create_model(name)
+    with pytest.raises(UserError, match=f"{name} cannot be pruned: .*{cause}.*; models that can: "):
+        adapter_for(model, name)
+
+
+def test_a_model_of_transformers_in_memory_is_asked_for_as_a_folder():
+    transformers = pytest.importorskip("transformers")
+    small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = transformers.CLIPConfig(text_config=small, vision_config={**small, "image_size": 8, "patch_size": 4})
+    with pytest.raises(UserError, match="two inputs, images and text; save it with save_pretrained"):
+        adapter_for(transformers.CLIPModel(config), "clip")
 
 
 def test_every_backbone_takes_what_it_detects(small_model):
