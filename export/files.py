@@ -44,7 +44,7 @@ def reading(path: Path) -> Iterator[None]:
         # What onnx-ir warns of on standard error is an error here, or nothing.
         with quiet(logging.getLogger("onnx_ir.serde")):
             yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}", HINT) from None

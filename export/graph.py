@@ -23,7 +23,8 @@ from ..core.plan import Geometry
 from ..core.preprocess import Preprocessing
 from ..core.text import command, first_line
 from .files import check_tensors, load_model
-from .recognise.graph import HINT, VitSite
+from .recognise.causes import explain
+from .recognise.graph import HINT, NotUnderstood, VitSite
 from .recognise.normalise import prepare
 from .recognise.unfit import refuse_unfit
 from .streaming import StoredTensor
@@ -172,13 +173,17 @@ class OpenedGraph:
 
     @contextmanager
     def naming(self) -> Iterator[None]:
-        """Put the file's name before what is said of its graph."""
+        """Put the file's name before what is said of its graph, and names of the file for those of a rewritten one."""
         try:
             yield
         except GraphError as error:
-            if self.path is None or self.source in error.marked_problem:
+            said = error
+            if isinstance(error, NotUnderstood):
+                said = explain(self.model, error, self.path, prepare)
+            elif self.path is None or self.source in error.marked_problem:
                 raise
-            raise GraphError(f"{self.source}: {error.marked_problem}", error.marked_hint) from error
+            before = "" if self.path is None else f"{self.source}: "
+            raise GraphError(f"{before}{said.marked_problem}", said.marked_hint) from error
 
 
 def open_graph(graph: Graph) -> OpenedGraph:

@@ -130,7 +130,8 @@ def rebuild(
     given = dict(preprocessing or {})
     resolved = resolve_preprocessing(opened.preprocessing, given, size=geometry.image_size, source=opened.source)
 
-    module, softmax = _Reader(recognised.model, recognised.site, recognised.geometry).read()
+    with opened.naming():
+        module, softmax = _Reader(recognised.model, recognised.site, recognised.geometry).read()
     if about is None:
         head = module.head
         if features is None:
@@ -505,11 +506,7 @@ class _HeadParts:
             known = node.op_type in _AFFINE or node.op_type in VIEWS
             inverse = node.op_type == "Div" and is_constant(node.inputs[0])
             if not known or (computed and len(others) > 1) or inverse:
-                raise refuse(
-                    node,
-                    "the head to be one norm and one linear layer on what is read; cut the graph off ahead of this "
-                    f"node with onnx.utils.extract_model (inputs [{self.reader.image.name!r}])",
-                )
+                raise refuse(node, "the head to be one norm and one linear layer on what is read", cut=others[0])
         if all(node.op_type in VIEWS for node in nodes) and len(sources) == 1:
             return nn.Identity()
         if len(sources) == 1:

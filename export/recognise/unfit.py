@@ -14,6 +14,7 @@ from ...core.errors import GraphError
 from ...core.text import command
 from ..quantize import QUANTIZED_OPS
 from ..targets.rules import FOLD_CONSTANTS
+from .graph import called
 
 #: LayerNormalization is an operator from here on; what exporters write before is taken apart.
 OLDEST_OPSET = 17
@@ -26,13 +27,6 @@ _EVAL = (
     "export again in evaluation mode: model.eval() first, and for the TorchScript exporter "
     "training=torch.onnx.TrainingMode.EVAL"
 )
-
-
-def called(node: ir.Node) -> str:
-    """``node 'add_3' (Add)``; one without a name is called by what it makes, which always has one."""
-    name = repr(node.name) if node.name else f"of {next((value.name for value in node.outputs if value.name), '?')!r}"
-    op_type = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
-    return f"node {name} ({op_type})"
 
 
 def refuse_unfit(model: ir.Model) -> None:
@@ -107,11 +101,25 @@ def _refuse_node(model: ir.Model, node: ir.Node) -> None:
 def _trains(node: ir.Node) -> bool:
     if node.op_type == "BatchNormalization":
         mode = node.attributes.get("training_mode")
-        return mode is not None and not mode.is_ref() and bool(mode.value)
+        # Some models normalise their weights with it, which is no training.
+        return mode is not None and not mode.is_ref() and bool(mode.value) and bool(inputs_of(node.inputs[0]))
     if node.op_type != "Dropout" or len(node.inputs) < 3 or node.inputs[2] is None:
         return False
     switch, ratio = constant_of(node.inputs[2]), constant_of(node.inputs[1])
     return bool(switch is not None and switch.any() and (ratio is None or ratio.any()))
+
+
+def inputs_of(value: ir.Value | None) -> list[ir.Value]:
+    """Inputs of the graph that ``value`` is computed from."""
+    pending, seen = [value], {value}
+    while pending:
+        found = pending.pop()
+        node = None if found is None else found.producer()
+        for before in node.inputs if node is not None else ():
+            if before is not None and before not in seen:
+                seen.add(before)
+                pending.append(before)
+    return [one for one in seen if one is not None and one.is_graph_input() and one.const_value is None]
 
 
 def constant_of(value: ir.Value | None) -> np.ndarray | None:
