@@ -62,9 +62,11 @@ class Commands(Group):
         except ParityError as error:
             if debug:
                 raise
+            proven = "This is a defect of vpruner, not of your input: please report it"
+            whose = proven if error.proven else "If PyTorch computes this model well in float32, please report it"
             raise click.ClickException(
-                f"{error}. Nothing was written. This is a defect of vpruner, not of your input: please report it with "
-                "the model's name and the versions of torch, timm and onnxruntime"
+                f"{error}. Nothing was written. {whose} with the model's name and the versions of torch, timm and "
+                "onnxruntime"
             ) from None
         except Exception as error:
             if debug:

@@ -61,4 +61,13 @@ class GraphError(UserError):
 
 
 class ParityError(Exception):
-    """Two forms of the same pruned model disagree: never the user's fault, so it keeps its traceback in the library."""
+    """Two forms of the same pruned model disagree.
+
+    Attributes:
+        proven: Whether that is a defect of vpruner: the model itself is computed well enough to tell. It keeps its
+            traceback in the library.
+    """
+
+    def __init__(self, problem: str, *, proven: bool = True):
+        super().__init__(problem)
+        self.proven = proven

@@ -75,6 +75,7 @@ class ParityRow(_Parity, total=False):
     compared: int
     top1_changed: int | None
     near_ties: int | None
+    own_error: float | None
 
 
 class AccuracyRow(_Row):
