@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 from .boundary import writing
 from .errors import UserError
-from .json_file import json_text, read_json_lines
+from .json_file import json_text, parse_json, read_json_lines
 
 
 class _Row(TypedDict):
@@ -240,6 +240,26 @@ def append_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> N
             except OSError:  # The disk is full: half a row would make the rows before it unreadable.
                 stream.truncate(before)
                 raise
+
+
+def finish_last_row(path: str | os.PathLike) -> bool:
+    """End the last line of a ``results.jsonl``, or cut it off where it is half a row: its writer was killed.
+
+    Returns:
+        Whether something was cut off.
+    """
+    with Path(path).open("r+b") as stream:
+        content = stream.read()
+        last = content[content.rfind(b"\n") + 1 :]
+        if not last.strip():
+            return False
+        try:
+            parse_json(last, "the last row", expected=dict)
+        except UserError:
+            stream.truncate(len(content) - len(last))
+            return True
+        stream.write(b"\n")
+        return False
 
 
 def read_rows(

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ...core import progress
 from ...core.errors import UserError
 from ...core.ours import is_ours
-from ...core.rows import read_rows
+from ...core.rows import finish_last_row, read_rows
 from ...core.scratch import remove_leftovers
 from ...core.text import option
 from ..folders import refuse_foreign
@@ -29,6 +30,8 @@ def rows_of_earlier(results: Path) -> list[dict[str, Any]]:
     hint = f"correct it, or name another file with {option('results')}"
     if not results.exists():
         return []
+    if is_ours(results) and finish_last_row(results):
+        progress.remark(f"the last row of {results} was half written, and is measured again")
     from ...core.comparison_rows import type_of  # Not at the top: reports of other kinds need none of it.
 
     return read_rows(results, hint, type_of=type_of)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vpruner.core.errors import UserError
-from vpruner.core.rows import append_rows, read_rows
+from vpruner.core.rows import append_rows, finish_last_row, read_rows
 
 COST = {"schema": 1, "kind": "cost", "label": "dense", "macs": 5, "ratio": 1.0, "parameters": 7}
 
@@ -61,3 +61,12 @@ def test_a_row_that_lacks_what_its_kind_has_is_refused_by_line(tmp_path):
 def test_a_missing_file_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         read_rows(tmp_path / "none.jsonl")
+
+
+def test_half_a_row_of_a_killed_process_is_cut_off(tmp_path):
+    path, row = tmp_path / "results.jsonl", json.dumps(COST)
+    for last, cut, expected in (("", False, 1), (row[:40], True, 1), (row, False, 2)):
+        path.write_text(f"{row}\n{last}")
+        assert finish_last_row(path) is cut
+        append_rows(path, [COST])
+        assert len(read_rows(path)) == expected + 1
