@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -14,8 +14,8 @@ Name = Annotated[str, Meta(pattern=r"^[^/\\\x00]+$")]
 
 class _Estimate(Struct):
     value: float
-    low: float | None = None
-    high: float | None = None
+    low: float | None
+    high: float | None
 
 
 class _Images(Struct):
@@ -49,9 +49,9 @@ class Compared(_Row):
     data: _Images | None = None
     cpu_seconds: float | None = None
     note: str | None = None
-    top1_difference: _Estimate | None = None
-    kl: _Estimate | None = None
-    cosine: _Estimate | None = None
+    top1_difference: _Estimate | UnsetType = UNSET
+    kl: _Estimate | UnsetType = UNSET
+    cosine: _Estimate | UnsetType = UNSET
 
 
 class Graph(_Row):

@@ -242,7 +242,9 @@ def _overlap(entry: Entry, best: Entry) -> bool:
     def interval(one: Entry) -> tuple[float, float]:
         rows = [row[one.metric] for row in one.results if one.metric in row]
         # The mean over seeds, with the half-width of a single seed: images are the same for all of them.
-        middle, half = statistics.fmean(row["value"] for row in rows), max(row["high"] - row["low"] for row in rows) / 2
+        # One image has no interval.
+        wide = max((row["high"] - row["low"] for row in rows if None not in (row["low"], row["high"])), default=0.0)
+        middle, half = statistics.fmean(row["value"] for row in rows), wide / 2
         return middle - half, middle + half
 
     (low, high), (best_low, best_high) = interval(entry), interval(best)

@@ -93,7 +93,7 @@ def mutated_json(value: Any, seed: int) -> bytes:
                 del parent[key]
             case 4:  # What stands elsewhere in the file.
                 other, place = chance.choice(places)
-                parent[key] = json.loads(json.dumps(other[place]))
+                parent[key] = copy.deepcopy(other[place])
             case 5 if isinstance(parent, dict):
                 parent[str(chance.choice(JUNK))] = parent.pop(key)
             case _:
@@ -101,7 +101,7 @@ def mutated_json(value: Any, seed: int) -> bytes:
                 if isinstance(number, (int, float)):
                     parent[key] = chance.choice((-number, number + 1, number * 1000, number / 3, bool(number)))
                 else:
-                    parent[key] = [number, number]
+                    parent[key] = [number, copy.deepcopy(number)]
     return json.dumps(value).encode()
 
 
