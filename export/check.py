@@ -111,8 +111,9 @@ def _load(graph: str | os.PathLike | onnx.ModelProto) -> tuple[ir.Model | None, 
     path = Path("the model") if isinstance(graph, onnx.ModelProto) else Path(graph)
     with reading(path):
         read = ReadModel(path, graph) if isinstance(graph, onnx.ModelProto) else read_message(path)
-        # What nothing makes for a node is found below too, in models that were never a message.
-        problems = [one for one in find_problems(read.proto) if one.rule != "no-producer" or not one.node]
+        # These are found below too, in models that were never a message.
+        found = find_problems(read.proto)
+        problems = [one for one in found if one.rule not in ("no-producer", "unknown-operator") or not one.node]
         if any(problem.rule in NO_MODEL for problem in problems):
             return None, problems
         model = read.model()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -41,9 +40,7 @@ def read_model(path: str | os.PathLike) -> ir.Model:
 def reading(path: Path) -> Iterator[None]:
     """What goes wrong while an ONNX file is read, as one line."""
     try:
-        # What onnx-ir warns of on standard error is an error here, or nothing.
-        with quiet(logging.getLogger("onnx_ir.serde")):
-            yield
+        yield
     except (UserError, MemoryError):
         raise
     except OSError as error:
@@ -52,16 +49,6 @@ def reading(path: Path) -> Iterator[None]:
         # Our own ValueError says what is there; theirs speaks of Python.
         found = str(error) if type(error) is ValueError else type(error).__name__
         raise UserError(f"{path} is not an ONNX model, or is truncated ({found})", HINT) from None
-
-
-@contextmanager
-def quiet(log: logging.Logger) -> Iterator[None]:
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def load_model(path: str | os.PathLike) -> ir.Model:

@@ -7,6 +7,7 @@ form, in removing dead tokens, in the exporter, or in folding.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.errors import ParityError
+from ..core.boundary import reading
+from ..core.errors import ParityError, UserError
 from ..core.external import check_data
 from ..core.extras import require
 from ..core.finite import check_finite
 from ..core.plan import TokenPlan
 from ..core.rounding import FLOAT64, MOST, MULTIPLE, allowed, relative_difference
 from ..core.scratch import temporary_folder
+from ..core.text import command
 from ..prune.float64 import in_float64
 from .dense import evaluating
 from .files import save_model
@@ -290,7 +293,12 @@ def run_graph(graph: OpenedGraph, images: np.ndarray) -> np.ndarray:
     if graph.path is not None:
         return run_onnx(graph.path, images)
     with temporary_folder() as folder:
-        return run_onnx(save_model(graph.model, Path(folder) / "graph.onnx"), images)
+        path = save_model(graph.model, Path(folder) / "graph.onnx")
+        try:
+            return run_onnx(path, images)
+        except UserError as error:
+            error.rename(re.escape(str(path)), graph.source)
+            raise
 
 
 def run_all_outputs(path: str | os.PathLike, images: np.ndarray, *, optimized: bool = True) -> list[np.ndarray]:
@@ -302,7 +310,9 @@ def run_all_outputs(path: str | os.PathLike, images: np.ndarray, *, optimized: b
     options.enable_cpu_mem_arena = False
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(os.fspath(check_data(path)), options, providers=["CPUExecutionProvider"])
+    found = os.fspath(check_data(path))
+    with reading(path, f"see what is wrong with it, with: {command('check', path)}"):
+        session = onnxruntime.InferenceSession(found, options, providers=["CPUExecutionProvider"])
     (graph_input,) = session.get_inputs()
     dtype = np.float16 if graph_input.type == "tensor(float16)" else np.float32
     batch = graph_input.shape[0] if isinstance(graph_input.shape[0], int) else min(_CHUNK, len(images))
@@ -310,7 +320,9 @@ def run_all_outputs(path: str | os.PathLike, images: np.ndarray, *, optimized: b
     for start in range(0, len(images), batch):
         chunk = images[start : start + batch].astype(dtype, copy=False)
         filled = np.concatenate([chunk, np.repeat(chunk[-1:], batch - len(chunk), axis=0)])
-        outputs.append([output[: len(chunk)] for output in session.run(None, {graph_input.name: filled})])
+        with reading(path, f"see what is wrong with it, with: {command('check', path)}"):
+            made = session.run(None, {graph_input.name: filled})
+        outputs.append([output[: len(chunk)] for output in made])
     return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
 
 

@@ -10,6 +10,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import onnx
 import onnx_ir as ir
@@ -75,7 +76,7 @@ def tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 def find_problems(model: onnx.ModelProto) -> list[Problem]:
     """All of them, in the order of the file."""
-    return [*_opsets(model), *_functions(model), *_Scope("", "", 0).problems(model.graph)]
+    return [*_opsets(model), *_functions(model), *_Scope("", _opset(model.opset_import), 0).problems(model.graph)]
 
 
 def _opsets(model: onnx.ModelProto) -> Iterator[Problem]:
@@ -98,7 +99,7 @@ def _functions(model: onnx.ModelProto) -> Iterator[Problem]:
             yield Problem("made-twice", f"function {function.domain}.{function.name} is defined twice")
         functions[key] = function
         calls[key] = {(node.domain, node.op_type, node.overload) for node in _all_nodes(function.node)}
-        yield from _Scope(f"function {function.name} > ", "", 0).problems(function)
+        yield from _Scope(f"function {function.name} > ", _opset(function.opset_import), 0).problems(function)
     # What calls nothing that is left is done; what stays calls itself, or what does.
     left = dict(calls)
     while done := [key for key, called_ones in left.items() if not called_ones & left.keys()]:
@@ -123,8 +124,8 @@ def _subgraphs(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
 class _Scope:
     """The names that a graph can read, and what is wrong with it."""
 
-    def __init__(self, prefix: str, place: str, depth: int, outer: frozenset[str] = frozenset()):
-        self.prefix, self.place, self.depth, self.outer = prefix, place, depth, outer
+    def __init__(self, prefix: str, opset: int, depth: int, outer: frozenset[str] = frozenset()):
+        self.prefix, self.opset, self.depth, self.outer = prefix, opset, depth, outer
 
     def problems(self, graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[Problem]:
         if self.depth > DEEPEST:
@@ -158,12 +159,14 @@ class _Scope:
         for node in graph.node:
             if not node.op_type:
                 yield self._at(node, "no-operator", "a node without an operator")
+            elif node.domain in ("", "ai.onnx"):
+                yield from (self._at(node, rule, found) for rule, found in _misuse(node, self.opset))
             reads = list(filter(None, node.input))
             for attribute in node.attribute:
                 yield from self._attribute(node, attribute)
                 for subgraph in _subgraphs(attribute):
                     inner = f"{self.prefix}{called(node)} > {attribute.name} > "
-                    yield from _Scope(inner, node.op_type, self.depth + 1, known).problems(subgraph)
+                    yield from _Scope(inner, self.opset, self.depth + 1, known).problems(subgraph)
                     reads += _captured(subgraph, self.depth)
             for name in dict.fromkeys(node.input):
                 if name and name not in known:
@@ -232,6 +235,49 @@ class _Scope:
         for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
             for rule, found in _tensor(tensor):
                 yield self._at(node, rule, f"attribute {attribute.name!r}: {found}")
+
+
+def _misuse(node: onnx.NodeProto, opset: int) -> Iterator[tuple[str, str]]:
+    """What in a node does not fit the definition of its operator."""
+    definition = _definition(node.op_type, opset)
+    if definition is None:
+        if opset <= onnx.defs.onnx_opset_version():
+            yield "unknown-operator", f"operator {node.op_type} in opset {opset}, which does not have it"
+        return
+    least, most = definition.min_input, definition.max_input
+    single = onnx.defs.OpSchema.FormalParameterOption.Single
+    # An input may be left out by an empty name, if it may be left out.
+    left_out = [one.name for one, name in zip(definition.inputs, node.input, strict=False) if not name]
+    needed = {one.name for one in definition.inputs[:least] if one.option == single}
+    if not least <= len(node.input) <= most or needed.intersection(left_out):
+        allowed = f"{least} to {most}" if most > least else least
+        yield "operands", f"{len(node.input) - len(left_out)} inputs, and {node.op_type} takes {allowed}"
+    if not definition.min_output <= len(node.output) <= definition.max_output:
+        yield "operands", f"{len(node.output)} outputs, and {node.op_type} gives at most {definition.max_output}"
+    given = {attribute.name: attribute for attribute in node.attribute}
+    for name, expected in definition.attributes.items():
+        found = given.get(name)
+        if found is None and expected.required:
+            yield "attributes", f"no attribute {name!r}, which {node.op_type} needs"
+        elif found is not None and found.type != int(expected.type):
+            names = onnx.AttributeProto.AttributeType
+            kinds = f"{_type_name(found.type)}, and {node.op_type} takes {names.Name(int(expected.type))}"
+            yield "attributes", f"attribute {name!r} is {kinds}"
+
+
+@cache
+def _definition(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
+    if not 0 < opset <= onnx.defs.onnx_opset_version() or not onnx.defs.has(op_type, max_inclusive_version=opset):
+        return None
+    return onnx.defs.get_schema(op_type, opset)
+
+
+def _type_name(number: int) -> str:
+    return next((name for name, value in onnx.AttributeProto.AttributeType.items() if value == number), str(number))
+
+
+def _opset(imports: Iterable[onnx.OperatorSetIdProto]) -> int:
+    return next((entry.version for entry in imports if entry.domain in ("", "ai.onnx")), 0)
 
 
 def _tensor(tensor: onnx.TensorProto) -> Iterator[tuple[str, str]]:

@@ -146,6 +146,11 @@ _WRITES = {
 }
 
 
+def _folder(number: int) -> Path:
+    """Of a descriptor that a name is relative to, as shutil.rmtree has it."""
+    return Path(os.readlink(f"/proc/self/fd/{number}")) if number >= 0 and os.path.isdir("/proc/self/fd") else Path()
+
+
 def _audit(event: str, arguments: tuple) -> None:
     if not _watched:
         return
@@ -155,7 +160,8 @@ def _audit(event: str, arguments: tuple) -> None:
     if writes or event in _WRITES:
         path = arguments[_WRITES.get(event, 0)]
         if isinstance(path, (str, bytes, os.PathLike)):
-            place = Path(os.fsdecode(path)).resolve()
+            folder = _folder(arguments[1]) if event in ("os.remove", "os.rmdir") else Path()
+            place = (folder / os.fsdecode(path)).resolve()
             # Modules that are imported on the way are compiled; other programs are given the null device.
             known = place == Path(os.devnull) or "__pycache__" in place.parts
             if not known and not place.is_relative_to(_watched[-1][0]):

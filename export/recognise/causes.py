@@ -7,7 +7,6 @@ was tried: the cut graph is recognised.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from onnx_ir.passes import common as passes
 
 from ...core.errors import GraphError
 from ...core.text import option
-from ..files import quiet
 from .graph import HINT, SEE_INSPECT, NotUnderstood, attribute_ints, called, readers_of
 from .unfit import constant_of, inputs_of
 
@@ -146,8 +144,7 @@ def _cut(
     ins, outs = ([value.name for value in values] for values in (inputs, outputs))
     copy = model.clone()
     try:
-        with quiet(logging.getLogger("onnx_ir")):
-            passes.ShapeInferencePass()(copy)
+        passes.ShapeInferencePass()(copy)
         values = _values(copy)
         kept = [values[name] for name in outs]
         copy.graph.outputs.clear()

@@ -130,12 +130,32 @@ def nested(model):
     model.graph.initializer.append(yes)
     source = model.graph.output[0].name
     node = helper.make_node("Identity", [source], ["deep"])
+    output = helper.make_tensor_value_info("deep", TensorProto.FLOAT, None)
+    shallow = helper.make_graph([node], "branch", [], [output])
     for _ in range(12):
-        output = helper.make_tensor_value_info("deep", TensorProto.FLOAT, None)
         graph = helper.make_graph([node], "branch", [], [output])
         node = helper.make_node("If", ["yes"], ["deep"])
         node.attribute.append(helper.make_attribute("then_branch", graph))
+        node.attribute.append(helper.make_attribute("else_branch", shallow))
     append(model, node)
+
+
+def operands(model):
+    next(node for node in model.graph.node if node.op_type == "MatMul").input.pop()
+
+
+def no_attribute(model):
+    del next(node for node in model.graph.node if node.op_type == "Softmax").attribute[:]
+    next(node for node in model.graph.node if node.op_type == "Concat").ClearField("attribute")
+
+
+def attribute_of_another_type(model):
+    attribute = next(node for node in model.graph.node if node.op_type == "Concat").attribute[0]
+    attribute.f, attribute.type = 1.0, onnx.AttributeProto.FLOAT
+
+
+def unknown_operator(model):
+    next(node for node in model.graph.node if node.op_type == "Softmax").op_type = "Nowhere"
 
 
 def append(model, node):
@@ -143,7 +163,7 @@ def append(model, node):
     model.graph.output[0].name = node.output[0]
 
 
-#: What is done to the graph -> the rule, what is said, and how many nodes are named at most.
+#: What is done to the graph -> the rule, and what is said.
 DAMAGE = {
     cycle: ("cycle", "is computed from what it makes itself"),
     cycle_of_one: ("cycle", "is computed from what it makes itself"),
@@ -163,6 +183,10 @@ DAMAGE = {
     no_operator: ("no-operator", "a node without an operator"),
     same_name: ("same-name", "another node has the same name"),
     calls_itself: ("recursive-function", "function own.F calls itself, directly or through others"),
+    operands: ("operands", "1 inputs, and MatMul takes 2"),
+    no_attribute: ("attributes", "no attribute 'axis', which Concat needs"),
+    attribute_of_another_type: ("attributes", "attribute 'axis' is FLOAT, and Concat takes INT"),
+    unknown_operator: ("unknown-operator", "operator Nowhere in opset 20, which does not have it"),
     nested: ("too-deep", "nested more than 10 deep"),
 }
 
