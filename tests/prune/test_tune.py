@@ -7,6 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from tiny_vits import KINDS, calibration_for, half_plan, tiny
 
+from vpruner.core.errors import UserError
 from vpruner.core.plan import TokenPlan
 from vpruner.prune.backbones.vit import ViTAdapter, attended_values, weights_sha256
 from vpruner.prune.calibration import Calibration
@@ -462,13 +463,15 @@ def test_weights_that_do_harm_are_undone(garbage, monkeypatch):
     assert weights_sha256(adapter.model) == before
 
 
-def test_targets_that_are_not_numbers_change_nothing():
+def test_targets_that_are_not_numbers_are_refused():
     adapter, plan, _ = case()
     with torch.no_grad():
         adapter.model.blocks[2].mlp.fc1.weight[0, 0] = torch.nan
+    before = weights_sha256(adapter.model)
     for kind in TUNED:
-        tuned = tune(adapter, plan, calibration_for(adapter), kind)
-        assert tuned.plan is plan and tuned.weights is None and not tuned.kept and tuned.note
+        with pytest.raises(UserError, match="tiny: the outputs are not finite .* for 8 of 8 images"):
+            tune(adapter, plan, calibration_for(adapter), kind)
+    assert weights_sha256(adapter.model) == before
 
 
 def test_garbage_gradients_are_undone(monkeypatch):
