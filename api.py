@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,11 +22,12 @@ from .core.extras import RUN_PACKAGES, require_all
 from .core.files import is_onnx
 from .core.plan import TokenPlan
 from .core.progress import Sink
+from .core.scratch import temporary_folder
 from .core.specs import ExportSpec, LearnSpec, ModelSpec, PrecisionSpec, TimingSpec
 from .core.text import option
 from .pipeline.calls import Path_, job, mapping_of, names_of, numbers_of, path_of, spec_of
 from .pipeline.images import data_of, images_for
-from .pipeline.models import fields_of, loaded_module, name_of, write_proto
+from .pipeline.models import fields_of, loaded_module, model_spec, name_of, write_proto
 from .pipeline.pruned import Pruned, checked_output, form_of, plan_of
 from .report.measurements import Finished, Measurements
 
@@ -210,7 +210,7 @@ class Model:
                 return self.with_plan(plan).written(output, *form, **given)
             from .pipeline.export import MethodSpec, export
 
-            path = checked_output(output, *self.spec.files)
+            path = checked_output(output, form[1], *self.spec.files)
             spec = method if isinstance(method, MethodSpec) or method is None else MethodSpec(method)
             if data is not None:
                 given["data"] = images_for(data, "calibration")[0].source
@@ -225,6 +225,7 @@ def open_model(
     weights: Path_ | None = None,
     pretrained: bool = False,
     model_args: Mapping[str, Any] | None = None,
+    resample: bool = False,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     name: str | None = None,
     classes: Sequence[str] | None = None,
@@ -240,7 +241,8 @@ def open_model(
             bundled reference.
         weights: A file with weights for it.
         pretrained: Let timm download the weights.
-        model_args: Arguments for the model's class.
+        model_args: Arguments of the model's architecture.
+        resample: Load weights of another patch size, with a resampled patch kernel, in place of refusing them.
         preprocessing: Of an ONNX file or a module: how an image becomes the input, where that is not stated.
         name, classes: Of a module: what to call it, and its outputs.
         loss: Of an ONNX file: ``"features"`` if it returns an embedding, ``"self"`` or ``"labels"`` if logits.
@@ -252,7 +254,7 @@ def open_model(
         if weights is not None or pretrained or model_args or preprocessing:
             raise UserError(f"{model.name} is open already", "give these options where it is opened")
         return model
-    with job(progress):
+    with job(progress, model, weights):
         torch_, onnx = sys.modules.get("torch"), sys.modules.get("onnx")
         if torch_ is not None and isinstance(model, torch_.nn.Module):
             loaded = loaded_module(model, weights, pretrained, model_args, preprocessing, name, classes)
@@ -261,7 +263,7 @@ def open_model(
             raise UserError(f"{option('name')} and {option('classes')} go with a torch module", "leave them out")
         scratch = None
         if onnx is not None and isinstance(model, onnx.ModelProto):
-            scratch = tempfile.TemporaryDirectory(prefix="vpruner-")
+            scratch = temporary_folder()
             stem = re.sub(r"\W+", "_", model.graph.name) or "model"
             model = write_proto(onnx, model, Path(scratch.name) / f"{stem}.onnx")
         if model is not None and not isinstance(model, (str, os.PathLike)):
@@ -277,10 +279,7 @@ def open_model(
         stated = (
             preprocessing if preprocessing is None or isinstance(preprocessing, Mapping) else fields_of(preprocessing)
         )
-        file = None if weights is None else path_of(weights, "weights")
-        spec = ModelSpec(
-            model, file, pretrained, mapping_of(model_args, "model_args"), mapping_of(stated, "preprocessing")
-        )
+        spec = model_spec(model, weights, pretrained, model_args, resample, stated)
         with _progress.stage("Opening the model"):
             return Model(open_prunable(spec, loss=loss, softmax=True), spec, loss, scratch)
 
@@ -311,7 +310,7 @@ def evaluate(
     Raises:
         UserError: Options do not go together, or there is nothing to measure.
     """
-    with job(progress):
+    with job(progress, model):
         from .pipeline.evaluate import evaluate as measure
         from .report.tables.run import evaluation_table
 
@@ -376,7 +375,7 @@ def profile(
     Raises:
         UserError: A file cannot be opened, does not take a batch, or the two cannot be compared.
     """
-    with job(progress):
+    with job(progress, model, against):
         from .pipeline.profile import check_baseline
         from .pipeline.profile import profile as measure
         from .report.tables.latency import profile_tables
@@ -416,7 +415,7 @@ def fold_plan(
         UserError: The plan or the file cannot be used.
         ParityError: The folded graph computes something else.
     """
-    with job(progress):
+    with job(progress, dense):
         require_all(("onnx", "onnx_ir", "onnxruntime"))
         from .pipeline.export import Exported
         from .pipeline.fold import fold_checked
@@ -443,7 +442,7 @@ def build_engine(onnx: Any, output: Path_, *, progress: Sink | None = None, **op
     Raises:
         UserError: The file, the options, or this machine cannot be used.
     """
-    with job(progress):
+    with job(progress, onnx):
         from dataclasses import fields
 
         from .pipeline.engines import build_engine as build
@@ -458,14 +457,16 @@ def build_engine(onnx: Any, output: Path_, *, progress: Sink | None = None, **op
         return build(source, target, BuildOptions(**options))
 
 
-def _model_spec(model: Any, weights: Any, pretrained: bool, model_args: Any, preprocessing: Any) -> ModelSpec:
+def _model_spec(
+    model: Any, weights: Any, pretrained: bool, model_args: Any, resample: bool, preprocessing: Any
+) -> ModelSpec:
     """What :func:`run` and :func:`compare` open themselves, or a model that is open already."""
     if model is None or isinstance(model, (str, os.PathLike)):
-        stated = mapping_of(fields_of(preprocessing), "preprocessing")
-        file = None if weights is None else path_of(weights, "weights")
         what = None if model is None else os.fspath(model)
-        return ModelSpec(what, file, pretrained, mapping_of(model_args, "model_args"), stated)
-    given = dict(weights=weights, pretrained=pretrained, model_args=model_args, preprocessing=preprocessing)
+        return model_spec(what, weights, pretrained, model_args, resample, fields_of(preprocessing))
+    given = dict(
+        weights=weights, pretrained=pretrained, model_args=model_args, resample=resample, preprocessing=preprocessing
+    )
     return ModelSpec(open_model(model, **given).loaded)
 
 
@@ -479,6 +480,7 @@ def run(
     weights: Path_ | None = None,
     pretrained: bool = False,
     model_args: Mapping[str, Any] | None = None,
+    resample: bool = False,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     images: int | None = None,
     eval_images: int | None = None,
@@ -498,7 +500,7 @@ def run(
             ``eval_data`` a part of ``data`` is put aside.
         output: The folder; None: ``runs/NAME``.
         target: Budget as a fraction of the dense model's cost; None: that of ``learn``.
-        weights, pretrained, model_args, preprocessing: Of :func:`open_model`.
+        weights, pretrained, model_args, resample, preprocessing: Of :func:`open_model`.
         images, eval_images: How many are used at most.
         seed: Of everything that depends on chance.
         learn, export, precision, timing: Everything else that can be asked for.
@@ -508,14 +510,14 @@ def run(
         UserError: Something that was given cannot be used.
         ParityError: A graph does not compute what the model does.
     """
-    with job(progress):
+    with job(progress, model, weights):
         require_all(RUN_PACKAGES)
         from .pipeline.options import RunOptions
         from .pipeline.run import run as run_all
         from .report.results import Results
         from .report.tables.run import run_tables
 
-        spec = _model_spec(model, weights, pretrained, model_args, preprocessing)
+        spec = _model_spec(model, weights, pretrained, model_args, resample, preprocessing)
         learn = replace(spec_of(learn, LearnSpec, "learn"), seed=seed, **({} if target is None else {"target": target}))
         chosen = data_of(data, eval_data, images, eval_images, seed, IMAGES)
         form, others = spec_of(export, ExportSpec, "export"), spec_of(precision, PrecisionSpec, "precision")
@@ -539,6 +541,7 @@ def compare(
     weights: Path_ | None = None,
     pretrained: bool = False,
     model_args: Mapping[str, Any] | None = None,
+    resample: bool = False,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     images: int | None = None,
     eval_images: int | None = None,
@@ -553,8 +556,8 @@ def compare(
     """Compare methods of token reduction at equal budgets; a comparison that was interrupted goes on.
 
     Args:
-        model, data, eval_data, weights, pretrained, model_args, preprocessing, images, eval_images, seed: As for
-            :func:`run`.
+        model, data, eval_data, weights, pretrained, model_args, resample, preprocessing, images, eval_images, seed: As
+            for :func:`run`.
         output: The folder; None: ``runs/compare-NAME``.
         targets, methods, seeds, batches, latency, learn, opset: See
             :class:`~vpruner.pipeline.options.CompareOptions`.
@@ -564,14 +567,14 @@ def compare(
     Raises:
         UserError: Something that was given cannot be used.
     """
-    with job(progress):
+    with job(progress, model, weights):
         require_all(RUN_PACKAGES)
         from .pipeline.compare.compare import compare as compare_all
         from .pipeline.options import CompareOptions
         from .report.entries import entries_of
         from .report.tables.compare import comparison_table
 
-        spec = _model_spec(model, weights, pretrained, model_args, preprocessing)
+        spec = _model_spec(model, weights, pretrained, model_args, resample, preprocessing)
         options = CompareOptions(
             spec,
             data_of(data, eval_data, images, eval_images, seed, COMPARE_IMAGES),

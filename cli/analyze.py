@@ -50,7 +50,7 @@ def analyze(model, data, output, results, as_json, quiet) -> None:
     if output:
         check_output(output, (".svg", ".png"), *model.files)
     if results:
-        check_output(results, ".jsonl", *model.files, name="results")
+        check_output(results, ".jsonl", *model.files, name="results", known=True)
     row = analyze_model(model, data, output)
     if not emit_rows([row], results, as_json):
         _print_analysis(row, output)

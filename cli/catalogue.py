@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import click
 
@@ -50,7 +51,14 @@ class _ShortHelp:
 
 
 class Command(_ShortHelp, click.Command):
-    """A command of vpruner."""
+    """A command of vpruner. Errors of other packages name the files that its arguments name."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from ..core.boundary import boundary
+
+        given = [ctx.params.get(one.name or "") for one in self.params if isinstance(one, click.Argument)]
+        with boundary(one for value in given for one in (value if isinstance(value, tuple) else (value,))):
+            return super().invoke(ctx)
 
 
 class Group(_ShortHelp, click.Group):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from ..core.json_file import json_text
 from ..core.progress import Record, Sink, reporting
 from ..report.blocks import Table
 from .hints import as_typed
 
 
 def print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1, allow_nan=False))
+    click.echo(json_text(value, indent=1))
 
 
 def emit_rows(rows: list[dict[str, Any]], results: Path | None, as_json: bool) -> bool:

@@ -55,7 +55,7 @@ def evaluate(model, data, plan_path, against, as_json, quiet, results) -> None:
 
     report_progress(quiet)
     if results:
-        check_output(results, ".jsonl")
+        check_output(results, ".jsonl", name="results", known=True)
     rows = evaluate_model(model, data, plan_path=plan_path, against=against)
     if emit_rows(rows, results, as_json):
         return

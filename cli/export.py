@@ -51,7 +51,7 @@ def export(
     """
     require_all(RUN_PACKAGES)
     from ..core.content_plan import load_plan
-    from ..pipeline.export import MethodSpec, check_export
+    from ..pipeline.export import MethodSpec, check_export, written_files
     from ..pipeline.export import export as export_model
     from ..pipeline.folders import check_output
     from ..pipeline.inputs import open_torch
@@ -63,7 +63,8 @@ def export(
     method = None if method is None else MethodSpec(method, **given)
     check_export(precision, plan_path, method, data, tokens)
     output = output or Path("pruned.onnx" if plan_path or method else "dense.onnx")
-    check_output(output, ".onnx", *model.files, plan_path)
+    for path in written_files(output, precision):
+        check_output(path, ".onnx", *model.files, plan_path)
     plan = load_plan(plan_path) if plan_path else None
     exported = export_model(
         open_torch(model),

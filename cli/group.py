@@ -45,13 +45,16 @@ class Commands(Group):
                 formatter.write_dl(list(commands.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
+        from ..core.boundary import boundary, place_of
         from ..core.progress import reporting
         from .hints import TypedSink, as_typed
 
         debug = bool(os.environ.get("VPRUNER_DEBUG"))
         try:
-            with _terminated_cleanly(), reporting(TypedSink()):
+            with _terminated_cleanly(), reporting(TypedSink()), boundary():
                 return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
         except UserError as error:
             if debug:
                 raise
@@ -59,22 +62,24 @@ class Commands(Group):
         except ParityError as error:
             if debug:
                 raise
+            proven = "This is a defect of vpruner, not of your input: please report it"
+            whose = proven if error.proven else "If PyTorch computes this model well in float32, please report it"
             raise click.ClickException(
-                f"{error}. Nothing was written. This is a defect of vpruner, not of your input: please report it with "
-                "the model's name and the versions of torch, timm and onnxruntime"
+                f"{error}. Nothing was written. {whose} with the model's name and the versions of torch, timm and "
+                "onnxruntime"
             ) from None
-        except ImportError as error:
-            missing = missing_extra(error)
-            if missing is None or debug:
-                raise
-            raise Reported(as_typed(missing.marked)) from None
-        except BrokenPipeError:
-            raise
-        except OSError as error:
+        except Exception as error:
             if debug:
                 raise
-            where = f"{error.filename}: " if error.filename else ""
-            raise Reported(f"{where}{error.strerror or error}") from None
+            missing = missing_extra(error) if isinstance(error, ImportError) else None
+            if missing is not None:
+                raise Reported(as_typed(missing.marked)) from None
+            said = " ".join(str(error).split())[:300]
+            raise click.ClickException(
+                f"vpruner stopped on an error of its own: {type(error).__name__}{said and ': '}{said} in "
+                f"{place_of(error)}; this is a defect of vpruner: please report it with the traceback, which "
+                "VPRUNER_DEBUG=1 shows"
+            ) from None
 
 
 @contextmanager

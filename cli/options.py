@@ -78,7 +78,12 @@ model_options = stacked(
         multiple=True,
         metavar="KEY=VALUE",
         callback=key_values,
-        help="Argument of the model, such as img_size=384; may be repeated.",
+        help="Argument of the model's architecture, such as img_size=384; may be repeated.",
+    ),
+    click.option(
+        "--resample",
+        is_flag=True,
+        help="Load weights of another patch size, with a resampled patch kernel; such a model has to be trained again.",
     ),
 )
 calibration_options = stacked(

@@ -30,7 +30,10 @@ def session_options(model: Path, provider: str, threads: int | None, trust: bool
 @trust_option
 @json_option
 def predict(model, images, top, provider, threads, trust, as_json) -> None:
-    """\b
+    """Images are used as they are stored: a turn in the EXIF data of a photo is not applied, as in the training of timm
+    and torchvision.
+
+    \b
     Example:
       vpruner predict runs/demo/pruned.onnx cat.jpg dog.png --top 3
       vpruner predict pruned.engine cat.jpg

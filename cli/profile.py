@@ -80,7 +80,7 @@ def profile(
     if precision:
         raise UserError("--precision goes with --print-trtexec", "build the engine in it: vpruner build --precision")
     if results:
-        check_output(results, ".jsonl", model, against)
+        check_output(results, ".jsonl", model, against, name="results", known=True)
     if from_trtexec:
         files = [None if name == "-" else name for name in from_trtexec]
         if len(batches) > 1:

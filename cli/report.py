@@ -37,7 +37,8 @@ def report(results, output, as_json) -> None:
 
     if output.is_file():
         raise UserError(f"{output} is a file", "name a folder with -o")
-    check_output(output / "report.html", ".html")
+    for name in ("report.html", "report.md"):
+        check_output(output / name, Path(name).suffix)
     page, text = write_profile_report(results, output)
     if as_json:
         print_json({"html": str(page), "markdown": str(text)})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import ast
 import math
 from typing import Any
 
 import click
 
 from ..core.choices import PRECISIONS
+from ..core.errors import UserError
+from ..core.json_file import parse_json
 
 
 class Layers(click.ParamType):
@@ -56,17 +58,40 @@ class Seconds(click.FloatRange):
 
 
 def key_values(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    """``("img_size=384", "qk_norm=true")`` -> {"img_size": 384, "qk_norm": True}; values are JSON where they parse."""
+    """``("img_size=384", "qk_norm=true")`` -> {"img_size": 384, "qk_norm": True}, see :func:`read_value`."""
     result = {}
     for value in values:
         key, equals, text = value.partition("=")
         if not equals or not key.isidentifier():
             raise click.BadParameter(f"{value!r} is not key=value, as in --model-arg img_size=384")
-        try:
-            result[key] = json.loads(text)
-        except ValueError:
-            result[key] = text
+        result[key] = read_value(text)
     return result
+
+
+#: Longer than any value of an argument: Python's parser is not given more.
+_MOST_LETTERS = 1000
+
+
+def read_value(text: str) -> Any:
+    """What a user typed: JSON, or a literal of Python's, which timm's own scripts read, or else text.
+
+    * ``16``, ``[16, 32]``, ``"avg"``, ``null`` and ``true`` as JSON; ``(16, 32)``, ``'avg'``, ``None`` and ``True`` as
+      Python.
+    * ``TRUE`` and ``False`` in any spelling are the truth values: as text both would be true.
+    * Anything else is text, such as ``avg``.
+    """
+    text = text.strip()
+    words = {"true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return parse_json(text, "the value")
+    except UserError:
+        pass
+    try:
+        return ast.literal_eval(text) if len(text) <= _MOST_LETTERS else text
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 
 class PerChannel(click.ParamType):

@@ -118,9 +118,12 @@ def profile_vlm(vlm, prunings, results, as_json, **options) -> None:
       vpruner vlm profile llava-1.5-7b-hf/ --mode hybrid --keep 0.25
       vpruner vlm profile llava-1.5-7b-hf/ --mode static --plan plan.json --mode llm --threshold 0.83
     """
+    from ..pipeline.folders import check_output
     from ..prune.vlm.profile import profile as profile_pruned
     from ..report.tables.vlm import vlm_latency_table
 
+    if results:
+        check_output(results, ".jsonl", name="results", known=True)
     rows = profile_pruned(vlm, prunings, **options)
     if emit_rows(rows, results, as_json):
         return
@@ -149,9 +152,12 @@ def evaluate_vlm(vlm, prunings, results, as_json, data, seed, **options) -> None
     Example:
       vpruner vlm evaluate llava-1.5-7b-hf/ --data questions.jsonl --mode hybrid --mode random --keep 0.25
     """
+    from ..pipeline.folders import check_output
     from ..prune.vlm.evaluate import evaluate as evaluate_pruned
     from ..report.tables.vlm import vlm_accuracy_tables
 
+    if results:
+        check_output(results, ".jsonl", data, name="results", known=True)
     rows = evaluate_pruned(vlm, data, prunings, **options)
     if emit_rows(rows, results, as_json):
         return

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
-from .files import json_sha256
 from .geometry import Geometry, shown
+from .json_file import json_sha256
 from .plan import CONTENT_SCHEMA, DROPPING_SCHEMA, KINDS, TokenPlan, read_plan_json, write_plan_json
 from .text import command
 

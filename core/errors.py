@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from .text import as_python
 
 
@@ -26,6 +28,11 @@ class UserError(Exception):
         self.marked_problem = problem
         self.marked_hint = hint
 
+    def rename(self, pattern: str, name: str) -> None:
+        """Put another name into the message, such as the user's file for the temporary one that becomes it."""
+        self.marked_problem = re.sub(pattern, lambda match: name, self.marked_problem)
+        self.marked_hint = re.sub(pattern, lambda match: name, self.marked_hint)
+
     @property
     def problem(self) -> str:
         return as_python(self.marked_problem)
@@ -36,7 +43,7 @@ class UserError(Exception):
 
     @property
     def marked(self) -> str:
-        return super().__str__()
+        return f"{self.marked_problem}; {self.marked_hint}" if self.marked_hint else self.marked_problem
 
     def __str__(self) -> str:
         return as_python(self.marked)
@@ -54,4 +61,13 @@ class GraphError(UserError):
 
 
 class ParityError(Exception):
-    """Two forms of the same pruned model disagree: never the user's fault, so it keeps its traceback in the library."""
+    """Two forms of the same pruned model disagree.
+
+    Attributes:
+        proven: Whether that is a defect of vpruner: the model itself is computed well enough to tell. It keeps its
+            traceback in the library.
+    """
+
+    def __init__(self, problem: str, *, proven: bool = True):
+        super().__init__(problem)
+        self.proven = proven

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -27,12 +29,27 @@ EXTRA_OF = {
 RUN_PACKAGES = ("torch", "timm", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "matplotlib")
 
 
+#: onnxruntime reads it once, while it loads: from 1.29 on, its packages for Linux and macOS else write a device id and
+#: a store of events into the user's cache folder, and send them to Microsoft.
+NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
+
+
 def require(name: str) -> ModuleType:
-    """Import the module ``name`` or raise :class:`UserError` naming the extra that brings it."""
+    """Import the module ``name`` or raise :class:`UserError` naming the extra that brings it.
+
+    onnxruntime is imported with its telemetry off, unless the user has set :data:`NO_TELEMETRY` to 0. A program that
+    imported onnxruntime before has decided for itself.
+    """
+    decide = name.partition(".")[0] == "onnxruntime" and "onnxruntime" not in sys.modules
+    if decide:
+        os.environ.setdefault(NO_TELEMETRY, "1")
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ImportError as error:
         raise missing_extra(error) or error from None
+    if decide and os.environ[NO_TELEMETRY] != "0":
+        sys.modules["onnxruntime"].disable_telemetry_events()  # Windows has no variable for it.
+    return module
 
 
 def require_all(names: Iterable[str]) -> None:

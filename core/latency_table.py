@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ from .. import __version__
 from . import progress
 from .environment import environment
 from .errors import PlanError, UserError
-from .files import json_sha256, write_text
+from .json_file import json_sha256, read_json, write_json
 from .plan import Geometry, TokenPlan
 from .text import command, option
 
@@ -241,7 +239,7 @@ class LatencyTable:
         here = environment()
         packages = ("onnxruntime", "onnxruntime-gpu") if self.runtime == "onnxruntime" else ("tensorrt",)
         versions, found = (
-            {name: (value.get("packages") or {}).get(name) for name in packages} for value in (self.environment, here)
+            {name: _packages_of(value).get(name) for name in packages} for value in (self.environment, here)
         )
         pairs = [("model", self.model, model), ("batch", self.batch, batch)]
         if self.runtime == "onnxruntime":
@@ -326,10 +324,7 @@ class LatencyTable:
 
     def save(self, path: str | PathLike) -> None:
         """Write JSON, whole or not at all; the grid has one line for each key count."""
-        content = self.to_json()
-        rows = "[\n  " + ",\n  ".join(json.dumps(row) for row in content["split"]) + "\n ]"
-        text = json.dumps({**content, "split": "@split@"}, indent=1, allow_nan=False)
-        write_text(path, text.replace('"@split@"', rows) + "\n")
+        write_json(path, self.to_json(), rows=("split",))
 
     @classmethod
     def load(cls, path: str | PathLike) -> LatencyTable:
@@ -338,19 +333,18 @@ class LatencyTable:
         Raises:
             UserError: No such file, no JSON, no latency table, or one damaged by hand; names the file.
         """
-        path = Path(path)
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read the latency table {path}: {error.strerror}", HINT) from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not a latency table: {error}", HINT) from None
+        value = read_json(path, "the latency table", HINT)
         try:
             return cls.from_json(value)
         except UserError as error:
             raise UserError(
                 f"{path} is not a latency table of use: {error.marked_problem}", error.marked_hint or HINT
             ) from None
+
+
+def _packages_of(environment: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = environment.get("packages")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _bad(problem: str) -> UserError:

@@ -6,14 +6,13 @@ the same key/value strings.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import __version__
 from .errors import UserError
-from .files import canonical_json
+from .json_file import canonical_json, json_text, parse_json
 from .plan import KINDS, Geometry, TokenPlan
 from .preprocess import Preprocessing
 from .text import command
@@ -109,7 +108,7 @@ class ModelMetadata:
             GEOMETRY: None if self.geometry is None else canonical_json(self.geometry.to_json()),
             PREPROCESSING: None if self.preprocessing is None else canonical_json(self.preprocessing.to_json()),
             OUTPUT: self.output,
-            CLASSES: None if classes is None else json.dumps(list(classes), ensure_ascii=False),
+            CLASSES: None if classes is None else json_text(list(classes), ascii_only=False),
             TUNED_SHA256: self.tuned_sha256,
             PLAN: self.plan,
             RULE: None if self.rule is None else canonical_json(dict(self.rule)),
@@ -146,10 +145,7 @@ class ModelMetadata:
     @classmethod
     def _read(cls, props: Mapping[str, str]) -> ModelMetadata:
         def parsed(key: str) -> Any:
-            try:
-                return json.loads(props[key]) if key in props else None
-            except ValueError as error:
-                raise ValueError(f"{key} is not JSON: {error}") from None
+            return parse_json(props[key], key) if key in props else None
 
         geometry, preprocessing, classes, rule = map(parsed, (GEOMETRY, PREPROCESSING, CLASSES, RULE))
         geometry = None if geometry is None else Geometry.from_json(geometry)

@@ -20,13 +20,11 @@ Dropping a token whole is the special case of a patch that is no key, no query a
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -35,8 +33,8 @@ import numpy as np
 from .. import __version__
 from .drawing import exits_svg, table_html, table_text
 from .errors import PlanError
-from .files import json_sha256, write_text
 from .geometry import Geometry, is_whole, shown
+from .json_file import json_sha256, read_json, write_json
 from .text import command
 
 #: Version of the JSON layout. Raise it when an older reader would misread a newer file.
@@ -467,15 +465,7 @@ def _without(sets: Sets, live: Sets) -> Sets:
 
 def write_plan_json(path: str | PathLike, content: Mapping[str, Any]) -> None:
     """Write what ``to_json`` gives, one block's list per line."""
-    lines = {
-        name: "[\n  " + ",\n  ".join(json.dumps(row) for row in content[name]) + "\n ]"
-        for name in (*KINDS, "kept", "gates")
-        if content.get(name)
-    }
-    text = json.dumps({**content, **{name: f"@{name}@" for name in lines}}, indent=1)
-    for name, rows in lines.items():
-        text = text.replace(f'"@{name}@"', rows)
-    write_text(path, text + "\n")
+    write_json(path, content, rows=(*KINDS, "kept", "gates"))
 
 
 def read_plan_json(path: str | PathLike) -> Any:
@@ -484,20 +474,7 @@ def read_plan_json(path: str | PathLike) -> Any:
     Raises:
         PlanError: It cannot be read, or is no JSON.
     """
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(
-            f"cannot read the plan {path}: {error.strerror}", f"make one with: {command('prune', 'MODEL')}"
-        ) from None
-    except ValueError as error:
-        raise PlanError(f"{path} is not JSON: {error}", f"make a plan with: {command('prune', 'MODEL')}") from None
-    except RecursionError:
-        raise PlanError(
-            f"{path} is not a plan: its lists or objects are nested too deeply to be read",
-            f"make a plan with: {command('prune', 'MODEL')}",
-        ) from None
+    return read_json(path, "the plan", f"make a plan with: {command('prune', 'MODEL')}", error=PlanError)
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------

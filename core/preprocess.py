@@ -2,8 +2,9 @@
 
 The arithmetic is that of timm's evaluation transform (``timm.data.create_transform(..., is_training=False)``, which
 sits on torchvision), down to the rounding of sizes and offsets, so that an accuracy measured with timm is the accuracy
-the application gets. As in timm, the EXIF orientation is *not* applied: a photo stored sideways is classified sideways.
-Call ``PIL.ImageOps.exif_transpose`` first where that matters.
+the application gets. As in timm and torchvision, the EXIF orientation is *not* applied: a photo stored sideways is
+classified sideways, as it was in training, and a remark says how many there were. transformers' own loader and browsers
+do turn; call ``PIL.ImageOps.exif_transpose`` first where a model was trained that way.
 
 One thing is not as in timm: images of 16 bits per pixel are scaled to 8 (:func:`to_rgb`), where Pillow's own conversion
 clips them to white.
@@ -11,6 +12,7 @@ clips them to white.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,18 +20,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import progress
 from .choices import CROP_MODES, INTERPOLATIONS
 from .errors import UserError
-from .text import option
+from .files import open_regular
+from .text import counted, option
 
 if TYPE_CHECKING:
     from PIL import Image
 
-#: Pillow's resampling filters, under the names timm gives them.
+#: What is read, by Pillow's names; HEIF where its plugin is registered.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
+#: The EXIF tag.
+_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,10 @@ class Preprocessing:
 
     def batch(self, images: Iterable[Any]) -> np.ndarray:
         """float32 [batch B, channel 3, height, width] of anything :func:`load_image` takes."""
-        arrays = [self(load_image(image)) for image in images]
+        loaded = [load_image(image) for image in images]
+        if turned := sum(map(is_turned, loaded)):
+            progress.remark(turned_remark(turned))
+        arrays = [self(image) for image in loaded]
         return np.stack(arrays) if arrays else np.empty((0, 3, *self.size), np.float32)
 
 
@@ -224,7 +234,7 @@ def load_image(source: str | PathLike | Image.Image | np.ndarray) -> Image.Image
     from PIL import Image as pillow
 
     if isinstance(source, pillow.Image):
-        return _decoded(source, getattr(source, "filename", "") or "the image")
+        return decode(source, getattr(source, "filename", "") or "the image")
     if isinstance(source, np.ndarray):
         return to_rgb(_image_from_array(source))
     if not isinstance(source, (str, PathLike)):
@@ -234,17 +244,72 @@ def load_image(source: str | PathLike | Image.Image | np.ndarray) -> Image.Image
     path = Path(source)
     if not path.is_file():
         raise UserError(f"{path}: {'is not a file' if path.exists() else 'no such file'}", "expected an image")
-    with large_images():
+    try:
+        stream = open_regular(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the image: {error.strerror or error}") from None
+    with stream:
+        return decode(stream, path)
+
+
+class BadImage(UserError):
+    """Bytes that are no image, or none that can be used."""
+
+
+def decode(source: IO[bytes] | Image.Image, name: Any = None) -> Image.Image:
+    """An RGB image, decoded completely, of an open file or of an image that may not have been loaded.
+
+    Args:
+        name: How messages call it; None where the caller adds the name.
+
+    Raises:
+        BadImage: It is no image, is cut short, or has too many pixels (:data:`PIL.Image.MAX_IMAGE_PIXELS`).
+        UserError: Its pixels are no colours.
+    """
+    from PIL import Image as pillow
+
+    called = "" if name is None else f"{name}: "
+    with _without_warnings():
         try:
-            image = pillow.open(path)
+            image = source if isinstance(source, pillow.Image) else pillow.open(source, formats=_formats())
         except pillow.UnidentifiedImageError:
-            raise UserError(
-                f"{path}: not an image that Pillow can read", "expected JPEG, PNG, WebP or the like"
+            raise BadImage(
+                f"{called}not an image that Pillow can read", "expected JPEG, PNG, WebP or the like"
             ) from None
-        except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-            raise UserError(f"{path}: cannot read the image: {_one_line(error)}") from None
-        with image:
-            return _decoded(image, path)
+        except Exception as error:  # Decoders raise many types for bytes that are no image, and MemoryError.
+            raise BadImage(f"{called}cannot read the image: {_one_line(error)}") from None
+        try:
+            image.load()
+        except Exception as error:
+            raise BadImage(f"{called}cannot decode the image: {_one_line(error)}", "is the file complete?") from None
+        if not image.width or not image.height:
+            raise BadImage(f"{called}the image has no pixels")
+        return to_rgb(image, name)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's names of what is read. It knows more; one of them hands a file to Ghostscript, which runs programs."""
+    from PIL import Image as pillow
+
+    pillow.init()
+    return tuple(name for name in FORMATS if name in pillow.OPEN)
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether the EXIF data of an image says that it is to be turned or mirrored before it is shown."""
+    try:
+        with _without_warnings():
+            return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    except Exception:  # What cannot be read says nothing.
+        return False
+
+
+def turned_remark(count: int, what: str = "") -> str:
+    """One line about images that :func:`is_turned` finds; ``what``: ``"calibration"``."""
+    have = "has a turn in its EXIF data" if count == 1 else "have a turn in their EXIF data"
+    which = f"{counted(count, f'{what} image'.strip())} {have}"
+    return f"{which}, which is not applied, as in the training of timm and torchvision"
 
 
 def to_rgb(image: Image.Image, name: Any = None) -> Image.Image:
@@ -280,23 +345,11 @@ def to_rgb(image: Image.Image, name: Any = None) -> Image.Image:
 
 
 @contextmanager
-def large_images() -> Iterator[None]:
-    """Without Pillow's warning about large images: a photo of 100 megapixels is fine, and one of 180 is an error."""
-    from PIL import Image as pillow
-
+def _without_warnings() -> Iterator[None]:
+    """Pillow warns of photos of 100 megapixels, which are fine, and of EXIF data and such that it cannot read."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", pillow.DecompressionBombWarning)
+        warnings.simplefilter("ignore")
         yield
-
-
-def _decoded(image: Image.Image, name: Any) -> Image.Image:
-    try:
-        image.load()
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{name}: cannot decode the image: {_one_line(error)}", "is the file complete?") from None
-    if not image.width or not image.height:
-        raise UserError(f"{name}: the image has no pixels")
-    return to_rgb(image, name)
 
 
 def _image_from_array(array: np.ndarray) -> Image.Image:
@@ -356,4 +409,5 @@ def _three_numbers(name: str, value: Any) -> tuple[float, ...]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """In one line, without the open file that Pillow puts at its end."""
+    return " ".join(str(error).split()).partition(" <_io.")[0][:200] or type(error).__name__

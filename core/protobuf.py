@@ -29,6 +29,9 @@ def spans(data: memoryview, start: int = 0, end: int | None = None) -> Iterator[
     while position < end:
         first = position
         key, body = varint(data, position)
+        # Other readers take the lower 32 bits of a key: what is no field here must be none there.
+        if not 8 <= key < 1 << 32:
+            raise ValueError(f"field {key >> 3}")
         kind = key & 7
         if kind == 0:
             _, position = varint(data, body)

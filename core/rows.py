@@ -6,13 +6,14 @@ who compared it.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from .boundary import writing
 from .errors import UserError
+from .json_file import json_text, parse_json, read_json_lines
 
 
 class _Row(TypedDict):
@@ -74,6 +75,7 @@ class ParityRow(_Parity, total=False):
     compared: int
     top1_changed: int | None
     near_ties: int | None
+    own_error: float | None
 
 
 class AccuracyRow(_Row):
@@ -101,12 +103,23 @@ class LatencyRow(_Row):
     environment: dict[str, Any]
 
 
+class _Block(TypedDict):
+    ms: float
+
+
+class Block(_Block, total=False):
+    """``keys`` and ``queries`` are where the file says its tokens."""
+
+    keys: int
+    queries: int
+
+
 class BlocksRow(_Row):
     """Milliseconds of each block, from the times of single layers."""
 
     label: str
     runtime: str
-    blocks: list[dict[str, Any]]
+    blocks: list[Block]
     total_ms: float
 
 
@@ -215,46 +228,83 @@ def append_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> N
         ValueError: A value is not finite (JSON has no word for it), or a row lacks what its kind has. Nothing is
             written then.
     """
-    lines = [_line(row) for row in rows]
+    lines = "".join(map(_line, rows)).encode()
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
-        for line in lines:
-            stream.write(line)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as stream:
+            before, written = stream.seek(0, os.SEEK_END), 0
+            try:
+                while written < len(lines):
+                    written += stream.write(lines[written:])
+            except OSError:  # The disk is full: half a row would make the rows before it unreadable.
+                stream.truncate(before)
+                raise
 
 
-def read_rows(path: str | os.PathLike, hint: str = "") -> list[dict[str, Any]]:
+def finish_last_row(path: str | os.PathLike) -> bool:
+    """End the last line of a ``results.jsonl``, or cut it off where it is half a row: its writer was killed.
+
+    Returns:
+        Whether something was cut off.
+    """
+    with Path(path).open("r+b") as stream:
+        content = stream.read()
+        last = content[content.rfind(b"\n") + 1 :]
+        if not last.strip():
+            return False
+        try:
+            parse_json(last, "the last row", expected=dict)
+        except UserError:
+            stream.truncate(len(content) - len(last))
+            return True
+        stream.write(b"\n")
+        return False
+
+
+def read_rows(
+    path: str | os.PathLike, hint: str = "", *, type_of: Callable[[dict[str, Any]], type | None] | None = None
+) -> list[dict[str, Any]]:
     """The rows of a ``results.jsonl``, whatever their kinds; blank lines are skipped.
 
     Args:
         hint: What the user may do instead, for the error.
+        type_of: What else a row must hold for its reader; None: nothing.
 
     Raises:
-        UserError: The file cannot be read, or a line is no JSON object.
+        UserError: The file cannot be read, a line is no JSON object, or a row lacks what its kind has. The message
+            names the line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", hint) from None
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} is not a row of measurements", hint)
+    for number, row in read_json_lines(path, "the rows in", hint):
+        for kind in (_kind_of(row), type_of and type_of(row)):
+            if kind and (problem := _misfit(row, kind)):
+                raise UserError(f"{path}, line {number}: a row of kind {row['kind']!r} is malformed: {problem}", hint)
         rows.append(row)
     return rows
+
+
+def _kind_of(row: Mapping[str, Any]) -> type | None:
+    kind = row.get("kind")
+    return KINDS.get(kind) if isinstance(kind, str) else None
+
+
+def _misfit(row: Mapping[str, Any], kind: type) -> str:
+    """What keeps a row from being of a type; empty if nothing does."""
+    import msgspec
+
+    try:
+        msgspec.convert(row, kind)
+    except msgspec.ValidationError as error:
+        return str(error)
+    return ""
 
 
 def _line(row: Mapping[str, Any]) -> str:
     import msgspec
 
-    text = json.dumps(row, allow_nan=False)
-    if kind := KINDS.get(row.get("kind")):
+    text = json_text(row)
+    if kind := _kind_of(row):
         try:
             msgspec.json.decode(text, type=kind)
         except msgspec.ValidationError as error:

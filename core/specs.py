@@ -56,6 +56,7 @@ class ModelSpec:
         model_args: Arguments for the model's class, such as ``img_size``.
         preprocessing: What the user said of how images become the input of an ONNX file, see
             :func:`~vpruner.core.preprocess.resolve_preprocessing`.
+        resample: Whether weights of another patch size are loaded, with a resampled patch kernel.
     """
 
     what: Any = None
@@ -63,6 +64,7 @@ class ModelSpec:
     pretrained: bool = False
     model_args: Mapping[str, Any] = field(default_factory=dict)
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    resample: bool = False
 
     @property
     def is_onnx(self) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .finite import check_finite
+
 #: Two-sided 95 % quantile of the normal distribution.
 Z95 = 1.959963984540054
 
@@ -147,7 +149,12 @@ def compare(outputs: Outputs, *, baseline: str, output: str) -> dict[str, list[E
         outputs: From :func:`collect_outputs`.
         baseline: The label of the dense model.
         output: ``"logits"`` or ``"features"``.
+
+    Raises:
+        UserError: A model's outputs are not finite.
     """
+    for label, values in outputs.of.items():
+        check_finite(values, f"the {label} model")
     reference = outputs.of[baseline]
     result: dict[str, list[Estimate]] = {}
     for label, values in outputs.of.items():

@@ -89,9 +89,9 @@ def as_python(text: str) -> str:
 def _literal(value: Any) -> str:
     if isinstance(value, list):
         return f"({', '.join(map(_literal, value))}{',' * (len(value) == 1)})"
-    return (
-        value if value in STAND_INS else json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
-    )
+    if not isinstance(value, str):
+        return str(value)
+    return value if value in STAND_INS else json.dumps(value, ensure_ascii=False)
 
 
 def _argument(name: str, value: Any) -> str:

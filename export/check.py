@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -16,9 +15,11 @@ import onnx_ir as ir
 from ..core.errors import UserError
 from ..core.progress import words
 from ..core.text import command
-from .files import check_tensors, external_problem, read_model
+from .files import check_tensors, external_problem, reading
+from .streaming import ReadModel, read_message
+from .structure import NO_MODEL, Problem, find_problems
 from .targets import find_target
-from .targets.rules import MISSING_WEIGHTS, NO_PRODUCER, SEVERITIES, UNKNOWN_DOMAIN, Bound, Rule, Target
+from .targets.rules import MISSING_WEIGHTS, NO_PRODUCER, SEVERITIES, STRUCTURE, UNKNOWN_DOMAIN, Bound, Rule, Target
 
 _INT32 = np.iinfo(np.int32)
 #: Where a value comes from, each including the ones before: a constant; computed from constants; from shapes of
@@ -81,12 +82,19 @@ def check(model: str | os.PathLike | onnx.ModelProto | ir.Model, target: str | T
         UserError: The file cannot be read or is no ONNX model, or there is no such target.
     """
     target = find_target(target) if isinstance(target, str) else target
-    if isinstance(model, onnx.ModelProto):
-        model = ir.from_proto(model)
-    elif not isinstance(model, ir.Model):
-        model = _load(Path(model))
-    found = _Check(model, target).run()
+    problems: list[Problem] = []
+    if not isinstance(model, ir.Model):
+        model, problems = _load(model)
+    found = [_of_structure(problem) for problem in problems]
+    if model is not None:
+        found += _Check(model, target).run()
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def _of_structure(problem: Problem) -> Finding:
+    rule = STRUCTURE[problem.rule]
+    about = (problem.node, problem.op_type, problem.found, rule.why, words(rule.todo), rule.source)
+    return Finding(rule.severity, problem.rule, *about)
 
 
 def summarize(findings: list[Finding]) -> dict[str, int]:
@@ -95,15 +103,20 @@ def summarize(findings: list[Finding]) -> dict[str, int]:
     return {severity: counts[severity] for severity in SEVERITIES}
 
 
-def _load(path: Path) -> ir.Model:
-    """As :func:`vpruner.export.files.load_model`, but weights that are missing beside the file are a finding here."""
-    log = logging.getLogger("onnx_ir.serde")
-    level = log.level
-    log.setLevel(logging.ERROR)  # What it warns of is a finding below.
-    try:
-        model = read_model(path)
-    finally:
-        log.setLevel(level)
+def _load(graph: str | os.PathLike | onnx.ModelProto) -> tuple[ir.Model | None, list[Problem]]:
+    """The model, and what is wrong with it as a graph: where it is too much for onnx-ir, there is no model.
+
+    Weights that are missing beside the file are a finding here.
+    """
+    path = Path("the model") if isinstance(graph, onnx.ModelProto) else Path(graph)
+    with reading(path):
+        read = ReadModel(path, graph) if isinstance(graph, onnx.ModelProto) else read_message(path)
+        # These are found below too, in models that were never a message.
+        found = find_problems(read.proto)
+        problems = [one for one in found if one.rule not in ("no-producer", "unknown-operator") or not one.node]
+        if any(problem.rule in NO_MODEL for problem in problems):
+            return None, problems
+        model = read.model()
     check_tensors(model, path, external=False)
     for text in _texts(model):
         if not isinstance(text, str):  # protobuf hands bytes on that are no UTF-8
@@ -111,7 +124,7 @@ def _load(path: Path) -> ir.Model:
                 f"{path} is damaged: it holds the name {text!r}, which is no text",
                 f"write one with: {command('export', 'MODEL')}",
             )
-    return model
+    return model, problems
 
 
 def _texts(model: ir.Model) -> Iterator[str | bytes | None]:

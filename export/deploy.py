@@ -28,7 +28,8 @@ from .passes.edit import add_constant, add_node, infer_shapes_anew
 from .passes.lower_opset import LowerOpset
 from .passes.write_out import WriteOut
 from .recognise.graph import attribute_int, attribute_ints, constant
-from .recognise.normalise import OLDEST_OPSET, WriteOutAttention
+from .recognise.normalise import WriteOutAttention
+from .recognise.unfit import OLDEST_OPSET
 from .targets import find_target
 
 #: What graphs are exported in where neither a target nor the user says otherwise; it has Gelu, which 18 lacks.

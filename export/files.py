@@ -5,54 +5,62 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 from ..core.errors import UserError
-from ..core.files import atomic_path, json_sha256, scratch_beside
-from ..core.text import command
-from .streaming import LARGE, StoredTensor, read_onnx, write_onnx
+from ..core.external import HINT, ExternalDataError, ExternalTensor
+from ..core.files import atomic_path, scratch_beside, written_to
+from ..core.json_file import json_sha256
+from .streaming import MissingTensor, StoredTensor, read_onnx, write_onnx
 
 #: Bytes of weights up to which they stay inside the file. Protobuf's limit is 2 GiB; the rest is room for the graph.
 INLINE_LIMIT = (1 << 31) - (1 << 25)
-_HINT = f"write one with: {command('export', 'MODEL')}"
-_NOT_THERE = "is not there"
 
 
 def read_model(path: str | os.PathLike) -> ir.Model:
     """Read an ONNX file; weights beside it may be missing.
 
     Raises:
+        GraphError: Its graph is none; names the node.
         UserError: It is missing, truncated, or no ONNX model.
     """
     path = Path(path)
-    try:
+    with reading(path):
         model = read_onnx(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}", _HINT) from None
-    except Exception as error:  # protobuf and onnx-ir raise many types for bytes that are no model
-        raise UserError(f"{path} is not an ONNX model, or is truncated ({type(error).__name__})", _HINT) from None
     if not len(model.graph) or not model.graph.outputs:
-        raise UserError(f"{path} holds an empty graph, expected an ONNX model", _HINT)
+        raise UserError(f"{path} holds an empty graph, expected an ONNX model", HINT)
     return model
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong while an ONNX file is read, as one line."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}", HINT) from None
+    except Exception as error:  # protobuf and onnx-ir raise many types for bytes that are no model
+        # Our own ValueError says what is there; theirs speaks of Python.
+        found = str(error) if type(error) is ValueError else type(error).__name__
+        raise UserError(f"{path} is not an ONNX model, or is truncated ({found})", HINT) from None
 
 
 def load_model(path: str | os.PathLike) -> ir.Model:
     """Read an ONNX file, whose weights must be there.
 
     Raises:
+        GraphError: Its graph is none; names the node.
         UserError: It is missing, truncated, or no ONNX model; or some of its numbers are not there.
     """
     path = Path(path)
     model = read_model(path)
     check_tensors(model, path)
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < LARGE:
-            # ONNX's checker is handed small tensors as they are, and looks for this file in the wrong place.
-            value.const_value = ir.Tensor(tensor.numpy().copy(), name=value.name)
     return model
 
 
@@ -67,18 +75,20 @@ def check_tensors(model: ir.Model, source: str | os.PathLike, *, external: bool 
         UserError: Names the first tensor and what is there of it.
     """
     for name, tensor in _tensors(model):
-        if isinstance(tensor, ir.ExternalTensor):
+        if isinstance(tensor, MissingTensor):
+            if external:
+                raise tensor.error
+        elif isinstance(tensor, ir.ExternalTensor):
             problem = external_problem(tensor) if external else None
-            if problem == _NOT_THERE:
-                raise UserError(f"{source} needs its weights file {tensor.location}, which is not next to it", _HINT)
             if problem:
-                raise UserError(f"{source} needs {name} of its weights file {tensor.location}, which {problem}", _HINT)
+                found = f"{source} needs {name} of its weights file {tensor.location}, which {problem}"
+                raise UserError(found, "load it with its external data")
         elif problem := _inline_problem(tensor):
-            raise UserError(f"{source} is damaged: {name} {problem}", _HINT)
+            raise UserError(f"{source} is damaged: {name} {problem}", HINT)
 
 
 def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
-    for value in model.graph.initializers.values():
+    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
         if value.const_value is not None:
             yield f"initializer {value.name!r}", value.const_value
     for graph in (model.graph, *model.functions.values()):
@@ -90,12 +100,19 @@ def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
 
 def external_problem(tensor: ir.ExternalTensor) -> str | None:
     """Why a tensor cannot be read from the file beside the graph; None if it can."""
-    path = Path(tensor.path)
-    if not path.is_file():
-        return _NOT_THERE
-    needed = (tensor.offset or 0) + max(tensor.length or 0, tensor.nbytes)
-    size = path.stat().st_size
-    return f"has {size} bytes of {needed}" if size < needed else None
+    if isinstance(tensor, MissingTensor):
+        return tensor.problem
+    if not tensor.base_dir:
+        return "is in no known folder"
+    numbers = (("offset", tensor.offset), ("length", tensor.length))
+    entries = [("location", os.fspath(tensor.location)), *((key, str(number)) for key, number in numbers if number)]
+    try:
+        # A model in memory: the folder is known, and not the name of the file that it was read from.
+        graph = Path(tensor.base_dir, "model.onnx")
+        ExternalTensor(tensor.name or "", entries, tensor.shape.numpy(), int(tensor.dtype)).place(graph)
+    except ExternalDataError as problem:
+        return str(problem)
+    return None
 
 
 def _inline_problem(tensor: ir.TensorProtocol) -> str | None:
@@ -119,7 +136,7 @@ def save_model(model: ir.Model, path: str | os.PathLike) -> Path:
     That file carries a hash in its name, so that the graph at ``path`` always refers to its own weights, even if
     writing a new one over it is interrupted.
     """
-    path = Path(path)
+    path = written_to(path)
     if not stored_outside(model):
         with atomic_path(path) as temporary:
             write_onnx(model, temporary)
@@ -165,6 +182,7 @@ def move_model(source: Path, target: Path) -> None:
 
     Weights are not copied: under another name, the graph is written anew with the name that they get.
     """
+    target = written_to(target)
     moved = {part: target.name + part.name[len(source.name) :] for part in data_beside(source)}
     if moved and source.name != target.name:
         model = ir.load(source)

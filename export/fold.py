@@ -18,7 +18,6 @@ Recognition comes first and refuses before anything is touched; rewriting follow
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,11 +28,12 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ..core import metadata
-from ..core.errors import PlanError
+from ..core.errors import GraphError, PlanError
+from ..core.json_file import parse_json
 from ..core.metadata import ModelMetadata
 from ..core.plan import Geometry, TokenPlan
 from ..core.schedule import BlockStep, Schedule, schedule
-from ..core.text import command
+from ..core.text import command, first_line
 from .files import save_model
 from .graph import Graph, OpenedGraph, already_pruned, open_graph
 from .passes.clean import clean
@@ -182,7 +182,9 @@ class FoldTokens(ir.passes.InPlacePass):
         model = model_or_result.model if isinstance(model_or_result, ir.passes.PassResult) else model_or_result
         if metadata.PLAN in model.metadata_props:
             rule = model.metadata_props.get(metadata.RULE)
-            raise already_pruned("the graph", model.metadata_props[metadata.PLAN], rule and json.loads(rule))
+            raise already_pruned(
+                "the graph", model.metadata_props[metadata.PLAN], rule and parse_json(rule, metadata.RULE)
+            )
         return super().__call__(model)
 
     def call(self, model: ir.Model) -> FoldResult:
@@ -385,7 +387,12 @@ def rename_tokens(graph: ir.Graph, head: HeadSite, leaving: np.ndarray, geometry
 def infer_static_shapes(model: ir.Model, outputs: Sequence[ir.Shape | None]) -> None:
     """Forget every shape computed for the dense graph, infer them anew, and have the result checked by ONNX."""
     infer_shapes_anew(model)
-    passes.CheckerPass(full_check=True)(model)
+    try:
+        passes.CheckerPass(full_check=True)(model)
+    except Exception as error:  # onnx's checker and shape inference raise different types
+        found = first_line(error.__cause__ or error)
+        hint = f"see what is wrong with the dense graph, with: {command('check', 'FILE')}"
+        raise GraphError(f"the graph is not valid ONNX once the plan is folded in: {found}", hint) from error
     for value, shape in zip(model.graph.outputs, outputs, strict=True):
         if value.shape != shape:
             raise AssertionError(f"folding changed output {value.name!r} from {shape} to {value.shape}")

@@ -23,8 +23,12 @@ from ..core.plan import Geometry
 from ..core.preprocess import Preprocessing
 from ..core.text import command, first_line
 from .files import check_tensors, load_model
-from .recognise.graph import HINT, VitSite
+from .recognise.causes import explain
+from .recognise.graph import HINT, NotUnderstood, VitSite
 from .recognise.normalise import prepare
+from .recognise.unfit import refuse_unfit
+from .streaming import StoredTensor
+from .structure import find_problems
 
 #: What stands for a graph: a file, a model in memory, or one that is open already.
 Graph: TypeAlias = "str | os.PathLike | onnx.ModelProto | ir.Model | OpenedGraph"
@@ -140,8 +144,8 @@ class OpenedGraph:
         ]
         if self.path is None:
             return sum(tensor.nbytes for tensor in tensors)
-        outside = {tensor.path for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-        return sum(os.path.getsize(file) for file in (self.path, *outside))
+        files = {self.path, *(tensor.path for tensor in tensors if isinstance(tensor, StoredTensor))}
+        return sum(map(os.path.getsize, files))
 
     def recognised(self, expected: Geometry | None = None) -> Recognised:
         """The ViT in it; the work is done once.
@@ -157,6 +161,7 @@ class OpenedGraph:
             if expected is None and self.metadata is not None:
                 expected = self.metadata.geometry
             with self.naming():
+                refuse_unfit(self.model)
                 # A copy: what was read may still be described, run, or written as it was.
                 model = copy_model(self.model)
                 if model.functions:
@@ -168,13 +173,17 @@ class OpenedGraph:
 
     @contextmanager
     def naming(self) -> Iterator[None]:
-        """Put the file's name before what is said of its graph."""
+        """Put the file's name before what is said of its graph, and names of the file for those of a rewritten one."""
         try:
             yield
         except GraphError as error:
-            if self.path is None or self.source in error.marked_problem:
+            said = error
+            if isinstance(error, NotUnderstood):
+                said = explain(self.model, error, self.path, prepare)
+            elif self.path is None or self.source in error.marked_problem:
                 raise
-            raise GraphError(f"{self.source}: {error.marked_problem}", error.marked_hint) from error
+            before = "" if self.path is None else f"{self.source}: "
+            raise GraphError(f"{before}{said.marked_problem}", said.marked_hint) from error
 
 
 def open_graph(graph: Graph) -> OpenedGraph:
@@ -187,7 +196,12 @@ def open_graph(graph: Graph) -> OpenedGraph:
         return graph
     if isinstance(graph, (str, os.PathLike)):
         return OpenedGraph(load_model(graph), Path(graph))
-    model = ir.from_proto(graph) if isinstance(graph, onnx.ModelProto) else graph
+    model = graph
+    if isinstance(graph, onnx.ModelProto):
+        for problem in find_problems(graph):
+            raise problem.error("the model")
+        model = ir.from_proto(graph)
+        model.graph.sort()
     if not isinstance(model, ir.Model):
         expected = "expected a path, an onnx.ModelProto or an onnx_ir.Model"
         raise UserError(f"the graph is a {type(graph).__name__}", expected)
@@ -204,7 +218,7 @@ def copy_model(model: ir.Model) -> ir.Model:
     """
     try:
         copied = model.clone()
-    except RuntimeError as error:  # onnx-ir's cloner wraps what it finds, once for each level
+    except (RuntimeError, ValueError, KeyError) as error:  # onnx-ir's cloner wraps what it finds, once for each level
         while isinstance(error, RuntimeError) and error.__cause__ is not None:
             error = error.__cause__
         raise GraphError(f"the graph is damaged: {first_line(error)}", HINT) from None

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from ..core.extras import require
 from .files import proto_for_converters
 
 #: Kept in float32. A LayerNormalization written out squares what may exceed 256, the root of FP16's range; the operator
@@ -26,7 +27,7 @@ def to_half(model: ir.Model, precision: str, io: str, keep_float32: Sequence[str
         io: ``"float32"`` leaves inputs and outputs as they are, ``"same"`` changes them too.
         keep_float32: Op types that are left in float32, besides those that have no other form.
     """
-    from onnxruntime.transformers import float16
+    float16 = require("onnxruntime.transformers.float16")
 
     kept = sorted({*float16.DEFAULT_OP_BLOCK_LIST, *keep_float32, *_without_form(model, precision)})
     computed = sum(node.op_type in kept and node.op_type != "Cast" for node in model.graph)

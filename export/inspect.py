@@ -9,12 +9,13 @@ import onnx_ir as ir
 
 from ..core import progress
 from ..core.cost import cost_ratio, dense_macs
-from ..core.errors import UserError
+from ..core.errors import GraphError, PlanError, UserError
 from ..core.metadata import MODEL, PLAN, ModelMetadata
 from ..core.plan import Geometry, TokenPlan
 from ..core.text import command
 from .fold import check_shape
 from .graph import Graph, OpenedGraph, open_graph
+from .recognise.causes import without_inspect
 from .recognise.graph import HeadSite, VitSite, integers, is_constant
 
 
@@ -29,8 +30,11 @@ def inspect_file(graph: Graph) -> dict[str, Any]:
         UserError: No ONNX file.
     """
     opened = open_graph(graph)
-    with opened.naming():
-        return _describe(opened)
+    try:
+        with opened.naming():
+            return _describe(opened)
+    except GraphError as error:
+        raise without_inspect(error) from error
 
 
 def _describe(opened: OpenedGraph) -> dict[str, Any]:
@@ -50,7 +54,11 @@ def _describe(opened: OpenedGraph) -> dict[str, Any]:
     about, recognised = opened.metadata, opened.recognised()
     geometry = recognised.geometry
     if about is not None:
-        check_shape(about.geometry, geometry, f"{about.model}, as its metadata says", opened.source)
+        try:
+            check_shape(about.geometry, geometry, f"{about.model}, as its metadata says", opened.source)
+        except PlanError as error:
+            hint = f"its metadata is of another graph; write both with: {command('export', 'MODEL')}"
+            raise PlanError(error.marked_problem, hint) from None
         geometry = about.geometry
     identity = TokenPlan.identity(opened.stem, geometry)
     return {

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..core.choices import CALIBRATIONS, DEFAULT_CALIBRATION, HALF_PRECISIONS, I
 from ..core.errors import UserError
 from ..core.files import scratch_beside
 from ..core.metadata import PRECISION, ModelMetadata
+from ..core.scratch import temporary_folder
 from ..core.statistics import Estimate, paired_difference, proportion
 from ..core.text import command, first_line, option
 from . import half, quantize
@@ -33,6 +33,7 @@ from .graph import Graph, copy_model, open_graph
 from .parity import run_onnx
 from .passes.edit import infer_shapes_anew
 from .quantize import QUANTIZED, QUANTIZED_OPS
+from .recognise.unfit import refuse_subgraphs
 
 #: Largest finite float16.
 FP16_MAX = 65504.0
@@ -162,7 +163,8 @@ def convert(
     if precision.startswith("int8") and io != "float32":
         raise UserError(f"{precision} graphs have float32 inputs and outputs, found io {io!r}", "leave it out")
     opened = open_graph(graph)
-    _check_float32(opened.model, opened.source)
+    with opened.naming():
+        _check_float32(opened.model, opened.source)
     model = copy_model(opened.model)
     props = {**model.metadata_props, **(props or {})}
     _regularise(model)
@@ -208,6 +210,7 @@ def _check_float32(model: ir.Model, source: str) -> None:
     if said != "fp32":
         raise UserError(f"{source} is {said} already", hint)
     for node in model.graph:
+        refuse_subgraphs(node)
         if node.op_type in QUANTIZED_OPS:
             raise UserError(f"{source} is quantized already: node {node.name!r} is {node.op_type}", hint)
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
@@ -272,7 +275,7 @@ def agreement(reference: Graph, converted: Graph, images: np.ndarray, labels: np
     """
     reference, converted = open_graph(reference), open_graph(converted)
     about = ModelMetadata.from_props(converted.model.metadata_props, converted.source)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         before = _run(cpu_form(reference, folder), images, reference.source)
         emulated = _is_bfloat16(converted.model)
         after = _run(cpu_form(converted, folder), images, converted.source, optimized=not emulated)

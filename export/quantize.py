@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io as io_module
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -14,6 +13,8 @@ import onnx
 import onnx_ir as ir
 
 from ..core.errors import UserError
+from ..core.extras import require
+from ..core.scratch import temporary_folder
 from ..core.text import command, first_line, option
 from .files import into_memory, load_model, proto_for_converters, stored_outside
 
@@ -86,7 +87,7 @@ def to_int8(
     Raises:
         UserError: Fewer images than the graph's batch, several inputs, or the quantizer fails.
     """
-    from onnxruntime import quantization
+    quantization = require("onnxruntime.quantization")
 
     name, batch = image_input(model)
     if len(images) < batch:
@@ -137,7 +138,7 @@ def to_int8_dynamic(model: ir.Model, excluded: Sequence[str]) -> ir.Model:
     Raises:
         UserError: The quantizer fails.
     """
-    from onnxruntime import quantization
+    quantization = require("onnxruntime.quantization")
 
     def quantize(source: Path, target: Path, external: bool) -> None:
         quantization.quantize_dynamic(
@@ -156,9 +157,9 @@ def to_int8_dynamic(model: ir.Model, excluded: Sequence[str]) -> ir.Model:
 
 
 def _quantized(model: ir.Model, quantize: Callable[[Path, Path, bool], None]) -> ir.Model:
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    quant_pre_process = require("onnxruntime.quantization.shape_inference").quant_pre_process
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with temporary_folder() as folder, _quiet():
         written, prepared, target = (Path(folder) / f"{name}.onnx" for name in ("written", "prepared", "quantized"))
         try:
             # Protobuf holds 2 GiB, and each step writes its result to a file.
@@ -175,6 +176,8 @@ def _quantized(model: ir.Model, quantize: Callable[[Path, Path, bool], None]) ->
                 external_data_location="prepared.weights",
             )
             quantize(prepared, target, external)
+        except (OSError, MemoryError):
+            raise
         except Exception as error:  # the quantizer raises many types
             raise UserError(
                 f"onnxruntime cannot quantize the graph: {first_line(error)}",

@@ -26,13 +26,25 @@ from onnx_ir.passes import common as passes
 
 from ..core.errors import ParityError, UserError
 from ..core.extras import require
-from ..core.files import json_sha256
+from ..core.finite import check_finite
+from ..core.json_file import json_sha256
 from ..core.metadata import ModelMetadata
 from ..core.plan import Geometry, TokenPlan
+from ..core.rounding import allowed
 from ..core.text import option
+from ..prune.float64 import in_float64
 from .dense import evaluating, finish, trace
 from .files import save_model
-from .parity import EXACT, EXACT_IMAGES, ParityCheck, compare, in_float64, run_all_outputs, run_in_chunks, run_onnx
+from .parity import (
+    ParityCheck,
+    compare_exactly,
+    compare_float32,
+    dense_yardstick,
+    run_all_outputs,
+    run_in_chunks,
+    run_onnx,
+)
+from .yardstick import FEW, Yardstick
 
 if TYPE_CHECKING:
     import torch
@@ -206,7 +218,7 @@ def check_rule(
     decisions_path: str | os.PathLike,
     images: torch.Tensor,
     *,
-    tolerance: float = 1e-4,
+    yardstick: Yardstick | None = None,
 ) -> list[ParityCheck]:
     """All parity checks of a rule, on preprocessed ``images`` [image, channel, height, width], float32.
 
@@ -219,27 +231,30 @@ def check_rule(
 
     Args:
         path, decisions_path: The two files of :func:`export_rule`.
-        tolerance: Relative difference allowed between PyTorch and onnxruntime, both float32.
+        yardstick: Of the model without the rule, on the same images; None: made here.
 
     Returns:
         The checks, all of them passed.
 
     Raises:
+        UserError: The model's own outputs are not finite.
         ParityError: The first check that fails, with its numbers. The model is as it was, in that case too.
     """
     torch, model = require("torch"), adapter.model
-    checks = []
+    checks, yardstick = [], yardstick or dense_yardstick(adapter, images)
+    own_error = yardstick.few  # Measured in float32 too, so before the model is widened.
     with evaluating(model), torch.no_grad():
-        few = images[:EXACT_IMAGES]
+        few = images[:FEW]
         with in_float64(model):
             untouched = run_in_chunks(model, few.double())
+            check_finite(untouched, adapter.name)
             idle, _ = _follow(adapter, _replaying(adapter.geometry, {}), few.double())
-            checks.append(compare("a rule that does nothing changes nothing", untouched, idle, EXACT, top1=False))
+            checks.append(compare_exactly("a rule that does nothing changes nothing", untouched, idle, own_error))
             if not rule.merges:
                 gathered, decisions = _follow(adapter, rule, few.double())
                 masked = _masked(adapter, rule, decisions, few.double())
-                checks.append(compare("masked equals gathered", masked, gathered, EXACT, top1=False))
-    return [*checks, compare_rule(adapter, rule, path, decisions_path, images, tolerance=tolerance)]
+                checks.append(compare_exactly("masked equals gathered", masked, gathered, own_error))
+    return [*checks, compare_rule(adapter, rule, path, decisions_path, images, yardstick=yardstick)]
 
 
 def compare_rule(
@@ -249,7 +264,7 @@ def compare_rule(
     decisions_path: str | os.PathLike,
     images: torch.Tensor,
     *,
-    tolerance: float = 1e-4,
+    yardstick: Yardstick | None = None,
     optimized: bool = True,
     what: str = "",
 ) -> ParityCheck:
@@ -260,8 +275,11 @@ def compare_rule(
         what: What to say of the file in the check's name, after the file's.
     """
     torch, model = require("torch"), adapter.model
+    yardstick = yardstick or dense_yardstick(adapter, images)
+    tolerance = allowed(yardstick.few)
     with evaluating(model), torch.no_grad():
         reference, decided = _follow(adapter, rule, images)
+        check_finite(reference, f"{adapter.name} with {rule.name}")
         found = run_onnx(path, images.cpu().numpy(), optimized=optimized)
         _, *rows = run_all_outputs(decisions_path, images.cpu().numpy(), optimized=optimized)
         decided_there = dict(zip(decided, rows, strict=True))
@@ -284,8 +302,8 @@ def compare_rule(
             _prove_near_tie(adapter, rule, images[index], name, int(index))
     near_ties = int(others.sum())
     if not alike.any():  # Every image is a proven near-tie of a rule that merges: no outputs are left to compare.
-        return ParityCheck(name, 0.0, tolerance, 0, True, 0 if classifies else None, near_ties)
-    check = compare(name, reference[alike], found[alike], tolerance, top1=classifies)
+        return ParityCheck(name, 0.0, tolerance, 0, True, 0 if classifies else None, yardstick.few, near_ties)
+    check = compare_float32(name, reference[alike], found[alike], yardstick, top1=classifies)
     return dataclasses.replace(check, near_ties=near_ties)
 
 

@@ -9,13 +9,18 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from ..core import external
+from ..core.errors import UserError
 from ..core.protobuf import opening, spans
+from .structure import DATA_TYPES, find_problems, tensors_of
 
 #: Bytes from which on a weight is left in the file. Smaller ones are constants that passes look at again and again.
 LARGE = 1 << 14
@@ -25,17 +30,17 @@ _CHUNK = 1 << 22
 
 
 class StoredTensor(ir.LazyTensor):
-    """Numbers that lie in the ONNX file which they were read from.
+    """Numbers that lie in a file: the ONNX file which they were read from, or one beside it.
 
     The file is held: renamed, replaced or removed, what was opened can be read to the end.
     """
 
-    __slots__ = ("_mapped", "_place")
+    __slots__ = ("_mapped", "_place", "path")
 
-    def __init__(self, mapped: mmap.mmap, place: slice, like: ir.TensorProtocol):
+    def __init__(self, mapped: mmap.mmap, place: slice, like: ir.TensorProtocol, path: Path):
         about = {"name": like.name, "doc_string": like.doc_string or None, "metadata_props": dict(like.metadata_props)}
         super().__init__(self._read, like.dtype, like.shape, **about)
-        self._mapped, self._place = mapped, place
+        self._mapped, self._place, self.path = mapped, place, path
 
     @property
     def stored_bytes(self) -> int:
@@ -59,64 +64,167 @@ class StoredTensor(ir.LazyTensor):
             self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
+class MissingTensor(ir.ExternalTensor):
+    """A tensor that cannot be read from the file that the graph names for it.
+
+    Attributes:
+        error: What a command that needs it ends with.
+        problem: The same as words behind the name of that file.
+    """
+
+    __slots__ = ("error", "problem")
+
+    def __init__(self, like: ir.ExternalTensor, error: UserError, problem: str):
+        about = (like.location, like.offset, like.length, like.dtype)
+        super().__init__(*about, shape=like.shape, name=like.name, base_dir=like.base_dir)
+        self.error, self.problem = error, problem
+
+    def _load(self):
+        raise self.error
+
+    def tofile(self, file) -> None:
+        raise self.error
+
+
+@dataclass
+class ReadModel:
+    """An ONNX file that was read, before it becomes a model.
+
+    Attributes:
+        proto: The message, without large weights.
+        stored: Name of a large weight -> the file it lies in, its bytes, and which of them are its own.
+        missing: (name, location) of a tensor in another file -> what is wrong with it.
+    """
+
+    path: Path
+    proto: onnx.ModelProto
+    stored: dict[str, tuple[Path, mmap.mmap, slice]] = field(default_factory=dict)
+    missing: dict[tuple[str, str], tuple[external.ExternalTensor, str]] = field(default_factory=dict)
+
+    def model(self) -> ir.Model:
+        """The model, with its nodes sorted where they can be.
+
+        Raises:
+            Exception: Of many types, where onnx-ir does not take what the file holds.
+        """
+        model = ir.from_proto(self.proto)
+        for name, (path, mapped, place) in self.stored.items():
+            value = model.graph.initializers[name]
+            value.const_value = StoredTensor(mapped, place, value.const_value, path)
+        if self.missing:
+            self._mark_missing(model)
+        with suppress(ValueError):  # A circle has no order; it is reported elsewhere.
+            for graph in (model.graph, *model.functions.values()):
+                graph.sort()
+        return model
+
+    def _mark_missing(self, model: ir.Model) -> None:
+        def marked(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+            if not isinstance(tensor, ir.ExternalTensor):
+                return tensor
+            said, problem = self.missing[tensor.name or "", os.fspath(tensor.location)]
+            return MissingTensor(tensor, external.refused(self.path, said, problem), problem)
+
+        for graph in model.graphs():
+            for value in graph.initializers.values():
+                value.const_value = marked(value.const_value)
+        for graph in (model.graph, *model.functions.values()):
+            for node in graph.all_nodes():
+                for name, attribute in list(node.attributes.items()):
+                    if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                        node.attributes[name] = ir.AttrTensor(name, marked(attribute.value))
+                    elif attribute.type == ir.AttributeType.TENSORS and not attribute.is_ref():
+                        node.attributes[name] = ir.AttrTensors(name, list(map(marked, attribute.value)))
+
+
 def read_onnx(path: Path) -> ir.Model:
-    """As ``ir.load``, with large weights left in the file.
+    """As ``ir.load``, with large weights left in their files, of which none is opened that must not be.
+
+    Nodes are sorted. A tensor that cannot be read from another file is a :class:`MissingTensor`.
 
     Raises:
-        Exception: Of many types, where the file cannot be read or is no ONNX model.
+        GraphError: The graph is none; names the node.
+        ValueError: The file is no protobuf message, or no ONNX model.
+        UserError: It is too large for protobuf.
+        Exception: Of other types, where onnx or onnx-ir does not take what it holds.
     """
-    try:
-        proto, mapped, places = _without_weights(path)
-    except ValueError:  # An empty file, another format than protobuf's, or damage: onnx says which.
-        return ir.load(path)
-    model = ir.from_proto(proto)
-    ir.external_data.set_base_dir(model.graph, os.path.dirname(path))
-    for name, place in places.items():
-        value = model.graph.initializers[name]
-        value.const_value = StoredTensor(mapped, place, value.const_value)
-    return model
+    read = read_message(path)
+    for problem in find_problems(read.proto):
+        raise problem.error(str(path))
+    return read.model()
 
 
-def _without_weights(path: Path) -> tuple[onnx.ModelProto, mmap.mmap, dict[str, slice]]:
-    """The message without large weights, the file, and where in it each of them lies.
-
-    Raises:
-        ValueError: It is no protobuf message, or not as onnx writes models.
-    """
+def read_message(path: Path) -> ReadModel:
+    """The first half of :func:`read_onnx`, which raises the same but for what is wrong with the graph."""
     with path.open("rb") as stream:
+        external.check_size(path, os.fstat(stream.fileno()).st_size)
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    data, proto, graphs = memoryview(mapped), onnx.ModelProto(), []
-    rest, places = bytearray(), {}
-    for field in spans(data):
-        if field.number == _GRAPH:
-            graphs.append(field)
+    data, graphs, rest = memoryview(mapped), [], bytearray()
+    read = ReadModel(path, onnx.ModelProto())
+    for part in spans(data):
+        if part.number == _GRAPH:
+            graphs.append(part)
         else:
-            rest += data[field.start : field.end]
-    if len(graphs) != 1:
-        raise ValueError("one graph is expected")
-    proto.MergeFromString(bytes(rest))
+            rest += data[part.start : part.end]
+    if len(graphs) != 1 or not graphs[0].nested:
+        raise ValueError(f"it holds {len(graphs) or 'no'} graph{'s' if graphs else ''}")
+    read.proto.MergeFromString(bytes(rest))
     rest.clear()
-    for field in spans(data, graphs[0].body, graphs[0].end):
-        if field.number == _INITIALIZER and field.end - field.body >= LARGE:
-            tensor, place = _tensor_without_data(data, field.body, field.end)
-            if place is not None:
-                if tensor.name in places:
-                    raise ValueError(f"two initializers {tensor.name!r}")
-                places[tensor.name] = place
+    for part in spans(data, graphs[0].body, graphs[0].end):
+        if part.number == _INITIALIZER and part.nested and part.end - part.body >= LARGE:
+            tensor, place = _tensor_without_data(data, part.body, part.end)
+            if place is not None and tensor.name not in read.stored:
+                read.stored[tensor.name] = path, mapped, place
                 text = tensor.SerializeToString()
                 rest += opening(_INITIALIZER, len(text)) + text
                 continue
-        rest += data[field.start : field.end]
-    proto.graph.MergeFromString(bytes(rest))
-    return proto, mapped, places
+        rest += data[part.start : part.end]
+    read.proto.graph.MergeFromString(bytes(rest))
+    _open_external(read)
+    return read
+
+
+def _open_external(read: ReadModel) -> None:
+    """Read what lies in files beside the graph: onnx-ir is left none to open."""
+    opened: dict[Path, mmap.mmap | bytes] = {}
+    top = {id(tensor): tensor for tensor in read.proto.graph.initializer}
+    for tensor in tensors_of(read.proto):
+        if tensor.data_location != tensor.EXTERNAL:
+            continue
+        entries = [(entry.key, entry.value) for entry in tensor.external_data]
+        said = external.ExternalTensor(tensor.name, entries, tensor.dims, tensor.data_type)
+        try:
+            file, place = said.place(read.path)
+            if file not in opened:
+                with file.open("rb") as stream:
+                    opened[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if place.stop else b""
+            data = opened[file][place] if place.stop - place.start < LARGE else None
+        except (external.ExternalDataError, OSError) as error:
+            problem = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+            read.missing[tensor.name, said.location] = said, problem
+            # What it says besides may be nothing that onnx-ir can read.
+            del tensor.external_data[:]
+            tensor.external_data.add(key="location", value=said.location)
+            continue
+        del tensor.external_data[:]
+        tensor.ClearField("data_location")
+        whole = ir.DataType(tensor.data_type).itemsize >= 1  # Numbers of less than a byte are packed.
+        if data is None and id(tensor) in top and whole and tensor.name and tensor.name not in read.stored:
+            tensor.raw_data = b""
+            read.stored[tensor.name] = file, opened[file], place
+        else:
+            # Constants that passes look at again and again, and what onnx-ir reads by itself.
+            tensor.raw_data = opened[file][place] if data is None else data
 
 
 def _tensor_without_data(data: memoryview, start: int, end: int) -> tuple[onnx.TensorProto | None, slice | None]:
     """A tensor without its numbers and where these lie; (None, None) where it is not stored in that way."""
-    raw = [field for field in spans(data, start, end) if field.number == _RAW_DATA]
+    raw = [part for part in spans(data, start, end) if part.number == _RAW_DATA]
     if len(raw) != 1 or not raw[0].nested:
         return None, None
     tensor = onnx.TensorProto.FromString(bytes(data[start : raw[0].start]) + bytes(data[raw[0].end : end]))
+    if tensor.data_type not in DATA_TYPES or tensor.data_location == tensor.EXTERNAL or tensor.external_data:
+        return None, None
     dtype = ir.DataType(tensor.data_type)
     # Numbers of less than a byte are packed, and text has no fixed size.
     if not tensor.name or dtype in (ir.DataType.UNDEFINED, ir.DataType.STRING) or dtype.itemsize < 1:
@@ -157,7 +265,7 @@ def _is_streamed(tensor: ir.TensorProtocol | None) -> bool:
         return False
     if isinstance(tensor, ir.serde.TensorProtoTensor) and not tensor.raw.HasField("raw_data"):
         return False  # Numbers in typed fields are written as they were read.
-    return tensor.nbytes >= LARGE or isinstance(tensor, ir.ExternalTensor)
+    return tensor.nbytes >= LARGE or isinstance(tensor, (ir.ExternalTensor, StoredTensor))
 
 
 def _marked(tensor: ir.TensorProtocol, text: bytes) -> ir.LazyTensor:
@@ -173,18 +281,18 @@ def _spliced(
     """The message in ``data`` in pieces, with tensors for their marks at the end of ``path``; and its length."""
     pieces: list[bytes | memoryview | ir.TensorProtocol] = []
     size = 0
-    for field in spans(data):
-        value = data[field.body : field.end]
-        if field.number != path[0]:
-            pieces.append(data[field.start : field.end])
-            size += field.end - field.start
+    for part in spans(data):
+        value = data[part.body : part.end]
+        if part.number != path[0]:
+            pieces.append(data[part.start : part.end])
+            size += part.end - part.start
             continue
         if len(path) > 1:
             inner, length = _spliced(value, path[1:], marks)
         else:
             tensor = marks.get(bytes(value)) if len(value) == 20 else None
             inner, length = ([value], len(value)) if tensor is None else ([tensor], tensor.nbytes)
-        head = opening(field.number, length)
+        head = opening(part.number, length)
         pieces += [head, *inner]
         size += len(head) + length
     return pieces, size

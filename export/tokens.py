@@ -18,8 +18,9 @@ from ..core.text import option
 from ..prune.backbones.vit import ViTAdapter
 from .files import save_model
 from .graph import Graph, OpenedGraph, copy_model, open_graph
-from .parity import ParityCheck, compare, evaluating, run_in_chunks, run_onnx
+from .parity import ParityCheck, compare_float32, evaluating, run_in_chunks, run_onnx
 from .passes.edit import add_constant, add_node
+from .yardstick import Yardstick
 
 
 def check_pools_by_mean(adapter: ViTAdapter) -> None:
@@ -78,8 +79,6 @@ def check_tokens(
     plan: TokenPlan | None,
     path: str | os.PathLike,
     images: torch.Tensor,
-    *,
-    tolerance: float = 1e-4,
 ) -> ParityCheck:
     """The parity check of :func:`write_tokens`: what the file gives is what the mean is of in PyTorch, token by token.
 
@@ -91,10 +90,13 @@ def check_tokens(
     def tokens(batch: torch.Tensor) -> torch.Tensor:
         return model.forward_features(batch)[:, first:].flatten(1)
 
+    def gathered(batch: torch.Tensor) -> np.ndarray:
+        with adapter.applied(plan, "gathered"):
+            return run_in_chunks(tokens, batch, next(model.parameters()).device)
+
     plan = TokenPlan.identity(adapter.name, adapter.geometry) if plan is None else plan
-    with evaluating(model), torch.no_grad(), adapter.applied(plan, "gathered"):
-        reference = run_in_chunks(tokens, images, next(model.parameters()).device)
+    with evaluating(model), torch.no_grad():
+        reference = gathered(images)
     found = run_onnx(path, images.cpu().numpy())
-    return compare(
-        f"{Path(path).name} returns the tokens", reference, np.reshape(found, (len(found), -1)), tolerance, top1=False
-    )
+    name, yardstick = f"{Path(path).name} returns the tokens", Yardstick(model, images, gathered)
+    return compare_float32(name, reference, np.reshape(found, (len(found), -1)), yardstick, top1=False)

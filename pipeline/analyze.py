@@ -28,7 +28,7 @@ def analyze(model: ModelSpec, data: DataSpec, picture: Path | None = None) -> di
     batches = at_least_one(chosen.batches(loaded.preprocessing, batch_size_for(adapter.geometry, most=32)), chosen)
     with progress.stage("Analyzing", total=len(chosen.indices)) as advance:
         analysis = analyze_model(adapter, (batch for batch, _ in batches), on_batch=advance)
-    progress.remark(chosen.skipped_remark("calibration"))
+    progress.remark(chosen.remark("calibration"))
     if picture is not None:
         title = f"{loaded.name}, {counted(analysis.images, 'image')}"
         with atomic_path(picture) as temporary:

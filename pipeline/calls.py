@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..core import progress
+from ..core.boundary import boundary
 from ..core.errors import UserError
 from ..core.extras import missing_extra
 from ..core.plan import shown
@@ -20,10 +21,14 @@ Path_ = str | os.PathLike[str]
 
 
 @contextmanager
-def job(sink: Sink | None) -> Iterator[Record]:
-    """A call that may take a while: its events go to ``sink``, and a missing package is said with its extra."""
+def job(sink: Sink | None, *inputs: Any) -> Iterator[Record]:
+    """A call that may take a while: its events go to ``sink``, and errors of other packages become a UserError.
+
+    Args:
+        inputs: What was given; files are named where such an error names none.
+    """
     try:
-        with progress.reporting(sink) as record:
+        with progress.reporting(sink) as record, boundary(inputs):
             yield record
     except ImportError as error:
         raise missing_extra(error) or error from error

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..core import progress
 from ..core.errors import UserError
-from ..core.files import canonical_json, scratch_beside
+from ..core.files import scratch_beside
+from ..core.json_file import canonical_json
 from ..core.metadata import PREPROCESSING, ModelMetadata
 from ..core.preprocess import Preprocessing, resolve_preprocessing
 from ..core.text import option
@@ -135,7 +136,7 @@ def _images(
         found = [] if images is None else list(images.images())
         if images is not None:
             images.require_any()
-            remarks.append(images.skipped_remark(role))
+            remarks.append(images.remark(role))
         read.append((prepared.batch([image for image, _ in found]) if found else None, found))
     for remark in remarks:
         progress.remark(remark)

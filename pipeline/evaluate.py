@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,17 +62,22 @@ def evaluate_graphs(
 
     Returns:
         label -> estimates, and a few of the images for the report.
+
+    Raises:
+        UserError: Outputs of a file are not finite.
     """
     from ..core.statistics import compare
 
     outputs, examples = collect_graphs(sessions, images, on_batch)
+    for label, session in sessions.items():
+        session.check_finite(outputs.of[label])
     return compare(outputs, baseline=next(iter(sessions)), output=geometry.output), examples
 
 
 def collect_graphs(
     sessions: Mapping[str, OrtSession], images: ImageSet, on_batch=lambda count: None
 ) -> tuple[Outputs, list[Image.Image]]:
-    """What the files of :func:`evaluate_graphs` give for the images, and a few of the images for the report."""
+    """What the files of :func:`evaluate_graphs` give for the images, finite or not, and a few images for the report."""
     from ..core.statistics import collect_outputs
 
     examples: list[Image.Image] = []
@@ -84,7 +90,7 @@ def collect_graphs(
             yield [image for image, _ in chunk], labels
 
     outputs = collect_outputs(
-        {label: session.logits for label, session in sessions.items()},
+        {label: partial(session.logits, finite=False) for label, session in sessions.items()},
         at_least_one(batches(), images),
         on_batch=on_batch,
     )
@@ -127,7 +133,7 @@ def evaluate(
         if plan is None and plan_path:
             plan = load_plan(plan_path)
         estimates, images = _evaluate_torch(model, data, plan, plan_path, weights)
-    progress.remark(images.skipped_remark("evaluation"))
+    progress.remark(images.remark("evaluation"))
     return [estimate.row(label) for label, values in estimates.items() for estimate in values]
 
 
@@ -198,14 +204,23 @@ class InPyTorch:
             loaded.name, loaded.sha256, loaded.adapter.geometry, loaded.preprocessing, loaded.classes
         )
 
-    def logits(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """[image, output] of the model."""
+    def logits(self, images: Sequence[Image.Image], finite: bool = True) -> np.ndarray:
+        """[image, output] of the model; refused where it is not finite, unless ``finite`` is False."""
         import torch
 
         parameter = next(self._model.parameters())
         with torch.inference_mode():
             inputs = torch.from_numpy(self.preprocessing.batch(images)).to(parameter)
-            return self._model(inputs).float().cpu().numpy()
+            outputs = self._model(inputs).float().cpu().numpy()
+        if finite:
+            self.check_finite(outputs)
+        return outputs
+
+    def check_finite(self, outputs: np.ndarray) -> None:
+        """As of a session."""
+        from ..core.finite import check_finite
+
+        check_finite(outputs, str(self.path))
 
 
 def _check_same_weights(path: Path, against: Path, hashes: Sequence[str | None]) -> None:
@@ -230,6 +245,7 @@ def _evaluate_torch(
 ) -> tuple[dict[str, list[Estimate]], ImageSet]:
     import torch
 
+    from ..core.finite import check_finite
     from ..core.statistics import collect_outputs, compare
     from ..prune.fisher import batch_size_for
     from ..prune.tune.weights import with_weights
@@ -263,6 +279,8 @@ def _evaluate_torch(
     with progress.stage("Evaluating", len(images.indices)) as advance:
         stream = images.batches(loaded.preprocessing, batch_size_for(adapter.geometry, most=64))
         outputs = collect_outputs(runners, at_least_one(stream, images), on_batch=advance)
+    for label, values in outputs.of.items():
+        check_finite(values, loaded.name if label == "dense" else f"{loaded.name}, pruned")
     return compare(outputs, baseline=next(iter(runners)), output=adapter.geometry.output), images
 
 

@@ -151,6 +151,13 @@ def export(
     )
 
 
+def written_files(output: Path, precision: PrecisionSpec) -> tuple[Path, ...]:
+    """What an export to ``output`` writes, the float32 file first."""
+    from ..export.precision import beside
+
+    return (output, *(beside(output, name) for name in precision.precisions))
+
+
 def check_export(precision: PrecisionSpec, plan: Any, method: MethodSpec | None, data: Any, tokens: bool) -> None:
     """Refuse, before any work, what does not go together.
 
@@ -283,7 +290,7 @@ def _calibrated(loaded: LoadedModel, method: MethodSpec, data: Any, count: int) 
     geometry = loaded.adapter.geometry
     calibration = one_set(loaded.classes, geometry, DataSpec(data=data, images=count, seed=method.seed), "calibration")
     images, _ = next(at_least_one(calibration.batches(loaded.preprocessing, count), calibration))
-    progress.remark(calibration.skipped_remark("calibration"))
+    progress.remark(calibration.remark("calibration"))
     made = make_pruning(loaded, method, images)
     if isinstance(made, TokenPlan):
         return by_plan(loaded, made), None

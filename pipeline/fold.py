@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..core import progress
 from ..core.files import scratch_beside
 from ..core.plan import TokenPlan
-from .graphs import deploy_checked
+from .graphs import deploy_checked, file_yardstick
 from .inputs import noise_images
 from .learned import remark_untuned
 
@@ -65,11 +65,13 @@ def fold_checked(
                 f"({plan.model}) could not be checked"
             )
         images, top1 = noise_images(plan.geometry), plan.geometry.output == "logits"
+        yardstick = file_yardstick(opened, images)
         with progress.stage("Checking parity"):
-            checks = check_fold(plan, opened, written, images)
+            checks = check_fold(plan, opened, written, images, yardstick=yardstick)
         if deploy_for is not None:
             with progress.stage(f"Writing it for {deploy_for}"):
-                deployed, check = deploy_checked(record.graph, deploy_for, written, images, top1=top1)
+                options = dict(top1=top1, yardstick=yardstick)
+                deployed, check = deploy_checked(record.graph, deploy_for, written, images, **options)
             checks.append(check)
         move_model(written, output)
     return record, checks, deployed

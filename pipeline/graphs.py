@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..export.deploy import Deployment
     from ..export.graph import Graph, OpenedGraph
     from ..export.parity import ParityCheck
+    from ..export.yardstick import Yardstick
     from ..prune.loaded import LoadedModel
     from ..prune.methods.rule import TokenRule
 
@@ -89,6 +90,7 @@ class _Writing:
     plain: dict[str, OpenedGraph] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     checks: list[ParityCheck] = field(default_factory=list)
+    yardsticks: dict[str, Yardstick] = field(default_factory=dict)
     deployment: Deployment | None = None
 
 
@@ -197,17 +199,22 @@ def _fold(reduced: Reduced, plain: ExportSpec, place: Path, scratch: Path, done:
 
 
 def _check(reduced: Reduced, images: Tensor, done: _Writing) -> None:
-    from ..export.parity import check_dense, check_pruned
+    from ..export.parity import check_dense, check_pruned, dense_yardstick, pruned_yardstick
 
-    adapter = reduced.loaded.adapter
+    adapter, plan = reduced.loaded.adapter, reduced.plan
     if "dense" not in done.plain:
         return
+    if plan is None:
+        images = images[:PARITY_IMAGES]
+    own = done.yardsticks["dense"] = dense_yardstick(adapter, images)
     with progress.stage("Checking parity"):
-        if reduced.plan is None:
-            done.checks += check_dense(adapter, done.plain["dense"].path, images[:PARITY_IMAGES])
+        if plan is None:
+            done.checks += check_dense(adapter, done.plain["dense"].path, images, yardstick=own)
         else:
-            dense, pruned = done.plain["dense"].path, done.plain["pruned"].path
-            done.checks += check_pruned(adapter, reduced.plan, dense, pruned, images, weights=reduced.weights)
+            own_pruned = done.yardsticks["pruned"] = pruned_yardstick(adapter, plan, images, reduced.weights)
+            files = done.plain["dense"].path, done.plain["pruned"].path
+            options = dict(weights=reduced.weights, yardsticks=(own, own_pruned))
+            done.checks += check_pruned(adapter, plan, *files, images, **options)
 
 
 def _return_tokens(reduced: Reduced, images: Tensor, name: str, scratch: Path, done: _Writing) -> None:
@@ -231,8 +238,9 @@ def _finish(
     with progress.stage(f"Writing for {spec.deploy_for}"):
         for name in wanted:
             done.files[name] = folder / f"{name}.onnx"
+            options = dict(top1=top1, opset=spec.opset, yardstick=done.yardsticks[name])
             done.deployment, check = deploy_checked(
-                done.plain[name], spec.deploy_for, done.files[name], images.numpy(), top1=top1, opset=spec.opset
+                done.plain[name], spec.deploy_for, done.files[name], images.numpy(), **options
             )
             done.checks.append(check)
 
@@ -279,7 +287,7 @@ def deploy_checked(
     *,
     top1: bool,
     opset: int | None = None,
-    tolerance: float = 1e-4,
+    yardstick: Yardstick | None = None,
 ) -> tuple[Deployment, ParityCheck]:
     """Write a plain graph in the form that a deployment target takes, and compare the two in onnxruntime.
 
@@ -287,7 +295,8 @@ def deploy_checked(
         output: May be the file of ``plain``.
         images: float32 [image, channel, height, width], preprocessed.
         top1: Whether the output is logits, whose largest has to stay.
-        opset, tolerance: As in :func:`~vpruner.export.deploy.prepare_for` and :func:`~vpruner.export.parity.compare`.
+        opset: As in :func:`~vpruner.export.deploy.prepare_for`.
+        yardstick: Of the model that the graph holds; None: of what can be rebuilt from the graph.
 
     Raises:
         UserError: The target does not take the opset, or something in the graph.
@@ -295,7 +304,7 @@ def deploy_checked(
     """
     from ..export.deploy import deploy_file
     from ..export.graph import open_graph
-    from ..export.parity import compare, run_graph, run_onnx
+    from ..export.parity import compare_float32, run_graph, run_onnx
 
     plain = open_graph(plain)
     reference = run_graph(plain, images)
@@ -303,7 +312,19 @@ def deploy_checked(
     name = f"{output.name} for {target} equals the plain graph"
     # Unoptimized: onnxruntime would fuse again what was taken apart, and run the graph that it is compared with.
     found = run_onnx(output, images, optimized=False)
-    return deployed, compare(name, reference, found, tolerance, top1=top1)
+    return deployed, compare_float32(name, reference, found, yardstick or file_yardstick(plain, images), top1=top1)
+
+
+def file_yardstick(graph: OpenedGraph, images: np.ndarray) -> Yardstick:
+    """The own float32 error of the model in a file: PyTorch is loaded, and the model rebuilt, if it is asked for."""
+    from ..export.yardstick import FileYardstick
+
+    def read():
+        from ..export.rebuild.graph import read_module
+
+        return read_module(graph)
+
+    return FileYardstick(images, read)
 
 
 def model_bytes(path: Path) -> int:

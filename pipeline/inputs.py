@@ -125,7 +125,13 @@ def open_torch(model: ModelSpec) -> LoadedModel:
 
     if isinstance(model.what, LoadedModel):
         return model.what
-    return open_model(model.what, pretrained=model.pretrained, weights=model.weights, model_args=dict(model.model_args))
+    return open_model(
+        model.what,
+        pretrained=model.pretrained,
+        weights=model.weights,
+        model_args=dict(model.model_args),
+        resample=model.resample,
+    )
 
 
 def refuse_torch_options(model: ModelSpec) -> None:

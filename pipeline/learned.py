@@ -60,7 +60,7 @@ def check_checkpoint(spec: LearnSpec, *others: str | Path | None) -> None:
     if spec.rearrange != "ppo":
         goes = f"{option('checkpoint')} goes with {option('rearrange', 'ppo')}"
         raise UserError(f"{goes}, not with {spec.rearrange}", "leave it out")
-    check_output(spec.checkpoint, "", *others, name="checkpoint")
+    check_output(spec.checkpoint, "", *others, name="checkpoint", known=True)
     if any(other is not None and Path(other).resolve() == spec.checkpoint.resolve() for other in others):
         raise UserError(
             f"{spec.checkpoint} is written by this command", f"choose another name with {option('checkpoint')}"

@@ -11,7 +11,7 @@ from ..core.errors import UserError
 from ..core.extras import require_all
 from ..core.specs import ModelSpec
 from ..core.text import option
-from .calls import mapping_of, names_of
+from .calls import mapping_of, names_of, path_of
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,20 @@ def fields_of(preprocessing: Any) -> Any:
     """A :class:`Preprocessing` as what may be said of an ONNX file."""
     stated = preprocessing.to_json() if hasattr(preprocessing, "to_json") else preprocessing
     return {key: value for key, value in stated.items() if key != "size"} if isinstance(stated, Mapping) else stated
+
+
+def model_spec(
+    what: Any, weights: Any, pretrained: bool, model_args: Any, resample: bool, preprocessing: Any
+) -> ModelSpec:
+    """A model and what a caller said of it, with the types checked."""
+    return ModelSpec(
+        what,
+        None if weights is None else path_of(weights, "weights"),
+        pretrained,
+        mapping_of(model_args, "model_args"),
+        mapping_of(preprocessing, "preprocessing"),
+        resample,
+    )
 
 
 def write_proto(onnx: Any, proto: Any, path: Path) -> str:

@@ -51,7 +51,7 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Sa
     tuned = tuned_beside(output, model.what)
     check_learn(spec, model, output, tuned)
     if spec.tune == "weights":
-        check_output(tuned, tuned.suffix, *model.files)
+        check_output(tuned, tuned.suffix, *model.files, known=True)
         check_tuned_output(tuned)
     loaded = open_prunable(model, loss=spec.loss, softmax=True)
     geometry = loaded.adapter.geometry
@@ -70,7 +70,7 @@ def save_pruned(loaded: LoadedModel, learned: Learned, output: Path, inputs: Seq
     check_output(output, ".json", *inputs)
     tuned = tuned_beside(output, None if loaded.graph is None else "graph.onnx")
     if learned.weights:
-        check_output(tuned, tuned.suffix, *inputs)
+        check_output(tuned, tuned.suffix, *inputs, known=True)
         check_tuned_output(tuned)
     plan = replace_learned(loaded, learned, output, tuned, inputs)
     return Saved(loaded, learned, plan, output, tuned if learned.weights else None)

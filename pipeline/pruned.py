@@ -43,10 +43,13 @@ def form_of(
     return spec, PrecisionSpec(names_of(precisions, "precisions"), io)
 
 
-def checked_output(output: Any, *inputs: str | Path | None) -> Path:
-    """The file to write, which is none of ``inputs``."""
+def checked_output(output: Any, precision: PrecisionSpec, *inputs: str | Path | None) -> Path:
+    """The file to write, which is none of ``inputs``; those in other precisions may be written next to it too."""
+    from .export import written_files
+
     path = path_of(output, "output")
-    check_output(path, ".onnx", *inputs)
+    for file in written_files(path, precision):
+        check_output(file, ".onnx", *inputs)
     return path
 
 
@@ -142,7 +145,7 @@ class Pruned:
         """:meth:`export`, with options that are checked already."""
         from .export import export
 
-        path = checked_output(output, *self.files, self.plan_path)
+        path = checked_output(output, precision, *self.files, self.plan_path)
         source = None if data is None else images_for(data, "calibration")[0].source
         return export(self.loaded, path, form, precision, data=source, images=images, tokens=tokens, **self.reduction)
 

@@ -126,7 +126,7 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
     """
     require_all(RUN_PACKAGES)  # Missing extras are said now, not after ten minutes.
     check(options, output)
-    with finished_folder(output, force=force) as folder, scratch_beside(folder / "graphs") as scratch:
+    with finished_folder(output, force=force) as folder, scratch_beside(folder / "graphs", folder=True) as scratch:
         inputs = open_inputs(options)
         learned = learn(options, inputs)
         saved = save(inputs.loaded, learned, folder)
@@ -244,7 +244,7 @@ def remark_on_images(calibration: ImageSet, evaluation: ImageSet) -> None:
     """Say what a reader of the accuracy must know of the images."""
     from ..prune.choose_images import overlap
 
-    progress.remark(evaluation.skipped_remark("evaluation"))
+    progress.remark(evaluation.remark("evaluation"))
     if seen_before := overlap(calibration, evaluation):
         also = "is also a calibration image" if seen_before == 1 else "are also calibration images"
         progress.remark(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def show(source: Path, image: str | None, output: Path) -> TokenPlan:
     """Draw the kept tokens of a plan.json or pruned.onnx on an image; returns the plan."""
     from ..core.files import atomic_path
+    from ..core.ours import marked_picture
     from ..core.preprocess import Preprocessing, load_image
     from ..report.tokens import draw_kept_tokens
 
@@ -43,7 +44,7 @@ def show(source: Path, image: str | None, output: Path) -> TokenPlan:
     if preprocessing is not None:
         picture = preprocessing.crop(picture)
     with atomic_path(output) as temporary:
-        draw_kept_tokens(picture, plan).save(temporary, format="PNG")
+        draw_kept_tokens(picture, plan).save(temporary, format="PNG", pnginfo=marked_picture())
     return plan
 
 

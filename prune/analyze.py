@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.errors import UserError
+from ..core.ours import PICTURE_MARKS
 from ..core.plan import Geometry
 from ..core.text import option
 from .backbones.forms import query_key_value
@@ -368,5 +369,5 @@ def draw_analysis(analysis: Analysis, form: str, title: str) -> bytes:
             axis.set_xlabel("block")
         figure.suptitle(title, fontsize=10)
         stream = io.BytesIO()
-        figure.savefig(stream, format=form, dpi=150, metadata={"Date" if form == "svg" else "Software": None})
+        figure.savefig(stream, format=form, dpi=150, metadata=PICTURE_MARKS[form])
     return stream.getvalue()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.finite import check_finite
 from ..core.plan import TokenPlan
 from ..core.preprocess import Preprocessing
 from .backbones.vit import ViTAdapter
@@ -63,8 +64,8 @@ class Calibration:
             labels.append(label)
             on_batch(1)
         images.require_any()
-        count = min(int(len(crops) * held_out), MOST_HELD_OUT)
-        return cls(np.stack(crops), torch.tensor(labels) if images.labelled else None, preprocessing, count)
+        labels = torch.tensor(labels) if images.labelled else None
+        return cls(np.stack(crops), labels, preprocessing, held_out_of(len(crops), held_out))
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -111,11 +112,16 @@ class Calibration:
         indices: Sequence[int] | np.ndarray,
         on_batch: Callable[[int], None] = lambda count: None,
     ) -> Tensor:
-        """float32 [image, output] of the dense model; each image (and mirror image) is run once and remembered."""
+        """float32 [image, output] of the dense model; each image (and mirror image) is run once and remembered.
+
+        Raises:
+            UserError: They are not finite.
+        """
         indices = np.asarray(indices)
         missing = np.unique(np.array([index for index in indices.tolist() if index not in self._dense], np.int64))
         if len(missing):
             outputs = self.outputs(adapter, None, missing, on_batch)
+            check_finite(outputs.numpy(), adapter.name)
             self._dense.update(zip(missing.tolist(), outputs, strict=True))
         return torch.stack([self._dense[index] for index in indices.tolist()])
 
@@ -143,6 +149,12 @@ class Calibration:
         """float64 [image]: :func:`divergence` of the pruned model from the dense one on those images."""
         dense = self.dense_outputs(adapter, indices)
         return divergence(dense, self.outputs(adapter, plan, indices), adapter.geometry.output).double().numpy()
+
+
+def held_out_of(count: int, share: float = HELD_OUT_SHARE) -> int:
+    """How many of ``count`` images are held out: none, or at least two, since one has no standard error."""
+    held_out = min(int(count * share), MOST_HELD_OUT)
+    return 2 if held_out == 1 else held_out
 
 
 def divergence(dense: Tensor, pruned: Tensor, output: str) -> Tensor:

@@ -7,11 +7,7 @@ import importlib
 import io
 import itertools
 import logging
-import struct
-import tarfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..core import progress
 from ..core.errors import UserError
-from ..core.preprocess import Preprocessing, large_images, to_rgb
-from ..core.text import first_line, option
+from ..core.files import open_regular, what_is_there
+from ..core.preprocess import Preprocessing, decode, is_turned, turned_remark
+from ..core.text import counted, first_line, option
+from .image_files import ImageFiles
 
 #: Prefixes of ``create_dataset`` names that are not paths -> module and distribution that read them.
 _REMOTE = {
@@ -33,16 +32,13 @@ _REMOTE = {
     "tfds": ("tensorflow_datasets", "tensorflow-datasets"),
     "wds": ("webdataset", "webdataset"),
 }
-#: timm alone looks for png and jpg; these are what ``vpruner predict`` is given too.
-IMAGE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".jp2", ".avif"),
-)
-#: What decoders raise for a bad file.
-_UNREADABLE = (
-    *(OSError, EOFError, ValueError, SyntaxError, struct.error, zlib.error, tarfile.TarError),
-    *(Image.DecompressionBombError, UserError),
-)
+#: What a bad file or its decoder raises.
+_UNREADABLE = (OSError, UserError)
+#: Names of folders that are parts of a data set -> those that are tried, in this order.
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "eval", "evaluation"),
+}
 
 
 class ImageSource:
@@ -55,6 +51,7 @@ class ImageSource:
 
     Attributes:
         folder: The folder or tar file that is read (of ``imagenet/`` the one of the split); None for other data sets.
+        cut_off: Why the rest of a tar file cannot be read; empty where all of it could be.
         class_names: Class of each label, None when the source has no classes (a flat folder).
         numbered: Whether labels without names are numbers of classes.
 
@@ -73,55 +70,69 @@ class ImageSource:
         if root is not None and not Path(root).exists():
             # No option is named: whether it is --data or --eval-data, the caller knows.
             raise UserError(f"there is no folder or tar file {root}", "give a folder of images, a .tar, or hfds/NAME")
-        if root is not None and Path(root).is_file() and Path(root).suffix != ".tar":
+        if root is not None and not Path(root).is_dir() and Path(root).suffix != ".tar":
             raise UserError(f"{root} is neither a folder nor a .tar file", "give a folder of images")
-        self.dataset = self._open(name, root, split)
+        self.folder: Path | None = None
+        self.class_names: tuple[str, ...] | None = None
+        self.cut_off = ""
+        if root is not None:
+            self._open_files(root, split)
+            return
+        self.dataset = self._open_by_name(name, split)
         self.streams = isinstance(self.dataset, torch.utils.data.IterableDataset)
         if not self.streams and len(self.dataset) == 0:
-            raise UserError(f"no images found in {self.spec}", "give a folder or tar with images")
-        reader = getattr(self.dataset, "reader", self.dataset)
-        self.folder: Path | None = None if root is None else Path(reader.root).resolve()
-        index = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-        names = sorted(index, key=index.get)
-        # A flat folder reads as one class without a name: that is no label.
-        self.class_names: tuple[str, ...] | None = tuple(names) if len(names) > 1 or any(names) else None
-        if not index:
-            self.class_names = None
-        self.numbered = self.streams or not hasattr(getattr(self.dataset, "reader", None), "samples")
+            raise UserError(f"no images found in {self.spec}", "give another data set")
+        self.numbered = True
 
-    def _open(self, name: str, root: str | None, split: str):
-        # Data sets on hubs call their held-out split by one of these names; a folder or tar has no splits.
-        others = {"validation": ("val", "test"), "train": ()}.get(split, ())
+    def _open_files(self, root: str, split: str) -> None:
+        place = Path(root)
+        if not (place.is_file() or place.is_dir()):
+            raise UserError(f"{root} is {what_is_there(place)}", "give a folder of images, or a .tar")
+        if place.is_dir():
+            # Right for imagenet/{train,val}, and wrong for a folder of classes one of which happens to be "train".
+            folders = {entry.name for entry in place.iterdir() if entry.is_dir()}
+            if folders and folders <= {name for names in _SPLITS.values() for name in names} | {"test"}:
+                place = next((place / name for name in _SPLITS.get(split, ()) if name in folders), place)
+        try:
+            files = ImageFiles(place)
+        except OSError as error:
+            raise UserError(f"cannot read {root}: {error.strerror or error}", "check its permissions") from None
+        self.dataset = timm.data.ImageDataset(files.root, reader=files, input_img_mode="")
+        self.streams, self.numbered, self.folder = False, False, place.resolve()
+        self.cut_off = files.found.cut_off
+        if not len(files):
+            why = f": it {self.cut_off}" if self.cut_off else ""
+            raise UserError(f"no images found in {root}{why}", "give a folder or tar with images")
+        for note in files.found.notes(source_name(self)):
+            progress.remark(note)
+        names = tuple(files.class_to_idx)
+        # A flat folder reads as one class without a name: that is no label.
+        self.class_names = names if names != ("",) else None
+
+    def _open_by_name(self, name: str, split: str) -> Any:
+        # Data sets on hubs call their held-out split by one of these names.
+        others = {"validation": ("val", "test")}.get(split, ())
         first: Exception | None = None
-        # timm descends into a folder named like the split. That is right for imagenet/{train,val}, and wrong for a
-        # folder of classes one of which happens to be "train".
-        inside = Path(root).iterdir() if root is not None and Path(root).is_dir() else ()
-        folders = {entry.name for entry in inside if entry.is_dir()}
-        search = bool(folders) and folders <= {"train", "training", "val", "valid", "validation", "eval", "test"}
         # Streams convert images themselves; "" stops that, as their conversion to RGB clips 16-bit images to white.
-        options: dict[str, Any] = dict(search_split=search, input_img_mode="")
+        options: dict[str, Any] = dict(search_split=False, input_img_mode="")
+        root: str | None = None
         prefix, _, rest = name.partition("/")
         if prefix.lower() == "wds":
             name, root, options["num_samples"] = "wds/", rest, 1
         elif prefix.lower() == "hfids":
             # Needed for training schedules only, and many data sets do not say it.
             options["num_samples"] = 1
-        for candidate in (split, *others) if name else (split,):
+        for candidate in (split, *others):
             try:
-                with _all_image_suffixes():
-                    dataset = timm.data.create_dataset(name, root=root, split=candidate, **options)
+                dataset = timm.data.create_dataset(name, root=root, split=candidate, **options)
                 if prefix.lower() == "hfids":
                     _leave_decoding_to_us(dataset.reader)
                 return dataset
             except Exception as error:
                 first = first or error
-        if name:
-            raise UserError(
-                f"the data set {self.spec} could not be opened: {first_line(first, 160)}", "check its name"
-            ) from first
         raise UserError(
-            f"no images found in {root} ({first_line(first, 160)})", "give a folder or tar with images"
-        ) from None
+            f"the data set {self.spec} could not be opened: {first_line(first, 160)}", "check its name"
+        ) from first
 
     def __len__(self) -> int:
         if self.streams:
@@ -155,6 +166,10 @@ class ImageSet:
         label_map: Model output for each label of the source, or None without usable labels.
         strict: Fail on the first unreadable image instead of skipping it.
         skipped: File names of images that could not be read, by position.
+        turned: Positions of images with a turn in their EXIF data, which is not applied.
+
+    Raises:
+        UserError: ``strict`` is set, and the source is a tar file that is cut off.
     """
 
     source: ImageSource
@@ -162,12 +177,21 @@ class ImageSet:
     label_map: dict[int, int] | None = None
     strict: bool = False
     skipped: dict[int, str] = field(default_factory=dict)
+    turned: set[int] = field(default_factory=set)
     _sha256: str | None = field(default=None, repr=False)
     _image_hashes: set[bytes] | None = field(default=None, repr=False)
     #: Of a stream: where it ended, once that has been seen.
     _end: int | None = field(default=None, repr=False)
     #: The first image that could not be read, and why.
     _unreadable: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        if self.strict and self.source.cut_off:
+            count = counted(len(self.source), "image")
+            raise UserError(
+                f"{self.source.spec} {self.source.cut_off}: {count} before that can be read",
+                f"make or copy it again, or leave out {option('strict')} to use those",
+            )
 
     @property
     def labelled(self) -> bool:
@@ -243,14 +267,24 @@ class ImageSet:
                 pass
         return self._image_hashes
 
-    def skipped_remark(self, what: str) -> str:
-        """One line for the user about images that could not be read; empty when all could. ``what``: "calibration"."""
-        if not self.skipped:
-            return ""
-        example = next(iter(self.skipped.values()))
-        if len(self.skipped) == 1:
-            return f"1 {what} image could not be read and was skipped: {example}"
-        return f"{len(self.skipped)} {what} images could not be read and were skipped, such as {example}"
+    def remark(self, what: str) -> str:
+        """For the user, about images that could not be read or are used as they lie; empty where there are none.
+
+        Args:
+            what: Which images they are: ``"calibration"``.
+        """
+        remarks = []
+        if self.skipped:
+            example = next(iter(self.skipped.values()))
+            several = len(self.skipped) > 1
+            remarks.append(
+                f"{len(self.skipped)} {what} images could not be read and were skipped, such as {example}"
+                if several
+                else f"1 {what} image could not be read and was skipped: {example}"
+            )
+        if self.turned:
+            remarks.append(turned_remark(len(self.turned), what))
+        return "; ".join(remarks)
 
     def require_any(self) -> None:
         """Raise :class:`UserError` when not one of the images could be read (known after a pass)."""
@@ -272,9 +306,12 @@ class ImageSet:
             if index in self.skipped:
                 continue
             try:
-                yield self.source.read(index)
+                image, label = self.source.read(index)
             except _UNREADABLE as error:
                 self._skip(index, self.source.file_name(index), error)
+                continue
+            self._look_at(index, image)
+            yield image, label
 
     def _raw_stream(self) -> Iterator[tuple[Image.Image, Any]]:
         items = iter(self.source.dataset)
@@ -301,21 +338,26 @@ class ImageSet:
             except _UNREADABLE as error:
                 self._skip(position, f"item {position}", error)
                 continue
+            self._look_at(position, image)
             yield image, label
+
+    def _look_at(self, position: int, image: Image.Image) -> None:
+        if is_turned(image):
+            self.turned.add(position)
 
     def _skip(self, position: int, name: str, error: Exception) -> None:
         if self.strict:
             raise UserError(
-                f"{name} in {self.source.spec} is not a readable image ({_reason(error)})",
+                f"{name} in {self.source.spec} is not a readable image ({reason_of(error)})",
                 f"remove it, or leave out {option('strict')} to skip it",
             ) from None
         self.skipped[position] = name
-        self._unreadable = self._unreadable or f"{name} ({_reason(error)})"
+        self._unreadable = self._unreadable or f"{name} ({reason_of(error)})"
 
 
-def _reason(error: Exception) -> str:
-    """In one line, without the open file that Pillow puts at its end: the name is said already."""
-    return first_line(error, 160).partition(" <_io.")[0]
+def reason_of(error: Exception) -> str:
+    """In one line; the name is said already."""
+    return error.marked_problem if isinstance(error, UserError) else first_line(error, 160)
 
 
 def source_name(source: ImageSource) -> str:
@@ -338,17 +380,6 @@ def _require_reader(prefix: str) -> None:
         ) from error
 
 
-@contextmanager
-def _all_image_suffixes() -> Iterator[None]:
-    """timm keeps one list per process of what an image file is called; the folder and tar readers ask it once."""
-    before = timm.data.get_img_extensions()
-    timm.data.set_img_extensions(dict.fromkeys((*before, *IMAGE_SUFFIXES)))
-    try:
-        yield
-    finally:
-        timm.data.set_img_extensions(before)
-
-
 def _leave_decoding_to_us(reader: Any) -> None:
     """Otherwise one bad image ends a ``hfids/`` stream: the generator that decodes it raises, and is over."""
     import datasets
@@ -361,14 +392,10 @@ def decoded(found: Any) -> Image.Image:
     """RGB from what readers give: an open file, a path, a Pillow image, or the ``bytes`` and ``path`` of a hub item."""
     if isinstance(found, dict):
         found = io.BytesIO(found["bytes"]) if found.get("bytes") else found["path"]
-    with large_images():
-        if isinstance(found, Image.Image):
-            found.load()
-            return to_rgb(found)
-        with found if hasattr(found, "read") else open(found, "rb") as handle:
-            image = Image.open(handle)
-            image.load()
-            return to_rgb(image)
+    if isinstance(found, Image.Image):
+        return decode(found)
+    with found if hasattr(found, "read") else open_regular(found) as stream:
+        return decode(stream)
 
 
 def label_number(label: Any) -> int:

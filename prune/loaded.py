@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import timm
+
+from ..core.errors import UserError
+from ..core.plan import Geometry
 from ..core.preprocess import Preprocessing
-from .backbones.vit import ViTAdapter
+from .backbones.vit import ViTAdapter, weights_sha256
+from .weights_file import check_finite
 
 
 class SourceGraph(Protocol):
@@ -54,3 +60,54 @@ class LoadedModel:
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.adapter.model.parameters())
+
+
+def timm_preprocessing(adapter: ViTAdapter) -> Preprocessing:
+    """How images become the input, as timm has it for the model; timm's defaults where it does not say."""
+    config = timm.data.resolve_model_data_config(adapter.model)
+    return Preprocessing(
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        # The model may have been built at another size than its default configuration names.
+        size=adapter.geometry.image_size,
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+    )
+
+
+def ready(
+    adapter: ViTAdapter, preprocessing: Preprocessing, classes: Sequence[str] | None, place: str = ""
+) -> LoadedModel:
+    """Check what belongs together; ``place`` is where the user said it, for messages."""
+    adapter.model.eval()
+    name, geometry = adapter.name, adapter.geometry
+    if tuple(preprocessing.size) != geometry.image_size:
+        raise UserError(
+            f"{name}: preprocessing gives {list(preprocessing.size)} pixels, "
+            f"the model takes {list(geometry.image_size)}",
+            f"make the two agree{place}",
+        )
+    if geometry.in_chans != 3:
+        raise UserError(f"{name} takes {geometry.in_chans} channels, expected 3 (RGB)", "only RGB models are supported")
+    if classes is not None and (geometry.output != "logits" or len(classes) != geometry.outputs):
+        raise UserError(
+            f"{name}: {len(classes)} class names for {geometry.outputs} outputs", f"correct 'classes'{place}"
+        )
+    check_finite(adapter.model, name)
+    classes = None if classes is None else tuple(classes)
+    return LoadedModel(adapter, preprocessing, classes, weights_sha256(adapter.model))
+
+
+def imagenet_classes(geometry: Geometry) -> list[str] | None:
+    """Names of 1000 outputs, which are ImageNet's in a timm model; None for any other number, or without the names.
+
+    A model card can say what its outputs are, or that it does not know.
+    """
+    if geometry.outputs != 1000 or geometry.output != "logits":
+        return None
+    try:
+        info = timm.data.ImageNetInfo()
+        return [info.index_to_description(index) for index in range(1000)]
+    except Exception:
+        return None

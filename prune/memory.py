@@ -14,8 +14,9 @@ from PIL import Image
 
 from ..core.choices import IMAGES
 from ..core.errors import UserError
+from ..core.preprocess import BadImage
 from ..core.text import counted, first_line
-from .data import ImageSource, decoded, label_number
+from .data import ImageSource, decoded, label_number, reason_of
 
 EXPECTED = "expected a folder, a .tar, a torch data set, or an iterable of PIL images, arrays, paths or (image, label)"
 #: Items that are tried for a label before a set is refused of which none can be had.
@@ -54,7 +55,7 @@ class MemorySource(ImageSource):
     def __init__(self, what: Any, limit: int | None = None):
         self._items = _listed(what, limit or IMAGES)
         self.spec = _name_of(what, len(self._items))
-        self.dataset, self.streams, self.folder = self._items, False, None
+        self.dataset, self.streams, self.folder, self.cut_off = self._items, False, None, ""
         if not len(self._items):
             raise UserError(f"there are no images: the {type(what).__name__} is empty", "give at least one")
         label = self._first_label()
@@ -87,7 +88,7 @@ class MemorySource(ImageSource):
         for index in range(min(len(self._items), _TRIED)):
             try:
                 label = self.read(index)[1]
-            except (UserError, OSError, ValueError, SyntaxError, EOFError) as error:
+            except (UserError, OSError) as error:
                 failed = failed or error
                 continue
             if label is not None:
@@ -99,10 +100,10 @@ class MemorySource(ImageSource):
                         f"of {self.spec}, some have a label and item {position} differs", "label all or none"
                     )
             return label
-        if failed is None or isinstance(failed, UserError):
-            raise failed or UserError(f"{self.spec} holds no images")
-        reason = first_line(failed, 160).partition(" <_io.")[0]
-        raise UserError(f"item 0 of {self.spec} is not a readable image ({reason})", "check the file") from failed
+        if isinstance(failed, (BadImage, OSError)):
+            reason = reason_of(failed)
+            raise UserError(f"item 0 of {self.spec} is not a readable image ({reason})", "check the file") from failed
+        raise failed or UserError(f"{self.spec} holds no images")
 
 
 def _name_of(what: Any, count: int) -> str:

@@ -213,7 +213,7 @@ def search_plan(task: Task, batch_size: int | None = None) -> tuple[TokenPlan, n
             seed=seed,
             on_batch=advance,
         )
-    progress.remark(images.skipped_remark("calibration"))
+    progress.remark(images.remark("calibration"))
     plan = found.plan.with_provenance(
         method="fisher",
         loss=loss,

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..core import extras
 from ..core.files import atomic_path
+from ..core.ours import PICTURE_MARKS
 from ..core.text import counted
 from .blocks import Figure, Items, Section, Text
 from .entries import QUALITIES, Entry, at_equal_time, batches_of, entries_of
@@ -119,8 +120,7 @@ def _drawn(entries: Sequence[Entry], form: str, title: str, batch: int | None) -
             figure.suptitle(title, fontsize=10)
         figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
         stream = io.BytesIO()
-        nothing = {"Date": None} if form == "svg" else {"Software": None}
-        figure.savefig(stream, format=form, dpi=150, metadata=nothing)
+        figure.savefig(stream, format=form, dpi=150, metadata=PICTURE_MARKS[form])
     return stream.getvalue()
 
 
@@ -242,7 +242,9 @@ def _overlap(entry: Entry, best: Entry) -> bool:
     def interval(one: Entry) -> tuple[float, float]:
         rows = [row[one.metric] for row in one.results if one.metric in row]
         # The mean over seeds, with the half-width of a single seed: images are the same for all of them.
-        middle, half = statistics.fmean(row["value"] for row in rows), max(row["high"] - row["low"] for row in rows) / 2
+        # One image has no interval.
+        wide = max((row["high"] - row["low"] for row in rows if None not in (row["low"], row["high"])), default=0.0)
+        middle, half = statistics.fmean(row["value"] for row in rows), wide / 2
         return middle - half, middle + half
 
     (low, high), (best_low, best_high) = interval(entry), interval(best)

@@ -164,7 +164,7 @@ def _plain_bars(bars: Sequence[charts.Bars]) -> str:
     most = max((value for one in bars for value in one.ms), default=0.0) or 1.0
     width = max(len(one.label) for one in bars)
     return "\n".join(
-        f"{block:>3} {one.label:<{width}} {'#' * round(40 * one.ms[block] / most):<40} {milliseconds(one.ms[block])}"
+        f"{block:>3} {one.label:<{width}} {'#' * round(40 * (one.ms[block] / most)):<40} {milliseconds(one.ms[block])}"
         for block in range(max(len(one.ms) for one in bars))
         for one in bars
         if block < len(one.ms)

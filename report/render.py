@@ -52,13 +52,25 @@ def to_markdown(title: str, lead: str, sections: Sequence[Section]) -> str:
             else:
                 code = block if isinstance(block, Code) else block.plain
                 if code is not None:
-                    parts.append(f"```{code.language}\n{code.code}\n```")
+                    parts.append(_fenced(code))
     return "\n\n".join([*parts, "Pictures are in report.html."]) + "\n"
 
 
 def _plain(text: str) -> str:
-    """One line in which nothing is markup: names of models and files hold underscores, stars and worse."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+    """One line in which nothing is markup: names of models and files hold underscores, stars and worse.
+
+    What could begin a tag or an entity is written as an entity, which holds in every dialect: some renderers take no
+    backslash before it.
+    """
+    text = re.sub(r"&(?=[#\w])", "&amp;", " ".join(text.split())).replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|]|#(?!\d+;))", r"\\\1", text)
+
+
+def _fenced(code: Code) -> str:
+    """Between fences that are longer than any run of their sign inside, so that nothing inside ends them."""
+    longest = max(map(len, re.findall("`+", code.code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{code.language}\n{code.code}\n{fence}"
 
 
 # -- HTML -------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from ..core import progress
 from ..core.choices import ENGINE_PRECISIONS as PRECISIONS
 from ..core.choices import HARDWARE_COMPATIBILITY
 from ..core.errors import UserError
+from ..core.external import check_data
 from ..core.extras import require
 from ..core.files import atomic_path, file_sha256
 from ..core.text import command, first_line, option
@@ -235,7 +236,7 @@ def write_engine(planned: PlannedBuild, source: Path | None = None) -> EngineRec
     external = planned.file.external_sha256()
     started = time.perf_counter()
     built = _Build(require("tensorrt"), planned)
-    plan, profile = built.run(source or planned.onnx)
+    plan, profile = built.run(check_data(source or planned.onnx))
     with atomic_path(planned.output) as temporary:
         temporary.write_bytes(plan)
     record = EngineRecord(

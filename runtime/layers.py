@@ -14,7 +14,6 @@ guess would look like a measurement. What names no node takes the place of its n
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from bisect import bisect_right
@@ -25,6 +24,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..core import json_file
 from ..core.errors import UserError
 from ..core.metadata import ModelMetadata
 from ..core.plan import KINDS
@@ -316,13 +316,10 @@ def parse_json(text: str, source: str) -> Any:
     Raises:
         UserError: It is no JSON.
     """
-    try:
-        # TensorRT separates the nodes of a layer with control characters and does not escape them.
-        return json.loads(text, strict=False)
-    except ValueError as error:
-        raise UserError(
-            f"{source} is not JSON: {error}", "export it again; an interrupted trtexec leaves half a file"
-        ) from None
+    # TensorRT separates the nodes of a layer with control characters and does not escape them.
+    return json_file.parse_json(
+        text, source, "export it again; an interrupted trtexec leaves half a file", strict=False
+    )
 
 
 # -- folding ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..core.errors import UserError
+from ..core.external import check_data, find_data
 from ..core.files import file_sha256
 from ..core.metadata import PREFIX
 from ..core.protobuf import fields
@@ -78,14 +79,12 @@ class OnnxFile:
         """Hashes of the files that hold weights.
 
         Raises:
-            UserError: One is not there.
+            UserError: One is not there, or must not be opened.
         """
+        check_data(self.path)
         hashes = {}
         for name in self.external:
-            path = self.path.parent / name
-            if not path.is_file():
-                raise UserError(f"{self.path} needs its weights file {name}, which is not next to it")
-            hashes[name] = file_sha256(path)
+            hashes[name] = file_sha256(find_data(self.path, name))
         return hashes
 
 

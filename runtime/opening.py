@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..core.boundary import boundary
 from ..core.errors import UserError
 from .session import ENGINE_SUFFIXES, Session
 
@@ -42,7 +43,8 @@ def open(path: str | PathLike, **options: Any) -> Session:
             f"{path}: {', '.join(unknown)} is no option for {suffix} files",
             f"expected some of {', '.join(_options_of(backend))}",
         )
-    return backend(path, **options)
+    with boundary((path,)):
+        return backend(path, **options)
 
 
 def _options_of(backend: type[Session]) -> list[str]:

@@ -8,6 +8,7 @@ with vpruner.runtime.ort.OrtSession("pruned.onnx") as session:
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from os import PathLike
@@ -19,9 +20,10 @@ import numpy as np
 from ..core.choices import PROVIDERS
 from ..core.environment import usable_cores
 from ..core.errors import UserError
+from ..core.external import check_data
 from ..core.extras import require
 from ..core.metadata import ModelMetadata
-from ..core.text import option
+from ..core.text import command, option
 from .opening import open
 from .session import Prediction, Score, Session, TensorSpec
 
@@ -72,7 +74,8 @@ class OrtSession(Session):
         batch_size, preprocessing, classes: See :class:`~vpruner.runtime.session.Session`.
 
     On a GPU tensors are bound to memory there that is kept from run to run. :meth:`upload`, :meth:`enqueue` and
-    :meth:`download` are the three steps of a run, for measuring them apart; they work on the CPU too.
+    :meth:`download` are the three steps of a run, for measuring them apart; they work on the CPU too. On the CPU,
+    threads run at the same time.
 
     Raises:
         UserError: No such file, not an ONNX model, an unknown or unavailable provider, one that was asked for and not
@@ -128,10 +131,11 @@ class OrtSession(Session):
             settings.add_session_config_entry("session.force_spinning_stop", "1")
         if not self.optimized:
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        path = check_data(self.path)
         # enable_fallback=0: onnxruntime's Python layer would print, drop the provider and try again.
         try:
             session = ort.InferenceSession(
-                str(self.path),
+                str(path),
                 settings,
                 providers=[name for name, _ in self._asked],
                 provider_options=[options for _, options in self._asked],
@@ -139,8 +143,8 @@ class OrtSession(Session):
             )
         except Exception as error:
             raise UserError(
-                f"{self.path}: onnxruntime cannot open it: {_reason(error, str(self.path))}",
-                "is it a complete ONNX file, with its weights next to it?",
+                f"{self.path}: onnxruntime cannot open it: {_reason(error, str(path))}",
+                f"see what is wrong with it, with: {command('check', self.path)}",
             ) from None
         obtained = session.get_providers()
         lost = [name for name, _ in self._asked if name not in obtained]
@@ -169,16 +173,21 @@ class OrtSession(Session):
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         if self.placement[0] == "cpu":
+            session = self._session  # Of this run: another thread may close ours meanwhile.
+            self._check_open()
             with self._failures():
-                return self._session.run(None, feeds)
-        self._upload(feeds)
-        self.enqueue()
-        return list(self.download().values())
+                return session.run(None, feeds)
+        with self._lock:
+            self._upload(feeds)
+            self.enqueue()
+            return list(self.download().values())
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"{self.path}: onnxruntime failed to run it: {_reason(error, str(self.path))}") from None
 
@@ -187,7 +196,9 @@ class OrtSession(Session):
         self._upload(self.check_feeds(feeds))
 
     def _upload(self, feeds: Mapping[str, np.ndarray]) -> None:
-        with self._failures():
+        with self._lock, self._failures():
+            self._check_open()
+            self._claim()
             if self._bound is None or not self._bound.takes(feeds):
                 self._bound = _Binding(self, feeds)
             else:
@@ -195,23 +206,26 @@ class OrtSession(Session):
 
     def enqueue(self) -> None:
         """Run once on what was uploaded, without copies; returns when it is done."""
-        self._check_open()
-        if self._bound is None:
-            raise UserError(f"{self.path}: nothing to run on", "call upload() first")
-        with self._failures():
+        with self._lock, self._failures():
+            self._check_open()
+            if self._bound is None:
+                raise UserError(f"{self.path}: nothing to run on", "call upload() first")
+            self._check_claim()
             self._session.run_with_iobinding(self._bound.binding)
 
     def download(self) -> dict[str, np.ndarray]:
         """Copy the outputs of the last run: {name: array}, in the graph's order."""
-        self._check_open()
-        if self._bound is None:
-            raise UserError(f"{self.path}: nothing has run", "call upload() and enqueue() first")
-        with self._failures():
+        with self._lock, self._failures():
+            self._check_open()
+            if self._bound is None:
+                raise UserError(f"{self.path}: nothing has run", "call upload() and enqueue() first")
+            self._check_claim()
             return self._bound.results()
 
     def close(self) -> None:
-        self._bound = None
-        self._session = None
+        with self._lock:
+            self._bound = None
+            self._session = None
 
     @property
     def closed(self) -> bool:
@@ -319,4 +333,6 @@ def _reason(error: Exception, path: str) -> str:
     text = " ".join(str(error).split())
     # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from x.onnx failed:Protobuf parsing failed."
     text = text.rpartition("[ONNXRuntimeError] : ")[2].split(" : ", 2)[-1]
-    return text.removeprefix(f"Load model from {path} failed:")[:300].rstrip(".")
+    text = text.removeprefix(f"Load model from {path} failed:")
+    # "/onnxruntime_src/.../model_load_utils.h:46 void onnxruntime::...(...) ONNX Runtime only *guarantees* ..."
+    return re.sub(r"^/\S+\.(?:h|cc|cpp):\d+ .*?\) (?=[A-Z])", "", text)[:300].rstrip(".")

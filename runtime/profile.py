@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from os import PathLike
@@ -13,7 +12,9 @@ import numpy as np
 
 from ..core.environment import usable_cores
 from ..core.errors import UserError
+from ..core.external import check_data
 from ..core.extras import require
+from ..core.scratch import temporary_folder
 from ..core.text import command, option
 from ..core.timing import SETTLE_SECONDS, measure, random_images
 from .layers import block_map, blocks_row, fold_layers, parse_ort_profile
@@ -213,7 +214,7 @@ def ort_blocks(
         )
     threads = usable_cores() if threads is None else threads
     known, calls = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         for number, (label, path) in enumerate(paths.items()):
             # Closed again before anything is timed: a model need not lie in memory twice.
             with OrtSession(path, [provider], threads, spinning=False) as session:
@@ -258,4 +259,4 @@ def _profiled(path: str | PathLike, threads: int, prefix: Path) -> Any:
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.enable_profiling = True
     settings.profile_file_prefix = str(prefix)
-    return ort.InferenceSession(str(path), settings, providers=[PROVIDERS["cpu"]])
+    return ort.InferenceSession(str(check_data(path)), settings, providers=[PROVIDERS["cpu"]])

@@ -6,6 +6,7 @@ images, filling the graph's batch and turning logits into labels is done here, o
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.errors import UserError
+from ..core.finite import check_finite
 from ..core.metadata import ModelMetadata
 from ..core.preprocess import Preprocessing
 from ..core.text import command
@@ -80,6 +82,11 @@ class Prediction:
 class Session(ABC):
     """An opened model. A context manager; usable without ``with`` too, then :meth:`close` frees its memory.
 
+    Threads may share a session: :meth:`run`, :meth:`logits` and :meth:`predict` give each thread its own results. On a
+    GPU, inputs and outputs have one place, so runs go one after another. A backend's ``upload``, ``enqueue`` and
+    ``download`` are three steps of one thread: if another thread uploads or runs in between, the next step is a
+    UserError. :meth:`close` waits for a run on a GPU; what is called after it is a UserError.
+
     Args:
         path: The model file.
         batch_size: Images per run when the graph's batch is dynamic; a static graph dictates its own.
@@ -106,6 +113,9 @@ class Session(ABC):
         classes: Sequence[str] | None = None,
     ):
         self.path = Path(path)
+        # Reentrant: a run takes it for all of its three steps, and each step by itself.
+        self._lock = threading.RLock()
+        self._uploaded_by: int | None = None
         if not self.path.is_file():
             raise UserError(f"{path}: {'is not a file' if self.path.exists() else 'no such file'}", "expected a model")
         if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
@@ -152,7 +162,7 @@ class Session(ABC):
     # -- tensors --------------------------------------------------------------------------------------------------
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run named tensors as they are, without preprocessing.
+        """Run named tensors as they are, without preprocessing; outputs are returned whatever they hold.
 
         Args:
             feeds: One array for each input, of exactly its dtype and shape.
@@ -200,7 +210,7 @@ class Session(ABC):
 
     # -- images ---------------------------------------------------------------------------------------------------
 
-    def logits(self, images: Any) -> np.ndarray:
+    def logits(self, images: Any, *, finite: bool = True) -> np.ndarray:
         """The model's first output for images: files, PIL images or uint8 arrays.
 
         Any number of images goes through in runs of :attr:`batch_size`. A graph with a static batch always computes
@@ -210,12 +220,14 @@ class Session(ABC):
         Args:
             images: One image or an iterable of them; read lazily, one batch in memory at a time. An array is one image
                 (uint8 [height, width, 3], or [height, width] for grey) or many (uint8 [image, height, width, 3]).
+            finite: Refuse outputs that are not. False: the caller looks at them, with :meth:`check_finite`.
 
         Returns:
             float32 [image, output]; an FP16 output is widened.
 
         Raises:
-            UserError: An image cannot be read, the file lacks preprocessing, or the session is closed.
+            UserError: An image cannot be read, the file lacks preprocessing, an output is not finite, or the session is
+                closed.
         """
         self._check_open()
         spec, preprocessing = self._image_input()
@@ -228,7 +240,10 @@ class Session(ABC):
             outputs = self._run(self.check_feeds({spec.name: batch.astype(spec.dtype, copy=False)}))
             rows.append(np.asarray(outputs[0], np.float32)[: len(chunk)])
         if rows:
-            return np.concatenate(rows)
+            outputs = np.concatenate(rows)
+            if finite:
+                self.check_finite(outputs)
+            return outputs
         return np.zeros((0, *(size if isinstance(size, int) else 0 for size in self.outputs[0].shape[1:])), np.float32)
 
     def predict(self, images: Any, top: int = 5) -> list[Prediction]:
@@ -243,15 +258,13 @@ class Session(ABC):
             One prediction per image, in order. Classes without a name are called ``"class 17"``.
 
         Raises:
-            UserError: As in :meth:`logits`; ``top`` is below 1; the model's output is not finite.
+            UserError: As in :meth:`logits`; ``top`` is below 1.
         """
         if isinstance(top, bool) or not isinstance(top, (int, np.integer)) or top < 1:
             raise UserError(f"top is {top!r}, expected a whole number of at least 1")
         values = self.logits(images)
         if self.metadata.output == "features":
             return [Prediction(features=row) for row in values]
-        if not np.isfinite(values).all():
-            raise UserError(f"{self.path}: the logits are not finite", "a half precision file may overflow; use FP32")
         if values.ndim != 2:
             raise UserError(f"{self.path}: {self.outputs[0]} is no list of logits per image", "use logits() or run()")
         predictions = []
@@ -260,8 +273,38 @@ class Session(ABC):
             predictions.append(Prediction(tuple(Score(self.label_of(i), float(row[i]), int(i)) for i in order)))
         return predictions
 
+    def check_finite(self, outputs: np.ndarray) -> None:
+        """Refuse outputs [image, ...] of this model that hold NaN or infinity.
+
+        Raises:
+            UserError: It says for how many images they do, and what in the file explains it.
+        """
+        if not np.isfinite(outputs).all():
+            file = self.path if self.path.suffix.lower() == ".onnx" else None
+            check_finite(outputs, str(self.path), precision=self._precision(), file=file)
+
+    def _precision(self) -> str | None:
+        """What the weights are stored in, where that can be told."""
+        if self.metadata.precision is not None or self.path.suffix.lower() != ".onnx":
+            return self.metadata.precision
+        from .onnx_file import read_onnx
+
+        return read_onnx(self.path).precision
+
     def label_of(self, index: int) -> str:
         return self.classes[index] if self.classes is not None else f"class {index}"
+
+    def _claim(self) -> None:
+        """What lies in the inputs' place is of this thread from here on."""
+        self._uploaded_by = threading.get_ident()
+
+    def _check_claim(self) -> None:
+        """Refuse a step on what another thread has put into the inputs' place; nobody's is fine."""
+        if self._uploaded_by not in (None, threading.get_ident()):
+            raise UserError(
+                f"{self.path}: another thread has uploaded to this session since",
+                "give each thread its own session, or call run(), which any thread may",
+            )
 
     def _check_open(self) -> None:
         if self.closed:

@@ -6,15 +6,16 @@ record that was written with it vouches for it.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..core.choices import HARDWARE_COMPATIBILITY
 from ..core.errors import UserError
-from ..core.files import file_sha256, write_text
+from ..core.files import file_sha256
+from ..core.json_file import read_json, write_json
 from ..core.progress import words
 from ..core.text import command
 from .capabilities import version_tuple
@@ -84,7 +85,7 @@ class EngineRecord:
     def save(self, engine: str | os.PathLike) -> Path:
         """Write it beside ``engine``."""
         path = sidecar_path(engine)
-        write_text(path, json.dumps(self.to_json(), indent=1, sort_keys=True, allow_nan=False) + "\n")
+        write_json(path, dict(sorted(self.to_json().items())))
         return path
 
     @classmethod
@@ -95,15 +96,11 @@ class EngineRecord:
             UserError: It is damaged, or of another version of vpruner.
         """
         path = sidecar_path(engine)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}", _REBUILD) from None
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-            found = content.get("schema") if isinstance(content, dict) else type(content).__name__
-            raise UserError(f"{path} has schema {found!r}, expected {SCHEMA}", _REBUILD)
+        content = read_json(path, "the record of an engine", _REBUILD, expected=dict)
+        if content.get("schema") != SCHEMA:
+            raise UserError(f"{path} has schema {content.get('schema')!r:.60}, expected {SCHEMA}", _REBUILD)
         if "options" not in content:
             content["options"] = options_of(content.get("arguments"))
         known = {item.name for item in fields(cls)}
@@ -123,6 +120,13 @@ class EngineRecord:
         for name in ("profile", "metadata", "weights_sha256", "options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise TypeError(f"{name} is {getattr(self, name)!r}")
+        for name, check in _OPTIONS.items():
+            if name in self.options and not check(self.options[name]):
+                raise TypeError(f"options.{name} is {self.options[name]!r:.60}")
+        for name, value in self.options.items():
+            values = value if isinstance(value, list) else [value]
+            if not name.isidentifier() or not all(isinstance(one, (str, int, float)) for one in values):
+                raise TypeError(f"options.{name:.60} is {value!r:.60}")
 
     def rebuild_command(self, engine: str | os.PathLike) -> str:
         """What builds it again, on the machine where that is done."""
@@ -184,6 +188,11 @@ def options_of(arguments: Any) -> dict[str, Any]:
     return {name: values if len(values) > 1 else values[0] if values else True for name, values in found.items()}
 
 
+#: What a command line says in words of its own.
+_OPTIONS = {
+    "workspace_bytes": lambda value: isinstance(value, int),
+    "hardware_compatibility": lambda value: value in HARDWARE_COMPATIBILITY.values(),
+}
 _REBUILD = f"build the engine again: {command('build', 'MODEL.onnx', output='MODEL.engine')}"
 
 

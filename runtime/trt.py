@@ -259,6 +259,9 @@ class TrtSession(Session):
         self.batch_size = best if asked is None else int(asked)
         self.minimum_batch = low
 
+    def _precision(self) -> str | None:
+        return self.record.precision if self.record is not None else super()._precision()
+
     # -- running ------------------------------------------------------------------------------------------------------
 
     def check_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -273,9 +276,10 @@ class TrtSession(Session):
         return checked
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        self._upload(feeds)
-        self.enqueue()
-        return list(self.download().values())
+        with self._lock:
+            self._upload(feeds)
+            self.enqueue()
+            return list(self.download().values())
 
     def upload(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Queue the copies of the inputs to the GPU, for the runs of :meth:`enqueue` that follow.
@@ -287,13 +291,16 @@ class TrtSession(Session):
 
     def _upload(self, feeds: Mapping[str, np.ndarray]) -> None:
         shapes = {name: array.shape for name, array in feeds.items()}
-        if any(self._tensors[name].shape != shape for name, shape in shapes.items()):
-            self._reshape(shapes)
-        # The copies of an upload before this one may still read the same memory.
-        self.stream.synchronize()
-        for name, array in feeds.items():
-            np.copyto(self._tensors[name].array(), array)
-        self._copy_in()
+        with self._lock:
+            self._check_open()
+            self._claim()
+            if any(self._tensors[name].shape != shape for name, shape in shapes.items()):
+                self._reshape(shapes)
+            # The copies of an upload before this one may still read the same memory.
+            self.stream.synchronize()
+            for name, array in feeds.items():
+                np.copyto(self._tensors[name].array(), array)
+            self._copy_in()
 
     def _copy_in(self) -> None:
         for spec in self.inputs:
@@ -305,13 +312,15 @@ class TrtSession(Session):
 
         With :attr:`use_graph` the first one also records the graph, and waits for that.
         """
-        if self.use_graph:
-            if self._graph is None:
-                self._record_graph()
-            if self._graph is not None:
-                self._graph.launch(self.stream)
-                return
-        self._execute()
+        with self._lock:
+            self._check_claim()
+            if self.use_graph:
+                if self._graph is None:
+                    self._record_graph()
+                if self._graph is not None:
+                    self._graph.launch(self.stream)
+                    return
+            self._execute()
 
     def _execute(self, context: Any = None) -> None:
         self._check_open()
@@ -341,12 +350,14 @@ class TrtSession(Session):
 
     def download(self) -> dict[str, np.ndarray]:
         """Wait for all queued runs and copy the outputs: {name: array}, in the engine's order."""
-        self._check_open()
-        for spec in self.outputs:
-            tensor = self._tensors[spec.name]
-            cuda.copy_to_host(tensor.host, tensor.device, tensor.nbytes, self.stream)
-        self.stream.synchronize()
-        return {spec.name: self._tensors[spec.name].array().copy() for spec in self.outputs}
+        with self._lock:
+            self._check_open()
+            self._check_claim()
+            for spec in self.outputs:
+                tensor = self._tensors[spec.name]
+                cuda.copy_to_host(tensor.host, tensor.device, tensor.nbytes, self.stream)
+            self.stream.synchronize()
+            return {spec.name: self._tensors[spec.name].array().copy() for spec in self.outputs}
 
     # -- layers -------------------------------------------------------------------------------------------------------
 
@@ -355,11 +366,12 @@ class TrtSession(Session):
 
         Names of layers alone, unless it was built with detailed layers.
         """
-        self._check_open()
         trt = require("tensorrt")
-        inspector = self._engine.create_engine_inspector()
-        inspector.execution_context = self._context
-        return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        with self._lock:
+            self._check_open()
+            inspector = self._engine.create_engine_inspector()
+            inspector.execution_context = self._context
+            return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 
     def profile_layers(self, runs: int = 20) -> list[dict[str, Any]]:
         """Time of each layer, averaged over ``runs``, with the inputs as they lie on the GPU.
@@ -369,9 +381,13 @@ class TrtSession(Session):
         Returns:
             ``{"name": ..., "ms": ...}`` in the order of execution.
         """
-        self._check_open()
         if isinstance(runs, bool) or not isinstance(runs, (int, np.integer)) or runs < 1:
             raise UserError(f"runs is {runs!r}, expected a whole number of at least 1")
+        with self._lock:
+            return self._profile_layers(int(runs))
+
+    def _profile_layers(self, runs: int) -> list[dict[str, Any]]:
+        self._check_open()
         trt = require("tensorrt")
         context = self._engine.create_execution_context()
         if context is None:
@@ -388,34 +404,35 @@ class TrtSession(Session):
         context.profiler = profiler
         if self.capabilities.report_to_profiler:
             context.enqueue_emits_profile = False
-        for _ in range(int(runs)):
+        for _ in range(runs):
             self._execute(context)
             self.stream.synchronize()
             if self.capabilities.report_to_profiler:
                 context.report_to_profiler()
-        return [{"name": name, "ms": total / int(runs)} for name, total in profiler.totals.items()]
+        return [{"name": name, "ms": total / runs} for name, total in profiler.totals.items()]
 
     # -- closing ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        if self.stream is not None:
-            try:
-                self.stream.synchronize()  # What is still running uses all of this.
-            except UserError:
-                pass
-        if self._graph is not None:
-            self._graph.close()
-        self._graph = None
-        # In this order: an engine outlives its contexts, a runtime its engines.
-        self._context = None
-        self._engine = None
-        self._runtime = None
-        for tensor in self._tensors.values():
-            tensor.close()
-        self._tensors = {}
-        if self.stream is not None:
-            self.stream.close()
-        self.stream = None
+        with self._lock:
+            if self.stream is not None:
+                try:
+                    self.stream.synchronize()  # What is still running uses all of this.
+                except UserError:
+                    pass
+            if self._graph is not None:
+                self._graph.close()
+            self._graph = None
+            # In this order: an engine outlives its contexts, a runtime its engines.
+            self._context = None
+            self._engine = None
+            self._runtime = None
+            for tensor in self._tensors.values():
+                tensor.close()
+            self._tensors = {}
+            if self.stream is not None:
+                self.stream.close()
+            self.stream = None
 
     @property
     def closed(self) -> bool:

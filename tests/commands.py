@@ -10,6 +10,7 @@ def call(*arguments, code: int = 0, **options) -> Result:
     result = CliRunner().invoke(main, [str(argument) for argument in arguments], **options)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
+    assert "stopped on an error of its own" not in result.stderr, result.stderr
     assert result.exit_code == code, result.output
     return result
 

@@ -1,6 +1,8 @@
 """Heavy packages are optional, and proven optional: everything that must work without them runs with them blocked."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import vpruner
-from vpruner.core.extras import EXTRA_OF
+from vpruner.core.extras import EXTRA_OF, NO_TELEMETRY
 
 BLOCKED = sorted({*EXTRA_OF, "torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt"}
                  | {"polygraphy", "matplotlib", "safetensors"})  # fmt: skip
@@ -61,6 +63,8 @@ def test_every_command_shows_its_help():
     done = probe(
         """
 import json
+import os
+import re
 import click
 from click.testing import CliRunner
 from vpruner.cli import main
@@ -112,6 +116,36 @@ def test_require_passes_other_failures_on(tmp_path, monkeypatch):
     monkeypatch.setitem(extras.EXTRA_OF, "broken_package", "prune")
     with pytest.raises(ModuleNotFoundError, match="a_module_that_nobody_has"):
         extras.require("broken_package")
+
+
+def test_onnxruntime_collects_nothing(tmp_path):
+    """Its packages for Linux write an identity of the device and a store of events while they load, if let."""
+    code = f"""
+import os
+from vpruner.core.extras import require
+require("onnxruntime.quantization")
+print(os.environ["{NO_TELEMETRY}"])
+"""
+    suppressing = ("CI", "GITHUB_ACTIONS", "TF_BUILD", NO_TELEMETRY)
+    clean = {name: value for name, value in os.environ.items() if name not in suppressing}
+    clean |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "1\n" and not list(tmp_path.rglob("*nnxruntime*"))
+    kept = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, NO_TELEMETRY: "0"}, capture_output=True, text=True, timeout=120,
+        check=True,
+    )  # fmt: skip
+    assert kept.stdout == "0\n"
+
+
+def test_onnxruntime_is_imported_in_one_place(repository):
+    """Where its telemetry is switched off."""
+    importing = re.compile(r"^\s*(import|from) onnxruntime\b", re.MULTILINE)
+    rooms = ("core", "prune", "runtime", "report", "export", "pipeline", "cli")
+    files = [*repository.glob("*.py"), *(path for room in rooms for path in (repository / room).rglob("*.py"))]
+    assert not [path for path in files if importing.search(path.read_text())]
 
 
 def make_plan():

@@ -126,6 +126,21 @@ def test_the_root_holds_the_face_and_nothing_else():
     assert modules <= FACE
 
 
+def test_one_module_reads_and_writes_json():
+    """It limits size, depth and numbers. Marks in messages are JSON too, which core/text.py writes and reads itself."""
+    wrong = [
+        name
+        for name, path in FILES.items()
+        if name not in ("core.json_file", "core.text")
+        and any(
+            (isinstance(node, ast.Import) and any(alias.name == "json" for alias in node.names))
+            or (isinstance(node, ast.ImportFrom) and node.module == "json" and not node.level)
+            for node in ast.walk(ast.parse(path.read_text()))
+        )
+    ]
+    assert not wrong, f"core/json_file.py does it for {', '.join(wrong)}"
+
+
 @pytest.mark.parametrize(
     "name", [str(path.relative_to(ROOT)) for path in sorted(NAMES) if str(path.relative_to(ROOT)) not in LATER]
 )

@@ -27,13 +27,17 @@ def add_node(
 
 
 def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """Register ``array`` as an initializer; the same name and content twice gives the same value."""
-    known = graph.initializers.get(name)
-    if known is not None:
+    """Register ``array`` as an initializer; the same name and content twice gives the same value.
+
+    A file of ours that was edited may use the name for something else: then it gets a number.
+    """
+    free, number = name, 1
+    while (known := graph.initializers.get(free)) is not None:
         if known.dtype.numpy() == array.dtype and np.array_equal(known.const_value.numpy(), array):
             return known
-        raise ValueError(f"initializer {name!r} exists with other content")
-    return add_tensor(graph, ir.tensor(array, name=name))
+        number += 1
+        free = f"{name}.{number}"
+    return add_tensor(graph, ir.tensor(array, name=free))
 
 
 def add_tensor(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

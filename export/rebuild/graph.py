@@ -12,8 +12,9 @@ Shapes below: batch B, prefix tokens P, patches N, width d, heads H, head width 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from ...core.errors import GraphError, ParityError, UserError
 from ...core.extras import require
 from ...core.files import scratch_beside
+from ...core.finite import check_finite
 from ...core.metadata import ModelMetadata
 from ...core.plan import Geometry
 from ...core.preprocess import resolve_preprocessing
@@ -38,7 +40,7 @@ from ...prune.loaded import LoadedModel
 from ..files import save_model
 from ..fold import check_shape
 from ..graph import Graph, OpenedGraph, copy_model, open_graph
-from ..parity import compare, run_graph, run_onnx
+from ..parity import compare_float32, run_graph, run_onnx
 from ..passes.edit import add_constant
 from ..recognise.graph import (
     BlockSite,
@@ -54,9 +56,8 @@ from ..recognise.graph import (
     sole_reader,
 )
 from ..recognise.normalise import VIEWS
+from ..yardstick import Yardstick
 
-#: Largest relative difference between the graph in onnxruntime and the rebuilt model, both float32.
-TOLERANCE = 1e-4
 #: timm's names of the activations that are tried, the usual ones first.
 ACTIVATIONS = (
     "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "identity", "hard_swish", "mish", "elu", "leaky_relu", "relu6",
@@ -130,7 +131,8 @@ def rebuild(
     given = dict(preprocessing or {})
     resolved = resolve_preprocessing(opened.preprocessing, given, size=geometry.image_size, source=opened.source)
 
-    module, softmax = _Reader(recognised.model, recognised.site, recognised.geometry).read()
+    with opened.naming():
+        module, softmax = _Reader(recognised.model, recognised.site, recognised.geometry).read()
     if about is None:
         head = module.head
         if features is None:
@@ -169,10 +171,11 @@ def write_graph(loaded: LoadedModel, path: str | os.PathLike, props: Mapping[str
     model.metadata_props.update({**about.to_props(), **(props or {})})
     if changed:
         images, softmax = probe_images(geometry), _strip_softmax(model.graph.outputs[0])[1]
-        expected = _run(loaded.adapter.model, images, softmax)
+        yardstick = _yardstick(loaded.adapter.model, images, softmax)
+        expected = _run(loaded.adapter.model, torch.from_numpy(images), softmax)
         with scratch_beside(path) as folder:
             found = run_onnx(save_model(model, folder / "tuned.onnx"), images).reshape(len(images), -1)
-        compare("the tuned graph equals the tuned model", expected, found, TOLERANCE, top1=False)
+        compare_float32("the tuned graph equals the tuned model", expected, found, yardstick, top1=False)
     return save_model(model, path)
 
 
@@ -194,17 +197,35 @@ def probe_images(geometry: Geometry, seed: int = 0) -> np.ndarray:
 # -- comparing --------------------------------------------------------------------------------------------------------
 
 
+def read_module(graph: OpenedGraph) -> tuple[nn.Module, Callable[[Tensor], np.ndarray]]:
+    """The timm model in a graph, not compared with it, and how images [image, ...] are run through it to the output.
+
+    Raises:
+        GraphError: As for :func:`rebuild`.
+    """
+    recognised = graph.recognised()
+    module, softmax = _Reader(recognised.model, recognised.site, recognised.geometry).read()
+    return module, partial(_run, module, softmax=softmax)
+
+
 @torch.no_grad()
-def _run(module: nn.Module, images: np.ndarray, softmax: bool) -> np.ndarray:
-    output = torch.cat([module(chunk) for chunk in torch.from_numpy(images).split(4)])
+def _run(module: nn.Module, images: Tensor, softmax: bool) -> np.ndarray:
+    output = torch.cat([module(chunk) for chunk in images.split(4)])
     return (output.softmax(-1) if softmax else output).numpy()
+
+
+def _yardstick(module: nn.Module, images: np.ndarray, softmax: bool) -> Yardstick:
+    return Yardstick(module, torch.from_numpy(images), partial(_run, module, softmax=softmax))
 
 
 def _check_equal(module: nn.Module, graph: OpenedGraph, geometry: Geometry, softmax: bool) -> None:
     images = probe_images(geometry)
     reference = run_graph(graph, images)
+    check_finite(reference, graph.source, file=graph.path)
+    found = _run(module, torch.from_numpy(images), softmax)
     try:
-        compare("rebuilt", reference.reshape(len(images), -1), _run(module, images, softmax), TOLERANCE, top1=False)
+        yardstick = _yardstick(module, images, softmax)
+        compare_float32("rebuilt", reference.reshape(len(images), -1), found, yardstick, top1=False)
     except ParityError as error:
         found = str(error).partition("rebuilt: ")[2]
         raise GraphError(
@@ -505,11 +526,7 @@ class _HeadParts:
             known = node.op_type in _AFFINE or node.op_type in VIEWS
             inverse = node.op_type == "Div" and is_constant(node.inputs[0])
             if not known or (computed and len(others) > 1) or inverse:
-                raise refuse(
-                    node,
-                    "the head to be one norm and one linear layer on what is read; cut the graph off ahead of this "
-                    f"node with onnx.utils.extract_model (inputs [{self.reader.image.name!r}])",
-                )
+                raise refuse(node, "the head to be one norm and one linear layer on what is read", cut=others[0])
         if all(node.op_type in VIEWS for node in nodes) and len(sources) == 1:
             return nn.Identity()
         if len(sources) == 1:

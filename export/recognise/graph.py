@@ -20,10 +20,34 @@ from ...core.errors import GraphError
 from ...core.plan import Geometry
 from ...core.text import command
 
-HINT = (
-    f"see what is understood with: {command('inspect', 'FILE')}; a graph that always is comes from: "
-    f"{command('export', 'MODEL')}"
-)
+#: What a command that is given a graph says of one that is not understood; ``inspect`` leaves the first part out.
+SEE_INSPECT = f"see what is understood with: {command('inspect', 'FILE')}; "
+HINT = f"{SEE_INSPECT}a graph that always is comes from: {command('export', 'MODEL')}"
+
+
+class NotUnderstood(GraphError):
+    """Recognition ended at a node or value of a graph that may have been rewritten.
+
+    Attributes:
+        place: That node or value, if there is one.
+        expected: What a ViT has there.
+        cut: A value up to which the graph may be understood.
+    """
+
+    def __init__(self, place: ir.Node | ir.Value | None, expected: str, cut: ir.Value | None = None):
+        where = f" at {called(place)}" if place is not None else ""
+        super().__init__(f"the graph is not understood{where}: expected {expected}", HINT)
+        self.place, self.expected, self.cut = place, expected, cut
+
+
+def called(place: ir.Node | ir.Value) -> str:
+    """``node 'add_3' (Add)``; exporters may leave nodes without names, and what a node makes always has one."""
+    if isinstance(place, ir.Value):
+        return f"value {place.name!r}"
+    made = next((value.name for value in place.outputs if value.name), "?")
+    name = repr(place.name) if place.name else f"of {made!r}"
+    op_type = place.op_type if place.domain in ("", "ai.onnx") else f"{place.domain}.{place.op_type}"
+    return f"node {name} ({op_type})"
 
 
 @dataclass(frozen=True)
@@ -194,17 +218,11 @@ def model_patch_macs(geometry: Geometry) -> int:
 # -- reading nodes ----------------------------------------------------------------------------------------------------
 
 
-def refuse(node: ir.Node | ir.Value | None, expected: str) -> GraphError:
+def refuse(place: ir.Node | ir.Value | None, expected: str, cut: ir.Value | None = None) -> NotUnderstood:
     """The error for a node (or for the node that makes a value) that is not what a ViT has at this place."""
-    if isinstance(node, ir.Value):
-        node, value = node.producer(), node
-        if node is None:
-            return GraphError(f"the graph is not understood at value {value.name!r}: expected {expected}", HINT)
-    if node is None:
-        return GraphError(f"the graph is not understood: expected {expected}", HINT)
-    # Exporters may leave nodes without names; what a node makes always has one.
-    name = repr(node.name) if node.name else f"of {node.outputs[0].name!r}"
-    return GraphError(f"the graph is not understood at node {name} ({node.op_type}): expected {expected}", HINT)
+    if isinstance(place, ir.Value) and place.producer() is not None:
+        place = place.producer()
+    return NotUnderstood(place, expected, cut)
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:

@@ -12,7 +12,6 @@ patch embedding and each attention are written in the canonical form, the class 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,15 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ...core.errors import GraphError
+from ...core.errors import GraphError, UserError
 from ...core.extras import require
 from ...core.plan import Geometry
-from ...core.text import command
+from ...core.scratch import temporary_folder
 from ..files import save_model
 from ..passes.clean import clean
 from ..passes.edit import add_constant, add_node, add_shape, infer_shapes_anew
 from ..passes.fold_weight_transposes import FoldWeightTransposes
 from ..passes.split_heads_once import split_sizes
-from ..quantize import QUANTIZED_OPS
 from .graph import (
     VitSite,
     attribute_int,
@@ -43,16 +41,11 @@ from .graph import (
     may_be_token_wise,
     spares_tokens,
 )
+from .unfit import refuse_unfit
 
-#: LayerNormalization is an operator from here on; what exporters write before is taken apart.
-OLDEST_OPSET = 17
 #: Batch sizes to try where the batch is open: they tell a number that depends on it from one that does not. One is
 #: among them since broadcasting makes it special.
 _BATCHES = (1, 2, 3)
-#: Of onnxruntime's own operators, that its optimizers write.
-_FUSED_DOMAINS = ("com.microsoft", "com.ms.")
-_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_ATTENTION_DOMAINS = ("com.microsoft", "org.pytorch.aten", "ai.onnx.contrib")
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ def prepare(model: ir.Model, expected: Geometry | None = None) -> Prepared:
         GraphError: The graph is no dense ViT, or is written in a way that is not understood; names the node. The model
             may have been rewritten by then, without a change of its results.
     """
-    _refuse_unfit(model)
+    refuse_unfit(model)
     clean(model)
     try:
         return Prepared(*infer_geometry(model), normalised=False)
@@ -116,39 +109,7 @@ def normalise(model: ir.Model) -> bool:
     return modified
 
 
-# -- preconditions ----------------------------------------------------------------------------------------------------
-
-
-def _refuse_unfit(model: ir.Model) -> None:
-    """Refuse what no rewriting makes fit: fused, quantized, old or half-precision graphs."""
-    for node in model.graph:
-        if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type, node.overload) not in model.functions:
-            if node.domain.startswith(_FUSED_DOMAINS):
-                raise GraphError(
-                    f"node {node.name!r} is {node.domain}.{node.op_type}: the graph was fused for onnxruntime",
-                    "fold into the graph as it was exported, then fuse the pruned one",
-                )
-            continue
-        if node.op_type in QUANTIZED_OPS:
-            raise GraphError(
-                f"node {node.name!r} is a {node.op_type}: the graph is quantized",
-                "fold into the graph as it was exported, then quantize the pruned one",
-            )
-    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
-    if opset is None or opset < OLDEST_OPSET:
-        raise GraphError(
-            f"the graph is in opset {opset}, expected {OLDEST_OPSET} or newer",
-            f"export the model again with a newer opset ({command('export')} writes 20)",
-        )
-    for kind, value in (
-        *(("input", value) for value in model.graph.inputs if not is_constant(value)),
-        *(("initializer", value) for value in model.graph.initializers.values() if value.dtype in _HALF),
-    ):
-        if value.dtype not in (None, ir.DataType.FLOAT):
-            raise GraphError(
-                f"{kind} {value.name!r} is {value.dtype}, expected FLOAT",
-                "fold into the float32 graph, then convert the pruned one",
-            )
+# -- preconditions -----------------------------------------------------------------------------------------------------
 
 
 def _pin_image(model: ir.Model, expected: Geometry | None) -> None:
@@ -324,7 +285,7 @@ class FoldShapes(ir.passes.InPlacePass):
             graph.outputs.extend(unique)
             for value in unique:
                 value.shape = None
-            with tempfile.TemporaryDirectory() as folder:
+            with temporary_folder() as folder:
                 save_model(model, Path(folder) / "shapes.onnx")
                 options = onnxruntime.SessionOptions()
                 options.log_severity_level = 4
@@ -336,6 +297,8 @@ class FoldShapes(ir.passes.InPlacePass):
                 for batch in _batches(graph):
                     pixels = np.zeros([batch, *(int(dim) for dim in image.shape[1:])], np.float32)
                     runs.append(dict(zip(unique, session.run(None, {image.name: pixels}), strict=True)))
+        except (OSError, MemoryError, UserError):
+            raise
         except Exception as error:  # onnxruntime raises many types for graphs that it cannot run
             raise GraphError(
                 f"onnxruntime cannot run the graph: {str(error).splitlines()[0][:200]}",

@@ -114,6 +114,47 @@ NO_PRODUCER = Rule(
     "export again; the file was edited or is damaged",
     "https://onnx.ai/onnx/repo-docs/IR.html (graphs)",
 )
+_DAMAGED = "export again; the file was edited or is damaged"
+_GRAPHS = "https://onnx.ai/onnx/repo-docs/IR.html (graphs)"
+
+
+def _structure(why: str, todo: str = _DAMAGED, source: str = _GRAPHS) -> Rule:
+    return Rule("error", why, todo, source)
+
+
+#: Said of a graph that is none, whatever the target (:mod:`vpruner.export.structure`).
+STRUCTURE = {
+    "newest-opset": _structure(
+        "what its operators compute is not known, so nothing can be said of the graph",
+        f"export again with an older operator set ({command('export')} writes 20), or install a newer onnx",
+        ONNX_OPERATORS,
+    ),
+    "two-opsets": _structure("which of them its operators are from is not said"),
+    "recursive-function": _structure(
+        "ONNX forbids it: putting the function in the place of its calls would never end",
+        "export again without local functions",
+        "https://onnx.ai/onnx/repo-docs/IR.html (functions)",
+    ),
+    "cycle": _structure("no order of the nodes exists in which each reads what was made before"),
+    "made-twice": _structure("a name has one value in ONNX, so what its readers get is not said"),
+    "no-producer": NO_PRODUCER,
+    "same-name": _structure(
+        "onnxruntime refuses to load it",
+        "give each node a name of its own, or none, with: onnx_ir.passes.common.NameFixPass()(model)",
+        "measured: onnxruntime 1.32.0",
+    ),
+    "unknown-operator": UNKNOWN_OPERATOR,
+    "operands": _structure("no runtime loads a node that does not fit its operator", source=ONNX_OPERATORS),
+    "attributes": _structure("no runtime loads a node that does not fit its operator", source=ONNX_OPERATORS),
+    "no-operator": _structure("what the node computes is not said"),
+    "no-name": _structure("nothing can read it"),
+    "type": _structure("ONNX has no such type, or none that a graph of images holds"),
+    "shape": _structure("no size is negative"),
+    "sparse": _structure(
+        "passes over graphs do not know them, and few runtimes do", "export again with dense weights", _GRAPHS
+    ),
+    "too-deep": _structure("no exporter writes that, and readers run out of stack"),
+}
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def compare(
     taking_part = chosen_contenders(options)
     results = results or output / "results.jsonl"
     earlier = files_of_earlier(output, results)
-    check_output(results, ".jsonl", name="results")
+    check_output(results, ".jsonl", name="results", known=True)
     check_output(output / "report.html", ".html")
     before = rows_of_earlier(results)
     with progress.stage("Opening model and images"):
@@ -63,13 +63,13 @@ def compare(
         time_rules(comparison, points)
     seen_before = 0
     if any(contender.needs_images for contender in taking_part):
-        progress.remark(calibration.skipped_remark("calibration"))
+        progress.remark(calibration.remark("calibration"))
         if seen_before := overlap(calibration, evaluation):
             progress.remark(
                 f"{seen_before} of the {evaluation.count} evaluation images are also calibration images: "
                 "what is reported of methods that learn is not on unseen images alone"
             )
-    progress.remark(evaluation.skipped_remark("evaluation"))
+    progress.remark(evaluation.remark("evaluation"))
     rows = comparison.rows_of(points)
     with progress.stage("Writing the report"):
         files = write_comparison(output, rows, progress.current().remarks, unseen=not seen_before)

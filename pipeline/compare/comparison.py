@@ -9,7 +9,6 @@ or another budget makes that alone.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...core import progress
 from ...core.errors import ParityError, UserError
-from ...core.files import file_sha256, json_sha256, scratch_beside, write_text
+from ...core.files import file_sha256, scratch_beside
+from ...core.json_file import json_sha256, write_json_lines
 from ...core.rows import append_rows
 from ...core.specs import ExportSpec
 from ..graphs import Reduced, model_bytes, write_dense, write_graphs
@@ -182,7 +182,7 @@ class Comparison:
         keys = self._keys(points)
         self.rows = [row for row in self.rows if row.get("key") not in keys]
         if self.results.exists():  # The folder's own went with its other files.
-            write_text(self.results, "".join(json.dumps(row) + "\n" for row in self.rows))
+            write_json_lines(self.results, self.rows)
 
     # -- making and judging -------------------------------------------------------------------------------------------
 

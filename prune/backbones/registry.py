@@ -9,6 +9,7 @@ from torch import nn
 
 from ...core.errors import UserError
 from ...core.plan import Geometry
+from ...core.text import command
 from . import vit
 
 
@@ -48,7 +49,36 @@ def adapter_for(module: nn.Module, name: str) -> vit.ViTAdapter:
         if backbone.detect(module):
             return backbone.adapter(module, name, backbone.read_geometry(module, name))
     known = " or a ".join(backbone.name for backbone in BACKBONES)
+    cause = why_not(module)
     raise UserError(
-        f"{name} cannot be pruned: it is a {type(module).__name__}, not a {known}",
-        f"models that can: {'; '.join(backbone.supported for backbone in BACKBONES)}",
+        f"{name} cannot be pruned: it is a {type(module).__name__}, not a {known}{cause and f'; {cause}'}",
+        _way(module) or f"models that can: {'; '.join(backbone.supported for backbone in BACKBONES)}",
     )
+
+
+def why_not(module: nn.Module) -> str:
+    """What in a model stands in the way of leaving tokens out, in the model's own terms; empty if nobody knows."""
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    stages = any(hasattr(module, name) for name in ("stages", "layers"))
+    windows = any(getattr(part, "window_size", None) for part in module.modules())
+    relative = any("relative_position_bias" in name or "rel_pos" in name for name in names)
+    if hasattr(module, "text_model") or hasattr(module, "encode_text"):
+        return "it takes two inputs, images and text"
+    if "NaFlex" in type(module).__name__:
+        return "it takes two inputs, patches and where they are"
+    if windows and (stages or not relative):
+        return "its attention works in windows of the grid, which need every token"
+    if relative:
+        return "its attention adds a bias by relative position, which needs the whole grid of tokens"
+    if getattr(module, "rope", None) is not None:
+        return "its attention turns queries and keys by their position (RoPE)"
+    if not any("attn" in name or "attention" in name for name in names):
+        return "it has no attention over tokens"
+    return "it merges tokens from stage to stage" if stages else ""
+
+
+def _way(module: nn.Module) -> str:
+    """How the same model can be given so that it works; empty if no way is known."""
+    if type(module).__module__.startswith("transformers."):
+        return f"save it with save_pretrained, and give the folder: {command('run', 'MODEL_FOLDER')}"
+    return ""

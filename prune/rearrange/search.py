@@ -26,6 +26,7 @@ incumbent on images that no reward was ever computed on, or the Fisher plan.
 from __future__ import annotations
 
 import hashlib
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -41,7 +42,8 @@ from torch import Tensor, nn
 from ...core.choices import EPISODES, EPISODES_UNTUNED, TIME_LIMIT
 from ...core.cost import Cost, MacsCost
 from ...core.errors import UserError
-from ...core.files import atomic_path, json_sha256
+from ...core.files import atomic_path
+from ...core.json_file import json_sha256
 from ...core.plan import Geometry, TokenPlan
 from ...core.text import counted, first_line, option
 from ..backbones.vit import ViTAdapter, weights_sha256
@@ -1116,8 +1118,10 @@ class _Run:
             "unit": self.prospect.unit,
             "evidence": self.evidence.state(),
         }
+        # PyTorch says nothing of a full disk where it writes the file itself.
+        torch.save(state, buffer := io.BytesIO())
         with atomic_path(path) as temporary:
-            torch.save(state, temporary)
+            temporary.write_bytes(buffer.getbuffer())
 
     def resume(self, path: Path) -> None:
         if not path.exists():

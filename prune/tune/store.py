@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Hashable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ...core.scratch import temporary_folder
 
 #: Activations up to this size stay in memory, others go to disk.
 RAM_BYTES = 512 << 20
@@ -26,15 +29,15 @@ class ActivationStore:
         self._held: dict[Hashable, Tensor] = {}
         self._files: dict[Hashable, Path] = {}
         self._bytes = self._written = 0
-        self._folder: tempfile.TemporaryDirectory | None = None
+        self._folder: TemporaryDirectory | None = None
 
     def __enter__(self) -> ActivationStore:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._held.clear()
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.__exit__(*error)
 
     @property
     def bytes_in_memory(self) -> int:
@@ -54,12 +57,16 @@ class ActivationStore:
             self._bytes += value.nbytes
             return
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="vpruner-")
+            self._folder = temporary_folder()
         if key not in self._files:
             self._files[key] = Path(self._folder.name) / f"{self._written}.npy"
             self._written += 1
-        # Written and read whole, not mapped: pages of a mapped file count as memory of the process.
-        np.save(self._files[key], value.numpy())
+        # Written and read whole, not mapped: pages of a mapped file count as memory of the process. Through a stream of
+        # Python's, since numpy's own writing does not say that a disk is full.
+        array = np.asarray(value.numpy(), order="C")
+        with self._files[key].open("wb") as stream:
+            np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+            stream.write(array.data)
 
     def get(self, key: Hashable) -> Tensor:
         """On the CPU.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from ...core import progress
 from ...core.environment import environment
 from ...core.errors import UserError
 from ...core.files import file_sha256
+from ...core.json_file import read_json_lines
 from ...core.preprocess import load_image
 from ...core.statistics import Estimate, paired_difference, proportion
-from ...core.text import first_line
 from .baselines import Pruning, candidates_of
 from .loading import LoadedVLM, normalise_answer
 
@@ -46,6 +45,9 @@ class Question:
         return normalise_answer(answer) in {normalise_answer(one) for one in self.answers}
 
 
+_A_LINE = 'a line is {"image": "cat.png", "question": "...", "answer": "..."}'
+
+
 def read_questions(path: str | Path, count: int | None = None) -> list[Question]:
     """Read questions from JSON lines: objects with ``image``, ``question``, ``answer`` and, if wanted, ``kind``.
 
@@ -58,34 +60,19 @@ def read_questions(path: str | Path, count: int | None = None) -> list[Question]
         UserError: Not readable as that; the message names the line.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}", "expected a .jsonl file of questions") from None
+    lines = read_json_lines(path, "the questions in", _A_LINE)
     questions = list(itertools.islice(_questions(path, lines), count))
     if not questions:
-        raise UserError(
-            f"{path} holds no questions", 'a line is {"image": "cat.png", "question": "...", "answer": "..."}'
-        )
+        raise UserError(f"{path} holds no questions", _A_LINE)
     return questions
 
 
-def _questions(path: Path, lines: Sequence[str]) -> Iterator[Question]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+def _questions(path: Path, lines: Iterable[tuple[int, dict]]) -> Iterator[Question]:
+    for number, row in lines:
 
         def refuse(what: str, number: int = number) -> UserError:
-            return UserError(
-                f"{path}, line {number}: {what}", 'a line is {"image": "cat.png", "question": "...", "answer": "..."}'
-            )
+            return UserError(f"{path}, line {number}: {what}", _A_LINE)
 
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise refuse(f"not JSON ({first_line(error)})") from None
-        if not isinstance(row, dict):
-            raise refuse("not a JSON object")
         images, answers = _texts(row.get("image")), _texts(row.get("answer"))
         if not images:
             raise refuse("no 'image': a question without an image has no visual tokens")

@@ -204,14 +204,19 @@ class VLMRun:
             )
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         new = embeds.shape[1]
-        if new > 1 and call.image.any():
-            raise UserError("a later turn brings images to a pruned cache", "generate from the whole dialogue again")
-        past = cached.length + cache.get_seq_length(0) - cached.layouts[0].index.shape[1]
+        held = cache.get_seq_length(0)
+        past = cached.length + held - cached.layouts[0].index.shape[1]
+        again = "start from an empty cache, with the whole dialogue and its images"
         if mask is not None and mask.shape[1] != past + new:
+            # generate() feeds what lies beyond the length of the cache. Without the dropped tokens that is too short,
+            # so a turn of text alone would bring the end of the first prompt, its image tokens too, a second time.
             raise UserError(
-                f"the attention mask has {mask.shape[1]} columns for {past} cached and {new} new tokens",
-                "generate from the whole dialogue again: a pruned cache cannot be continued by generate()",
+                f"a pruned cache cannot be continued by generate(): it holds {held} of the {past} tokens before, and "
+                f"{new} tokens were fed for an attention mask of {mask.shape[1]}",
+                again,
             )
+        if new > 1 and call.image.any():
+            raise UserError("a later turn brings images, and those of the first are in a pruned cache", again)
         call.cached, call.cache = cached, cache
         # Rows of prompts are known; of what was decoded since, the mask tells, and usually there is nothing to tell.
         if mask is not None:

@@ -16,6 +16,8 @@ from torch import nn
 from ...core.errors import UserError
 from ...core.extras import require
 from ...core.text import first_line
+from ..weights_file import tensors_only
+from .folder import check_settings
 from .parts import find_parts
 from .tower import quiet_transformers
 
@@ -125,14 +127,24 @@ def open_vlm(spec: str, *, device: str | None = None, dtype: str = "auto") -> Lo
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(spec)
+            # A folder's settings are data: they may not make transformers run code or fetch it, nor ask the user to.
+            local = folder.exists()
+            described, _ = transformers.PreTrainedConfig.get_config_dict(spec, local_files_only=local)
+            check_settings(described, spec)
+            config = transformers.AutoConfig.from_pretrained(spec, local_files_only=local, trust_remote_code=False)
             if type(config) not in transformers.AutoModelForImageTextToText._model_mapping:
                 raise UserError(
                     f"{spec} is a {config.model_type!r} model, which answers no questions about images",
                     "supported are LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision",
                 )
-            model = transformers.AutoModelForImageTextToText.from_pretrained(spec, dtype=dtype).to(device).eval()
-            processor = transformers.AutoProcessor.from_pretrained(spec)
+            with tensors_only():
+                model = transformers.AutoModelForImageTextToText.from_pretrained(
+                    spec, dtype=dtype, local_files_only=local, trust_remote_code=False
+                )
+            model = model.to(device).eval()
+            processor = transformers.AutoProcessor.from_pretrained(
+                spec, local_files_only=local, trust_remote_code=False
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(
             f"{spec} cannot be loaded: {first_line(error)}",

@@ -18,7 +18,6 @@ Shapes below: batch B, prefix tokens P, patches N, width d.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,14 +33,15 @@ from torch import Tensor, nn
 from ...core.errors import UserError
 from ...core.extras import require
 from ...core.preprocess import Preprocessing
+from ...core.rounding import allowed
 from ...core.text import command, first_line, option
 from ...core.timing import random_images
 from ..backbones.vit import ViTAdapter, weights_sha256
+from ..float64 import float32_error
 from ..loaded import LoadedModel
-from ..weights_file import load_weights
+from ..weights_file import check_finite, load_weights, tensors_only
+from .folder import check_files, check_settings, read_preprocessing, read_settings
 
-#: Largest difference between the tower and the timm model, both float32, relative to the largest value.
-TOLERANCE = 1e-4
 #: ``hidden_act`` of transformers -> the same function in timm.
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -64,8 +64,6 @@ FAMILIES = {
 }
 #: Vision-language models whose tower is meant when their folder is given.
 LLAVAS = ("llava", "llava_next", "llava_onevision")
-#: Pillow's numbers of its filters, as preprocessor_config.json has them.
-_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _SUPPORTED = "CLIP, SigLIP, ViT and DINOv2 towers, and LLaVA, LLaVA-NeXT and LLaVA-OneVision with one of them"
 _THROUGH_ONNX = f"export it to ONNX with torch.onnx.export, then: {command('run', 'model.onnx')}"
 
@@ -131,13 +129,19 @@ def _checked(tower: Tower, where: str, preprocessing_of: Callable[[tuple[int, in
         )
     if geometry.output == "logits" and tower.classes is None:
         geometry = replace(geometry, output="features")  # A projection is a linear layer, and no classifier.
-    error = largest_difference(tower, module, preprocessing_of(geometry.image_size))
-    if not error <= TOLERANCE:
-        raise UserError(
-            f"the timm model rebuilt from {where} does not compute what the tower does (they differ by {error:.1e} of "
-            f"the largest value)",
-            _THROUGH_ONNX,
-        )
+    check_finite(module, where)
+    preprocessing = preprocessing_of(geometry.image_size)
+    images = torch.from_numpy(random_images(3, (3, *geometry.image_size), preprocessing, seed=0))
+    error = largest_difference(tower, module, images)
+    if not error <= allowed(None):
+        with torch.no_grad():
+            own_error = float32_error(module, images, lambda batch: module.forward_features(batch).numpy())
+        if not error <= allowed(own_error):
+            raise UserError(
+                f"the timm model rebuilt from {where} does not compute what the tower does (they differ by {error:.1e} "
+                f"of the largest value; its own float32 error is {own_error:.1e})",
+                _THROUGH_ONNX,
+            )
     return module, geometry
 
 
@@ -152,7 +156,9 @@ def load_tower(folder: str | Path) -> Tower:
     """
     folder = Path(folder)
     transformers = require("transformers")
-    described = _read_json(folder / "config.json")
+    described = read_settings(folder / "config.json")
+    check_settings(described, str(folder))
+    check_files(folder)
     kind = described.get("model_type")
     if kind is None and "architecture" in described:
         raise UserError(
@@ -167,8 +173,11 @@ def load_tower(folder: str | Path) -> Tower:
 
     def load(name: str, dtype: torch.dtype | str = torch.float32) -> nn.Module:
         try:
-            with quiet_transformers():
-                return getattr(transformers, name).from_pretrained(folder, local_files_only=True, dtype=dtype).eval()
+            with quiet_transformers(), tensors_only():
+                model = getattr(transformers, name).from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False, dtype=dtype
+                )
+            return model.eval()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise UserError(
                 f"{folder} cannot be loaded as {name}: {first_line(error)}",
@@ -177,7 +186,7 @@ def load_tower(folder: str | Path) -> Tower:
 
     if kind in LLAVAS:
         try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{folder / 'config.json'} is not understood: {first_line(error)}",
@@ -268,93 +277,12 @@ def _tower_alone(folder: Path, config: Any) -> nn.Module | None:
     return module.eval()
 
 
-def read_preprocessing(folder: str | Path, size: tuple[int, int]) -> Preprocessing:
-    """How images are prepared, from preprocessor_config.json (or processor_config.json, where that holds it).
-
-    Args:
-        size: (height, width) in pixels that the tower takes.
-
-    Raises:
-        UserError: No such file, or it asks for something that :class:`Preprocessing` cannot do; the message names it.
-    """
-    folder = Path(folder)
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            path, found = folder / name, _read_json(folder / name)
-            found = found.get("image_processor", found)
-            if isinstance(found, Mapping) and {"do_resize", "image_mean", "size"} & set(found):
-                break
-    else:
-        raise UserError(
-            f"{folder} has no preprocessor_config.json, so how its images are prepared is not known",
-            "save it there with AutoImageProcessor.from_pretrained(...).save_pretrained(...)",
-        )
-
-    def refuse(what: str) -> UserError:
-        return UserError(
-            f"{path}: {what}", f"correct the file, or export the tower to ONNX and give {option('mean')} and others"
-        )
-
-    if not found.get("do_rescale", True) or abs(found.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-        raise refuse(f"rescale_factor is {found.get('rescale_factor')}, only pixel / 255 is supported")
-    normalises = found.get("do_normalize", True)
-    mean, std = ((found.get(key) if normalises else None) for key in ("image_mean", "image_std"))
-    resample = found.get("resample", 3)
-    if resample not in _RESAMPLING:
-        raise refuse(f"resample is {resample!r}, expected one of {sorted(_RESAMPLING)}")
-    crops = found.get("do_center_crop", False)
-    resized = _size(found.get("size"), size) if found.get("do_resize", True) else (min(size), True)
-    shorter, keeps_shape = resized
-    if keeps_shape:
-        # timm resizes the shorter side to floor(size / crop_pct); without a crop only square images fit the tower.
-        crop_pct, crop_mode = min(size) / shorter, "center"
-    else:
-        crop_pct, crop_mode = 1.0, "squash"
-    cropped = _size(found.get("crop_size"), size)[0] if crops else min(size)
-    if cropped != min(size) or shorter < cropped:
-        raise refuse(f"it prepares images of {cropped} pixels from {shorter}, the tower takes {size[0]} x {size[1]}")
-    if not keeps_shape and shorter != min(size):
-        raise refuse(f"it squashes images to {shorter} pixels, the tower takes {size[0]} x {size[1]}")
-    return Preprocessing(
-        mean=tuple(mean) if mean else (0.0,) * 3,
-        std=tuple(std) if std else (1.0,) * 3,
-        size=size,
-        interpolation=_RESAMPLING[resample],
-        crop_pct=crop_pct,
-        crop_mode=crop_mode,
-    )
-
-
-def _size(value: Any, expected: tuple[int, int]) -> tuple[int, bool]:
-    """(pixels of the shorter side, whether the aspect ratio stays) of a ``size`` or ``crop_size``, in any spelling."""
-    if isinstance(value, int):
-        return value, True
-    if isinstance(value, Mapping):
-        if isinstance(value.get("shortest_edge"), int):
-            return value["shortest_edge"], True
-        if isinstance(value.get("height"), int) and isinstance(value.get("width"), int):
-            return min(value["height"], value["width"]), False
-    return min(expected), True
-
-
 def _class_names(config: Any) -> tuple[str, ...] | None:
     """Names of a classifier's outputs; LABEL_0 and so on are the placeholders of transformers, and become numbers."""
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
     if len(set(names)) < len(names):
         return tuple(f"{index}: {name}" for index, name in enumerate(names))
     return tuple(names)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read: {first_line(error)}", "expected a file that save_pretrained wrote"
-        ) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object", "expected a file that save_pretrained wrote")
-    return value
 
 
 # -- rebuilding -------------------------------------------------------------------------------------------------------
@@ -481,11 +409,9 @@ def tuned_in_tower(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
     return changed
 
 
-@torch.inference_mode()
-def largest_difference(tower: Tower, model: VisionTransformer, preprocessing: Preprocessing) -> float:
-    """Largest difference of the two on smooth random images, relative to the largest value that the tower gives."""
-    size = preprocessing.size
-    images = torch.from_numpy(random_images(3, (3, *size), preprocessing, seed=0))
+@torch.no_grad()
+def largest_difference(tower: Tower, model: VisionTransformer, images: Tensor) -> float:
+    """Largest difference of the two, relative to the largest value that the tower gives."""
     outputs = tower.module(pixel_values=images, output_hidden_states=True)
     if tower.reads in ("patches", "all"):
         expected, found = outputs.hidden_states[tower.layers], model.forward_features(images)

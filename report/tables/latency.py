@@ -10,7 +10,7 @@ from ...core.latency_table import LatencyTable
 from ...core.text import counted
 from ..blocks import Table
 from ..numbers import NOT_MEASURED, deviation, milliseconds, number, ratio, ratio_of, three
-from ..results import Row, by_setting, mapping
+from ..results import Row, by_setting, listed, mapping
 
 
 def runtime_of(row: Row) -> str:
@@ -204,10 +204,10 @@ def timing_remarks(rows: Iterable[Row]) -> list[str]:
     """All that rows of times say to their reader, once each; and that a device throttled."""
     found = []
     for row in rows:
-        found += [str(one) for one in row.get("remarks") or ()]
+        found += [str(one) for one in listed(row.get("remarks"))]
         which = f"{row.get('label')} at batch {row.get('batch')}"
-        if throttled := mapping(row.get("power")).get("throttled"):
-            found.append(f"{which}: the device throttled ({'; '.join(throttled)}), so these are not its best times")
+        if throttled := "; ".join(map(str, listed(mapping(row.get("power")).get("throttled")))):
+            found.append(f"{which}: the device throttled ({throttled}), so these are not its best times")
         if mapping(row.get("protocol")).get("warmup_stable") is False:
             found.append(f"{which}: times were not stable when measuring began")
     return list(dict.fromkeys(found))

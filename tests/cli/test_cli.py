@@ -1,7 +1,9 @@
 """The command line as a user meets it: exit codes, messages, files, and nothing half-written."""
 
 import json
+import math
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from tiny_cards import CLASSES, TINY
 
 from vpruner.cli import main
+from vpruner.cli.types import read_value
 from vpruner.core import bundled
 from vpruner.core.choices import PROVIDERS
 from vpruner.core.cost import cost_ratio
@@ -140,12 +143,13 @@ def test_an_existing_folder_is_kept_unless_forced(finished, card, images):
     assert (output / "plan.json").read_bytes() != before
 
 
-@pytest.mark.parametrize("beside", [(), ("plan.json",)])
-def test_force_never_replaces_a_folder_of_something_else(card, images, tmp_path, beside):
-    for name in ("thesis.tex", *beside):
-        (tmp_path / name).write_text("years of work")
-    fails("run", card, "--data", images, "-o", tmp_path, "--force", says="holds thesis.tex, which no run wrote")
-    assert (tmp_path / "thesis.tex").exists()
+@pytest.mark.parametrize("name", ["thesis.tex", "plan.json", "report.md", "results.jsonl", "dense.onnx"])
+def test_force_never_replaces_a_folder_of_something_else(card, images, finished, tmp_path, name):
+    """Nor a file that has the name of one of ours, but not its mark."""
+    output = shutil.copytree(finished[0], tmp_path / "run")
+    (output / name).write_text("years of work")
+    fails("run", card, "--data", images, "-o", output, "--force", says=f"holds {name}, which no run wrote")
+    assert (output / name).read_text() == "years of work"
 
 
 def test_the_current_folder_is_no_output(card, images, tmp_path, monkeypatch):
@@ -230,6 +234,19 @@ def test_a_baseline_must_be_one(finished, images):
     for command, more in (("profile", ("--seconds", 0.1)), ("evaluate", ("--eval-data", images))):
         fails(command, dense, "--against", pruned, *more, says="pruned.onnx is a pruned file")
         fails(command, pruned, "--against", pruned, *more, says="is compared with itself")
+
+
+def test_no_accuracy_is_made_of_outputs_that_are_no_numbers(finished, images, tmp_path):
+    output, _ = finished
+    pruned, dense, broken = output / "pruned.onnx", output / "dense.onnx", tmp_path / "broken.onnx"
+    model = onnx.load(dense)
+    weight = max(model.graph.initializer, key=lambda one: len(one.raw_data))
+    weight.raw_data = np.full(len(weight.raw_data) // 4, np.nan, np.float32).tobytes()
+    onnx.save(model, broken)
+    says = f"outputs are not finite (NaN or infinity) for 4 of 4 images: its initializer {weight.name!r} holds NaN"
+    for files in ((broken,), (pruned, "--against", broken), (broken, "--against", dense)):
+        fails("evaluate", *files, "--eval-data", images, "--eval-images", 4, says=f"broken.onnx: the {says}")
+    fails("predict", broken, images / "cat" / "0.png", says="broken.onnx: the outputs are not finite")
 
 
 def test_nothing_to_measure_is_said_before_measuring(finished, tmp_path):
@@ -531,7 +548,7 @@ def test_unreadable_evaluation_images_are_refused_before_anything_is_learned(car
     monkeypatch.setattr("vpruner.prune.learn.learn", learned)
     start = ("run", card, "--data", images, "--eval-data", folder, "-q", "-o", tmp_path / "out")
     fails(*start, says=f"none of the 3 images of {folder} can be read: ")
-    fails(*start, says=".jpg (cannot identify image file")
+    fails(*start, says=".jpg (not an image that Pillow can read")
     # One that can be read is enough, wherever it is.
     Image.new("RGB", (16, 16)).save(folder / "9.png")
     with pytest.raises(AssertionError):
@@ -681,13 +698,15 @@ def test_corrupt_images_are_counted_or_refused(card, tmp_path):
     assert not (tmp_path / "other.json").exists()
 
 
-def test_a_failed_parity_check_leaves_no_file(card, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize("proven", [True, False])
+def test_a_failed_parity_check_leaves_no_file(proven, card, images, tmp_path, monkeypatch):
     def fail(*arguments, **options):
-        raise ParityError("pruned.onnx equals the gathered model: relative difference 0.5, tolerance 0.0001")
+        raise ParityError("relative difference 0.5, tolerance 0.0001", proven=proven)
 
     monkeypatch.setattr("vpruner.export.parity.check_pruned", fail)
     start = ("run", card, "--data", images, "-o", tmp_path / "out", "-q", *SEARCH_ALONE)
-    fails(*start, says="relative difference 0.5", code=1)
+    blame = "This is a defect of vpruner, not of your input" if proven else "If PyTorch computes this model well"
+    fails(*start, says=f"relative difference 0.5, tolerance 0.0001. Nothing was written. {blame}", code=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -738,3 +757,21 @@ def test_version():
     from vpruner import __version__
 
     assert __version__ in call("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("False", False), ("false", False), ("FALSE ", False), ("True", True), ("None", None), ("null", None),
+        ("(16, 16)", (16, 16)), ("[16, 16]", [16, 16]), ("16", 16), ("0.5", 0.5), ("'avg'", "avg"), ("avg", "avg"),
+        ("none", "none"), ("Flase", "Flase"), ("", ""), ("(" * 500, "(" * 500), ("NaN", "NaN"), ("1e999", math.inf),
+    ],
+)  # fmt: skip
+def test_a_value_of_a_model_argument_is_read_as_json_or_as_python(typed, value):
+    found = read_value(typed)
+    assert found == value and type(found) is type(value)
+
+
+def test_a_mistyped_truth_value_is_refused_and_never_true(tmp_path):
+    says = "--model-arg: pool_include_prefix is 'Flase', expected true or false"
+    fails("export", "-o", tmp_path / "m.onnx", "--model-arg", "pool_include_prefix=Flase", says=says)

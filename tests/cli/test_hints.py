@@ -152,9 +152,9 @@ def evaluated(model, **options):
 MISTAKES = {
     "core": (
         ("export", "CARD", "--plan", "FOLDER/absent.json", "-o", "FOLDER/x.onnx"),
-        "No such file or directory; make one with: vpruner prune MODEL",
+        "No such file or directory; make a plan with: vpruner prune MODEL",
         lambda card, folder, graph: load_plan(folder / "absent.json"),
-        "No such file or directory; make one with: model.prune(...)",
+        "No such file or directory; make a plan with: model.prune(...)",
     ),
     "core, Specs": (
         ("run", "CARD", "--io", "same", "-o", "FOLDER/x"),

@@ -30,11 +30,11 @@ def counts(monkeypatch):
 
         monkeypatch.setattr(module, name, count)
 
-    counted(streaming, "_without_weights", lambda path: path.name)
+    counted(streaming, "read_message", lambda path: path.name)
     for module in (onnx, ir):  # Other ways to read a file.
         counted(module, "load", lambda path: f"{path}, past streaming")
     # The first steps of both recognisers.
-    counted(normalise, "_refuse_unfit", lambda model: "recognised")
+    counted(normalise, "refuse_unfit", lambda model: "recognised")
     counted(fold, "recognise", lambda model: "recognised")
     return found
 

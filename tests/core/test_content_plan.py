@@ -46,7 +46,7 @@ def test_readers_of_static_plans_refuse_it_by_name(plan, tmp_path):
         ({"score": {"kind": "anchored"}}, "expected kind 'anchored' and a prior_weight"),
         ({"score": {"kind": "anchored", "prior_weight": "1"}}, "weight is '1', expected a number from 0 to 4"),
         ({"score": {"kind": "anchored", "prior_weight": -1}}, "expected a number from 0"),
-        ({"score": {"kind": "anchored", "prior_weight": float("nan")}}, "expected a number from 0"),
+        ({"score": {"kind": "anchored", "prior_weight": float("nan")}}, "plan.json holds NaN"),
         ({"score": {"kind": "anchored", "prior_weight": True}}, "expected a number from 0"),
         ({"surprise": 1}, "unknown key 'surprise'"),
         ({"gates": "some"}, "gates"),

@@ -283,7 +283,7 @@ def test_a_file_of_schema_1_opens_as_what_it_means(tmp_path):
         ({"model": ""}, "model is '', expected its name"),
         ({"schema": True}, "schema True"),
         ({"grid": ["x", 3]}, r"grid is \['x', 3\], expected two whole numbers \(height, width\), at least 1"),
-        ({"grid": [float("nan"), 3]}, r"grid is \[nan, 3\], expected two whole numbers"),
+        ({"grid": [float("nan"), 3]}, "holds NaN, which is not JSON"),
         ({"grid": [2]}, r"grid is \[2\], expected two whole numbers"),
         ({"grid": 2}, "grid is 2, expected two whole numbers"),
         ({"grid": [100_000, 100_000]}, "grid 100000x100000 with 1 prefix tokens has 10000000001 tokens"),
@@ -328,7 +328,7 @@ def test_a_geometry_of_wrong_types_is_refused(name, value):
 def test_deep_nesting_is_refused(tmp_path):
     path = tmp_path / "plan.json"
     path.write_text("[" * 100_000 + "]" * 100_000)
-    with pytest.raises(PlanError, match="nested too deeply to be read"):
+    with pytest.raises(PlanError, match="is nested too deeply"):
         TokenPlan.load(path)
     deep = {}
     for _ in range(300):

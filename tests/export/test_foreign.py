@@ -176,7 +176,7 @@ def test_a_fused_graph_is_refused_with_the_advice_to_fold_first(written, tmp_pat
         model.opset_imports["com.microsoft"] = 1
 
     path = edited(written(Foreign()), tmp_path / "fused.onnx", fuse)
-    with pytest.raises(GraphError, match=r"LayerNormalization.* is com.microsoft.SkipLayerNormalization.*then fuse"):
+    with pytest.raises(GraphError, match=r"norm1.* \(com.microsoft.SkipLayerNormalization\).*then fuse"):
         fold_file(path, random_plan(tiny_model("class token")[1], 0), tmp_path / "pruned.onnx")
 
 
@@ -186,7 +186,7 @@ def test_a_quantized_graph_is_refused_with_the_advice_to_fold_first(written, tmp
         node.op_type = "DequantizeLinear"
 
     path = edited(written(Foreign()), tmp_path / "quantized.onnx", quantize)
-    with pytest.raises(GraphError, match="Softmax.* is a DequantizeLinear.*then quantize"):
+    with pytest.raises(GraphError, match=r"Softmax.* \(DequantizeLinear\).*then quantize"):
         fold_file(path, random_plan(tiny_model("class token")[1], 0), tmp_path / "pruned.onnx")
 
 

@@ -73,7 +73,7 @@ def test_a_renamed_operator_is_named(dense, model, op_type, position, new_type):
 def test_a_custom_domain_is_refused(dense, model):
     node = nodes(model, "Gelu")[1]
     node.domain = "com.example"
-    assert f"{node.name!r} (Gelu)" in refusal(model, dense.geometry)
+    assert f"{node.name!r} (com.example.Gelu)" in refusal(model, dense.geometry)
 
 
 def test_an_unexpected_operator_between_blocks_is_named(dense, model):

@@ -1,6 +1,7 @@
 """``vpruner compare``: what it measures is so, what is there already is not made again, what fails is reported."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import fields, replace
@@ -18,6 +19,7 @@ from vpruner.core.content_plan import ContentPlan, load_plan
 from vpruner.core.errors import UserError
 from vpruner.core.plan import TokenPlan
 from vpruner.core.rows import read_rows
+from vpruner.core.scratch import marker
 from vpruner.core.specs import DataSpec, LearnSpec, ModelSpec, TimingSpec
 from vpruner.core.statistics import kl_divergence
 from vpruner.pipeline.compare import comparison as module
@@ -133,7 +135,7 @@ def test_the_opset_and_the_threads_that_are_asked_for_are_what_is_reported(copie
 
 def test_a_graph_that_could_not_be_written_is_no_result(card, images, tmp_path):
     given = options(card, images, latency=True, seconds=0.1)
-    (tmp_path / "graphs").write_text("in the way")
+    (tmp_path / "graphs").write_text("")  # In the way, and nothing is lost with it.
     with pytest.raises(UserError, match="cannot write"):
         compare(given, tmp_path)
     assert [row["kind"] for row in read_rows(tmp_path / "results.jsonl")] == ["compared"]
@@ -313,7 +315,7 @@ def test_force_begins_anew_and_results_may_lie_elsewhere(card, images, tmp_path)
         assert row["method"] == "tome" and not (folder / "results.jsonl").exists()
         results.write_text(json.dumps({**row, "top1": {**row["top1"], "value": 9.0}}) + "\n")
     # Rows of something else in a file that several comparisons share are not this one's to drop.
-    other = {"kind": "compared", "key": "of another", "method": "tome"}
+    other = {**row, "key": "of another"}
     with open(results, "a") as file:
         file.write(json.dumps(other) + "\n")
     result = compare(given, folder, results=results)
@@ -373,9 +375,20 @@ def test_rows_of_the_folder_itself_are_no_strangers_however_they_are_named(card,
     results = tmp_path / "out" / "mine.jsonl"
     for folder in ("out", tmp_path / "out"):
         compare(options(card, images), Path(folder), results=results)
-    (tmp_path / "out" / ".report.html.x1.html").write_text("left by a process that was killed")
+    left = tmp_path / "out" / f".report.html.{marker().replace(f'-{os.getpid()}-', f'-{2**22 + 1}-')}x1.html"
+    left.write_text("left by a process that was killed")
     compare(options(card, images), tmp_path / "out", results=results)
-    assert len(read_rows(results)) == 1
+    assert len(read_rows(results)) == 1 and not left.exists()
+    notes = tmp_path / "out" / "plans" / "notes.md"
+    notes.parent.mkdir(exist_ok=True)
+    notes.write_text("mine")
+    with pytest.raises(UserError, match=r"out holds plans/notes\.md, which no comparison wrote"):
+        compare(options(card, images), tmp_path / "out", results=results, force=True)
+    notes.unlink()
+    (tmp_path / "out" / "report.md").write_text("# My notes")
+    with pytest.raises(UserError, match=r"out holds report\.md, which no comparison wrote"):
+        compare(options(card, images), tmp_path / "out", results=results)
+    (tmp_path / "out" / "report.md").unlink()
     (tmp_path / "out" / "report.html.bak").write_text("somebody's copy, which --force would remove")
     with pytest.raises(UserError, match=r"report\.html\.bak"):
         compare(options(card, images), tmp_path / "out", results=results, force=True)
@@ -411,14 +424,16 @@ def test_mistakes_end_in_one_line(arguments, tmp_path):
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
     fails(*arguments, "-o", tmp_path / "photos", says="holds cat.jpg, which no comparison wrote")
     fails(*arguments, "-o", tmp_path / "photos" / "cat.jpg", says="cat.jpg is a file")
-    (tmp_path / "rows.jsonl").write_text('{"kind": "compared"}\n{"kind": "comp')
-    fails(
-        *arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="rows.jsonl, line 2 is not a row"
-    )
-    with pytest.raises(UserError, match="is not a row"):
+    (tmp_path / "rows.jsonl").write_text('{"kind": "another"}\n{"kind": "comp')
+    fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="rows.jsonl, line 2 is not JSON")
+    with pytest.raises(UserError, match="is not JSON"):
         read_rows(tmp_path / "rows.jsonl")
-    (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\n")
-    fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says="cannot read")
+    for content, says in (
+        (b"\xff\xfe\n", "line 1 is not text in UTF-8"),
+        (b'{"kind": "graph"}', "line 1: a row of kind 'graph' is malformed"),
+    ):
+        (tmp_path / "rows.jsonl").write_bytes(content)
+        fails(*arguments, "-o", tmp_path / "b", "--results", tmp_path / "rows.jsonl", says=says)
     (tmp_path / "rows.jsonl").unlink()
     fails(*arguments, "-o", "/proc/out", "--results", tmp_path / "rows.jsonl", says="cannot write to /proc")
     (tmp_path / "rows.jsonl").write_text("")

@@ -1,6 +1,8 @@
 import hashlib
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from vpruner.core import bundled
 from vpruner.core.errors import UserError
 from vpruner.core.preprocess import Preprocessing
+from vpruner.core.progress import reporting
 from vpruner.prune.backbones.registry import BACKBONES, adapter_for
 from vpruner.prune.backbones.vit import weights_sha256
 from vpruner.prune.models import from_module, open_model
@@ -132,7 +135,7 @@ def test_damaged_weights(small_model, weights, tmp_path):
     state = dict(small_model.state_dict())
     state["head.bias"] = torch.full_like(state["head.bias"], torch.nan)
     save_file(state, tmp_path / "nan.safetensors")
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="nan.safetensors: the tensor head.bias is not finite, it holds NaN"):
         open_model(NAME, weights=tmp_path / "nan.safetensors", model_args=SMALL)
 
 
@@ -152,13 +155,68 @@ def test_a_state_dict_with_something_else_than_a_tensor(small_model, tmp_path):
 
 
 def test_unknown_model_arguments(weights):
-    with pytest.raises(UserError, match="does not take these arguments: .*colour.*check 'model_args'"):
+    with pytest.raises(UserError, match="'model_args': 'colour' is no argument of the architecture; leave it out"):
         open_model(NAME, weights=weights, model_args={"colour": 1})
-    wrong = r"arguments: unexpected keyword argument 'img_siz'; did you mean img_size\?"
-    with pytest.raises(UserError, match=wrong):
+    with pytest.raises(UserError, match=r"'img_siz' is no argument of the architecture; did you mean img_size\?"):
         open_model(NAME, weights=weights, model_args={"img_siz": 64})
-    with pytest.raises(UserError, match=r"not be built: unexpected keyword argument 'dept'; did you mean depth\?"):
+    with pytest.raises(UserError, match=r"did you mean depth\?"):
         open_model(model_args={"dept": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"num_heads": 0}, "num_heads is 0, expected a whole number from 1"),
+        ({"num_heads": True}, "num_heads is True, expected a whole number"),
+        ({"depth": "2"}, "depth is '2', expected a whole number"),
+        ({"patch_size": 0}, "patch_size is 0, expected a whole number of pixels"),
+        ({"img_size": [64, 64, 64]}, r"img_size is \[64, 64, 64\], expected .*height, width"),
+        ({"norm_layer": "foo"}, "norm_layer is 'foo', expected one of layernorm, "),
+        ({"norm_layer": []}, r"norm_layer is \[\], expected one of layernorm, "),
+        ({"block_fn": "Block"}, "block_fn is 'Block', expected a class, which only a caller in Python"),
+        ({"pool_include_prefix": "False"}, "pool_include_prefix is 'False', expected true or false"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio is nan, expected a number"),
+        ({"init_values": 10**400}, "init_values is 1000.*, expected a number from 0 to 1000, or null"),
+        ({"pretrained": True}, "'pretrained' says what is loaded and from where"),
+        ({"num_heads": 5}, r"vit_tiny_patch16_224 could not be built with num_heads=5: .*divisible"),
+        ({"depth": 1000, "embed_dim": 60000}, "the model would have about 4.3e[+]13 parameters, .*w.safetensors has"),
+    ],
+)
+def test_a_bad_model_argument_is_named(given, reason, weights):
+    with pytest.raises(UserError, match=reason):
+        open_model(NAME, weights=weights, model_args=given)
+
+
+def test_a_caller_in_python_may_give_a_class_for_a_layer(weights):
+    loaded = open_model(NAME, weights=weights, model_args={**SMALL, "act_layer": torch.nn.ReLU, "class_token": 1})
+    assert isinstance(loaded.adapter.model.blocks[0].mlp.act, torch.nn.ReLU)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("vit_b_16", "torchvision's name, expected timm's, which is vit_base_patch16_224; timm's own weights"),
+        ("google/vit-base-patch16-224", "repository on the Hugging Face hub; timm's weights .*vit_base_patch16_224"),
+        ("openai/clip-vit-large-patch14-336", "vit_large_patch14_clip_336"),
+        ("facebook/dinov2-with-registers-small", "vit_small_patch14_reg4_dinov2"),
+        ("timm/vit_base_patch16_224.augreg_in1k", "timm's name and the file model.safetensors .*vit_base_patch16_224"),
+        ("someone/something", "Hugging Face hub; download the repository into a folder"),
+        ("hf-hub:timm/vit_base_patch16_224", "nothing is downloaded without 'pretrained'"),
+        ("hf_hub:someone/something", "nothing is downloaded without 'pretrained'"),
+    ],
+)
+def test_a_name_of_another_library_is_told_what_timm_calls_it(spec, reason, weights):
+    with pytest.raises(UserError, match=reason):
+        open_model(spec, weights=weights)
+
+
+def test_timm_has_every_name_that_is_recommended():
+    from vpruner.prune import names
+
+    assert all(map(timm.is_model, names._TORCHVISION.values()))
+    told = "vit_base_patch16_siglip_224", "vit_giant_patch14_dinov2", "vit_small_patch16_224", "vit_base_patch8_224"
+    asked = "siglip-base-patch16-224", "dinov2-giant", "dino-vits16", "dino-vitb8"
+    assert tuple(map(names.timm_name, asked)) == told and names.timm_name("resnet-50") is None
 
 
 def test_pretrained_goes_to_the_hub_and_fails_in_one_line(monkeypatch):
@@ -173,6 +231,81 @@ def test_pretrained_goes_to_the_hub_and_fails_in_one_line(monkeypatch):
     with pytest.raises(UserError, match="could not be had: We couldn't connect to the hub; download them elsewhere"):
         open_model(NAME, pretrained=True, model_args={"img_size": 64})
     assert asked == [(NAME, True, {"img_size": 64})]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"num_classes": 10}, "have 1000 classes, num_classes=10 leaves its head untrained"),
+        ({"patch_size": 8}, "are for patches of 16 x 16 pixels, not 8 x 8; .*resample"),
+    ],
+)
+def test_pretrained_weights_that_timm_would_change_are_refused_before_the_download(given, reason, monkeypatch):
+    made = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *names, pretrained=False, **args: made(*names, **args))
+    with pytest.raises(UserError, match=reason):
+        open_model(NAME, pretrained=True, model_args=given)
+    with reporting() as record:
+        open_model(NAME, pretrained=True, model_args={"img_size": 64, "patch_size": 8}, resample=True)
+    assert record.remarks == [
+        f"the pretrained weights of {NAME}: the patch kernel is resampled from 16 x 16 to 8 x 8 pixels: the model has "
+        "to be trained again",
+        f"the pretrained weights of {NAME}: the position embeddings are resampled from a grid of 14 x 14 to 8 x 8 "
+        "patches, that of the model here",
+    ]
+
+
+def test_torch_is_told_to_make_nothing_but_tensors_while_timm_loads(monkeypatch):
+    seen = []
+
+    def create(*names, **arguments):
+        seen.append(os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"))
+        raise OSError("offline")
+
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(UserError, match="offline"):
+        open_model(NAME, pretrained=True)
+    assert seen == ["1"] and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_settings_of_a_repository_are_filtered_as_a_card_is(monkeypatch):
+    config = ({"num_classes": 1000}, NAME, {"cache_dir": "/anywhere"})
+    monkeypatch.setattr("vpruner.prune.models.load_model_config_from_hf", lambda name: config)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was given them"))
+    with pytest.raises(UserError, match="config.json of hf-hub:a/b: 'cache_dir' says what is loaded"):
+        open_model("hf-hub:a/b", pretrained=True)
+
+
+def timm_folder(tmp_path, model, **changes):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    stated = {"mean": [0.1, 0.2, 0.3], "std": [0.5] * 3, "input_size": [3, 64, 64], "url": "http://127.0.0.1:1/x"}
+    config = {"architecture": NAME, "num_classes": 1000, "model_args": {"depth": 2}, "pretrained_cfg": stated}
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return f"local-dir:{folder}"
+
+
+def test_a_folder_of_timm_is_opened_without_its_loaders(small_model, tmp_path, monkeypatch):
+    spec = timm_folder(tmp_path, small_model)
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: pytest.fail("timm loads"))
+    loaded = open_model(spec, pretrained=True)
+    assert torch.equal(loaded.adapter.model.head.weight, small_model.head.weight)
+    assert loaded.preprocessing.mean == (0.1, 0.2, 0.3) and loaded.preprocessing.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"architecture": "nothing"}, "architecture is 'nothing', expected the name of a timm model"),
+        ({"model_args": {"pretrained_cfg_overlay": {}}}, "'pretrained_cfg_overlay' says what is loaded"),
+        ({"model_args": 5}, "model_args are not objects"),
+    ],
+)
+def test_a_bad_folder_of_timm_is_refused(small_model, tmp_path, changes, reason):
+    with pytest.raises(UserError, match=reason):
+        open_model(timm_folder(tmp_path, small_model, **changes), pretrained=True)
 
 
 def test_a_card_with_a_timm_name_and_classes(small_model, weights, tmp_path):
@@ -192,10 +325,18 @@ def test_a_card_with_a_timm_name_and_classes(small_model, weights, tmp_path):
         ({"sha256": "0" * 64}, "its card says 000000000000"),
         ({"class": "os.system"}, "'os.system' is not part of timm"),
         ({"class": "timm.models.vision_transformer.NoSuch"}, "has no timm.models.vision_transformer.NoSuch"),
+        ({"class": "timm.optim.AdamW"}, "has no timm.optim.AdamW"),
+        ({"class": "timm.models.resnet.ResNet"}, "is not a model class that can be pruned"),
         ({"class": "timm.models.vision_transformer.checkpoint_filter_fn"}, "is not a model class"),
-        ({"weights": "elsewhere.safetensors"}, "are not next to it"),
+        (
+            {"weights": "elsewhere.safetensors"},
+            "'elsewhere.safetensors': the file is not there; put the weights next",
+        ),
         ({"classes": ["one"]}, "1 class names for 10 outputs"),
-        ({"args": {"img_size": 32, "colour": 1}}, "the model could not be built"),
+        (
+            {"args": {"img_size": 32, "colour": 1}},
+            "card.json, args: .colour. is no argument of the architecture; correct .args.",
+        ),
         ({"args": None}, "is not a model card"),
         ({"class": None}, "must have one of 'class'"),
         ({"schema": 7}, "has schema 7"),
@@ -214,6 +355,55 @@ def test_a_card_with_a_timm_name_and_classes(small_model, weights, tmp_path):
 def test_a_bad_card_is_refused(tmp_path, changes, reason):
     with pytest.raises(UserError, match=reason):
         open_model(write_card(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        ({"pretrained": True}, "'pretrained' says what is loaded"),
+        ({"cache_dir": "/anywhere"}, "'cache_dir' says what is loaded"),
+        ({"pretrained_cfg": {"url": "file:///etc/passwd"}}, "'pretrained_cfg' says what is loaded"),
+        ({"checkpoint_path": "x"}, "'checkpoint_path' says what is loaded"),
+        ({"features_only": True}, "'features_only' says what is loaded"),
+        ({"device": "cuda"}, "'device' is no argument"),
+        ({"num_heads": 0}, "num_heads is 0, expected"),
+        ({"num_heads": 3}, "could not be built with .*num_heads=3.*: .*divisible"),
+        ({"embed_dim": 60000, "depth": 1000}, "the model would have about"),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_card_gives_arguments_of_the_architecture_only(tmp_path, args, reason, named):
+    base = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 8, "num_heads": 4, "num_classes": 10}
+    changes = {"class": None, "name": NAME} if named else {}
+    with pytest.raises(UserError, match=f"card.json.*{reason}"):
+        open_model(write_card(tmp_path, args={**base, **args}, **changes))
+
+
+@pytest.mark.parametrize("weights", ["/etc/passwd", "../w.safetensors", "C:\\w.pth", "", "a\0b"])
+def test_a_card_names_weights_beside_it_only(tmp_path, weights):
+    with pytest.raises(UserError, match="names the weights .* is no name of a file in the folder"):
+        open_model(write_card(tmp_path, weights=weights, sha256=None))
+
+
+def test_links_of_a_hubs_cache_are_followed_and_others_are_not(tmp_path):
+    for folder in ("blobs", "snapshots", "other"):
+        (tmp_path / folder).mkdir()
+    card = Path(write_card(tmp_path / "blobs"))
+    card.rename(tmp_path / "blobs" / "abc")
+    (tmp_path / "blobs" / "reference.safetensors").rename(tmp_path / "blobs" / "def")
+    (tmp_path / "snapshots" / "card.json").symlink_to("../blobs/abc")
+    (tmp_path / "snapshots" / "reference.safetensors").symlink_to("../blobs/def")
+    assert open_model(str(tmp_path / "snapshots" / "card.json")).sha256 == open_model().sha256
+    shutil.copy(tmp_path / "blobs" / "abc", tmp_path / "other" / "card.json")
+    (tmp_path / "other" / "reference.safetensors").symlink_to("../blobs/def")
+    with pytest.raises(UserError, match="the file is a link to a file outside"):
+        open_model(str(tmp_path / "other" / "card.json"))
+
+
+@pytest.mark.parametrize("name", ["hf-hub:a/b", "local-dir:/x", "nothing", "/etc/passwd"])
+def test_a_card_names_a_model_of_timm_only(tmp_path, name):
+    with pytest.raises(UserError, match="expected the name of a timm model"):
+        open_model(write_card(tmp_path, **{"class": None}, name=name))
 
 
 def test_weights_in_place_of_a_cards_own(tmp_path):
@@ -284,7 +474,7 @@ def test_a_module_that_states_no_preprocessing_is_asked_for_it():
 @pytest.mark.parametrize(
     "module, given, reason",
     [
-        (lambda: torch.nn.Linear(2, 3), {}, "it is a Linear, not a timm VisionTransformer; models that can"),
+        (lambda: torch.nn.Linear(2, 3), {}, "it is a Linear, not a timm VisionTransformer; .*models that can"),
         (lambda: timm.create_model("resnet18"), {}, "resnet18 cannot be pruned: it is a ResNet"),
         (lambda: bare(dynamic_img_size=True), {}, "dynamic_img_size lets the image size vary"),
         (lambda: bare(in_chans=1), {"preprocessing": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}, "takes 1 channels"),
@@ -302,6 +492,33 @@ def test_options_of_files_do_not_go_with_a_module(small_model):
     for given in (dict(pretrained=True), dict(weights="w.pth"), dict(model_args=SMALL)):
         with pytest.raises(UserError, match="in memory has its weights"):
             open_model(small_model, **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("swin_tiny_patch4_window7_224", "SwinTransformer, not a .*its attention works in windows"),
+        ("beit_base_patch16_224", "a bias by relative position"),
+        ("vit_relpos_small_patch16_224", "a bias by relative position"),
+        ("eva02_tiny_patch14_224", "RoPE"),
+        ("naflexvit_base_patch16_gap", "two inputs, patches and where they are"),
+        ("mixer_s16_224", "no attention over tokens"),
+        ("levit_128", "merges tokens from stage to stage"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_with_what_stands_in_the_way(name, cause):
+    with torch.device("meta"):  # Only its parts are looked at.
+        model = timm.create_model(name)
+    with pytest.raises(UserError, match=f"{name} cannot be pruned: .*{cause}.*; models that can: "):
+        adapter_for(model, name)
+
+
+def test_a_model_of_transformers_in_memory_is_asked_for_as_a_folder():
+    transformers = pytest.importorskip("transformers")
+    small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = transformers.CLIPConfig(text_config=small, vision_config={**small, "image_size": 8, "patch_size": 4})
+    with pytest.raises(UserError, match="two inputs, images and text; save it with save_pretrained"):
+        adapter_for(transformers.CLIPModel(config), "clip")
 
 
 def test_every_backbone_takes_what_it_detects(small_model):

@@ -7,6 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from tiny_vits import KINDS, calibration_for, frozen_plan, half_plan, tiny
 
+from vpruner.core.errors import UserError
 from vpruner.core.plan import TokenPlan
 from vpruner.prune.backbones.forms import attended_values
 from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
@@ -165,11 +166,10 @@ def test_disk_and_memory_give_the_same(fit, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     adapter, plan, calibration = case()
     in_memory, details = fit(adapter, plan, calibration, calibration.fit)
-    written = []
-    real = np.save
-    monkeypatch.setattr(np, "save", lambda *args: (written.append(args[0]), real(*args)))
+    read, real = [], np.load
+    monkeypatch.setattr(np, "load", lambda path: read.append(path) or real(path))
     on_disk, again = fit(adapter, plan, calibration, calibration.fit, ram_bytes=0)
-    assert written and not list(tmp_path.iterdir())
+    assert read and not list(tmp_path.iterdir())
     assert details == again
     assert in_memory == on_disk if isinstance(in_memory, TokenPlan) else equal(in_memory, on_disk)
 
@@ -504,13 +504,15 @@ def test_weights_that_do_harm_are_undone(garbage, monkeypatch):
     assert weights_sha256(adapter.model) == before
 
 
-def test_targets_that_are_not_numbers_change_nothing():
+def test_targets_that_are_not_numbers_are_refused():
     adapter, plan, _ = case()
     with torch.no_grad():
         adapter.model.blocks[2].mlp.fc1.weight[0, 0] = torch.nan
+    before = weights_sha256(adapter.model)
     for kind in TUNED:
-        tuned = tune(adapter, plan, calibration_for(adapter), kind)
-        assert tuned.plan is plan and tuned.weights is None and not tuned.kept and tuned.note
+        with pytest.raises(UserError, match="tiny: the outputs are not finite .* for 8 of 8 images"):
+            tune(adapter, plan, calibration_for(adapter), kind)
+    assert weights_sha256(adapter.model) == before
 
 
 def test_garbage_gradients_are_undone(monkeypatch):

@@ -1,5 +1,7 @@
 """Blocks as HTML and as Markdown: the same text in both, and nothing of it is markup."""
 
+import html
+
 import pytest
 
 from vpruner.report.blocks import Code, Figure, Items, Section, Table, Text, Tile
@@ -30,10 +32,21 @@ def test_no_text_is_markup():
 
 def test_markdown_escapes_all_but_code():
     text = to_markdown(EVIL, EVIL, SECTIONS)
-    escaped = "\\<b\\>&\"'\\|\\*\\_\\`"
+    escaped = "&lt;b&gt;&\"'\\|\\*\\_\\`"
     assert text.count(escaped) == 8 and f"```sh\n{EVIL}\n```" in text and "```text\nplain\n```" in text
     assert f"**{escaped}**\n\n| {escaped} | n |\n| --- | ---: |\n" in text
     assert text.endswith("Pictures are in report.html.\n")
+
+
+def test_nothing_in_markdown_begins_a_tag_an_entity_or_ends_a_fence():
+    evil = "<img src=x onerror=alert(1)>&lt;b&gt;&#60;&amp & # x"
+    code = "a\n```\n<script>alert(2)</script>\n`````"
+    text = to_markdown(evil, evil, [Section(evil, [Table((evil,), ((evil,),), evil), Code("sh", code)])])
+    said, fence, _ = text.partition("``````sh\n")
+    assert fence and "<" not in said and text.count(f"``````sh\n{code}\n``````\n") == 1
+    # As a browser would show it: what was there, and nothing more.
+    shown = html.unescape(said.splitlines()[0].replace("\\#", "#").replace("\\&", "&"))
+    assert shown == f"# {evil}"
 
 
 def test_columns_of_words_are_at_the_left_in_both():

@@ -529,6 +529,22 @@ def test_user_mistakes_end_in_one_line(llava, batch):
         llava(**{**batch, "pixel_values": None})
 
 
+def test_a_second_turn_on_a_pruned_cache_is_told_why_it_cannot_be(llava, batch):
+    """Of text alone: generate() cuts the dialogue at the length of the cache, which tokens were dropped from."""
+    with saint(llava, "vit", keep=0.5), torch.inference_mode():
+        first = llava.generate(**batch, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+        cache, text = first.past_key_values, torch.full((len(first.sequences), 4), 5)
+        dialogue = torch.cat([first.sequences, text], 1)
+        mask = torch.cat([batch["attention_mask"], torch.ones(len(text), 6, dtype=torch.long)], 1)
+        held, before = cache.get_seq_length(0), dialogue.shape[1] - text.shape[1] - 1
+        with pytest.raises(UserError, match=f"it holds {held} of the {before} tokens .* the whole dialogue and its im"):
+            llava.generate(input_ids=dialogue, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
+        assert held < before
+        ids = {"input_ids": batch["input_ids"], cache_name(llava.forward): cache}
+        with pytest.raises(UserError, match="a later turn brings images"):
+            llava(**ids)
+
+
 @pytest.mark.parametrize(
     "encoder, language, message",
     [

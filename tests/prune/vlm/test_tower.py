@@ -2,6 +2,7 @@
 
 import json
 
+import fuzz
 import numpy as np
 import pytest
 import torch
@@ -283,7 +284,12 @@ def test_the_settings_inside_a_processor_config_count_too(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.0078"),
+        ({"do_rescale": False}, "do_rescale is false, so pixels are not divided by 255"),
+        ({"do_rescale": "no"}, "do_rescale is 'no', expected true or false"),
+        ({"rescale_factor": "1"}, "rescale_factor is '1'"),
+        ({"resample": [3]}, "resample is [3]"),
+        ({"size": {"shortest_edge": 0}}, "images of 32 pixels from 0"),
         ({"resample": 9}, "resample is 9"),
         ({"crop_size": {"height": 24, "width": 24}}, "images of 24 pixels from 36, the tower takes 32 x 32"),
         ({"do_center_crop": False, "size": {"height": 48, "width": 48}}, "48 pixels"),
@@ -294,6 +300,34 @@ def test_preparations_that_cannot_be_had_are_refused(changes, says, tmp_path):
     with pytest.raises(UserError, match="preprocessor_config.json") as error:
         towers.read_preprocessing(tmp_path, (32, 32))
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize("seeds", fuzz.examples())
+def test_any_preparation_is_read_or_refused(seeds, tmp_path):
+    path = tmp_path / "preprocessor_config.json"
+    for seed in seeds:
+        path.write_bytes(fuzz.mutated_json(PREPROCESSING, seed))
+        with fuzz.survives(seed, tmp_path / "out"):
+            towers.read_preprocessing(tmp_path, (32, 32))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("config.json", {"attn_implementation": "a/b"}, "attn_implementation of config.json is 'a/b', code of a repo"),
+        ("config.json", {"vision_config": {"_attn_implementation": "a/b:f"}}, "_attn_implementation of config.json"),
+        ("adapter_config.json", {"base_model_name_or_path": "a/b"}, "holds an adapter"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "../x.safetensors"}}, "weight_map names '../x.safet"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "/x.safetensors"}}, "weight_map names '/x.safet"),
+        ("pytorch_model.bin.index.json", {"weight_map": 5}, "weight_map names 5"),
+    ],
+)
+def test_a_folder_that_names_code_or_files_elsewhere_is_refused(file, content, reason, tmp_path):
+    described = {"model_type": "clip_vision_model"}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    (tmp_path / file).write_text(json.dumps({**(described if file == "config.json" else {}), **content}))
+    with pytest.raises(UserError, match=reason):
+        towers.load_tower(tmp_path)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -310,7 +344,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, llava_folder):
     refused("local-dir:", architecture="vit_tiny_patch16_224")
     refused("cannot be loaded as CLIPVisionModel", model_type="clip_vision_model", **SIZES, **MLP)
     (tmp_path / "config.json").write_text("{")
-    refused("cannot be read")
+    refused("is not JSON")
     fails("export", llava_folder, "--pretrained", "-o", tmp_path / "x.onnx", says="leave out --pretrained")
 
 

@@ -134,8 +134,8 @@ def test_answers_are_compared_without_what_does_not_matter(text, same):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", "line 2: not JSON"),
-        ("[]", "line 2: not a JSON object"),
+        ("{", "line 2 is not JSON"),
+        ("[]", "line 2 holds a list, expected an object"),
         ('{"question": "what?", "answer": "cat"}', "line 2: no 'image'"),
         ('{"image": [], "question": "what?", "answer": "cat"}', "line 2: no 'image'"),
         ('{"image": "0-0.png", "question": " ", "answer": "cat"}', "line 2: no 'question'"),
