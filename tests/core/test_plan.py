@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from vpruner.core.cost import dense_macs, plan_macs
 from vpruner.core.errors import PlanError
-from vpruner.core.files import json_sha256
 from vpruner.core.geometry import Geometry
+from vpruner.core.json_file import json_sha256
 from vpruner.core.plan import KINDS, TokenPlan, live_masks
 from vpruner.core.schedule import schedule
 
