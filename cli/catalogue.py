@@ -12,7 +12,7 @@ import click
 CATALOGUE: dict[str, dict[str, str]] = {
     "Prune": {
         "run": "Prune a model, export it, check and measure the files, and write a report: all in one folder.",
-        "prune": "Learn a token plan: which patch tokens enter each block.",
+        "prune": "Learn a token plan: which patch tokens each block reads and updates.",
         "fold": "Fold a token plan into the dense ONNX graph of a Vision Transformer. Needs no PyTorch.",
         "export": "Export a model to ONNX, whole or pruned, and check that the file computes the same.",
     },
@@ -20,7 +20,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "inspect": "Say what is recognised in an ONNX graph, or name the node where recognition stopped.",
         "check": "List what a runtime cannot run in an ONNX file, or runs slowly, node by node.",
         "analyze": "Measure what tokens do in each block, and find the stages of SAINT.",
-        "show": "Draw the tokens that each block keeps on an image.",
+        "show": "Draw what each block still does with the patches of an image.",
         "report": "Write a page of measured latencies: tables, charts and protocol.",
     },
     "Measure": {

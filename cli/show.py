@@ -25,12 +25,14 @@ def show(plan, image, output, as_json) -> None:
     Example:
       vpruner show runs/demo/plan.json --image cat.jpg -o tokens.png
     """
+    from ..core.plan import KINDS
     from ..pipeline.show import show
     from ..report.tables.plan import plan_table
 
     plan_object = show(plan, image, output)
     if as_json:
-        print_json({"file": str(output), "model": plan_object.model, "kept": [len(k) for k in plan_object.kept]})
+        counts = {kind: [len(patches) for patches in getattr(plan_object, kind)] for kind in KINDS}
+        print_json({"file": str(output), "model": plan_object.model, **counts})
         return
     print_table(plan_table(plan_object))
     click.echo(output)

@@ -1,15 +1,25 @@
-"""A token plan as a short text and as a small picture, for a terminal and a notebook.
+"""A token plan as a short text and as maps of its patches, for a terminal, a notebook and a report.
 
 Plain numbers come in, so that :mod:`vpruner.core.plan` may use it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
-#: Pixels of the longer side of a picture, and of the smallest patch in it.
-_SIDE, _LEAST = 168, 2
+from .text import counted
+
+Colour = tuple[int, int, int]
+
+#: Early to never: dark to light, ordered by lightness so that it survives greyscale printing and colour blindness.
+HEAT = ((46, 24, 82), (59, 76, 144), (36, 134, 142), (74, 184, 126), (190, 215, 82), (250, 229, 128))
+INK, PAPER = (24, 28, 36), (255, 255, 255)
+#: What the three masks of a block let a patch do, and the same above a column of numbers.
+DOES, _COLUMNS = ("is read", "attends", "passes the MLP"), ("read", "attend", "MLP")
+#: Units of a picture of maps: its width, the longer side of a map, the space between maps and above them, and the least
+#: side of a patch that has borders, and that has a number on it.
+_WIDTH, _SIDE, _GAP, _TOP, _BORDERED, _NUMBERED = 860, 196, 14, 24, 5, 14
 
 
 def table_text(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:
@@ -40,23 +50,118 @@ def table_html(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
     return f"<table>{caption}<thead>{cells(header, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
-def exits_svg(exits: Sequence[int], grid: tuple[int, int], depth: int) -> str:
-    """The patches of the grid, each as dark as it stays long; one that stays to the end is green.
+def patch_maps(
+    classes: Sequence[Sequence[int]],
+    bands: Sequence[tuple[Colour, str]],
+    marks: Sequence[Sequence[str]],
+    grid: tuple[int, int],
+    label: str,
+) -> str:
+    """A map of the patch grid for each kind of mask, and at the right what colours mean and how many patches have them.
 
     Args:
-        exits: The block at which each patch leaves, row by row; ``depth`` for one that stays.
+        classes: [kind 3][patch], kinds as in :data:`DOES`: which of ``bands`` a patch has.
+        bands: Colours with what they stand for, from the top.
+        marks: [kind 3][patch]: what is written on a patch, where there is room.
         grid: Patches per column and per row.
+        label: What the picture shows, for who does not see it.
     """
     height, width = grid
-    size = max(_LEAST, _SIDE // max(grid))
+    cell = _SIDE / max(grid)
+    step = min(20.0, max(11.0, cell * height / len(bands)))
+    left = len(DOES) * (width * cell + _GAP)
     parts = []
-    for index, leaves in enumerate(map(int, exits)):
-        y, x = divmod(index, width)
-        shade = 235 - round(150 * leaves / depth)
-        fill = "#2a9d5c" if leaves == depth else f"rgb({shade},{shade},{shade})"
-        when = "stays to the end" if leaves == depth else f"leaves at block {leaves}"
-        place = f'x="{x * size}" y="{y * size}" width="{size - 1}" height="{size - 1}"'
-        parts.append(f'<rect {place} fill="{fill}"><title>patch {index} {when}</title></rect>')
-    box = f'width="{width * size}" height="{height * size}" viewBox="0 0 {width * size} {height * size}"'
-    label = "the patches of the grid; green ones stay to the end, the lighter the others the sooner they leave"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+    def text(x: float, y: float, words: str, anchor: str, more: str = "") -> None:
+        parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(words)}</text>')
+
+    for number, (title, mine) in enumerate(zip(DOES, classes, strict=True)):
+        x, column = number * (width * cell + _GAP), left + 144 + number * 40
+        text(x, _TOP - 10, title, "start")
+        parts.append(f'<g transform="translate({x:.1f} {_TOP}) scale({cell:.4g})">')
+        for band, (colour, name) in enumerate(bands):
+            patches = [patch for patch, one in enumerate(mine) if one == band]
+            if patches:
+                told = f"<title>{escape(f'{title}: {name} ({len(patches)} of {len(mine)} patches)')}</title>"
+                parts.append(f'<path d="{cells_path(patches, width)}" fill="{_hex(colour)}">{told}</path>')
+        if cell >= _BORDERED:
+            lines = "".join(f"M0 {y}h{width}" for y in range(1, height))
+            lines += "".join(f"M{x} 0v{height}" for x in range(1, width))
+            parts.append(f'<path d="{lines}" stroke="#fff" stroke-opacity=".45" stroke-width="{0.7 / cell:.3g}"/>')
+        parts.append("</g>")
+        if cell >= _NUMBERED:
+            for patch, (band, mark) in enumerate(zip(mine, marks[number], strict=True)):
+                if mark:
+                    place = x + (patch % width + 0.5) * cell, _TOP + (patch // width + 0.5) * cell + 3.5
+                    text(*place, mark, "middle", f' fill="{_hex(readable_on(bands[band][0]))}" font-size="10"')
+        for band in range(len(bands)):
+            count = sum(one == band for one in mine)
+            text(column, _TOP + (band + 0.5) * step + 4, str(count), "end", "" if count else ' fill-opacity=".4"')
+        text(column, _TOP - 10, _COLUMNS[number], "end")
+    for band, (colour, name) in enumerate(bands):
+        y = _TOP + band * step
+        box = f'x="{left}" y="{y:.1f}" width="20" height="{step - 1:.1f}" fill="{_hex(colour)}"'
+        parts.append(f"<rect {box}/>")
+        text(left + 27, y + 0.5 * step + 4, name, "start")
+    box = f"0 0 {_WIDTH} {_TOP + max(height * cell, len(bands) * step):.0f}"
+    style = "font: 11px var(--font, system-ui, sans-serif)"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" width="{_WIDTH}" fill="currentColor" style="{style}" '
+        f'role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    )
+
+
+def exits_svg(
+    exits: Sequence[Sequence[int]], grid: tuple[int, int], depth: int, last_update: int, *, nested: bool = True
+) -> str:
+    """Three maps: from which block on each patch is no longer read, does not attend and does not pass the MLP.
+
+    Args:
+        exits: [kind 3][patch], kinds as in :data:`vpruner.core.plan.KINDS`: the block from which on a patch is in no
+            set of that kind; of a plan that is not nested, the number of blocks that have it in one.
+        grid: Patches per column and per row.
+        depth: Blocks of the model, L.
+        last_update: One past the last block in which updating a patch can matter.
+        nested: Whether the plan is.
+    """
+    ends = (depth, last_update, last_update)
+    classes = [[0 if one >= end else depth - one for one in kind] for kind, end in zip(exits, ends, strict=True)]
+    marks = [[str(depth - one) if one else "" for one in kind] for kind in classes]
+    names = ["to the end", *(f"stops at block {block}" for block in reversed(range(depth)))]
+    if not nested:
+        names = ["in all blocks", *(f"in {counted(number, 'block')}" for number in reversed(range(depth)))]
+    bands = [(heat(1 - band / depth), name) for band, name in enumerate(names)]
+    counts = (f"{kind.count(0)} of {len(kind)} {does}" for kind, does in zip(classes, DOES, strict=True))
+    label = f"what each patch does {names[0]}: {', '.join(counts)}; the darker a patch, the sooner that stops"
+    return patch_maps(classes, bands, marks, grid, label)
+
+
+def cells_path(patches: Iterable[int], width: int) -> str:
+    """SVG path data over some patches of a grid, one unit large each: a rectangle for each run in a row.
+
+    Args:
+        patches: Row-major indices, ascending.
+        width: Patches per row.
+    """
+    runs: list[list[int]] = []
+    for patch in patches:
+        if runs and patch % width and patch == sum(runs[-1]):
+            runs[-1][1] += 1
+        else:
+            runs.append([patch, 1])
+    return "".join(f"M{start % width} {start // width}h{count}v1h-{count}z" for start, count in runs)
+
+
+def heat(position: float) -> Colour:
+    """Colour at 0 (stops at once) to 1 (never stops), linear between the anchors."""
+    place = min(max(position, 0.0), 1.0) * (len(HEAT) - 1)
+    low = min(int(place), len(HEAT) - 2)
+    return tuple(round(a + (b - a) * (place - low)) for a, b in zip(HEAT[low], HEAT[low + 1], strict=True))
+
+
+def readable_on(fill: Colour) -> Colour:
+    return INK if 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140 else PAPER
+
+
+def _hex(colour: Colour) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)

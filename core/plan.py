@@ -320,7 +320,8 @@ class TokenPlan:
 
     def _repr_html_(self) -> str:
         geometry = self.geometry
-        picture = exits_svg(self.exits.tolist(), geometry.grid, geometry.depth, last_update(geometry))
+        counts = self.masks.sum(1).tolist()  # Of a nested plan they are its exits.
+        picture = exits_svg(counts, geometry.grid, geometry.depth, last_update(geometry), nested=self.is_nested)
         return f"<div>{table_html(*self._table())}{picture}</div>"
 
     # -- JSON -----------------------------------------------------------------------------------------------------

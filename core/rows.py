@@ -47,9 +47,7 @@ class CostRow(_Row):
     parameters: int
 
 
-class StageRow(_Row):
-    """What a stage did; ``label`` says which accuracy rows show the model after it."""
-
+class _Stage(_Row):
     stage: str
     method: str
     label: str
@@ -59,6 +57,16 @@ class StageRow(_Row):
     note: str
     macs: int
     ratio: float
+
+
+class StageRow(_Stage, total=False):
+    """What a stage did; ``label`` says which accuracy rows show the model after it.
+
+    A search whose plan is nested has ``exits``, [kind 3, patch N] as :attr:`vpruner.core.plan.TokenPlan.exits`. Rows of
+    plans that drop tokens whole have one list, [patch N]: the first block that a patch does not enter.
+    """
+
+    exits: list[list[int]] | list[int]
 
 
 class _Parity(_Row):

@@ -101,7 +101,7 @@ def stage_rows(learned: Learned, labels: Sequence[str]) -> list[dict[str, Any]]:
     for stage, label in zip(learned.stages, labels, strict=True):
         row = {**stage.to_json(), "schema": 1, "kind": "stage", "label": label}
         row.update(macs=plan_macs(stage.plan), ratio=round(cost_ratio(stage.plan), 6))
-        if stage.name == "search":
+        if stage.name == "search" and stage.plan.is_nested:
             row["exits"] = stage.plan.exits.tolist()
         rows.append(row)
     return rows

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def show(source: Path, image: str | None, output: Path) -> TokenPlan:
-    """Draw the kept tokens of a plan.json or pruned.onnx on an image; returns the plan."""
+    """Draw what each block does with the patches of an image, by a plan.json or pruned.onnx; returns the plan."""
     from ..core.files import atomic_path
     from ..core.ours import marked_picture
     from ..core.preprocess import Preprocessing, load_image
-    from ..report.tokens import draw_kept_tokens
+    from ..report.tokens import draw_plan
 
     check_output(output, ".png", source, image)
     if source.suffix.lower() == ".onnx":
@@ -44,7 +44,7 @@ def show(source: Path, image: str | None, output: Path) -> TokenPlan:
     if preprocessing is not None:
         picture = preprocessing.crop(picture)
     with atomic_path(output) as temporary:
-        draw_kept_tokens(picture, plan).save(temporary, format="PNG", pnginfo=marked_picture())
+        draw_plan(picture, plan).save(temporary, format="PNG", pnginfo=marked_picture())
     return plan
 
 

@@ -52,6 +52,7 @@ class Figure:
         plain: Takes its place in Markdown.
         legend: Colours (None: blank) with what they stand for.
         themed: Whether it takes the page's own colours; else it is drawn on white.
+        moving: Whether it has steps of which the page's script shows one at a time.
     """
 
     markup: str
@@ -59,6 +60,7 @@ class Figure:
     plain: Code | None = None
     legend: tuple[tuple[tuple[int, int, int] | None, str], ...] = ()
     themed: bool = False
+    moving: bool = False
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class Bars:
     Attributes:
         label: Its name.
         ms: Milliseconds of each block.
-        tokens: Tokens that enter each block; empty where that is not known.
+        tokens: Tokens that each block reads; empty where that is not known.
     """
 
     label: str
@@ -179,15 +179,16 @@ def blocks_chart(candidates: Sequence[Bars]) -> str:
     return plot.svg("milliseconds and tokens of each block")
 
 
-def tokens_chart(keys: Sequence[int], queries: Sequence[int], dense: int) -> str:
-    """Tokens that enter each block (wide bars) and that leave it (narrow ones), under the count of the dense model."""
+def tokens_chart(keys: Sequence[int], queries: Sequence[int], mlps: Sequence[int], dense: int) -> str:
+    """Tokens that each block reads, that attend, and that pass its MLP, under the count of the dense model."""
     plot = Plot((0, len(keys)), nice_ticks(1.12 * dense), ("tokens", "block"))
-    for block, (entering, leaving) in enumerate(zip(keys, queries, strict=True)):
-        plot.bar(block + 0.11, block + 0.89, entering, COLOURS[0], f"block {block}: {entering} keys")
-        plot.bar(block + 0.29, block + 0.71, leaving, COLOURS[1], f"block {block}: {leaving} queries")
+    for place, (counts, what) in enumerate(((keys, "are read"), (queries, "attend"), (mlps, "pass the MLP"))):
+        for block, count in enumerate(counts):
+            left = block + 0.11 + 0.26 * place
+            plot.bar(left, left + 0.24, count, COLOURS[place], f"block {block}: {count} tokens {what}")
     plot.rule(dense, f"dense: {dense}")
     _mark_blocks(plot, len(keys))
-    return plot.svg("keys and queries of each block")
+    return plot.svg("tokens that each block reads, that attend and that pass its MLP")
 
 
 def staircase_chart(keys: Sequence[int], ms: Sequence[float], marked: Sequence[int] = ()) -> str:

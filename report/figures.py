@@ -1,104 +1,96 @@
-"""Pictures of a report: of a plan on its grid and on images, of what blocks take, of how a rearrangement went."""
+"""Pictures of a report: of a plan on its grid, of what blocks take, of how a rearrangement went."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ..core.plan import TokenPlan
+from ..core.drawing import DOES, exits_svg, patch_maps
+from ..core.plan import KINDS, TokenPlan, last_update
 from . import charts
 from .blocks import Code, Figure
 from .numbers import milliseconds, number
 from .results import Row, listed, mapping
 from .tables.latency import runtime_of
-from .tokens import (
-    LEAVES_EARLIER,
-    LEAVES_HERE,
-    LEAVES_LATER,
-    LEFT_EARLIER,
-    STAYED,
-    draw_kept_tokens,
-    exit_map,
-    moved_map,
-)
 
-if TYPE_CHECKING:
-    from PIL import Image
+# -- the grid ---------------------------------------------------------------------------------------------------------
 
-#: A picture larger than this as PNG is stored as JPEG.
-LARGEST_PNG = 600_000
-
-
-# -- the grid and images ----------------------------------------------------------------------------------------------
+#: Of a patch that stops later than the search had it, at the same block, or earlier: colours and names.
+MOVED = (((36, 134, 142), "later"), ((226, 230, 236), "not moved"), ((226, 104, 46), "earlier"))
 
 
 def exits_figure(plan: TokenPlan) -> Figure:
-    names = ["." if exit_ == plan.geometry.depth else str(exit_) for exit_ in plan.exits.tolist()]
-    text = f"the block at which each patch leaves; . stays to the end\n{_grid(plan, names)}"
-    caption = "The first block that each patch does not enter, counted from 0, and how many patches leave there."
-    markup = _picture(exit_map(plan, title=False, density=2), "heat map: the block at which each patch leaves")
-    return Figure(markup, caption, Code("text", text))
-
-
-def example_figure(plan: TokenPlan, image: Image.Image, position: int) -> Figure:
-    """What each block sees of an image; ``position`` is its number on the page."""
-    picture = draw_kept_tokens(image, plan, title=False, density=2)
-    legend = ((None, "kept"), (LEAVES_HERE, "leaves at this block"), (LEFT_EARLIER, "left earlier"))
-    alt = f"example {position}: patches that enter each block"
-    return Figure(_picture(picture, alt), f"Example {position}: what each block sees.", legend=legend)
+    """Where patches stop being read, attending and passing the MLP; or in how many blocks they do, if not nested."""
+    geometry, end = plan.geometry, last_update(plan.geometry)
+    counts = plan.masks.sum(1)  # Of a nested plan they are its exits.
+    svg = exits_svg(counts.tolist(), geometry.grid, geometry.depth, end, nested=plan.is_nested)
+    if plan.is_nested:
+        caption = "The block from which on a patch is no longer read, does not attend and does not pass the MLP."
+        last = "to the end"
+    else:
+        caption = (
+            "In how many blocks a patch is read, attends and passes the MLP. A patch of this plan may stop in one "
+            "block and go on in a later one, so there is no map of where it stops: see the blocks above."
+        )
+        last = "in all blocks"
+    if end < geometry.depth:
+        caption += " The last block is left out of what attends and passes the MLP: nothing would read the result."
+    words = [
+        ["." if one >= most else str(one) for one in kind]
+        for kind, most in zip(counts, (geometry.depth, end, end), strict=True)
+    ]
+    return Figure(svg, caption, Code("text", _grids(plan, words, last)), themed=True)
 
 
 def moved_figure(plan: TokenPlan, stages: Sequence[Row]) -> Figure | None:
     """Patches that a later stage moved; None where the exits that the search chose are not known or are the plan's."""
     before = _searched_exits(plan, stages)
-    if before is None:
+    if before is None or not plan.is_nested:
         return None
     moved = plan.exits - before
-    names = ["." if not one else f"{one:+d}" for one in moved.tolist()]
-    text = f"how many blocks later (+) or earlier (-) each patch leaves than the search had it\n{_grid(plan, names)}"
-    later, earlier = int((moved > 0).sum()), int((moved < 0).sum())
-    caption = f"Patches that leave later than the search had it: {later}; earlier: {earlier}. Numbers are of blocks."
-    legend = ((STAYED, "as the search had it"), (LEAVES_LATER, "leaves later"), (LEAVES_EARLIER, "leaves earlier"))
-    markup = _picture(moved_map(plan, before, density=2), "patches that the rearrangement moved")
-    return Figure(markup, caption, Code("text", text), legend)
+    later, earlier = (moved > 0).sum(1), (moved < 0).sum(1)
+    counts = "; ".join(
+        f"{does}: {more} later, {less} earlier" for does, more, less in zip(DOES, later, earlier, strict=True)
+    )
+    caption = f"Patches that stop at another block than the search had it, by how many blocks; {counts}."
+    marks = [[f"{one:+d}" if one else "" for one in kind] for kind in moved.tolist()]
+    label = f"patches that the rearrangement moved. {counts}"
+    markup = patch_maps((1 - np.sign(moved)).tolist(), MOVED, marks, plan.geometry.grid, label)
+    words = [[mark or "." for mark in kind] for kind in marks]
+    return Figure(markup, caption, Code("text", _grids(plan, words, "as the search had it")), themed=True)
 
 
 def _searched_exits(plan: TokenPlan, stages: Sequence[Row]) -> np.ndarray | None:
-    """int [patch N]: where the search had each patch leave."""
-    exits = listed(next((row.get("exits") for row in stages if row.get("stage") == "search"), None))
-    depth = plan.geometry.depth
-    if len(exits) != plan.geometry.patches:
+    """int [kind 3, patch N]: where the search had each patch stop; None where that is not known, or as in the plan."""
+    found = listed(next((row.get("exits") for row in stages if row.get("stage") == "search"), None))
+    depth, patches = plan.geometry.depth, plan.geometry.patches
+
+    def exits_in(values: Any) -> bool:
+        values = listed(values)
+        return len(values) == patches and all(type(value) is int and 0 <= value <= depth for value in values)
+
+    if exits_in(found):  # Rows of plans that drop tokens whole have one list.
+        before = TokenPlan.dropping_from_exits(plan.model, plan.geometry, np.array(found)).exits
+    elif len(found) == len(KINDS) and all(map(exits_in, found)):
+        before = np.array(found)
+    else:
         return None
-    if not all(isinstance(exit_, int) and 0 <= exit_ <= depth for exit_ in exits):
-        return None
-    before = np.array(exits)
     return None if (before == plan.exits).all() else before
 
 
-def _grid(plan: TokenPlan, names: Sequence[str]) -> str:
-    """One word per patch, in the rows and columns of the grid."""
+def _grids(plan: TokenPlan, words: Sequence[Sequence[str]], dot: str) -> str:
+    """For each kind of mask one word per patch, in the rows and columns of the grid; ``dot`` is what a dot means."""
     height, width = plan.geometry.grid
-    room = max(map(len, names))
-    rows = (" ".join(name.rjust(room) for name in names[row * width : (row + 1) * width]) for row in range(height))
-    return "\n".join(rows)
-
-
-def _picture(image: Image.Image, alt: str) -> str:
-    """An ``img`` tag with the picture inside, shown at half its size: it was drawn for high-resolution screens."""
-    stream, kind = io.BytesIO(), "png"
-    image.save(stream, "PNG", optimize=True)
-    if stream.tell() > LARGEST_PNG:
-        stream, kind = io.BytesIO(), "jpeg"
-        image.save(stream, "JPEG", quality=88, subsampling=0)
-    data = base64.b64encode(stream.getvalue()).decode()
-    width, height = (round(side / 2) for side in image.size)
-    return f'<img src="data:image/{kind};base64,{data}" width="{width}" height="{height}" alt="{html.escape(alt)}">'
+    parts = [f". {dot}"]
+    for does, mine in zip(DOES, words, strict=True):
+        room = max(map(len, mine))
+        rows = (" ".join(word.rjust(room) for word in mine[row * width : (row + 1) * width]) for row in range(height))
+        alike = all(word == "." for word in mine)
+        parts.append(f"{does}: every patch {dot}" if alike else "\n".join([f"{does}:", *rows]))
+    return "\n\n".join(parts)
 
 
 # -- charts -----------------------------------------------------------------------------------------------------------
@@ -114,9 +106,8 @@ def _chart(markup: str, names: Iterable[str] = (), colours: Iterable[str] = char
 
 
 def tokens_figure(plan: TokenPlan) -> Figure:
-    chart = charts.tokens_chart(plan.key_counts, plan.query_counts, plan.geometry.tokens)
-    names = ("keys: tokens that enter", "queries: tokens whose output is read")
-    return _chart(chart, names)
+    chart = charts.tokens_chart(*plan.counts, plan.geometry.tokens)
+    return _chart(chart, ("keys: tokens that are read", "queries: tokens that attend", "tokens that pass the MLP"))
 
 
 def staircase_figure(plan: TokenPlan) -> Figure | None:
@@ -148,7 +139,7 @@ def blocks_figure(group: Mapping[str, Row]) -> Figure | None:
     bars = [_bars(label, row) for label, row in group.items()]
     if not any(one.ms for one in bars):
         return None
-    caption = "Milliseconds (bars) and tokens that enter (dashed) by block."
+    caption = "Milliseconds (bars) and tokens that are read (dashed) by block."
     names, colours = (one.label for one in bars), itertools.cycle(charts.COLOURS)
     return _chart(charts.blocks_chart(bars), names, colours, caption=caption, plain=Code("", _plain_bars(bars)))
 

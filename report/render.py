@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..core.files import write_text
-from .blocks import Code, Items, Section, Table, Text, Tile
+from .blocks import Code, Figure, Items, Section, Table, Text, Tile
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -77,7 +79,10 @@ def _fenced(code: Code) -> str:
 
 
 def to_html(title: str, lead: str, tiles: Sequence[Tile], sections: Sequence[Section]) -> str:
-    return _template().render(title=title, lead=lead, tiles=tiles, sections=sections, version=__version__)
+    moving = any(isinstance(block, Figure) and block.moving for section in sections for block in section.blocks)
+    return _template().render(
+        title=title, lead=lead, tiles=tiles, sections=sections, version=__version__, moving=moving
+    )
 
 
 @functools.cache
@@ -85,7 +90,7 @@ def _template() -> Template:
     import jinja2
     from markupsafe import Markup
 
-    # Everything is escaped but what is marked here: our style, and the markup of pictures, which is ours too.
+    # Everything is escaped but what is marked here: our style and script, and the pictures' markup, ours too.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -94,7 +99,11 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals["style"] = Markup((Path(__file__).parent / "style.css").read_text(encoding="utf-8"))
+    style, script = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("style.css", "slider.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # The second lock on the door: nothing is loaded, and no script runs but ours.
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    environment.globals |= {"style": Markup(style), "script": Markup(script), "policy": Markup(policy)}
     environment.filters |= {
         "kind": lambda block: type(block).__name__,
         "trusted": Markup,

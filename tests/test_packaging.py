@@ -52,7 +52,7 @@ def test_wheel_holds_the_package_and_nothing_else(built, sources):
     modules = {path.relative_to(sources) for path in sources.rglob("*.py")}
     modules = {path for path in modules if path.parts[0] not in OUTSIDE} | {Path("py.typed")}
     assets = {path.relative_to(sources) for path in (sources / "assets").iterdir()}
-    assets |= {Path("report/page.html.jinja"), Path("report/style.css")}
+    assets |= {Path("report/page.html.jinja"), Path("report/slider.js"), Path("report/style.css")}
     expected = {f"vpruner/{path.as_posix()}" for path in modules | assets}
     assert {"vpruner/cli/group.py", "vpruner/core/plan.py", "vpruner/assets/reference.json"} <= expected
     with zipfile.ZipFile(built[".whl"]) as wheel:

@@ -50,7 +50,7 @@ def parity_section(results: Results) -> Section:
         return Section("Parity checks", [Text(text)])
     text = (
         "Each form of the pruned model is compared with one that was checked before it, on the same inputs. A masked "
-        "model hides the tokens that are dropped; a gathered model computes without them."
+        "model computes everything and hides what the plan leaves out; a gathered model does not compute it."
     )
     return Section("Parity checks", [Text(text), parity_table(results.parity)])
 

@@ -27,7 +27,7 @@ def headline(plan: TokenPlan, results: Results) -> str:
         takes += (" and " if changed else "") + " and ".join(same) + ("" if changed else " as the dense model")
     subject = f"The pruned {plan.model}"
     if plan.is_identity:
-        removed = " and only tokens that nothing reads removed" if cost < 1 else ""
+        removed = " and only work that nothing reads removed" if cost < 1 else ""
         subject = f"{plan.model}, with every patch kept{removed},"
     return f"{subject} takes {takes}; {_quality_sentence(results)}."
 

@@ -28,8 +28,8 @@ def results_section(plan: TokenPlan, results: Results) -> Section:
     lean = cost_ratio(TokenPlan.identity(plan.model, plan.geometry))
     if lean < 1:
         remarks.append(
-            "Some tokens are computed and never read. Removing only those costs no accuracy, and brings the "
-            f"multiply-adds to {ratio(lean)} those of the dense model."
+            "The dense model updates tokens that nothing reads afterwards. Leaving out that work alone costs no "
+            f"accuracy, and brings the multiply-adds to {ratio(lean)} those of the dense model."
         )
     if not results.headline_latency:
         remarks.append("Latency: not measured.")
@@ -76,16 +76,16 @@ def _about_the_plan(plan: TokenPlan, results: Results) -> Iterator[str]:
         yield f"Weights were tuned: pruned.onnx holds those of {tuned}, dense.onnx the trained ones."
     choosing = results.macs("pruned", plan) - plan_macs(plan)
     if choosing > 0:
-        yield f"Choosing the tokens of each image takes {quantity(choosing)} MACs that the table of blocks leaves out."
+        yield f"Choosing the patches of each image takes {quantity(choosing)} MACs that the table of blocks leaves out."
     if plan.is_identity:
-        yield "This plan keeps every patch in every block; only tokens that nothing reads were removed."
+        yield "This plan keeps every patch in every block; only work that nothing reads was removed."
     if run.get("loss") == "self":
         labels = mapping(mapping(run.get("data")).get("calibration")).get("labels")
         why = {True: " The labels of the calibration images were not used.", False: " There were no labels."}
         known = why[labels] if isinstance(labels, bool) else ""
-        yield f"Tokens were chosen to preserve the dense model's own predictions.{known}"
+        yield f"The plan was chosen to preserve the dense model's own predictions.{known}"
     elif run.get("loss") == "features":
-        yield "The model has no classifier: tokens were chosen to preserve its features."
+        yield "The model has no classifier: the plan was chosen to preserve its features."
 
 
 def _about_the_images(results: Results) -> Iterator[str]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from ...core.plan import TokenPlan
 from ...core.text import counted
 from ..blocks import Section, Text
-from ..figures import example_figure, exits_figure, staircase_figure, tokens_figure
+from ..figures import exits_figure, staircase_figure, tokens_figure
+from ..panels import steps_figure
 from ..tables.plan import plan_table
 
 if TYPE_CHECKING:
@@ -18,18 +19,24 @@ if TYPE_CHECKING:
 def tokens_section(
     plan: TokenPlan, examples: Sequence[Image.Image], chosen: Sequence[TokenPlan] | None = None
 ) -> Section:
-    """Where patches leave, and what that means on images; ``chosen`` as in :func:`vpruner.report.run.write_report`."""
+    """What blocks do with patches, on images and as a map; ``chosen`` as in :func:`vpruner.report.run.write_report`."""
     text = (
-        "The set of tokens is the same for every image: that is what makes the graph static."
-        if chosen is None
-        else "How many tokens each block sees is the same for every image: that is what makes the graph static. Which "
-        "ones, each image chooses by a score. The map is of the plan that the choice was learned from."
+        "A block does three things with a patch. It reads it: the other tokens attend to its key and value. It lets it "
+        "attend: attention updates it. And it passes it through its MLP. A patch that is read only is frozen: it stays "
+        "as it is, and is still seen. "
     )
-    section = Section("What the model looks at", [Text(text), exits_figure(plan)])
-    for position, image in enumerate(examples):
-        section.blocks.append(example_figure(chosen[position] if chosen else plan, image, position + 1))
+    text += (
+        "The patches are the same for every image: that is what makes the graph static."
+        if chosen is None
+        else "How many patches each block works on is the same for every image: that is what makes the graph static. "
+        "Which ones, each image chooses by a score. The map is of the plan that the choice was learned from."
+    )
+    section = Section(
+        "What the model looks at", [Text(text), steps_figure(chosen if chosen and examples else [plan], examples)]
+    )
     if not examples:
         section.blocks.append(Text("No example images were given."))
+    section.blocks.append(exits_figure(plan))
     return section
 
 
@@ -37,8 +44,9 @@ def blocks_section(plan: TokenPlan) -> Section:
     staircase = staircase_figure(plan)
     prefix = counted(plan.geometry.prefix_tokens, "prefix token")
     text = (
-        f"Keys are the tokens that enter a block, {prefix} included. Queries are those whose output is read later. "
-        "A token that is a key and no query costs its key and value only."
+        "Keys are the tokens that a block reads, queries those that attend. A token that is read costs a key and a "
+        "value, one that attends a query, a projection and its pairs with all keys, one that passes the MLP that. The "
+        f"chart and the multiply-adds include {prefix}; the columns of patches do not."
     )
     figures = [tokens_figure(plan), *([staircase] if staircase else [])]
     return Section("Block by block", [*figures, Text(text), plan_table(plan)])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...core.cost import block_macs, cost_ratio, dense_macs, plan_macs
-from ...core.plan import TokenPlan
+from ...core.plan import KINDS, TokenPlan
 from ...core.text import counted
 from ..blocks import Table
 from ..numbers import (
@@ -20,19 +20,14 @@ from ..results import Row, mapping
 
 
 def plan_table(plan: TokenPlan) -> Table:
-    """What each block computes on, and the cost of the whole in the title."""
-    geometry = plan.geometry
-    full, entered, lines = block_macs(geometry, geometry.tokens, geometry.tokens), geometry.patches, []
-    for block, (keys, queries) in enumerate(zip(plan.key_counts, plan.query_counts, strict=True)):
-        patches, macs = len(plan.kept[block]), block_macs(geometry, keys, queries)
-        lines.append(
-            (
-                str(block), f"{patches} of {geometry.patches}", str(entered - patches), str(keys), str(queries),
-                quantity(macs), ratio(macs / full),
-            )
-        )  # fmt: skip
-        entered = patches
-    header = ("block", "patches that enter", "leave here", "tokens in (keys)", "tokens out (queries)", "MACs",
+    """What each block does with how many patches, and the cost of the whole in the title."""
+    geometry, lines = plan.geometry, []
+    full = block_macs(geometry, *[geometry.tokens] * 3)
+    for block, counts in enumerate(zip(*plan.counts, strict=True)):
+        patches = (f"{len(getattr(plan, kind)[block])} of {geometry.patches}" for kind in KINDS)
+        macs = block_macs(geometry, *counts)
+        lines.append((str(block), *patches, quantity(macs), ratio(macs / full)))
+    header = ("block", "patches read (keys)", "patches that attend (queries)", "patches in the MLP (MLPs)", "MACs",
               "MACs / dense")  # fmt: skip
     return Table(header, tuple(lines), f"{plan.model}: {costs_of(plan)}")
 
