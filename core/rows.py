@@ -66,7 +66,7 @@ class StageRow(_Stage, total=False):
     plans that drop tokens whole have one list, [patch N]: the first block that a patch does not enter.
     """
 
-    exits: list[list[int]] | list[int]
+    exits: list[list[int] | int]
 
 
 class _Parity(_Row):

@@ -182,10 +182,10 @@ def blocks_chart(candidates: Sequence[Bars]) -> str:
 def tokens_chart(keys: Sequence[int], queries: Sequence[int], mlps: Sequence[int], dense: int) -> str:
     """Tokens that each block reads, that attend, and that pass its MLP, under the count of the dense model."""
     plot = Plot((0, len(keys)), nice_ticks(1.12 * dense), ("tokens", "block"))
-    for place, (counts, what) in enumerate(((keys, "are read"), (queries, "attend"), (mlps, "pass the MLP"))):
+    for place, (counts, what) in enumerate(((keys, "tokens read"), (queries, "that attend"), (mlps, "in the MLP"))):
         for block, count in enumerate(counts):
             left = block + 0.11 + 0.26 * place
-            plot.bar(left, left + 0.24, count, COLOURS[place], f"block {block}: {count} tokens {what}")
+            plot.bar(left, left + 0.24, count, COLOURS[place], f"block {block}: {count} {what}")
     plot.rule(dense, f"dense: {dense}")
     _mark_blocks(plot, len(keys))
     return plot.svg("tokens that each block reads, that attend and that pass its MLP")

@@ -225,7 +225,7 @@ def _cover(pixels: np.ndarray, here: np.ndarray, state: State, period: int) -> N
         pixels[here] = (1 - state.opacity) * pixels[here] + state.opacity * np.float32(state.cover)
     if state.stripes is not None:
         y, x = np.indices(here.shape)
-        pixels[here & ((y + state.slope * x) % period < 0.22 * period)] = state.stripes
+        pixels[here & ((y + state.slope * x) % period < 0.2 * period)] = state.stripes
 
 
 def _draw_title(draw: ImageDraw.ImageDraw, plan: TokenPlan, left: int, right: int, density: int) -> None:

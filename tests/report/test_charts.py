@@ -70,14 +70,17 @@ def test_a_plot_maps_its_ends_to_its_edges_and_keeps_what_lies_outside_in_it():
     assert "a &lt;b&gt;" in plot.svg("a <b>")
 
 
-def test_queries_stand_in_front_of_the_keys_of_their_block():
-    svg = tokens_chart([17, 16, 4], [16, 4, 1], 17)
-    bars = shapes(svg, "rect")
-    assert [one[0].text for one in bars[:2]] == ["block 0: 17 keys", "block 0: 16 queries"] and len(bars) == 6
-    heights = [float(one.get("height")) for one in bars]
-    assert heights[2] / heights[4] == pytest.approx(16 / 4, abs=0.01) and heights[3] == pytest.approx(
-        heights[4], abs=0.1
-    )
+def test_each_block_has_a_bar_for_what_is_read_attends_and_passes_the_mlp():
+    svg = tokens_chart([17, 16, 4], [17, 8, 1], [16, 4, 1], 17)
+    bars = {one[0].text: one for one in shapes(svg, "rect")}
+    assert list(bars)[::3] == [f"block 0: {what}" for what in ("17 tokens read", "17 that attend",
+                                                              "16 in the MLP")]  # fmt: skip
+    height = {name: float(one.get("height")) for name, one in bars.items()}
+    of_one = height["block 2: 1 that attend"]
+    assert height["block 1: 8 that attend"] == pytest.approx(8 * of_one, abs=0.5)
+    assert height["block 1: 4 in the MLP"] == pytest.approx(4 * of_one, abs=0.5)
+    lefts = [float(one.get("x")) for name, one in bars.items() if name.startswith("block 1")]
+    assert lefts == sorted(lefts) and lefts[0] + float(bars["block 1: 16 tokens read"].get("width")) <= lefts[1]
     assert "dense: 17" in [one.text for one in shapes(svg, "text")]
 
 

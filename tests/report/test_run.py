@@ -17,7 +17,7 @@ from products import each_with_some
 
 from vpruner.cli.hints import TypedSink
 from vpruner.core import progress
-from vpruner.core.cost import cost_ratio, dense_macs, plan_macs
+from vpruner.core.cost import block_macs, cost_ratio, dense_macs, plan_macs
 from vpruner.core.errors import UserError
 from vpruner.core.plan import Geometry, TokenPlan
 from vpruner.report import run as report
@@ -33,7 +33,9 @@ def make_plan(model="tiny_vit", output="logits", **provenance):
         depth=4, embed_dim=64, num_heads=2, head_dim=32, grid=(4, 6), prefix_tokens=1, image_size=(16, 24),
         mlp_macs=2 * 64 * 256, stem_macs=64 * 48 * 24, head_macs=640, outputs=10, output=output,
     )  # fmt: skip
-    return TokenPlan.from_exits(model, geometry, np.arange(24) % 5, seed=7, weights_sha256="cd" * 32, **provenance)
+    steps = np.arange(24) % 5
+    exits = np.stack([np.minimum(steps + 2, 4), np.minimum(steps + 1, 3), np.clip(steps - 1, 0, 3)])
+    return TokenPlan.from_exits(model, geometry, exits, seed=7, weights_sha256="cd" * 32, **provenance)
 
 
 def estimate(label, metric, value, low, high):
@@ -154,17 +156,19 @@ def test_tables_hold_the_measurements(tmp_path):
     assert "perf_counter_ns" in lines["clock.source"] and "Example 9000" in lines["cpu"]
     assert plan.digest in lines["plan"] and "cd" * 32 in lines["plan.weights_sha256"] and "7" in lines["plan.seed"]
     assert "12.3 s | 812 MB" in lines["score"]
-    # Block 1 of exits 0..4 over 24 patches: 14 of 24 stay, 5 leave; one prefix token more as keys.
-    assert lines["1"].split(" | ")[1:5] == ["14 of 24", "5", "15", "10"]
+    macs = block_macs(plan.geometry, 25, 20, 10)
+    block = lines["1"].strip("| ").split(" | ")
+    assert block[1:4] == ["24 of 24", "19 of 24", "9 of 24"] and block[4] == f"{macs / 1e3:.0f} k"
+    assert block[5] == f"{macs / block_macs(plan.geometry, 25, 25, 25):.3f}×"
 
 
 def test_page_is_one_well_formed_file_that_loads_nothing(tmp_path):
     page, _ = written(tmp_path, make_rows(), examples=[Image.new("RGB", (24, 16), "teal")] * 2)
     outline = Outline(page)
     assert outline.open == []
-    assert outline.tags.count("img") == 3 and outline.tags.count("svg") == 1
+    assert outline.tags.count("image") == 2 and outline.tags.count("figure") == 3
     assert all(address.startswith(("data:image/", "#")) for address in outline.addresses)
-    assert "<script" not in page and "@import" not in page and not re.search(r"url\((?!#)", page)
+    assert page.count("<script") == 1 and "@import" not in page and not re.search(r"url\((?!#)", page)
     assert "prefers-color-scheme: dark" in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
 
@@ -201,7 +205,7 @@ def make_stages(**rearranged):
         for n in range(1, 5)
     ]
     before = make_plan().exits.copy()
-    before[[0, 4]] = before[[4, 0]]
+    before[:, [0, 4]] = before[:, [4, 0]]
     return [
         stage("search", "fisher", "search", True, 0.0, 0.05, exits=before.tolist()),
         stage("rearrange", "ppo", "rearrange", True, 0.05, 0.04, history=history, episodes=64, incumbents=3)
@@ -215,7 +219,7 @@ def make_stages(**rearranged):
 
 def test_stages_are_told_apart(tmp_path):
     page, markdown = written(tmp_path, make_rows() + make_stages())
-    assert Outline(page).open == [] and Outline(page).tags.count("svg") == 2
+    assert Outline(page).open == [] and Outline(page).tags.count("figure") == 5
     section = markdown.split("## Stages")[1].split("\n## ")[0]
     lines = {line.split(" | ")[0].lstrip("| "): line for line in section.splitlines() if line.startswith("|")}
     assert "| 78.10 % (76.20 to 79.90) | the reference |" in lines["dense"]
@@ -225,9 +229,35 @@ def test_stages_are_told_apart(tmp_path):
     )
     assert "0.0500 → 0.0400" in lines["rearrange (ppo)"] and "77.30 % (75.40" in lines["tune (weights)"]
     assert "divergence, on 256 held-out images" in section and "64 plans were tried" in section
-    assert "leave later than the search had it: 1; earlier: 1." in page
-    assert "-4 " in section.split("```text")[1] and "+4" in section
+    assert "is read: 1 later, 1 earlier; attends: 1 later, 1 earlier; passes the MLP: 1 later, 1 earlier." in page
+    read, attends, passes = section.split("```text")[1].split("```")[0].strip().split("\n\n")[1:]
+    assert read.splitlines()[:2] == ["is read:", "-2  .  .  . +2  ."] and "-3  .  .  . +3  ." in passes
+    assert "-2  .  .  . +2  ." in attends and ". as the search had it" in section
     assert "history" not in markdown
+
+
+def test_rows_of_a_search_that_dropped_tokens_still_tell_what_was_moved(tmp_path):
+    plan, exits = make_plan(), np.arange(24) % 4 + 1
+    before = exits.copy()
+    before[[0, 3]] = before[[3, 0]]
+    plan = TokenPlan.dropping_from_exits(plan.model, plan.geometry, exits)
+    _, markdown = written(
+        tmp_path, [*make_rows(), stage("search", "fisher", "search", True, 0, 0.1, exits=before.tolist())], plan
+    )
+    grids = markdown.split("## Stages")[1].split("```text")[1].split("```")[0].strip().split("\n\n")[1:]
+    # A patch dropped at block 1 is updated in none; one that is never dropped, in all but the last, where it is dead.
+    assert [grid.splitlines()[1] for grid in grids] == ["-3  .  . +3  .  .", "-3  .  . +3  .  .", "-3  .  . +3  .  ."]
+    assert written(tmp_path, make_rows(), plan)[1].count("```text") == 1
+
+
+def test_a_plan_that_is_not_nested_has_no_map_of_exits(tmp_path):
+    masks = make_plan().masks.copy()
+    masks[0, 1, :2] = False
+    plan = TokenPlan.from_masks("tiny_vit", make_plan().geometry, masks)
+    page, markdown = written(tmp_path, make_rows() + make_stages(), plan)
+    assert not plan.is_nested and "In how many blocks a patch is read" in page and "stops at block" not in page
+    assert "search had it" not in page and ". in all blocks" in markdown
+    assert "block 1: 22 read, 19 attend, 9 pass the MLP" in page
 
 
 def test_a_stage_that_was_undone_says_so(tmp_path):
@@ -235,7 +265,7 @@ def test_a_stage_that_was_undone_says_so(tmp_path):
     page, markdown = written(tmp_path, make_rows() + make_stages(**undone))
     line = next(line for line in markdown.splitlines() if line.startswith("| rearrange"))
     assert "as before" in line and line.endswith("| undone |")
-    assert "- nothing better was found" in markdown and Outline(page).tags.count("svg") == 1
+    assert "- nothing better was found" in markdown and Outline(page).tags.count("figure") == 4
 
 
 def test_what_a_stage_says_is_said_once_beside_its_numbers(tmp_path):
@@ -342,7 +372,7 @@ def test_text_of_the_user_never_becomes_markup(tmp_path):
     evil = "<script>alert(1)</script> | `x` & **b** [l](http://e)"
     rows = make_rows(run={"note": [evil], "command": evil}, latency={"provider": evil}, parity={"rung": evil})
     page, markdown = written(tmp_path, rows, plan=make_plan(model=evil, data=evil))
-    assert "<script" not in page and "&lt;script&gt;" in page
+    assert page.count("<script") == 1 and "<script>alert" not in page and "&lt;script&gt;" in page
     raw = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "<script" not in raw and not re.search(r"(?<!\\)\*\*b", raw)
     tables = [block.splitlines() for block in raw.split("\n\n") if block.startswith("|")]
@@ -365,7 +395,7 @@ def test_text_of_the_user_never_becomes_markup(tmp_path):
         ),
         (
             {"run": {"loss": "self", "data": None}},
-            "- Tokens were chosen to preserve the dense model's own predictions.\n",
+            "- The plan was chosen to preserve the dense model's own predictions.\n",
         ),
         ({"run": {"loss": "features"}}, "no classifier"),
         ({"run": {"note": ["kept the Fisher plan"]}}, "kept the Fisher plan"),
@@ -474,7 +504,7 @@ def test_a_plan_that_keeps_everything_is_not_called_pruned(tmp_path):
     _, markdown = written(tmp_path, rows, plan=TokenPlan.identity("tiny_vit", shape))
     percent = round(100 * (1 - cost_ratio(TokenPlan.identity("tiny_vit", shape))))
     assert (
-        "tiny_vit, with every patch kept and only tokens that nothing reads removed, takes "
+        "tiny_vit, with every patch kept and only work that nothing reads removed, takes "
         f"{percent} % fewer multiply-adds and 31 % less time per image" in markdown
     )
     assert "budget is met" in notes(markdown) and "includes 0" not in notes(markdown)
@@ -495,9 +525,9 @@ def test_what_choosing_tokens_costs_is_counted(tmp_path):
     plan = make_plan()
     rows = make_rows(cost_dense={"macs": dense_macs(plan.geometry)}, cost_pruned={"macs": plan_macs(plan) + 50_000})
     _, markdown = written(tmp_path, rows)
-    assert "Choosing the tokens of each image takes 50.0 k MACs that" in notes(markdown)
+    assert "Choosing the patches of each image takes 50.0 k MACs that" in notes(markdown)
     assert f"this plan takes {(plan_macs(plan) + 50_000) / dense_macs(plan.geometry):.4f}" in notes(markdown)
-    assert "Choosing the tokens" not in notes(written(tmp_path, make_rows())[1])
+    assert "Choosing the patches" not in notes(written(tmp_path, make_rows())[1])
 
 
 def test_the_last_of_repeated_rows_counts(tmp_path):
@@ -558,19 +588,19 @@ def test_a_failure_leaves_the_old_report(tmp_path, monkeypatch):
 def test_charts_need_no_plotting_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     page, _ = written(tmp_path, make_rows() + make_stages())
-    assert page.count("<svg") == 2
+    assert page.count('<figure class="chart">') == 4
 
 
 def test_large_pictures_stay_small_in_the_file(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (512, 768, 3), np.uint8))
     plan = TokenPlan.identity("big", Geometry(12, 8, 2, 4, (32, 48), 1, (512, 768)))
     page, _ = written(tmp_path, [], plan=plan, examples=[noise])
-    assert "data:image/jpeg" in page and "data:image/png" in page
+    assert "data:image/jpeg" in page and "data:image/png" not in page and len(page) < 1_500_000
 
 
 def test_no_more_examples_than_a_page_takes(tmp_path):
     page, _ = written(tmp_path, [], examples=[Image.new("RGB", (24, 16))] * 9)
-    assert page.count("<img") == 1 + report.MOST_EXAMPLES
+    assert page.count("<image ") == report.MOST_EXAMPLES
 
 
 def precision_row(name, **changes):

@@ -158,7 +158,13 @@ def test_recorded_answers():
 def test_recorded_plan_and_analysis():
     loaded = TokenPlan.load(RECORDED / "plan.json")
     table = plan.plan_table(loaded)
-    assert [row[3] for row in table.rows] == [str(count) for count in loaded.key_counts]
+    patches = loaded.geometry.patches
+    assert table.header[1:4] == (
+        "patches read (keys)", "patches that attend (queries)", "patches in the MLP (MLPs)",
+    )  # fmt: skip
+    for place, kind in enumerate(("keys", "queries", "mlps"), 1):
+        sets = getattr(loaded, kind)
+        assert [row[place] for row in table.rows] == [f"{len(mine)} of {patches}" for mine in sets]
     assert table.title.startswith(f"{loaded.model}: ") and " MACs (" in table.title
     (row,) = read_rows(RECORDED / "analyze.jsonl")
     assert len(plan.analysis_table(row).rows) == len(row["blocks"])
