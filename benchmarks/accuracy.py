@@ -33,7 +33,7 @@ from torch import Tensor
 from vpruner.core import bundled
 from vpruner.core.cost import cost_ratio
 from vpruner.core.environment import environment
-from vpruner.core.plan import TokenPlan
+from vpruner.core.plan import KINDS, TokenPlan
 from vpruner.core.rows import append_rows, read_rows
 from vpruner.core.specs import LearnSpec
 from vpruner.core.statistics import Estimate
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 estimates = evaluation.estimates(candidate)
                 facts[method] |= {
                     "macs_ratio": cost_ratio(candidate.plan),
-                    "counts": [len(indices) for indices in candidate.plan.kept],
+                    "counts": {kind: [len(patches) for patches in getattr(candidate.plan, kind)] for kind in KINDS},
                     "kept": dict(candidate.kept),
                     "seconds": round(candidate.seconds, 2),
                     "environment": here,

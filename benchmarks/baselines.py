@@ -1,6 +1,6 @@
-"""Other ways to say which tokens leave, on the schedule of a given plan, so that only "which" differs.
+"""Other ways to say which patches a plan saves on, on its schedule, so that only "which" differs.
 
-Each hands back a plan that keeps as many patches in every block as the one it is given, at the same cost.
+Each hands back a plan that reads and updates as many patches in every block as the one it is given, at the same cost.
 """
 
 from __future__ import annotations
@@ -14,26 +14,29 @@ from torch import Tensor
 from vpruner.core.plan import TokenPlan
 from vpruner.prune.backbones.forms import query_key_value
 from vpruner.prune.backbones.vit import ViTAdapter, embed_images
-from vpruner.prune.methods.positions import centre_exits, centre_order, random_exits
+from vpruner.prune.methods.positions import centre_exits, centre_order, exchanged, random_exits
 
 __all__ = ["attention_exits", "centre_exits", "centre_order", "mean_attention", "random_exits"]
 
 
 def attention_exits(plan: TokenPlan, attention: np.ndarray) -> TokenPlan:
-    """Of the patches that are left, those with the least attention in the block that they no longer enter leave.
+    """Where the plan begins to save on some patches, these are those with the least attention in that block of all on
+    which it has not begun to save; and of them, it saves most on those with least.
 
     Args:
         attention: float [block L, patch N], from :func:`mean_attention`. Ties: the last in row-major order first.
     """
-    geometry = plan.geometry
-    exits = np.full(geometry.patches, geometry.depth)
-    left = np.arange(geometry.patches)
-    for block, kept in enumerate(plan.kept):
-        order = np.lexsort((-left, attention[block, left]))
-        leaving = order[: len(left) - len(kept)]
-        exits[left[leaving]] = block
-        left = np.delete(left, leaving)
-    return TokenPlan.from_exits(plan.model, geometry, exits)
+    depth, done = plan.geometry.depth, plan.masks.sum((0, 1))
+    whole = plan.masks.all(0)
+    # The first block that does not do everything for the patch.
+    first = np.where(whole.all(0), depth - 1, whole.argmin(0))
+    old = np.lexsort((done, first))
+    new, left = [], np.arange(plan.geometry.patches)
+    for block, count in enumerate(np.bincount(first, minlength=depth)):
+        order = np.lexsort((-left, attention[block, left]))[:count]
+        new.extend(left[order])
+        left = np.delete(left, order)
+    return exchanged(plan, old, np.array(new))
 
 
 @torch.inference_mode()

@@ -2,8 +2,8 @@
 
     python benchmarks/onnx_gradients.py -o benchmarks/results/onnx_gradients.jsonl
 
-The bundled reference as an ONNX file, and a few of its calibration images with their labels. Three ways to dLoss/dgate,
-where a gate is an additive bias on the attention logits of one key in one block:
+The bundled reference as an ONNX file, and a few of its calibration images with their labels. Three ways to dLoss/dgate.
+The gates of keys stand for all: additive biases on the attention logits of one patch in one block.
 
 * *rebuilt*: ``vpruner.export.rebuild.graph`` makes a timm model of the graph; one backward pass per batch.
 * *one-sided*, *two-sided*: the graph gets the biases as an input, and onnxruntime runs it once (twice) per gate.
@@ -35,9 +35,10 @@ from vpruner.export.passes.edit import add_constant, add_node
 from vpruner.export.rebuild.graph import rebuild
 from vpruner.export.recognise.normalise import prepare
 from vpruner.pipeline.graphs import write_dense
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.choose_images import choose_indices, map_labels
 from vpruner.prune.data import ImageSet, ImageSource
-from vpruner.prune.fisher import GateGradients, gate_gradients
+from vpruner.prune.fisher import gate_gradients
 from vpruner.prune.models import open_model
 
 #: Perturbed copies of an image per run: fills the products of a small model, and stays within the caches.
@@ -63,11 +64,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         write_dense(loaded, path, ExportSpec(20, dynamic_batch=True))
-        gate_gradients(loaded.adapter, [(images, labels)], "labels")  # warm-up
-        reference, seconds = timed(lambda: gate_gradients(loaded.adapter, [(images, labels)], "labels"))
+        key_importance(loaded.adapter, images, labels)  # warm-up
+        reference, seconds = timed(lambda: key_importance(loaded.adapter, images, labels))
         report(rows, "pytorch", reference, reference, seconds, args, geometry)
         rebuilt, setup = timed(lambda: rebuild(path).loaded)
-        found, seconds = timed(lambda: gate_gradients(rebuilt.adapter, [(images, labels)], "labels"))
+        found, seconds = timed(lambda: key_importance(rebuilt.adapter, images, labels))
         report(rows, "rebuilt", found, reference, seconds, args, geometry, setup_seconds=round(setup, 3))
 
         session = gated_session(path, Path(folder) / "gated.onnx")
@@ -89,10 +90,13 @@ def timed(call: Callable):
     return call(), time.process_time() - started
 
 
-def report(
-    rows, way, found: GateGradients, reference: GateGradients, seconds, args, geometry: Geometry, **more
-) -> None:
-    ours, theirs = (g.importance(geometry.depth)[: geometry.depth].ravel() for g in (found, reference))
+def key_importance(adapter: ViTAdapter, images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """float64 [block, patch]: mean over images of the squared gradient of each key's gate."""
+    return gate_gradients(adapter, [(images, labels)], "labels").moments[0, 0]
+
+
+def report(rows, way, found: np.ndarray, reference: np.ndarray, seconds, args, geometry: Geometry, **more) -> None:
+    ours, theirs = found.ravel(), reference.ravel()
     ranks, their_ranks = (np.argsort(np.argsort(values)) for values in (ours, theirs))
     row = {
         "schema": 1,
@@ -141,8 +145,8 @@ def differences(
     labels: np.ndarray,
     step: float,
     two_sided: bool,
-) -> tuple[GateGradients, int]:
-    """(gradients [image, block, patch], forward passes per image), by finite differences of the cross-entropy."""
+) -> tuple[np.ndarray, int]:
+    """(importance, see :func:`key_importance`; forward passes per image), by differences of the cross-entropy."""
     gates = geometry.depth * geometry.patches
     signs = (step, -step) if two_sided else (step, 0.0)
     values = np.zeros((len(images), geometry.depth, geometry.patches), np.float32)
@@ -163,7 +167,7 @@ def differences(
             ahead = losses(image, label, which, signs[0])
             behind = losses(image, label, which, signs[1]) if two_sided else base
             values[row].reshape(-1)[which] = (ahead - behind) / (signs[0] - signs[1])
-    return GateGradients(values, "labels"), (2 if two_sided else 1) * gates + 1
+    return np.square(values, dtype=np.float64).mean(0), (2 if two_sided else 1) * gates + 1
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from ...core.content_plan import ContentPlan
-from ...core.cost import dense_macs, plan_macs
+from ...core.cost import MacsCost, dense_macs, plan_macs
 from ...core.plan import Geometry, TokenPlan
 from ..backbones.vit import ViTAdapter
 from ..calibration import Calibration, Judgement, divergence
 from ..fisher import batch_size_for
-from ..search import check_target, minimum_macs
+from ..search import check_target, minimum_cost
 from ..tune.stage import tune
 from ..tune.weights import with_weights
 from .method import Method, register
@@ -381,7 +381,7 @@ class Content(Method):
         from ..rounds import round_sizes, search_in_rounds
 
         geometry, parameter = adapter.geometry, next(adapter.model.parameters())
-        check_target(geometry, target)
+        check_target(geometry, target, drops=True)
         images = torch.cat(list(batches))
         plan = self.plan
         if plan is None:
@@ -391,7 +391,8 @@ class Content(Method):
                 [(part, None) for part in images_of_round.split(size)]
                 for images_of_round in images.split(round_sizes(len(images), None))
             ]
-            plan = search_in_rounds(adapter, rounds, loss, counts_target(geometry, target), seed=seed).plan
+            target = counts_target(geometry, target)
+            plan = search_in_rounds(adapter, rounds, loss, target, form="drop", seed=seed).plan
         few = images[:CHOICE_IMAGES].split(batch_size_for(geometry))
 
         def outputs(model: Callable[[Tensor], Tensor]) -> Tensor:
@@ -412,4 +413,5 @@ def counts_target(geometry: Geometry, target: float) -> float:
     """The share of the dense MACs that is left for the model where the scores are paid for too."""
     # No side has more than half of the patches, rounded up.
     most = (geometry.depth - 1) * (-(-geometry.patches // 2)) ** 2 * geometry.head_dim / dense_macs(geometry)
-    return max(target - most, min(target, minimum_macs(geometry) / dense_macs(geometry)))
+    least = minimum_cost(MacsCost(geometry), drops=True)
+    return max(target - most, min(target, least / dense_macs(geometry)))

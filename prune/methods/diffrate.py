@@ -311,7 +311,7 @@ def expected_macs(geometry: Geometry, expected: Tensor) -> Tensor:
         outputs = queries - merged
         if not acts:
             queries = outputs = geometry.head_prefix
-        total = total + block_macs(geometry, tokens, queries) + (outputs - queries) * geometry.mlp_macs
+        total = total + block_macs(geometry, tokens, queries, outputs)
         if acts:
             total = total + _step_macs(geometry, tokens, merged, outputs - geometry.prefix_tokens)
             tokens = outputs

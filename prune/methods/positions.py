@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -43,11 +43,17 @@ def centre_order(geometry: Geometry) -> np.ndarray:
 
 def in_order(plan: TokenPlan, order: np.ndarray) -> TokenPlan:
     """The plan that does least for the first patches of ``order`` (int64 [patch N]), with the counts of ``plan``."""
+    return exchanged(plan, np.argsort(plan.masks.sum((0, 1)), kind="stable"), order)
+
+
+def exchanged(plan: TokenPlan, old: np.ndarray, new: np.ndarray) -> TokenPlan:
+    """The plan, without gates, that does for patch ``new[i]`` what ``plan`` does for ``old[i]``: int64 [patch N] each,
+    every patch once."""
     masks = np.empty_like(plan.masks)
-    masks[:, :, order] = plan.masks[:, :, np.argsort(plan.masks.sum((0, 1)), kind="stable")]
-    given = TokenPlan.from_masks(plan.model, plan.geometry, masks)
-    # What the head reads goes with the patch too, in a plan that drops patches whole.
-    return given if plan.kept is None else TokenPlan.dropping(plan.model, plan.geometry, given.keys)
+    masks[:, :, new] = plan.masks[:, :, old]
+    reads = np.isin(old, plan.reads)
+    found = TokenPlan.from_masks(plan.model, plan.geometry, masks)
+    return replace(found, reads=np.sort(new[reads]).tolist())
 
 
 def even_schedule(name: str, geometry: Geometry, leaving: int) -> TokenPlan:

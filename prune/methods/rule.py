@@ -181,8 +181,7 @@ class TokenRule(ABC):
 def rule_macs(rule: TokenRule, keys: np.ndarray, queries: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """MACs, int64 [image], of runs that recorded these counts (each int64 [image, block L], prefix included).
 
-    As :func:`vpruner.core.cost.macs_from_counts`, with two differences: tokens that are merged are queries, but not
-    inputs of the MLP, and the decisions themselves cost their matrix products.
+    As :func:`vpruner.core.cost.macs_from_counts`, but the decisions themselves cost their matrix products.
 
     Args:
         keys: Tokens that enter the block.
@@ -190,7 +189,7 @@ def rule_macs(rule: TokenRule, keys: np.ndarray, queries: np.ndarray, outputs: n
         outputs: Tokens that pass the MLP and leave the block.
     """
     geometry = rule.geometry
-    blocks = block_macs(geometry, keys, queries) + (outputs - queries) * geometry.mlp_macs
+    blocks = block_macs(geometry, keys, queries, outputs)
     steps = [rule.step_macs(block, keys[:, block]) for block in range(geometry.depth) if rule.acts_in(block)]
     head = geometry.head_macs_per_token * (outputs[:, -1] - geometry.prefix_tokens) if geometry.head_patches else 0
     return geometry.stem_macs + blocks.sum(1) + sum(steps, np.zeros(len(keys), np.int64)) + geometry.head_macs + head

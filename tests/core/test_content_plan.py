@@ -50,7 +50,7 @@ def test_readers_of_static_plans_refuse_it_by_name(plan, tmp_path):
         ({"score": {"kind": "anchored", "prior_weight": True}}, "expected a number from 0"),
         ({"surprise": 1}, "unknown key 'surprise'"),
         ({"gates": "some"}, "gates"),
-        ({"schema": 3}, "schema 3"),
+        ({"schema": 4}, "found schema 4"),
     ],
 )
 def test_garbage_is_refused(plan, tmp_path, change, says):

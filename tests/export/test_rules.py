@@ -143,7 +143,7 @@ def test_what_the_file_says_of_itself(exported):
         "settings": {"drops": [5, 0], "thresholds": [0.5, None], "gamma": 10.0},
     }
     about = ModelMetadata.from_props(props, "rule.onnx")
-    assert about.rule == described and about.kept is None and about.plan == props["vpruner.plan"]
+    assert about.rule == described and about.token_plan is None and about.plan == props["vpruner.plan"]
     assert about.weights_sha256 == ruled.loaded.sha256 and about.tuned_sha256 is None
     assert about.to_props() == props
     for wrong in ("7", '{"method": "saint"}', '{"method": "saint", "counts": [1, 2]}'):

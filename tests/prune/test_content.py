@@ -37,7 +37,7 @@ class PlanScore(PatchScore):
     name = "plan"
 
     def __init__(self, plan: TokenPlan):
-        self.exits = torch.from_numpy(plan.exits).double()
+        self.exits = torch.from_numpy(plan.exits[0]).double()
 
     def __call__(self, block, view):
         return self.exits[view.positions]
@@ -68,7 +68,7 @@ def masked_output(adapter: ViTAdapter, plan: TokenPlan, weight: float, image: to
 
             def score(patch, cosine=cosine, alive=tuple(alive)):
                 near = [float(cosine[patch, other]) for other in alive if is_anchor(other) and other != patch]
-                stays = weight * int(plan.exits[patch]) / len(plan.kept)
+                stays = weight * int(plan.exits[0, patch]) / len(plan.kept)
                 return (is_anchor(patch), stays - max(near, default=0.0))
 
             ranked = sorted(alive, key=score, reverse=True)
@@ -151,7 +151,7 @@ def test_without_any_anchor_all_patches_are_compared():
     others = np.flatnonzero(~content.anchors_of(geometry.grid))
     exits = np.zeros(geometry.patches, np.int64)
     exits[others] = [4] * 6 + [1] * (len(others) - 6)
-    plan = TokenPlan.from_exits("tiny", geometry, exits)
+    plan = TokenPlan.dropping_from_exits("tiny", geometry, exits)
     with ContentRule.of(ContentPlan(plan, 0.0)).applied(adapter) as run:
         run(images_for(adapter, 2, dtype=torch.float32))
     assert run.key_counts[0].tolist() == [13, 7, 7, 7] and run.decisions[0].shape == (2, 7)
@@ -227,7 +227,7 @@ def test_the_prior_counts_as_much_as_helps_most(monkeypatch):
     weight, losses = content.best_prior_weight(plan, loss)
     assert weight == wanted and list(losses) == list(PRIOR_WEIGHTS)
     # A patch that never leaves has the whole weight, one that leaves before block 1 of 4 a quarter of it.
-    assert np.allclose(priors[2], wanted * plan.exits / 4)
+    assert np.allclose(priors[2], wanted * plan.exits[0] / 4)
 
 
 @pytest.mark.parametrize("better", [True, False])

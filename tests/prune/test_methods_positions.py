@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tiny_vits import half_plan, tiny
+from tiny_vits import frozen_plan, half_plan, tiny
 
 from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.methods.positions import Centre, Random, even_schedule
@@ -37,11 +37,15 @@ def test_same_schedule_other_patches(adapter):
     assert plans[0].digest == plans[1].digest != plans[2].digest != centre.digest
     assert len({plan.key_counts for plan in (*plans, centre)}) == 1
     # The grid is 4 by 6: the last to stay is next to its centre.
-    assert set(np.flatnonzero(centre.exits == centre.exits.max())) & {8, 9, 14, 15}
+    assert set(np.flatnonzero(centre.exits[0] == centre.exits[0].max())) & {8, 9, 14, 15}
 
 
-def test_schedule_of_another_plan(adapter):
-    plan = half_plan(adapter)
+@pytest.mark.parametrize("make", [half_plan, frozen_plan])
+@pytest.mark.parametrize("kind", ["class token", "average pooling"])
+def test_schedule_of_another_plan(kind, make):
+    adapter = ViTAdapter(tiny(kind), "tiny")
+    plan = make(adapter)
     for method in (Random, Centre):
         found = method(schedule=plan).make(adapter, [], 0.7)
-        assert found.key_counts == plan.key_counts and found.digest != plan.digest
+        assert found.counts == plan.counts and len(found.reads) == len(plan.reads) and found.digest != plan.digest
+        assert (found.kept is None) == (plan.kept is None)
