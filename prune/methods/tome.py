@@ -157,9 +157,32 @@ class Tome(Method):
         budget = budget_macs(geometry, target)
 
         def rule(total: int) -> TomeRule:
-            each, more = divmod(total, geometry.depth)
-            reduce = tuple(each + (block < more) for block in range(geometry.depth))
-            return TomeRule(geometry, reduce, self.proportional)
+            return TomeRule(geometry, self.schedule(geometry.depth, total), self.proportional)
 
         most = geometry.depth * geometry.patches
         return rule(least_reduction(lambda total: rule(total).static_macs() <= budget, most, self.name, target))
+
+    def schedule(self, depth: int, total: int) -> tuple[int, ...]:
+        """``total`` merges over the blocks."""
+        each, more = divmod(total, depth)
+        return tuple(each + (block < more) for block in range(depth))
+
+
+@register
+@dataclass(frozen=True)
+class LateTome(Tome):
+    """ToMe with more merges in later blocks: r of block l = 1 .. L is proportional to (l / L)^gamma.
+
+    Attributes:
+        gamma: 0 is the flat schedule of ToMe.
+    """
+
+    name: ClassVar[str] = "tome-late"
+    source: ClassVar[str] = "Later Is Better 2026, arXiv 2610.07758, on ToMe"
+
+    gamma: float = 2.0
+
+    def schedule(self, depth: int, total: int) -> tuple[int, ...]:
+        """``total`` merges over the blocks, rounded so that every sum up to a block is the nearest whole number."""
+        sums = np.cumsum((np.arange(1, depth + 1) / depth) ** self.gamma)
+        return tuple(np.diff(np.rint(total * sums / sums[-1]).astype(int), prepend=0).tolist())

@@ -6,8 +6,9 @@ import torch
 from tiny_vits import KINDS, tiny
 from token_rules import add_mlp, attention_matrix, classify, cosine, embed, heads, images_for, project
 
+from vpruner.core.cost import dense_macs
 from vpruner.prune.backbones.vit import ViTAdapter
-from vpruner.prune.methods.tome import TomeRule, match
+from vpruner.prune.methods.tome import LateTome, Tome, TomeRule, match
 
 TOLERANCE = 1e-10
 
@@ -83,3 +84,24 @@ def test_wrong_settings_are_refused():
     for wrong in [(1, 2), (1, 2, -1, 0)]:
         with pytest.raises(ValueError, match="expected 4 numbers"):
             TomeRule(geometry, wrong)
+
+
+def test_the_late_schedule_is_proportional_to_a_power_of_the_block():
+    late = LateTome()
+    for depth, total in ((12, 96), (8, 50), (3, 0), (1, 7)):
+        reduce = late.schedule(depth, total)
+        weights = (np.arange(1, depth + 1) / depth) ** 2
+        assert sum(reduce) == total and min(reduce) >= 0
+        assert np.abs(np.array(reduce) - total * weights / weights.sum()).max() <= 1
+    assert late.schedule(12, 96)[0] == 0 and late.schedule(12, 96)[-1] > 16
+    flat = LateTome(gamma=0.0).schedule(12, 99)
+    assert max(flat) - min(flat) <= 1 and sum(flat) == 99
+
+
+@pytest.mark.parametrize("target", [0.8, 0.5])
+def test_the_late_schedule_meets_the_budget_with_more_tokens_in_early_blocks(target):
+    adapter = ViTAdapter(tiny("class token"), "tiny")
+    flat, late = (method().make(adapter, [], target) for method in (Tome, LateTome))
+    budget = target * dense_macs(adapter.geometry)
+    assert flat.static_macs() <= budget and late.static_macs() <= budget
+    assert late.static_counts()[1] > flat.static_counts()[1] and late.static_counts()[-1] < flat.static_counts()[-1]
