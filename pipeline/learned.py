@@ -95,7 +95,7 @@ def chosen_plans(rule: TokenRule, loaded: LoadedModel, images: Tensor) -> list[T
                 positions = positions.gather(1, rows[:, geometry.prefix_tokens :].cpu() - geometry.prefix_tokens)
             kept.append(positions)
     return [
-        TokenPlan(loaded.name, geometry, tuple(tuple(sorted(part[image].tolist())) for part in kept))
+        TokenPlan.dropping(loaded.name, geometry, tuple(tuple(sorted(part[image].tolist())) for part in kept))
         for image in range(len(images))
     ]
 

@@ -287,7 +287,7 @@ class Comparison:
             **point.row("compared"),
             **self.about(point),
             "failure": None,
-            "form": "static" if made.static else "rule" if made.counts is not None else "rule, counts by image",
+            "form": "static" if made.static else "rule" if made.counts_fixed else "rule, counts by image",
             "macs_ratio": round(macs, 6),
             "counts": counts,
             "seconds": round(made.seconds, 2),

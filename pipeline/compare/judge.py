@@ -6,8 +6,10 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ...core.cost import cost_ratio, dense_macs
-from ...core.plan import TokenPlan
+from ...core.plan import KINDS, TokenPlan
 from .made import Made
 
 if TYPE_CHECKING:
@@ -38,8 +40,8 @@ class Judge:
         """float32 [image, output]."""
         return self._run(self.adapter.model)
 
-    def judge(self, made: Made) -> tuple[list[Estimate], float, list[float]]:
-        """Estimates paired with the dense model; MACs as a share of its; tokens that enter each block.
+    def judge(self, made: Made) -> tuple[list[Estimate], float, dict[str, list[float]]]:
+        """Estimates paired with the dense model; MACs as a share of its; kind -> tokens of each block, prefix included.
 
         MACs and tokens of a rule are means over the images.
         """
@@ -51,14 +53,15 @@ class Judge:
         with with_weights(model, made.weights):
             if isinstance(made.reduction, TokenPlan):
                 outputs = self.images.outputs(self.adapter, made.reduction, self.images.fit).numpy()
-                macs, counts = cost_ratio(made.reduction), list(map(float, made.reduction.key_counts))
+                macs, counts = cost_ratio(made.reduction), np.array(made.reduction.counts, float)
             else:
                 with made.reduction.applied(self.adapter) as run:
                     outputs = self._run(run)
                 macs = float(run.macs.mean()) / dense_macs(geometry)
-                counts = [round(float(count), 3) for count in run.key_counts.mean(0)]
+                counts = run.counts.mean(1)
         both = Outputs({"dense": dense, "pruned": outputs}, self.labels)
-        return compare(both, baseline="dense", output=geometry.output)["pruned"], macs, counts
+        by_kind = dict(zip(KINDS, counts.round(3).tolist(), strict=True))
+        return compare(both, baseline="dense", output=geometry.output)["pruned"], macs, by_kind
 
     def _run(self, model: Callable[[Tensor], Tensor]):
         import torch

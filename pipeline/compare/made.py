@@ -45,12 +45,9 @@ class Made:
         return isinstance(self.reduction, TokenPlan)
 
     @property
-    def counts(self) -> tuple[int, ...] | None:
-        """Tokens (prefix included) that enter each block; None where images decide."""
-        if isinstance(self.reduction, TokenPlan):
-            return self.reduction.key_counts
-        counts = self.reduction.static_counts()
-        return None if counts is None else counts[:-1]
+    def counts_fixed(self) -> bool:
+        """Whether each block works on as many tokens of every image."""
+        return isinstance(self.reduction, TokenPlan) or self.reduction.static_counts() is not None
 
 
 @dataclass(frozen=True)

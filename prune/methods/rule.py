@@ -228,9 +228,14 @@ class RuleRun:
         return self._counts(2)
 
     @property
+    def counts(self) -> np.ndarray:
+        """int64 [kind 3, image, block L]: tokens (prefix included) that were read, attended and passed the MLP."""
+        return np.stack([self._counts(what) for what in range(3)])
+
+    @property
     def macs(self) -> np.ndarray:
         """int64 [image]: multiply-adds, see :func:`rule_macs`."""
-        return rule_macs(self.rule, *(self._counts(what) for what in range(3)))
+        return rule_macs(self.rule, *self.counts)
 
     def macs_ratio(self) -> float:
         """Mean over the images, as a fraction of the dense model's."""

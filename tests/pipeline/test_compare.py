@@ -80,7 +80,11 @@ def test_every_method_is_judged_and_timed(compared):
     for row in judged.values():
         assert row["failure"] is None and 0.5 < row["macs_ratio"] <= 0.8
         assert {"top1", "top1_difference", "agreement", "kl"} <= set(row) and row["eval_data"]["count"] == 6
-        assert row["counts"][0] == 17 and (row["data"] is None or row["data"]["count"] == 16)
+        # Of the last block nothing but the class token is updated; all of the first is read.
+        counts = row["counts"]
+        assert list(counts) == ["keys", "queries", "mlps"] and counts["keys"][0] == 17
+        assert counts["queries"][-1] == counts["mlps"][-1] == 1
+        assert row["data"] is None or row["data"]["count"] == 16
     assert {name: row["runtime"] for name, row in timed.items()} == {
         "dense": "pytorch", "v-pruner": "onnxruntime", "tome": "onnxruntime", "saint": "pytorch",
     }  # fmt: skip
@@ -188,10 +192,10 @@ def test_weights_of_another_plan_are_not_taken(comparison, monkeypatch, damage, 
 
 def test_a_stand_in_with_the_counts_alone_is_never_judged(comparison):
     (point,) = comparison.points([contenders(comparison.options)["fisher"]])
-    plan = TokenPlan("tiny", comparison.loaded.adapter.geometry, [range(16), range(9), range(4)])
+    plan = TokenPlan.dropping("tiny", comparison.loaded.adapter.geometry, [range(16), range(9), range(4)])
     plan.with_provenance(stand_in=True).save(comparison.output / "plans" / f"{point.name}.json")
     assert comparison._saved(point, stand_in=False) is None
-    assert comparison._saved(point, stand_in=True).counts == (17, 10, 5)
+    assert comparison._saved(point, stand_in=True).reduction.key_counts == (17, 10, 5)
 
 
 @pytest.fixture
@@ -355,13 +359,15 @@ def test_an_interrupted_rearrangement_is_no_result(card, images, monkeypatch):
 
 def test_a_plan_by_content_is_saved_with_its_score_and_exported(card, images, tmp_path, monkeypatch):
     geometry = open_model(card).adapter.geometry
-    plan = TokenPlan("tiny", geometry, [range(16), range(10), range(6)])
+    plan = TokenPlan.dropping("tiny", geometry, [range(16), range(10), range(6)])
     content = ContentPlan(plan, 0.75)
     learned = Learned(plan, None, (), content)
     monkeypatch.setattr("vpruner.prune.learn.learn", lambda loaded, images, spec: {"content": learned}[spec.select])
     given = options(card, images, methods=("v-pruner-content",), latency=True, seconds=0.1)
     rows = of(compare(given, tmp_path)["rows"], "compared")
-    assert rows["v-pruner-content"]["form"] == "rule" and rows["v-pruner-content"]["counts"] == [17, 11, 7]
+    assert rows["v-pruner-content"]["form"] == "rule" and rows["v-pruner-content"]["counts"] == {
+        "keys": [17, 11, 7], "queries": [11, 7, 1], "mlps": [11, 7, 1],
+    }  # fmt: skip
     (path,) = (tmp_path / "plans").iterdir()
     assert load_plan(path).digest == content.digest
     monkeypatch.setattr("vpruner.prune.learn.learn", lambda *_, **__: pytest.fail("learned again"))
