@@ -59,7 +59,7 @@ class Pruned:
     Attributes:
         loaded: The model, whose own weights are as before.
         files: What it was read from.
-        plan: Which tokens enter each block, with its provenance.
+        plan: What each block does with which patches, with its provenance.
         plan_path: The file that it was read from, if it was.
     """
 

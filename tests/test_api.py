@@ -296,8 +296,8 @@ def test_plans_and_results_show_themselves(pruned, images):
     from html.parser import HTMLParser
 
     text, markup = str(pruned.plan), pruned._repr_html_()
-    assert "16" in text and "tokens in" in text and "what each stage contributed" in str(pruned)
-    assert markup.count("<rect") == pruned.plan.geometry.patches
+    assert "16" in text and "patches that attend" in text and "what each stage contributed" in str(pruned)
+    assert markup.count("<svg") == 1 and "stops at block 2" in markup
     hostile = replace(pruned.plan, model="<script>alert(1)</script>")
     assert "<script" not in hostile._repr_html_()
     opened = []

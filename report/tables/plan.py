@@ -27,7 +27,7 @@ def plan_table(plan: TokenPlan) -> Table:
         patches = (f"{len(getattr(plan, kind)[block])} of {geometry.patches}" for kind in KINDS)
         macs = block_macs(geometry, *counts)
         lines.append((str(block), *patches, quantity(macs), ratio(macs / full)))
-    header = ("block", "patches read (keys)", "patches that attend (queries)", "patches in the MLP (MLPs)", "MACs",
+    header = ("block", "patches read (keys)", "that attend (queries)", "in the MLP", "MACs",
               "MACs / dense")  # fmt: skip
     return Table(header, tuple(lines), f"{plan.model}: {costs_of(plan)}")
 

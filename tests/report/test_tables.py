@@ -160,7 +160,7 @@ def test_recorded_plan_and_analysis():
     table = plan.plan_table(loaded)
     patches = loaded.geometry.patches
     assert table.header[1:4] == (
-        "patches read (keys)", "patches that attend (queries)", "patches in the MLP (MLPs)",
+        "patches read (keys)", "that attend (queries)", "in the MLP",
     )  # fmt: skip
     for place, kind in enumerate(("keys", "queries", "mlps"), 1):
         sets = getattr(loaded, kind)
