@@ -1,4 +1,4 @@
-"""Cost of a token plan, from the key and query counts of each block: multiply-adds (MACs), or measured milliseconds.
+"""Cost of a token plan, from the keys, queries and MLP tokens of each block: multiply-adds (MACs), or measured time.
 
 MACs count the matrix products (linear layers, the patch convolution, both attention products), 1 multiply-add as 1, as
 papers do: twice this is what ``torch.utils.flop_counter.FlopCounterMode`` reports for the pruned module under
@@ -13,7 +13,7 @@ measured on the target, which may be a staircase: runtimes work in tiles, and a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +23,14 @@ from .geometry import Geometry
 from .plan import KINDS, TokenPlan, live_masks, updated_prefix
 
 if TYPE_CHECKING:
-    pass
+    from .latency_table import LatencyTable
 
 #: Half the window, in tokens, over which a table's slope is taken; larger for many tokens, one in WINDOW_SHARE of them.
 #: Narrower than one step of a staircase, most slopes would read zero; eight tokens is the common step of fp16 kernels.
 WINDOW, WINDOW_SHARE = 4, 16
-#: Slope below which a table's is not believed, as a fraction of its mean slope: at no price may a token seem free to
-#: the relaxation, or no price would drop it.
+#: Slope below which a table's is not believed, as a fraction of a block's mean slope: at no price may a gate seem free
+#: to the relaxation, or no price would close it.
 LEAST_SLOPE = 0.01
-#: What dropping a token at all must add to a block's time before the search reckons with it.
-EXTRA = 0.01
 #: Differences of cost below this fraction of the dense cost are rounding.
 ROUNDING = 1e-12
 
@@ -84,8 +82,7 @@ def cost_ratio(plan: TokenPlan) -> float:
 class Cost(ABC):
     """What a plan costs, for one model; budgets are fractions of :attr:`dense`.
 
-    Counts are [kind 3, block L]: keys, queries and MLP tokens of each block, prefix included. The head reads all
-    patches where it reads any.
+    Counts are [..., kind 3, block L]: keys, queries and MLP tokens of each block, prefix included.
 
     Attributes:
         geometry: Shape of the model.
@@ -119,8 +116,16 @@ class Cost(ABC):
         """Cost of the untouched model, dead work and all."""
 
     @abstractmethod
-    def total(self, counts: np.ndarray) -> float:
-        """Cost of the exported model."""
+    def totals(self, counts: np.ndarray, reads: np.ndarray | int | None = None) -> np.ndarray:
+        """float64 [...]: cost of the exported model, for many at a time.
+
+        Args:
+            reads: int [...]: patches that the head reads; None: all, where it reads any.
+        """
+
+    def total(self, counts: np.ndarray, reads: int | None = None) -> float:
+        """Cost of the exported model; arguments as of :meth:`totals`, for one."""
+        return float(self.totals(np.asarray(counts), reads))
 
     @abstractmethod
     def marginal(self, counts: np.ndarray) -> np.ndarray:
@@ -131,11 +136,7 @@ class Cost(ABC):
         return target * self.dense
 
     def of(self, plan: TokenPlan) -> float:
-        return self.total(np.array(plan.counts)) + self.unread(plan)
-
-    def unread(self, plan: TokenPlan) -> float:
-        """What it saves (a number below zero) that the head reads fewer patches than there are."""
-        return 0.0
+        return self.total(np.array(plan.counts), len(plan.reads))
 
     def ratio(self, plan: TokenPlan) -> float:
         return self.of(plan) / self.dense
@@ -154,13 +155,17 @@ class MacsCost(Cost):
     def dense(self) -> int:
         return dense_macs(self.geometry)
 
-    def total(self, counts: np.ndarray) -> int:
-        reads = self.geometry.patches if self.geometry.head_patches else 0
-        return macs_from_counts(self.geometry, *np.asarray(counts).tolist(), reads)
+    def total(self, counts: np.ndarray, reads: int | None = None) -> int:
+        geometry = self.geometry
+        reads = geometry.patches if reads is None else reads
+        return macs_from_counts(geometry, *np.asarray(counts).tolist(), reads if geometry.head_patches else 0)
 
-    def unread(self, plan: TokenPlan) -> int:
-        missing = self.geometry.patches - len(plan.reads) if self.geometry.head_patches else 0
-        return -missing * self.geometry.head_macs_per_token
+    def totals(self, counts: np.ndarray, reads: np.ndarray | int | None = None) -> np.ndarray:
+        geometry = self.geometry
+        reads = np.asarray(geometry.patches if reads is None else reads) * geometry.head_patches
+        keys, queries, mlps = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
+        blocks = block_macs(geometry, keys, queries, mlps).sum(-1)
+        return geometry.stem_macs + blocks + geometry.head_macs + geometry.head_macs_per_token * reads
 
     def budget(self, target: float) -> int:
         return int(target * self.dense)
@@ -176,9 +181,74 @@ class MacsCost(Cost):
                 np.full(geometry.depth, float(geometry.mlp_macs)),
             ]
         )
-        if not geometry.head_patches:
-            slopes[1:, -1] = 0
-        return slopes
+        return _alive(slopes, geometry)
 
     def to_json(self, plan: TokenPlan) -> dict[str, Any]:
         return {"kind": self.kind, "unit": self.unit, "dense": self.dense, "plan": self.of(plan)}
+
+
+class LatencyCost(Cost):
+    """Milliseconds predicted by a table measured on the target.
+
+    Args:
+        table: Of this model; see :meth:`~vpruner.core.latency_table.LatencyTable.check_fits`.
+        geometry: Shape of the model.
+
+    Raises:
+        UserError: The table is of another model.
+    """
+
+    kind, unit, noun = "latency", "ms", "milliseconds"
+
+    def __init__(self, table: LatencyTable, geometry: Geometry):
+        super().__init__(geometry)
+        table.check_fits(geometry)
+        self.table = table
+        self._window = max(WINDOW, geometry.tokens // WINDOW_SHARE)
+        block = float(table.whole_ms(geometry.tokens) + table.mlp_ms(geometry.tokens))
+        # A table whose blocks cost nothing at all must not make the floor zero.
+        self._least_slope = max(LEAST_SLOPE * block / geometry.tokens, ROUNDING * self.dense)
+
+    @cached_property
+    def dense(self) -> float:
+        return self.table.dense_ms
+
+    def totals(self, counts: np.ndarray, reads: np.ndarray | int | None = None) -> np.ndarray:
+        return self.table.predict(counts, reads)
+
+    def marginal(self, counts: np.ndarray) -> np.ndarray:
+        table = self.table
+        keys, queries, mlps = np.asarray(counts, np.float64)
+        # Slopes of blocks in which others attend than are read, even where none is frozen yet: the step between the two
+        # kinds of block is no slope.
+        slopes = [
+            self._slope(keys, lambda count: table.split_ms(count, queries)),
+            self._slope(queries, lambda count: table.split_ms(keys, count)),
+            self._slope(mlps, table.mlp_ms),
+        ]
+        return _alive(np.stack(slopes), self.geometry)
+
+    def _slope(self, counts: np.ndarray, ms: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """float64 [block]: over a window that stays where the table knows anything."""
+        fewer, more = np.maximum(counts - self._window, 1), np.minimum(counts + self._window, self.geometry.tokens)
+        return np.maximum((ms(more) - ms(fewer)) / np.maximum(more - fewer, 1e-9), self._least_slope)
+
+    def to_json(self, plan: TokenPlan) -> dict[str, Any]:
+        attention, mlp = self.table.attention_ms(plan.key_counts, plan.query_counts), self.table.mlp_ms(plan.mlp_counts)
+        return {
+            "kind": self.kind,
+            "unit": self.unit,
+            "dense": round(self.dense, 6),
+            "plan": round(self.of(plan), 6),
+            **self.table.summary(),
+            # Of each block of the plan.
+            "block_attention_ms": [round(float(ms), 6) for ms in attention],
+            "block_mlp_ms": [round(float(ms), 6) for ms in mlp],
+        }
+
+
+def _alive(slopes: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Zero where work on a patch is dead: updates in the last block of a model whose head reads no patches."""
+    if not geometry.head_patches:
+        slopes[1:, -1] = 0
+    return slopes

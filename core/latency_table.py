@@ -14,15 +14,16 @@ from .. import __version__
 from . import progress
 from .environment import environment
 from .errors import PlanError, UserError
+from .geometry import Geometry
 from .json_file import json_sha256, read_json, write_json
-from .plan import Geometry, TokenPlan
+from .plan import TokenPlan, updated_prefix
 from .text import command, option
 
 #: Version of the JSON layout. Raise it when an older reader would misread a newer file.
-SCHEMA = 1
+SCHEMA = 2
 HINT = f"measure one with: {command('table', 'MODEL', output='table.json')}"
 #: A table that is further off on plans kept out is remarked on: budgets are met about as well as it predicts.
-GOOD_ERROR = 0.1
+GOOD_ERROR = 0.07
 #: Of the geometry, what decides the time of a model; a table serves every model that agrees in these.
 _DECISIVE = (
     "depth", "embed_dim", "num_heads", "head_dim", "prefix_tokens", "mlp_macs", "stem_macs", "head_macs",
@@ -32,7 +33,10 @@ _DECISIVE = (
 
 @dataclass(frozen=True, eq=False)
 class LatencyTable:
-    """Milliseconds of one block by tokens that enter (keys) and leave (queries), and of all that is not a block.
+    """Milliseconds of a block's attention by keys and queries and of its MLP by tokens, and of all that is no block.
+
+    A run takes ``fixed_ms``, the attention and the MLP of each block, for each block that tokens pass by
+    ``pass_ms + pass_token_ms * (tokens that leave it)``, and ``head_token_ms`` for each patch that the head reads.
 
     Attributes:
         model: Name of the model that was measured.
@@ -43,15 +47,20 @@ class LatencyTable:
         threads: Threads inside one operator.
         batch: Images per run; all times are of a whole run.
         opset: Of the graphs.
-        keys: Grid of tokens that enter, ascending, prefix included; the last is all tokens.
-        whole: ms at each of ``keys``, of a block that drops nothing.
-        split: For each of ``keys`` the ms by ``queries`` up to that many, of a block that drops tokens. Its last entry
-            is the limit at queries = keys.
+        tokens: Grid of counts, ascending, prefix included; the first has one patch, the last all of them.
+        whole: ms of the attention at each of ``tokens``, where all that are read attend: one product gives queries,
+            keys and values.
+        split: For each of ``tokens`` as keys the ms by ``rows`` queries, where others attend than are read: two
+            products. Its last entry is the limit at all tokens.
+        mlp: ms of the MLP at each of ``rows``.
         fixed_ms: Stem, head and the call itself.
+        pass_ms, pass_token_ms: Of a block that some tokens pass by unchanged: for picking rows and joining them again,
+            and for each token that leaves the block.
         head_token_ms: For each patch token that the head reads; 0 where it reads none.
         measured: What the table was calibrated on: ``dense_ms``, ``identity_ms``.
-        validation: Plans that the table was not fitted to, timed in the same rounds: ``label``, ``key_counts``,
-            ``measured_ms``, ``predicted_ms``, ``error`` (predicted / measured - 1).
+        validation: Plans that the table was not fitted to, timed in the same rounds: ``label``, ``counts`` (keys,
+            queries and MLP tokens of each block), ``measured_ms``, ``predicted_ms``, ``error`` (predicted / measured
+            - 1).
         protocol, environment: How and on what it was measured.
     """
 
@@ -63,10 +72,13 @@ class LatencyTable:
     threads: int
     batch: int
     opset: int
-    keys: tuple[int, ...]
+    tokens: tuple[int, ...]
     whole: tuple[float, ...]
     split: tuple[tuple[float, ...], ...]
+    mlp: tuple[float, ...]
     fixed_ms: float
+    pass_ms: float = 0.0
+    pass_token_ms: float = 0.0
     head_token_ms: float = 0.0
     measured: Mapping[str, float] = field(default_factory=dict)
     validation: tuple[Mapping[str, Any], ...] = ()
@@ -79,122 +91,113 @@ class LatencyTable:
                 raise _bad(f"{name} is {getattr(self, name)!r:.60}, expected a name")
         for name in ("threads", "batch", "opset"):
             _whole_number(name, getattr(self, name))
-        keys = _sequence("keys", self.keys)
-        for value in keys:
-            _whole_number("keys", value)
-        if not keys or list(keys) != sorted(set(keys)) or keys[-1] != self.geometry.tokens:
-            raise _bad(f"keys are {list(keys)!r:.80}, expected ascending counts up to {self.geometry.tokens} tokens")
-        object.__setattr__(self, "keys", keys)
-        whole = tuple(_time("whole", value) for value in _sequence("whole", self.whole))
-        if len(whole) != len(keys):
-            raise _bad(f"whole has {len(whole)} entries, expected {len(keys)}, one for each of keys")
-        split = tuple(
-            tuple(_time("split", value) for value in _sequence("split", row)) for row in _sequence("split", self.split)
-        )
-        lengths, expected = [len(row) for row in split], [sum(q <= key for q in self.queries) for key in keys]
-        if lengths != expected:
-            raise _bad(f"split has rows of {lengths!r:.60} entries, expected {expected!r:.60}: queries up to keys")
-        for row, above in zip(split, split[1:], strict=False):
-            _ascending("split", *zip(row, above, strict=False))
-        _ascending("split", *split)
-        _ascending("whole", whole)
-        object.__setattr__(self, "whole", whole)
+        tokens, most = _sequence("tokens", self.tokens), self.geometry.tokens
+        for value in tokens:
+            _whole_number("tokens", value)
+        if not tokens or list(tokens) != sorted(set(tokens)) or tokens[-1] != most:
+            raise _bad(f"tokens are {list(tokens)!r:.80}, expected ascending counts up to {most}")
+        object.__setattr__(self, "tokens", tokens)
+        for name, expected in (("whole", tokens), ("mlp", self.rows)):
+            times = _times(name, getattr(self, name), len(expected))
+            _ascending(name, times)
+            object.__setattr__(self, name, times)
+        lines = _sequence("split", self.split)
+        if len(lines) != len(tokens):
+            raise _bad(f"split has {len(lines)} rows, expected {len(tokens)}, one for each of tokens")
+        split = tuple(_times("split", line, len(self.rows)) for line in lines)
+        _ascending("split", *split, *zip(*split, strict=True))
         object.__setattr__(self, "split", split)
-        for name in ("fixed_ms", "head_token_ms"):
+        for name in ("fixed_ms", "pass_ms", "pass_token_ms", "head_token_ms"):
             object.__setattr__(self, name, _time(name, getattr(self, name), least=0.0))
 
     @property
-    def queries(self) -> tuple[int, ...]:
-        """Grid of tokens that leave: one, and the counts of ``keys``."""
-        return self.keys if self.keys[0] == 1 else (1, *self.keys)
+    def rows(self) -> tuple[int, ...]:
+        """Grid of queries and of MLP tokens: one, and the counts of ``tokens``."""
+        return self.tokens if self.tokens[0] == 1 else (1, *self.tokens)
 
     # -- predicting -----------------------------------------------------------------------------------------------
 
-    def block_ms(self, keys: float | np.ndarray, queries: float | np.ndarray) -> np.ndarray:
-        """ms of one block.
-
-        Args:
-            keys, queries: float [...], any shapes that broadcast, whole or not; queries above keys count as keys, keys
-                outside of the grid as its end.
-
-        Returns:
-            float64 [...]. Monotone in both arguments as long as queries < keys, and along queries = keys.
-        """
-        keys = np.asarray(keys, np.float64)
-        return np.where(np.asarray(queries) >= keys, self.whole_ms(keys), self.split_ms(keys, queries))
-
-    def whole_ms(self, keys: float | np.ndarray) -> np.ndarray:
-        """ms of a block that drops nothing, as :meth:`block_ms`."""
-        return np.interp(keys, self.keys, self.whole)
+    def whole_ms(self, tokens: float | np.ndarray) -> np.ndarray:
+        """ms of the attention of a block in which all ``tokens`` that are read attend: float64, as ``tokens``."""
+        return np.interp(tokens, self.tokens, self.whole)
 
     def split_ms(self, keys: float | np.ndarray, queries: float | np.ndarray) -> np.ndarray:
-        """ms of a block that drops tokens, continued to queries = keys; as :meth:`block_ms`, and monotone."""
-        key_nodes, query_nodes, values = self._surface
-        keys = np.clip(keys, self.keys[0], self.keys[-1])
-        queries = np.clip(queries, 1, keys)
-        i = np.clip(np.searchsorted(key_nodes, keys, "right") - 1, 0, len(key_nodes) - 2)
-        j = np.clip(np.searchsorted(query_nodes, queries, "right") - 1, 0, len(query_nodes) - 2)
-        u = (keys - key_nodes[i]) / (key_nodes[i + 1] - key_nodes[i])
-        v = (queries - query_nodes[j]) / (query_nodes[j + 1] - query_nodes[j])
+        """ms of the attention of a block in which others attend than are read.
+
+        Args:
+            keys, queries: float [...], any shapes that broadcast, whole or not; outside of the grid they count as its
+                end.
+
+        Returns:
+            float64 [...]. Monotone in both arguments; linear in each between two points of the grid.
+        """
+        i, u = _cell(self.tokens, keys)
+        j, v = _cell(self.rows, queries)
+        values = self._split
         low = values[i, j] * (1 - v) + values[i, j + 1] * v
         high = values[i + 1, j] * (1 - v) + values[i + 1, j + 1] * v
         return low * (1 - u) + high * u
 
     @cached_property
-    def _surface(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Nodes of keys and queries, and float64 [key, query] with what interpolation reads beyond the diagonal."""
-        # One node more at the end, so that there is a cell even where the grid has a single point.
-        keys, queries = (np.array([*nodes, nodes[-1] + 1], np.float64) for nodes in (self.keys, self.queries))
-        values = np.zeros((len(keys), len(queries)))
-        for row, line in enumerate(self.split):
-            values[row, : len(line)] = line
-            # The missing corner of a cell on the diagonal is where its triangle's plane would be.
-            below = self.split[row + 1] if row + 1 < len(self.split) else line
-            corner = len(line)
-            rise = below[corner] - below[corner - 1] if len(below) > corner else 0.0
-            values[row, corner:] = line[-1] + rise
-        values[-1] = values[-2]
-        return keys, queries, values
+    def _split(self) -> np.ndarray:
+        """float64 [keys + 1, queries + 1]: the grid, its ends repeated, so that a grid of one point has a cell too."""
+        return np.pad(np.array(self.split), (0, 1), mode="edge")
 
-    def predict(
-        self, key_counts: Sequence[float] | np.ndarray, query_counts: Sequence[float] | np.ndarray | None = None
-    ) -> np.ndarray:
+    def attention_ms(self, keys: float | np.ndarray, queries: float | np.ndarray) -> np.ndarray:
+        """ms of the attention of a block, as :meth:`split_ms`: whole where all that are read attend, and nothing where
+        none is read or none attends."""
+        keys, queries = np.asarray(keys, np.float64), np.asarray(queries, np.float64)
+        times = np.where(keys == queries, self.whole_ms(keys), self.split_ms(keys, queries))
+        return np.where((keys > 0) & (queries > 0), times, 0.0)
+
+    def mlp_ms(self, tokens: float | np.ndarray) -> np.ndarray:
+        """ms of the MLP of a block; nothing where no token passes it."""
+        return np.where(np.asarray(tokens) > 0, np.interp(tokens, self.rows, self.mlp), 0.0)
+
+    def predict(self, counts: np.ndarray, reads: float | np.ndarray | None = None) -> np.ndarray:
         """ms of one run of a whole model.
 
         Args:
-            key_counts: float [..., block L]: tokens that enter each block, prefix included.
-            query_counts: float [..., block L]: tokens that leave each; None: those that are read later, as exported.
+            counts: float [..., kind 3, block L]: keys, queries and MLP tokens of each block, prefix included.
+            reads: float [...]: patches that the head reads; None: all, where it reads any.
 
         Returns:
             float64 [...].
         """
-        keys = np.asarray(key_counts, np.float64)
-        queries = self.query_counts(keys) if query_counts is None else query_counts
-        total = self.fixed_ms + self.block_ms(keys, queries).sum(-1)
-        if self.geometry.head_patches:
-            total = total + self.head_token_ms * (keys[..., -1] - self.geometry.prefix_tokens)
-        return total
+        geometry, counts = self.geometry, np.asarray(counts, np.float64)
+        reads = np.asarray(geometry.patches if reads is None else reads, np.float64) * geometry.head_patches
+        keys, queries, mlps = np.moveaxis(counts, -2, 0)
+        leaving = np.maximum(self._leaving(keys, reads), np.maximum(queries, mlps))
+        passes = ((queries > 0) & (queries < leaving)) | ((mlps > 0) & (mlps < leaving))
+        passed = passes * (self.pass_ms + self.pass_token_ms * leaving)
+        blocks = self.attention_ms(keys, queries) + self.mlp_ms(mlps) + passed
+        return self.fixed_ms + blocks.sum(-1) + self.head_token_ms * reads
 
-    def query_counts(self, key_counts: np.ndarray) -> np.ndarray:
-        """:func:`~vpruner.core.plan.query_counts` along the last axis: float64 [..., block L], whole or not."""
-        geometry, last = self.geometry, key_counts[..., -1:] - self.geometry.prefix_tokens
-        last = geometry.head_prefix + (last if geometry.head_patches else 0 * last)
-        return np.concatenate([key_counts[..., 1:], last], axis=-1)
+    def _leaving(self, keys: np.ndarray, reads: np.ndarray) -> np.ndarray:
+        """float64 [..., block L]: tokens that leave each block: those that a later block or the head reads.
+
+        Of sets that are not nested they may be more than the most that one block reads; the difference is small.
+        """
+        geometry = self.geometry
+        later = np.concatenate(
+            [keys[..., 1:] - geometry.prefix_tokens, np.broadcast_to(reads, keys.shape[:-1])[..., None]], -1
+        )
+        prefix = [updated_prefix(geometry, block) for block in range(geometry.depth)]
+        return np.flip(np.maximum.accumulate(np.flip(later, -1), -1), -1) + prefix
 
     def predict_plan(self, plan: TokenPlan) -> float:
-        """ms of one run of the model pruned by ``plan``, dead tokens removed.
+        """ms of one run of the model pruned by ``plan``, dead work removed.
 
         Raises:
             UserError: The plan is of another model.
         """
         self.check_fits(plan.geometry)
-        return float(self.predict(plan.key_counts))
+        return float(self.predict(np.array(plan.counts), len(plan.reads)))
 
     @cached_property
     def dense_ms(self) -> float:
-        """Predicted ms of the untouched model, dead tokens and all: the 1.0 of budgets."""
-        everything = [self.geometry.tokens] * self.geometry.depth
-        return float(self.predict(everything, everything))
+        """Predicted ms of the untouched model, dead work and all: the 1.0 of budgets."""
+        return float(self.predict(np.full((3, self.geometry.depth), self.geometry.tokens)))
 
     @property
     def largest_error(self) -> float | None:
@@ -262,13 +265,19 @@ class LatencyTable:
     def summary(self) -> dict[str, Any]:
         """What the provenance of a plan says about the table it was searched with."""
         names = ("model", "runtime", "provider", "precision", "threads", "batch", "opset")
+        most = self.geometry.tokens
+        queries = sorted({min(self.rows, key=lambda row: abs(row - share * most)) for share in (0, 0.25, 0.5, 1)})
         return {
             "table_sha256": self.sha256,
             **{name: getattr(self, name) for name in names},
             # What a report draws; the table itself may be elsewhere by then.
-            "keys": list(self.keys),
+            "tokens": list(self.tokens),
             "whole_ms": list(self.whole),
-        }
+            "split_ms": {str(count): [round(float(self.split_ms(keys, count)), 9) for keys in self.tokens]
+                         for count in queries},
+            "rows": list(self.rows),
+            "mlp_ms": list(self.mlp),
+        }  # fmt: skip
 
     # -- JSON -----------------------------------------------------------------------------------------------------
 
@@ -280,10 +289,11 @@ class LatencyTable:
             "vpruner": __version__,
             **values,
             "geometry": self.geometry.to_json(),
-            "keys": list(self.keys),
-            "queries": list(self.queries),
+            "tokens": list(self.tokens),
+            "rows": list(self.rows),
             "whole": list(self.whole),
             "split": [list(row) for row in self.split],
+            "mlp": list(self.mlp),
             "measured": dict(self.measured),
             "validation": [dict(row) for row in self.validation],
             "protocol": dict(self.protocol),
@@ -299,10 +309,13 @@ class LatencyTable:
         """
         if not isinstance(value, Mapping) or value.get("kind") != "latency_table":
             raise _bad("it is no latency table")
-        if isinstance(value.get("schema"), bool) or value.get("schema") != SCHEMA:
-            raise _bad(f"it has schema {value.get('schema')!r:.60}, this vpruner reads {SCHEMA}")
+        schema = value.get("schema")
+        if schema == 1 and not isinstance(schema, bool):
+            raise _bad("it has schema 1, which tells no MLP from attention, and has to be measured anew")
+        if isinstance(schema, bool) or schema != SCHEMA:
+            raise _bad(f"it has schema {schema!r:.60}, this vpruner reads {SCHEMA}")
         names = [f.name for f in fields(cls)]
-        known = {"schema", "kind", "vpruner", "queries", *names}
+        known = {"schema", "kind", "vpruner", "rows", *names}
         unknown, missing = set(value) - known, known - {"vpruner"} - set(value)
         if unknown or missing:
             raise _bad(f"it has unknown key {min(unknown)!r:.60}" if unknown else f"it has no key {min(missing)!r}")
@@ -318,8 +331,8 @@ class LatencyTable:
             geometry=geometry,
             validation=tuple(_checked_validation(value["validation"])),
         )
-        if value["queries"] != list(table.queries):
-            raise _bad(f"queries are {value['queries']!r:.80}, expected {list(table.queries)!r:.80}: 1 and the keys")
+        if value["rows"] != list(table.rows):
+            raise _bad(f"rows are {value['rows']!r:.80}, expected {list(table.rows)!r:.80}: 1 and the tokens")
         return table
 
     def save(self, path: str | PathLike) -> None:
@@ -347,6 +360,14 @@ def _packages_of(environment: Mapping[str, Any]) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
+def _cell(nodes: Sequence[int], values: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which pair of neighbours in ``nodes`` each value lies between, and how far on the way from one to the next."""
+    values = np.clip(values, nodes[0], nodes[-1])
+    ends = np.array([*nodes, nodes[-1] + 1], np.float64)
+    index = np.searchsorted(ends, values, "right") - 1
+    return index, (values - ends[index]) / (ends[index + 1] - ends[index])
+
+
 def _bad(problem: str) -> UserError:
     return UserError(problem, HINT)
 
@@ -360,6 +381,13 @@ def _sequence(name: str, value: Any) -> tuple[Any, ...]:
 def _whole_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise _bad(f"{name} is {value!r:.60}, expected a whole number of at least 1")
+
+
+def _times(name: str, values: Any, count: int) -> tuple[float, ...]:
+    times = tuple(_time(name, value) for value in _sequence(name, values))
+    if len(times) != count:
+        raise _bad(f"{name} has {len(times)} entries, expected {count}, one for each count of the grid")
+    return times
 
 
 def _time(name: str, value: Any, least: float | None = None) -> float:

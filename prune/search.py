@@ -5,7 +5,9 @@ block (:class:`~vpruner.prune.fisher.GateGradients`), what it saves is exact. La
 unit of cost every patch chooses alone, and bisection finds the price that meets the budget. Attention makes the cost of
 one patch depend on how many others there are, so marginal costs are taken at the counts of the previous solution and
 the whole is repeated; the cost of a result is always exact. What the relaxation leaves of the budget (it can only land
-on the convex hull) is then filled gate by gate.
+on the convex hull) is then filled gate by gate. Measured time is often a staircase, and a block that tokens pass by has
+a price of its own: the filling takes first what costs nothing, so that blocks end at the edge of a step, and opens a
+block to all patches where that is no slower.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core.cost import Cost, MacsCost
+from ..core.cost import ROUNDING, Cost, MacsCost
 from ..core.errors import UserError
 from ..core.geometry import Geometry
 from ..core.plan import KINDS, TokenPlan, live_masks
@@ -108,12 +110,17 @@ class _Search:
         self.start = live_masks(geometry, every if masks is None else masks)
         # Kinds that each state leaves open: [state, kind].
         self.opens = (self.states[:, None] >> np.arange(len(KINDS)) & 1) == 0
+        # The last state whose patch is read.
+        self.reading = int(np.flatnonzero(self.opens[:, 0])[-1])
         # What is closed stays closed, unless that is dead work, which has no effect.
         closed, dead = ~self.start, self.start.copy()
         dead[1:] = True
         closed[1:] &= live_masks(geometry, dead)[1:]
         reopens = (self.opens[None, :, :, None] & closed.transpose(1, 0, 2)[:, None]).any(2)
         self.losses = np.where(reopens, np.inf, losses[:, self.states])
+        self._grid = np.ogrid[: geometry.depth, : geometry.patches]
+        # A number for each change of the sets of one patch: sums of these.
+        self._marks = np.random.default_rng(0).integers(1 << 48, size=(len(KINDS), geometry.depth))
         # In a pooled model that drops patches one must stay to the end, else one must be read at all.
         self.last = geometry.depth - 1 if geometry.head_patches else 0
         self.anchor = (
@@ -126,15 +133,18 @@ class _Search:
         begin = self._states_of(self.start)
         if self._total(begin) <= self.budget:
             return self._result(begin)
-        best = None
+        best, filled = None, {}
         counts = self.cost.full_counts().astype(np.float64)
         for _ in range(REPEATS):
-            states = self._fill(self._bisect(self.cost.marginal(counts)))
-            candidate = self._result(states)
-            if best is None or candidate.importance_lost < best.importance_lost:
-                best = candidate
+            relaxed = self._bisect(self.cost.marginal(counts))
+            key = relaxed.tobytes()
+            if key not in filled:
+                filled[key] = states = self._fill(relaxed)
+                candidate = self._result(states)
+                if best is None or candidate.importance_lost < best.importance_lost:
+                    best = candidate
             # Half a step: full steps can swing between two solutions.
-            counts = 0.5 * counts + 0.5 * self._counts(states)
+            counts = 0.5 * counts + 0.5 * self._counts(filled[key])
         return best
 
     def _states_of(self, masks: np.ndarray) -> np.ndarray:
@@ -150,20 +160,26 @@ class _Search:
         return self.cost.counts(self._masks(states))
 
     def _total(self, states: np.ndarray) -> float:
-        return self.cost.total(self._counts(states))
+        masks = self._masks(states)
+        return self.cost.total(self.cost.counts(masks), int(masks[0, -1].sum()) if self.drops else None)
+
+    def _lost(self, states: np.ndarray) -> float:
+        return float(self.losses[(self._grid[0], states, self._grid[1])].sum())
 
     def _bisect(self, marginal: np.ndarray) -> np.ndarray:
-        """States at the lowest price per unit of cost at which the patches' own choices meet the budget."""
-        # [block, state]: what a patch in that state costs.
-        prices = np.einsum("sk,kl->ls", self.opens, marginal)
+        """States at the lowest price per unit of cost at which the patches' own choices meet the budget.
+
+        Args:
+            marginal: float64 [kind, block]: what each gate costs.
+        """
         positive = self.losses[(self.losses > 0) & np.isfinite(self.losses)]
-        smallest = prices[prices > 0].min()
-        low = np.log((positive.min() if positive.size else 1.0) / prices.sum()) - 5
-        high = np.log((positive.max() if positive.size else 1.0) * self.geometry.depth / smallest) + 5
-        states = self._choose(np.exp(high) * prices)
+        least, most = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
+        low = np.log(least / marginal.sum()) - 5
+        high = np.log(most * self.geometry.depth / marginal[marginal > 0].min()) + 5
+        states = self._choose(np.exp(high) * marginal)
         for _ in range(STEPS):
             middle = 0.5 * (low + high)
-            candidate = self._choose(np.exp(middle) * prices)
+            candidate = self._choose(np.exp(middle) * marginal)
             if self._total(candidate) <= self.budget:
                 high, states = middle, candidate
             else:
@@ -171,66 +187,140 @@ class _Search:
         return states
 
     def _choose(self, prices: np.ndarray) -> np.ndarray:
-        """int64 [block, patch]: the states of least loss and price, for prices [block, state]."""
-        value = self.losses + prices[:, :, None]
-        if not self.ordered:
-            states = value.argmin(1)
-        else:
-            # From the last block to the first: the best from here on, in any state from this one on.
-            depth, count, patches = value.shape
-            best = np.zeros((count, patches))
-            later = np.zeros((depth, count, patches), np.int64)
-            rows = np.arange(count)[:, None]
-            for block in reversed(range(depth)):
-                total = value[block] + best
-                # Running minimum over later states, and where it is.
-                reverse = np.minimum.accumulate(total[::-1], 0)[::-1]
-                at = np.where(total == reverse, rows, count)
-                later[block] = np.minimum.accumulate(at[::-1], 0)[::-1]
-                best = reverse
-            states = np.empty((depth, patches), np.int64)
-            state, columns = np.zeros(patches, np.int64), np.arange(patches)
-            for block in range(depth):
-                state = states[block] = later[block, state, columns]
-        if self.anchor is not None:
+        """int64 [block, patch]: the states of least loss and price, for prices [kind, block] of gates."""
+        value = self.losses + np.einsum("sk,kl->ls", self.opens, prices)[:, :, None]
+        states = self._choose_in_order(value, prices[0]) if self.ordered else value.argmin(1)
+        if self.anchor is not None and not self.opens[states[self.last if self.ordered else slice(None)], 0].any():
             first = states[: self.last + 1, self.anchor]
-            np.minimum(first, self._reading, out=first)
+            # The state that reads and closes most; any states are numbered by what they close.
+            first[:] = np.minimum(first, self.reading) if self.ordered else first & self.reading
         return states
 
-    @property
-    def _reading(self) -> int:
-        """The last state whose patch is read."""
-        return int(np.flatnonzero(self.opens[:, 0])[-1])
+    def _choose_in_order(self, value: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """The same from the loss and price of each state [block, state, patch], and the price [block] of a key.
+
+        From the last block to the first: the best from here on, in this state or a later one.
+        """
+        depth, count, patches = value.shape
+        rows, read = np.arange(count)[:, None], self.reading + 1
+        best = np.zeros((count, patches))
+        # Which state is taken, and where a patch is not read any more from the next block on.
+        later, ends = np.zeros((depth, count, patches), np.int64), np.zeros((depth, count, patches), bool)
+        for block in reversed(range(depth)):
+            total = value[block] + best
+            if block < depth - 1 and (self.drops or not self.geometry.head_patches):
+                # Then what this block updates is dead: only the key costs anything.
+                ending = self.losses[block, :read] + keys[block] + best[-1]
+                ends[block, :read] = ending < total[:read]
+                total[:read] = np.minimum(total[:read], ending)
+            # Running minimum over later states, and where it is.
+            best = np.minimum.accumulate(total[::-1], 0)[::-1]
+            at = np.where(total == best, rows, count)
+            later[block] = np.minimum.accumulate(at[::-1], 0)[::-1]
+        states, state, columns = np.empty((depth, patches), np.int64), np.zeros(patches, np.int64), np.arange(patches)
+        for block in range(depth):
+            states[block] = later[block, state, columns]
+            state = np.where(ends[block, states[block], columns], count - 1, states[block])
+        return states
 
     def _fill(self, states: np.ndarray) -> np.ndarray:
-        """Spend what is left: repeatedly open what gains most per cost, while anything fits."""
-        depth, patches = states.shape
-        states = states.copy()
-        blocks, columns = np.arange(depth)[:, None], np.arange(patches)[None]
+        """Spend what is left: open what costs nothing, then again and again what gains most per cost and fits."""
+        states = self._open_blocks(states, self._total(states))
         while True:
-            marginal = self.cost.marginal(self._counts(states).astype(np.float64))
-            prices = np.einsum("sk,kl->ls", self.opens, marginal)
-            now = self.losses[blocks, states, columns]
-            worth = np.full((depth, len(self.states), patches), -1.0)
-            for state in range(len(self.states)):
-                opens_more = (self.opens[state] >= self.opens[states]).all(-1) & (states != state)
-                if self.ordered:
-                    opens_more &= states == state + 1
-                    opens_more[1:] &= states[:-1] <= state
-                gain = now - self.losses[:, state]
-                price = np.maximum(prices[:, state, None] - prices[blocks, states], 1e-300)
-                worth[:, state] = np.where(opens_more & (gain >= 0), gain / price, -1.0)
-            for flat in np.argsort(-worth, axis=None, kind="stable")[:256]:
-                block, state, patch = np.unravel_index(flat, worth.shape)
-                if worth[block, state, patch] < 0:
-                    return states
+            filled = self._open_gates(states)
+            states = self._open_blocks(filled, self.budget)
+            if states is filled:
+                return states
+
+    def _open_gates(self, states: np.ndarray) -> np.ndarray:
+        while True:
+            block, state, patch, gain = self._moves(states)
+            live, price = self._prices(states, block, state, patch)
+            # Places on a plateau are few: the patch that gains most takes one.
+            worth = np.where(price > 0, gain / np.maximum(price, 1e-300), gain)
+            order = np.lexsort((-worth, price > 0))
+            # What is dead changes nothing, and where much is left many moves are taken before prices are asked again;
+            # but only one of each patch, for its next may depend on it.
+            dead = order[~live[order]]
+            room = self.budget - self._total(states)
+            many = int(room / (16 * price.max(initial=1e-300))) if len(dead) == 0 else 0
+            several = dead if len(dead) else order[:many]
+            _, firsts = np.unique(patch[several], return_index=True)
+            several = several[np.sort(firsts)]
+            for moves in (several, *order[:256, None]):
                 trial = states.copy()
-                trial[block, patch] = state
-                if self._total(trial) <= self.budget:
+                trial[block[moves], patch[moves]] = state[moves]
+                if len(moves) and self._total(trial) <= self.budget:
                     states = trial
                     break
             else:
                 return states
+
+    def _open_blocks(self, states: np.ndarray, limit: float) -> np.ndarray:
+        """Close less for all patches of a block at once, where that loses no more and costs no more than ``limit``.
+
+        Where a block costs more because some tokens pass it by at all, that goes only with the last of them.
+        """
+        for block in range(self.geometry.depth):
+            for state in range(len(self.states)):
+                trial = states.copy()
+                part = trial[: block + 1] if self.ordered else trial[block : block + 1]
+                losses = self.losses[: block + 1] if self.ordered else self.losses[block : block + 1]
+                # Any states are numbered by what they close.
+                fewer = np.minimum(part, state) if self.ordered else part & state
+                stays = np.isinf(np.take_along_axis(losses, fewer[:, None], 1)[:, 0])
+                part[:] = np.where(stays, part, fewer)
+                if (trial == states).all() or self._lost(trial) > self._lost(states):
+                    continue
+                if self._total(trial) <= min(limit, self.budget):
+                    states = trial
+        return states
+
+    def _moves(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What may be opened: block, new state and patch, int [move], and how much less is lost, float [move]."""
+        after = np.arange(len(self.states))[None, :, None]
+        now = states[:, None]
+        if self.ordered:
+            allowed = after == now - 1
+            allowed[1:] &= states[:-1, None] <= after
+        else:
+            allowed = (self.opens[:, None] >= self.opens).all(-1)[after, now] & (after != now)
+        gain = self.losses[(self._grid[0], states, self._grid[1])][:, None] - self.losses
+        # Ties and zero gains still spend budget: the budget is there to be used.
+        block, state, patch = np.nonzero(allowed & (gain >= 0))
+        return block, state, patch, gain[block, state, patch]
+
+    def _prices(
+        self, states: np.ndarray, block: np.ndarray, state: np.ndarray, patch: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of moves [move]: whether they change what is computed, and what they cost, exactly.
+
+        Exactly but for blocks of models without prefix tokens that get their first key or query.
+        """
+        cost, masks, moves = self.cost, self._masks(states), np.arange(len(block))
+        # [kind, block, move]: the column of each move's patch.
+        columns = self.opens[states[:, patch]].transpose(2, 0, 1)
+        columns[:, block, moves] = self.opens[state].T
+        columns &= self.start[:, :, patch]
+        needed = columns[0, -1].copy() if self.drops else np.ones(len(moves), bool)
+        needed &= self.geometry.head_patches
+        for keys, *updates in reversed(columns.transpose(1, 0, 2)):
+            for update in updates:
+                update &= needed
+            needed |= keys
+        change = columns.astype(np.int64) - masks[:, :, patch]
+        # Few of them differ, and a table is not read for each.
+        _, firsts, which = np.unique(
+            np.einsum("klm,kl->m", change, self._marks), return_index=True, return_inverse=True
+        )
+        counts, reads, more = cost.counts(masks), None, None
+        if self.drops:
+            reads = masks[0, -1].sum()
+            more = reads + change[0, -1, firsts]
+        totals = cost.totals(counts + change[:, :, firsts].transpose(2, 0, 1), more)
+        prices = totals - cost.totals(counts, reads)
+        prices[np.abs(prices) < ROUNDING * cost.dense] = 0.0
+        return change.any((0, 1)), prices[which]
 
     def _result(self, states: np.ndarray) -> SearchResult:
         masks, total, note = self._masks(states), self._total(states), ""
@@ -243,9 +333,7 @@ class _Search:
                     f"nothing had to be closed: removing dead work alone brings the model to {found} of its "
                     f"{cost.noun}, below the target of {allowed}"
                 )
-        blocks, columns = np.ogrid[: states.shape[0], : states.shape[1]]
-        lost = float(self.losses[blocks, states, columns].sum())
-        return SearchResult(masks, total, self.budget, lost, note, self.drops)
+        return SearchResult(masks, total, self.budget, self._lost(states), note, self.drops)
 
 
 def check_target(geometry: Geometry, target: float, cost: Cost | None = None, *, drops: bool = False) -> None:
@@ -280,7 +368,7 @@ def minimum_cost(cost: Cost, *, drops: bool = False) -> float:
     masks[0, 0, 0] = not geometry.head_patches
     if drops and geometry.head_patches:
         masks[:, :, 0] = True
-    return cost.total(cost.counts(masks))
+    return cost.total(cost.counts(masks), 1 if drops else None)
 
 
 def minimum_macs(geometry: Geometry) -> int:

@@ -1,32 +1,42 @@
 """Latency tables from a formula, shared by the tests of costs, search and tables."""
 
+from vpruner.core.cost import block_macs
+from vpruner.core.geometry import Geometry
 from vpruner.core.latency_table import LatencyTable
-from vpruner.core.plan import Geometry
 
 ABOUT = dict(runtime="onnxruntime", provider="cpu", precision="fp32", threads=1, batch=1, opset=20)
 
 
-def make_table(shape: Geometry, block, keys=None, whole=None, fixed_ms=1.0, **changes) -> LatencyTable:
-    """``block(keys, queries)`` and ``whole(keys)`` in ms, on ``keys`` or on every count there can be."""
-    keys = list(keys or range(max(1, shape.prefix_tokens), shape.tokens + 1))
-    queries = keys if keys[0] == 1 else [1, *keys]
+def make_table(shape: Geometry, attention, mlp, tokens=None, whole=None, fixed_ms=1.0, **changes) -> LatencyTable:
+    """``attention(keys, queries)``, ``mlp(tokens)`` and ``whole(tokens)`` in ms, on ``tokens`` or on every count there
+    can be."""
+    tokens = list(tokens or range(max(1, shape.prefix_tokens), shape.tokens + 1))
+    rows = tokens if tokens[0] == 1 else [1, *tokens]
     values = dict(
         model="tiny",
         geometry=shape,
         **ABOUT,
-        keys=keys,
-        whole=[(whole or (lambda key: block(key, key)))(key) for key in keys],
-        split=[[block(key, query) for query in queries if query <= key] for key in keys],
+        tokens=tokens,
+        whole=[(whole or (lambda count: attention(count, count)))(count) for count in tokens],
+        split=[[attention(keys, queries) for queries in rows] for keys in tokens],
+        mlp=[mlp(row) for row in rows],
         fixed_ms=fixed_ms,
     )
     return LatencyTable(**{**values, **changes})
 
 
-def stairs(step: int):
-    """ms of a runtime that works in tiles of ``step`` tokens."""
+def macs_table(shape: Geometry) -> LatencyTable:
+    """A table whose milliseconds are MACs."""
+    return make_table(
+        shape, lambda k, q: block_macs(shape, k, q, 0), lambda m: block_macs(shape, 0, 0, m),
+        fixed_ms=shape.stem_macs + shape.head_macs, head_token_ms=shape.head_macs_per_token,
+    )  # fmt: skip
 
-    def block(keys: int, queries: int) -> float:
-        up = [step * -(-count // step) for count in (keys, queries)]
-        return 0.3 + 0.01 * up[0] + 0.03 * up[1]
 
-    return block
+def stairs(step: int) -> dict:
+    """Attention and MLP of a runtime that works in tiles of ``step`` tokens."""
+
+    def up(count: int) -> int:
+        return step * -(-count // step)
+
+    return dict(attention=lambda k, q: 0.3 + 0.01 * up(k) + 0.01 * up(q), mlp=lambda m: 0.02 * up(m))

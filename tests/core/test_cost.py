@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latency_tables import make_table, stairs
+from latency_tables import macs_table, make_table, stairs
 
-from vpruner.core.cost import LatencyCost, MacsCost, block_macs, cost_ratio, dense_macs, macs_from_counts
+from vpruner.core.cost import LatencyCost, MacsCost, block_macs, cost_ratio, dense_macs, macs_from_counts, plan_macs
 from vpruner.core.errors import UserError
-from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.core.geometry import Geometry
+from vpruner.core.plan import TokenPlan
 
 
 def geometry(pooled=False, **changes) -> Geometry:
@@ -20,20 +21,21 @@ def geometry(pooled=False, **changes) -> Geometry:
     return Geometry(**{**values, **changes})
 
 
-def macs_table(shape: Geometry):
-    """A table whose milliseconds are MACs."""
-    return make_table(
-        shape, lambda k, q: block_macs(shape, k, q), fixed_ms=shape.stem_macs + shape.head_macs,
-        head_token_ms=shape.head_macs_per_token,
-    )  # fmt: skip
-
-
 def plans(shape: Geometry, count=20):
+    """Nested ones, ones of any sets, and ones that drop tokens whole."""
     random = np.random.default_rng(0)
-    for _ in range(count):
-        exits = random.integers(0, shape.depth + 1, shape.patches)
-        exits[0] = shape.depth
-        yield TokenPlan.from_exits("m", shape, exits)
+    for number in range(count):
+        exits = random.integers(1, shape.depth + 1, (3, shape.patches))
+        exits[:, 0] = shape.depth
+        if number % 3 == 0:
+            yield TokenPlan.from_exits("m", shape, exits)
+        elif number % 3 == 1:
+            yield TokenPlan.from_masks("m", shape, random.random((3, shape.depth, shape.patches)) < random.random())
+        else:
+            yield TokenPlan.dropping_from_exits("m", shape, exits[0])
+
+
+COUNTS = np.array([[26.0, 20, 14, 10], [24, 25, 9, 4], [23, 12, 10, 6]])
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -43,23 +45,40 @@ def test_macs_behind_the_interface_are_the_macs(pooled):
     assert (cost.kind, cost.unit, cost.dense) == ("macs", "MACs", dense_macs(shape))
     assert cost.budget(0.5) == int(0.5 * dense_macs(shape)) and isinstance(cost.budget(0.5), int)
     for plan in plans(shape):
-        assert cost.total(plan.key_counts) == macs_from_counts(shape, plan.key_counts)
-        assert cost.ratio(plan) == cost_ratio(plan) == cost.ratio_from_counts(plan.key_counts)
-        assert cost.to_json(plan) == {"kind": "macs", "unit": "MACs", "dense": cost.dense,
-                                      "plan": cost.total(plan.key_counts)}  # fmt: skip
+        reads = len(plan.reads)
+        assert cost.of(plan) == cost.total(np.array(plan.counts), reads) == plan_macs(plan)
+        assert plan_macs(plan) == macs_from_counts(shape, *plan.counts, reads) and isinstance(cost.of(plan), int)
+        assert cost.ratio(plan) == cost_ratio(plan)
+        assert cost.counts(plan.masks).tolist() == np.array(plan.counts).tolist()
+        assert cost.to_json(plan) == {"kind": "macs", "unit": "MACs", "dense": cost.dense, "plan": cost.of(plan)}
+    identity = TokenPlan.identity("m", shape)
+    assert cost.full_counts().tolist() == np.array(identity.counts).tolist()
+    assert cost.total(cost.full_counts()) == plan_macs(identity)
+
+
+@pytest.mark.parametrize("make", [MacsCost, lambda shape: LatencyCost(make_table(shape, **stairs(4)), shape)])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_many_totals_at_once_are_the_totals(make, pooled):
+    shape = geometry(pooled)
+    cost, some = make(shape), list(plans(shape))
+    counts, reads = np.array([plan.counts for plan in some]), np.array([len(plan.reads) for plan in some])
+    assert cost.totals(counts, reads) == pytest.approx([cost.of(plan) for plan in some], rel=1e-12)
+    every = [cost.total(np.array(plan.counts)) for plan in some]
+    assert cost.totals(counts) == pytest.approx(every, rel=1e-12)
 
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_slopes_of_macs_are_the_differences_of_macs(pooled):
-    """Exact but for the second order: one token is one token more for itself, too."""
+    """Exactly: each product of a block is of first order in each of its counts."""
     shape = geometry(pooled)
     cost = MacsCost(shape)
-    counts = np.array([25.0, 20, 12, 7])
-    survival = cost.survival(counts)
-    for leaves in range(1, shape.depth + 1):
-        more = counts + (np.arange(shape.depth) < leaves)
-        assert survival[leaves] == pytest.approx(cost.total(more) - cost.total(counts), rel=0.01)
-    assert survival[0] == 0 and (np.diff(survival) > 0).all()
+    slopes = cost.marginal(COUNTS)
+    for kind in range(3):
+        for block in range(shape.depth):
+            more = COUNTS.copy()
+            more[kind, block] += 1
+            dead = kind > 0 and block == shape.depth - 1 and not pooled
+            assert slopes[kind, block] == (0 if dead else cost.totals(more) - cost.totals(COUNTS))
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -68,50 +87,34 @@ def test_a_table_of_macs_costs_macs(pooled):
     latency, macs = LatencyCost(macs_table(shape), shape), MacsCost(shape)
     assert latency.dense == pytest.approx(macs.dense)
     for plan in plans(shape):
-        assert latency.total(plan.key_counts) == pytest.approx(macs.total(plan.key_counts))
+        assert latency.of(plan) == pytest.approx(macs.of(plan))
         assert latency.ratio(plan) == pytest.approx(macs.ratio(plan))
-    counts = np.array([26.0, 20, 14, 10])
-    # Near the diagonal the window of a table ends at queries = keys; elsewhere both are exact.
-    for mine, theirs in zip(latency.marginal(counts).__dict__.values(), macs.marginal(counts).__dict__.values(),
-                            strict=True):  # fmt: skip
-        assert mine == pytest.approx(theirs, rel=0.05)
+    assert latency.marginal(COUNTS) == pytest.approx(macs.marginal(COUNTS))
 
 
 def test_slopes_of_a_staircase_are_those_of_the_ramp_under_it():
-    shape = geometry(grid=(8, 8))
-    slopes = LatencyCost(make_table(shape, stairs(8)), shape).marginal(np.array([50.0, 43.5, 35.0, 30.0]))
-    assert slopes.as_key == pytest.approx([0.01] * 4, rel=0.3)
-    assert slopes.as_query[:3] == pytest.approx([0.03] * 3, rel=0.5)
-
-
-def test_no_slope_is_ever_free_and_no_price_is_an_estimate():
-    shape = geometry()
-    flat = LatencyCost(make_table(shape, lambda keys, queries: 1.0), shape)
-    counts = np.array([20.0, 15, 10, 5])
-    assert (flat.survival(counts)[1:] > 0).all()
-    assert (flat.stay_prices(counts) == 0).all()
-    cost = LatencyCost(make_table(shape, stairs(4)), shape)
-    prices = cost.stay_prices(np.array([20.0, 15, 10, 5]))
-    # One token more in block 1 fills its tile of 16; in block 0 it would open another.
-    assert prices[2, 1] == 0
-    assert prices[1, 0] == pytest.approx(0.04)
-    for old in range(shape.depth):
-        for new in range(old + 1, shape.depth + 1):
-            enters = (np.arange(shape.depth) >= old) & (np.arange(shape.depth) < new)
-            assert prices[new, old] == pytest.approx(cost.total(counts + enters) - cost.total(counts), abs=1e-9)
+    shape = geometry(pooled=True, grid=(8, 8))
+    counts = np.array([[50.0, 43.5, 35, 30], [44, 40.5, 33, 17], [49, 30, 20.5, 11]])
+    slopes = LatencyCost(make_table(shape, **stairs(8)), shape).marginal(counts)
+    for kind, ramp in enumerate((0.01, 0.01, 0.02)):
+        assert slopes[kind] == pytest.approx([ramp] * 4, rel=0.3)
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10**6), st.booleans())
 def test_slopes_are_positive_for_any_table(seed, pooled):
+    """At no price may a gate seem free, or no price would close it."""
     random = np.random.default_rng(seed)
     shape = geometry(pooled, grid=(3, 4))
     steps = np.cumsum(np.cumsum(random.exponential(size=(15, 15)) * (random.random((15, 15)) < 0.3), 0), 1) + 0.1
-    cost = LatencyCost(make_table(shape, lambda k, q: steps[k, q]), shape)
-    counts = np.sort(random.uniform(2, 14, shape.depth))[::-1]
-    slopes = cost.marginal(counts)
-    assert (slopes.as_key > 0).all() and (slopes.as_query > 0).all()
-    assert (np.diff(cost.survival(counts)) > 0).all()
+    cost = LatencyCost(make_table(shape, lambda k, q: steps[k, q], lambda m: steps[7, m]), shape)
+    slopes = cost.marginal(random.uniform(1, 14, (3, shape.depth)))
+    if not pooled:
+        assert (slopes[1:, -1] == 0).all()
+        slopes = slopes[:, :-1]
+    assert (slopes > 0).all()
+    flat = LatencyCost(make_table(shape, lambda k, q: 1.0, lambda m: 1.0), shape)
+    assert (flat.marginal(np.full((3, shape.depth), 7.0))[:, :-1] > 0).all()
 
 
 def test_a_table_of_another_model_is_refused():
@@ -120,11 +123,16 @@ def test_a_table_of_another_model_is_refused():
         LatencyCost(table, geometry(embed_dim=128))
 
 
-def test_provenance_names_the_table():
+def test_provenance_names_the_table_and_tells_the_blocks():
     shape = geometry()
     table = macs_table(shape)
     cost = LatencyCost(table, shape)
-    plan = TokenPlan.identity("m", shape)
+    plan = next(plans(shape))
     facts = cost.to_json(plan)
     assert facts["kind"] == "latency" and facts["table_sha256"] == table.sha256 and facts["threads"] == 1
     assert facts["plan"] == pytest.approx(table.predict_plan(plan)) and facts["dense"] == pytest.approx(table.dense_ms)
+    blocks = [block_macs(shape, *counts) for counts in zip(*plan.counts, strict=True)]
+    parts = zip(facts["block_attention_ms"], facts["block_mlp_ms"], strict=True)
+    assert [sum(part) for part in parts] == pytest.approx(blocks)
+    assert facts["whole_ms"] == list(table.whole) and facts["mlp_ms"] == list(table.mlp)
+    assert facts["split_ms"]["13"] == pytest.approx([block_macs(shape, keys, 13, 0) for keys in table.tokens])
