@@ -95,7 +95,7 @@ def main() -> None:
                 "macs_ratio": round(cost_ratio(plan), 6),
                 "predicted_ratio": round(table.predict_plan(plan) / table.dense_ms, 6),
                 **{name: measured[name] for name in ("ratio", "ratio_low", "ratio_high", "p50_ms")},
-                "kept": [len(indices) for indices in plan.kept],
+                **dict(zip(("keys", "queries", "mlps"), map(list, plan.counts), strict=True)),
                 "threads": table.threads,
                 "batch": table.batch,
                 "environment": here,

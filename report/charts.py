@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 860, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 56, 22, 44
 #: The dense model first: grey, then what is compared with it. Each can be told from a white page and from a dark one.
-COLOURS = ("#8a95a5", "#1a8f84", "#d9662b", "#4f8fcb")
+COLOURS = ("#8a95a5", "#1a8f84", "#d9662b", "#4f8fcb", "#a06fc2")
 
 
 def nice_ticks(most: float, least: float = 0.0, count: int = 5) -> list[float]:
@@ -191,18 +191,32 @@ def tokens_chart(keys: Sequence[int], queries: Sequence[int], mlps: Sequence[int
     return plot.svg("tokens that each block reads, that attend and that pass its MLP")
 
 
-def staircase_chart(keys: Sequence[int], ms: Sequence[float], marked: Sequence[int] = ()) -> str:
-    """Milliseconds of a block over its tokens, as a latency table measured them; ``marked`` counts get a ring."""
-    below = nice_ticks(max(keys))
-    plot = Plot((0, below[-1]), nice_ticks(max(ms)), ("ms of a block", "tokens that enter the block"))
-    plot.line(keys, ms, COLOURS[1])
-    for key, value in zip(keys, ms, strict=True):
-        plot.dot(key, value, COLOURS[1], f"{key} tokens: {value:.4g} ms")
-    for count in sorted(set(marked)):
-        plot.dot(count, _interpolated(count, keys, ms), COLOURS[2], f"{count} tokens, in this plan", ring=True)
-    for tick in below:
+def curves_chart(
+    below: str,
+    curves: Mapping[str, Sequence[float]],
+    counts: Sequence[int],
+    marked: Sequence[tuple[float, float]] = (),
+) -> str:
+    """Milliseconds of a part of a block over its tokens, as a latency table measured them.
+
+    Args:
+        below: What is counted along the x axis.
+        curves: Name -> ms at each of ``counts``, in the order of :data:`COLOURS`.
+        marked: Points (count, ms) that get a ring.
+    """
+    ticks = nice_ticks(max(counts))
+    most = max(max(map(max, curves.values())), max((ms for _, ms in marked), default=0.0))
+    plot = Plot((0, ticks[-1]), nice_ticks(most), ("ms", below))
+    for number, (name, times) in enumerate(curves.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        plot.line(counts, times, colour)
+        for count, value in zip(counts, times, strict=True):
+            plot.dot(count, value, colour, f"{name}, {count} tokens: {value:.4g} ms")
+    for count, value in dict.fromkeys(marked):
+        plot.dot(count, value, "currentColor", f"{count:g} tokens, in this plan: {value:.4g} ms", ring=True)
+    for tick in ticks:
         plot.mark(tick)
-    return plot.svg("milliseconds of a block over its tokens")
+    return plot.svg(f"milliseconds over {below}")
 
 
 #: What :func:`learning_chart` draws: colour of each line -> its name.
@@ -225,10 +239,3 @@ def learning_chart(
         if episodes[0] <= tick <= episodes[-1]:
             plot.mark(tick)
     return plot.svg("rewards over episodes")
-
-
-def _interpolated(count: float, keys: Sequence[int], ms: Sequence[float]) -> float:
-    for (k0, t0), (k1, t1) in zip(zip(keys, ms, strict=True), zip(keys[1:], ms[1:], strict=True), strict=False):
-        if k0 <= count <= k1:
-            return t0 + (t1 - t0) * (count - k0) / (k1 - k0)
-    return ms[0] if count < keys[0] else ms[-1]

@@ -110,16 +110,50 @@ def tokens_figure(plan: TokenPlan) -> Figure:
     return _chart(chart, ("keys: tokens that are read", "queries: tokens that attend", "tokens that pass the MLP"))
 
 
-def staircase_figure(plan: TokenPlan) -> Figure | None:
-    """What a block takes by its tokens on the device that the plan was searched for; None for plans by MACs."""
+def latency_table_figures(plan: TokenPlan) -> list[Figure]:
+    """What attention and MLP of a block take by their tokens on the device that the plan was searched for, if any.
+
+    None of them for plans by MACs, and for plans by a table that did not tell the two apart.
+    """
     cost = mapping(plan.provenance.get("cost"))
-    keys, times = listed(cost.get("keys")), listed(cost.get("whole_ms"))
-    if not keys or len(keys) != len(times):
+    split = mapping(cost.get("split_ms")).items()
+    attention = {"as many queries": cost.get("whole_ms"), **{f"{count} queries": times for count, times in split}}
+    where = f"measured on {runtime_of(cost)}. Rings: the blocks of this plan."
+    panels = [
+        _curves_figure("keys", "tokens", attention, cost, plan.key_counts, "block_attention_ms",
+                       f"Attention of a block by the tokens that it reads, {where}"),
+        _curves_figure("tokens in the MLP", "rows", {"MLP": cost.get("mlp_ms")}, cost, plan.mlp_counts, "block_mlp_ms",
+                       f"MLP of a block by its tokens, {where}"),
+    ]  # fmt: skip
+    return [panel for panel in panels if panel is not None]
+
+
+def _curves_figure(
+    below: str,
+    grid: str,
+    curves: Mapping[str, Any],
+    cost: Mapping[str, Any],
+    counts: Sequence[int],
+    times: str,
+    caption: str,
+) -> Figure | None:
+    """Times over a ``grid`` of tokens; ``counts`` and the ``times`` are of the blocks of a plan."""
+    nodes, mine = _numbers(cost.get(grid)), _numbers(cost.get(times))
+    lines = {name: _numbers(values) for name, values in curves.items()}
+    if not nodes or any(len(values) != len(nodes) for values in lines.values()) or len(mine) != len(counts):
         return None
-    plain = "\n".join(f"{key:>5} tokens {milliseconds(ms)}" for key, ms in zip(keys, times, strict=True))
-    caption = f"Time of a block that drops no token, measured on {runtime_of(cost)}. Rings: the counts of this plan."
-    chart = charts.staircase_chart(keys, times, plan.key_counts)
-    return _chart(chart, caption=caption, plain=Code("", plain))
+    chart = charts.curves_chart(below, lines, nodes, list(zip(counts, mine, strict=True)))
+    rows = zip(nodes, zip(*lines.values(), strict=True), strict=True)
+    plain = "\n".join(f"{node:>5} {below}  {'  '.join(map(milliseconds, values))}" for node, values in rows)
+    names = lines if len(lines) > 1 else ()
+    head = f"{'  '.join(names)}\n" if names else ""
+    return _chart(chart, names, caption=caption, plain=Code("", head + plain))
+
+
+def _numbers(values: Any) -> list[float]:
+    """A list of finite numbers that are not negative; empty for whatever else a file may hold."""
+    found = [number({"": value}, "") for value in listed(values)]
+    return [] if any(value is None or value < 0 for value in found) else found
 
 
 def learning_figure(history: Any) -> Figure | None:

@@ -148,12 +148,10 @@ def test_a_plan_of_prune_goes_with_its_weights():
     assert plan_of("plan.json")["kept"] == plan_of("static/plan.json")["kept"]
 
 
-def test_a_latency_table_is_a_budget():
-    call("prune", "tiny.json", "--data", "train.tar", "--cost", "latency:table.json", "--target", 0.95, "--rounds", 1,
-         "--rearrange", "none", "--tune", "none", "-q", "-o", "timed.json")  # fmt: skip
-    provenance = plan_of("timed.json")["provenance"]
-    assert provenance["target_kind"] == "latency" and 0.8 < provenance["ratio"] <= 0.95
-    assert provenance["cost"]["whole_ms"] == plan_of("table.json")["whole"]
+def test_a_latency_table_without_times_of_the_mlp_is_to_be_measured_again():
+    fails("prune", "tiny.json", "--data", "train.tar", "--cost", "latency:table.json", "-q", "-o", "timed.json",
+          says="schema 1, which tells no MLP from attention, and has to be measured anew")  # fmt: skip
+    assert not Path("timed.json").exists()
 
 
 def test_an_engine_is_opened_by_its_record(monkeypatch):

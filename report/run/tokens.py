@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ...core.plan import TokenPlan
 from ...core.text import counted
 from ..blocks import Section, Text
-from ..figures import exits_figure, staircase_figure, tokens_figure
+from ..figures import exits_figure, latency_table_figures, tokens_figure
 from ..panels import steps_figure
 from ..tables.plan import plan_table
 
@@ -41,12 +41,11 @@ def tokens_section(
 
 
 def blocks_section(plan: TokenPlan) -> Section:
-    staircase = staircase_figure(plan)
     prefix = counted(plan.geometry.prefix_tokens, "prefix token")
     text = (
         "Keys are the tokens that a block reads, queries those that attend. A token that is read costs a key and a "
         "value, one that attends a query, a projection and its pairs with all keys, one that passes the MLP that. The "
         f"chart and the multiply-adds include {prefix}; the columns of patches do not."
     )
-    figures = [tokens_figure(plan), *([staircase] if staircase else [])]
+    figures = [tokens_figure(plan), *latency_table_figures(plan)]
     return Section("Block by block", [*figures, Text(text), plan_table(plan)])

@@ -214,22 +214,24 @@ def timing_remarks(rows: Iterable[Row]) -> list[str]:
 
 
 def block_times_table(table: LatencyTable) -> Table:
-    """A measured latency table: the time of one block by its tokens."""
+    """A measured latency table: the time of attention and MLP of one block by their tokens."""
     lines = [
         (
-            str(keys),
-            str(keys - table.geometry.prefix_tokens),
+            str(tokens),
+            str(tokens - table.geometry.prefix_tokens),
             milliseconds(whole),
-            *(milliseconds(float(table.split_ms(keys, left))) for left in (keys / 2, 1)),
+            *(milliseconds(float(table.split_ms(tokens, queries))) for queries in (table.geometry.tokens / 2, 1)),
+            milliseconds(float(table.mlp_ms(tokens))),
         )
-        for keys, whole in zip(table.keys, table.whole, strict=True)
+        for tokens, whole in zip(table.tokens, table.whole, strict=True)
     ]
-    lines += [("outside the blocks", "", milliseconds(table.fixed_ms), "", "")]
-    lines += [("dense model", "", milliseconds(table.dense_ms), "", "")]
+    passes = table.pass_ms + table.pass_token_ms * table.geometry.tokens
+    around = {"tokens pass a block by": passes, "outside the blocks": table.fixed_ms, "dense model": table.dense_ms}
+    lines += [(name, "", milliseconds(ms), "", "", "") for name, ms in around.items()]
     where = (
         f"{table.runtime} {table.provider} {table.precision}, batch {table.batch}, {counted(table.threads, 'thread')}"
     )
-    header = ("tokens in (keys)", "patches", "all stay", "half stay", "one stays")
+    header = ("tokens", "patches", "attention: all attend", "half of all attend", "one attends", "MLP")
     return Table(header, tuple(lines), f"time of one block of {table.model}: {where}")
 
 

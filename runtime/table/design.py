@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from ...core.plan import Geometry, TokenPlan
-from .graphs import Sample
+from ...core.geometry import Geometry
+from ...core.plan import TokenPlan
+from .graphs import Chain, Sample
 
 #: Weights of a chain, in bytes: past the last-level cache of common processors, so that every run streams them anew.
 CHAIN_BYTES = 128 << 20
-#: (key counts, query counts below each) of the grids to choose from, by how many rounds the time allows.
-GRIDS = ((10, 4), (8, 3), (6, 3), (4, 2))
+#: (token counts, key and query counts of split attention) of the grids to choose from, by how many rounds the time
+#: allows.
+GRIDS = ((10, 4), (8, 4), (6, 3), (4, 2))
 #: The same where time is a staircase: both edges of a step are counts of their own.
-STAIR_GRIDS = ((48, 3), (24, 3), (14, 2), (8, 2))
+STAIR_GRIDS = ((48, 5), (24, 4), (14, 3), (8, 2))
 
 
 def chain_blocks(geometry: Geometry, weight_bytes: int) -> int:
@@ -21,28 +25,55 @@ def chain_blocks(geometry: Geometry, weight_bytes: int) -> int:
     return min(geometry.depth, max(2, -(-CHAIN_BYTES // per_block)))
 
 
-def design(geometry: Geometry, blocks: int, key_count: int, query_count: int, step: int = 1) -> list[Sample]:
-    """The chains to time: for each of ``key_count`` key counts a whole one and ``query_count`` split ones.
+def design(geometry: Geometry, blocks: int, count: int, split_count: int, step: int = 1) -> list[Sample]:
+    """The chains to time, besides the one with all tokens.
 
-    On a staircase (``step`` > 1) both edges of a step get a whole chain, and only the lower one split chains: what a
-    split block costs more is small against a step.
+    Attention and MLP vary by themselves: whole blocks of ``count`` numbers of tokens, as many numbers of tokens in the
+    MLP of blocks that are whole otherwise, and ``split_count`` x ``split_count`` keys and queries with one number of
+    tokens in the MLP. Where blocks that tokens pass by begin, three pairs that differ in one such token tell what that
+    costs.
     """
-    keys = key_grid(geometry, key_count, step)
-    samples = [Sample(f"{key}", blocks, key, key) for key in keys if key != geometry.tokens]
-    for key in keys if step == 1 else [key for key in keys if key % step == 0 or key in (keys[0], keys[-1])]:
-        # The largest is one less: what the first token dropped costs is where split blocks begin.
-        queries = np.unique(np.linspace(1, key - 1, query_count).round().astype(int)) if key > 1 else ()
-        if step > 1 and len(queries) > 2:
-            inner = np.maximum(queries[1:-1] // step * step, 1)
-            queries = np.unique([queries[0], *inner, queries[-1]])
-        samples += [Sample(f"{key} to {query}", blocks, key, int(query), refill=True) for query in queries]
-    # What the Gather costs hardly depends on anything; three points are enough for a line.
-    for key in sorted({keys[0], keys[len(keys) // 2], keys[-1]}):
-        samples.append(Sample(f"{key} refilled", blocks, key, key, refill=True))
-    return samples
+    everything = geometry.tokens
+    grid = token_grid(geometry, count, step)
+    rows = grid if grid[0] == 1 else [1, *grid]
+    few = mlp_of_split(rows)
+    # Only lower edges of a staircase: what others cost more is small against a step.
+    even = [row for row in rows if step == 1 or row % step == 0 or row in (1, grid[0], everything)]
+    keys = [row for row in even if row > geometry.prefix_tokens]
+    chains = [Chain.whole(blocks, tokens) for tokens in grid[:-1]]
+    chains += [Chain(blocks, everything, everything, mlps) for mlps in rows if mlps < everything]
+    chains += [Chain(blocks, most, most, most - 1) for most in pass_counts(grid) if most > 1]
+    chains += [
+        Chain(blocks, key, query, min(few, max(key, query)))
+        for key in _spread(keys, split_count)
+        for query in (min(query, max(key - 1, 1)) if query == key else query for query in _spread(even, split_count))
+    ]
+    return [Sample(label_of(chain), chain) for chain in dict.fromkeys(chains)]
 
 
-def key_grid(geometry: Geometry, count: int, step: int = 1) -> list[int]:
+def label_of(chain: Chain) -> str:
+    if chain.is_whole:
+        return f"{chain.tokens}"
+    return f"{chain.keys} keys, {chain.queries} queries, {chain.mlps} in the MLP"
+
+
+def pass_counts(grid: Sequence[int]) -> list[int]:
+    """At which numbers of tokens it is measured what it costs that one of them passes a block by."""
+    return sorted({grid[len(grid) // 4], grid[len(grid) // 2], grid[-1]})
+
+
+def mlp_of_split(rows: Sequence[int]) -> int:
+    """Tokens in the MLP where attention is split: few, for what is not asked about should take little of the time."""
+    return rows[len(rows) // 3]
+
+
+def _spread(nodes: Sequence[int], count: int) -> list[int]:
+    """``count`` of the nodes, with both ends, as even in value as they are."""
+    wanted = np.linspace(nodes[0], nodes[-1], count)
+    return sorted({min(nodes, key=lambda node: abs(node - value)) for value in wanted})
+
+
+def token_grid(geometry: Geometry, count: int, step: int = 1) -> list[int]:
     """About ``count`` token counts from one patch to all of them, evenly spaced.
 
     With a ``step`` they come in pairs: a multiple of it, where a step of the staircase ends, and one more, where the
@@ -62,15 +93,21 @@ def held_out_plans(model: str, geometry: Geometry) -> dict[str, TokenPlan]:
     """Plans as a search might give them, to see how well a table predicts: name -> plan."""
     depth, patches = geometry.depth, geometry.patches
     along = np.arange(depth) / max(depth - 1, 1)
-    schedules = {
-        "falling to a quarter": 1 - 0.75 * along,
-        "falling late": np.minimum(1, 1.1 - 1.4 * np.maximum(along - 0.35, 0)),
-        "in three steps": 0.7 ** np.floor(3.999 * np.arange(depth) / depth),
-    }
     order = np.random.default_rng(0).permutation(patches)
+
+    def sets(shares: np.ndarray, shift: float = 0.0) -> list[list[int]]:
+        """The first patches in one order; with a ``shift`` each block begins that share of all patches further on."""
+        counts = [max(1, round(patches * float(min(max(share, 0), 1)))) for share in shares]
+        starts = [round(patches * shift * block) for block in range(depth)]
+        return [sorted(np.roll(order, -start)[:count].tolist()) for start, count in zip(starts, counts, strict=True)]
+
+    every = sets(np.ones(depth))
+    middle = 1 - 0.8 * np.sin(np.pi * along)
     return {
-        label: TokenPlan(
-            model, geometry, [sorted(order[: max(1, round(patches * float(share)))].tolist()) for share in shares]
-        )
-        for label, shares in schedules.items()
+        "MLPs end early": TokenPlan(model, geometry, every, sets(1.6 - 1.6 * along), sets(1.1 - 1.8 * along)),
+        "all end": TokenPlan(model, geometry, sets(1.5 - along), sets(1.3 - 1.2 * along), sets(1.2 - along)),
+        "tokens dropped": TokenPlan.dropping(model, geometry, sets(1 - 0.75 * along)),
+        "sets of any kind": TokenPlan(
+            model, geometry, sets(0.9 - 0.3 * along, 0.1), sets(1 - 0.2 * along, 0.2), sets(middle, 0.15)
+        ),
     }

@@ -2,25 +2,27 @@
 
 What is measured. Timing one block alone would keep its weights in a cache that the other blocks of a model sweep
 clean, so nothing is timed alone. A *chain* is the real model, stem and head included, cut to so many blocks that their
-weights exceed any cache (or left whole), in which every block does the same: K tokens enter, Q leave. Where Q < K a
-``Gather`` repeats rows until there are K again; chains with such a ``Gather`` and nothing dropped tell what it costs.
-Chains differ from each other in the blocks alone, and every block in them counts, so that b(K, Q) follows from
-differences of large numbers that were taken in the same rounds. Chains of two lengths tell the part outside of blocks.
+weights exceed any cache (or left whole), in which every block does the same: K tokens are read, Q attend, M pass the
+MLP. The rest passes by, so that the next block finds its tokens. Chains differ from each other in the blocks alone, and
+every block in them counts, so that the time of a block follows from differences of large numbers that were taken in the
+same rounds. Chains of two lengths tell the part outside of blocks.
 
-What is not assumed. A block with Q < K is another graph than one with Q = K: queries, keys and values are no longer one
-product. On small models that costs a few percent for the first token dropped, so there are two tables: *whole* blocks
-by K, and *split* blocks by K and Q.
+What is assumed. A block takes A(K, Q) + M(M tokens), and p(tokens) where some pass it by: attention and MLP follow each
+other and share nothing but the stream. Plans that are kept out of the fit say how far that holds.
+
+What is not assumed. Where others attend than are read, the graph is another one: queries, keys and values are no longer
+one product. On small models that costs a few percent for the first token that is frozen, so there are two tables of
+attention: *whole* by K = Q, and *split* by K and Q.
 
 Smoothing and interpolation. More tokens never take less time, but measurements may: each grid is replaced by the mean
 of the largest value at no more, and the smallest at no fewer tokens. That leaves a grid that is monotone as it is, and
-makes every grid monotone in both directions. Between grid points it is linear in K and Q each (linear in triangles
-along Q = K), which keeps it so.
+makes every grid monotone in each direction. Between grid points it is linear in K and Q each, as the products are that
+attention consists of; so few points tell the split table.
 
 Precision. The statistic of a chain is the median over rounds of its time relative to the reference chain (all tokens,
-nothing dropped) in the *same* round, times the reference's median: what slows all of a round down cancels.
+nothing frozen) in the *same* round, times the reference's median: what slows all of a round down cancels.
 
-Known limits: gates add a little to attention, and the ``Gather`` before block 0 of a plan that drops patches at once
-is not counted.
+Known limits: gates add a little to attention, and the ``Gather`` that brings the tokens into an order is not counted.
 """
 
 from __future__ import annotations
@@ -34,12 +36,13 @@ from typing import Any
 import numpy as np
 
 from ...core.environment import environment
+from ...core.geometry import Geometry
 from ...core.latency_table import LatencyTable
-from ...core.plan import Geometry, TokenPlan
+from ...core.plan import TokenPlan
 from ...core.timing import SETTLE_SECONDS, measure, settling_runs
 from .design import GRIDS, STAIR_GRIDS, chain_blocks, design, held_out_plans
 from .fit import fit_table
-from .graphs import Graphs, Sample
+from .graphs import Chain, Graphs, Sample
 
 #: Memory for sessions that are open at the same time, but never more than half of the machine's. A session holds its
 #: weights about twice, once packed.
@@ -78,18 +81,18 @@ def measure_table(
     if memory is None:
         memory = min(SESSION_BYTES, int((before["memory_gib"] or 8) * 2**29))
     blocks = chain_blocks(geometry, graphs.weight_bytes)
-    dense, started = Sample("dense", geometry.depth), time.perf_counter()
+    dense, started = Sample("dense"), time.perf_counter()
     with dense.open(graphs) as call:
         opening = time.perf_counter() - started if graphs.opening_counts else 0.0
         first = measure({"dense": call}, warmup=2, warmup_limit=2, rounds=3, own_time=graphs.own_time)
         once = float(np.median(first.seconds["dense"]))
     # The reference is all tokens through the chain; where no block is cut off, that is the dense model itself.
-    reference = dense if blocks == geometry.depth else Sample("chain", blocks, geometry.tokens, geometry.tokens)
+    reference = dense if blocks == geometry.depth else Sample("chain", Chain.whole(blocks, geometry.tokens))
     plans = held_out_plans(model, geometry)
-    extra = [dense, Sample("identity", geometry.depth, plan=TokenPlan.identity(model, geometry))]
-    extra += [Sample(label, geometry.depth, plan=plan) for label, plan in plans.items()]
+    extra = [dense, Sample("identity", plan=TokenPlan.identity(model, geometry))]
+    extra += [Sample(label, plan=plan) for label, plan in plans.items()]
     if blocks == geometry.depth > 1:
-        extra.append(Sample("half of the blocks", geometry.depth // 2, geometry.tokens, geometry.tokens))
+        extra.append(Sample("half of the blocks", Chain.whole(geometry.depth // 2, geometry.tokens)))
     for grid in GRIDS if graphs.step == 1 else STAIR_GRIDS:
         chains = design(geometry, blocks, *grid, step=graphs.step)
         samples = [sample for sample in (*extra, *chains) if sample != reference]
@@ -141,7 +144,7 @@ def time_samples(
     random.Random(seed).shuffle(others)
 
     def size(sample: Sample) -> float:
-        return SESSION_COPIES * graphs.weight_bytes * sample.blocks / geometry.depth
+        return SESSION_COPIES * graphs.weight_bytes * sample.blocks(geometry) / geometry.depth
 
     groups: list[list[Sample]] = [[]]
     for sample in others:

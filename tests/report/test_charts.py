@@ -10,9 +10,9 @@ from vpruner.report.charts import (
     Bars,
     Plot,
     blocks_chart,
+    curves_chart,
     learning_chart,
     nice_ticks,
-    staircase_chart,
     tokens_chart,
 )
 
@@ -44,13 +44,16 @@ def test_charts_are_svg_with_a_bar_for_each_block():
     assert len([one for one in tree.iter() if one.tag.endswith("polyline")]) == 2
 
 
-def test_a_staircase_has_a_point_for_each_measurement():
-    tree = ElementTree.fromstring(staircase_chart([8, 9, 16, 17], [1.0, 2.0, 2.0, 3.0], marked=[8, 12, 40]))
+def test_curves_have_a_point_for_each_measurement_and_rings_for_a_plan():
+    curves = {"as many queries": [1.0, 2.0, 2.0, 3.0], "4 queries": [0.5, 1.0, 1.0, 1.5]}
+    tree = ElementTree.fromstring(curves_chart("keys", curves, [8, 9, 16, 17], [(8, 1.0), (12, 2.0), (12, 2.0)]))
     circles = [one for one in tree.iter() if one.tag.endswith("circle")]
-    assert len(circles) == 7
+    assert len(circles) == 8 + 2 and len([one for one in tree.iter() if one.tag.endswith("polyline")]) == 2
     points = {one[0].text: float(one.get("cy")) for one in circles}
-    assert points["8 tokens: 1 ms"] > points["9 tokens: 2 ms"] == points["16 tokens: 2 ms"]
-    assert points["12 tokens, in this plan"] == points["9 tokens: 2 ms"]
+    many = "as many queries, {} tokens: {} ms"
+    assert points[many.format(8, 1)] > points[many.format(9, 2)] == points[many.format(16, 2)]
+    assert points["12 tokens, in this plan: 2 ms"] == points[many.format(9, 2)]
+    assert points["4 queries, 9 tokens: 1 ms"] == points[many.format(8, 1)]
 
 
 @pytest.mark.parametrize("least, most", [(-0.3, 0.2), (-26.0, 2.0), (-1.0, -0.5), (0.0, 3.0), (-7.0, 0.0)])

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from latency_tables import make_table, stairs
 from PIL import Image
 from products import each_with_some
 
 from vpruner.cli.hints import TypedSink
 from vpruner.core import progress
-from vpruner.core.cost import block_macs, cost_ratio, dense_macs, plan_macs
+from vpruner.core.cost import LatencyCost, block_macs, cost_ratio, dense_macs, plan_macs
 from vpruner.core.errors import UserError
 from vpruner.core.plan import Geometry, TokenPlan
 from vpruner.report import run as report
@@ -318,14 +319,22 @@ def test_stages_of_another_form_in_a_plan_do_no_harm(tmp_path, value):
     written(tmp_path, make_rows(), plan=make_plan(stages=value))
 
 
-def test_the_staircase_that_a_plan_was_searched_on_is_drawn(tmp_path):
-    cost = {"kind": "latency", "runtime": "tensorrt", "provider": "cuda", "precision": "fp16", "keys": [2, 16, 17, 25]}
-    plan = make_plan(cost={**cost, "whole_ms": [1.0, 1.5, 2.5, 2.5]})
-    html_path, markdown_path = report.write_report(tmp_path, plan=plan, rows=[])
-    page = html_path.read_text()
-    assert "17 tokens: 2.5 ms" in page and "in this plan" in page and "tensorrt cuda fp16" in page
-    assert "16 tokens 1.50 ms" in markdown_path.read_text()
-    for useless in ({"keys": [2, 16], "whole_ms": [1.0]}, {"kind": "macs"}, None):
+def test_the_table_that_a_plan_was_searched_on_is_drawn(tmp_path):
+    shape = make_plan().geometry
+    cost = LatencyCost(make_table(shape, **stairs(8), tokens=[2, 8, 9, 25], runtime="tensorrt", provider="cuda"), shape)
+    facts = cost.to_json(make_plan())
+    html_path, markdown_path = report.write_report(tmp_path, plan=make_plan(cost=facts), rows=[])
+    page, markdown = html_path.read_text(), markdown_path.read_text()
+    # Attention over keys for some numbers of queries, and the MLP.
+    assert "as many queries, 9 tokens: 0.62 ms" in page and "9 queries, 25 tokens: 0.78 ms" in page
+    assert "MLP, 9 tokens: 0.32 ms" in page and "MLP of a block by its tokens, measured on tensorrt cuda fp32" in page
+    keys, ms = make_plan().key_counts[0], facts["block_attention_ms"][0]
+    assert f"{keys} tokens, in this plan: {ms:.4g} ms" in page and "    9 tokens in the MLP  0.320 ms" in markdown
+    damaged = ({"tokens": [2, 8]}, {"mlp_ms": None}, {"split_ms": 3}, {"block_mlp_ms": ["a"]}, {"whole_ms": [-1] * 4})
+    for change in damaged:
+        html_path, _ = report.write_report(tmp_path, plan=make_plan(cost={**facts, **change}), rows=[])
+        assert html_path.read_text().count("measured on tensorrt") == (2 if "split_ms" in change else 1)
+    for useless in ({"keys": [2, 16], "whole_ms": [1.0, 2.0]}, {"kind": "macs"}, None):
         html_path, _ = report.write_report(tmp_path, plan=make_plan(cost=useless), rows=[])
         assert "in this plan" not in html_path.read_text()
 

@@ -4,9 +4,10 @@ import io
 from pathlib import Path
 
 import pytest
+from latency_tables import make_table, stairs
 
 from vpruner.cli import console
-from vpruner.core.latency_table import LatencyTable
+from vpruner.core.geometry import Geometry
 from vpruner.core.plan import TokenPlan
 from vpruner.core.rows import read_rows
 from vpruner.report.blocks import Table
@@ -134,9 +135,24 @@ def test_recorded_times():
         table = latency.latency_table(list(group.values()))
         assert len({len(row) for row in table.rows} | {len(table.header)}) == 1
         assert all(row[-1] == "" or "×" in row[-1] for row in table.rows)
-    table = LatencyTable.load(RECORDED / "table.json")
-    assert len(latency.block_times_table(table).rows) == len(table.keys) + 2
-    assert len(latency.predictions_table(table).rows) == len(table.validation)
+
+
+def test_a_latency_table_in_words():
+    row = {"label": "a", "counts": [], "measured_ms": 2.0, "predicted_ms": 2.1, "error": 0.05}
+    shape = Geometry(
+        depth=4, embed_dim=64, num_heads=2, head_dim=32, grid=(4, 4), prefix_tokens=1, image_size=(32, 32),
+        head_prefix=1, head_patches=False,
+    )  # fmt: skip
+    made = make_table(
+        shape, **stairs(4), tokens=[2, 9, 17], fixed_ms=0.25, pass_ms=0.01, pass_token_ms=0.01, validation=[row]
+    )
+    table = latency.block_times_table(made)
+    assert table.header == ("tokens", "patches", "attention: all attend", "half of all attend", "one attends", "MLP")
+    assert table.rows[1] == ("9", "8", "0.540 ms", "0.534 ms", "0.460 ms", "0.240 ms")
+    assert [line[0] for line in table.rows[3:]] == ["tokens pass a block by", "outside the blocks", "dense model"]
+    assert [line[2] for line in table.rows[3:]] == ["0.180 ms", "0.250 ms", "4.65 ms"]
+    assert "1 thread" in table.title and "tiny" in table.title
+    assert latency.predictions_table(made).rows == (("a", "2.10 ms", "2.00 ms", "+5.0 %"),)
 
 
 def test_recorded_comparison():
