@@ -84,12 +84,15 @@ def _searched_exits(plan: TokenPlan, stages: Sequence[Row]) -> np.ndarray | None
 def _grids(plan: TokenPlan, words: Sequence[Sequence[str]], dot: str) -> str:
     """For each kind of mask one word per patch, in the rows and columns of the grid; ``dot`` is what a dot means."""
     height, width = plan.geometry.grid
-    parts = [f". {dot}"]
+    parts, groups = [f". {dot}"], {}
     for does, mine in zip(DOES, words, strict=True):
+        groups.setdefault(tuple(mine), []).append(does)
+    for mine, kinds in groups.items():
         room = max(map(len, mine))
         rows = (" ".join(word.rjust(room) for word in mine[row * width : (row + 1) * width]) for row in range(height))
         alike = all(word == "." for word in mine)
-        parts.append(f"{does}: every patch {dot}" if alike else "\n".join([f"{does}:", *rows]))
+        title = ", ".join(kinds)
+        parts.append(f"{title}: every patch {dot}" if alike else "\n".join([f"{title}:", *rows]))
     return "\n\n".join(parts)
 
 
