@@ -154,7 +154,7 @@ def make_plan():
     geometry = Geometry(
         depth=2, embed_dim=8, num_heads=2, head_dim=4, grid=(4, 4), prefix_tokens=1, image_size=(32, 32)
     )
-    return TokenPlan.from_exits("tiny", geometry, [1, 2] * 8)
+    return TokenPlan.from_exits("tiny", geometry, [[2] * 16, [1, 1] * 8, [0, 1] * 8])
 
 
 def run_command(*arguments):
