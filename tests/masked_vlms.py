@@ -6,12 +6,13 @@ import torch
 
 
 @contextlib.contextmanager
-def masked(model, language=None, tower=None):
-    """Mask keys in the layers of an unpruned model.
+def masked(model, language=None, tower=None, updates=None):
+    """Mask keys and updates in the layers of an unpruned model.
 
     Args:
         language: bool [layer, batch, token]: keys of each layer.
         tower: bool [block, crop, token]: keys of each block, class token included.
+        updates: bool [2, block, token]: tokens that the attention of each block of the tower changes, and its MLP.
     """
     hooks = []
 
@@ -34,6 +35,14 @@ def masked(model, language=None, tower=None):
 
         return hook
 
+    def gated(gate):
+        def hook(module, args, output):
+            if isinstance(output, tuple):
+                return gate[:, None] * output[0], *output[1:]
+            return gate[:, None] * output
+
+        return hook
+
     inner = model.model
     if language is not None:
         for layer, keys in zip(inner.language_model.layers, language, strict=True):
@@ -41,6 +50,10 @@ def masked(model, language=None, tower=None):
     if tower is not None:
         for block, keys in zip(inner.vision_tower.encoder.layers, tower, strict=True):
             hooks.append(block.register_forward_pre_hook(in_block(keys), with_kwargs=True))
+    if updates is not None:
+        for block, *gates in zip(inner.vision_tower.encoder.layers, *updates.to(model.dtype), strict=True):
+            for part, gate in zip((block.self_attn, block.mlp), gates, strict=True):
+                hooks.append(part.register_forward_hook(gated(gate)))
     try:
         yield
     finally:

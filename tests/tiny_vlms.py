@@ -2,7 +2,10 @@
 
 import functools
 
+import numpy as np
 import torch
+
+from vpruner.core.plan import Geometry, TokenPlan
 
 IMAGE, PAD, NEWLINE = 60, 0, 2
 VISION = dict(
@@ -47,8 +50,7 @@ def tiny_vlm(kind="llava", seed=0, attention="sdpa", dtype=torch.float64, text=N
             vision_config=clip,
             text_config=hf.MistralConfig(**words, sliding_window=None),
             image_grid_pinpoints=PINPOINTS,
-            vision_feature_layer=-2,
-            **{**common, **changes},
+            **{**common, "vision_feature_layer": -2, **changes},
         )
         model = hf.LlavaNextForConditionalGeneration(config)
     else:
@@ -96,3 +98,16 @@ def prompts(texts, images, seed=0, tokens=PATCHES, crops=1):
     coarse = torch.randn(total, 3, 4, 4, generator=generator, dtype=torch.float64)
     pixels = torch.nn.functional.interpolate(coarse, size=24, mode="bilinear")
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def tower_geometry(**changes):
+    """Of the tower of a tiny LLaVA up to its features, as a plan's model has it."""
+    shape = dict(depth=3, embed_dim=32, num_heads=2, head_dim=16, grid=(6, 6), prefix_tokens=1, image_size=(24, 24))
+    return Geometry(**{**shape, "mlp_macs": 2 * 32 * 48, "head_patches": True, "output": "features", **changes})
+
+
+def dropping_plan(**changes):
+    """Every block gets fewer patches, even the first."""
+    geometry = tower_geometry(**changes)
+    exits = np.random.default_rng(0).integers(0, geometry.depth + 2, PATCHES).clip(max=geometry.depth)
+    return TokenPlan.dropping_from_exits("tower", geometry, exits)

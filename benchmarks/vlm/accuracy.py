@@ -9,7 +9,8 @@ that are there already are not made again, so a stopped run goes on.
 Methods are those of ``vpruner vlm evaluate``, and so, with ``--positions compact``, are the accuracies. Here the three
 questions of a mosaic share the features of its image, and the answer is the first token after the prompt, as every
 answer is one word. ``static`` keeps the positions of a Fisher plan of the tower, learned on mosaics of the training
-images and searched so that as many patches are left at its end as the other methods keep.
+images and searched so that as many patches are left at its end as the other methods keep: a plan that drops them whole,
+for one that freezes them shortens no prompt.
 
 ``--positions original`` (the default) lets text stay where it was when the tower drops tokens, ``compact`` moves it up.
 The language model of this folder has seen images of one size alone, and answers worse when text moves, whichever
@@ -123,7 +124,7 @@ def estimates(found: np.ndarray, dense: np.ndarray | None, truth: np.ndarray) ->
 
 
 class StaticPlans:
-    """Fisher plans of the tower that leave a wanted number of patches at its end."""
+    """Fisher plans of the tower that drop patches whole and leave a wanted number of them at its end."""
 
     def __init__(self, folder: str, data: str, seed: int = CALIBRATION_SEED):
         self.loaded = open_tower(folder)
@@ -132,7 +133,7 @@ class StaticPlans:
         images = Calibration(pixels.permute(0, 2, 3, 1).numpy(), None, self.loaded.preprocessing)
         adapter = self.loaded.adapter
         gradients = gate_gradients(adapter, images.batches(images.fit, 16), "features", seed=0)
-        self.importance = gradients.importance(adapter.geometry.depth)
+        self.losses = gradients.losses()
 
     def of(self, keep: float) -> TokenPlan:
         """The plan whose last block has nearest to ``keep`` of the patches."""
@@ -141,7 +142,7 @@ class StaticPlans:
         low, high, best = 0.02, 1.0, None
         for _ in range(14):
             target = 0.5 * (low + high)
-            plan = search_mask(self.importance, geometry, target).plan(self.loaded.name, geometry)
+            plan = search_mask(self.losses, geometry, target, form="drop").plan(self.loaded.name, geometry)
             left = len(plan.kept[-1])
             if best is None or abs(left - wanted) < abs(len(best.kept[-1]) - wanted):
                 best = plan

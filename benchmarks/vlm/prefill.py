@@ -32,7 +32,7 @@ from vpruner.core.environment import environment
 from vpruner.core.rows import append_rows
 from vpruner.core.timing import measure
 from vpruner.prune.vlm import VLMRun, find_parts, prefill, saint
-from vpruner.prune.vlm.cost import language_macs, tower_macs
+from vpruner.prune.vlm.cost import language_macs, tower_row
 from vpruner.prune.vlm.profile import PeakBytes
 
 HERE = Path(__file__).resolve().parent
@@ -124,13 +124,11 @@ def peak_rss(call) -> int | None:
 
 
 def macs(parts, run: VLMRun | None, length: int) -> int:
+    tower = tower_row(parts, run)["macs"]
     if run is None:
-        patches = [parts.patches] * (len(parts.blocks) + 2)
-        return tower_macs(parts, patches) + language_macs(parts, [length] * (len(parts.layers) + 1))
+        return tower + language_macs(parts, [length] * (len(parts.layers) + 1))
     rows = [layout.index.shape[1] for layout in run.last.layouts]
-    return tower_macs(parts, run.last.patches, tuple(run.encoder)) + language_macs(
-        parts, rows, run.visual_tokens[-1].tolist(), tuple(run.language)
-    )
+    return tower + language_macs(parts, rows, run.visual_tokens[-1].tolist(), tuple(run.language))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

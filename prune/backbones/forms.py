@@ -149,21 +149,34 @@ class Step(nn.Module):
 
     def forward(self, block: nn.Module, x: Tensor, gates: StepGates | None = None) -> Tensor:
         """[batch, token, channel] as it enters ``block`` -> as it leaves it."""
-        if self.queries.count:
+
+        def attention(x: Tensor) -> Tensor:
             normed = block.norm1(x)
             bias = None if self.bias is None else self.bias.to(x.dtype)
             if gates is not None:
                 bias = gates.key_bias() if bias is None else bias + gates.key_bias()
             attended = _cross_attention(block.attn, self.queries(normed), self.keys(normed), bias)
             update = block.drop_path1(block.ls1(attended))
-            x = self.passed.behind(self.queries(x) + (update if gates is None else update * gates.updates(1)), x)
-        else:
-            x = self.passed(x)
+            return update if gates is None else update * gates.updates(1)
+
+        def mlp(x: Tensor) -> Tensor:
+            update = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+            return update if gates is None else update * gates.updates(2)
+
+        return self.updated(x, attention, mlp)
+
+    def updated(self, x: Tensor, attention: Callable[[Tensor], Tensor], mlp: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same, of any kind of block.
+
+        Args:
+            attention: The stream that enters -> [batch, query, channel], what is added to the queries.
+            mlp: The tokens that pass the MLP -> what is added to them.
+        """
+        x = self.passed.behind(self.queries(x) + attention(x), x) if self.queries.count else self.passed(x)
         if not self.mlps.count:
             return self.mlp_passed(x)
         entering = self.mlps(x)
-        update = block.drop_path2(block.ls2(block.mlp(block.norm2(entering))))
-        return self.mlp_passed.behind(entering + (update if gates is None else update * gates.updates(2)), x)
+        return self.mlp_passed.behind(entering + mlp(entering), x)
 
 
 class Rows(nn.Module):

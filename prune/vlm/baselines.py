@@ -5,7 +5,7 @@
   leave (Chen et al. 2024, arXiv 2403.06764). One row of attention is computed, not the matrix.
 * ``vispruner``: of the features, those that the class token attends to most, and of the rest those most unlike one
   another (Zhang et al. 2025, arXiv 2412.01818).
-* ``static``: the kept positions of a token plan, the same for every image, inside the tower.
+* ``static``: a token plan of the tower, the same for every image.
 
 SAINT's own modes (``vit``, ``llm``, ``hybrid``) are opened through here too, so that commands and benchmarks need one
 name and one call: :class:`Pruning`.
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ...core import progress
 from ...core.choices import SAINT_MODES
 from ...core.choices import VLM_MODES as MODES
+from ...core.cost import cost_ratio
 from ...core.errors import UserError
 from ...core.plan import TokenPlan
 from ...core.text import command, first_line, option
@@ -36,8 +37,9 @@ from .frame import VLMRun, pruned
 from .modes import saint_stages
 from .parts import find_parts
 from .tower import timm_from_tower, tower_of_llava, tuned_in_tower
+from .tower_plan import tower_plan
 from .tower_pruning import OUTPUT
-from .views import EncoderSelector, EncoderView, SpanView
+from .views import EncoderView, SpanView
 
 #: Share that is kept where nothing is said of it.
 KEEP = 0.25
@@ -134,21 +136,6 @@ class AttentionAndDiversity:
         return torch.cat([order[:, :first], rest], 1)
 
 
-@dataclass(frozen=True)
-class StaticPositions:
-    """The same places of the grid for every image.
-
-    Attributes:
-        kept: Places, ascending; all of them are among those that are left.
-    """
-
-    kept: tuple[int, ...]
-
-    def __call__(self, view: EncoderView) -> Tensor:
-        wanted = torch.tensor(self.kept, device=view.positions.device).expand(len(view.positions), -1)
-        return torch.searchsorted(view.positions.contiguous(), wanted.contiguous())
-
-
 def _check_learned_on(plan: TokenPlan, model: nn.Module) -> None:
     """Refuse a plan of other weights, where that can be told: in float32, weights are what it was learned on.
 
@@ -164,33 +151,6 @@ def _check_learned_on(plan: TokenPlan, model: nn.Module) -> None:
             f"the plan was learned on weights {str(learned)[:12]}, the tower's are {found[:12]}",
             f"learn one for it: {command('prune', 'MODEL_FOLDER', data='DIR', output='plan.json')}",
         )
-
-
-def plan_selectors(plan: TokenPlan, model: nn.Module) -> dict[int | str, EncoderSelector]:
-    """A token plan as selectors of the tower: what does not enter block l leaves in block l - 1.
-
-    Raises:
-        UserError: The plan is for a tower of another shape, or has real-valued gates.
-    """
-    parts, geometry = find_parts(model), plan.geometry
-    blocks = min(parts.feature_states)
-    config = parts.tower.config
-    side = config.image_size // config.patch_size
-    found = (geometry.grid, geometry.prefix_tokens, geometry.embed_dim)
-    expected = ((side, side), parts.prefix, config.hidden_size)
-    if found != expected or geometry.depth < blocks:
-        raise UserError(
-            f"the plan is for {plan.model}: {geometry.grid[0]}x{geometry.grid[1]} patches, {geometry.prefix_tokens} "
-            f"prefix tokens, width {geometry.embed_dim}, {geometry.depth} blocks; the vision tower has {side}x{side}, "
-            f"{parts.prefix}, {config.hidden_size} and {blocks} blocks up to its features",
-            f"learn one for it: {command('prune', 'MODEL_FOLDER', data='DIR', output='plan.json')}",
-        )
-    if plan.gates is not None and any(gate != 1 for gates in plan.gates for gate in gates):
-        raise UserError(
-            "the plan has real-valued gates, which the tower of transformers has no place for",
-            f"use {option('tune', 'weights')}",
-        )
-    return {block - 1: StaticPositions(plan.kept[block]) for block in range(blocks) if plan.drops_before(block)}
 
 
 @dataclass(frozen=True)
@@ -261,10 +221,10 @@ class Pruning:
 
     @property
     def label(self) -> str:
-        """A short name, such as "hybrid 0.25"."""
+        """A short name, such as "hybrid 0.25"; of a plan, with the share of its own model's multiply-adds."""
         parts = [self.mode]
         if self.plan is not None:
-            parts.append(f"{len(self.plan.kept[-1]) / self.plan.geometry.patches:.2f}")
+            parts.append(f"{cost_ratio(self.plan):.2f} of MACs")
         if self.weights is not None:
             parts.append("tuned")
         if self.keep is not None:
@@ -314,11 +274,11 @@ class Pruning:
             return partial(pruned, model, language={seeing - 1: LastQueryAttention(self.keep)})
         if self.mode == "static":
             _check_learned_on(self.plan, model)
-            opened = partial(pruned, model, encoder=plan_selectors(self.plan, model))
+            parts = find_parts(model)
+            opened = partial(pruned, model, encoder=tower_plan(self.plan, parts))
             if self.weights is None:
                 return opened
-            tower = find_parts(model).tower
-            return partial(_with_tower_weights, opened, tower, tuned_in_tower(tower, self.weights))
+            return partial(_with_tower_weights, opened, parts.tower, tuned_in_tower(parts.tower, self.weights))
         selector = RandomPatches(self.keep, self.seed) if self.mode == "random" else AttentionAndDiversity(self.keep)
         return partial(pruned, model, encoder={OUTPUT: selector})
 

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
+from ...core.cost import block_macs
+from .frame import VLMRun
+from .layout import TowerCounts
 from .parts import VLMParts
 
 
-def tower_macs(parts: VLMParts, patches: Sequence[int], selecting: Sequence[int] = ()) -> int:
-    """Of one crop, all blocks (those behind the features run too) and the projector.
-
-    Args:
-        patches: As in :class:`~vpruner.prune.vlm.frame.Prefill`.
-        selecting: Blocks in which keys are compared with one another.
-    """
-    config = parts.tower.config
-    width, hidden = config.hidden_size, config.intermediate_size
-    *entering, projected = patches
-    total = parts.patches * config.num_channels * config.patch_size**2 * width
-    for block, (keys, queries) in enumerate(zip(entering, entering[1:], strict=False)):
-        keys, queries = keys + parts.prefix, queries + parts.prefix
-        # Keys and values of what enters; queries, projection and MLP of what stays.
-        total += 2 * keys * width**2 + 2 * queries * width**2
-        total += 2 * keys * queries * width + 2 * queries * width * hidden
-        if block in selecting:
-            total += (keys - parts.prefix) ** 2 * (width // config.num_attention_heads)
-    projector = sum(
-        layer.in_features * layer.out_features for layer in (parts.projector.linear_1, parts.projector.linear_2)
+def tower_macs(parts: VLMParts, counts: TowerCounts) -> int:
+    """Of one crop: patch embedding, all blocks and the projector."""
+    geometry, projector = parts.geometry, (parts.projector.linear_1, parts.projector.linear_2)
+    blocks = zip(counts.keys, counts.queries, counts.mlps, strict=True)
+    compared = sum((counts.keys[block] - parts.prefix) ** 2 for block in counts.comparing)
+    return (
+        geometry.stem_macs
+        + sum(block_macs(geometry, *block) for block in blocks)
+        + compared * geometry.head_dim
+        + counts.features * sum(layer.in_features * layer.out_features for layer in projector)
     )
-    return total + (projected + parts.prefix * parts.class_in_features) * projector
+
+
+def tower_row(parts: VLMParts, run: VLMRun | None) -> dict[str, Any]:
+    """What a row says of the tower in the last pass over prompts of ``run``; None: of the dense model. JSON values."""
+    counts = TowerCounts.dense(parts) if run is None else run.last.tower
+    return {**asdict(counts), "macs": tower_macs(parts, counts)}
 
 
 def language_macs(

@@ -19,7 +19,9 @@ from ...core.json_file import read_json_lines
 from ...core.preprocess import load_image
 from ...core.statistics import Estimate, paired_difference, proportion
 from .baselines import Pruning, candidates_of
+from .cost import tower_row
 from .loading import LoadedVLM, normalise_answer
+from .parts import find_parts
 
 #: Version of the rows.
 ROW_SCHEMA = 1
@@ -103,11 +105,13 @@ class Answers:
         of: label -> text for each question.
         right: label -> bool [question].
         visual_tokens: label -> mean over questions of the visual tokens that are left behind the last language layer.
+        tower: label -> what the tower computed for a crop, see :func:`~vpruner.prune.vlm.cost.tower_row`.
     """
 
     of: dict[str, list[str]]
     right: dict[str, np.ndarray]
     visual_tokens: dict[str, float]
+    tower: dict[str, dict[str, Any]]
 
 
 def answer_questions(
@@ -126,6 +130,7 @@ def answer_questions(
     candidates = candidates_of(vlm.model, prunings)
     texts: dict[str, list[str]] = {label: [] for label in candidates}
     tokens = dict.fromkeys(candidates, 0)
+    parts, tower = find_parts(vlm.model), {}
     with progress.stage("Answering", len(questions), unit="questions") as advance:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
@@ -137,6 +142,7 @@ def answer_questions(
                     sequences = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens)
                 texts[label].extend(vlm.texts(sequences, inputs["input_ids"].shape[1]))
                 tokens[label] += given if run is None else int(run.visual_tokens[:, -1].sum())
+                tower[label] = tower_row(parts, run)
                 if run is not None:
                     run.clear()
             advance(len(batch))
@@ -147,6 +153,7 @@ def answer_questions(
             for label, some in texts.items()
         },
         {label: total / len(questions) for label, total in tokens.items()},
+        tower,
     )
 
 
@@ -184,6 +191,7 @@ def evaluate(
             **about,
             "question_kind": kind,
             "visual_tokens": answers.visual_tokens[label],
+            "tower": answers.tower[label],
             "pruning": None if label == "dense" else named[label].to_json(),
         }
         for label in answers.of

@@ -36,10 +36,12 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from ...core.errors import UserError
+from ...core.plan import TokenPlan
 from ..methods.rule import select_rows
 from .layout import Layout, Prefill
 from .parts import CACHE_NAMES, VLMParts, cache_in, cache_name, find_parts
-from .tower_pruning import OUTPUT, TowerPruning, forward_name
+from .tower_plan import PlannedTower, tower_plan
+from .tower_pruning import OUTPUT, SelectingTower, forward_name
 from .views import EncoderSelector, SpanSelector, SpanView
 
 #: What becomes of the positions of the tokens after those that were dropped in the tower.
@@ -80,14 +82,15 @@ class VLMRun:
 
     Attributes:
         parts: The model.
-        encoder: Selectors by block of the tower; -1 is before the first block, "output" its features.
+        encoder: Selectors by block of the tower; -1 is before the first block, "output" its features. Or the plan that
+            the tower follows, as :func:`~vpruner.prune.vlm.tower_plan.tower_plan` makes it.
         language: Selectors by layer of the language model.
         positions: One of :data:`POSITIONS`.
         last: What the last pass over prompts did.
     """
 
     parts: VLMParts
-    encoder: Mapping[int | str, EncoderSelector]
+    encoder: Mapping[int | str, EncoderSelector] | TokenPlan
     language: Mapping[int, SpanSelector]
     positions: str = "original"
     last: Prefill | None = None
@@ -98,7 +101,8 @@ class VLMRun:
     _kv_bytes: list[tuple[int, int]] = field(default_factory=list, repr=False)
 
     def __post_init__(self):
-        self._tower = TowerPruning(self.parts, self.encoder)
+        planned = isinstance(self.encoder, TokenPlan)
+        self._tower = (PlannedTower if planned else SelectingTower)(self.parts, self.encoder)
 
     @property
     def visual_tokens(self) -> np.ndarray:
@@ -376,7 +380,7 @@ class VLMRun:
 @contextmanager
 def pruned(
     model: nn.Module,
-    encoder: Mapping[int | str, EncoderSelector] | None = None,
+    encoder: Mapping[int | str, EncoderSelector] | TokenPlan | None = None,
     language: Mapping[int, SpanSelector] | None = None,
     positions: str = "original",
 ) -> Iterator[VLMRun]:
@@ -385,7 +389,7 @@ def pruned(
     Args:
         model: As :func:`~vpruner.prune.vlm.parts.find_parts` takes it.
         encoder: Selectors by block of the vision tower, counted from 0; -1: before the first block; "output": of the
-            features, after the last block that makes any.
+            features, after the last block that makes any. Or a token plan of the tower, the same for every image.
         language: Selectors by layer of the language model, counted from 0.
         positions: One of :data:`POSITIONS`.
 
@@ -394,8 +398,13 @@ def pruned(
             the model is pruned already.
     """
     parts = find_parts(model)
-    encoder, language = dict(encoder or {}), dict(language or {})
-    _check_stages(parts, encoder, language, positions)
+    language = dict(language or {})
+    if isinstance(encoder, TokenPlan):
+        encoder = tower_plan(encoder, parts)
+        _check_stages(parts, {}, language, positions)
+    else:
+        encoder = dict(encoder or {})
+        _check_stages(parts, encoder, language, positions)
     if "_vpruner" in vars(model):
         raise UserError("the model is pruned already", "leave the first context before the second")
     run = VLMRun(parts, encoder, language, positions)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .parts import VLMParts
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -37,6 +39,28 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class TowerCounts:
+    """What the tower computed for each crop; blocks behind the features run too.
+
+    Attributes:
+        keys, queries, mlps: Tokens, class token included, that each block read, that attended, and that passed its MLP.
+        features: Tokens that were projected.
+        comparing: Blocks that compared the keys of all patches with one another, to select some.
+    """
+
+    keys: tuple[int, ...]
+    queries: tuple[int, ...]
+    mlps: tuple[int, ...]
+    features: int
+    comparing: tuple[int, ...] = ()
+
+    @classmethod
+    def dense(cls, parts: VLMParts) -> TowerCounts:
+        every = (parts.prefix + parts.patches,) * len(parts.blocks)
+        return cls(every, every, every, parts.features)
+
+
+@dataclass(frozen=True)
 class Prefill:
     """What one forward pass over prompts did.
 
@@ -45,7 +69,7 @@ class Prefill:
         image: bool [batch, token]: visual tokens of the prompts as the model was given them.
         encoder_positions: int64 [crop, kept]: places in the grid of the patches that the tower kept; None where it was
             not asked to drop any.
-        patches: Patches of a crop that entered each block of the tower, that left the last, and that were projected.
+        tower: What the tower computed.
         kv_bytes: Of the caches of all layers after this pass.
         dense_kv_bytes: Of the same prompts without pruning.
     """
@@ -53,7 +77,7 @@ class Prefill:
     layouts: tuple[Layout, ...]
     image: Tensor
     encoder_positions: Tensor | None
-    patches: tuple[int, ...]
+    tower: TowerCounts
     kv_bytes: int
     dense_kv_bytes: int
 

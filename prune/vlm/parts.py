@@ -9,11 +9,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from ...core.errors import UserError
+from ...core.geometry import Geometry
 
 #: Class name of the whole model -> what users call it.
 MODELS = {
@@ -64,6 +66,27 @@ class VLMParts:
     def features(self) -> int:
         """Features, and placeholders, of one crop."""
         return self.patches + self.prefix * self.class_in_features
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Of the tower, with a head that reads every token."""
+        config = self.tower.config
+        side = config.image_size // config.patch_size
+        return Geometry(
+            depth=len(self.blocks),
+            embed_dim=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            grid=(side, side),
+            prefix_tokens=self.prefix,
+            image_size=(config.image_size, config.image_size),
+            in_chans=config.num_channels,
+            mlp_macs=2 * config.hidden_size * config.intermediate_size,
+            stem_macs=self.patches * config.num_channels * config.patch_size**2 * config.hidden_size,
+            head_prefix=self.prefix,
+            head_patches=True,
+            output="features",
+        )
 
 
 def find_parts(model: nn.Module) -> VLMParts:

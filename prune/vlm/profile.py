@@ -26,8 +26,9 @@ from ...core.preprocess import load_image
 from ...core.text import option
 from ...core.timing import Ratio, measure, random_images
 from .baselines import Opened, Pruning, candidates_of
+from .cost import tower_row
 from .loading import LoadedVLM
-from .parts import cache_in
+from .parts import cache_in, find_parts
 
 #: Version of the rows.
 ROW_SCHEMA = 1
@@ -189,7 +190,7 @@ def _decode_row(seconds: np.ndarray, dense: np.ndarray, batch: int) -> dict[str,
 
 
 def _describe(vlm: LoadedVLM, opened: Opened, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Peak memory, bytes of the cache and visual tokens of one prefill with its first token."""
+    """Peak memory, bytes of the cache, visual tokens and the tower's counts of one prefill with its first token."""
     on_gpu = vlm.device.type == "cuda"
     held = 0
     if on_gpu:
@@ -213,6 +214,7 @@ def _describe(vlm: LoadedVLM, opened: Opened, inputs: dict[str, torch.Tensor]) -
         "kv_bytes": cache_bytes(cache_in(outputs)),
         # Of the first prompt: entering each language layer, and leaving the last.
         "visual_tokens": visual[0],
+        "tower": tower_row(find_parts(vlm.model), run),
     }
 
 

@@ -4,17 +4,16 @@ import numpy as np
 import pytest
 import torch
 from click import BadParameter
-from tiny_vlms import PATCHES, prompts, shared_vlm, tiny_vlm
+from tiny_vlms import PATCHES, dropping_plan, prompts, shared_vlm, tiny_vlm
 
 from vpruner.cli.types import Layers
+from vpruner.core.cost import cost_ratio
 from vpruner.core.errors import UserError
-from vpruner.core.plan import Geometry, TokenPlan
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from vpruner.prune.vlm import baselines
-from vpruner.prune.vlm import tower as towers
-from vpruner.prune.vlm.baselines import Pruning, candidates_of, plan_selectors, prunings_from
+from vpruner.prune.vlm.baselines import Pruning, candidates_of, prunings_from
 from vpruner.prune.vlm.modes import prefill
 from vpruner.prune.vlm.views import EncoderView
 
@@ -135,102 +134,6 @@ def test_keeping_all_changes_nothing(model, inputs, mode):
         assert torch.equal(prefill(model, inputs), expected)
 
 
-# -- static plans -----------------------------------------------------------------------------------------------------
-
-
-def geometry_for(depth, **changes):
-    shape = dict(embed_dim=32, num_heads=2, head_dim=16, grid=(6, 6), prefix_tokens=1, image_size=(24, 24))
-    return Geometry(depth=depth, head_patches=True, output="features", **{**shape, **changes})
-
-
-def staged_plan(depth, **changes):
-    exits = np.random.default_rng(0).integers(0, depth + 2, 36).clip(max=depth)
-    return TokenPlan.from_exits("tower", geometry_for(depth, **changes), exits)
-
-
-@pytest.mark.parametrize("depth", [3, 4], ids=["of the tower up to its features", "of the whole tower"])
-def test_a_static_plan_is_selecting_the_same_places_ahead_of_the_towers_blocks(model, inputs, depth):
-    plan = staged_plan(depth)
-    assert len(plan.kept[0]) < 36 and len(plan.kept[2]) < len(plan.kept[1]) < len(plan.kept[0])
-    seen = []
-    handle = model.model.multi_modal_projector.linear_1.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0])
-    )
-    try:
-        found, _ = kept_places(model, inputs, Pruning("static", plan=plan))
-    finally:
-        handle.remove()
-    tower = model.model.vision_tower
-    with torch.inference_mode():
-        stream = tower.pre_layrnorm(tower.embeddings(inputs["pixel_values"]))
-        places = list(range(36))
-        for block in range(3):
-            kept = [places.index(place) for place in plan.kept[block]]
-            stream = stream[:, [0, *(1 + row for row in kept)]]
-            places = list(plan.kept[block])
-            stream = tower.encoder.layers[block](stream, None)
-    assert found.tolist() == [list(plan.kept[2])] * 4
-    assert float((seen[0] - stream[:, 1:]).abs().max()) < 1e-12
-
-
-def test_weights_tuned_for_a_plan_are_the_towers_while_it_is_pruned(model, inputs, tmp_path, reported):
-    """The rebuilt timm model with the tuned weights gives the features that transformers' tower then gives."""
-    from safetensors.torch import save_file
-
-    tower = towers.Tower(model.model.vision_tower, "clip", 3, "patches")
-    adapter = towers.ViTAdapter(towers.timm_from_tower(tower, "tower"), "tower")
-    with torch.no_grad():
-        for name in ("blocks.0.attn.proj.weight", "blocks.2.mlp.fc2.bias"):
-            parameter = adapter.model.get_parameter(name)
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    exits = staged_plan(3).exits
-    plan = TokenPlan.from_exits("tower", adapter.geometry, exits, tuned_weights_file="tuned.safetensors")
-    plan.save(tmp_path / "plan.json")
-    assert baselines.open_plan(tmp_path / "plan.json")[1] is None and "is not there" in reported.remarks[0]
-    save_file(
-        {name: value.contiguous() for name, value in adapter.model.state_dict().items()}, tmp_path / "tuned.safetensors"
-    )
-    plan, weights = baselines.open_plan(tmp_path / "plan.json")
-    assert len(towers.tuned_in_tower(model.model.vision_tower, weights)) == 2
-    asked = Pruning("static", plan=plan, weights=weights)
-    assert asked.label.endswith("tuned")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    seen = []
-    handle = model.model.multi_modal_projector.linear_1.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0])
-    )
-    try:
-        kept_places(model, inputs, asked)
-    finally:
-        handle.remove()
-    with torch.inference_mode(), adapter.applied(plan, "gathered"):
-        expected = adapter.model.forward_features(inputs["pixel_values"])[:, 1:]
-    assert float((seen[0] - expected).abs().max()) < 1e-12
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_plan_of_other_weights_is_refused():
-    model = tiny_vlm().float()
-    tower = towers.tower_of_llava(model, "tiny")
-    sha256 = towers.weights_sha256(towers.timm_from_tower(tower, "tiny"))
-    Pruning("static", plan=staged_plan(3).with_provenance(weights_sha256=sha256)).prepare(model)
-    other = Pruning("static", plan=staged_plan(3).with_provenance(weights_sha256="0" * 64))
-    with pytest.raises(UserError, match=f"weights 000000000000, the tower's are {sha256[:12]}"):
-        other.prepare(model)
-    assert model.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [dict(grid=(6, 5), image_size=(24, 20)), dict(prefix_tokens=0, head_prefix=0), dict(embed_dim=16), dict(depth=2)],
-)
-def test_a_plan_for_another_tower_is_refused(model, changes):
-    geometry = geometry_for(**{"depth": 3, **changes})
-    plan = TokenPlan.identity("other", geometry)
-    with pytest.raises(UserError, match="the vision tower has 6x6, 1, 32 and 3 blocks"):
-        plan_selectors(plan, model)
-
-
 # -- what is asked for ------------------------------------------------------------------------------------------------
 
 
@@ -248,8 +151,8 @@ def test_a_plan_for_another_tower_is_refused(model, changes):
         (dict(mode="llm", keep=0.5, encoder_keep=0.7), "not with llm"),
         (dict(mode="fastv", keep=0.5, layers=(1, 2)), "one number of layers"),
         (dict(mode="static"), "give it with plan=PLAN"),
-        (dict(mode="static", keep=0.5, plan=staged_plan(3)), "leave out 'keep'"),
-        (dict(mode="vit", keep=0.5, plan=staged_plan(3)), "leave out 'plan'"),
+        (dict(mode="static", keep=0.5, plan=dropping_plan()), "leave out 'keep'"),
+        (dict(mode="vit", keep=0.5, plan=dropping_plan()), "leave out 'plan'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(asked, says):
@@ -273,9 +176,9 @@ def test_what_the_model_has_no_place_for_is_refused_before_it_runs(model, asked)
 
 
 def test_every_mode_is_combined_with_every_share():
-    plan = staged_plan(3)
+    plan = dropping_plan()
     found = prunings_from(["hybrid", "fastv", "static"], [0.5, 0.25], encoder_keep=0.7, layers=(2,), plan=plan)
-    static = f"static {len(plan.kept[-1]) / 36:.2f}"
+    static = f"static {cost_ratio(plan):.2f} of MACs"
     expected = ["hybrid 0.5 tower 0.7", "hybrid 0.25 tower 0.7", "fastv 0.5", "fastv 0.25", static]
     assert [one.label for one in found] == expected
     assert [one.label for one in prunings_from(["vit"], [])] == ["vit 0.25"]

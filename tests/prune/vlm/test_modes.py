@@ -18,7 +18,7 @@ from vpruner.prune.vlm import (
     prefill,
     saint,
 )
-from vpruner.prune.vlm.cost import language_macs, tower_macs
+from vpruner.prune.vlm.cost import language_macs, tower_row
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +111,14 @@ def test_cost_in_closed_form_equals_what_is_counted(mode):
     if mode == "dense":
         with flop_counter() as counter:
             prefill(model, inputs)
-        tower = tower_macs(parts, [PATCHES] * 6)
+        tower = tower_row(parts, None)["macs"]
         language = language_macs(parts, [length] * 6)
     else:
         with saint(model, mode, 0.3) as run:
             with flop_counter() as counter:
                 prefill(model, inputs)
             rows = [int(run.last.kept(layer).sum()) for layer in range(6)]
-            tower = tower_macs(parts, run.last.patches, tuple(run.encoder))
+            tower = tower_row(parts, run)["macs"]
             language = language_macs(parts, rows, run.visual_tokens[0].tolist(), tuple(run.language))
     assert counter.get_total_flops() == 2 * (2 * tower + language)
 
