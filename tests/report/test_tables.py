@@ -168,7 +168,11 @@ def test_recorded_answers():
     answers = [row for row in rows if row["kind"] != "vlm_latency"]
     tables = vlm.vlm_accuracy_tables(answers)
     assert len(tables) == len({row["question_kind"] for row in answers})
-    assert all(table.rows[0][0] == "dense" and table.rows[0][2].endswith(")") for table in tables)
+    assert all(table.rows[0][0] == "dense" and table.rows[0][3].endswith(")") for table in tables)
+    # Rows that were written before the tower was counted, and others.
+    assert {row[-1] for row in times.rows} | {row[2] for table in tables for row in table.rows} == {""}
+    counted = [{**row, "tower": {"macs": 80 - 20 * ("hybrid" in row["label"])}} for row in answers]
+    assert [row[2] for row in vlm.vlm_accuracy_tables(counted)[0].rows] == ["1.000", "0.750"]
 
 
 def test_recorded_plan_and_analysis():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import call, fails
 from covered import FOLDERS
+from masked_vlms import masked
 from PIL import Image
 
 from vpruner.core.errors import UserError
@@ -121,15 +122,14 @@ def test_a_plan_on_the_rebuilt_tower_is_selecting_tokens_in_the_tower_itself(ima
     reference = build("CLIP").double()
     tower = towers.Tower(reference, "clip", 3, "token")
     adapter = towers.ViTAdapter(towers.timm_from_tower(tower, "tiny"), "tiny")
-    plan = TokenPlan.from_exits("tiny", adapter.geometry, [1, 2, 3, 1] * 4)
+    plan = TokenPlan.dropping_from_exits("tiny", adapter.geometry, [1, 2, 3, 1] * 4)
     with torch.inference_mode():
         with adapter.applied(plan):
             found = adapter.model(images.double())
-        stream = reference.pre_layrnorm(reference.embeddings(images.double()))
-        for block, layer in enumerate(reference.encoder.layers):
-            if block and plan.drops_before(block):
-                stream = stream[:, torch.from_numpy(plan.entry_rows(block))]
-            stream = layer(stream, None)
+        stream, places = reference.pre_layrnorm(reference.embeddings(images.double())), list(range(16))
+        for layer, kept in zip(reference.encoder.layers, plan.kept, strict=True):
+            stream = layer(stream[:, [0, *(1 + places.index(place) for place in kept)]], None)
+            places = list(kept)
         expected = reference.post_layernorm(stream[:, 0])
     assert float((found - expected).abs().max()) < 1e-12
 
@@ -202,25 +202,22 @@ PLAIN = ("--rearrange", "none", "--tune", "none", "--rounds", "1", "--target", "
 def test_a_plan_for_the_tower_of_a_llava_is_learned_and_exported(llava_folder, calibration, tmp_path):
     call("prune", llava_folder, "--data", calibration, *PLAIN, "-o", tmp_path / "plan.json")
     plan = TokenPlan.load(tmp_path / "plan.json")
-    assert plan.model == "tiny-llava" and plan.geometry.depth == 2 and len(plan.kept[-1]) < 16
+    assert plan.model == "tiny-llava" and plan.geometry.depth == 2 and plan.kept is None and len(plan.mlps[-1]) < 16
     assert plan.provenance["preprocessing"]["crop_pct"] == pytest.approx(32 / 36)
     # export compares the pooled graph with the rebuilt tower, step by step; here the file, with transformers.
     tokens = tmp_path / "tokens.onnx"
     call("export", llava_folder, "--plan", tmp_path / "plan.json", "--tokens", "-o", tokens, "-q")
-    tower = transformers.LlavaForConditionalGeneration.from_pretrained(llava_folder).eval().model.vision_tower
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(llava_folder).eval()
     picture = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    places = list(range(16))
-    with torch.inference_mode():
-        stream = tower.pre_layrnorm(tower.embeddings(picture))
-        for layer, kept in zip(tower.encoder.layers, plan.kept, strict=False):
-            stream = layer(stream[:, [0, *(1 + places.index(place) for place in kept)]], None)
-            places = list(kept)
+    whole = torch.from_numpy(np.pad(plan.masks, ((0, 0), (0, 1), (1, 0)), constant_values=True))
+    with torch.inference_mode(), masked(model, tower=whole[0][:, None], updates=whole[1:]):
+        states = model.model.vision_tower(picture, output_hidden_states=True).hidden_states
     from vpruner.runtime.ort import OrtSession
 
     with OrtSession(tokens) as session:
-        assert session.outputs[0].name == "tokens" and session.metadata.kept == plan.kept
+        assert session.outputs[0].name == "tokens" and session.metadata.token_plan == plan
         found = session.run({session.inputs[0].name: picture.numpy()})["tokens"]
-    close(torch.from_numpy(found), stream[:, 1:])
+    close(torch.from_numpy(found), states[2][:, 1:])
 
 
 def test_a_model_that_does_not_end_in_a_mean_has_no_tokens_to_return(tmp_path):

@@ -9,16 +9,19 @@ from commands import call, fails
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from tiny_vlms import PATCHES, TEXT, shared_vlm, tiny_vlm
+from tiny_vlms import PATCHES, TEXT, shared_vlm, tiny_vlm, tower_geometry
 from vlm_folders import answered, save_vlm, write_questions
 
+from vpruner.core.cost import cost_ratio
 from vpruner.core.errors import UserError
+from vpruner.core.plan import TokenPlan
 from vpruner.core.rows import read_rows
 from vpruner.core.statistics import paired_difference, proportion
 from vpruner.prune.vlm import evaluate as evaluation
 from vpruner.prune.vlm import profile as profiling
 from vpruner.prune.vlm.baselines import Pruning
 from vpruner.prune.vlm.loading import normalise_answer, open_vlm
+from vpruner.report.tables.vlm import vlm_latency_table
 
 TOKENS = 4
 
@@ -114,6 +117,24 @@ def test_the_command_prints_and_appends_rows(folder, questions, tmp_path):
     assert "random 0.25" in shown and "change in accuracy" in shown and "of kind exists" in shown
 
 
+def test_a_plan_is_evaluated_from_its_file(folder, questions, tmp_path):
+    """One that freezes patches leaves the prompt as it is, and the row says what the tower still does."""
+    exits = np.full((3, PATCHES), 3)
+    exits[1, ::2], exits[2, ::3] = 1, 2
+    plan = TokenPlan.from_exits("tower", tower_geometry(), exits)
+    plan.save(tmp_path / "plan.json")
+    arguments = ["--data", questions, "--questions", 2, "--max-new-tokens", 1, "--plan", tmp_path / "plan.json"]
+    done = call("vlm", "evaluate", folder, *arguments, "--mode", "static", "--mode", "vit", "--json", "-q")
+    rows = {row["label"]: row for row in json.loads(done.stdout)}
+    static, dense = rows.pop(f"static {cost_ratio(plan):.2f} of MACs"), rows["dense"]
+    assert static["pruning"]["plan_sha256"] == plan.digest and set(rows) == {"dense", "vit 0.25"}
+    assert static["visual_tokens"] == dense["visual_tokens"] and static["tower"]["features"] == PATCHES
+    # The last block runs behind the features.
+    assert static["tower"]["queries"] == [*plan.query_counts, PATCHES + 1] == [37, 19, 19, 37]
+    assert static["tower"]["mlps"] == [37, 37, 25, 37] and static["tower"]["keys"] == dense["tower"]["keys"]
+    assert static["tower"]["macs"] < dense["tower"]["macs"]
+
+
 @pytest.mark.parametrize(
     ("text", "same"),
     [
@@ -178,6 +199,14 @@ def test_rows_of_a_profile_say_what_was_saved(folder, tmp_path):
         assert row["kv_bytes"] == cached * per_token
         assert row["p50_ms"] > 0 and row["decode_tokens_per_s"] > 0
     assert vit["peak_memory_bytes"] < dense["peak_memory_bytes"]
+    # SAINT drops in block 2 of 0 to 3: it reads all and leaves a quarter.
+    every, quarter = PATCHES + 1, PATCHES // 4 + 1
+    assert dense["tower"]["keys"] == dense["tower"]["mlps"] == [every] * 4 and dense["tower"]["features"] == PATCHES
+    assert vit["tower"]["keys"] == [every, every, every, quarter] and vit["tower"]["features"] == quarter - 1
+    assert vit["tower"]["queries"] == vit["tower"]["mlps"] == [every, every, quarter, quarter]
+    assert vit["tower"]["macs"] < dense["tower"]["macs"] == llm["tower"]["macs"]
+    table = vlm_latency_table([dense, vit, llm])
+    assert [row[-1] for row in table.rows] == ["1.000", f"{vit['tower']['macs'] / dense['tower']['macs']:.3f}", "1.000"]
 
 
 def test_the_first_token_and_those_after_it_are_timed_apart(vlm, monkeypatch):
