@@ -366,7 +366,7 @@ def optimized_by_onnxruntime(source, target):
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(target), 4
     onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-    return r"is com\.microsoft\S*\.\w+: the graph was fused for onnxruntime; fold into .*, then fuse the pruned one"
+    return r"\(com\.microsoft\S*\.\w+\): the graph was fused for onnxruntime; fold into .*, then fuse the pruned one"
 
 
 def optimized_by_its_transformers(source, target):
@@ -374,7 +374,7 @@ def optimized_by_its_transformers(source, target):
 
     model = optimizer.optimize_model(str(source), "vit", SMALL["num_heads"], SMALL["embed_dim"], opt_level=0)
     model.save_model_to_file(str(target))
-    return r"is com\.microsoft\.\w+: the graph was fused for onnxruntime; fold into .*, then fuse the pruned one"
+    return r"\(com\.microsoft\.\w+\): the graph was fused for onnxruntime; fold into .*, then fuse the pruned one"
 
 
 def quantized(precision):
@@ -382,7 +382,7 @@ def quantized(precision):
         images = np.random.default_rng(0).standard_normal((4, 3, 16, 24)).astype(np.float32)
         convert(source, target, precision, images=images)
         forget_metadata(target)
-        return r"is a \w*uantizeLinear: the graph is quantized; fold into .*, then quantize the pruned one"
+        return r"\(\w*uantizeLinear\): the graph is quantized; fold into .*, then quantize the pruned one"
 
     return convert_to
 
