@@ -1,12 +1,12 @@
 """Fold a token plan into the ONNX graph of a Vision Transformer: static shapes, tokens picked by constant indices.
 
-A block reads K tokens (keys and values), K' of them attend, and M pass its MLP; the rest of the stream passes through
+A block reads K tokens (keys and values), Q attend, and M pass its MLP; the others pass through as they are
 (:mod:`vpruner.core.schedule` says which rows these are). Where all tokens do all of it, a block stays as it is, apart
 from the counts in its reshapes. Otherwise, with rows picked by ``Slice`` where they follow each other and by ``Gather``
 where they do not::
 
-    x [B, T, d] -- keys -- LayerNorm -+----------- W_kv -- keys, values [B, H, K, D] -+
-      |                               +- queries - W_q --- queries      [B, H, Q, D] -+ attention, projection [B, Q, d]
+    x [B, T, d] -- keys -- LayerNorm -+-------- W_k, W_v - keys, values [B, H, K, D] -+
+      |                               +- queries -- W_q -- queries      [B, H, Q, D] -+ attention, projection [B, Q, d]
       |                                                                               |
       +-- queries ------------------------------------------------------------------ Add -- y [B, Q, d]
       +-- passed ------------------------------------------------------------------------ z [B, ..., d]
@@ -38,7 +38,6 @@ from .files import save_model
 from .graph import Graph, OpenedGraph, already_pruned, open_graph
 from .passes.clean import clean
 from .passes.edit import add_constant, add_node, add_shape, add_tensor, infer_shapes_anew
-from .passes.split_heads_once import split_sizes
 from .recognise.graph import BlockSite, HeadSite, VitSite, integers, readers_of, recognise
 from .stream import Stream
 
@@ -217,62 +216,73 @@ def fold_steps(graph: ir.Graph, site: VitSite, steps: Schedule, geometry: Geomet
     Returns:
         Whether anything changed.
     """
+    head = readers_of(site.head.stream)
     stream = enter(site, steps.entry, geometry.tokens)
-    changed = stream.pieces[0][0] is not site.stream
+    changed = stream is not site.stream
     for block, step in zip(site.blocks, steps.steps, strict=True):
         stream, touched = fold_block(graph, block, step, stream)
         changed |= touched
-    return fold_head(graph, site, stream, steps.leaving, geometry) or changed
+    changed |= _reroute(site.head.stream, head, stream)
+    return rename_tokens(graph, site.head, steps.leaving, geometry) or changed
 
 
-def enter(site: VitSite, entry: np.ndarray, tokens: int) -> Stream:
+def enter(site: VitSite, entry: np.ndarray, tokens: int) -> ir.Value:
     """The rows ``entry`` of the ``tokens`` that the stem gives, in this order."""
-    picked = Stream([(site.stream, tokens)]).take(site.blocks[0].norm1, entry, "vpruner.entry")
-    return Stream([(picked, len(entry))])
+    return Stream([(site.stream, tokens)]).take(site.blocks[0].norm1, entry, "vpruner.entry")
 
 
-def fold_block(graph: ir.Graph, block: BlockSite, step: BlockStep, stream: Stream) -> tuple[Stream, bool]:
-    """Make one block do what ``step`` leaves of it, to ``stream``; returns what leaves it, and whether it changed."""
-    name = f"vpruner.block.{block.index}"
-    before = block.norm1
+def fold_block(graph: ir.Graph, block: BlockSite, step: BlockStep, stream: ir.Value) -> tuple[ir.Value, bool]:
+    """Make one block do what ``step`` leaves of it; what reads its output is left to the caller.
+
+    Args:
+        stream: What enters it.
+
+    Returns:
+        What leaves it, one value, and whether anything changed.
+    """
+    name, changed = f"vpruner.block.{block.index}", False
+    norm1, entering = block.norm1, Stream([(stream, len(step.entering))])
+    # The nodes that are added stand ahead of these, in the order of the graph.
+    norm2 = next(node for node in readers_of(block.residual1.outputs[0]) if node is not block.residual2)
+    readers = readers_of(block.output)
+    behind = next(node for node in graph if node in readers)
+
+    middle = Stream([])
     if len(step.queries):
         # Both halves of the attention read one norm.
         union = np.union1d(step.keys, step.queries)
-        changed = _reroute(block.stream, before, stream.take(before, union, f"{name}.keys"))
-        residual = stream.take(before, step.queries, f"{name}.queries")
-        changed |= _reroute(block.stream, block.residual1, residual)
+        changed |= _reroute(block.stream, [norm1], entering.take(norm1, union, f"{name}.keys"))
+        attending = entering.take(norm1, step.queries, f"{name}.queries")
+        changed |= _reroute(block.stream, [block.residual1], attending)
         if np.array_equal(step.keys, step.queries):
             changed |= _reshape_to(graph, block.heads.reshape, len(step.keys))
         else:
             changed = True
-            normed = Stream([(before.outputs[0], len(union))])
-            _split_projection(graph, block, step, normed, union, name)
+            _split_projection(graph, block, step, union, name)
         changed |= _reshape_to(graph, block.merge, len(step.queries))
         changed |= _add_gates(graph, block, step, name)
-        middle = Stream([(block.residual1.outputs[0], len(step.queries))])
-    else:
-        middle, changed = Stream([]), True
-    middle.pieces += stream.passing(before, step.passed, f"{name}.passed")
+        middle.pieces.append((block.residual1.outputs[0], len(step.queries)))
+    middle.pieces += entering.passing(norm1, step.passed, f"{name}.passed")
 
-    norm2 = next(node for node in readers_of(block.residual1.outputs[0]) if node is not block.residual2)
+    leaving = Stream([])
     if len(step.mlps):
-        entering = middle.take(norm2, step.mlps, f"{name}.mlps")
-        for node in (norm2, block.residual2):
-            changed |= _reroute(block.residual1.outputs[0], node, entering)
-        leaving = Stream([(block.output, len(step.mlps))])
-    else:
-        leaving, changed = Stream([]), True
+        updated = middle.take(norm2, step.mlps, f"{name}.mlps")
+        changed |= _reroute(block.residual1.outputs[0], [norm2, block.residual2], updated)
+        leaving.pieces.append((block.output, len(step.mlps)))
     leaving.pieces += middle.passing(norm2, step.mlp_passed, f"{name}.mlp_passed")
-    return leaving, changed
+    left = leaving.joined(behind, f"{name}.output")
+    return left, changed or left is not block.output
 
 
-def _reroute(old: ir.Value, reader: ir.Node, new: ir.Value) -> bool:
-    """Let ``reader`` read ``new`` in place of ``old``."""
-    for position, value in enumerate(reader.inputs):
-        if value is old and old is not new:
-            reader.replace_input_with(position, new)
-            return True
-    return False
+def _reroute(old: ir.Value, readers: Sequence[ir.Node], new: ir.Value) -> bool:
+    """Let ``readers`` read ``new`` in place of ``old``."""
+    if old is new:
+        return False
+    for node in readers:
+        for position, value in enumerate(node.inputs):
+            if value is old:
+                node.replace_input_with(position, new)
+    return True
 
 
 def _reshape_to(graph: ir.Graph, reshape: ir.Node, tokens: int) -> bool:
@@ -284,38 +294,30 @@ def _reshape_to(graph: ir.Graph, reshape: ir.Node, tokens: int) -> bool:
     return True
 
 
-def _split_projection(
-    graph: ir.Graph, block: BlockSite, step: BlockStep, normed: Stream, rows: np.ndarray, name: str
-) -> None:
-    """Queries of the tokens that attend, keys and values of those that are read, by two products in place of one.
+def _split_projection(graph: ir.Graph, block: BlockSite, step: BlockStep, rows: np.ndarray, name: str) -> None:
+    """Queries of the tokens that attend, keys and values of those that are read, by products of their own.
 
-    However few do not attend: with one of 197 the split takes 0.98 to 1.00 of the time of one product on all of them
-    whose queries are then gathered, with 16 of them 0.97 to 0.98 (onnxruntime 1.31 on one CPU thread, 192 and 384
-    channels; norm, products and heads). What would not pay is a second norm on the Q rows in place of the ``Gather`` of
-    the first norm's: 1.01 to 1.03 with up to 4 tokens that do not attend.
+    However few do not attend: with one of 197 this takes 0.98 to 1.00 of the time of one product on all of them whose
+    queries are then gathered, with 16 of them 0.97 to 0.98 (onnxruntime 1.31 on one CPU thread, 192 and 384 channels;
+    norm, products and heads). What would not pay is a second norm on the Q rows in place of picking those of the
+    first: 1.01 to 1.03 with up to 4 tokens that do not attend. Nor would one product for keys and values: onnxruntime
+    splits it by a copy, which takes 0.06 of the time of the product (384 channels).
 
     Args:
-        normed: What the norm gives, of these ``rows`` of the stream.
+        rows: Of the stream that enters the block; the norm is of these.
     """
     heads, head_dim = block.heads.heads, block.heads.head_dim
     inner = heads * head_dim
-    before = block.heads.reshape
-    batch = integers(block.heads.reshape, 1)[0]
-
-    def project(kind: str, wanted: np.ndarray, columns: slice, count: int) -> ir.Value:
-        """[B, count H, len(wanted), D] of the rows ``wanted``."""
+    before, normed = block.heads.reshape, Stream([(block.norm1.outputs[0], len(rows))])
+    batch = integers(before, 1)[0]
+    for index, (kind, wanted) in enumerate((("q", step.queries), ("k", step.keys), ("v", step.keys))):
         part = f"{name}.{kind}"
         value = normed.take(before, np.searchsorted(rows, wanted), f"{part}.normed")
-        value = _linear(graph, before, value, block, columns, part)
-        shape = add_shape(graph, [batch, len(wanted), count * heads, head_dim])
-        split = add_node(before, "Reshape", [value, shape], f"{part}.rows", dict(before.attributes))
-        return add_node(before, "Transpose", split.outputs, f"{part}.heads", {"perm": [0, 2, 1, 3]}).outputs[0]
-
-    query = project("q", step.queries, slice(0, inner), 1)
-    key_value = project("kv", step.keys, slice(inner, 3 * inner), 2)
-    parts = add_node(before, "Split", [key_value, split_sizes(graph, heads, 2)], f"{name}.kv.parts", {"axis": 1}, 2)
-    for old, new in zip(block.heads.parts, (query, *parts.outputs), strict=True):
-        ir.convenience.replace_all_uses_with(old, new)
+        value = _linear(graph, before, value, block, slice(index * inner, (index + 1) * inner), part)
+        shape = add_shape(graph, [batch, len(wanted), heads, head_dim])
+        value = add_node(before, "Reshape", [value, shape], f"{part}.rows", dict(before.attributes)).outputs[0]
+        value = add_node(before, "Transpose", [value], f"{part}.heads", {"perm": [0, 2, 1, 3]}).outputs[0]
+        ir.convenience.replace_all_uses_with(block.heads.parts[index], value)
     graph.remove([*reversed(block.heads.nodes), *reversed(block.qkv.nodes)], safe=True)
 
 
@@ -347,18 +349,6 @@ def _add_gates(graph: ir.Graph, block: BlockSite, step: BlockStep, name: str) ->
     gated = add_node(block.softmax, "Add", [logits, constant], f"{name}.gates")
     block.softmax.replace_input_with(0, gated.outputs[0])
     return True
-
-
-def fold_head(graph: ir.Graph, site: VitSite, stream: Stream, leaving: np.ndarray, geometry: Geometry) -> bool:
-    """Let the head read ``stream``: tokens at the positions ``leaving``, prefix first and then patches in any order."""
-    readers = list(site.head.stream.uses())
-    # In the order of the graph: the pieces are joined ahead of the first reader.
-    first = next(node for node in graph if any(node is reader for reader, _ in readers))
-    tokens = stream.joined(first, "vpruner.head.tokens")
-    changed = tokens is not site.head.stream
-    for node, position in readers:
-        node.replace_input_with(position, tokens)
-    return rename_tokens(graph, site.head, leaving, geometry) or changed
 
 
 def rename_tokens(graph: ir.Graph, head: HeadSite, leaving: np.ndarray, geometry: Geometry) -> bool:
