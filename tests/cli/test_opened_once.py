@@ -1,6 +1,7 @@
 """A command reads each ONNX file once and recognises each dense graph once, whatever it does with it."""
 
 from collections import Counter
+from dataclasses import replace
 
 import onnx
 import onnx_ir as ir
@@ -9,7 +10,6 @@ from commands import call
 from export_tools import random_plan
 from foreign_graphs import Foreign, tiny_model, written
 
-from vpruner.core.plan import TokenPlan
 from vpruner.export import fold, streaming
 from vpruner.export.recognise import normalise
 
@@ -45,7 +45,7 @@ def plan(tmp_path):
 
     def save(geometry, name="tiny"):
         made = random_plan(geometry, 1)
-        TokenPlan(name, geometry, made.kept).save(tmp_path / "plan.json")
+        replace(made, model=name).save(tmp_path / "plan.json")
         return tmp_path / "plan.json"
 
     return save
