@@ -1,9 +1,9 @@
-"""Chains: a real model in which every block does the same work, for measuring what one block costs.
+"""Chains: a real model in which every block does the same work, for measuring what a block costs.
 
-A chain is a dense graph cut to its first n blocks. Each is entered by K tokens and folded to Q queries exactly as
-:mod:`vpruner.export.fold` folds it; where Q < K a ``Gather`` repeats rows until there are K again, so that the next
-block finds its K tokens. What a chain computes is of no use; its time is.
-:mod:`vpruner.runtime.table.measure` says which chains are measured and what follows from them.
+A chain is a dense graph cut to its first n blocks. In each K tokens are read, Q attend and M pass the MLP, exactly as
+:mod:`vpruner.export.fold` folds it; the rest passes by, so that the next block finds its tokens. What a chain computes
+is of no use; its time is. :mod:`vpruner.runtime.table.measure` says which chains are measured and what follows from
+them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ..core.errors import UserError
+from ..core.geometry import Geometry
 from ..core.metadata import REQUIRED, ModelMetadata
-from ..core.plan import Geometry, TokenPlan
+from ..core.plan import TokenPlan
+from ..core.schedule import BlockStep, Schedule
 from ..core.text import option
 from ..core.timing import random_images
 from ..export.files import save_model
-from ..export.fold import fold_block, fold_entry, fold_file, fold_head, gather_rows, infer_static_shapes
+from ..export.fold import fold_file, fold_steps, infer_static_shapes
 from ..export.graph import Recognised, already_pruned, open_graph
 from ..runtime import cuda
 from ..runtime.build import BuildOptions
@@ -33,43 +35,9 @@ from ..runtime.onnx_file import read_onnx
 from ..runtime.ort import OrtSession, short_provider
 from ..runtime.profile_trt import EngineRun
 from ..runtime.session import Session
-from ..runtime.table.graphs import Graphs
+from ..runtime.table.graphs import Chain, Graphs
 from ..runtime.trt import TrtSession
 from .engines import build_engine
-
-
-@dataclass(frozen=True)
-class ChainPlan:
-    """What folding asks of a plan, for a model in which each block maps ``keys`` tokens to ``queries`` and back.
-
-    No :class:`~vpruner.core.plan.TokenPlan`: tokens come back, so it is not nested.
-    """
-
-    geometry: Geometry
-    keys: int
-    queries: int
-
-    @property
-    def key_counts(self) -> tuple[int, ...]:
-        return (self.keys,) * self.geometry.depth
-
-    @property
-    def query_counts(self) -> tuple[int, ...]:
-        return (self.queries,) * self.geometry.depth
-
-    @property
-    def kept(self) -> tuple[tuple[int, ...], ...]:
-        return (tuple(range(self.keys - self.geometry.prefix_tokens)),) * self.geometry.depth
-
-    def token_positions(self, block: int) -> np.ndarray:
-        """int64 [token]: of the unpruned sequence; the head finds all tokens that entered the last block."""
-        return np.arange(self.keys)
-
-    def entry_rows(self, block: int) -> np.ndarray:
-        return np.arange(self.keys)
-
-    def query_rows(self, block: int) -> np.ndarray:
-        return np.arange(self.queries)
 
 
 def cut_to_blocks(graph: Recognised, blocks: int) -> Recognised:
@@ -85,34 +53,31 @@ def cut_to_blocks(graph: Recognised, blocks: int) -> Recognised:
     return replace(graph, geometry=replace(geometry, depth=blocks), site=site)
 
 
-def make_chain(recognised: Recognised, keys: int, queries: int, *, refill: bool = False) -> ir.Model:
-    """Turn a dense model into a chain, in place.
-
-    Args:
-        keys: K, tokens that enter each block, prefix included; at least one patch.
-        queries: Q, at most K.
-        refill: Add the ``Gather`` after each block even where Q = K and nothing needs it, to measure what it costs.
-    """
+def make_chain(recognised: Recognised, chain: Chain) -> ir.Model:
+    """Turn a dense model of as many blocks into a chain, in place."""
     model, geometry, site = recognised.model, recognised.geometry, recognised.site
-    if not geometry.prefix_tokens < keys <= geometry.tokens or not 1 <= queries <= keys:
-        raise ValueError(f"no chain of {keys} to {queries} tokens, of {geometry.tokens}")
-    graph, outputs = model.graph, [value.shape for value in model.graph.outputs]
-    plan = ChainPlan(geometry, keys, queries)
-    fold_entry(graph, site, plan)
-    for block in site.blocks:
-        fold_block(graph, block, plan)
-        if queries < keys or refill:
-            readers = list(block.output.uses())
-            rows = np.arange(keys) % queries
-            # Before the first reader in the order of the graph: the residual Add may stand behind the norm or ahead.
-            first = next(node for node in graph if any(node is reader for reader, _ in readers))
-            again = gather_rows(graph, first, block.output, rows, f"vpruner.block.{block.index}.again")
-            for node, position in readers:
-                node.replace_input_with(position, again)
-    fold_head(graph, site, plan)
+    outputs = [value.shape for value in model.graph.outputs]
+    fold_steps(model.graph, site, chain_schedule(chain, geometry), geometry)
     passes.RemoveUnusedNodesPass()(model)
     infer_static_shapes(model, outputs)
     return model
+
+
+def chain_schedule(chain: Chain, geometry: Geometry) -> Schedule:
+    """The steps of a chain. No :class:`~vpruner.core.plan.TokenPlan` has them all: it would remove what nobody reads.
+
+    Raises:
+        ValueError: The chain is longer than the model, or names more tokens than that has or fewer than enter the head.
+    """
+    tokens = np.arange(chain.tokens)
+    least = geometry.prefix_tokens + geometry.head_patches
+    if chain.blocks != geometry.depth or not least <= chain.tokens <= geometry.tokens:
+        raise ValueError(f"no {chain} of {geometry.tokens} tokens and {geometry.depth} blocks")
+    steps = []
+    for keys, queries, mlps in chain.counts().T:
+        rows = (tokens[:keys], tokens[:queries], tokens[queries:], tokens[:mlps], tokens[mlps:])
+        steps.append(BlockStep(*rows, None, tokens, tokens[:queries], tokens[:mlps]))
+    return Schedule(tokens, tuple(steps), tokens)
 
 
 class _FoldedGraphs(Graphs):
@@ -143,10 +108,10 @@ class _FoldedGraphs(Graphs):
         self.opset = self._opened.model.opset_imports[""]
 
     @contextmanager
-    def chain(self, blocks: int, keys: int, queries: int, refill: bool) -> Iterator[Callable[[], object]]:
+    def chain(self, chain: Chain) -> Iterator[Callable[[], object]]:
         # A copy: every chain is made from the same graph.
-        dense = cut_to_blocks(self._opened.recognised().copy(), blocks)
-        path = save_model(make_chain(dense, keys, queries, refill=refill), self.folder / "chain.onnx")
+        dense = cut_to_blocks(self._opened.recognised().copy(), chain.blocks)
+        path = save_model(make_chain(dense, chain), self.folder / "chain.onnx")
         with self._open(path) as call:
             yield call
 

@@ -59,10 +59,14 @@ def measured(card, tmp_path_factory):
 def steady(measured, tmp_path):
     """The same table with times that no machine's mood has changed: twice the linear parts of a block."""
     value = json.loads(measured[0].read_text())
+    tokens, rows = value["tokens"], value["rows"]
     value.update(
-        whole=[0.02 * key for key in value["keys"]],
-        split=[[0.005 * key + 0.015 * query for query in value["queries"] if query <= key] for key in value["keys"]],
+        whole=[0.01 * count for count in tokens],
+        split=[[0.005 * keys + 0.005 * queries for queries in rows] for keys in tokens],
+        mlp=[0.01 * count for count in rows],
         fixed_ms=0.1,
+        pass_ms=0.0,
+        pass_token_ms=0.0,
     )
     (tmp_path / "steady.json").write_text(json.dumps(value))
     return tmp_path / "steady.json"
@@ -71,11 +75,11 @@ def steady(measured, tmp_path):
 def test_the_table_is_printed_and_written(measured):
     path, result = measured
     table = LatencyTable.load(path)
-    assert table.keys[0] == 2 and table.keys[-1] == 17 and table.threads == 1 and table.opset == 20
-    for text in ("tokens in (keys)", "all stay", "plans that the table was not fitted to", "falling late", str(path)):
+    assert table.tokens[0] == 2 and table.tokens[-1] == 17 and table.threads == 1 and table.opset == 20
+    for text in ("attention: all attend", "MLP", "plans that the table was not fitted to", "all end", str(path)):
         assert text in result.stdout
     assert "Measuring blocks of tiny" in result.stderr
-    assert len(table.validation) == 3 and table.measured["dense_ms"] > 0
+    assert len(table.validation) == 4 and table.measured["dense_ms"] > 0
 
 
 def test_a_dense_file_will_do_and_json_is_the_table(card, tmp_path):
