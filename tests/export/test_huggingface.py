@@ -1,9 +1,9 @@
 """Plans fold into the vision towers of transformers, exported by PyTorch: separate projections, masks, other heads.
 
-The reference is the unpatched transformers model with tokens selected away ahead of each of its layers.
+The reference is the transformers model whose own layers are run on the tokens that a plan names.
 """
 
-from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,27 +45,59 @@ NIGHTLY = [
 
 
 def gathered(model: nn.Module, plan, images) -> np.ndarray:
-    """The model itself, with the tokens that have left selected away before each layer."""
+    """The model itself. Each layer is run as it is, on the tokens that it reads, for what its attention adds, and on
+    those that pass the MLP for what that adds; what comes between the two is seen and set at its second norm."""
     (layers,) = (
         module
         for module in model.modules()
         if isinstance(module, nn.ModuleList) and len(module) == plan.geometry.depth and "Layer" in str(type(module[0]))
     )
-    prefix = plan.geometry.prefix_tokens
-    present = list(range(plan.geometry.tokens))
-    with ExitStack() as undo, torch.no_grad():
-        for layer, kept in zip(layers, plan.kept, strict=True):
-            wanted = [*range(prefix), *(prefix + patch for patch in kept)]
-            rows = torch.tensor([present.index(token) for token in wanted])
-            present = wanted
+    prefix = range(plan.geometry.prefix_tokens)
 
-            def select(module, args, kwargs, rows=rows):
-                if args:
-                    return (args[0].index_select(1, rows), *args[1:]), kwargs
-                return args, {**kwargs, "hidden_states": kwargs["hidden_states"].index_select(1, rows)}
+    def positions(patches) -> list[int]:
+        return [*prefix, *(len(prefix) + patch for patch in patches)]
 
-            undo.callback(layer.register_forward_pre_hook(select, with_kwargs=True).remove)
-        return model(images).numpy()
+    def pruned(layer, index: int):
+        whole = layer.forward
+        _, norm2 = (module for module in layer.modules() if isinstance(module, nn.LayerNorm))
+        keys, queries, mlps = (positions(sets[index]) for sets in (plan.keys, plan.queries, plan.mlps))
+        left = positions(plan.reads if plan.geometry.head_patches else range(plan.geometry.patches))
+
+        def run(tokens, others, between=None):
+            """What stands between attention and MLP, and what comes out where that is ``between`` instead."""
+            seen = []
+
+            def look(module, args):
+                seen.append(args[0])
+                return None if between is None else (between,)
+
+            handle = norm2.register_forward_pre_hook(look)
+            out = whole(tokens, *others[0], **others[1])
+            handle.remove()
+            return seen[0], out[0] if isinstance(out, tuple) else out
+
+        def forward(hidden_states, *args, **kwargs):
+            others = args, kwargs
+            stream = hidden_states.clone()
+            if keys:
+                middle, _ = run(hidden_states[:, keys], others)
+                stream[:, queries] = middle[:, [keys.index(token) for token in queries]]
+            if mlps:
+                middle, out = run(stream[:, mlps], others, between=stream[:, mlps])
+                stream[:, mlps] += out - middle
+            stream = stream[:, left] if index == plan.geometry.depth - 1 else stream
+            return (stream,) if isinstance(whole(hidden_states, *args, **kwargs), tuple) else stream
+
+        return forward
+
+    with torch.no_grad():
+        for index, layer in enumerate(layers):
+            layer.forward = pruned(layer, index)
+        try:
+            return model(images).numpy()
+        finally:
+            for layer in layers:
+                del layer.forward
 
 
 @pytest.mark.parametrize("case", sampled(CASES + NIGHTLY, CASES), ids=lambda case: " ".join(map(str, case)))
@@ -79,6 +111,9 @@ def test_the_fold_equals_the_gathered_tower(case, tmp_path):
     assert (geometry.prefix_tokens, geometry.head_prefix, geometry.head_patches) == (prefix, head_prefix, head_patches)
     assert (geometry.depth, geometry.embed_dim, geometry.num_heads, geometry.grid) == (3, 32, 2, (4, 4))
     plan = random_plan(geometry, (CASES + NIGHTLY).index(case), enter=0.8)
+    # The reference runs a layer on what is read, so that what attends is among that.
+    queries = [sorted({*queries} & {*keys}) for queries, keys in zip(plan.queries, plan.keys, strict=True)]
+    plan = replace(plan, queries=queries)
     fold_file(tmp_path / "tower.onnx", plan, tmp_path / "pruned.onnx")
     expected = gathered(model, plan, images)
     found = run_onnx(tmp_path / "pruned.onnx", images.numpy())
