@@ -44,10 +44,15 @@ class GateGradients:
         Gradients of one block are summed before squaring, for its gates are closed together. Over blocks the squares
         are summed: the gradients of later blocks cancel, and a search that trusts that throws whole tokens out early.
         """
-        kinds = len(KINDS)
-        closed = (np.arange(1 << kinds)[:, None] >> np.arange(kinds) & 1).astype(np.float64)
-        losses = np.einsum("sa,sb,ablp->lsp", closed, closed, self.moments)
-        return np.maximum(losses, 0)
+        return losses_of(self.moments)
+
+
+def losses_of(moments: np.ndarray) -> np.ndarray:
+    """float64 [block L, state 8, patch N] from the second moments of :class:`GateGradients`."""
+    kinds = len(KINDS)
+    closed = (np.arange(1 << kinds)[:, None] >> np.arange(kinds) & 1).astype(np.float64)
+    losses = np.einsum("sa,sb,ablp->lsp", closed, closed, moments)
+    return np.maximum(losses, 0)
 
 
 def gate_gradients(

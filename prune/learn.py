@@ -1,7 +1,7 @@
 """From a model and calibration images to a token plan and what goes with it: the three stages of V-Pruner, in a row.
 
 1. *Search* (:mod:`vpruner.prune.rounds`): Fisher importance of every gate, and the mask within budget that loses least.
-2. *Rearrangement* (:mod:`vpruner.prune.rearrange.search`): PPO moves tokens so that the model as pruned agrees better.
+2. *Rearrangement* (:mod:`vpruner.prune.rearrange`): PPO spreads the budget so that the model as pruned agrees better.
 3. *Tuning* (:mod:`vpruner.prune.tune`): weights or gates are refitted to restore the dense model's behaviour.
 
 Asked for, a fourth follows, *selection by content* (:mod:`vpruner.prune.methods.content`): the counts stay, and each
@@ -33,7 +33,8 @@ from .data import ImageSet
 from .learned import Learned
 from .loaded import LoadedModel
 from .methods.content import counts_target
-from .rearrange.search import RearrangeSettings, read_checkpoint
+from .rearrange.settings import RearrangeSettings
+from .rearrange.stage import read_checkpoint
 from .rounds import choose_loss
 from .search import check_target
 from .stages import State, Task, judge_and_keep, search_plan, stages_of

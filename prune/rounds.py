@@ -31,14 +31,14 @@ class FisherSearch:
 
     Attributes:
         plan: Without provenance.
-        dense_losses: float64 [block L, state 8, patch N], at the dense model, as the first round saw them; see
-            :meth:`~vpruner.prune.fisher.GateGradients.losses`.
+        moments: float64 [kind 3, kind 3, block L, patch N]: of each gate as the last round saw them in which it was
+            open; see :class:`~vpruner.prune.fisher.GateGradients`.
         rounds: JSON values of each.
         note: As of :class:`~vpruner.prune.search.SearchResult`, of the last round.
     """
 
     plan: TokenPlan
-    dense_losses: np.ndarray
+    moments: np.ndarray
     rounds: tuple[Mapping[str, Any], ...]
     note: str
 
@@ -69,14 +69,14 @@ def search_in_rounds(
     cost = cost or MacsCost(geometry)
     plan = TokenPlan.identity(adapter.name, geometry)
     start = cost.ratio(plan)
-    dense_losses, steps = None, []
+    moments, steps = None, []
     for number, batches in enumerate(rounds, 1):
         gradients = gate_gradients(adapter, batches, loss, plan=plan, seed=seed + number, on_batch=on_batch)
-        losses = gradients.losses()
-        dense_losses = losses if dense_losses is None else dense_losses
+        is_open = plan.masks[:, None] & plan.masks[None]
+        moments = gradients.moments if moments is None else np.where(is_open, gradients.moments, moments)
         # Equal steps in cost.
         step = target if number == len(rounds) else max(target, start - (start - target) * number / len(rounds))
-        found = search_mask(losses, geometry, step, plan.masks, cost, form)
+        found = search_mask(gradients.losses(), geometry, step, plan.masks, cost, form)
         plan = found.plan(adapter.name, geometry)
         steps.append(
             {
@@ -85,7 +85,7 @@ def search_in_rounds(
                 "importance_lost": found.importance_lost,
             }
         )
-    return FisherSearch(plan, dense_losses, tuple(steps), found.note)
+    return FisherSearch(plan, moments, tuple(steps), found.note)
 
 
 def round_sizes(count: int, rounds: int | None) -> list[int]:

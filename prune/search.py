@@ -71,6 +71,7 @@ def search_mask(
     masks: np.ndarray | None = None,
     cost: Cost | None = None,
     form: str = "exits",
+    repeats: int = REPEATS,
 ) -> SearchResult:
     """Find the masks that lose least importance at no more than ``target`` of the dense model's cost.
 
@@ -81,6 +82,7 @@ def search_mask(
         masks: bool [kind 3, block L, patch N]: what earlier rounds have left open. None: everything.
         cost: What the budget is of; None: :class:`~vpruner.core.cost.MacsCost`.
         form: One of :data:`FORMS`.
+        repeats: How often marginal costs are taken anew.
 
     Returns:
         The best masks found; they never cost more than the budget.
@@ -97,13 +99,13 @@ def search_mask(
         )
     cost = cost or MacsCost(geometry)
     check_target(geometry, target, cost, drops=form == "drop")
-    search = _Search(losses, geometry, cost.budget(target), masks, cost, form)
+    search = _Search(losses, geometry, cost.budget(target), masks, cost, form, repeats)
     return search.run()
 
 
 class _Search:
-    def __init__(self, losses, geometry: Geometry, budget: float, masks, cost: Cost, form: str):
-        self.geometry, self.budget, self.cost = geometry, budget, cost
+    def __init__(self, losses, geometry: Geometry, budget: float, masks, cost: Cost, form: str, repeats: int = REPEATS):
+        self.geometry, self.budget, self.cost, self.repeats = geometry, budget, cost, repeats
         self.states = np.array(FORMS[form] or range(STATES))
         self.ordered, self.drops = FORMS[form] is not None, form == "drop"
         every = np.ones((len(KINDS), geometry.depth, geometry.patches), bool)
@@ -135,7 +137,7 @@ class _Search:
             return self._result(begin)
         best, filled = None, {}
         counts = self.cost.full_counts().astype(np.float64)
-        for _ in range(REPEATS):
+        for _ in range(self.repeats):
             relaxed = self._bisect(self.cost.marginal(counts))
             key = relaxed.tobytes()
             if key not in filled:

@@ -24,21 +24,12 @@ from .fisher import batch_size_for
 from .learned import Stage
 from .loaded import LoadedModel
 from .methods.content import choose_by_content, choosing_steps
-from .rearrange.search import (
-    Rearranged,
-    RearrangeSettings,
-    World,
-    greedy_swaps,
-    plans_around,
-    rearrange,
-    swap_greedily,
-)
+from .rearrange.greedy import exchange_greedily
+from .rearrange.settings import Rearranged, RearrangeSettings
+from .rearrange.stage import game_around, plans_around, rearrange
+from .rearrange.world import World
 from .rounds import SEARCH_IMAGES, choose_loss, round_sizes, search_in_rounds
 from .tune.stage import tune
-
-#: Greedily swapped plans that the rearrangement may begin at, where weights stay as they are. How good one is depends
-#: on the images that happen to give its gradients: by 5 to 10 % in KL divergence.
-RESTARTS = 3
 
 
 @dataclass(frozen=True)
@@ -63,6 +54,12 @@ class Task:
     target: float
     settings: RearrangeSettings = field(default_factory=RearrangeSettings)
 
+    @property
+    def form(self) -> str:
+        """Of the plans that are searched, one of :data:`~vpruner.prune.search.FORMS`: images choose among patches that
+        leave whole."""
+        return "drop" if self.spec.select == "content" else "exits"
+
 
 @dataclass(frozen=True)
 class State:
@@ -73,8 +70,8 @@ class State:
         weights: State-dict name -> tensor, where weights differ from the model's; else None.
         content: The plan by content, once one was kept.
         judgement: Of the last stage that was kept; None before any, or without held-out images.
-        losses: float64 [block L, state 8, patch N]: Fisher losses at the dense model, once there was a search; see
-            :meth:`~vpruner.prune.fisher.GateGradients.losses`.
+        moments: float64 [kind 3, kind 3, block L, patch N]: Fisher moments of the gates, once there was a search; see
+            :class:`~vpruner.prune.rounds.FisherSearch`.
         stages: A record of each stage.
     """
 
@@ -82,7 +79,7 @@ class State:
     weights: Mapping[str, Tensor] | None = None
     content: ContentPlan | None = None
     judgement: Judgement | None = None
-    losses: np.ndarray | None = None
+    moments: np.ndarray | None = None
     stages: tuple[Stage, ...] = ()
 
 
@@ -183,14 +180,14 @@ class Search:
     method: ClassVar[str] = "fisher"
 
     def run(self, state: State) -> Proposal:
-        plan, losses = search_plan(self.task)
-        found = replace(state, plan=plan, losses=losses)
+        plan, moments = search_plan(self.task)
+        found = replace(state, plan=plan, moments=moments)
         details = {"rounds": len(plan.provenance["rounds"])}
         return Proposal(found, not plan.is_identity, None, plan.provenance["note"], details)
 
 
 def search_plan(task: Task, batch_size: int | None = None) -> tuple[TokenPlan, np.ndarray]:
-    """The plan, and the Fisher losses [block L, state 8, patch N] at the dense model that the first round found.
+    """The plan, and the Fisher moments [kind 3, kind 3, block L, patch N] that it was found from.
 
     Args:
         batch_size: Images per backward pass; None picks one that keeps activations within 1.5 GiB.
@@ -209,7 +206,7 @@ def search_plan(task: Task, batch_size: int | None = None) -> tuple[TokenPlan, n
             loss,
             task.target,
             cost=cost,
-            form="drop" if task.spec.select == "content" else "exits",
+            form=task.form,
             seed=seed,
             on_batch=advance,
         )
@@ -238,7 +235,7 @@ def search_plan(task: Task, batch_size: int | None = None) -> tuple[TokenPlan, n
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={name: version(name) for name in ("torch", "timm", "numpy")},
     )
-    return plan, found.dense_losses
+    return plan, found.moments
 
 
 # -- rearrangement ----------------------------------------------------------------------------------------------------
@@ -260,41 +257,32 @@ class Rearrange:
         world = World(task.loaded.adapter, task.calibration)
         if self.method == "greedy":
             with progress.stage("Token mask rearrangement (greedy)"):
-                found = swap_greedily(world, state.plan, target=task.target, cost=task.cost, seed=task.spec.seed)
+                found = exchange_greedily(world, state.plan, seed=task.spec.seed)
         else:
             try:
                 found = self._play(world, state)
             except KeyboardInterrupt:  # Between episodes it is the stage's own affair.
-                note = "rearrangement was interrupted before its first episode; the Fisher plan was kept"
+                note = "Rearrangement was interrupted before its first episode; the plan of the search was kept."
                 found = Rearranged(state.plan, state.judgement.unchanged, False, note, {"episodes": 0})
         plan = found.plan.with_provenance(**state.plan.provenance)
         details = {**found.details, "history": found.history}
         return Proposal(replace(state, plan=plan), found.kept, found.judgement, found.note, details)
 
     def _play(self, world: World, state: State) -> Rearranged:
-        task, plan, firsts = self.task, state.plan, []
-        limits: dict[str, Any] = {"target": task.target, "cost": task.cost}
-        seed, depth = task.spec.seed, world.geometry.depth
+        task, seed = self.task, self.task.spec.seed
+        game = game_around(world, state.plan, state.moments, task.target, task.cost, task.form)
         if task.spec.tune == "weights":
-            with progress.stage("Refitting stand-in weights", depth, unit="blocks") as advance:
-                around = plans_around(world, plan, losses=state.losses, seed=seed, **limits)
-                world.foresee_tuning(around, advance)
-        else:
-            with progress.stage("Swapping tokens for a start", RESTARTS, unit="plans") as advance:
-                for start in range(RESTARTS):
-                    firsts.append(greedy_swaps(world, plan, seed=seed + start, **limits)[0])
-                    advance(1)
+            with progress.stage("Refitting stand-in weights", world.geometry.depth, unit="blocks") as advance:
+                world.foresee_tuning(plans_around(game, state.plan, seed), advance)
         with progress.stage("Token mask rearrangement (PPO)", task.settings.episodes, unit="episodes") as advance:
             return rearrange(
                 world,
-                plan,
-                losses=state.losses,
-                firsts=firsts,
+                state.plan,
+                game,
                 settings=task.settings,
                 seed=seed,
                 checkpoint=task.spec.checkpoint,
                 on_batch=lambda count, gain: advance(count, f"divergence {-gain:+.0%}"),
-                **limits,
             )
 
 

@@ -49,7 +49,7 @@ def chosen_contenders(options: CompareOptions) -> list[Contender]:
 
 
 def _learned(name: str, spec: LearnSpec) -> Contender:
-    from ...prune.rearrange.search import RearrangeSettings
+    from ...prune.rearrange.settings import RearrangeSettings
 
     settings = RearrangeSettings.for_tuning(spec.tune, episodes=spec.episodes, time_limit=spec.time_limit)
 

@@ -17,7 +17,9 @@ from vpruner.prune.calibration import Calibration, Judgement
 from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.learn import learn, learn_plan
 from vpruner.prune.loaded import LoadedModel
-from vpruner.prune.rearrange.search import STAND_IN_PLANS, RearrangeSettings, World
+from vpruner.prune.rearrange.settings import RearrangeSettings
+from vpruner.prune.rearrange.stage import STAND_IN_PLANS
+from vpruner.prune.rearrange.world import World
 from vpruner.prune.rounds import choose_loss, round_sizes
 
 
@@ -85,7 +87,7 @@ def test_each_image_is_used_once_and_gradients_are_those_of_the_pruned_model(ima
 def test_nothing_to_drop_is_said(images, reported):
     plan = learn_plan(loaded(), calibration(images), LearnSpec(target=1.0))
     assert plan.is_identity
-    assert "nothing had to be dropped" in reported.remarks[0] and plan.provenance["note"] in reported.remarks
+    assert "nothing had to be closed" in reported.remarks[0] and plan.provenance["note"] in reported.remarks
 
 
 def test_unreadable_images_may_fill_a_whole_round(images, tmp_path, reported):
@@ -124,7 +126,7 @@ def test_choice_of_loss():
 
 # -- all stages -------------------------------------------------------------------------------------------------------
 
-QUICK = RearrangeSettings(episodes=16, batch=4, images=8, effect_images=8)
+QUICK = RearrangeSettings(episodes=16, batch=4, images=8)
 
 
 def learn_all(images, model=None, count=24, **options):
@@ -154,9 +156,11 @@ def test_stages_are_recorded_as_they_went(images, rearrangement, tuning, reporte
         if stage.judgement is None:  # Nothing that tuning tried stood its own cross-validation.
             assert stage.name == "tune" and "changed nothing" in stage.note
         else:
-            assert stage.judgement.images == 6 and stage.judgement.before == pytest.approx(reached, rel=1e-3)
+            assert stage.judgement.images == 6 and stage.judgement.before == pytest.approx(
+                reached, rel=5e-3
+            )  # 1e-5 nats, in float32
         reached = stage.judgement.after if stage.kept else reached
-        assert stage.kept or (stage.plan.kept == plan.kept and stage.note in reported.remarks)
+        assert stage.kept or (stage.plan.digest == plan.digest and stage.note in reported.remarks)
         plan = stage.plan
     assert learned.plan == plan and (learned.weights is None) is not (learned.stages[-1].weights is not None)
 
@@ -174,14 +178,6 @@ def test_search_alone_is_the_search_on_what_is_not_held_out(images, tmp_path):
 @pytest.mark.parametrize("rearrangement", ["ppo", "greedy"])
 def test_no_stage_fits_to_held_out_images(images, rearrangement, monkeypatch):
     fitted, judged = [], []
-    for name in ("effects", "curvature"):
-        real = getattr(World, name)
-
-        def watch(self, *args, real=real, place=1 if name == "effects" else 0):
-            fitted.extend(np.asarray(args[place]).tolist())
-            return real(self, *args)
-
-        monkeypatch.setattr(World, name, watch)
     real_judge = World.judge
 
     def judge(self, plans, indices, **options):
@@ -211,10 +207,6 @@ def test_garbage_leaves_the_plan_of_the_search(images, garbage, monkeypatch):
     random = np.random.default_rng(0)
     expected = learn_all(images, rearrange="none", tune="none").plan
 
-    def effects(self, plan, indices):
-        values = random.normal(size=(len(indices), self.geometry.depth, self.geometry.patches)).astype(np.float32)
-        return values if garbage == "noise" else np.full_like(values, np.nan)
-
     def judge(self, plans, indices):
         # On rewards anything goes; held-out images cannot be fooled.
         if len(indices) == len(self.held_out) and np.array_equal(indices, self.held_out):
@@ -224,16 +216,15 @@ def test_garbage_leaves_the_plan_of_the_search(images, garbage, monkeypatch):
         return values, values
 
     real = World.judge
-    monkeypatch.setattr(World, "effects", effects)
     monkeypatch.setattr(World, "judge", judge)
     learned = learn_all(images, tune="none")
     rearranged = learned.stages[1]
     # A plan picked by noise may be a better one by luck, but only a better one is kept.
-    assert rearranged.judgement.better if rearranged.kept else learned.plan.kept == expected.kept
+    assert rearranged.judgement.better if rearranged.kept else learned.plan.digest == expected.digest
     monkeypatch.setattr(World, "judge", lambda self, plans, indices: (np.ones((len(plans), len(indices))),) * 2)
     learned = learn_all(images, tune="none")
-    assert learned.plan.kept == expected.kept and not learned.stages[1].kept
-    assert "nothing better than the Fisher plan" in learned.stages[1].note
+    assert learned.plan.digest == expected.digest and not learned.stages[1].kept
+    assert "no plan was better than that of the search" in learned.stages[1].note
 
 
 def test_an_interrupt_before_the_first_episode_keeps_the_plan_of_the_search(images, monkeypatch):
@@ -244,24 +235,15 @@ def test_an_interrupt_before_the_first_episode_keeps_the_plan_of_the_search(imag
     monkeypatch.setattr(stages, "plans_around", interrupt)
     learned = learn_all(images)
     assert not learned.stages[1].kept and "before its first episode" in learned.stages[1].note
-    assert learned.plan.kept == expected.plan.kept and len(learned.stages) == 3
+    assert learned.plan.digest == expected.plan.digest and len(learned.stages) == 3
 
 
 def test_rearrangement_foresees_tuning_only_where_weights_will_be_tuned(images, monkeypatch):
     asked = []
     monkeypatch.setattr(World, "foresee_tuning", lambda self, plans, on_step: asked.append(len(plans)))
-    begun = []
-
-    def rearrange(*args, firsts, **options):
-        begun.append(len(firsts))
-        return real(*args, firsts=firsts, **options)
-
-    real = stages.rearrange
-    monkeypatch.setattr(stages, "rearrange", rearrange)
     for tuning in ("weights", "gates", "none"):
         learn_all(images, tune=tuning)
-    # What greedy swaps gain, a refit would have gained too: they are a start where there is none.
-    assert asked == [STAND_IN_PLANS] and begun == [0, stages.RESTARTS, stages.RESTARTS]
+    assert asked == [STAND_IN_PLANS]
 
 
 def test_too_few_images_to_hold_any_out_are_said(images, reported):

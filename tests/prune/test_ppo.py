@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpruner.prune.ppo import PPOSettings, clipped_loss, generalized_advantages, normalized, update
-from vpruner.prune.rearrange.search import plackett_luce
 
 SHARES = st.floats(0, 1)
 
@@ -148,72 +147,3 @@ def test_update_moves_no_further_than_the_gradient_norm_allows():
     bandit.batch()
     moved = torch.cat([bandit.logits.detach().flatten(), bandit.values.detach()])
     assert 0.9e-3 < float(moved.norm()) < 1.001e-3
-
-
-# -- drawing without replacement ---------------------------------------------------------------------------------------
-
-
-def probability_of(scores, order, alive):
-    """Of drawing ``order``, one softmax over what is left after another."""
-    left, probability = list(range(alive)), 1.0
-    for item in order:
-        weights = np.exp(scores[left])
-        probability *= weights[left.index(item)] / weights.sum()
-        left.remove(item)
-    return probability
-
-
-@pytest.mark.parametrize(
-    ("items", "alive", "drawn"), [(1, 1, 1), (4, 4, 2), (4, 4, 4), (5, 3, 2), (5, 3, 3), (4, 2, 0)]
-)
-def test_draws_have_the_probabilities_of_the_list_of_all_orders(items, alive, drawn):
-    scores = np.random.default_rng(items).normal(0, 2, items)
-    total = 0.0
-    for order in itertools.permutations(range(alive), drawn):
-        rest = [item for item in range(items) if item not in order]
-        places = torch.tensor([*order, *rest])  # What could not be drawn has the highest numbers, so it comes last.
-        arguments = torch.tensor(scores)[places], torch.tensor(drawn), torch.tensor(alive)
-        log_prob, entropy = plackett_luce(*arguments)
-        assert float(log_prob.exp()) == pytest.approx(probability_of(scores, order, alive))
-        total += float(log_prob.exp())
-        first = np.exp(scores[:alive]) / np.exp(scores[:alive]).sum()
-        assert float(entropy) == pytest.approx(-(first * np.log(first)).sum() if drawn else 0.0, abs=1e-9)
-        # Neither the order of those left over nor the scores of those that cannot be drawn matter.
-        shuffled = torch.tensor([*order, *rest[: alive - drawn][::-1], *rest[alive - drawn :]])
-        changed = torch.tensor(scores)[shuffled]
-        changed[alive:] += 100
-        again = plackett_luce(changed, *arguments[1:])
-        assert float(again[0]) == pytest.approx(float(log_prob)) and float(again[1]) == pytest.approx(float(entropy))
-    assert total == pytest.approx(1)
-
-
-@settings(max_examples=30, deadline=None)
-@given(data=st.data(), items=st.integers(1, 8), scale=st.sampled_from([0.1, 1.0, 30.0]), seed=st.integers(0, 99))
-def test_gradients_of_draws_are_finite_and_right(data, items, scale, seed):
-    alive = data.draw(st.integers(0, items))
-    drawn = data.draw(st.integers(0, alive))
-    generator = torch.Generator().manual_seed(seed)
-    scores = (scale * torch.randn(3, items, generator=generator)).requires_grad_()
-    log_prob, entropy = plackett_luce(scores, torch.full((3,), drawn), torch.full((3,), alive))
-    assert torch.isfinite(log_prob).all() and (log_prob <= 1e-5).all() and (entropy > -1e-5).all()
-    (log_prob + entropy).sum().backward()
-    assert torch.isfinite(scores.grad).all() and not scores.grad[:, alive:].any()
-    expected = torch.zeros(3, items)
-    for place in range(drawn):
-        expected[:, place] += 1
-        expected[:, place:alive] -= scores.detach()[:, place:alive].softmax(-1)
-    (gradient,) = torch.autograd.grad(
-        plackett_luce(scores, torch.full((3,), drawn), torch.full((3,), alive))[0].sum(), scores
-    )
-    torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_draws_of_each_row_are_its_own():
-    scores = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn, alive = torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([[2, 3, 4], [5, 4, 5]])
-    log_prob, entropy = plackett_luce(scores, drawn, alive)
-    assert log_prob.shape == entropy.shape == (2, 3)
-    for row in np.ndindex(2, 3):
-        alone = plackett_luce(scores[row], drawn[row], alive[row])
-        assert float(log_prob[row]) == pytest.approx(float(alone[0]))
-        assert float(entropy[row]) == pytest.approx(float(alone[1]))

@@ -16,22 +16,24 @@ def images_for(adapter: ViTAdapter, count: int = 2) -> torch.Tensor:
 
 
 def plan_of(adapter: ViTAdapter, exits) -> TokenPlan:
-    return TokenPlan.from_exits(adapter.name, adapter.geometry, np.asarray(exits))
+    """Exits [patch] of a plan that drops whole patches, or [kind, patch]."""
+    make = TokenPlan.dropping_from_exits if np.ndim(exits) == 1 else TokenPlan.from_exits
+    return make(adapter.name, adapter.geometry, np.asarray(exits))
 
 
 def some_plans(adapter: ViTAdapter, count: int = 4) -> list[TokenPlan]:
-    """Random nested plans that drop before block 0 too, relatives of the first one, the identity, and duplicates."""
+    """Random sets, a plan that drops patches before block 0, relatives of the first one, the identity, duplicates."""
     geometry, random = adapter.geometry, np.random.default_rng(0)
-    plans = []
-    for _ in range(count):
-        exits = random.integers(0, geometry.depth + 1, geometry.patches)
-        exits[random.integers(geometry.patches)] = geometry.depth
-        plans.append(plan_of(adapter, exits))
-    assert any(plan.drops_before(0) for plan in plans)
-    exits = plans[0].exits.copy()
-    exits[np.flatnonzero(exits == geometry.depth)[1:]] -= 1
-    late = plan_of(adapter, exits)
-    return [*plans, late, TokenPlan.identity(adapter.name, geometry), plans[0], late]
+    shape = (3, geometry.depth, geometry.patches)
+    masks = [random.random(shape) < 0.6 for _ in range(count)]
+    late = masks[0].copy()
+    late[1:, -2] = False
+    plans = [TokenPlan.from_masks(adapter.name, geometry, mask) for mask in (*masks, late)]
+    exits = random.integers(0, geometry.depth + 1, geometry.patches)
+    exits[0], exits[1] = geometry.depth, 0
+    dropped = plan_of(adapter, exits)
+    assert len(dropped.keys[0]) < geometry.patches
+    return [*plans, dropped, TokenPlan.identity(adapter.name, geometry), plans[0], plans[-1]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,17 +89,18 @@ def test_what_plans_share_is_computed_once():
     other[:2] = 3  # Two patches fewer enter the last block.
     identical = rows_computed(adapter, [plan_of(adapter, one)] * 5)
     assert identical == rows_computed(adapter, [plan_of(adapter, one)]) == [[25], [19], [13], [13]]
-    # They part at block 3: block 2 runs once, for the union of what they need; block 3 runs for each.
-    assert rows_computed(adapter, [plan_of(adapter, one), plan_of(adapter, other)]) == [[25], [19], [13], [13, 11]]
-    # Neither needs all that the two need together.
-    disjoint = one.copy()
-    disjoint[[0, 1, 12, 13]] = [3, 3, 4, 4]
-    runs = rows_computed(adapter, [plan_of(adapter, one), plan_of(adapter, disjoint)])
-    assert runs == [[25], [19], [15], [13, 13]]
+    # They part where block 2 updates other patches.
+    assert rows_computed(adapter, [plan_of(adapter, one), plan_of(adapter, other)]) == [[25], [19], [13, 11], [13, 11]]
     # They part before block 0: nothing but the embedding is shared.
     early = one.copy()
     early[-1] = 0
     assert [len(runs) for runs in rows_computed(adapter, [plan_of(adapter, one), plan_of(adapter, early)])] == [2] * 4
+    # A patch that passes the MLP of one block more, and is read in both plans: blocks before that are shared.
+    frozen = np.stack([np.full(24, 4), np.repeat([4, 4, 3, 2], 6), np.repeat([4, 3, 2, 1], 6)])
+    longer = frozen.copy()
+    longer[2, 6] = 4
+    runs = rows_computed(adapter, [plan_of(adapter, frozen), plan_of(adapter, longer)])
+    assert runs == [[25], [19], [13], [7, 8]]
 
 
 def test_the_embedding_runs_once():

@@ -1,0 +1,327 @@
+"""Stage 2, token mask rearrangement: spread the budget so that the pruned model agrees better, by PPO.
+
+The game is that of :mod:`vpruner.prune.rearrange.play`, the policy is trained by clipped PPO
+(:mod:`vpruner.prune.ppo`). Reward of an episode: the relative drop in distance from the dense model against the best
+plan so far (the *incumbent*) on the same images. The best episodes of a batch challenge the incumbent on images that
+did not choose them; tilts count from the winner then. What is returned is the best incumbent on images that no reward
+was ever computed on, or the plan of the search.
+
+What ships is tuned afterwards (:mod:`vpruner.prune.tune`), and tuning makes some gains worthless. Where weights will be
+tuned, plans are therefore judged with stand-in weights, refitted to many plans around the start at once
+(:meth:`~vpruner.prune.rearrange.world.World.foresee_tuning`).
+
+The stage ends by itself once its evidence says that more episodes are not worth it
+(:class:`~vpruner.prune.rearrange.play.Potential`); that counts episodes and images, not seconds, so the same seed gives
+the same plan.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...core.cost import Cost, MacsCost
+from ...core.errors import UserError
+from ...core.files import atomic_path
+from ...core.json_file import json_sha256
+from ...core.plan import TokenPlan
+from ...core.text import counted, first_line, option
+from ..calibration import Judgement
+from ..ppo import PPOSettings, update
+from .play import ACTIONS, Game, Policy, Potential
+from .settings import Rearranged, RearrangeSettings
+from .world import World
+
+#: Version of the checkpoint file.
+CHECKPOINT_SCHEMA = 3
+#: A stage fed with noise keeps a plan one time in so many, at most: 2.6 standard errors for a single plan.
+LUCK = 200
+#: Plans around the start that stand-in weights are refitted to.
+STAND_IN_PLANS = 16
+#: Reward lost per unit of cost over budget. The search keeps it; what is left is the rounding of a latency table.
+OVER_BUDGET_WEIGHT = 20.0
+
+
+def game_around(
+    world: World, plan: TokenPlan, moments: np.ndarray, target: float, cost: Cost | None = None, form: str = "exits"
+) -> Game:
+    """The game of plans that cost no more than ``target`` of the dense model, or than ``plan`` does.
+
+    A plan may be a little over its target (a table re-measured); rearranging must not make that an excuse.
+    """
+    cost = cost or MacsCost(world.geometry)
+    return Game(world.name, world.geometry, moments, cost, max(target * cost.dense, cost.of(plan)), form)
+
+
+def plans_around(game: Game, plan: TokenPlan, seed: int, count: int = STAND_IN_PLANS) -> list[TokenPlan]:
+    """``count`` plans: the start, and first episodes around it."""
+    tilts = _first_policy(plan, seed).play(count - 1, np.random.default_rng([seed, 5])).numpy()
+    return [plan, *map(game.plan, tilts)]
+
+
+def rearrange(
+    world: World,
+    plan: TokenPlan,
+    game: Game,
+    *,
+    settings: RearrangeSettings | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    on_batch: Callable[[int, float], None] = lambda episodes, best: None,
+) -> Rearranged:
+    """Improve ``plan`` by PPO within the budget of ``game``.
+
+    Args:
+        world: The model and the images.
+        plan: Where to start: the plan of the search.
+        checkpoint: A file to resume from, where it exists, and to write after every few batches of episodes.
+        on_batch: Called with the number of episodes just played and the relative gain of the incumbent so far.
+
+    Returns:
+        Never a plan that is worse than ``plan`` on held-out images. Ctrl-C ends the stage early, not the program.
+
+    Raises:
+        UserError: The checkpoint is of another run, or cannot be read.
+    """
+    settings = settings or RearrangeSettings()
+    started = time.monotonic()
+    run = _Run(world, plan, game, settings, seed)
+    if checkpoint is not None:
+        run.resume(Path(checkpoint))
+    ended, took = "", 0.0
+    try:
+        while run.played < settings.episodes and not ended:
+            begun, before = time.monotonic(), run.played
+            if settings.time_limit and took and begun - started + took > settings.time_limit:
+                ended = "its time limit ended it"
+                break
+            run.batch()
+            on_batch(run.played - before, run.improvement)
+            if checkpoint is not None and run.batches % 5 == 0:
+                run.save(Path(checkpoint))
+            took = time.monotonic() - begun
+            if run.potential.exhausted(settings.worth, settings.patience):
+                ended = f"the last {settings.patience * settings.batch} can have gained less than {settings.worth:.0%}"
+    except KeyboardInterrupt:
+        ended = "it was interrupted"
+    if checkpoint is not None:
+        run.save(Path(checkpoint))
+    judgement = Judgement.of(run.held_out_start[1], run.held_out_best[1])
+    if world.stand_in is not None:  # What is reported is of the model with its own weights.
+        judgement = Judgement.of(*world.judge([plan, run.best], world.held_out, foresee=False)[1])
+    kept = run.best is not plan and clearly_better(run.held_out_start, run.held_out_best, run.looks)
+    details = {
+        "episodes": run.played,
+        "incumbents": run.incumbents,
+        "foresees_tuning": world.stand_in is not None,
+        "ended": ended,
+        "seconds": round(time.monotonic() - started, 3),
+        "settings": asdict(settings),
+        "seed": seed,
+    }
+    return Rearranged(run.best if kept else plan, judgement, kept, _note(run, kept, ended), details, run.history)
+
+
+def _note(run: _Run, kept: bool, ended: str) -> str:
+    """One sentence: what ended the stage early and what became of its plan; empty where all is as asked."""
+    played = f"{run.played} of {counted(run.settings.episodes, 'episode')}"
+    found = "" if kept else "; no plan was better than that of the search by more than chance explains"
+    if not ended and kept:
+        return ""
+    return f"Rearrangement ended after {played}{': ' if ended else ''}{ended}{found}."
+
+
+def clearly_better(before: Sequence[np.ndarray], after: Sequence[np.ndarray], looks: int = 1) -> bool:
+    """Whether (distances, divergences) on held-out images say so: a lower mean divergence, and a distance that is lower
+    by more than the best of ``looks`` plans would be by luck, one time in :data:`LUCK`.
+    """
+    distance = Judgement.of(before[0], after[0])
+    errors = NormalDist().inv_cdf(1 - 1 / (LUCK * max(1, looks)))
+    lower = float(after[1].mean()) < float(before[1].mean())
+    return lower and distance.after < distance.before - errors * distance.error
+
+
+def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
+    """What a rearrangement wrote there.
+
+    Raises:
+        UserError: It is not the checkpoint of a rearrangement, or one of another version.
+    """
+    try:
+        state = torch.load(path, weights_only=True)
+        if state["schema"] != CHECKPOINT_SCHEMA:
+            raise ValueError(f"schema {state['schema']}, expected {CHECKPOINT_SCHEMA}")
+        return {**state, "identity": dict(state["identity"])}
+    except Exception as error:
+        raise UserError(
+            f"{path} is not a checkpoint of a rearrangement: {first_line(error, 120)}",
+            f"name another file with {option('checkpoint')}, or delete this one",
+        ) from None
+
+
+def _first_policy(plan: TokenPlan, seed: int) -> Policy:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Policy(plan)
+
+
+class _Run:
+    """The state of one rearrangement between batches of episodes: all that a checkpoint holds."""
+
+    def __init__(self, world: World, plan: TokenPlan, game: Game, settings: RearrangeSettings, seed: int):
+        self.world, self.plan, self.game, self.settings, self.seed = world, plan, game, settings, seed
+        self.random = np.random.default_rng([seed, 2])
+        self.played = self.batches = self.incumbents = self.looks = 0
+        self.history: list[dict[str, float]] = []
+        self.potential = Potential([])
+        self.incumbent = self.best = plan
+        #: float32 [block L, action]: what tilts count from.
+        self.base = np.zeros((plan.geometry.depth, ACTIONS), np.float32)
+        #: (distances, divergences) on the held-out images, each float64 [image].
+        self.held_out_start = self.held_out_best = self._on_held_out(plan)
+        #: float64 [image]: the incumbent's distance on ``world.images``, and the start's mean there.
+        self.reference = world.judge([plan], world.images)[0][0]
+        self.start = float(self.reference.mean())
+        self.policy = _first_policy(plan, seed)
+        self.ppo = PPOSettings()
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=self.ppo.learning_rate)
+
+    def batch(self) -> None:
+        """One batch of episodes: play, run, learn, and let the best challenge the incumbent."""
+        count = min(self.settings.batch, self.settings.episodes - self.played)
+        tilts = self.policy.play(count, self.random)
+        plans = [self.game.plan(self.base + chosen) for chosen in tilts.numpy()]
+        order = self.random.permutation(len(self.world.images))
+        chosen, others = np.sort(order[: self.settings.images]), np.sort(order[self.settings.images :])
+        distances, _ = self.world.judge(plans, self.world.images[chosen])
+        rewards = self._rewards(self.reference[chosen], distances, plans)
+        with torch.no_grad():
+            old_log_probs = self.policy.score(tilts)[0]
+        ends = torch.zeros_like(old_log_probs)
+        ends[:, -1] = torch.from_numpy(rewards).float()
+        report = update(lambda: self.policy.score(tilts), self.optimizer, old_log_probs, ends, self.ppo)
+        self.batches += 1
+        self.played += count
+        self._challenge(plans, tilts.numpy(), rewards, others)
+        self.history.append(
+            {
+                "episodes": self.played,
+                "mean_reward": float(rewards.mean()),
+                "best_reward": float(rewards.max()),
+                "improvement": self.improvement,
+                "incumbents": self.incumbents,
+                **report,
+            }
+        )
+
+    def _rewards(self, reference: np.ndarray, distances: np.ndarray, plans: Sequence[TokenPlan]) -> np.ndarray:
+        """float64 [plan], from the incumbent's distances [image] and those of ``plans`` [plan, image]."""
+        before, budget = float(reference.mean()), self.game.target * self.game.cost.dense
+        over = np.array([self.game.cost.of(plan) / budget - 1 for plan in plans])
+        rewards = (before - distances.mean(1)) / max(abs(before), 1e-9) - OVER_BUDGET_WEIGHT * np.maximum(over, 0)
+        return np.nan_to_num(rewards, nan=-1.0, posinf=-1.0, neginf=-1.0)
+
+    def _challenge(
+        self, plans: Sequence[TokenPlan], tilts: np.ndarray, rewards: np.ndarray, others: np.ndarray
+    ) -> None:
+        """Judge the best episodes on the images that did not choose them; a winner replaces the incumbent.
+
+        The images of one batch tell good episodes from bad ones, not a gain of 2 % from luck.
+        """
+        rows = np.argsort(-rewards)[: self.settings.finalists]
+        distances, _ = self.world.judge([plans[row] for row in rows], self.world.images[others])
+        before = self.reference[others]
+        winner = int(distances.mean(1).argmin())
+        judged = Judgement.of(before, distances[winner])
+        scale = max(judged.before, 1e-9)
+        self.potential.add((judged.before - judged.after) / scale, judged.error / scale)
+        if not judged.better:
+            return
+        row = rows[winner]
+        self.incumbent = plans[row]
+        self.base = self.base + tilts[row]
+        self.reference = self.world.judge([self.incumbent], self.world.images)[0][0]
+        self.incumbents += 1
+        self.looks += 1
+        held_out = self._on_held_out(self.incumbent)
+        if held_out[0].mean() < self.held_out_best[0].mean():
+            self.best, self.held_out_best = self.incumbent, held_out
+
+    def _on_held_out(self, plan: TokenPlan) -> np.ndarray:
+        """float64 [distance and divergence, image]."""
+        return np.concatenate(self.world.judge([plan], self.world.held_out))
+
+    @property
+    def improvement(self) -> float:
+        """How much lower the incumbent's distance is than the start's, on the images of rewards."""
+        return 1 - float(self.reference.mean()) / max(self.start, 1e-12)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint goes with."""
+        return {
+            "plan": self.plan.digest,
+            "target": self.game.target,
+            "cost": json_sha256(self.game.cost.to_json(self.plan)),
+            "seed": self.seed,
+            "images": self.world.digest,
+        }
+
+    def save(self, path: Path) -> None:
+        state = {
+            "schema": CHECKPOINT_SCHEMA,
+            "identity": self.identity,
+            **{name: getattr(self, name) for name in ("played", "batches", "incumbents", "looks", "history")},
+            "bounds": self.potential.bounds,
+            "reference": torch.from_numpy(self.reference),
+            "base": torch.from_numpy(self.base),
+            "incumbent": torch.from_numpy(self.incumbent.masks),
+            "best": torch.from_numpy(self.best.masks),
+            "held_out_best": torch.from_numpy(self.held_out_best),
+            "random": self.random.bit_generator.state,
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        # PyTorch says nothing of a full disk where it writes the file itself.
+        torch.save(state, buffer := io.BytesIO())
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+
+    def resume(self, path: Path) -> None:
+        if not path.exists():
+            return
+        state = read_checkpoint(path)
+        different = [name for name, value in self.identity.items() if state["identity"].get(name) != value]
+        if different:
+            raise UserError(
+                f"{path} is the checkpoint of another run: its {different[0]} is "
+                f"{state['identity'].get(different[0])}, here it is {self.identity[different[0]]}",
+                f"name another file with {option('checkpoint')}, or delete this one",
+            )
+        for name in ("played", "batches", "incumbents", "looks", "history"):
+            setattr(self, name, state[name])
+        self.potential = Potential(list(state["bounds"]))
+        self.reference, self.base = state["reference"].numpy(), state["base"].numpy()
+        self.incumbent, self.best = (self._plan(state[name].numpy()) for name in ("incumbent", "best"))
+        self.held_out_best = state["held_out_best"].numpy()
+        self.random.bit_generator.state = state["random"]
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _plan(self, masks: np.ndarray) -> TokenPlan:
+        """Of a checkpoint; the start is the start itself, not one like it."""
+        if (masks == self.plan.masks).all():
+            return self.plan
+        plan = TokenPlan.from_masks(self.world.name, self.world.geometry, masks)
+        return TokenPlan.dropping(plan.model, plan.geometry, plan.keys) if self.game.form == "drop" else plan

@@ -1,0 +1,103 @@
+"""The model as a rearrangement sees it: what a plan does on some images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ...core.plan import TokenPlan
+from ..backbones.vit import ViTAdapter, weights_sha256
+from ..calibration import Calibration, Judgement, distance, divergence
+from ..fisher import batch_size_for
+from ..rollouts import evaluate_plans
+from ..tune.weights import refit_weights, with_weights
+
+#: Images that plans are judged on, mirror images included: with fewer, plans fit them; more cost time.
+REWARD_IMAGES = 1536
+#: Stand-in weights are refitted to so many plans together, on so many images at most. Weights of the start alone would
+#: favour it.
+STAND_IN_IMAGES = 1024
+#: Rows of a stand-in's normal equations at most, an image or its mirror image giving one per token: with more tokens to
+#: an image fewer images do, and no mirror images, and a model of DeiT's size is refitted in minutes.
+STAND_IN_ROWS = 150_000
+#: How many of those plans say, on the held-out images, whether the refit helped.
+STAND_IN_JUDGES = 4
+
+
+class World:
+    """The model as episodes see it: what a plan does on some images, and what each gate would change.
+
+    Tests replace it by worlds whose best plan is known.
+
+    Attributes:
+        images: int64 [image]: those that may give rewards.
+        held_out: int64 [image]: those that may not.
+        stand_in: Weights that plans are judged with, as a foretaste of tuning; None: the model's own.
+    """
+
+    stand_in: Mapping[str, Tensor] | None = None
+
+    def __init__(self, adapter: ViTAdapter, calibration: Calibration):
+        self.adapter, self.calibration = adapter, calibration
+        self.geometry, self.name = adapter.geometry, adapter.name
+        # Other images say more than mirror images, which say more than nothing.
+        self.images = calibration.mirrored(calibration.fit)[:REWARD_IMAGES]
+        self.held_out = calibration.held_out
+        # One chain of activations per level of the tree is alive at a time.
+        self._chunk = max(1, batch_size_for(self.geometry, backward=True))
+
+    def foresee_tuning(self, plans: Sequence[TokenPlan], on_step: Callable[[int], None] = lambda count: None) -> bool:
+        """Judge plans with weights refitted to ``plans`` together from now on.
+
+        Args:
+            on_step: Called with 1 after each block.
+
+        Returns:
+            False when no refit helped them on the held-out images: the model's own weights stay then.
+        """
+        # One image of a fit has hardly a say in its normal equations: the images of rewards may be among them.
+        tokens = self.geometry.tokens
+        fit = self.calibration.fit[: min(STAND_IN_IMAGES, STAND_IN_ROWS // tokens)]
+        flip = 2 * len(fit) * tokens <= STAND_IN_ROWS
+        judges = plans[:: -(-len(plans) // STAND_IN_JUDGES)]
+        self.stand_in = None
+        before = self.judge(judges, self.held_out)[1].mean(0)
+        weights, _ = refit_weights(self.adapter, plans, self.calibration, fit, flip=flip, on_step=on_step)
+        with with_weights(self.adapter.model, weights):
+            after = self.judge(judges, self.held_out)[1].mean(0)
+        self.stand_in = weights if weights and Judgement.of(before, after).better else None
+        return self.stand_in is not None
+
+    def judge(
+        self, plans: Sequence[TokenPlan], indices: np.ndarray, *, foresee: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How far plans are from the dense model: (distances, divergences), each float64 [plan, image].
+
+        :func:`~vpruner.prune.calibration.distance` is what rewards are made of, for its small variance;
+        :func:`~vpruner.prune.calibration.divergence` is what is reported.
+
+        Args:
+            foresee: False: with the model's own weights, whatever :attr:`stand_in` is.
+        """
+        distances = np.empty((len(plans), len(indices)))
+        divergences = np.empty_like(distances)
+        # Before any weights are exchanged: the target is what the model as trained says.
+        self.calibration.dense_outputs(self.adapter, indices)
+        with with_weights(self.adapter.model, self.stand_in if foresee else None):
+            for start in range(0, len(indices), self._chunk):
+                places = slice(start, start + self._chunk)
+                outputs = evaluate_plans(self.adapter, plans, self.calibration.images(indices[places]))
+                dense = self.calibration.dense_outputs(self.adapter, indices[places]).expand_as(outputs)
+                distances[:, places] = distance(dense, outputs, self.geometry.output).numpy()
+                divergences[:, places] = divergence(dense, outputs, self.geometry.output).numpy()
+        return distances, divergences
+
+    @property
+    def digest(self) -> str:
+        """Identity of the images and the weights: a checkpoint goes with both."""
+        pixels = hashlib.sha256(memoryview(np.ascontiguousarray(self.calibration.pixels))).hexdigest()
+        weights = weights_sha256(self.adapter.model)[:16]
+        return f"{pixels[:16]}-{len(self.held_out)}-{weights}{'-tuned' if self.stand_in else ''}"
