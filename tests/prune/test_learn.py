@@ -291,7 +291,7 @@ def test_a_proposal_stands_or_is_undone(kept, reported):
     """A made-up stage after a made-up search."""
     model = loaded()
     dense = TokenPlan.identity("tiny", model.adapter.geometry)
-    pruned = TokenPlan("tiny", dense.geometry, [range(24), range(20), range(16), range(12)])
+    pruned = TokenPlan.dropping("tiny", dense.geometry, [range(24), range(20), range(16), range(12)])
     before = stages.State(pruned, stages=("the search",), judgement=Judgement(0.0, 0.4, 0.1, 6))
 
     class Better:
