@@ -194,6 +194,7 @@ def test_folded_graphs(there):
         for name, options in {
             "plan": ("--plan", "plan.json"),
             "gates": ("--plan", "gates.json"),
+            "frozen": ("--plan", "frozen.json"),
             "identity": ("--identity",),
         }.items():
             result = call("fold", "theirs.onnx", *options, "-o", f"{name}.onnx")
