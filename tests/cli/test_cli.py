@@ -121,7 +121,9 @@ def test_the_files_know_where_they_come_from(finished):
     assert properties["vpruner.plan"] == plan.digest
     assert properties["vpruner.weights_sha256"] == plan.provenance["weights_sha256"]
     assert json.loads(properties["vpruner.classes"]) == CLASSES
-    assert json.loads(properties["vpruner.kept"]) == [list(k) for k in plan.kept]
+    written = plan.to_json()
+    sets = {"reads": list(plan.reads), **{kind: written[kind] for kind in ("keys", "queries", "mlps")}}
+    assert json.loads(properties["vpruner.sets"]) == sets
 
 
 def test_an_existing_folder_is_kept_unless_forced(finished, card, images):
@@ -309,7 +311,9 @@ def test_fold_identity_removes_dead_tokens_only(card, tmp_path):
     call("export", card, "-o", tmp_path / "dense.onnx", "-q")
     call("fold", tmp_path / "dense.onnx", "--identity", "-o", tmp_path / "lean.onnx", "-q")
     properties = {p.key: p.value for p in onnx.load(tmp_path / "lean.onnx").metadata_props}
-    assert json.loads(properties["vpruner.kept"]) == [list(range(16))] * 3
+    every = list(range(16))
+    sets = {"keys": [every] * 3, "queries": [every, every, []], "mlps": [every, every, []], "reads": []}
+    assert json.loads(properties["vpruner.sets"]) == sets
 
 
 # -- the stages ------------------------------------------------------------------------------------------------------

@@ -247,11 +247,11 @@ class Landmarks:
 
     Attributes:
         attentions: The ``Softmax`` or ``Attention`` node of each block.
-        residuals: The two ``Add`` nodes of each block with what each adds to the stream, in order.
+        residuals: The two ``Add`` nodes of each block, in order, with the stream and what each adds to it.
     """
 
     attentions: list[ir.Node]
-    residuals: list[tuple[ir.Node, ir.Value]]
+    residuals: list[tuple[ir.Node, ir.Value, ir.Value]]
 
     @classmethod
     def of(cls, model):
@@ -259,7 +259,7 @@ class Landmarks:
         attentions = [node for node in order if node.op_type in ("Softmax", "Attention")]
         # Biases, positions and the steps of an activation are added to constants. What is added comes last.
         computed = [
-            (node, max(node.inputs, key=lambda value: order[value.producer()]))
+            (node, *sorted(node.inputs, key=lambda value: order[value.producer()]))
             for node in order
             if node.op_type == "Add"
             and all(value.producer() is not None and value.producer().op_type != "Constant" for value in node.inputs)
@@ -267,8 +267,8 @@ class Landmarks:
         return cls(attentions, computed[: 2 * len(attentions)])
 
     def names(self):
-        """The names that they have now: of the attentions, and of each residual ``Add`` with what it adds."""
-        return [node.name for node in self.attentions], [(node.name, value.name) for node, value in self.residuals]
+        """The names that they have now."""
+        return [node.name for node in self.attentions], [[one.name for one in parts] for parts in self.residuals]
 
 
 def mask(model, names, plan):
@@ -293,11 +293,16 @@ def mask(model, names, plan):
         else:
             masked_input(model, node, 0, "Add", bias[None, None, None], f"keys.{block}")
     sets = [patches for both in zip(plan.queries, plan.mlps, strict=True) for patches in both]
-    for index, ((name, update), patches) in enumerate(zip(residuals, sets, strict=True)):
+    for index, ((name, stream, update), patches) in enumerate(zip(residuals, sets, strict=True)):
         node = by_name.get(name)
-        if node is None or update not in (found := [value.name for value in node.inputs]):
+        found = [] if node is None else [value.name for value in node.inputs]
+        if update in found:
+            position = found.index(update)
+        elif stream in found:  # A node was put behind what is added.
+            position = 1 - found.index(stream)
+        else:
             return False
-        masked_input(model, node, found.index(update), "Mul", marked(patches, 1, 0)[None, :, None], f"update.{index}")
+        masked_input(model, node, position, "Mul", marked(patches, 1, 0)[None, :, None], f"update.{index}")
     return True
 
 
@@ -340,7 +345,11 @@ def outcome(path, geometry, mutate, folder, seed):
         dense = None
     known = {node.name for node in mutated.graph} | {value.name for node in mutated.graph for value in node.outputs}
     known |= {value.name for value in mutated.graph.inputs}
-    model = load_model(folder / "mutated.onnx")
+    try:
+        model = load_model(folder / "mutated.onnx")
+    except GraphError as error:  # A node that does not fit its operator is found when the file is read.
+        assert any(f"node {name} (" in str(error) for name in known), error
+        return "refused" if dense is not None else None
     pruned = folded(model, geometry, plan)
     if isinstance(pruned, str):
         refused = pruned
