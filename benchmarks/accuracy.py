@@ -47,7 +47,9 @@ from vpruner.prune.learn import learn
 from vpruner.prune.learned import Learned
 from vpruner.prune.loaded import LoadedModel
 from vpruner.prune.models import open_model
-from vpruner.prune.rearrange.search import RearrangeSettings, World, swap_greedily
+from vpruner.prune.rearrange.greedy import exchange_greedily
+from vpruner.prune.rearrange.settings import RearrangeSettings
+from vpruner.prune.rearrange.world import World
 from vpruner.prune.tune.stage import tune
 
 #: What tells one result from another.
@@ -166,7 +168,7 @@ class Candidates:
             return start
         world = World(self.adapter, self.shared.calibration)
         started = time.perf_counter()
-        found = swap_greedily(world, start.plan, target=self.target, seed=self.seed)
+        found = exchange_greedily(world, start.plan, seed=self.seed)
         return start.followed_by("rearrange", found.kept, started, found.plan)
 
     def tuned(self, start: Candidate, kind: str) -> Candidate:

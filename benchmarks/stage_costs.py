@@ -23,7 +23,7 @@ from latency_ort import open_dense
 
 from vpruner.cli.console import ConsoleSink
 from vpruner.core import bundled, progress
-from vpruner.core.choices import EPISODES, REARRANGEMENTS, TIME_LIMIT, TUNINGS
+from vpruner.core.choices import EPISODES, REARRANGEMENTS, TUNINGS
 from vpruner.core.environment import environment
 from vpruner.core.rows import append_rows
 from vpruner.core.specs import LearnSpec
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--rearrange", choices=REARRANGEMENTS, default="ppo")
     parser.add_argument("--tune", choices=TUNINGS, default="weights")
     parser.add_argument("--episodes", type=int, default=EPISODES)
-    parser.add_argument("--time-limit", type=float, default=TIME_LIMIT, help="seconds of rearrangement")
+    parser.add_argument("--time-limit", type=float, help="seconds of rearrangement")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/stage_costs.jsonl"))
     args = parser.parse_args()
 

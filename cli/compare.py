@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..core.choices import COMPARE_IMAGES, COMPARE_TARGETS, EPISODES, LOSSES, OPSET, TIME_LIMIT
+from ..core.choices import COMPARE_IMAGES, COMPARE_TARGETS, EPISODES, LOSSES, OPSET
 from ..core.extras import RUN_PACKAGES, require_all
 from ..core.specs import DataSpec, LearnSpec, ModelSpec, TimingSpec
 from .catalogue import command
@@ -81,7 +81,7 @@ from .types import Seconds, names, numbers
 )
 @click.option(
     "--time-limit",
-    show_default=f"{TIME_LIMIT:g}",
+    show_default="none",
     metavar="SECONDS",
     type=Seconds(0.1),
     help="v-pruner: time for the rearrangement.",

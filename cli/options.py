@@ -24,7 +24,6 @@ from ..core.choices import (
     REARRANGEMENTS,
     SELECTIONS,
     TARGET,
-    TIME_LIMIT,
     TUNINGS,
 )
 from ..export.targets import TARGETS
@@ -212,11 +211,10 @@ stage_options = stacked(
     ),
     click.option(
         "--time-limit",
-        default=TIME_LIMIT,
-        show_default=True,
+        show_default="none",
         metavar="SECONDS",
         type=Seconds(0.1),
-        help="Time for --rearrange ppo. A batch of 16 episodes that would exceed it is not begun, except the first.",
+        help="Most time for --rearrange ppo, which ends by itself when more episodes are not worth it.",
     ),
     click.option(
         "--checkpoint",

@@ -19,8 +19,6 @@ IMAGES, EVAL_IMAGES = 4096, 2000
 EPISODES, EPISODES_UNTUNED = 384, 640
 #: Calibration images of a comparison of methods, and its budgets.
 COMPARE_IMAGES, COMPARE_TARGETS = 1024, (0.8, 0.65, 0.5)
-#: Seconds for the episodes.
-TIME_LIMIT = 600.0
 #: Images that methods are calibrated on when a model is exported with one, and static INT8.
 METHOD_IMAGES, INT8_IMAGES = 512, 128
 

@@ -283,7 +283,8 @@ def test_a_graph_that_ends_in_a_softmax(exported, here):
 def test_a_plan_by_content(card, here):
     model = vp.open_model(card)
     pruned = model.prune(noise(8), rounds=1, rearrange="none", tune="none")
-    content = vp.ContentPlan(vp.TokenPlan(pruned.plan.model, pruned.plan.geometry, pruned.plan.kept), 0.5)
+    kept = [range(pruned.plan.geometry.patches - 2 * block) for block in range(pruned.plan.geometry.depth)]
+    content = vp.ContentPlan(vp.TokenPlan.dropping(pruned.plan.model, pruned.plan.geometry, kept), 0.5)
     chosen = model.with_plan(content)
     assert "chooses its own patches" in str(content) and "chooses its own" in chosen._repr_html_()
     with pytest.raises(vp.UserError, match="each image chooses its own patches by this plan; export it"):
@@ -319,16 +320,16 @@ def test_plans_and_results_show_themselves(pruned, images):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_module_equals_the_gathered_form(kind):
-    from tiny_vits import half_plan, tiny
+    from tiny_vits import frozen_plan, half_plan, tiny
 
     from vpruner.prune.backbones.vit import ViTAdapter
     from vpruner.prune.gathered import gathered_module
 
     adapter = ViTAdapter(tiny(kind).double(), kind)
     plan = half_plan(adapter, first=0)
-    gates = tuple(tuple(0.5 + index % 3 for index in row) for row in plan.kept)
+    gates = tuple(tuple(0.5 + index % 3 for index in row) for row in plan.keys)
     images = torch.randn(3, 3, *adapter.geometry.image_size, dtype=torch.float64)
-    for made in (plan, vp.TokenPlan(plan.model, plan.geometry, plan.kept, gates)):
+    for made in (plan, vp.TokenPlan.dropping(plan.model, plan.geometry, plan.kept, gates), frozen_plan(adapter)):
         module = gathered_module(adapter, made)
         with torch.inference_mode(), adapter.applied(made, "gathered") as gathered:
             expected = gathered(images)

@@ -19,7 +19,6 @@ LATER = {
     "export/recognise/graph.py",
     "export/recognise/normalise.py",
     "export/rebuild/graph.py",
-    "prune/rearrange/search.py",
 }
 #: An option as one types it, or a command.
 TYPED = re.compile(

@@ -201,7 +201,9 @@ class _Run:
         tilts = self.policy.play(count, self.random)
         plans = [self.game.plan(self.base + chosen) for chosen in tilts.numpy()]
         order = self.random.permutation(len(self.world.images))
-        chosen, others = np.sort(order[: self.settings.images]), np.sort(order[self.settings.images :])
+        # Of few images half choose, and half judge what was chosen.
+        size = min(self.settings.images, len(order) // 2)
+        chosen, others = np.sort(order[:size]), np.sort(order[size:])
         distances, _ = self.world.judge(plans, self.world.images[chosen])
         rewards = self._rewards(self.reference[chosen], distances, plans)
         with torch.no_grad():
