@@ -381,7 +381,7 @@ def test_a_card_gives_arguments_of_the_architecture_only(tmp_path, args, reason,
 
 @pytest.mark.parametrize("weights", ["/etc/passwd", "../w.safetensors", "C:\\w.pth", "", "a\0b"])
 def test_a_card_names_weights_beside_it_only(tmp_path, weights):
-    with pytest.raises(UserError, match="names the weights .* is no name of a file in the folder"):
+    with pytest.raises(UserError, match="names the weights .* is not a relative path in the model.s folder"):
         open_model(write_card(tmp_path, weights=weights, sha256=None))
 
 
