@@ -20,6 +20,7 @@ from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .errors import UserError
+from .json_file import read_json
 from .protobuf import fields, varint
 from .text import command
 
@@ -200,7 +201,25 @@ def external_tensors(path: Path) -> list[ExternalTensor]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}", "expected an ONNX file") from None
     except ValueError as error:  # An empty file cannot be mapped, and anything else is no protobuf message.
-        raise UserError(f"{path} is not an ONNX model, or is truncated ({error})", HINT) from None
+        raise no_onnx(path, error) from None
+
+
+def no_onnx(path: Path, found: object) -> UserError:
+    """The error for a file that is no ONNX model.
+
+    Args:
+        found: What a reader of ONNX files says of it.
+    """
+    with suppress(OSError, UserError):
+        with path.open("rb") as stream:
+            starts = stream.read(64).lstrip()
+        if starts[:1] == b"{":  # No message begins with that.
+            held = read_json(path, "the file")
+            if isinstance(held, dict) and {"args", "weights"} <= held.keys():
+                hint = f"write the ONNX file with: {command('export', path)}"
+                return UserError(f"{path} is a model card, expected an ONNX model", hint)
+            return UserError(f"{path} is a JSON file, expected an ONNX model", HINT)
+    return UserError(f"{path} is not an ONNX model, or is truncated ({found})", HINT)
 
 
 def check_size(path: Path, size: int) -> None:

@@ -71,8 +71,14 @@ def open_card(
     model = build(make, str(path), arguments, hint)
     load_weights(model, weights, path.stem, resample=resample)
     adapter = adapter_for(model, path.stem)
-    stated = Preprocessing.from_json(card["preprocessing"]) if "preprocessing" in card else timm_preprocessing(adapter)
-    return ready(adapter, stated, card.get("classes"), " in the model card")
+    if "preprocessing" in card:
+        try:
+            stated = Preprocessing.from_json(card["preprocessing"])
+        except UserError as error:
+            raise UserError(f"{path}: {error.marked_problem}", error.marked_hint) from None
+    else:
+        stated = timm_preprocessing(adapter)
+    return ready(adapter, stated, card.get("classes"), f" in {path}")
 
 
 def weights_beside(path: Path, name: str) -> Path:

@@ -91,12 +91,28 @@ def test_weights_in_the_folder_are_read(folder, said):
         assert np.array_equal(session.run({"x": NUMBERS})["y"], expected)
 
 
+NOT_INSIDE = "is not a relative path in the model's folder; put the file with the weights beside the model"
 REFUSED = {
-    "up": ({"location": "../outside.bin"}, "is not a relative path in the model's folder; put the file with the weights beside the model"),
-    "up, deeper": ({"location": "sub/../../outside.bin"}, "is not a relative path in the model's folder; put the file with the weights beside the model"),
-    "up, as Windows writes it": ({"location": "..\\outside.bin"}, "is not a relative path in the model's folder; put the file with the weights beside the model"),
-    "absolute": ({"location": "/etc/hostname"}, "is not a relative path in the model's folder; put the file with the weights beside the model"),
-    "of a drive": ({"location": "C:\\w.bin"}, "is not a relative path in the model's folder; put the file with the weights beside the model"),
+    "up": (
+        {"location": "../outside.bin"},
+        NOT_INSIDE,
+    ),
+    "up, deeper": (
+        {"location": "sub/../../outside.bin"},
+        NOT_INSIDE,
+    ),
+    "up, as Windows writes it": (
+        {"location": "..\\outside.bin"},
+        NOT_INSIDE,
+    ),
+    "absolute": (
+        {"location": "/etc/hostname"},
+        NOT_INSIDE,
+    ),
+    "of a drive": (
+        {"location": "C:\\w.bin"},
+        NOT_INSIDE,
+    ),
     "a link out": ({"location": "out.bin"}, "is a link to a file outside"),
     "a folder that is a link out": ({"location": "up/outside.bin"}, "is a link to a file outside"),
     "a link to itself": ({"location": "circle.bin"}, "is not next to it"),

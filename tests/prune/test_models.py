@@ -349,7 +349,11 @@ def test_a_card_with_a_timm_name_and_classes(small_model, weights, tmp_path):
         ({"classes": ["a", 5]}, "class 1 is 5, expected its name"),
         ({"classes": ["a", ""]}, "class 1 is '', expected its name"),
         ({"classes": [*"abcdefgha"]}, "class 'a' stands twice"),
-        ({"preprocessing": 5}, "preprocessing is a JSON object, found int"),
+        (
+            {"preprocessing": {"mean": [0, 0, 0], "std": [1, 0, 1], "size": [32, 32], "interpolation": "bicubic"}},
+            r"card\.json: preprocessing: std is \[1.*, 0",
+        ),
+        ({"preprocessing": 5}, r"card\.json: preprocessing is a JSON object, found int"),
     ],
 )
 def test_a_bad_card_is_refused(tmp_path, changes, reason):
