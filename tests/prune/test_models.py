@@ -301,6 +301,7 @@ def test_a_folder_of_timm_is_opened_without_its_loaders(small_model, tmp_path, m
         ({"architecture": "nothing"}, "architecture is 'nothing', expected the name of a timm model"),
         ({"model_args": {"pretrained_cfg_overlay": {}}}, "'pretrained_cfg_overlay' says what is loaded"),
         ({"model_args": 5}, "model_args are not objects"),
+        ({"pretrained_cfg": {"std": [0, 1, 1]}}, r"config\.json: preprocessing: std is \[0"),
     ],
 )
 def test_a_bad_folder_of_timm_is_refused(small_model, tmp_path, changes, reason):
