@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from .errors import UserError
-from .text import first_line, option
+from .text import first_line, onnxruntime_says, option
 
 _PACKAGE = __name__.partition(".")[0]
 _ROOT = Path(__file__).resolve().parents[1]
@@ -181,8 +181,9 @@ def as_user_error(error: BaseException, inputs: Iterable[Any] = ()) -> UserError
         hint = _NO_ROOM.get(error.errno or 0, "")
         return UserError(f"{os.fsdecode(where)}: {error.strerror}" if where else error.strerror, hint)
     what = f"{about} cannot be used" if about else "what was given cannot be used"
+    words = onnxruntime_says(error) if whose == "onnxruntime" else first_line(error)
     said = "" if whose == "the system" else f"{whose} says: "
-    return UserError(f"{what}: {said}{first_line(error)}", "check the file, or make it again" if about else "")
+    return UserError(f"{what}: {said}{words}", "check the file, or make it again" if about else "")
 
 
 def place_of(error: BaseException) -> str:
@@ -257,6 +258,8 @@ def _reason(error: Exception) -> str:
         return "memory ran out"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if _whose(error) == "onnxruntime":
+        return onnxruntime_says(error)
     return f"{first_line(error)} ({type(error).__name__})" if str(error).strip() else type(error).__name__
 
 

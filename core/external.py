@@ -3,7 +3,8 @@
 A graph names those files itself, so one from elsewhere could name any file of this machine. Nothing opens a file that a
 graph names, no library either, before it was looked at here. What may be opened is a regular file whose place, with all
 links followed, is in the folder of the graph; for a graph that is a link itself, as in the cache of a model hub, in
-the folder of what it links to as well. The name is relative and has no ``..`` in it.
+the folder of what it links to as well. The name is relative and has no ``..`` in it. A graph's own file holds no
+weights of it a second time: under whichever name, it is refused.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .errors import UserError
+from .json_file import read_json
 from .protobuf import fields, varint
 from .text import command
 
 NOT_THERE = "is not there"
 HINT = f"write one with: {command('export', 'MODEL')}"
+BESIDE = "put the file with the weights beside the model"
 #: Protobuf's own limit: no runtime reads a larger file.
 LARGEST_FILE = (1 << 31) - 1
 #: Sub-graphs in sub-graphs. What exporters write has three or four.
@@ -49,6 +53,10 @@ _PARTS: Mapping[str, Mapping[int, str]] = {
 
 class ExternalDataError(ValueError):
     """Why a tensor cannot be read from the file that the graph names; reads on after "its weights file x, which"."""
+
+
+class MisplacedError(ExternalDataError):
+    """The file is no regular file of its own in the folder of the graph."""
 
 
 @dataclass(frozen=True)
@@ -116,21 +124,24 @@ def find_data(graph: Path, location: str) -> Path:
     parts = re.split(r"[/\\]", location)
     absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor
     if not location or "\0" in location or ".." in parts or absolute:
-        raise ExternalDataError("is no name of a file in the folder of the file that names it")
+        raise MisplacedError("is not a relative path in the model's folder")
     folders = _folders(graph)
     for folder in folders:
         path = folder / location
         try:
             real = path.resolve(strict=True)
-            mode = real.stat().st_mode
+            found = real.stat()
         except (OSError, RuntimeError):  # RuntimeError: links in a circle, up to Python 3.12.
             continue
         if not any(real.is_relative_to(allowed.resolve()) for allowed in folders):
-            raise ExternalDataError("is a link to a file outside of that folder")
-        if not stat.S_ISREG(mode):
-            raise ExternalDataError("is not a regular file")
+            raise MisplacedError("is a link to a file outside of the model's folder")
+        if not stat.S_ISREG(found.st_mode):
+            raise MisplacedError("is not a regular file")
+        with suppress(OSError, RuntimeError):  # A model in memory has no file.
+            if os.path.samestat(found, graph.stat()):
+                raise MisplacedError("is the model's own file")
         return path
-    raise ExternalDataError(NOT_THERE)
+    raise MisplacedError(NOT_THERE)
 
 
 def _folders(graph: Path) -> tuple[Path, ...]:
@@ -144,11 +155,12 @@ def _folders(graph: Path) -> tuple[Path, ...]:
 def refused(graph: object, tensor: ExternalTensor, problem: object) -> UserError:
     """The error for a tensor that cannot be read from its file."""
     if str(problem) == NOT_THERE:
-        return UserError(f"{graph} needs its weights file {tensor.location}, which is not next to it", HINT)
+        return UserError(f"{graph} needs its weights file {tensor.location}, which is not next to it", BESIDE)
     what = f"initializer {tensor.name!r}" if tensor.name else "a constant"
     if not tensor.location:
         return UserError(f"{graph} is damaged: {what} lies in another file, which it does not name", HINT)
-    return UserError(f"{graph} needs {what} of its weights file {tensor.location}, which {problem}", HINT)
+    hint = BESIDE if isinstance(problem, MisplacedError) else HINT
+    return UserError(f"{graph} needs {what} of its weights file {tensor.location}, which {problem}", hint)
 
 
 def check_data(graph: str | os.PathLike) -> Path:
@@ -189,7 +201,25 @@ def external_tensors(path: Path) -> list[ExternalTensor]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}", "expected an ONNX file") from None
     except ValueError as error:  # An empty file cannot be mapped, and anything else is no protobuf message.
-        raise UserError(f"{path} is not an ONNX model, or is truncated ({error})", HINT) from None
+        raise no_onnx(path, error) from None
+
+
+def no_onnx(path: Path, found: object) -> UserError:
+    """The error for a file that is no ONNX model.
+
+    Args:
+        found: What a reader of ONNX files says of it.
+    """
+    with suppress(OSError, UserError):
+        with path.open("rb") as stream:
+            starts = stream.read(64).lstrip()
+        if starts[:1] == b"{":  # No message begins with that.
+            held = read_json(path, "the file")
+            if isinstance(held, dict) and {"args", "weights"} <= held.keys():
+                hint = f"write the ONNX file with: {command('export', path)}"
+                return UserError(f"{path} is a model card, expected an ONNX model", hint)
+            return UserError(f"{path} is a JSON file, expected an ONNX model", HINT)
+    return UserError(f"{path} is not an ONNX model, or is truncated ({found})", HINT)
 
 
 def check_size(path: Path, size: int) -> None:

@@ -117,6 +117,7 @@ def collect_outputs(
     batches: Iterable[tuple[Any, Any]],
     *,
     on_batch: Callable[[int], None] = lambda count: None,
+    not_finite: Callable[[str, np.ndarray], None] = lambda label, values: None,
 ) -> Outputs:
     """Run every model on every batch.
 
@@ -124,12 +125,17 @@ def collect_outputs(
         runners: label -> function from a batch of images to outputs float32 [batch, output].
         batches: (images, labels or None); images in whatever form the runners take, as long as it has a length.
         on_batch: Called with the number of images after each batch.
+        not_finite: Called where outputs of a batch are not, with the label and all of its outputs up to there. What it
+            raises ends the work before more images are read.
     """
     collected: dict[str, list[np.ndarray]] = {label: [] for label in runners}
     labels: list[np.ndarray] = []
     for images, batch_labels in batches:
         for label, run in runners.items():
-            collected[label].append(np.asarray(run(images), np.float32))
+            values = np.asarray(run(images), np.float32)
+            collected[label].append(values)
+            if not np.isfinite(values).all():
+                not_finite(label, np.concatenate(collected[label]))
         if batch_labels is not None:
             labels.append(np.asarray(batch_labels))
         on_batch(len(images))

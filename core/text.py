@@ -120,3 +120,13 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     """The first line of another package's message, for a message of ours; the type's name where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0][:limit] if lines else type(error).__name__
+
+
+def onnxruntime_says(error: BaseException) -> str:
+    """onnxruntime's message in one line, without its code and without the path, which the message of ours names."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from x.onnx failed:Protobuf parsing failed."
+    text = text.rpartition("[ONNXRuntimeError] : ")[2].split(" : ", 2)[-1]
+    text = re.sub("^Load model from .*? failed:(?:Fatal error: )?", "", text)
+    # "/onnxruntime_src/.../model_load_utils.h:46 void onnxruntime::...(...) ONNX Runtime only *guarantees* ..."
+    return re.sub(r"^/\S+\.(?:h|cc|cpp):\d+ .*?\) (?=[A-Z])", "", text)[:300].rstrip(".")

@@ -13,13 +13,24 @@ import onnx
 import onnx_ir as ir
 
 from ..core.errors import UserError
+from ..core.metadata import ModelMetadata
 from ..core.progress import words
 from ..core.text import command
 from .files import check_tensors, external_problem, reading
 from .streaming import ReadModel, read_message
 from .structure import NO_MODEL, Problem, find_problems
 from .targets import find_target
-from .targets.rules import MISSING_WEIGHTS, NO_PRODUCER, SEVERITIES, STRUCTURE, UNKNOWN_DOMAIN, Bound, Rule, Target
+from .targets.rules import (
+    METADATA,
+    MISSING_WEIGHTS,
+    NO_PRODUCER,
+    SEVERITIES,
+    STRUCTURE,
+    UNKNOWN_DOMAIN,
+    Bound,
+    Rule,
+    Target,
+)
 
 _INT32 = np.iinfo(np.int32)
 #: Where a value comes from, each including the ones before: a constant; computed from constants; from shapes of
@@ -168,6 +179,7 @@ class _Check:
 
     def run(self) -> list[Finding]:
         self._check_file()
+        self._check_metadata()
         self._check_weights()
         for value in self.model.graph.inputs:
             if value.const_value is None:
@@ -243,6 +255,13 @@ class _Check:
         bound = self.target.ir_version
         if bound is not None and not bound.allows(self.model.ir_version):
             self._add(bound, "ir-version", f"IR version {self.model.ir_version}, {_expected(bound)}")
+
+    def _check_metadata(self) -> None:
+        """Whether what vpruner wrote into the file can be read."""
+        try:
+            ModelMetadata.from_props(self.model.metadata_props, "the file")
+        except UserError as error:
+            self._add(METADATA, "metadata", error.problem)
 
     def _check_weights(self) -> None:
         missing: Counter[tuple[str, str]] = Counter()

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from ..core.errors import UserError
-from ..core.external import HINT, ExternalDataError, ExternalTensor
+from ..core.external import HINT, ExternalDataError, ExternalTensor, no_onnx
 from ..core.files import atomic_path, scratch_beside, written_to
 from ..core.json_file import json_sha256
 from .streaming import MissingTensor, StoredTensor, read_onnx, write_onnx
@@ -48,7 +48,7 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:  # protobuf and onnx-ir raise many types for bytes that are no model
         # Our own ValueError says what is there; theirs speaks of Python.
         found = str(error) if type(error) is ValueError else type(error).__name__
-        raise UserError(f"{path} is not an ONNX model, or is truncated ({found})", HINT) from None
+        raise no_onnx(path, found) from None
 
 
 def load_model(path: str | os.PathLike) -> ir.Model:

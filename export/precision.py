@@ -33,7 +33,7 @@ from .graph import Graph, copy_model, open_graph
 from .parity import run_onnx
 from .passes.edit import infer_shapes_anew
 from .quantize import QUANTIZED, QUANTIZED_OPS
-from .recognise.unfit import refuse_subgraphs
+from .recognise.unfit import refuse_custom, refuse_subgraphs
 
 #: Largest finite float16.
 FP16_MAX = 65504.0
@@ -211,6 +211,8 @@ def _check_float32(model: ir.Model, source: str) -> None:
         raise UserError(f"{source} is {said} already", hint)
     for node in model.graph:
         refuse_subgraphs(node)
+        if not node.domain.startswith("ai.onnx"):
+            refuse_custom(model, node)
         if node.op_type in QUANTIZED_OPS:
             raise UserError(f"{source} is quantized already: node {node.name!r} is {node.op_type}", hint)
     for value in (*model.graph.inputs, *model.graph.initializers.values()):

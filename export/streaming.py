@@ -93,13 +93,13 @@ class ReadModel:
     Attributes:
         proto: The message, without large weights.
         stored: Name of a large weight -> the file it lies in, its bytes, and which of them are its own.
-        missing: (name, location) of a tensor in another file -> what is wrong with it.
+        missing: (name, location) of a tensor in another file -> the error, and as words behind that file's name.
     """
 
     path: Path
     proto: onnx.ModelProto
     stored: dict[str, tuple[Path, mmap.mmap, slice]] = field(default_factory=dict)
-    missing: dict[tuple[str, str], tuple[external.ExternalTensor, str]] = field(default_factory=dict)
+    missing: dict[tuple[str, str], tuple[UserError, str]] = field(default_factory=dict)
 
     def model(self) -> ir.Model:
         """The model, with its nodes sorted where they can be.
@@ -122,8 +122,7 @@ class ReadModel:
         def marked(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
             if not isinstance(tensor, ir.ExternalTensor):
                 return tensor
-            said, problem = self.missing[tensor.name or "", os.fspath(tensor.location)]
-            return MissingTensor(tensor, external.refused(self.path, said, problem), problem)
+            return MissingTensor(tensor, *self.missing[tensor.name or "", os.fspath(tensor.location)])
 
         for graph in model.graphs():
             for value in graph.initializers.values():
@@ -200,8 +199,8 @@ def _open_external(read: ReadModel) -> None:
                     opened[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if place.stop else b""
             data = opened[file][place] if place.stop - place.start < LARGE else None
         except (external.ExternalDataError, OSError) as error:
-            problem = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
-            read.missing[tensor.name, said.location] = said, problem
+            problem = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else error
+            read.missing[tensor.name, said.location] = external.refused(read.path, said, problem), str(problem)
             # What it says besides may be nothing that onnx-ir can read.
             del tensor.external_data[:]
             tensor.external_data.add(key="location", value=said.location)

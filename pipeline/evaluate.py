@@ -64,20 +64,26 @@ def evaluate_graphs(
         label -> estimates, and a few of the images for the report.
 
     Raises:
-        UserError: Outputs of a file are not finite.
+        UserError: Outputs of a file are not finite. No batch after that is run.
     """
     from ..core.statistics import compare
 
-    outputs, examples = collect_graphs(sessions, images, on_batch)
-    for label, session in sessions.items():
-        session.check_finite(outputs.of[label])
+    outputs, examples = collect_graphs(
+        sessions, images, on_batch, not_finite=lambda label, values: sessions[label].check_finite(values)
+    )
     return compare(outputs, baseline=next(iter(sessions)), output=geometry.output), examples
 
 
 def collect_graphs(
-    sessions: Mapping[str, OrtSession], images: ImageSet, on_batch=lambda count: None
+    sessions: Mapping[str, OrtSession],
+    images: ImageSet,
+    on_batch=lambda count: None,
+    not_finite=lambda label, values: None,
 ) -> tuple[Outputs, list[Image.Image]]:
-    """What the files of :func:`evaluate_graphs` give for the images, finite or not, and a few images for the report."""
+    """What the files of :func:`evaluate_graphs` give for the images, finite or not, and a few images for the report.
+
+    ``not_finite`` as in :func:`~vpruner.core.statistics.collect_outputs`.
+    """
     from ..core.statistics import collect_outputs
 
     examples: list[Image.Image] = []
@@ -93,6 +99,7 @@ def collect_graphs(
         {label: partial(session.logits, finite=False) for label, session in sessions.items()},
         at_least_one(batches(), images),
         on_batch=on_batch,
+        not_finite=not_finite,
     )
     return outputs, examples
 
@@ -276,11 +283,15 @@ def _evaluate_torch(
     runners = {"dense": dense} if plan is None else {"dense": dense, "pruned": pruned}
     if tuned:
         del runners["dense"]
+    names = {"dense": loaded.name, "pruned": f"{loaded.name}, pruned"}
     with progress.stage("Evaluating", len(images.indices)) as advance:
         stream = images.batches(loaded.preprocessing, batch_size_for(adapter.geometry, most=64))
-        outputs = collect_outputs(runners, at_least_one(stream, images), on_batch=advance)
-    for label, values in outputs.of.items():
-        check_finite(values, loaded.name if label == "dense" else f"{loaded.name}, pruned")
+        outputs = collect_outputs(
+            runners,
+            at_least_one(stream, images),
+            on_batch=advance,
+            not_finite=lambda label, values: check_finite(values, names[label]),
+        )
     return compare(outputs, baseline=next(iter(runners)), output=adapter.geometry.output), images
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,20 @@ def open_card(
     model = build(make, str(path), arguments, hint)
     load_weights(model, weights, path.stem, resample=resample)
     adapter = adapter_for(model, path.stem)
-    stated = Preprocessing.from_json(card["preprocessing"]) if "preprocessing" in card else timm_preprocessing(adapter)
-    return ready(adapter, stated, card.get("classes"), " in the model card")
+    with _naming(path):
+        stated = (
+            Preprocessing.from_json(card["preprocessing"]) if "preprocessing" in card else timm_preprocessing(adapter)
+        )
+    return ready(adapter, stated, card.get("classes"), f" in {path}")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's name before what is said of what it holds."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error.marked_problem}", error.marked_hint) from None
 
 
 def weights_beside(path: Path, name: str) -> Path:
@@ -186,7 +199,9 @@ def open_timm_folder(
     model = build(make, str(folder), arguments, f"correct {path}")
     adapter = adapter_for(model, spec)
     load_weights(model, weights, spec, resample=resample)
-    return ready(adapter, timm_preprocessing(adapter), imagenet_classes(adapter.geometry), f" in {path}")
+    with _naming(path):
+        preprocessing = timm_preprocessing(adapter)
+    return ready(adapter, preprocessing, imagenet_classes(adapter.geometry), f" in {path}")
 
 
 def _weights_in(folder: Path) -> Path:

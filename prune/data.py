@@ -186,12 +186,12 @@ class ImageSet:
     _unreadable: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        if self.strict and self.source.cut_off:
-            count = counted(len(self.source), "image")
-            raise UserError(
-                f"{self.source.spec} {self.source.cut_off}: {count} before that can be read",
-                f"make or copy it again, or leave out {option('strict')} to use those",
-            )
+        if self.source.cut_off:
+            found = f"{self.source.cut_off}: {counted(len(self.source), 'image')} before that can be read"
+            if self.strict:
+                hint = f"make or copy it again, or leave out {option('strict')} to use those"
+                raise UserError(f"{self.source.spec} {found}", hint)
+            progress.remark(f"{source_name(self.source)} {found}")
 
     @property
     def labelled(self) -> bool:

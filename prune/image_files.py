@@ -64,8 +64,6 @@ class Found:
             yield f"{name}: {counted(self.twice, 'image')} {are}, and each file counts once"
         if self.closed:
             yield f"{name}: {counted(self.closed, 'folder')} in it cannot be read"
-        if self.cut_off:
-            yield f"{name} {self.cut_off}: {counted(len(self.samples), 'image')} before that can be read"
 
 
 class ImageFiles(Reader):

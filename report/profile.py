@@ -31,7 +31,7 @@ def read_results(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     rows = [row for path in paths for row in read_rows(path, _EXPECTED)]
     if not any(row.get("kind") in ("latency", "blocks") for row in rows):
         raise UserError(
-            f"{', '.join(map(str, paths))} hold no latency",
+            f"{', '.join(map(str, paths))} {'holds' if len(paths) == 1 else 'hold'} no latency",
             f"measure one with {command('profile', 'MODEL', results='results.jsonl')}",
         )
     return rows

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..core.errors import UserError
-from ..core.external import check_data, find_data
+from ..core.external import check_data, find_data, no_onnx
 from ..core.files import file_sha256
 from ..core.metadata import PREFIX
 from ..core.protobuf import fields
-from ..core.text import command
 
 _Read = TypeVar("_Read")
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear")
@@ -106,9 +105,7 @@ def _opened(path: Path, read: Callable[[memoryview], _Read]) -> _Read:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}", "expected an ONNX file") from None
     except ValueError as error:  # An empty file cannot be mapped, and anything else is no protobuf or no model.
-        raise UserError(
-            f"{path} is not an ONNX model, or is truncated ({error})", f"write one with: {command('export', 'MODEL')}"
-        ) from None
+        raise no_onnx(path, error) from None
 
 
 @dataclass(frozen=True)

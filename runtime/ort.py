@@ -8,7 +8,6 @@ with vpruner.runtime.ort.OrtSession("pruned.onnx") as session:
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from os import PathLike
@@ -23,7 +22,7 @@ from ..core.errors import UserError
 from ..core.external import check_data
 from ..core.extras import require
 from ..core.metadata import ModelMetadata
-from ..core.text import command, option
+from ..core.text import command, onnxruntime_says, option
 from .opening import open
 from .session import Prediction, Score, Session, TensorSpec
 
@@ -143,7 +142,7 @@ class OrtSession(Session):
             )
         except Exception as error:
             raise UserError(
-                f"{self.path}: onnxruntime cannot open it: {_reason(error, str(path))}",
+                f"{self.path}: onnxruntime cannot open it: {onnxruntime_says(error)}",
                 f"see what is wrong with it, with: {command('check', self.path)}",
             ) from None
         obtained = session.get_providers()
@@ -189,7 +188,7 @@ class OrtSession(Session):
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{self.path}: onnxruntime failed to run it: {_reason(error, str(self.path))}") from None
+            raise UserError(f"{self.path}: onnxruntime failed to run it: {onnxruntime_says(error)}") from None
 
     def upload(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Copy the inputs to the device, for the runs of :meth:`enqueue` that follow; ``feeds`` as for :meth:`run`."""
@@ -326,13 +325,3 @@ def _listed(names: Sequence[str]) -> str:
 def _spec(argument: Any) -> TensorSpec:
     shape = tuple(size if isinstance(size, (int, str)) else None for size in argument.shape)
     return TensorSpec(argument.name, shape, _DTYPES.get(argument.type, argument.type))
-
-
-def _reason(error: Exception, path: str) -> str:
-    """onnxruntime's message in one line, without its code and without the path it repeats."""
-    text = " ".join(str(error).split())
-    # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from x.onnx failed:Protobuf parsing failed."
-    text = text.rpartition("[ONNXRuntimeError] : ")[2].split(" : ", 2)[-1]
-    text = text.removeprefix(f"Load model from {path} failed:")
-    # "/onnxruntime_src/.../model_load_utils.h:46 void onnxruntime::...(...) ONNX Runtime only *guarantees* ..."
-    return re.sub(r"^/\S+\.(?:h|cc|cpp):\d+ .*?\) (?=[A-Z])", "", text)[:300].rstrip(".")

@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.utils
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ...core.errors import GraphError
 from ...core.text import option
+from ..streaming import read_message
 from .graph import HINT, SEE_INSPECT, NotUnderstood, attribute_ints, called, readers_of
 from .unfit import constant_of, inputs_of
 
@@ -47,14 +50,14 @@ def explain(
     before, patches = _before_patches(images[0])
     ops = list(dict.fromkeys(node.op_type for node in before))
     if patches is not None and set(ops) - {"Identity", "Pad"}:
-        cut = _cut(model, [patches], [model.graph.outputs[0]], recognised)
+        cut = _cut(model, [patches], [model.graph.outputs[0]], path, recognised)
         problem += f"; ahead of it images are normalised or rearranged inside of the graph, by {', '.join(ops)}"
         numbers = f"say what it did with {option('mean')} and {option('std')}"
-        return GraphError(problem, f"cut that off, with: {_code(path, *cut)}; and {numbers}" if cut else HINT)
+        return GraphError(problem, f"cut that off, with: {_code(model, path, *cut)}; and {numbers}" if cut else HINT)
     if error.cut is not None and error.cut.name in _values(model):
-        cut = _cut(model, images, [_values(model)[error.cut.name]], recognised)
+        cut = _cut(model, images, [_values(model)[error.cut.name]], path, recognised)
         if cut is not None:
-            return GraphError(problem, f"cut the rest off, with: {_code(path, *cut)}")
+            return GraphError(problem, f"cut the rest off, with: {_code(model, path, *cut)}")
     kind = next(_kinds(model), None)
     return GraphError(problem, HINT) if kind is None else GraphError(f"{problem}; the model has {kind}", _PLAIN)
 
@@ -126,9 +129,9 @@ def _one_of_several(model: ir.Model, inputs: list[ir.Value], path: Path | None, 
         if len(needed) != 1 or tried >= _MOST_TRIED:
             continue
         tried += 1
-        cut = _cut(model, needed, [output], recognised)
+        cut = _cut(model, needed, [output], path, recognised)
         if cut is not None:
-            return f"keep {output.name!r}, which is understood alone, with: {_code(path, *cut)}"
+            return f"keep {output.name!r}, which is understood alone, with: {_code(model, path, *cut)}"
     pictures = [value.name for value in inputs if value.shape is not None and len(value.shape) == 4]
     if len(inputs) > 1 and pictures:
         return f"export the vision model alone, with {pictures[0]!r} as its one input and its pooled output"
@@ -138,12 +141,19 @@ def _one_of_several(model: ir.Model, inputs: list[ir.Value], path: Path | None, 
 
 
 def _cut(
-    model: ir.Model, inputs: list[ir.Value], outputs: list[ir.Value], recognised: Callable[[ir.Model], object]
+    model: ir.Model,
+    inputs: list[ir.Value],
+    outputs: list[ir.Value],
+    path: Path | None,
+    recognised: Callable[[ir.Model], object],
 ) -> tuple[list[str], list[str]] | None:
-    """The names between which the graph is understood; None where it is not."""
+    """The names between which the graph is understood; None where it is not, or where onnx cannot cut it there."""
     ins, outs = ([value.name for value in values] for values in (inputs, outputs))
     copy = model.clone()
     try:
+        if path is not None:  # What _code advises, without the large weights.
+            extractor = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(read_message(path).proto))
+            extractor.extract_model(ins, outs)
         passes.ShapeInferencePass()(copy)
         values = _values(copy)
         kept = [values[name] for name in outs]
@@ -166,10 +176,14 @@ def _cut(
     return ins, outs
 
 
-def _code(path: Path | None, inputs: list[str], outputs: list[str]) -> str:
-    if path is None:
-        return f"onnx.utils.Extractor(model).extract_model({inputs!r}, {outputs!r})"
-    return f"onnx.utils.extract_model({str(path)!r}, 'cut.onnx', {inputs!r}, {outputs!r})"
+def _code(model: ir.Model, path: Path | None, inputs: list[str], outputs: list[str]) -> str:
+    if path is not None:
+        # Its checker refuses a graph for an output without a shape, also where that is cut off.
+        return f"onnx.utils.extract_model({str(path)!r}, 'cut.onnx', {inputs!r}, {outputs!r}, check_model=False)"
+    stated = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
+    stated.update(name for name, value in _values(model).items() if value.type is not None)
+    found = "model" if stated.issuperset((*inputs, *outputs)) else "onnx.shape_inference.infer_shapes(model)"
+    return f"onnx.utils.Extractor({found}).extract_model({inputs!r}, {outputs!r})"
 
 
 # -- kinds of model ---------------------------------------------------------------------------------------------------

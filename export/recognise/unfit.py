@@ -76,18 +76,28 @@ def refuse_subgraphs(node: ir.Node) -> None:
         )
 
 
-def _refuse_node(model: ir.Model, node: ir.Node) -> None:
-    own = node.domain in ("", "ai.onnx")
-    refuse_subgraphs(node)
-    if not own and (node.domain, node.op_type, node.overload) not in model.functions:
-        if node.domain.startswith(_FUSED_DOMAINS):
-            raise GraphError(
-                f"{called(node)}: the graph was fused for onnxruntime",
-                "fold into the graph as it was exported, then fuse the pruned one",
-            )
+def refuse_custom(model: ir.Model, node: ir.Node) -> None:
+    """Refuse an operator that is neither ONNX's, nor onnxruntime's, nor a function of the model.
+
+    Raises:
+        GraphError: Names the node.
+    """
+    known = node.domain in ("", "ai.onnx") or node.domain.startswith(_FUSED_DOMAINS)
+    if not known and _key(node) not in model.functions:
         raise GraphError(
             f"{called(node)} is an operator that only another library defines",
             "export again with ONNX's operators alone",
+        )
+
+
+def _refuse_node(model: ir.Model, node: ir.Node) -> None:
+    own = node.domain in ("", "ai.onnx")
+    refuse_subgraphs(node)
+    refuse_custom(model, node)
+    if not own and node.domain.startswith(_FUSED_DOMAINS) and _key(node) not in model.functions:
+        raise GraphError(
+            f"{called(node)}: the graph was fused for onnxruntime",
+            "fold into the graph as it was exported, then fuse the pruned one",
         )
     if own and node.op_type in QUANTIZED_OPS:
         raise GraphError(
@@ -96,6 +106,11 @@ def _refuse_node(model: ir.Model, node: ir.Node) -> None:
         )
     if own and _trains(node):
         raise GraphError(f"{called(node)} is in training mode: its result is random or changes from run to run", _EVAL)
+
+
+def _key(node: ir.Node) -> tuple[str, str, str]:
+    """By which a model knows its functions."""
+    return node.domain, node.op_type, node.overload
 
 
 def _trains(node: ir.Node) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...core.text import command
 from .rules import (
     CONTRIB,
+    NO_CONTROL_FLOW,
     OPENVINO_SHAPES,
     OPERATORS_100,
     OPERATORS_1015,
@@ -51,5 +52,5 @@ GENERIC = Target(
     ),
     data_dependent=Rule("warning", _GENERIC_SIZE, "replace it by a constant-index Gather", OPERATORS_1015),
     scatter=SCATTER,
-    control_flow=Rule("remark", TRT_IF, "export without control flow, or fold its condition", OPERATORS_1015),
+    control_flow=Rule("remark", TRT_IF, NO_CONTROL_FLOW, OPERATORS_1015),
 )

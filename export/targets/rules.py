@@ -46,7 +46,11 @@ WRITERS = (
     f"{command('export', 'MODEL', deploy_for='{0}')}, or: {command('fold', 'DENSE', plan='PLAN', deploy_for='{0}')}"
 )
 WRITE_FOR = f"write it for this target, with: {WRITERS}"
-FOLD_CONSTANTS = "fold the constants, with: onnxsim MODEL OUT, or: polygraphy surgeon sanitize --fold-constants"
+FOLD_CONSTANTS = "fold the constants, with: onnxsim MODEL OUT (pip install onnxsim)"
+NO_CONTROL_FLOW = (
+    f"export without control flow, which {command('fold')} and {command('convert')} do not take; where its condition "
+    f"is a constant, {FOLD_CONSTANTS}"
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,13 @@ MISSING_WEIGHTS = Rule(
     "no runtime can load the graph without them",
     "put the weights file next to the graph, under the name that the graph holds",
     "https://onnx.ai/onnx/repo-docs/ExternalData.html",
+)
+#: Said of what vpruner wrote into the file, where it is not what vpruner writes.
+METADATA = Rule(
+    "error",
+    "every other command reads it, and refuses the file",
+    f"write the file again, with: {command('export', 'MODEL')}, or remove its vpruner.* keys",
+    "vpruner's own metadata_props",
 )
 #: Said of an operand that is neither an input of the graph, nor a weight, nor another node's output.
 NO_PRODUCER = Rule(

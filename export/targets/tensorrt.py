@@ -6,6 +6,7 @@ from ...core.text import command
 from .rules import (
     CONTRIB,
     FOLD_CONSTANTS,
+    NO_CONTROL_FLOW,
     OPERATORS_85,
     OPERATORS_100,
     OPERATORS_1015,
@@ -136,7 +137,7 @@ _TRT_NEW = dict(
         "remove what reads the mean or the inverse standard deviation",
         OPERATORS_1015,
     ),
-    control_flow=Rule("warning", TRT_IF, "export without control flow, or fold its condition", OPERATORS_1015),
+    control_flow=Rule("warning", TRT_IF, NO_CONTROL_FLOW, OPERATORS_1015),
     attention=Rule(
         "error",
         "TensorRT takes 4-D queries, keys, values and mask, no cache, no softcap and one output",
@@ -207,7 +208,7 @@ TRT85 = Target(
     control_flow=Rule(
         "warning",
         "the outputs of both branches of If must have broadcastable shapes and different names",
-        "export without control flow, or fold its condition",
+        NO_CONTROL_FLOW,
         OPERATORS_85,
     ),
     constant_inputs=(

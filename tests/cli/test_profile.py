@@ -140,7 +140,7 @@ def test_reports_of_nothing(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"kind": "accuracy"}\n')
     fails("report", tmp_path / "a.jsonl", says="a.jsonl, line 1: a row of kind 'accuracy' is malformed")
     (tmp_path / "a.jsonl").write_text('{"kind": "of another program"}\n')
-    fails("report", tmp_path / "a.jsonl", says="hold no latency; measure one with vpruner profile")
+    fails("report", tmp_path / "a.jsonl", says="holds no latency; measure one with vpruner profile")
     (tmp_path / "file").write_text("")
     fails("report", tmp_path / "a.jsonl", "-o", tmp_path / "file", says="is a file")
     assert not (tmp_path / "profile").exists()

@@ -91,15 +91,34 @@ def test_weights_in_the_folder_are_read(folder, said):
         assert np.array_equal(session.run({"x": NUMBERS})["y"], expected)
 
 
+NOT_INSIDE = "is not a relative path in the model's folder; put the file with the weights beside the model"
 REFUSED = {
-    "up": ({"location": "../outside.bin"}, "is no name of a file in the folder"),
-    "up, deeper": ({"location": "sub/../../outside.bin"}, "is no name of a file in the folder"),
-    "up, as Windows writes it": ({"location": "..\\outside.bin"}, "is no name of a file in the folder"),
-    "absolute": ({"location": "/etc/hostname"}, "is no name of a file in the folder"),
-    "of a drive": ({"location": "C:\\w.bin"}, "is no name of a file in the folder"),
+    "up": (
+        {"location": "../outside.bin"},
+        NOT_INSIDE,
+    ),
+    "up, deeper": (
+        {"location": "sub/../../outside.bin"},
+        NOT_INSIDE,
+    ),
+    "up, as Windows writes it": (
+        {"location": "..\\outside.bin"},
+        NOT_INSIDE,
+    ),
+    "absolute": (
+        {"location": "/etc/hostname"},
+        NOT_INSIDE,
+    ),
+    "of a drive": (
+        {"location": "C:\\w.bin"},
+        NOT_INSIDE,
+    ),
     "a link out": ({"location": "out.bin"}, "is a link to a file outside"),
     "a folder that is a link out": ({"location": "up/outside.bin"}, "is a link to a file outside"),
     "a link to itself": ({"location": "circle.bin"}, "is not next to it"),
+    "the model": ({"location": "model.onnx", "offset": 4}, "which is the model's own file"),
+    "a link to the model": ({"location": "own.bin", "offset": 4}, "which is the model's own file"),
+    "another name of the model": ({"location": "same.bin", "offset": 4}, "which is the model's own file"),
     "a pipe": ({"location": "pipe.bin"}, "is not a regular file"),
     "a folder": ({"location": "sub"}, "is not a regular file"),
     "memory": ({"location": "*/_ORT_MEM_ADDR_/*", "offset": 1 << 40, "length": 24}, "is not next to it"),
@@ -121,6 +140,8 @@ REFUSED = {
 def test_any_other_file_is_refused_by_name_before_a_library_opens_it(folder, kind, monkeypatch):
     said, expected = REFUSED[kind]
     path = save(graph_with(outside(**said)), folder)
+    (folder / "own.bin").symlink_to(path.name)
+    (folder / "same.bin").hardlink_to(path)
     monkeypatch.setattr(onnxruntime, "InferenceSession", None)
     for attempt in (check_data, OrtSession, lambda path: read_onnx(path).external_sha256()):
         with pytest.raises(UserError, match=expected) as caught:
@@ -137,7 +158,7 @@ def test_a_file_is_found_wherever_in_the_graph_it_is_named(folder, where):
     path = save(graph_with(outside(location="../outside.bin"), where), folder)
     assert {tensor.location for tensor in external_tensors(path)} == {"../outside.bin"}
     for attempt in (check_data, open_graph, OrtSession):
-        with pytest.raises(UserError, match=r"\.\./outside\.bin, which is no name"):
+        with pytest.raises(UserError, match=r"\.\./outside\.bin, which is not a relative path"):
             attempt(path)
     good = save(graph_with(outside(), where), folder)
     assert np.array_equal(OrtSession(good).run({"x": NUMBERS})["y"], 2 * NUMBERS)

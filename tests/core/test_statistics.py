@@ -196,3 +196,26 @@ def test_collecting_reads_each_batch_once_for_all_models():
     assert outputs.of["pruned"].ravel().tolist() == [-1, -2, -3]
     row = proportion("top1", np.array([True])).row("dense")
     assert (row["kind"], row["label"], row["metric"], row["count"]) == ("accuracy", "dense", "top1", 1)
+
+
+def test_collecting_ends_with_the_batch_whose_outputs_are_not_finite():
+    read, told = [], []
+
+    def batches():
+        for start in range(0, 40, 10):
+            read.append(start)
+            yield range(start, start + 10), None
+
+    def refuse(label, values):
+        told.append((label, len(values), int(np.isnan(values).sum())))
+        raise ZeroDivisionError
+
+    def pruned(images):
+        return np.array([np.nan if image == 13 else image for image in images])[:, None]
+
+    runners = {"dense": lambda images: np.array(images)[:, None], "pruned": pruned}
+    with pytest.raises(ZeroDivisionError):
+        collect_outputs(runners, batches(), not_finite=refuse)
+    assert read == [0, 10] and told == [("pruned", 20, 1)]
+    outputs = collect_outputs(runners, batches())
+    assert np.isnan(outputs.of["pruned"]).sum() == 1 and len(outputs.of["dense"]) == 40

@@ -6,7 +6,7 @@ import pytest
 from vpruner.cli.hints import as_typed
 from vpruner.core import progress
 from vpruner.core.errors import PlanError, UserError
-from vpruner.core.text import as_python, command, option
+from vpruner.core.text import as_python, command, onnxruntime_says, option
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,27 @@ def test_words_are_those_of_the_job_that_runs(caplog):
     assert record.remarks == ["no --eval-data"]
     progress.remark(f"no {mark}")
     assert caplog.messages == ["no 'eval_data'"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Load model from a b.onnx failed:Fatal error: some.vendor:Add(-1) is not a "
+            "registered function/op",
+            "some.vendor:Add(-1) is not a registered function/op",
+        ),
+        (
+            "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from x.onnx failed:Protobuf parsing failed.",
+            "Protobuf parsing failed",
+        ),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Load model from x.onnx failed:/src/onnxruntime/core/graph/model.h:46 void "
+            "onnxruntime::f(int, const X&) ONNX Runtime only *guarantees* support\nfor models of IR 11",
+            "ONNX Runtime only *guarantees* support for models of IR 11",
+        ),
+        ("", "RuntimeError"),
+    ],
+)
+def test_messages_of_onnxruntime_are_cut_to_what_they_say(text, said):
+    assert onnxruntime_says(RuntimeError(text)) == said

@@ -10,8 +10,10 @@ from onnx import TensorProto, helper, numpy_helper
 from vpruner.core.errors import UserError
 from vpruner.export.check import check, summarize
 from vpruner.export.fold import fold_file
+from vpruner.export.graph import open_graph
 from vpruner.export.targets import TARGETS, find_target
 from vpruner.export.targets.rules import SEVERITIES
+from vpruner.runtime.ort import OrtSession
 
 FLOAT, INT64, DOUBLE, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.DOUBLE, TensorProto.BOOL
 TRT = ("trt8.5", "trt10", "trt11")
@@ -130,6 +132,33 @@ def test_files_that_are_no_model_are_refused(tmp_path):
         check(tmp_path, "generic")
     with pytest.raises(UserError, match="cannot read .*nowhere"):
         check(tmp_path / "nowhere.onnx", "generic")
+
+
+def test_metadata_of_ours_that_cannot_be_read_is_an_error():
+    graph = plain()
+    for key, value in (("vpruner.output", "logits"), ("theirs.classes", "[")):
+        graph.metadata_props.add(key=key, value=value)
+    assert check(graph, "generic") == []
+    graph.metadata_props.add(key="vpruner.classes", value="[" * 200 + "]" * 200)
+    (finding,) = check(graph, "generic")
+    assert (finding.severity, finding.rule) == ("error", "metadata")
+    assert "vpruner.classes is nested too deeply" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (' {"args": {}, "weights": "w"}', r"odd\.json is a model card, expected an ONNX model; write the .*export"),
+        ("{}", r"odd\.json is a JSON file, expected an ONNX model"),
+        ("{", r"odd\.json is not an ONNX model"),
+    ],
+)
+def test_json_is_called_what_it_is(tmp_path, content, says):
+    path = tmp_path / "odd.json"
+    path.write_text(content)
+    for attempt in (lambda: check(path, "generic"), lambda: open_graph(path), lambda: OrtSession(path)):
+        with pytest.raises(UserError, match=says):
+            attempt()
 
 
 def test_a_name_that_is_no_text_is_damage(tmp_path):

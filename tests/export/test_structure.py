@@ -300,10 +300,24 @@ def test_what_cannot_be_folded_is_refused_with_the_way_that_works(dense, damaged
     expected = []
     path = damaged(lambda model: expected.append(change(model)))
     plan = TokenPlan.identity("tiny", dense.geometry)
-    for attempt in (lambda: inspect_file(path), lambda: fold_file(path, plan, tmp_path / "out.onnx")):
+    attempts = [lambda: inspect_file(path), lambda: fold_file(path, plan, tmp_path / "out.onnx")]
+    if change in (foreign_operator, control_flow):
+        attempts.append(lambda: convert(path, tmp_path / "out.onnx", "fp16"))
+    for attempt in attempts:
         with pytest.raises(GraphError, match=expected[0]) as caught:
             attempt()
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_control_flow_of_a_constant_condition_goes_as_advised(dense, damaged, tmp_path):
+    onnxsim = pytest.importorskip("onnxsim")
+    path = damaged(lambda model: control_flow(model) and None)
+    (finding,) = [one for one in check(path, "generic") if one.rule == "control-flow"]
+    assert "fold_plan" in finding.todo and "onnxsim MODEL OUT" in finding.todo
+    simplified, sound = onnxsim.simplify(onnx.load(path))
+    assert sound
+    fold_file(simplified, TokenPlan.identity("tiny", dense.geometry), tmp_path / "pruned.onnx")
+    assert relative_difference(run(tmp_path / "pruned.onnx", dense.images()), run(dense.path, dense.images())) <= 1e-6
 
 
 def test_a_file_beyond_the_limit_of_protobuf(tmp_path):

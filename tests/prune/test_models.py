@@ -301,6 +301,7 @@ def test_a_folder_of_timm_is_opened_without_its_loaders(small_model, tmp_path, m
         ({"architecture": "nothing"}, "architecture is 'nothing', expected the name of a timm model"),
         ({"model_args": {"pretrained_cfg_overlay": {}}}, "'pretrained_cfg_overlay' says what is loaded"),
         ({"model_args": 5}, "model_args are not objects"),
+        ({"pretrained_cfg": {"std": [0, 1, 1]}}, r"config\.json: preprocessing: std is \[0"),
     ],
 )
 def test_a_bad_folder_of_timm_is_refused(small_model, tmp_path, changes, reason):
@@ -349,7 +350,11 @@ def test_a_card_with_a_timm_name_and_classes(small_model, weights, tmp_path):
         ({"classes": ["a", 5]}, "class 1 is 5, expected its name"),
         ({"classes": ["a", ""]}, "class 1 is '', expected its name"),
         ({"classes": [*"abcdefgha"]}, "class 'a' stands twice"),
-        ({"preprocessing": 5}, "preprocessing is a JSON object, found int"),
+        (
+            {"preprocessing": {"mean": [0, 0, 0], "std": [1, 0, 1], "size": [32, 32], "interpolation": "bicubic"}},
+            r"card\.json: preprocessing: std is \[1.*, 0",
+        ),
+        ({"preprocessing": 5}, r"card\.json: preprocessing is a JSON object, found int"),
     ],
 )
 def test_a_bad_card_is_refused(tmp_path, changes, reason):
@@ -381,7 +386,7 @@ def test_a_card_gives_arguments_of_the_architecture_only(tmp_path, args, reason,
 
 @pytest.mark.parametrize("weights", ["/etc/passwd", "../w.safetensors", "C:\\w.pth", "", "a\0b"])
 def test_a_card_names_weights_beside_it_only(tmp_path, weights):
-    with pytest.raises(UserError, match="names the weights .* is no name of a file in the folder"):
+    with pytest.raises(UserError, match="names the weights .* is not a relative path in the model.s folder"):
         open_model(write_card(tmp_path, weights=weights, sha256=None))
 
 
