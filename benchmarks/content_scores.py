@@ -52,7 +52,7 @@ from vpruner.prune.methods.content import (
 )
 from vpruner.prune.methods.rule import BlockView
 from vpruner.prune.models import open_model
-from vpruner.prune.rounds import SEARCH_IMAGES, choose_loss, round_sizes, search_in_rounds
+from vpruner.prune.rounds import choose_loss, round_sizes, search_in_rounds
 from vpruner.prune.tune.ridge import NormalEquations
 from vpruner.prune.tune.weights import refit_weights, with_weights
 
@@ -101,7 +101,7 @@ class Scores:
 
     @cached_property
     def plan(self) -> TokenPlan:
-        fit = self.calibration.fit[:SEARCH_IMAGES]
+        fit = self.calibration.fit
         parts = np.split(fit, np.cumsum(round_sizes(len(fit), None))[:-1])
         rounds = [self.calibration.batches(part, self.size) for part in parts]
         return search_in_rounds(self.adapter, rounds, self.loss, self.target, seed=self.seed).plan

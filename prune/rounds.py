@@ -19,8 +19,6 @@ from .search import search_mask
 
 #: Rounds of scoring and searching, when there are images enough.
 ROUNDS = 8
-#: More images than this make plans no better: clean scores drop whole neighbourhoods of tokens, noise spreads them.
-SEARCH_IMAGES = 1024
 #: Fewer images than this do not tell tokens apart; with a small calibration set there are fewer rounds instead.
 IMAGES_PER_ROUND = 32
 

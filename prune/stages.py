@@ -28,7 +28,7 @@ from .rearrange.greedy import exchange_greedily
 from .rearrange.settings import Rearranged, RearrangeSettings
 from .rearrange.stage import game_around, plans_around, rearrange
 from .rearrange.world import World
-from .rounds import SEARCH_IMAGES, choose_loss, round_sizes, search_in_rounds
+from .rounds import choose_loss, round_sizes, search_in_rounds
 from .tune.stage import tune
 
 
@@ -196,7 +196,7 @@ def search_plan(task: Task, batch_size: int | None = None) -> tuple[TokenPlan, n
     geometry, seed = loaded.adapter.geometry, task.spec.seed
     loss = choose_loss(task.spec.loss, geometry.output, images.labelled)
     batch_size = batch_size or batch_size_for(geometry, backward=True)
-    fit = calibration.fit[:SEARCH_IMAGES]
+    fit = calibration.fit
     sizes = round_sizes(len(fit), task.spec.rounds)
     parts = np.split(fit, np.cumsum(sizes)[:-1])
     with progress.stage(f"Fisher token mask search of {loaded.name}", len(fit)) as advance:
