@@ -27,7 +27,8 @@ from latency_ort import linear_plan, open_dense
 from vpruner.core import bundled
 from vpruner.core.content_plan import ContentPlan
 from vpruner.core.cost import dense_macs, plan_macs
-from vpruner.core.plan import Geometry, TokenPlan
+from vpruner.core.geometry import Geometry
+from vpruner.core.plan import KINDS, TokenPlan
 from vpruner.core.rows import append_rows, read_rows
 from vpruner.core.specs import DataSpec, ExportSpec, LearnSpec, ModelSpec, TimingSpec
 from vpruner.export.fold import fold_file
@@ -72,11 +73,11 @@ def take_over(comparison: Comparison, contender: Contender, target: float, seed:
     geometry = comparison.loaded.adapter.geometry
     path = comparison.output / "plans" / f"{point.name}.json"
     if seed == comparison.options.learn.seed and not path.exists():
-        kept = [list(range(count)) for count in first["counts"]]
+        sets = [[list(range(count)) for count in first["counts"][kind]] for kind in KINDS]
         plan = TokenPlan(
             comparison.loaded.name,
             geometry,
-            kept,
+            *sets,
             provenance={
                 "stand_in": True,
                 "note": "counts of a learned plan, for its time",

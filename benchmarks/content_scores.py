@@ -37,7 +37,7 @@ from vpruner.prune.backbones.vit import embed_images
 from vpruner.prune.calibration import Calibration
 from vpruner.prune.choose_images import choose_indices, map_labels
 from vpruner.prune.data import ImageSet, ImageSource
-from vpruner.prune.fisher import batch_size_for, gate_gradients
+from vpruner.prune.fisher import batch_size_for, gradients_of_images
 from vpruner.prune.loaded import LoadedModel
 from vpruner.prune.methods.content import (
     CHOICE_IMAGES,
@@ -104,7 +104,7 @@ class Scores:
         fit = self.calibration.fit
         parts = np.split(fit, np.cumsum(round_sizes(len(fit), None))[:-1])
         rounds = [self.calibration.batches(part, self.size) for part in parts]
-        return search_in_rounds(self.adapter, rounds, self.loss, self.target, seed=self.seed).plan
+        return search_in_rounds(self.adapter, rounds, self.loss, self.target, form="drop", seed=self.seed).plan
 
     @cached_property
     def tuned_for_plan(self) -> dict[str, torch.Tensor]:
@@ -151,8 +151,10 @@ def fit_fisher_probe(adapter, calibration: Calibration, indices: np.ndarray, see
     places = torch.eye(geometry.patches)
     for number, start in enumerate(range(0, len(indices), size)):
         chosen = indices[start : start + size]
-        gradients = gate_gradients(adapter, calibration.batches(chosen, size), loss, seed=seed + number)
-        effects = torch.from_numpy(np.square(gradients.exit_gradients()))
+        batches = gradients_of_images(adapter, calibration.batches(chosen, size), loss, seed=seed + number)
+        # [image, block, patch]: a patch that leaves closes all its gates from there on.
+        later = np.flip(np.cumsum(np.flip(np.concatenate(list(batches)).sum(1), 1), axis=1), 1)
+        effects = torch.from_numpy(np.square(later))
         with torch.inference_mode():
             x = embed_images(model, calibration.images(chosen))
             for index, block in enumerate(model.blocks[:-1]):

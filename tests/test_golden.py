@@ -21,6 +21,7 @@ from onnx import numpy_helper
 from PIL import Image
 
 from vpruner.cli import main
+from vpruner.core.plan import KINDS
 
 COLOURS = {"cat": (220, 40, 40), "cow": (40, 220, 40), "dog": (40, 40, 220), "fox": (220, 220, 40)}
 THEIRS = ("--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25")
@@ -124,7 +125,9 @@ def run(name: str, *arguments, monkeypatch) -> None:
         recorded["files.txt"] = "\n".join(sorted(path.name for path in Path(name).iterdir()))
         recorded["rows.txt"] = described_rows(Path(name, "results.jsonl"))
         recorded["report.md"] = without_measurements(Path(name, "report.md").read_text(encoding="utf-8"))
-        recorded["kept.txt"] = "\n".join(" ".join(map(str, block)) for block in plan["kept"])
+        for kind in (*KINDS, "kept"):
+            if kind in plan:
+                recorded[f"{kind}.txt"] = "\n".join(" ".join(map(str, block)) for block in plan[kind])
         recorded["plan.txt"] = "\n".join(f"{key}: {kind}" for key, kind in members(plan))
         for path in Path(name).glob("pruned*.onnx"):
             if str(arguments[1]).endswith(".onnx"):

@@ -30,7 +30,7 @@ def measured(metric, value, **changes):
         "schema": 1, "kind": "accuracy", "label": "pruned", "metric": metric, "value": value, "low": value - 0.1,
         "high": value + 0.1, "count": 24, "method": "fisher + ppo + weights", "target": 0.8, "seed": 0, "images": 16,
         "eval_images": 24, "data": "train", "eval_data": "val", "episodes": 384, "macs_ratio": 0.79,
-        "counts": [16, 12, 9], "kept": {"rearrange": True, "tune": False}, "seconds": 7.5, "environment": {},
+        "counts": {"keys": [17, 17, 17], "queries": [16, 12, 1], "mlps": [9, 5, 1]}, "kept": {"rearrange": True, "tune": False}, "seconds": 7.5, "environment": {},
     }  # fmt: skip
     return {**row, **changes}
 

@@ -7,7 +7,6 @@ from tiny_vits import calibration_for, tiny
 
 from vpruner.core.rows import read_rows
 from vpruner.prune.backbones.vit import ViTAdapter
-from vpruner.prune.fisher import GateGradients
 from vpruner.prune.methods.content import PRIOR_WEIGHTS
 
 
@@ -51,11 +50,11 @@ def test_the_probe_finds_what_importance_goes_with(content_scores, monkeypatch):
         normed = adapter.model.blocks[0].norm1(content_scores.embed_images(adapter.model, images))[:, 1:]
         score = (3 * normed[..., 5] + torch.from_numpy(places)).double().numpy()
         inputs.append(score)
-        values = np.zeros((len(images), 2, geometry.patches))
-        values[:, 1] = np.exp(score / 2) * random.choice([-1, 1], score.shape)
-        return GateGradients(values, loss)
+        values = np.zeros((len(images), 3, 2, geometry.patches))
+        values[:, 0, 1] = np.exp(score / 2) * random.choice([-1, 1], score.shape)
+        yield values
 
-    monkeypatch.setattr(content_scores, "gate_gradients", made_up)
+    monkeypatch.setattr(content_scores, "gradients_of_images", made_up)
     monkeypatch.setattr(content_scores, "batch_size_for", lambda *a, **k: 8)
     probe = content_scores.fit_fisher_probe(adapter, calibration, calibration.fit)
     normed = adapter.model.blocks[0].norm1(content_scores.embed_images(adapter.model, calibration.images([0, 1])))

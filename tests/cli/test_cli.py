@@ -49,32 +49,36 @@ def finished(card, images, tmp_path_factory):
     return output, result
 
 
+def exchanged(plan: TokenPlan) -> TokenPlan:
+    """The plan in which the patch with least work and the one with most take each other's place."""
+    work, masks = plan.masks.sum((0, 1)), plan.masks.copy()
+    both = [work.argmin(), work.argmax()]
+    masks[:, :, both] = masks[:, :, both[::-1]]
+    return TokenPlan.from_masks(plan.model, plan.geometry, masks)
+
+
 def everything_helps(patch):
     """Let every stage run and then find something: two dozen images of noise give it nothing to find."""
-    real_rearrange, real_tune, real_greedy = stages.rearrange, stages.tune, stages.swap_greedily
+    real_rearrange, real_tune, real_greedy = stages.rearrange, stages.tune, stages.exchange_greedily
 
     def moved(real):
-        def rearrange(world, plan, **options):
-            found = real(world, plan, **options)
-            exits = plan.exits.copy()
-            low, high = exits.argmin(), exits.argmax()
-            exits[[low, high]] = exits[[high, low]]
-            plan = TokenPlan.from_exits(plan.model, plan.geometry, exits)
-            return replace(found, plan=plan, kept=True, note="")
+        def rearrange(world, plan, *game, **options):
+            found = real(world, plan, *game, **options)
+            return replace(found, plan=exchanged(plan), kept=True, note="")
 
         return rearrange
 
     def tune(adapter, plan, calibration, kind, **options):
         done = replace(real_tune(adapter, plan, calibration, kind, **options), kept=True, note="")
         if kind != "weights":
-            gates = [[1 + index / 10 for index in range(len(indices))] for indices in plan.kept]
+            gates = [[1 + index / 10 for index in range(len(indices))] for indices in plan.keys]
             return replace(done, plan=replace(plan, gates=gates))
         own = adapter.model.state_dict()
         names = ("blocks.1.attn.proj.weight", "blocks.2.mlp.fc2.bias")
         return replace(done, weights={name: 1.5 * own[name] for name in names}, judgement=Judgement(0.2, 0.1, 0.01, 4))
 
     patch.setattr(stages, "rearrange", moved(real_rearrange))
-    patch.setattr(stages, "swap_greedily", moved(real_greedy))
+    patch.setattr(stages, "exchange_greedily", moved(real_greedy))
     patch.setattr(stages, "tune", tune)
 
 
@@ -507,11 +511,7 @@ def test_ctrl_c_keeps_the_best_plan_and_goes_on(card, images, tmp_path, monkeypa
     def interrupted(run):
         if not found:
             real(run)
-            work = run.plan.masks.sum((0, 1))
-            masks = run.plan.masks.copy()
-            both = [work.argmin(), work.argmax()]
-            masks[:, :, both] = masks[:, :, both[::-1]]
-            run.best = run.incumbent = TokenPlan.from_masks(run.plan.model, run.plan.geometry, masks)
+            run.best = run.incumbent = exchanged(run.plan)
             run.held_out_best, run.incumbents = 0.1 * run.held_out_start, 1
             found.append(run.best)
         else:

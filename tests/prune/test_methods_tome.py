@@ -98,9 +98,9 @@ def test_the_late_schedule_is_proportional_to_a_power_of_the_block():
     assert max(flat) - min(flat) <= 1 and sum(flat) == 99
 
 
-@pytest.mark.parametrize("target", [0.8, 0.5])
+@pytest.mark.parametrize("target", [0.8, 0.6])
 def test_the_late_schedule_meets_the_budget_with_more_tokens_in_early_blocks(target):
-    adapter = ViTAdapter(tiny("class token"), "tiny")
+    adapter = ViTAdapter(tiny("class token", depth=8), "tiny")
     flat, late = (method().make(adapter, [], target) for method in (Tome, LateTome))
     budget = target * dense_macs(adapter.geometry)
     assert flat.static_macs() <= budget and late.static_macs() <= budget
