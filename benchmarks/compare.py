@@ -72,18 +72,10 @@ def take_over(comparison: Comparison, contender: Contender, target: float, seed:
     first = next(iter(found.values()))
     geometry = comparison.loaded.adapter.geometry
     path = comparison.output / "plans" / f"{point.name}.json"
+    sets = [[list(range(count)) for count in first["counts"][kind]] for kind in KINDS]
+    about_plan = {"stand_in": True, "note": "counts of a learned plan, for its time", "seconds": first["seconds"]}
+    plan = TokenPlan(comparison.loaded.name, geometry, *sets, provenance=about_plan)
     if seed == comparison.options.learn.seed and not path.exists():
-        sets = [[list(range(count)) for count in first["counts"][kind]] for kind in KINDS]
-        plan = TokenPlan(
-            comparison.loaded.name,
-            geometry,
-            *sets,
-            provenance={
-                "stand_in": True,
-                "note": "counts of a learned plan, for its time",
-                "seconds": first["seconds"],
-            },
-        )
         plan.save(path)
     if comparison.find("compared", point.key) is None:
         estimates = {
@@ -97,7 +89,7 @@ def take_over(comparison: Comparison, contender: Contender, target: float, seed:
                 "failure": None,
                 "form": "static",
                 "macs_ratio": round(first["macs_ratio"], 6),
-                "counts": [float(geometry.prefix_tokens + count) for count in first["counts"]],
+                "counts": dict(zip(KINDS, map(list, plan.counts), strict=True)),
                 "seconds": first["seconds"],
                 "cpu_seconds": None,
                 "tuned": contender.name == "v-pruner" and "tune" not in undone,

@@ -6,6 +6,7 @@ from pathlib import Path
 import fuzz
 import numpy as np
 import pytest
+from latency_tables import macs_table
 
 from vpruner.core.content_plan import ContentPlan, load_plan
 from vpruner.core.cost import plan_macs
@@ -84,12 +85,13 @@ def compare_rows(path: Path, output: Path) -> None:
 
 
 RULE = {"method": "tome", "counts": [17, 13, 10, 10], "merges": True, "settings": {"proportional": True}}
+GEOMETRY = TokenPlan.load(RECORDED / "static" / "plan.json").geometry
 PROPS = {**loaded("engine/pruned.engine.json")["metadata"], "vpruner.rule": json.dumps(RULE)}
 #: Name of the file -> what it holds before it goes wrong, and its reader. Rows go wrong one line at a time.
 TARGETS = {
     "plan": ("plan.json", loaded("static/plan.json"), read_plan),
     "plan by content": ("plan.json", loaded("content/plan.json"), read_plan),
-    "latency table": ("table.json", loaded("table.json"), read_table),
+    "latency table": ("table.json", macs_table(GEOMETRY).to_json(), read_table),
     "record of an engine": ("pruned.engine.json", loaded("engine/pruned.engine.json"), read_record),
     "metadata": ("props.txt", [json.loads(v) if v[0] in "[{" else v for v in PROPS.values()], read_metadata),
     "rows of latencies": ("rows.jsonl", lines("profile.jsonl"), report_latencies),

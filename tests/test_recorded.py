@@ -117,12 +117,15 @@ def test_graphs_are_timed_converted_and_looked_through():
 
 
 def test_a_comparison_is_not_made_again():
-    before = Path("compare/results.jsonl").read_bytes()
+    """What v-pruner does is another thing by now, and is made again; other methods are not."""
+    before = Path("compare/results.jsonl").read_text().splitlines()
     methods = ("--methods", "v-pruner,saint-frozen,tome", "--targets", 0.6, "--episodes", 8, "--seconds", 0.2)
     result = call("compare", "tiny.json", "--data", "train.tar", "--eval-data", "val.tar", *methods, "-o", "compare")
-    assert Path("compare/results.jsonl").read_bytes() == before
+    after = Path("compare/results.jsonl").read_text().splitlines()
+    compared = [line for line in before if json.loads(line)["kind"] == "compared"]
+    kept = [line for line in compared if json.loads(line)["method"] != "v-pruner"]
+    assert kept and set(kept) <= set(after), "made again"
     assert "tome" in result.stdout and "saint-frozen" in Path("compare/report.md").read_text()
-    assert not Path("compare/graphs").exists()
 
 
 def test_a_checkpoint_of_an_earlier_release_is_refused_and_left_alone():
