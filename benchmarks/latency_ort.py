@@ -70,7 +70,10 @@ def linear_counts(geometry: Geometry, target: float) -> list[int]:
     budget, patches, steps = target * dense_macs(geometry), geometry.patches, max(geometry.depth - 1, 1)
 
     def fits(counts: list[int]) -> bool:
-        return macs_from_counts(geometry, [geometry.prefix_tokens + count for count in counts]) <= budget
+        keys = [geometry.prefix_tokens + count for count in counts]
+        read = counts[-1] if geometry.head_patches else 0
+        updated = [*keys[1:], geometry.head_prefix + read]
+        return macs_from_counts(geometry, keys, updated, updated, read) <= budget
 
     lines = [(patches, end) for end in range(patches, 0, -1)] + [(start, 1) for start in range(patches - 1, 0, -1)]
     for start, end in lines:
@@ -94,7 +97,9 @@ def linear_plan(model: str, geometry: Geometry, target: float, seed: int) -> Tok
     """A plan with :func:`linear_counts` at random positions: each block keeps the first ones of one shuffled list."""
     order = np.random.default_rng(seed).permutation(geometry.patches)
     kept = [sorted(order[:count].tolist()) for count in linear_counts(geometry, target)]
-    return TokenPlan(model, geometry, kept, provenance={"schedule": "linear counts, random positions", "seed": seed})
+    return TokenPlan.dropping(
+        model, geometry, kept, provenance={"schedule": "linear counts, random positions", "seed": seed}
+    )
 
 
 def open_dense(spec: str, weights: str | None, seed: int):

@@ -57,14 +57,14 @@ def test_a_target_out_of_reach(benchmark):
 def assert_leaner(paths):
     """No chains of shapes, slices and squeezes, no casts, every constant once: what the plain export has."""
     plain, dense, pruned = (onnx.load(paths[label]).graph for label in ("torch default", "dense", "pruned"))
-    for graph in (dense, pruned):
-        kinds = {node.op_type for node in graph.node}
+    for graph, allowed in ((dense, set()), (pruned, {"Slice"})):
+        kinds = {node.op_type for node in graph.node} - allowed
         assert not kinds & {"Shape", "Slice", "Squeeze", "Unsqueeze", "Cast", "Identity", "Expand", "Constant", "Where"}
         contents = [(tuple(tensor.dims), tensor.raw_data) for tensor in graph.initializer]
         assert len(set(contents)) == len(contents)
     assert len(dense.node) < len(plain.node)
-    # Each of the 3 blocks that drops tokens: two Gathers, and one product split in two.
-    assert len(pruned.node) - len(dense.node) <= 7 * 3
+    # The order of the tokens, and in each of the 3 blocks that drops some: two slices, and three products for one.
+    assert len(pruned.node) - len(dense.node) <= 1 + 9 * 3
 
 
 def test_every_variant_is_measured_against_the_plain_export(benchmark, card, tmp_path, monkeypatch):
