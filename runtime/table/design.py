@@ -42,7 +42,7 @@ def design(geometry: Geometry, blocks: int, count: int, split_count: int, step: 
     keys = [row for row in even if row > geometry.prefix_tokens]
     chains = [Chain.whole(blocks, tokens) for tokens in grid[:-1]]
     chains += [Chain(blocks, everything, everything, mlps) for mlps in rows if mlps < everything]
-    chains += [Chain(blocks, most, most, most - 1) for most in pass_counts(grid) if most > 1]
+    chains += [Chain(blocks, most, most, most - 1) for most in pass_counts(grid, step)]
     chains += [
         Chain(blocks, key, query, min(few, max(key, query)))
         for key in _spread(keys, split_count)
@@ -57,9 +57,11 @@ def label_of(chain: Chain) -> str:
     return f"{chain.keys} keys, {chain.queries} queries, {chain.mlps} in the MLP"
 
 
-def pass_counts(grid: Sequence[int]) -> list[int]:
-    """At which numbers of tokens it is measured what it costs that one of them passes a block by."""
-    return sorted({grid[len(grid) // 4], grid[len(grid) // 2], grid[-1]})
+def pass_counts(grid: Sequence[int], step: int = 1) -> list[int]:
+    """At which numbers of tokens it is measured what it costs that one of them passes a block by: at many, for it is
+    little; on a staircase only where one token fewer makes no step."""
+    counts = [tokens for tokens in grid if tokens > 1 and (step == 1 or tokens % step != 1)]
+    return counts if step == 1 or not counts else _spread(counts, 5)
 
 
 def mlp_of_split(rows: Sequence[int]) -> int:

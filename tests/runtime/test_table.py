@@ -296,7 +296,8 @@ def test_a_grid_with_steps_holds_both_edges_of_each():
 
 
 @pytest.mark.parametrize("target", [0.55, 0.7, 0.85])
-def test_a_staircase_is_measured_and_the_search_lands_on_its_edges(target):
+def test_a_staircase_is_measured_and_the_search_lands_on_its_edges(target, monkeypatch):
+    monkeypatch.setattr(module, "MOST_ROUNDS", 20)  # Of times that never differ.
     shape = geometry(grid=(8, 8), pooled=True, prefix=0, head_macs_per_token=0)
     graphs = Stairs(shape)
     table = measure_table(graphs, "m", shape, seconds=60.0)
@@ -324,6 +325,7 @@ def test_engines_that_take_long_to_build_leave_time_for_fewer(monkeypatch):
     shape, moments = geometry(grid=(14, 14)), iter(np.arange(10**6) * 3.0)
     monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(moments)))
     monkeypatch.setattr("vpruner.core.timing.MOST_SETTLING_RUNS", 0)  # Of graphs that fill no caches.
+    monkeypatch.setattr(module, "MOST_ROUNDS", 20)
     # Opening the dense model takes 3 s by this clock, whatever is measured takes nothing.
     graphs = Stairs(shape)
     lengths = [len(measure_table(graphs, "m", shape, seconds=seconds).tokens) for seconds in (1e5, 30.0)]
