@@ -71,8 +71,8 @@ class Stream:
         key = value, rows.tobytes()
         if key not in self._picked:
             if is_range(rows, first):
-                bounds = [_integer(graph, "row", at) for at in (first, first + len(rows))]
-                node = add_node(before, "Slice", [value, *bounds, _integer(graph, "axis", 1)], name)
+                start, end, axis = (_integer(graph, number) for number in (first, first + len(rows), 1))
+                node = add_node(before, "Slice", [value, start, end, axis], name)
             else:
                 indices = add_constant(graph, f"{name}.rows", np.asarray(rows, np.int64))
                 node = add_node(before, "Gather", [value, indices], name, {"axis": 1})
@@ -80,5 +80,5 @@ class Stream:
         return self._picked[key]
 
 
-def _integer(graph: ir.Graph, what: str, number: int) -> ir.Value:
-    return add_constant(graph, f"vpruner.{what}.{number}", np.asarray([number], np.int64))
+def _integer(graph: ir.Graph, number: int) -> ir.Value:
+    return add_constant(graph, f"vpruner.integer.{number}", np.asarray([number], np.int64))

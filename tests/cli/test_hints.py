@@ -184,7 +184,7 @@ MISTAKES = {
         ("check", "CARD"),
         "is a model card, expected an ONNX model; write the ONNX file with: vpruner export CARD",
         lambda card, folder, graph: checked(card),
-        "write the ONNX file with: model.export(...)",
+        'write the ONNX file with: vpruner.open_model("CARD").export(...)',
     ),
     "runtime": (
         ("profile", "GRAPH", "--against", "FOLDER/dense.engine"),
