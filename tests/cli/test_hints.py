@@ -182,9 +182,9 @@ MISTAKES = {
     ),
     "export": (
         ("check", "CARD"),
-        "write one with: vpruner export MODEL",
+        "is a model card, expected an ONNX model; write the ONNX file with: vpruner export CARD",
         lambda card, folder, graph: checked(card),
-        "write one with: model.export(...)",
+        "write the ONNX file with: model.export(...)",
     ),
     "runtime": (
         ("profile", "GRAPH", "--against", "FOLDER/dense.engine"),
