@@ -236,12 +236,18 @@ def test_the_seeds_of_the_fuzz_targets_are_sound(tmp_path):
 SAID = {"load": ("torch", "weights_only", True), "from_pretrained": (None, "trust_remote_code", False)}
 
 
+def modules():
+    """The files of the package: no tests, and nothing of an environment in a hidden folder of the clone."""
+    for path in sorted(ROOT.rglob("*.py")):
+        first = path.relative_to(ROOT).parts[0]
+        if not first.startswith(".") and first not in ("tests", "benchmarks", "build"):
+            yield path
+
+
 def calls():
     """(place, name, call) of everything in the package that is called as an attribute."""
-    for path in sorted(ROOT.rglob("*.py")):
+    for path in modules():
         place = path.relative_to(ROOT)
-        if place.parts[0] in ("tests", "benchmarks", "build"):
-            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 yield f"{place}:{node.lineno}", node.func.attr, node
@@ -261,9 +267,7 @@ def test_every_loader_is_told_that_a_file_is_data():
 
 def test_no_loader_of_timms_and_no_pickle_opens_a_file():
     names = {"load_state_dict_from_url", "load_checkpoint", "unsafe_load", "Unpickler"}
-    for path in sorted(ROOT.rglob("*.py")):
-        if path.relative_to(ROOT).parts[0] in ("tests", "benchmarks", "build"):
-            continue
+    for path in modules():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("timm"):
                 assert not {alias.name for alias in node.names} & {*names, "load_state_dict"}, path
