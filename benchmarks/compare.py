@@ -22,10 +22,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from latency_ort import linear_plan, open_dense
 
 from vpruner.core import bundled
-from vpruner.core.content_plan import ContentPlan
+from vpruner.core.content_plan import rankings
 from vpruner.core.cost import dense_macs, plan_macs
 from vpruner.core.geometry import Geometry
 from vpruner.core.plan import KINDS, TokenPlan
@@ -126,9 +127,10 @@ def reductions(adapter, target: float) -> dict[str, TokenPlan | TokenRule]:
     """A static plan, the same counts with the patches chosen by content, and peers, all within the budget."""
     geometry = adapter.geometry
     plan = linear_plan(adapter.name, geometry, target, 0)
+    channels = np.random.default_rng(0).standard_normal((len(rankings(plan)), geometry.embed_dim))
     return {
         "static": plan,
-        "content": ContentRule.of(ContentPlan(plan, 1.0)),
+        "content": ContentRule.scored(plan, channels, 1.0),
         "saint-frozen": frozen_saint(geometry, target),
         "tome": Tome().make(adapter, (), target),
         "evit": Evit().make(adapter, (), target),

@@ -429,9 +429,7 @@ SCORES = {
     "norm": "longest keys",
     "short": "shortest keys",
     "distinct": "keys least like the mean",
-    "fisher probe": "linear probe of Fisher importance",
-    "anchored, no prior": "keys least like an anchor",
-    "anchored": "the same, plan as prior (`--select content`)",
+    "linear": "linear probe of Fisher importance (`--select content`)",
 }
 
 

@@ -201,7 +201,7 @@ stage_options = stacked(
         default="static",
         show_default=True,
         type=click.Choice(SELECTIONS),
-        help="static keeps the same patches in every image; content keeps equally many, and each image chooses which.",
+        help="static works on the same patches in every image; content on equally many, and each image chooses which.",
     ),
     click.option(
         "--episodes",

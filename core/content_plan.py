@@ -6,49 +6,112 @@ what knows it reads it. As :mod:`vpruner.core.plan`, this module needs the stand
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import PlanError
 from .geometry import Geometry, shown
 from .json_file import json_sha256
-from .plan import CONTENT_SCHEMA, DROPPING_SCHEMA, KINDS, TokenPlan, read_plan_json, write_plan_json
+from .plan import CONTENT_SCHEMA, SCHEMA, TokenPlan, read_plan_json, write_plan_json
 from .text import command
 
-#: The one score there is, see :class:`vpruner.prune.methods.content.AnchoredScore`.
-SCORE = "anchored"
-#: Beyond this the prior would outweigh what holds anchors.
-MOST_WEIGHT = 4.0
+#: The one score there is, see :class:`vpruner.prune.methods.content.LinearScore`.
+SCORE = "linear"
+#: Beyond this nothing is left of what the image says.
+MOST_WEIGHT = 1e3
+
+
+class Ranking(NamedTuple):
+    """One choice that each image makes. The patches of a block stand in a row, and what goes on does so from the front.
+
+    Attributes:
+        block: Where.
+        kind: What the chosen go on with: ``"keys"``: being read in later blocks; ``"queries"``: attending, from this
+            block on; ``"mlps"``: passing the MLP, from this block on.
+        start, stop: Places of the patches that are ranked, in the row as it stands then.
+        chosen: How many of them go on; they come to stand in front of the others.
+    """
+
+    block: int
+    kind: str
+    start: int
+    stop: int
+    chosen: int
+
+
+def rankings(plan: TokenPlan) -> tuple[Ranking, ...]:
+    """The choices by which each image has sets of its own of the plan's sizes, in the order they are made in.
+
+    The sets of one image form a chain: what passes the MLP attends, and what attends is read. So each block ranks only
+    within what was alike in the block before: passed the MLP, attended only, or was read only.
+    """
+    geometry, found, before = plan.geometry, [], set()
+    for block in range(geometry.depth - (not geometry.head_patches)):
+        keys, later = len(plan.keys[block]), block + 1
+        cuts = [
+            (len(plan.carried[later]), "keys"),
+            (len(plan.queries[block]), "queries"),
+            (len(plan.mlps[block]), "mlps"),
+        ]
+        if later < geometry.depth:
+            cuts.append((len(plan.keys[later]), "keys"))
+        bounds = {0, *before, keys, len(plan.carried[block])}
+        for cut, kind in sorted(cuts, key=lambda pair: -pair[0]):
+            # What is not read has no key or query to be ranked by, and keeps its place.
+            if cut not in bounds and cut < keys:
+                start, stop = (
+                    max(bound for bound in bounds if bound < cut),
+                    min(bound for bound in bounds if bound > cut),
+                )
+                found.append(Ranking(block, kind, start, stop, cut - start))
+            bounds.add(cut)
+        before = {cut for cut, _ in cuts}
+    return tuple(found)
 
 
 @dataclass(frozen=True)
 class ContentPlan:
-    """How many patches enter each block, and which, as each image has it.
+    """How many patches each block reads and updates, and which, as each image has it.
 
     Attributes:
-        plan: A static plan that drops patches whole. Its counts hold, and what it drops before the first block leaves
-            in every image; after that it is the prior of the choice. Without gates.
-        prior_weight: How much it counts.
+        plan: A static plan in which each patch first skips the MLP, then the attention, and then is no longer read. Its
+            counts hold, what it never reads leaves in every image, and its exits are the prior of the choice. Without
+            gates.
+        channels: For each of :func:`rankings` one number per channel of what the block's attention reads: how much it
+            speaks for a patch.
+        prior_weight: How much the plan's exits count.
 
     Raises:
-        PlanError: The weight is no number from 0 on, the plan has gates, or it freezes patches.
+        PlanError: What one of them is, and what was expected.
     """
 
     plan: TokenPlan
+    channels: tuple[tuple[float, ...], ...]
     prior_weight: float
 
     def __post_init__(self):
         if self.plan.gates is not None:
             raise PlanError("a plan by content has gates, which belong to places")
-        if self.plan.kept is None:
-            raise PlanError("a plan by content freezes patches, expected one that drops them whole")
+        if not is_chain(self.plan):
+            raise PlanError(
+                "a plan by content has patches that do not skip the MLP first, then the attention, and then are left "
+                "unread, for good each time"
+            )
         weight = self.prior_weight
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= MOST_WEIGHT:
             raise PlanError(f"the prior's weight is {shown(weight)}, expected a number from 0 to {MOST_WEIGHT:g}")
         object.__setattr__(self, "prior_weight", float(weight))
+        count, width = len(rankings(self.plan)), self.plan.geometry.embed_dim
+        if not isinstance(self.channels, (list, tuple)) or len(self.channels) != count:
+            raise PlanError(f"channels is {shown(self.channels)}, expected {count} lists, one for each choice")
+        for number, row in enumerate(self.channels):
+            if not isinstance(row, (list, tuple)) or len(row) != width or not all(map(_is_number, row)):
+                raise PlanError(f"channels: list {number} does not hold {width} numbers")
+        object.__setattr__(self, "channels", tuple(tuple(map(float, row)) for row in self.channels))
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -62,24 +125,25 @@ class ContentPlan:
         return replace(self, plan=self.plan.with_provenance(**provenance))
 
     def __str__(self) -> str:
-        return f"{self.plan}\neach image chooses its own patches; weight of the plan's: {self.prior_weight:g}"
+        return f"{self.plan}\n{self._chosen()}"
 
     def _repr_html_(self) -> str:
-        chosen = f"each image chooses its own patches; weight of the plan's: {self.prior_weight:g}"
-        return f"{self.plan._repr_html_()}<p>{chosen}</p>"
+        return f"{self.plan._repr_html_()}<p>{self._chosen()}</p>"
+
+    def _chosen(self) -> str:
+        return f"each image chooses its own patches; weight of the plan's: {self.prior_weight:g}"
 
     @property
     def digest(self) -> str:
         """SHA-256 of what the plan does, not of how it came about."""
-        return json_sha256({"plan": self.plan.digest, "score": self._score_to_json()})
+        return json_sha256({"plan": self.plan.digest, **self._score_to_json()})
 
     def _score_to_json(self) -> dict[str, Any]:
-        return {"kind": SCORE, "prior_weight": self.prior_weight}
+        score = {"kind": SCORE, "prior_weight": self.prior_weight}
+        return {"score": score, "channels": [list(row) for row in self.channels]}
 
     def to_json(self) -> dict[str, Any]:
-        plan = {name: value for name, value in self.plan.to_json().items() if name not in (*KINDS, "reads")}
-        kept = [list(patches) for patches in self.plan.kept or ()]
-        return {**plan, "kept": kept, "schema": CONTENT_SCHEMA, "score": self._score_to_json()}
+        return {**self.plan.to_json(), "schema": CONTENT_SCHEMA, **self._score_to_json()}
 
     @classmethod
     def from_json(cls, value: Any) -> ContentPlan:
@@ -90,11 +154,22 @@ class ContentPlan:
         score = value.get("score")
         if not isinstance(score, Mapping) or set(score) != {"kind", "prior_weight"} or score["kind"] != SCORE:
             raise PlanError(f"the score is {shown(score)}, expected kind {SCORE!r} and a prior_weight", hint)
-        plan = {name: part for name, part in value.items() if name != "score"}
-        return cls(TokenPlan.from_json({**plan, "schema": DROPPING_SCHEMA}), score["prior_weight"])
+        plan = {name: part for name, part in value.items() if name not in ("score", "channels")}
+        plan = TokenPlan.from_json({**plan, "schema": SCHEMA})
+        return cls(plan, value.get("channels"), score["prior_weight"])
 
     def save(self, path: str | PathLike) -> None:
         write_plan_json(path, self.to_json())
+
+
+def is_chain(plan: TokenPlan) -> bool:
+    """Whether each patch skips the MLP first, then the attention, and then is left unread, for good each time."""
+    keys, queries, mlps = plan.masks
+    return plan.is_nested and not (mlps & ~queries).any() and not (queries & ~keys).any()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def load_plan(path: str | PathLike) -> TokenPlan | ContentPlan:

@@ -87,6 +87,8 @@ class ModelMetadata:
         if self.geometry is None:
             return None
         if self.rule is not None:
+            if self.rule.get("work") is not None:
+                return tuple(map(tuple, self.rule["work"]))
             # What leaves a block has attended and passed its MLP. Tokens that are merged attended too, but where the
             # head reads none of them.
             entering, leaving = tuple(self.rule["counts"][:-1]), tuple(self.rule["counts"][1:])
@@ -209,10 +211,16 @@ def _token_plan(model: str, geometry: Geometry | None, sets: Any, kept: Any) -> 
 
 
 def _is_rule(rule: Any, geometry: Geometry | None) -> bool:
-    counts = rule.get("counts") if isinstance(rule, dict) else None
-    return (
-        isinstance(counts, list)
-        and all(isinstance(count, int) for count in counts)
-        and isinstance(rule.get("method"), str)
-        and (geometry is None or len(counts) == geometry.depth + 1)
+    if not isinstance(rule, dict) or not isinstance(rule.get("method"), str):
+        return False
+    depth, work = None if geometry is None else geometry.depth, rule.get("work")
+    return _are_counts(rule.get("counts"), depth and depth + 1) and (
+        work is None
+        or (isinstance(work, list) and len(work) == len(KINDS) and all(_are_counts(w, depth) for w in work))
     )
+
+
+def _are_counts(counts: Any, length: int | None) -> bool:
+    """Whether it is a list of whole numbers, so many where that is known."""
+    whole = isinstance(counts, list) and all(isinstance(count, int) for count in counts)
+    return whole and (length is None or len(counts) == length)

@@ -41,8 +41,9 @@ from .text import command
 SCHEMA = 3
 #: Of plans that drop tokens whole, with one set of patches per block (``kept``); they are still read.
 DROPPING_SCHEMA = 1
-#: Of plans by content (:mod:`vpruner.core.content_plan`), which the readers of static plans refuse.
-CONTENT_SCHEMA = 2
+#: Of plans by content (:mod:`vpruner.core.content_plan`), which the readers of static plans refuse; and of those whose
+#: images chose what is dropped whole, which nothing reads any more.
+CONTENT_SCHEMA, EARLIER_CONTENT_SCHEMA = 4, 2
 #: The three masks of a block, by the names of their fields.
 KINDS = ("keys", "queries", "mlps")
 #: Levels of lists and objects in a provenance: writing JSON and making the report are recursive.
@@ -358,6 +359,11 @@ class TokenPlan:
                 f"write its graph with: {command('export', 'MODEL', plan='PLAN')}; or make a static plan: "
                 f"{command('prune', 'MODEL')}",
             )
+        if schema == EARLIER_CONTENT_SCHEMA and not isinstance(schema, bool):
+            raise PlanError(
+                "it is a plan by content of an earlier version, in which each image chose the patches that are dropped",
+                f"make a new one with: {command('prune', 'MODEL', select='content')}",
+            )
         if isinstance(schema, bool) or schema not in (SCHEMA, DROPPING_SCHEMA):
             raise PlanError(
                 f"the file is not a plan of schema {SCHEMA} or {DROPPING_SCHEMA}, found schema {shown(schema)}",
@@ -466,7 +472,7 @@ def _without(sets: Sets, live: Sets) -> Sets:
 
 def write_plan_json(path: str | PathLike, content: Mapping[str, Any]) -> None:
     """Write what ``to_json`` gives, one block's list per line."""
-    write_json(path, content, rows=(*KINDS, "kept", "gates"))
+    write_json(path, content, rows=(*KINDS, "gates", "channels"))
 
 
 def read_plan_json(path: str | PathLike) -> Any:

@@ -3,7 +3,8 @@
 The graph is what PyTorch's exporter makes of the model while it follows the rule: scores, one ``TopK`` per block with a
 constant K, and ``Gather`` along one axis. All shapes but the batch are static, and nothing is scattered. Tokens that a
 :class:`~vpruner.prune.methods.rule.Keep` drops are dead in that block already, and those that the head does not read in
-the last one, as in the rule's PyTorch form.
+the last one, as in the rule's PyTorch form. Where a rule freezes tokens, those that are updated stand in front: a
+``Slice`` takes them, and a ``Concat`` puts the others behind them again.
 
 Of equal scores the lower place wins: ONNX defines it so for ``TopK``, onnxruntime does it, and the PyTorch form sorts
 stably. TensorRT's documentation promises no order of equal values. Scores that are equal up to rounding can fall either
@@ -145,14 +146,20 @@ def describe_rule(rule: TokenRule) -> dict[str, Any]:
 
     Returns:
         ``method``; ``merges``: whether tokens that leave live on in others; ``counts``: tokens (prefix included) that
-        enter each block, and that the head reads; ``settings``.
+        enter each block, and that the head reads; ``work``, where tokens are frozen: those of each block that are read,
+        that attend and that pass the MLP; ``settings``.
     """
     fields = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
     settings = {field.name: _as_json(getattr(rule, field.name)) for field in fields if field.name != "geometry"}
     counts, geometry = list(static_counts(rule)), rule.geometry
     if not geometry.head_patches:
         counts[-1] = geometry.head_prefix
-    return {"method": rule.name, "merges": bool(rule.merges), "counts": counts, "settings": settings}
+    about = {"method": rule.name, "merges": bool(rule.merges), "counts": counts}
+    work = [rule.work(block) for block in range(geometry.depth)]
+    if any(work):
+        rows = [own or (counts[block], *counts[block + 1 :][:1] * 2) for block, own in enumerate(work)]
+        about["work"] = [[int(row[kind]) for row in rows] for kind in range(3)]
+    return {**about, "settings": settings}
 
 
 def _as_json(value: Any) -> Any:
@@ -248,7 +255,7 @@ def check_rule(
         with in_float64(model):
             untouched = run_in_chunks(model, few.double())
             check_finite(untouched, adapter.name)
-            idle, _ = _follow(adapter, _replaying(adapter.geometry, {}), few.double())
+            idle, _ = _follow(adapter, _idle(adapter.geometry), few.double())
             checks.append(compare_exactly("a rule that does nothing changes nothing", untouched, idle, own_error))
             if not rule.merges:
                 gathered, decisions = _follow(adapter, rule, few.double())
@@ -289,10 +296,10 @@ def compare_rule(
             # The order of what is merged may differ without any effect: only images whose outputs part are looked at.
             scale = np.abs(reference).max(1)
             parted = np.abs(found - reference).max(1) > tolerance * np.where(scale == 0, 1, scale)
-            others = parted & _differ(decided, decided_there)
+            others = parted & _differ(*(_chosen_tokens(rule, what) for what in (decided, decided_there)))
             alike = ~others
         else:
-            others = _differ(*(_kept_tokens(rule, what) for what in (decided, decided_there)))
+            others = _differ(*(_chosen_tokens(rule, what) for what in (decided, decided_there)))
             alike = np.ones(len(images), bool)
             which = np.flatnonzero(others)
             if len(which):
@@ -325,7 +332,8 @@ def _follow(adapter: ViTAdapter, rule: TokenRule, images: torch.Tensor) -> tuple
 def _masked(
     adapter: ViTAdapter, rule: TokenRule, decisions: Mapping[int, np.ndarray], images: torch.Tensor
 ) -> np.ndarray:
-    """The unpatched model's own blocks on all tokens, those that have left masked as keys: [image, output]."""
+    """The unpatched model's own blocks on all tokens: what is not read is masked as a key, and an update of what is
+    frozen is multiplied by 0: [image, output]."""
     import torch
 
     from ..prune.backbones.vit import embed_images
@@ -335,13 +343,25 @@ def _masked(
     stream = embed_images(model, images.to(device))
     left = torch.from_numpy(_entering(rule)).to(device).expand(len(images), -1)
     for index, block in enumerate(model.blocks):
-        visible = stream.new_zeros(len(images), geometry.tokens).scatter(1, left, 1.0)
-        stream = block(stream, attn_mask=visible.log()[:, None, None])
+        work, mask = rule.work(index), partial(_mask_of, stream.new_zeros(len(images), geometry.tokens))
+        visible = mask(left if work is None else left[:, : work.keys]).log()[:, None, None]
         if index in decisions:
             left = left.gather(1, torch.from_numpy(decisions[index]).to(device))
+        if work is None:
+            stream = block(stream, attn_mask=visible)
+            continue
+        if work.queries:
+            update = block.ls1(block.attn(block.norm1(stream), attn_mask=visible))
+            stream = stream + mask(left[:, : work.queries])[..., None] * update
+        stream = stream + mask(left[:, : work.mlps])[..., None] * block.ls2(block.mlp(block.norm2(stream)))
     if geometry.head_patches:
         stream = stream.gather(1, left[..., None].expand(-1, -1, stream.shape[-1]))
     return model.forward_head(model.norm(stream)).cpu().numpy()
+
+
+def _mask_of(closed: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """``closed`` [image, token], which are zeros, with ones at ``tokens`` [image, any]."""
+    return closed.scatter(1, tokens, 1.0)
 
 
 def _entering(rule: TokenRule) -> np.ndarray:
@@ -353,17 +373,27 @@ def _entering(rule: TokenRule) -> np.ndarray:
     return np.concatenate([tokens[:prefix], prefix + np.asarray(rule.entry, np.int64)])
 
 
-def _kept_tokens(rule: TokenRule, decisions: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """Rows within what entered each block -> the tokens of the image, prefix included: int64 [image, token]."""
+def _chosen_tokens(rule: TokenRule, decisions: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Decisions by block, int64 [image, any], so that they are equal where they have the same effect.
+
+    Of a rule that merges the choices, sorted. Of others the tokens of the image that go on, prefix included: those that
+    pass the MLP, then those that attend, then the others, for the order among those that fare alike does nothing.
+    """
+    if rule.merges:
+        return {block: np.sort(choice, 1) for block, choice in decisions.items()}
     left, kept = _entering(rule)[None], {}
     for block, rows in sorted(decisions.items()):
-        kept[block] = left = np.take_along_axis(left.repeat(len(rows) // len(left), 0), rows, 1)
+        left = np.take_along_axis(left.repeat(len(rows) // len(left), 0), rows, 1)
+        ends = [] if (work := rule.work(block)) is None else [work.mlps, work.queries]
+        later = rule.work(block + 1) if block + 1 < rule.geometry.depth else None
+        ends += [] if later is None else [later.keys]
+        kept[block] = np.concatenate([np.sort(part, 1) for part in np.split(left, sorted(ends), 1)], 1)
     return kept
 
 
 def _differ(one: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> np.ndarray:
-    """bool [image]: whether the decisions differ as sets in any block; False where there are none."""
-    return np.any([(np.sort(one[block], 1) != np.sort(other[block], 1)).any(1) for block in one] or [[False]], axis=0)
+    """bool [image]: whether what :func:`_chosen_tokens` gives differs in any block; False where there are none."""
+    return np.any([(one[block] != other[block]).any(1) for block in one] or [[False]], axis=0)
 
 
 def _prove_near_tie(adapter: ViTAdapter, rule: TokenRule, image: torch.Tensor, name: str, index: int) -> None:
@@ -373,7 +403,7 @@ def _prove_near_tie(adapter: ViTAdapter, rule: TokenRule, image: torch.Tensor, n
     generator = torch.Generator().manual_seed(index)
     moved = image + _NOISE * torch.randn(_DRAWS, *image.shape, generator=generator)
     _, decided = _follow(adapter, rule, torch.cat([image[None], moved]))
-    decided = decided if rule.merges else _kept_tokens(rule, decided)
+    decided = _chosen_tokens(rule, decided)
     first = {block: rows[:1].repeat(len(rows), 0) for block, rows in decided.items()}
     if not _differ(decided, first).any():
         raise ParityError(
@@ -388,25 +418,39 @@ def _replay(
     outputs = []
     for index in range(len(images)):
         one = {block: rows[index : index + 1] for block, rows in decisions.items()}
-        outputs.append(_follow(adapter, _replaying(adapter.geometry, one, rule.entry), images[index : index + 1])[0])
+        outputs.append(_follow(adapter, _replaying(rule, one), images[index : index + 1])[0])
     return np.concatenate(outputs)
 
 
-def _replaying(
-    geometry: Geometry, decisions: Mapping[int, torch.Tensor], entry: tuple[int, ...] | None = None
-) -> TokenRule:
-    """A rule that keeps given rows, for block -> int64 [batch, token]; with none of them it does nothing."""
+def _replaying(rule: TokenRule, decisions: Mapping[int, torch.Tensor]) -> TokenRule:
+    """``rule``, but it keeps given rows, for block -> int64 [batch, token]."""
     from ..prune.methods.rule import Keep, TokenRule
 
     class Replay(TokenRule):
-        name = "replay"
+        name, geometry, entry = "replay", rule.geometry, rule.entry
 
         def step(self, block: int):
             return partial(self._keep, block) if block in decisions else None
 
+        def work(self, block: int):
+            return rule.work(block)
+
         def _keep(self, block: int, view) -> Keep:
             return Keep(decisions[block].to(view.normed.device))
 
-    rule = Replay()
-    rule.geometry, rule.entry = geometry, entry
+    return Replay()
+
+
+def _idle(geometry: Geometry) -> TokenRule:
+    """A rule that does nothing."""
+    from ..prune.methods.rule import TokenRule
+
+    class Idle(TokenRule):
+        name = "idle"
+
+        def step(self, block: int) -> None:
+            return None
+
+    rule = Idle()
+    rule.geometry = geometry
     return rule

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..core import progress
 from ..core.errors import UserError
 from ..core.files import is_onnx
-from ..core.plan import TokenPlan
+from ..core.plan import TokenPlan, updated_prefix
 from ..core.specs import LearnSpec, ModelSpec
 from ..core.text import command, option
 from .folders import check_output
@@ -77,7 +77,7 @@ def rule_of(plan: TokenPlan | ContentPlan) -> TokenRule | None:
 
 
 def chosen_plans(rule: TokenRule, loaded: LoadedModel, images: Tensor) -> list[TokenPlan]:
-    """What a rule that keeps tokens makes of each image: the plan that keeps the same patches.
+    """What a rule that keeps tokens makes of each image: the plan that reads and updates the same patches.
 
     Args:
         images: [image, channel, height, width], preprocessed.
@@ -85,17 +85,32 @@ def chosen_plans(rule: TokenRule, loaded: LoadedModel, images: Tensor) -> list[T
     import torch
 
     geometry, adapter = rule.geometry, loaded.adapter
-    positions = torch.arange(geometry.patches) if rule.entry is None else torch.tensor(rule.entry)
-    positions = positions.expand(len(images), -1)
+    prefix, depth = geometry.prefix_tokens, geometry.depth
+    patches = torch.arange(geometry.patches) if rule.entry is None else torch.tensor(rule.entry)
+    patches, sets = patches.expand(len(images), -1), []
     with torch.inference_mode(), rule.applied(adapter) as run:
         run(images.to(next(adapter.model.parameters())))
-        kept = [positions]
-        for block in range(geometry.depth - 1):
+        for block in range(depth):
+            entering, work = patches, rule.work(block)
             if (rows := run.decisions.get(block)) is not None:
-                positions = positions.gather(1, rows[:, geometry.prefix_tokens :].cpu() - geometry.prefix_tokens)
-            kept.append(positions)
+                patches = patches.gather(1, rows[:, prefix:].cpu() - prefix)
+            if work is None:
+                sets.append((entering, patches, patches))
+            else:
+                updated = updated_prefix(geometry, block)
+                counts = work.keys - prefix, work.queries - updated, work.mlps - updated
+                sets.append([part[:, :count] for part, count in zip((entering, patches, patches), counts, strict=True)])
+
+    def listed(part: Tensor, image: int) -> tuple[int, ...]:
+        return tuple(sorted(part[image].tolist()))
+
     return [
-        TokenPlan.dropping(loaded.name, geometry, tuple(tuple(sorted(part[image].tolist())) for part in kept))
+        TokenPlan(
+            loaded.name,
+            geometry,
+            *(tuple(listed(part, image) for part in kind) for kind in zip(*sets, strict=True)),
+            listed(patches, image),
+        )
         for image in range(len(images))
     ]
 

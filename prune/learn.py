@@ -5,7 +5,7 @@
 3. *Tuning* (:mod:`vpruner.prune.tune`): weights or gates are refitted to restore the dense model's behaviour.
 
 Asked for, a fourth follows, *selection by content* (:mod:`vpruner.prune.methods.content`): the counts stay, and each
-image chooses its own patches by a score.
+image chooses by a score which patches go on being updated.
 
 Each stage (:mod:`vpruner.prune.stages`) is judged on calibration images that no stage fits to, and undone where it does
 not help there.
@@ -19,10 +19,10 @@ model, on images kept out, by 20 to 30 % at budgets of 0.65 and less (``benchmar
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..core import progress
-from ..core.content_plan import ContentPlan
 from ..core.cost import Cost, MacsCost, plan_macs
 from ..core.errors import UserError
 from ..core.plan import TokenPlan
@@ -64,7 +64,7 @@ def learn(
     geometry = loaded.adapter.geometry
     check_selection(spec.select, spec.tune)
     cost = _opened(cost, spec, loaded)
-    check_target(geometry, spec.target, cost, drops=spec.select == "content")
+    check_target(geometry, spec.target, cost)
     choose_loss(spec.loss, geometry.output, images.labelled)
     if spec.checkpoint is not None and Path(spec.checkpoint).exists():
         read_checkpoint(spec.checkpoint)  # Refused now, not after the search.
@@ -94,7 +94,7 @@ def learn(
         ratio=round(cost.ratio(state.plan), 6),
         stages=[{k: v for k, v in stage.to_json().items() if k != "history"} for stage in state.stages],
     )
-    content = None if state.content is None else ContentPlan(plan, state.content.prior_weight)
+    content = None if state.content is None else replace(state.content, plan=plan)
     return Learned(plan, state.weights, state.stages, content)
 
 

@@ -54,12 +54,6 @@ class Task:
     target: float
     settings: RearrangeSettings = field(default_factory=RearrangeSettings)
 
-    @property
-    def form(self) -> str:
-        """Of the plans that are searched, one of :data:`~vpruner.prune.search.FORMS`: images choose among patches that
-        leave whole."""
-        return "drop" if self.spec.select == "content" else "exits"
-
 
 @dataclass(frozen=True)
 class State:
@@ -206,7 +200,6 @@ def search_plan(task: Task, batch_size: int | None = None) -> tuple[TokenPlan, n
             loss,
             task.target,
             cost=cost,
-            form=task.form,
             seed=seed,
             on_batch=advance,
         )
@@ -270,7 +263,7 @@ class Rearrange:
 
     def _play(self, world: World, state: State) -> Rearranged:
         task, seed = self.task, self.task.spec.seed
-        game = game_around(world, state.plan, state.moments, task.target, task.cost, task.form)
+        game = game_around(world, state.plan, state.moments, task.target, task.cost)
         if task.spec.tune == "weights":
             with progress.stage("Refitting stand-in weights", world.geometry.depth, unit="blocks") as advance:
                 world.foresee_tuning(plans_around(game, state.plan, seed), advance)
@@ -314,7 +307,7 @@ class Tune:
 
 @dataclass(frozen=True)
 class Select:
-    """The counts of the plan, the patches chosen by each image."""
+    """The counts of the plan; each image chooses which patches go on being updated."""
 
     task: Task
     name: ClassVar[str] = "select"
@@ -324,7 +317,13 @@ class Select:
         adapter, refit = self.task.loaded.adapter, self.task.spec.tune == "weights"
         with progress.stage("Selection by content", choosing_steps(adapter.geometry, refit), unit="steps") as advance:
             chosen = choose_by_content(
-                adapter, state.plan, state.weights, self.task.calibration, refit=refit, on_step=advance
+                adapter,
+                state.plan,
+                state.weights,
+                self.task.calibration,
+                refit=refit,
+                seed=self.task.spec.seed,
+                on_step=advance,
             )
         found = replace(state, content=chosen.plan, weights=chosen.weights)
         return Proposal(found, chosen.plan is not None, chosen.judgement, chosen.note, chosen.details)

@@ -284,8 +284,10 @@ def test_a_graph_that_ends_in_a_softmax(exported, here):
 def test_a_plan_by_content(card, here):
     model = vp.open_model(card)
     pruned = model.prune(noise(8), rounds=1, rearrange="none", tune="none")
-    kept = [range(pruned.plan.geometry.patches - 2 * block) for block in range(pruned.plan.geometry.depth)]
-    content = vp.ContentPlan(vp.TokenPlan.dropping(pruned.plan.model, pruned.plan.geometry, kept), 0.5)
+    geometry = pruned.plan.geometry
+    kept = [range(geometry.patches - 2 * block) for block in range(geometry.depth)]
+    channels = [[0.01 * number for number in range(geometry.embed_dim)]] * (geometry.depth - 1)
+    content = vp.ContentPlan(vp.TokenPlan.dropping(pruned.plan.model, geometry, kept), channels, 0.5)
     chosen = model.with_plan(content)
     assert "chooses its own patches" in str(content) and "chooses its own" in chosen._repr_html_()
     with pytest.raises(vp.UserError, match="each image chooses its own patches by this plan; export it"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from latency_tables import macs_table
 
-from vpruner.core.content_plan import ContentPlan, load_plan
+from vpruner.core.content_plan import ContentPlan, load_plan, rankings
 from vpruner.core.cost import plan_macs
 from vpruner.core.errors import UserError
 from vpruner.core.latency_table import LatencyTable
@@ -84,13 +84,30 @@ def compare_rows(path: Path, output: Path) -> None:
     write_comparison(output, [row for row in rows_of_earlier(path) if row.get("kind") in kinds])
 
 
-RULE = {"method": "tome", "counts": [17, 13, 10, 10], "merges": True, "settings": {"proportional": True}}
+RULE = {
+    "method": "tome",
+    "counts": [17, 13, 10, 10],
+    "merges": False,
+    "work": [[17, 13, 10], [13, 9, 1], [9, 1, 1]],
+    "settings": {"proportional": True},
+}
 GEOMETRY = TokenPlan.load(RECORDED / "static" / "plan.json").geometry
 PROPS = {**loaded("engine/pruned.engine.json")["metadata"], "vpruner.rule": json.dumps(RULE)}
 #: Name of the file -> what it holds before it goes wrong, and its reader. Rows go wrong one line at a time.
+
+
+def plan_by_content() -> dict:
+    patches, depth = GEOMETRY.patches, GEOMETRY.depth
+    exits = np.array([[depth], [depth - 1], [1]]).repeat(patches, 1)
+    exits[1:, ::2] -= 1
+    plan = TokenPlan.from_exits("tiny", GEOMETRY, exits)
+    channels = np.random.default_rng(0).standard_normal((len(rankings(plan)), GEOMETRY.embed_dim)).round(3)
+    return ContentPlan(plan, channels.tolist(), 4.0).to_json()
+
+
 TARGETS = {
     "plan": ("plan.json", loaded("static/plan.json"), read_plan),
-    "plan by content": ("plan.json", loaded("content/plan.json"), read_plan),
+    "plan by content": ("plan.json", plan_by_content(), read_plan),
     "latency table": ("table.json", macs_table(GEOMETRY).to_json(), read_table),
     "record of an engine": ("pruned.engine.json", loaded("engine/pruned.engine.json"), read_record),
     "metadata": ("props.txt", [json.loads(v) if v[0] in "[{" else v for v in PROPS.values()], read_metadata),

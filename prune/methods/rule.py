@@ -3,7 +3,8 @@
 A rule acts inside a block, after the attention and before the MLP, where ToMe, EViT and SAINT all act. It either keeps
 some of the tokens (:class:`Keep`) or makes new ones of them (:class:`Merge`). What is kept is decided from the keys, so
 tokens that leave are dead in that block already: they give keys and values, and are no queries. A merged token is made
-of outputs, so all of its parts are queries.
+of outputs, so all of its parts are queries. Where a rule freezes tokens (:class:`Work`), those that go on being updated
+come first; the others go on behind them as they are.
 
 Batches in which images keep different numbers of tokens are padded to the largest: padding has weight 0, is no key of
 any attention, takes part in no decision and in no pooling, so a batch gives what its images give alone. Nothing is
@@ -19,6 +20,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +37,7 @@ from ..backbones.vit import ViTAdapter
 
 @dataclass(frozen=True)
 class Keep:
-    """The tokens of ``rows`` stay, in that order.
+    """The tokens of ``rows`` stay, in that order, which is also what :class:`Work` counts by.
 
     Attributes:
         rows: int64 [batch, token]: rows of what entered the block; the prefix comes first and is complete.
@@ -64,9 +67,23 @@ class Merge:
     rows: Tensor | None = None
 
 
+class Work(NamedTuple):
+    """How much a block does where a rule freezes tokens: how many, always the first ones, prefix included.
+
+    Attributes:
+        keys: Of what enters, those that are read.
+        queries: Of what the block's step keeps, those that attend; never more than ``keys``.
+        mlps: Of the same, those that pass the MLP.
+    """
+
+    keys: int
+    queries: int
+    mlps: int
+
+
 @dataclass(frozen=True)
 class BlockView:
-    """What a rule may decide from.
+    """What a rule may decide from. Tokens are those that the block reads.
 
     Attributes:
         attn: The attention of the block.
@@ -75,7 +92,8 @@ class BlockView:
         weight: float [batch, token]: how much each token counts, 0 for padding; None: all 1.
         prefix: How many leading tokens are class, distillation or register tokens.
         attention_bias: [batch, 1, 1, token], or None: added to the attention's logits.
-        positions: int64 [batch, patch]: the place of each patch in the grid, row-major; None once tokens were merged.
+        positions: int64 [batch, patch]: the place of each patch in the grid, row-major, those that are not read behind
+            the others; None once tokens were merged.
     """
 
     attn: Attention
@@ -110,7 +128,7 @@ class TokenRule(ABC):
         name: Of the method, as in :func:`vpruner.prune.methods.find_method`.
         geometry: Shape of the model that the rule is for.
         merges: Whether its steps are :class:`Merge` rather than :class:`Keep`.
-        entry: Patches that enter block 0, ascending, the same for every image; None: all of them.
+        entry: Patches that enter block 0, in their order, the same for every image; None: all of them.
     """
 
     name: str
@@ -126,12 +144,17 @@ class TokenRule(ABC):
         """Tokens (prefix included) that enter each block and that leave the last, or None where images decide."""
         return None
 
+    def work(self, block: int) -> Work | None:
+        """What is done in ``block`` where some tokens are frozen; None: all that enter are read, all that leave are
+        updated."""
+        return None
+
     def step_macs(self, block: int, keys: np.ndarray) -> np.ndarray:
-        """MACs of the decision itself (and of merging) for int64 [...] tokens entering ``block``."""
+        """MACs of the decision itself (and of merging) for int64 [...] tokens that ``block`` reads."""
         return np.zeros_like(keys)
 
     def query_counts(self, block: int, keys: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-        """int64 [...]: tokens whose attention is computed where so many enter ``block`` and leave it."""
+        """int64 [...]: tokens whose attention is computed where so many enter ``block`` and leave it, none frozen."""
         return np.where(outputs < keys, keys, outputs) if self.merges and self.acts_in(block) else outputs
 
     def attention_bias(self, weight: Tensor) -> Tensor:
@@ -170,28 +193,32 @@ class TokenRule(ABC):
         counts = self.static_counts()
         if counts is None:
             raise ValueError(f"the counts of the rule {self.name} depend on the image")
-        keys = np.asarray(counts[:-1], np.int64)[None]
-        outputs = np.asarray(counts[1:], np.int64)[None].copy()
-        if not self.geometry.head_patches:
-            outputs[:, -1] = self.geometry.head_prefix
-        queries = np.stack([self.query_counts(b, keys[:, b], outputs[:, b]) for b in range(self.geometry.depth)], 1)
-        return int(rule_macs(self, keys, queries, outputs)[0])
+        rows, geometry = [], self.geometry
+        for block, (keys, leaving) in enumerate(zip(counts, counts[1:], strict=False)):
+            if block == geometry.depth - 1 and not geometry.head_patches:
+                leaving = geometry.head_prefix
+            queries, mlps = int(self.query_counts(block, np.asarray(keys), np.asarray(leaving))), leaving
+            rows.append((*(self.work(block) or Work(keys, queries, mlps)), leaving))
+        return int(rule_macs(self, *np.asarray(rows, np.int64).T[:, None])[0])
 
 
-def rule_macs(rule: TokenRule, keys: np.ndarray, queries: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+def rule_macs(
+    rule: TokenRule, keys: np.ndarray, queries: np.ndarray, mlps: np.ndarray, leaving: np.ndarray
+) -> np.ndarray:
     """MACs, int64 [image], of runs that recorded these counts (each int64 [image, block L], prefix included).
 
     As :func:`vpruner.core.cost.macs_from_counts`, but the decisions themselves cost their matrix products.
 
     Args:
-        keys: Tokens that enter the block.
+        keys: Tokens that the block reads.
         queries: Tokens whose attention is computed.
-        outputs: Tokens that pass the MLP and leave the block.
+        mlps: Tokens that pass the MLP.
+        leaving: Tokens that leave the block; of the last, those that the head reads.
     """
     geometry = rule.geometry
-    blocks = block_macs(geometry, keys, queries, outputs)
+    blocks = block_macs(geometry, keys, queries, mlps)
     steps = [rule.step_macs(block, keys[:, block]) for block in range(geometry.depth) if rule.acts_in(block)]
-    head = geometry.head_macs_per_token * (outputs[:, -1] - geometry.prefix_tokens) if geometry.head_patches else 0
+    head = geometry.head_macs_per_token * (leaving[:, -1] - geometry.prefix_tokens) if geometry.head_patches else 0
     return geometry.stem_macs + blocks.sum(1) + sum(steps, np.zeros(len(keys), np.int64)) + geometry.head_macs + head
 
 
@@ -219,13 +246,13 @@ class RuleRun:
 
     @property
     def key_counts(self) -> np.ndarray:
-        """int64 [image, block L]: tokens (prefix included) that entered each block, in the order images were run."""
+        """int64 [image, block L]: tokens (prefix included) that each block read, in the order images were run."""
         return self._counts(0)
 
     @property
     def output_counts(self) -> np.ndarray:
         """int64 [image, block L]: tokens that left each block; of the last, only those that the head reads."""
-        return self._counts(2)
+        return self._counts(3)
 
     @property
     def counts(self) -> np.ndarray:
@@ -235,7 +262,7 @@ class RuleRun:
     @property
     def macs(self) -> np.ndarray:
         """int64 [image]: multiply-adds, see :func:`rule_macs`."""
-        return rule_macs(self.rule, *self.counts)
+        return rule_macs(self.rule, *self.counts, self.output_counts)
 
     def macs_ratio(self) -> float:
         """Mean over the images, as a fraction of the dense model's."""
@@ -256,6 +283,7 @@ class RuleRun:
     def _forward_of(self, index: int, block: Block) -> Callable[..., Tensor]:
         geometry = self.rule.geometry
         step = self.rule.step(index) if self.rule.acts_in(index) else None
+        work = self.rule.work(index)
         last = index == geometry.depth - 1
         # What the head does not read needs no query; no step acts there then.
         dead = last and not geometry.head_patches
@@ -266,12 +294,12 @@ class RuleRun:
                 self.decisions.clear()
                 x, self._positions = enter(x, self.rule)
             weight = self._weight
-            keys = queries = outputs = _count(x, weight)
+            keys = queries = mlps = leaving = _count(x, weight)
             bias = None if weight is None else self.rule.attention_bias(weight)[:, None, None]
-            if step is None and not dead:
+            if step is None and not dead and work is None:
                 x = Block.forward(block, x, attn_mask=bias)
             else:
-                normed = block.norm1(x)
+                normed = block.norm1(x if work is None else x[:, : work.keys])
                 key, value = project_keys_values(block.attn, normed)
                 change = None
                 if step is not None:
@@ -286,20 +314,27 @@ class RuleRun:
                     rows = torch.arange(geometry.head_prefix, device=x.device)
                     x, normed, weight = x.index_select(1, rows), normed.index_select(1, rows), None
                 elif change is not None and change.rows is not None:
-                    x, normed = select_rows(x, change.rows), select_rows(normed, change.rows)
-                query = project_queries(block.attn, normed)
-                attended = block.attn.proj_drop(block.attn.proj(attend(block.attn, query, key, value, bias)))
-                x = x + block.drop_path1(block.ls1(attended))
+                    rows = change.rows if work is None else change.rows[:, : work.queries]
+                    x, normed = select_rows(x, change.rows), select_rows(normed, rows)
+                # All of what is left, where nothing is frozen.
+                attending, passing = (x.shape[1], x.shape[1]) if work is None or dead else work[1:]
+                if attending:
+                    normed = normed if normed.shape[1] == attending else normed[:, :attending]
+                    update = attention_update(block, normed, key, value, bias)
+                    x = with_first(x, attending, lambda _: update)
                 if isinstance(change, Merge):
                     queries = keys if change.rows is None else x.shape[1]
                     x = change.make(x)
-                outputs = _count(x, weight)
-                queries = queries if isinstance(change, Merge) else outputs
-                x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+                    passing = x.shape[1]
+                mlps = leaving = _count(x, weight)
+                queries = queries if isinstance(change, Merge) else mlps
+                if work is not None:
+                    keys, queries, mlps = (work.keys, queries, mlps) if dead else work
+                x = with_first(x, passing, partial(mlp_update, block))
             self._weight = weight
             # While a graph is traced there is no image to record.
             if not torch.compiler.is_compiling():
-                self._pass.append((keys, queries, outputs))
+                self._pass.append((keys, queries, mlps, leaving))
                 if last:
                     self._recorded.append(self._pass)
             return x
@@ -337,6 +372,27 @@ def pooling_hooks(
             return output * nn.functional.pad(scale, (skipped, 0), value=1.0)[..., None]
 
         yield model.norm.register_forward_hook(mean_hook)
+
+
+def attention_update(block: Block, normed: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """[batch, query, channel]: what attention adds to the tokens that are ``normed`` [batch, query, channel]."""
+    query = project_queries(block.attn, normed)
+    attended = block.attn.proj_drop(block.attn.proj(attend(block.attn, query, key, value, bias)))
+    return block.drop_path1(block.ls1(attended))
+
+
+def mlp_update(block: Block, x: Tensor) -> Tensor:
+    """What the MLP adds to ``x`` [batch, token, channel]."""
+    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def with_first(x: Tensor, count: int, update: Callable[[Tensor], Tensor]) -> Tensor:
+    """``x`` [batch, token, channel] with ``update`` of its first ``count`` tokens added to those."""
+    if count == x.shape[1]:
+        return x + update(x)
+    if count == 0:
+        return x
+    return torch.cat([x[:, :count] + update(x[:, :count]), x[:, count:]], 1)
 
 
 def _count(x: Tensor, weight: Tensor | None) -> int | Tensor:

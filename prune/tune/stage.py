@@ -86,7 +86,7 @@ def tune(
     if isinstance(plan, TokenRule):
         if kind not in ("weights", "none"):
             raise ValueError(f"kind is {kind!r}, but gates belong to places, and the rule {plan.name} chooses by image")
-        drops = min(plan.static_counts()) < plan.geometry.tokens
+        drops = any(plan.acts_in(block) or plan.work(block) for block in range(plan.geometry.depth))
     else:
         plan.check_fits(adapter.name, adapter.geometry)
         drops = not plan.is_identity

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,13 +33,13 @@ class BlockRows:
     """Which rows of a chunk one block computes; int64, as in :class:`~vpruner.core.schedule.BlockStep`.
 
     Attributes:
-        keys, passed, mlps, mlp_passed: [row], the same of each image.
-        queries: [row], or [batch, row] of a rule.
+        keys, mlps, mlp_passed: [row], the same of each image.
+        queries, passed: [row], or [batch, row] of a rule.
         bias: [1, 1, 1, key]: logarithms of the gates; None: all are open.
         key_positions, query_positions, mlp_positions, leaving: Where in the unpruned sequence: [row], or [batch, row]
             of a rule.
         entering: How many tokens enter.
-        passed_positions, mlp_passed_positions: [row], of a plan.
+        passed_positions, mlp_passed_positions: Of what is passed on, the same.
     """
 
     keys: Tensor
@@ -53,8 +53,8 @@ class BlockRows:
     mlp_positions: Tensor
     leaving: Tensor
     entering: int
-    passed_positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    mlp_passed_positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    passed_positions: Tensor
+    mlp_passed_positions: Tensor
 
     @classmethod
     def of(cls, step: BlockStep, device: torch.device) -> BlockRows:
@@ -74,7 +74,7 @@ class BlockRows:
 
     def exact(self, tokens: int) -> bool:
         """Whether the block reads all ``tokens``, and updates all that is needed later."""
-        frozen = len(self.passed) + len(self.mlp_passed)
+        frozen = self.passed.shape[-1] + len(self.mlp_passed)
         return len(self.keys) == tokens and not frozen and self.bias is None
 
 
@@ -121,8 +121,8 @@ class Streams:
         self._store = ActivationStore(ram_bytes)
         self.diverged = False
         self._pooled = False
-        # Of the block that was last chosen for, by chunk; of rules also where the tokens that left it lie.
-        self._rows: dict[int, BlockRows] = {}
+        # The block that was last chosen for, its rows by chunk, and of rules where the tokens that enter it lie.
+        self._block, self._rows = 0, {}
         self._positions: dict[int, Tensor] = {}
         self._steps = {id(plan): schedule(plan) for plan in self.plans if not isinstance(plan, TokenRule)}
 
@@ -164,7 +164,11 @@ class Streams:
         return self.plans[chunk // self.folds % len(self.plans)]
 
     def choose(self, block: int) -> None:
-        """Find out which rows ``block`` computes, for rules from the pruned stream; the first call of each block."""
+        """Find out which rows ``block`` computes, for rules from the pruned stream that enters it, with the model's
+        present weights; the first call of each block."""
+        if block != self._block:
+            self._positions = {chunk: self._rows[chunk].leaving for chunk in self._positions}
+            self._block = block
         for chunk in self.chunks:
             plan = self.plan(chunk)
             if isinstance(plan, TokenRule):
@@ -173,23 +177,36 @@ class Streams:
                 self._rows[chunk] = BlockRows.of(self._steps[id(plan)].steps[block], self.device)
 
     def _chosen(self, chunk: int, block: int, rule: TokenRule) -> BlockRows:
-        here, prefix = self._positions.pop(chunk), self.geometry.prefix_tokens
-        rows = torch.arange(here.shape[1], device=self.device).expand_as(here)
+        here, prefix = self._positions[chunk], self.geometry.prefix_tokens
+        rows, work = torch.arange(here.shape[1], device=self.device).expand_as(here), rule.work(block)
+        keys = torch.arange(here.shape[1] if work is None else work.keys, device=self.device)
         if block == self.geometry.depth - 1 and not self.geometry.head_patches:
-            rows = rows[:, : self.geometry.head_prefix]
+            rows, work = rows[:, : self.geometry.head_prefix], None
         elif rule.acts_in(block):
             attn = self.model.blocks[block].attn
-            normed = self.model.blocks[block].norm1(self.get("pruned", chunk))
+            normed = self.model.blocks[block].norm1(self.get("pruned", chunk)[:, : len(keys)])
             patches = here[:, prefix:] - prefix
             view = BlockView(attn, normed, project_keys_values(attn, normed)[0], None, prefix, None, patches)
             change = rule.step(block)(view)
             if isinstance(change, Keep):
                 rows = change.rows
-        left = self._positions[chunk] = here.gather(1, rows)
-        nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
-        everything = torch.arange(left.shape[1], device=self.device)
-        keys = torch.arange(here.shape[1], device=self.device)
-        return BlockRows(keys, rows, nothing, everything, nothing, None, here, left, left, left, here.shape[1])
+        left, everything = here.gather(1, rows), torch.arange(rows.shape[1], device=self.device)
+        queries, mlps = (rows.shape[1],) * 2 if work is None else work[1:]
+        return BlockRows(
+            keys,
+            rows[:, :queries],
+            rows[:, queries:],
+            everything[:mlps],
+            everything[mlps:],
+            None,
+            here[:, : len(keys)],
+            left[:, :queries],
+            left[:, :mlps],
+            left,
+            here.shape[1],
+            left[:, queries:],
+            left[:, mlps:],
+        )
 
     def rows(self, chunk: int) -> BlockRows:
         """Of the block that was last chosen for."""

@@ -107,6 +107,9 @@ def refit_weights(
             streams.choose(index)
             if streams.diverged:
                 refit.keys_values(index, block)
+                # Rules may choose by keys.
+                with with_weights(block.attn.qkv, refit.changed(f"blocks.{index}.attn.qkv")):
+                    streams.choose(index)
             streams.advance_dense(index)
             if streams.exact_so_far(index) and not any(name.startswith(f"blocks.{index}.") for name in refit.weights):
                 # Nothing has been dropped yet: what a fit would find is rounding.
@@ -150,10 +153,10 @@ class _Refit:
         streams, proj = self.streams, block.attn.proj
         equations = streams.equations(proj)
         for chunk in streams.chunks:
-            if not len(streams.rows(chunk).queries):
+            if not streams.rows(chunk).queries.shape[-1]:
                 streams.put("passed", chunk, selected(streams.get("pruned", chunk), streams.rows(chunk).passed))
                 continue
-            with with_weights(block.attn.qkv, self._changed(f"blocks.{index}.attn.qkv")):
+            with with_weights(block.attn.qkv, self.changed(f"blocks.{index}.attn.qkv")):
                 inputs, passed, heads = streams.attend(chunk, index)
             output = self._output(index, "attn.proj", proj, heads)
             target = streams.wanted("middle", chunk, passed) - inputs
@@ -164,7 +167,7 @@ class _Refit:
         self._solve(index, "attn.proj", proj, block.ls1, equations)
         for chunk in streams.chunks:
             passed = streams.get("passed", chunk)
-            if len(streams.rows(chunk).queries):
+            if streams.rows(chunk).queries.shape[-1]:
                 output = self._output(index, "attn.proj", proj, streams.get("heads", chunk))
                 passed = torch.cat([streams.get("pruned", chunk) + block.ls1(output), passed], 1)
             streams.put("pruned", chunk, passed)
@@ -215,7 +218,7 @@ class _Refit:
             bias = self.weights.get(f"{full_name}.bias", linear.bias)
             self.weights[f"{full_name}.bias"] = _added(bias, update[-1])
 
-    def _changed(self, name: str) -> dict[str, Tensor]:
+    def changed(self, name: str) -> dict[str, Tensor]:
         """Of one layer: name within it -> tensor."""
         return {leaf: self.weights[f"{name}.{leaf}"] for leaf in ("weight", "bias") if f"{name}.{leaf}" in self.weights}
 

@@ -234,9 +234,9 @@ def test_content_scores_table(tables):
     found = []
     for score, target, refit, top1, kl in (
         ("static", 0.5, False, 0.74, 0.09),
-        ("anchored", 0.5, False, 0.1, 0.9),  # Made again below: the newest counts.
-        ("anchored", 0.5, True, 0.77, 0.04),
-        ("anchored", 0.5, False, 0.76, 0.06),
+        ("linear", 0.5, False, 0.1, 0.9),  # Made again below: the newest counts.
+        ("linear", 0.5, True, 0.77, 0.04),
+        ("linear", 0.5, False, 0.76, 0.06),
         ("static", 0.65, False, 0.765, 0.04),
     ):
         found += [row(score, target, refit, "top1", top1), row(score, target, refit, "top1_difference", top1 - 0.78)]
@@ -245,7 +245,7 @@ def test_content_scores_table(tables):
         "| top-1 accuracy / KL | 0.65 | 0.5 | 0.5, refitted |",
         "| --- | ---: | ---: | ---: |",
         "| none: the static plan | 76.50 % / 0.0400 | 74.00 % / 0.0900 | – |",
-        "| the same, plan as prior (`--select content`) | – | 76.00 % / 0.0600 | 77.00 % / 0.0400 |",
+        "| linear probe of Fisher importance (`--select content`) | – | 76.00 % / 0.0600 | 77.00 % / 0.0400 |",
         "",
         "1,024 calibration and 2,000 evaluation images, on which the dense model has 78.00 %.",
     ]

@@ -44,6 +44,6 @@ def test_a_file_of_a_plan_that_drops_tokens_is_shown_as_what_it_means(image, tmp
 
 def test_a_plan_by_content_has_no_patches_to_show(tmp_path):
     plan = TokenPlan.dropping("tiny", geometry_of(), [range(6), range(4), range(2)])
-    ContentPlan(plan, 0.5).save(tmp_path / "plan.json")
+    ContentPlan(plan, [[0.0] * plan.geometry.embed_dim] * 2, 0.5).save(tmp_path / "plan.json")
     result = call("show", tmp_path / "plan.json", "-o", tmp_path / "tokens.png", code=2)
     assert "each image chooses its own patches" in result.stderr and not (tmp_path / "tokens.png").exists()

@@ -14,8 +14,10 @@ from tiny_vits import tiny
 from token_rules import images_for
 
 from vpruner.core import bundled
+from vpruner.core.content_plan import rankings
 from vpruner.core.errors import ParityError, UserError
 from vpruner.core.metadata import REQUIRED, ModelMetadata
+from vpruner.core.plan import Geometry, TokenPlan
 from vpruner.core.preprocess import Preprocessing
 from vpruner.export import rules
 from vpruner.export.check import check
@@ -23,6 +25,7 @@ from vpruner.export.deploy import deploy_file
 from vpruner.export.rules import check_rule, compare_rule, describe_rule, export_rule
 from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
 from vpruner.prune.loaded import LoadedModel
+from vpruner.prune.methods.content import ContentRule
 from vpruner.prune.methods.diffrate import DiffRateRule
 from vpruner.prune.methods.evit import EvitRule
 from vpruner.prune.methods.rule import Keep, TokenRule, rank_descending, with_prefix
@@ -59,6 +62,13 @@ def load(kind: str, **changes) -> LoadedModel:
     return LoadedModel(adapter, preprocessing, None, weights_sha256(model))
 
 
+def content_rule(geometry: Geometry, counts) -> ContentRule:
+    """The first so many patches of the grid are read, attend and pass the MLP of each block; random scores."""
+    plan = TokenPlan("tiny", geometry, *([range(count) for count in kind] for kind in counts))
+    channels = np.random.default_rng(0).standard_normal((len(rankings(plan)), geometry.embed_dim))
+    return ContentRule.scored(plan, channels, 0.5)
+
+
 #: name -> kind of model, rule, options of the export.
 CASES = {
     "saint": ("class token", lambda g: FrozenSaintRule(g, (5, 0), (0.5, None)), {}),
@@ -66,6 +76,13 @@ CASES = {
     "saint, pooling": ("average pooling", lambda g: FrozenSaintRule(g, (4, 3), (0.5, 0.4)), {"dynamic_batch": True}),
     "tome": ("average pooling beside a class token", lambda g: TomeRule(g, (4, 3)), {"opset": 17}),
     "evit": ("registers", lambda g: EvitRule(g, 0.6, (0,)), {"batch_size": 2}),
+    # The patches of the first case all pass the last MLP or none does; the head of the second reads frozen ones too.
+    "content": ("registers", lambda g: content_rule(g, ((24, 20), (20, 0), (9, 0))), {"batch_size": 2}),
+    "content, pooling": (
+        "average pooling",
+        lambda g: content_rule(g, ((24, 20), (18, 9), (9, 9))),
+        {"dynamic_batch": True},
+    ),
     "diffrate": ("average pooling", lambda g: DiffRateRule(g, (2, 3), (5, 2), class_token=False), {"batch_size": 2}),
 }
 

@@ -359,14 +359,14 @@ def test_an_interrupted_rearrangement_is_no_result(card, images, monkeypatch):
 
 def test_a_plan_by_content_is_saved_with_its_score_and_exported(card, images, tmp_path, monkeypatch):
     geometry = open_model(card).adapter.geometry
-    plan = TokenPlan.dropping("tiny", geometry, [range(16), range(10), range(6)])
-    content = ContentPlan(plan, 0.75)
+    plan = TokenPlan("tiny", geometry, [range(16), range(16), range(12)], [range(14), range(9), ()], [range(9), (), ()])
+    content = ContentPlan(plan, [[0.01 * number for number in range(geometry.embed_dim)]] * 3, 0.75)
     learned = Learned(plan, None, (), content)
     monkeypatch.setattr("vpruner.prune.learn.learn", lambda loaded, images, spec: {"content": learned}[spec.select])
     given = options(card, images, methods=("v-pruner-content",), latency=True, seconds=0.1)
     rows = of(compare(given, tmp_path)["rows"], "compared")
     assert rows["v-pruner-content"]["form"] == "rule" and rows["v-pruner-content"]["counts"] == {
-        "keys": [17, 11, 7], "queries": [11, 7, 1], "mlps": [11, 7, 1],
+        "keys": [17, 17, 13], "queries": [15, 10, 1], "mlps": [10, 1, 1],
     }  # fmt: skip
     (path,) = (tmp_path / "plans").iterdir()
     assert load_plan(path).digest == content.digest
