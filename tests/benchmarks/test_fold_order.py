@@ -24,7 +24,7 @@ def geometry(exported):
 
 
 def test_a_stretched_plan_does_what_the_small_one_does(fold_order, geometry):
-    exits = np.array([[[4, 4, 4, 4], [4, 4, 3, 2], [4, 4, 3, 3]], [[3, 3, 2, 2]] * 3, [[2, 2, 1, 1]] * 3])
+    exits = np.array([[[4, 4, 4, 4], [4, 4, 3, 3], [4, 4, 3, 3]], [[3, 3, 2, 2]] * 3, [[2, 2, 1, 1]] * 3])
     plan = fold_order.stretch(exits, 4, geometry)
     assert geometry.grid == (6, 8) and plan.is_nested
     # Each patch of 3 x 4 became 2 x 2, and each block one and a half. Patches are not updated in the last block.
