@@ -26,7 +26,7 @@ from .core.scratch import temporary_folder
 from .core.specs import ExportSpec, LearnSpec, ModelSpec, PrecisionSpec, TimingSpec
 from .core.text import option
 from .pipeline.calls import Path_, job, mapping_of, names_of, numbers_of, path_of, spec_of
-from .pipeline.images import data_of, images_for
+from .pipeline.images import data_of, evaluation_of, images_for
 from .pipeline.models import fields_of, loaded_module, model_spec, name_of, write_proto
 from .pipeline.pruned import Pruned, checked_output, form_of, plan_of
 from .report.measurements import Finished, Measurements
@@ -133,14 +133,14 @@ class Model:
             seed=seed,
         )
         with job(progress):
-            from .pipeline.inputs import one_set, open_cost
+            from .pipeline.inputs import calibration_set, open_cost
             from .pipeline.learned import check_learn
             from .prune.learn import learn
 
             graph = self.loaded.graph
             check_learn(spec, self.spec if graph is None else replace(self.spec, what=graph.path))
             opened = open_cost(spec.cost, self.name, self.geometry)
-            calibration = one_set(self.classes, self.geometry, images_for(images, "calibration")[1], "calibration")
+            calibration = calibration_set(self.classes, self.geometry, images_for(images)[1])
             learned = learn(self.loaded, calibration, spec, cost=opened)
             return Pruned(self.loaded, self.spec.files, learned)
 
@@ -213,7 +213,7 @@ class Model:
             path = checked_output(output, form[1], *self.spec.files)
             spec = method if isinstance(method, MethodSpec) or method is None else MethodSpec(method)
             if data is not None:
-                given["data"] = images_for(data, "calibration")[0].source
+                given["data"] = images_for(data)[0].source
             return export(
                 self.loaded, path, *form, plan=None if plan is None else plan_of(plan)[0], method=spec, **given
             )
@@ -301,7 +301,8 @@ def evaluate(
 
     Args:
         model: An ONNX file, what an export wrote, a :class:`Pruned`, or whatever :func:`open_model` takes.
-        images: Images that nothing was learned from, as :func:`open_images` takes them. None: the bundled ones.
+        images: Images that nothing was learned from, as :func:`open_images` takes them, or a mapping from names to
+            several sets. None: the bundled ones.
         against: Of an ONNX file: the dense model or file to compare it with, on the same images.
         plan: Of a model: compare it with itself pruned by this plan.
         weights: A file with weights of a model.
@@ -314,7 +315,7 @@ def evaluate(
         from .pipeline.evaluate import evaluate as measure
         from .report.tables.run import evaluation_table
 
-        data = images_for(images, "evaluation")[1]
+        data = evaluation_of(images)
         if is_onnx(model):
             model = os.fspath(model)
             if weights is not None or plan is not None:
@@ -496,8 +497,9 @@ def run(
 
     Args:
         model: What :func:`open_model` takes, or a model that it opened.
-        data, eval_data: Images to learn from and images to report on, as :func:`open_images` takes them. Without
-            ``eval_data`` a part of ``data`` is put aside.
+        data, eval_data: Images to learn from and images to report on, as :func:`open_images` takes them. Several sets
+            to report on are a mapping from names; all but a table goes by the first. Without ``eval_data`` a part of
+            ``data`` is put aside.
         output: The folder; None: ``runs/NAME``.
         target: Budget as a fraction of the dense model's cost; None: that of ``learn``.
         weights, pretrained, model_args, resample, preprocessing: Of :func:`open_model`.

@@ -19,83 +19,25 @@ A stage that did not help on held-out calibration images was undone, and ``kept`
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 
-import numpy as np
-from baselines import attention_exits, centre_exits, mean_attention, random_exits
-from torch import Tensor
+import judged
+from baselines import attention_exits, centre_exits, random_exits
+from judged import Candidate, Images
 
-from vpruner.core import bundled
-from vpruner.core.cost import cost_ratio
-from vpruner.core.environment import environment
-from vpruner.core.plan import KINDS, TokenPlan
-from vpruner.core.rows import append_rows, read_rows
+from vpruner.core.plan import TokenPlan
+from vpruner.core.rows import append_rows
 from vpruner.core.specs import LearnSpec
-from vpruner.core.statistics import Estimate
-from vpruner.pipeline.compare.judge import Judge
-from vpruner.pipeline.compare.made import Made
-from vpruner.prune.calibration import Calibration
-from vpruner.prune.choose_images import choose_indices, map_labels
-from vpruner.prune.data import ImageSet, ImageSource
-from vpruner.prune.fisher import batch_size_for
 from vpruner.prune.learn import learn
 from vpruner.prune.learned import Learned
-from vpruner.prune.loaded import LoadedModel
-from vpruner.prune.models import open_model
 from vpruner.prune.rearrange.greedy import exchange_greedily
 from vpruner.prune.rearrange.settings import RearrangeSettings
 from vpruner.prune.rearrange.world import World
-from vpruner.prune.tune.stage import tune
 
 #: What tells one result from another.
 KEY = ("model", "method", "target", "seed", "episodes", "images", "eval_images", "data", "eval_data")
-#: Fewer images leave too few to hold out.
-FEWEST_IMAGES = 16
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan and the weights that go with it.
-
-    Attributes:
-        seconds: Wall-clock time to make it, all stages, without decoding images and running the dense model.
-        kept: Stage -> whether it changed anything for good.
-    """
-
-    plan: TokenPlan
-    seconds: float
-    weights: Mapping[str, Tensor] | None = None
-    kept: Mapping[str, bool] = field(default_factory=dict)
-
-    def followed_by(self, stage: str, kept: bool, started: float, plan: TokenPlan, weights=None) -> Candidate:
-        seconds = self.seconds + time.perf_counter() - started
-        return Candidate(plan, seconds, weights, {**self.kept, stage: kept})
-
-
-class Images:
-    """Calibration images of one seed, with what all targets share."""
-
-    def __init__(self, loaded: LoadedModel, images: ImageSet):
-        self.loaded, self.images = loaded, images
-
-    @cached_property
-    def calibration(self) -> Calibration:
-        calibration = Calibration.load(self.images, self.loaded.preprocessing)
-        calibration.dense_outputs(self.loaded.adapter, calibration.held_out)
-        return calibration
-
-    @cached_property
-    def attention(self) -> tuple[np.ndarray, float]:
-        """Mean attention [block, patch], and the seconds that it took."""
-        calibration, adapter = self.calibration, self.loaded.adapter
-        started = time.perf_counter()
-        batches = calibration.batches(calibration.fit, batch_size_for(adapter.geometry))
-        return mean_attention(adapter, batches), time.perf_counter() - started
 
 
 class Candidates:
@@ -172,10 +114,7 @@ class Candidates:
         return start.followed_by("rearrange", found.kept, started, found.plan)
 
     def tuned(self, start: Candidate, kind: str) -> Candidate:
-        calibration = self.shared.calibration
-        started = time.perf_counter()
-        tuned = tune(self.adapter, start.plan, calibration, kind, seed=self.seed)
-        return start.followed_by("tune", tuned.kept, started, tuned.plan, tuned.weights)
+        return self.shared.tuned(start, kind, self.seed)
 
 
 METHODS: dict[str, Callable[[Candidates], Candidate]] = {
@@ -200,63 +139,16 @@ def played(method: str, episodes: int | None) -> int | None:
     return RearrangeSettings.for_tuning("weights" if "weights" in method else "none", episodes=episodes).episodes
 
 
-class Evaluation(Judge):
-    """Judges candidates. Undone stages leave the same plan to several methods: it is run once."""
-
-    def __init__(self, loaded: LoadedModel, images: ImageSet):
-        super().__init__(loaded, images)
-        self._known: dict[str, list[Estimate]] = {}
-
-    def estimates(self, candidate: Candidate) -> list[Estimate]:
-        """Paired with the dense model."""
-        digest = candidate.plan.digest
-        if candidate.weights is None and digest in self._known:
-            return self._known[digest]
-        found, _, _ = self.judge(Made(candidate.plan, candidate.weights, candidate.seconds))
-        if candidate.weights is None:
-            self._known[digest] = found
-        return found
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="model card; default: the bundled reference")
-    parser.add_argument("--data", default=str(bundled.calibration_data()))
-    parser.add_argument("--eval-data", default=str(bundled.evaluation_data()))
-    parser.add_argument("--images", type=int, default=1024)
-    parser.add_argument("--eval-images", type=int, default=5000)
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.8, 0.65, 0.5, 0.35])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = judged.options(__doc__, "benchmarks/results/accuracy.jsonl")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--episodes", type=int, help="of PPO; default: that of vpruner run, see played()")
-    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/accuracy.jsonl"))
-    args = parser.parse_args(argv)
-    if args.images < FEWEST_IMAGES:
-        parser.error(f"--images {args.images}: at least {FEWEST_IMAGES} are needed, as some are held out")
-
-    loaded = open_model(args.model)
-    geometry = loaded.adapter.geometry
-    source, eval_source = ImageSource(args.data, split="train"), ImageSource(args.eval_data)
-    label_map, eval_map = (map_labels(s, loaded.classes, geometry.outputs, []) for s in (source, eval_source))
-    eval_set = ImageSet(eval_source, choose_indices(eval_source, args.eval_images, 0), eval_map)
-    evaluation = None
-    done = {tuple(row[k] for k in KEY) for row in (read_rows(args.output) if args.output.exists() else [])}
-    here = environment()
+    args = judged.parse(parser, argv)
+    setting, done = judged.Setting(args), judged.measured(args.output, KEY)
     for seed in args.seeds:
-        image_set = ImageSet(source, choose_indices(source, args.images, seed), label_map)
-        shared = Images(loaded, image_set)
+        shared = setting.images(seed)
         for target in args.targets:
-            common = {
-                "benchmark": "accuracy",
-                "model": loaded.name,
-                "target": target,
-                "seed": seed,
-                "images": len(image_set.indices),
-                "eval_images": len(eval_set.indices),
-                # Names only: paths are nobody's business.
-                "data": Path(args.data).stem,
-                "eval_data": Path(args.eval_data).stem,
-            }
+            common = setting.facts("accuracy", shared, target, seed)
             facts = {
                 method: {**common, "method": method, "episodes": played(method, args.episodes)}
                 for method in args.methods
@@ -264,18 +156,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             missing = [method for method, fact in facts.items() if tuple(fact[k] for k in KEY) not in done]
             candidates = Candidates(shared, target, seed, args.episodes, missing)
             for method in missing:
-                evaluation = evaluation or Evaluation(loaded, eval_set)
                 candidate = METHODS[method](candidates)
-                estimates = evaluation.estimates(candidate)
-                facts[method] |= {
-                    "macs_ratio": cost_ratio(candidate.plan),
-                    "counts": {kind: [len(patches) for patches in getattr(candidate.plan, kind)] for kind in KINDS},
-                    "kept": dict(candidate.kept),
-                    "seconds": round(candidate.seconds, 2),
-                    "environment": here,
-                }
-                append_rows(args.output, [{**e.row("pruned"), **facts[method]} for e in estimates])
-                shown = "  ".join(f"{e.metric} {e.value:.4f}" for e in estimates)
+                rows, shown = setting.rows(candidate, facts[method])
+                append_rows(args.output, rows)
                 undone = "".join(f"  ({stage} undone)" for stage, kept in candidate.kept.items() if not kept)
                 what = f"seed {seed}  target {target}  {method:24}  {candidate.seconds:6.1f} s"
                 print(f"{what}  {shown}{undone}", flush=True)

@@ -115,8 +115,8 @@ def open_comparison(args: argparse.Namespace) -> tuple[Comparison, list[Point]]:
         batches=tuple(args.batch),
     )
     loaded = open_prunable(options.model)
-    calibration, evaluation = choose(options.data, loaded, bundled_model=args.model is None)
-    comparison = Comparison(options, loaded, calibration, evaluation, args.output, args.results)
+    calibration, evaluations = choose(options.data, loaded, bundled_model=args.model is None)
+    comparison = Comparison(options, loaded, calibration, evaluations, args.output, args.results)
     return comparison, comparison.points(chosen_contenders(options))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from tables import (
     ACCURACY_PLOT,
     COMPARE_PLOT,
+    FORMS,
     METHODS,
     ROOT,
+    SEARCH_FORMS_PLOT,
     VLM_ACCURACY_PLOT,
     VLM_KINDS,
     VLM_METHODS,
@@ -63,28 +66,11 @@ def plot_accuracy(rows: list[dict], path: Path) -> None:
             metric = next(metric for metric in PLOTTED if metric in measured)
             label, factor = PLOTTED[metric]
             for method in methods:
-                points = []
-                for (other, _), metrics in results.items():
-                    if other == method and metric in metrics:
-                        values = [factor * row["value"] for row in metrics[metric]]
-                        middle = statistics.fmean(values)
-                        ratio = statistics.fmean(row["macs_ratio"] for row in metrics[metric])
-                        points.append((ratio, middle, middle - min(values), max(values) - middle))
-                if points:
-                    x, y, below, above = zip(*sorted(points), strict=True)
-                    colour, marker, line = styles.get(method, ("#2a9d5c", "x", "-"))
-                    axis.errorbar(
-                        x,
-                        y,
-                        (below, above),
-                        color=colour,
-                        marker=marker,
-                        linestyle=line,
-                        markersize=4,
-                        linewidth=1.2,
-                        elinewidth=0.8,
-                        label=METHODS.get(method, method),
-                    )
+                measured_at = [
+                    metrics[metric] for (o, _), metrics in results.items() if o == method and metric in metrics
+                ]
+                style = styles.get(method, ("#2a9d5c", "x", "-"))
+                _draw_line(axis, measured_at, factor, style, METHODS.get(method, method))
             dense = _dense_top1(results)
             if dense is not None:
                 axis.axhline(100 * dense, color="black", linewidth=0.8, linestyle=(0, (4, 3)), label="dense")
@@ -95,6 +81,65 @@ def plot_accuracy(rows: list[dict], path: Path) -> None:
         for axis in axes[0]:
             handles |= {text: handle for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _draw_line(axis, budgets: Iterable[list[dict]], factor: float, style: tuple[str, str, str], label: str) -> None:
+    """Mean of the seeds at each budget over its multiply-adds, and bars from the least to the most of them.
+
+    Args:
+        budgets: Of each budget the rows of its seeds.
+        factor: What values are multiplied by.
+        style: Colour, marker and line.
+    """
+    points = []
+    for rows in budgets:
+        values = [factor * row["value"] for row in rows]
+        middle = statistics.fmean(values)
+        ratio = statistics.fmean(row["macs_ratio"] for row in rows)
+        points.append((ratio, middle, middle - min(values), max(values) - middle))
+    if points:
+        x, y, below, above = zip(*sorted(points), strict=True)
+        look = dict(zip(("color", "marker", "linestyle"), style, strict=True), markersize=4, linewidth=1.2)
+        axis.errorbar(x, y, (below, above), **look, elinewidth=0.8, label=label)
+
+
+def plot_search_forms(rows: list[dict], path: Path) -> None:
+    """KL over multiply-adds of each form of the search; a row per model, a panel before and one after the refit."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    before, after = (
+        by_model({**row, "method": row["form"]} for row in rows if row["refit"] == r) for r in (False, True)
+    )
+    # What drops whole patches grey, nested exits blue, free sets orange.
+    styles = {
+        "drop": ("#8c8c8c", "^", ":"),
+        "two-exits": ("#4f8fcb", "o", "-"),
+        "exits": ("#17508c", "s", "-"),
+        "free": ("#c2500a", "D", "--"),
+    }
+    look = {"svg.hashsalt": "vpruner", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with pyplot.rc_context(look):
+        figure, axes = pyplot.subplots(
+            len(before), 2, figsize=(9.4, 3.8 * len(before)), squeeze=False, sharey="row", layout="constrained"
+        )
+        for key, panels in zip(before, axes, strict=True):
+            model, images, count = key
+            for axis, found, what in zip(panels, (before, after), ("as searched", "weights refitted"), strict=True):
+                for form, style in styles.items():
+                    budgets = [metrics["kl"] for (other, _), metrics in found.get(key, {}).items() if other == form]
+                    _draw_line(axis, budgets, 1, style, FORMS[form])
+                axis.set(title=f"{model}, {what}", xlabel="multiply-adds, dense = 1", yscale="log")
+                axis.grid(alpha=0.25, linewidth=0.5)
+            panels[0].set_ylabel("KL to dense in nats")
+            text = f"{images:,} calibration images, {count:,} images"
+            panels[1].annotate(text, (0.98, 0.02), xycoords="axes fraction", ha="right", color="#5a5a5a")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
         pyplot.close(figure)
@@ -161,6 +206,7 @@ def draw_all(results: Path) -> None:
     drawn = {
         "accuracy": (plot_accuracy, ACCURACY_PLOT),
         "compare": (compared, COMPARE_PLOT),
+        "search_forms": (plot_search_forms, SEARCH_FORMS_PLOT),
         "vlm_accuracy": (plot_vlm_accuracy, VLM_ACCURACY_PLOT),
     }
     for name, (draw, path) in drawn.items():

@@ -37,6 +37,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "latency_ort": (tables.latency_ort, ("latency_ort",)),
     "onnx_gradients": (tables.onnx_gradients, ("onnx_gradients",)),
     "precision": (tables.precision, ("precision",)),
+    "search_forms": (tables.search_forms, ("search_forms",)),
     "stage_costs": (tables.stage_costs, ("stage_costs",)),
     "summary": (tables.summary, ("compare", "latency_ort")),
     "vlm_accuracy": (tables.vlm_accuracy, ("vlm_accuracy",)),

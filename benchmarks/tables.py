@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from vpruner.report.blocks import Table
@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ACCURACY_PLOT = "benchmarks/results/accuracy.svg"
 VLM_ACCURACY_PLOT = "benchmarks/results/vlm_accuracy.svg"
 COMPARE_PLOT = "benchmarks/results/compare.svg"
+SEARCH_FORMS_PLOT = "benchmarks/results/search_forms.svg"
 #: Method of benchmarks/accuracy.py -> what the table calls it; in the order of the table.
 METHODS = {
     "random": "random exits",
@@ -44,6 +45,13 @@ METHODS = {
     "fisher + ppo + gates": "Fisher + PPO + gates",
     "fisher + tuning": "Fisher + weights",
     "fisher + ppo + weights": "Fisher + PPO + weights (default)",
+}
+#: Form of benchmarks/search_forms.py -> what the table calls it; in the order of the table.
+FORMS = {
+    "drop": "one exit: dropped whole",
+    "two-exits": "two exits: update, key",
+    "exits": "three exits: MLP, query, key (default)",
+    "free": "any sets per block",
 }
 
 
@@ -128,7 +136,20 @@ Results = dict[tuple[str, float], dict[str, list[dict]]]
 
 def accuracy(rows: list[dict]) -> str:
     """A table for each model and its images: methods by budgets, means over the seeds."""
-    lines = _picture("Accuracy over multiply-adds, by method", ACCURACY_PLOT)
+    return "\n".join([*_picture("Accuracy over multiply-adds, by method", ACCURACY_PLOT), *_by_budget(rows, METHODS)])
+
+
+def search_forms(rows: list[dict]) -> str:
+    """The same of the forms that a search may have, as it found them and with refitted weights."""
+    names = {**FORMS, **{f"{form}, refit": f"{name}; refitted" for form, name in FORMS.items()}}
+    methods = [{**row, "method": row["form"] + (", refit" if row["refit"] else "")} for row in rows]
+    picture = _picture("KL divergence over multiply-adds, by form of the masks", SEARCH_FORMS_PLOT)
+    return "\n".join([*picture, *_by_budget(methods, names)])
+
+
+def _by_budget(rows: list[dict], names: Mapping[str, str]) -> list[str]:
+    """Lines of a table for each model and its images; ``names`` are those of methods, in the order of the table."""
+    lines = []
     for (model, _, _), results in by_model(rows).items():
         targets = sorted({target for _, target in results}, reverse=True)
         shown = _shown_metrics(results)
@@ -136,11 +157,11 @@ def accuracy(rows: list[dict]) -> str:
         head = f"{model}: {' / '.join(METRICS[metric] for metric in shown)}"
         heads = [*(f"{t:g}" for t in targets), "time"]
         lines += [f"| {head} | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
-        for method in in_table_order(method for method, _ in results):
+        for method in in_table_order((method for method, _ in results), names):
             cells = [_accuracy_cell(results.get((method, target), {}), shown, len(seeds)) for target in targets]
-            lines.append(f"| {METHODS.get(method, method)} | {' | '.join(cells)} | {_seconds_cell(method, results)} |")
+            lines.append(f"| {names.get(method, method)} | {' | '.join(cells)} | {_seconds_cell(method, results)} |")
         lines += ["", _accuracy_caption(results), ""]
-    return "\n".join(lines[:-1])
+    return lines[:-1]
 
 
 def _picture(title: str, path: str) -> list[str]:
@@ -160,8 +181,8 @@ def by_model(rows: Iterable[dict]) -> dict[tuple[str, int, int], Results]:
     return found
 
 
-def in_table_order(methods: Iterable[str]) -> list[str]:
-    known = list(METHODS)
+def in_table_order(methods: Iterable[str], names: Iterable[str] = METHODS) -> list[str]:
+    known = list(names)
     return sorted(set(methods), key=lambda method: (known.index(method) if method in known else len(known), method))
 
 
@@ -210,7 +231,7 @@ def _seconds_cell(method: str, results: Results) -> str:
 
 def _accuracy_caption(results: Results) -> str:
     rows = [row for metrics in results.values() for group in metrics.values() for row in group]
-    seeds, episodes = _seeds(results), sorted({row["episodes"] for row in rows if row["episodes"]})
+    seeds, episodes = _seeds(results), sorted({row["episodes"] for row in rows if row.get("episodes")})
     fewer = any(len(group) < len(seeds) for metrics in results.values() for group in metrics.values())
     sentences = [
         f"Mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else "One seed",

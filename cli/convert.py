@@ -10,6 +10,7 @@ from ..core.choices import CALIBRATIONS, PRECISIONS
 from .catalogue import command
 from .console import print_json, print_table, report_progress
 from .options import eval_images_option, int8_images_option, io_option, json_option, preprocessing_options, quiet_option
+from .types import evaluation_sets
 
 
 @command
@@ -32,7 +33,11 @@ from .options import eval_images_option, int8_images_option, io_option, json_opt
 )
 @click.option("--first-and-last", is_flag=True, help="int8: quantize the patch embedding and the classifier too.")
 @click.option(
-    "--eval-data", metavar="PATH", help="Images to compare the two files on; with labels, accuracy is measured too."
+    "--eval-data",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    callback=evaluation_sets,
+    help="Images to compare the two files on; with labels, accuracy is measured too. May be repeated with names.",
 )
 @eval_images_option
 @click.option(
@@ -56,9 +61,11 @@ def convert(model, precision, images, eval_images, output, as_json, quiet, **opt
 
     report_progress(quiet)
     check_output(output, ".onnx", model)
-    done, cost, what = convert_checked(model, output, precision, count=images, eval_count=eval_images, **options)
+    done, compared = convert_checked(model, output, precision, count=images, eval_count=eval_images, **options)
     if as_json:
-        print_json({**done.to_json(), "compared_on": what, "agreement": cost.to_json()})
+        first, *others = (one.to_json() for one in compared)
+        print_json({**done.to_json(), **first, **({"further": others} if others else {})})
         return
-    print_table(conversion_table(done.to_json(), cost.to_json(), what))
+    for one in compared:
+        print_table(conversion_table(done.to_json(), one.agreement.to_json(), one.what))
     click.echo(output)

@@ -27,7 +27,7 @@ from ..core.choices import (
     TUNINGS,
 )
 from ..export.targets import TARGETS
-from .types import PerChannel, Seconds, key_values, precision_names
+from .types import PerChannel, Seconds, evaluation_sets, key_values, precision_names
 
 
 def specs(**kinds: type) -> Callable:
@@ -157,7 +157,14 @@ preprocessing_options = stacked(
     ),
     _gathered_preprocessing,
 )
-eval_data_option = click.option("--eval-data", metavar="PATH", help="Evaluation images: nothing is learned from them.")
+eval_data_option = click.option(
+    "--eval-data",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    callback=evaluation_sets,
+    help="Evaluation images: nothing is learned from them. May be repeated with names: what is lost on each set is "
+    "reported, and everything else goes by the first.",
+)
 eval_images_option = click.option(
     "--eval-images",
     default=EVAL_IMAGES,

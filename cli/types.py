@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import os
 from typing import Any
 
 import click
@@ -11,6 +12,7 @@ import click
 from ..core.choices import PRECISIONS
 from ..core.errors import UserError
 from ..core.json_file import parse_json
+from ..core.specs import EvalSet, eval_sets
 
 
 class Layers(click.ParamType):
@@ -66,6 +68,19 @@ def key_values(ctx: click.Context, parameter: click.Parameter, values: tuple[str
             raise click.BadParameter(f"{value!r} is not key=value, as in --model-arg img_size=384")
         result[key] = read_value(text)
     return result
+
+
+def evaluation_sets(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[EvalSet, ...]:
+    """``("clean=val/", "noise=noise.tar")`` -> the sets ``clean`` and ``noise``; ``("val/",)`` -> one without a name.
+
+    A file or folder with ``=`` in its path is a path, and so is what has a slash before the first ``=``.
+    """
+    sets = []
+    for value in values:
+        name, equals, path = value.partition("=")
+        is_path = not equals or os.path.exists(value) or "/" in name or os.sep in name
+        sets.append(EvalSet(value) if is_path else EvalSet(path, name))
+    return eval_sets(tuple(sets))
 
 
 #: Longer than any value of an argument: Python's parser is not given more.

@@ -46,6 +46,7 @@ class Compared(_Row):
     seconds: float
     form: str
     eval_data: _Images
+    eval_set: str | UnsetType = UNSET
     data: _Images | None = None
     cpu_seconds: float | None = None
     note: str | None = None

@@ -86,15 +86,20 @@ class ParityRow(_Parity, total=False):
     own_error: float | None
 
 
-class AccuracyRow(_Row):
-    """An estimate with its 95 % interval; None where one image has none."""
-
+class _Accuracy(_Row):
     label: str
     metric: str
     value: float
     low: float | None
     high: float | None
     count: int
+
+
+class AccuracyRow(_Accuracy, total=False):
+    """An estimate with its 95 % interval; None where one image has none. ``eval_set`` is the name of the evaluation
+    set, if it has one; of several sets the first is the one that summaries go by."""
+
+    eval_set: str
 
 
 class LatencyRow(_Row):
@@ -174,7 +179,8 @@ class AnalysisRow(_Row):
 
 
 class ComparedRow(_Row):
-    """What a method made of a model within a budget; ``failure`` says why it made nothing."""
+    """What a method made of a model within a budget; ``failure`` says why it made nothing. On several evaluation sets
+    there is a row for each; ``eval_set`` as in :class:`AccuracyRow`."""
 
     key: str
     method: str

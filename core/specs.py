@@ -6,6 +6,7 @@ Commands, the Python API and benchmarks build these; the library takes them whol
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,26 +78,79 @@ class ModelSpec:
         return tuple(path for path in (self.what, self.weights) if isinstance(path, (str, Path)))
 
 
+#: Names stand in rows and in the lines of tables.
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,23}")
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Evaluation images, as the user gives them.
+
+    Attributes:
+        data: A folder, a tar or a timm data set, or an opened source.
+        name: What rows and tables call the set; None for one without a name.
+    """
+
+    data: Any
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is not None and not (isinstance(self.name, str) and _NAME.fullmatch(self.name)):
+            raise UserError(
+                f"{option('eval_data')} calls a set {self.name!r:.60}",
+                "expected a name of at most 24 letters, digits, - and _, a letter first",
+            )
+        if isinstance(self.data, str) and not self.data:
+            of = "" if self.name is None else f" of {self.name!r}"
+            raise UserError(f"{option('eval_data')}: the path{of} is empty", "give a folder, a .tar or a data set")
+
+
+def eval_sets(given: Any) -> tuple[EvalSet, ...]:
+    """What a user gives for evaluation images, as sets: one of them, a mapping from names, sets, or None for nothing.
+
+    Raises:
+        UserError: A name cannot be used, is there twice, or is missing where it is needed.
+    """
+    if isinstance(given, Mapping):
+        if not given:
+            raise UserError(f"{option('eval_data')} holds no set", "give at least one, or leave it out")
+        given = tuple(EvalSet(data, name) for name, data in given.items())
+    elif given is None or not (isinstance(given, tuple) and all(isinstance(one, EvalSet) for one in given)):
+        given = () if given is None else (EvalSet(given),)
+    names = [one.name for one in given]
+    for position, one in enumerate(given[1:], 1):
+        if one.name is None:
+            raise UserError(
+                f"{option('eval_data')} is given {len(given)} times, and {one.data} has no name",
+                f"name every set but the first: {option('eval_data', 'NAME=PATH')}",
+            )
+        if one.name in names[:position]:
+            raise UserError(f"{option('eval_data')} has two sets called {one.name!r}", "give each a name of its own")
+    return given
+
+
 @dataclass(frozen=True)
 class DataSpec:
     """Which images calibrate, and which are reported on.
 
     Attributes:
         data: Calibration images: a folder, a tar or a timm data set, or an opened source; None for the bundled ones.
-        eval_data: Images to report on, never learned from; None: a part of ``data`` is put aside.
-        images, eval_images: How many are used at most.
+        eval_data: Sets of images to report on, never learned from, given as :func:`eval_sets` takes them. What needs
+            one set goes by the first. Without any, a part of ``data`` is put aside.
+        images, eval_images: How many are used at most, of each set.
         seed: Of the choice.
         strict: Whether an unreadable image is an error; otherwise it is skipped and counted.
     """
 
     data: Any = None
-    eval_data: Any = None
+    eval_data: tuple[EvalSet, ...] = ()
     images: int = IMAGES
     eval_images: int = EVAL_IMAGES
     seed: int = 0
     strict: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eval_data", eval_sets(self.eval_data))
         _check_at_least(1, images=self.images, eval_images=self.eval_images)
         _check_at_least(0, seed=self.seed)
 

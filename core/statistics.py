@@ -36,8 +36,10 @@ class Estimate:
     high: float | None
     count: int
 
-    def row(self, label: str) -> dict[str, Any]:
-        return {"schema": 1, "kind": "accuracy", "label": label, **asdict(self)}
+    def row(self, label: str, eval_set: str | None = None) -> dict[str, Any]:
+        """A row about the model ``label``, on the evaluation set of that name, if it has one."""
+        named = {} if eval_set is None else {"eval_set": eval_set}
+        return {"schema": 1, "kind": "accuracy", "label": label, **named, **asdict(self)}
 
 
 def proportion(metric: str, hits: np.ndarray) -> Estimate:

@@ -9,7 +9,7 @@ from ..core import progress
 from ..core.files import atomic_path
 from ..core.specs import DataSpec, ModelSpec
 from ..core.text import counted
-from .inputs import at_least_one, one_set, open_prunable
+from .inputs import at_least_one, calibration_set, open_prunable
 
 
 def analyze(model: ModelSpec, data: DataSpec, picture: Path | None = None) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def analyze(model: ModelSpec, data: DataSpec, picture: Path | None = None) -> di
 
     loaded = open_prunable(model, softmax=True)
     adapter = loaded.adapter
-    chosen = one_set(loaded.classes, adapter.geometry, data, "calibration")
+    chosen = calibration_set(loaded.classes, adapter.geometry, data)
     batches = at_least_one(chosen.batches(loaded.preprocessing, batch_size_for(adapter.geometry, most=32)), chosen)
     with progress.stage("Analyzing", total=len(chosen.indices)) as advance:
         analysis = analyze_model(adapter, (batch for batch, _ in batches), on_batch=advance)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,11 +15,44 @@ from ..core.files import scratch_beside
 from ..core.json_file import canonical_json
 from ..core.metadata import PREPROCESSING, ModelMetadata
 from ..core.preprocess import Preprocessing, resolve_preprocessing
+from ..core.specs import DataSpec, EvalSet, eval_sets
 from ..core.text import option
 from ..export import quantize
 from ..export.files import move_model
 from ..export.graph import Graph, OpenedGraph, open_graph
 from ..export.precision import NOISE_IMAGES, Agreement, Conversion, agreement, convert
+from .inputs import evaluation_sets, role_of
+
+if TYPE_CHECKING:
+    from ..prune.data import ImageSet
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A converted file against the one it is made from.
+
+    Attributes:
+        what: What they were compared on, in words.
+        eval_set: The name of the evaluation set; None for one without a name.
+    """
+
+    agreement: Agreement
+    what: str
+    eval_set: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        named = {} if self.eval_set is None else {"eval_set": self.eval_set}
+        return {**named, "compared_on": self.what, "agreement": self.agreement.to_json()}
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Images to compare on: float32 [image, channel, height, width], int64 [image] or None; the rest as above."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    what: str
+    eval_set: str | None = None
 
 
 def convert_checked(
@@ -35,23 +68,24 @@ def convert_checked(
     strict: bool = False,
     preprocessing: Mapping[str, Any] | None = None,
     **options: Any,
-) -> tuple[Conversion, Agreement, str]:
+) -> tuple[Conversion, tuple[Compared, ...]]:
     """Convert a graph and compare the two on images; the file appears only when its outputs are finite.
 
     Args:
         graph: A file, a model in memory, or an opened graph.
         data, count: Calibration images of static INT8. Without ``eval_data`` a quarter is put aside to compare on.
-        eval_data, eval_count: Images to compare on; without any, seeded noise for the other precisions.
+        eval_data, eval_count: Images to compare on, as :func:`~vpruner.core.specs.eval_sets` takes them; without any,
+            seeded noise for the other precisions.
         preprocessing: How images become the input, over what the file says; written into the converted file. Fields of
             :class:`~vpruner.core.preprocess.Preprocessing` but for the size.
         options: Of :func:`convert`.
 
     Returns:
-        The conversion, the agreement, and in words what it was measured on.
+        The conversion, and the agreement on each evaluation set.
     """
     opened = open_graph(graph)
-    calibration, evaluation, labels, what, prepared = _images(
-        opened, precision, data, count, eval_data, eval_count, seed, strict, preprocessing or {}
+    calibration, sets, prepared = _images(
+        opened, precision, data, count, eval_sets(eval_data), eval_count, seed, strict, preprocessing or {}
     )
     if preprocessing:
         options["props"] = {PREPROCESSING: canonical_json(prepared.to_json())}
@@ -59,11 +93,15 @@ def convert_checked(
         with progress.stage(f"Converting to {precision}"):
             done = convert(opened, scratch / output.name, precision, images=calibration, **options)
         with progress.stage("Comparing", unit="images"):
-            cost = agreement(opened, done.path, evaluation, labels)
+            compared = tuple(
+                Compared(agreement(opened, done.path, one.images, one.labels), one.what, one.eval_set) for one in sets
+            )
         move_model(done.path, output)
-    for sentence in cost.beyond:
-        progress.remark(f"{precision} costs more than expected: {sentence}")
-    return replace(done, path=output), cost, what
+    for one in compared:
+        on = "" if one.eval_set is None else f" on {one.eval_set}"
+        for sentence in one.agreement.beyond:
+            progress.remark(f"{precision} costs more than expected{on}: {sentence}")
+    return replace(done, path=output), compared
 
 
 def _images(
@@ -71,13 +109,13 @@ def _images(
     precision: str,
     data: Any,
     count: int,
-    eval_data: Any,
+    eval_data: Sequence[EvalSet],
     eval_count: int,
     seed: int,
     strict: bool,
     preprocessing: Mapping[str, Any],
-) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None, str, Preprocessing | None]:
-    """Calibration images (None but for static INT8), images to compare on, their labels, what they are, how prepared.
+) -> tuple[np.ndarray | None, list[_Inputs], Preprocessing | None]:
+    """Calibration images (None but for static INT8), sets of images to compare on, and how they are prepared.
 
     The last is None where no image was read and ``preprocessing`` says nothing.
     """
@@ -94,7 +132,7 @@ def _images(
     shape = next(value.shape for value in model.graph.inputs if value.name == name)
     fixed = shape is not None and len(shape) == 4 and all(isinstance(size, int) for size in shape[1:])
     about = ModelMetadata.from_props(model.metadata_props, source)
-    noise_serves = precision != "int8" and eval_data is None
+    noise_serves = precision != "int8" and not eval_data
     prepared = None
     if preprocessing or not noise_serves:
         size = tuple(map(int, shape[2:])) if fixed else None
@@ -103,12 +141,10 @@ def _images(
         if not fixed:
             raise UserError(f"{source}: the input {name} has no fixed image size", "expected [batch, 3, height, width]")
         noise = np.random.default_rng(seed).standard_normal((NOISE_IMAGES, *map(int, shape[1:])), dtype=np.float32)
-        return None, noise, None, f"{NOISE_IMAGES} noise images", prepared
+        return None, [_Inputs(noise, None, f"{NOISE_IMAGES} noise images")], prepared
     outputs = model.graph.outputs[0].shape
     classes = outputs[-1] if about.output == "logits" and outputs is not None and isinstance(outputs[-1], int) else None
-    from ..prune.choose_images import choose_images, choose_indices, map_labels
-    from ..prune.data import ImageSet
-    from ..prune.memory import open_source
+    from ..prune.choose_images import choose_images
 
     remarks: list[str] = []
     calibration = None
@@ -117,7 +153,7 @@ def _images(
             raise UserError(
                 "static int8 is calibrated on images", f"give them with {option('data', 'DIR')}, or use int8-dynamic"
             )
-        calibration, evaluation, remarks = choose_images(
+        calibration, evaluations, remarks = choose_images(
             data,
             eval_data,
             calibration=count,
@@ -128,18 +164,22 @@ def _images(
             strict=strict,
         )
     else:
-        files = open_source(eval_data, split="validation")
-        labels = map_labels(files, about.classes, classes, remarks)
-        evaluation = ImageSet(files, choose_indices(files, eval_count, seed), labels, strict)
-    read = []
-    for role, images in (("calibration", calibration), ("evaluation", evaluation)):
-        found = [] if images is None else list(images.images())
-        if images is not None:
-            images.require_any()
-            remarks.append(images.remark(role))
-        read.append((prepared.batch([image for image, _ in found]) if found else None, found))
+        given = DataSpec(eval_data=eval_data, eval_images=eval_count, seed=seed, strict=strict)
+        evaluations = evaluation_sets(about.classes, classes, given)
+
+    def read(images: ImageSet, role: str) -> tuple[np.ndarray, list[int | None]]:
+        found = list(images.images())
+        images.require_any()
+        remarks.append(images.remark(role))
+        return prepared.batch([image for image, _ in found]), [label for _, label in found]
+
+    inputs = None if calibration is None else read(calibration, "calibration")[0]
+    sets = []
+    for images in evaluations:
+        compared, labels = read(images, role_of(images))
+        name = "" if images.name is None else f"{images.name}: "
+        what = f"{name}{len(compared)} images of {images.source.spec}"
+        sets.append(_Inputs(compared, np.asarray(labels) if images.labelled else None, what, images.name))
     for remark in remarks:
         progress.remark(remark)
-    (inputs, _), (compared, found) = read
-    labels = np.asarray([label for _, label in found]) if evaluation.labelled else None
-    return inputs, compared, labels, f"{len(found)} images of {evaluation.source.spec}", prepared
+    return inputs, sets, prepared

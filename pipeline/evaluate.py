@@ -15,9 +15,10 @@ from ..core.errors import UserError
 from ..core.plan import Geometry, TokenPlan
 from ..core.specs import DataSpec, ModelSpec
 from ..core.text import command, option
-from .inputs import at_least_one, one_set, open_torch, refuse_preprocessing
+from .inputs import at_least_one, evaluation_sets, open_torch, refuse_preprocessing, role_of
 from .learned import remark_untuned, rule_of
 from .options import EXAMPLE_IMAGES
+from .results import estimate_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from ..prune.data import ImageSet
     from ..prune.loaded import LoadedModel
     from ..runtime.ort import OrtSession
+
+    #: Name of the evaluation set -> label of the model -> estimates.
+    _Estimates = dict[str | None, dict[str, list[Estimate]]]
 
 
 @contextmanager
@@ -132,33 +136,38 @@ def evaluate(
             raise UserError(
                 f"{model.what} is an ONNX file: {named} and such go with a PyTorch model", f"use {option('against')}"
             )
-        estimates, images = _evaluate_onnx(model, data, Path(against) if isinstance(against, str) else against)
+        estimates, sets = _evaluate_onnx(model, data, Path(against) if isinstance(against, str) else against)
     else:
         if against is not None:
             raise UserError(f"{option('against')} goes with an ONNX file", f"for a PyTorch model give {option('plan')}")
         refuse_preprocessing(model.preprocessing)
         if plan is None and plan_path:
             plan = load_plan(plan_path)
-        estimates, images = _evaluate_torch(model, data, plan, plan_path, weights)
-    progress.remark(images.remark("evaluation"))
-    return [estimate.row(label) for label, values in estimates.items() for estimate in values]
+        estimates, sets = _evaluate_torch(model, data, plan, plan_path, weights)
+    for images in sets:
+        progress.remark(images.remark(role_of(images)))
+    return estimate_rows(estimates)
 
 
-def _images_for(classes: Sequence[str] | None, geometry: Geometry, data: DataSpec, compares: bool) -> ImageSet:
-    """Evaluation images; without labels something must be compared with."""
-    images = one_set(classes, geometry, data, "evaluation")
-    if not compares and not images.labelled:
-        against, plan = option("against", "DENSE.ONNX"), option("plan")
-        raise UserError(
-            "nothing to measure: no labels, and nothing to compare with",
-            f"give the dense model with {against}, or a plan with {plan} for a PyTorch model",
-        )
-    return images
+def _sets_for(
+    classes: Sequence[str] | None, geometry: Geometry, data: DataSpec, compares: bool
+) -> tuple[ImageSet, ...]:
+    """Evaluation sets; without labels something must be compared with."""
+    sets = evaluation_sets(classes, geometry.class_count, data)
+    for images in sets:
+        if not compares and not images.labelled:
+            against, plan = option("against", "DENSE.ONNX"), option("plan")
+            of = "" if images.name is None else f" of {images.name!r}"
+            raise UserError(
+                f"nothing to measure{of}: no labels, and nothing to compare with",
+                f"give the dense model with {against}, or a plan with {plan} for a PyTorch model",
+            )
+    return sets
 
 
 def _evaluate_onnx(
     model: ModelSpec, data: DataSpec, against: Path | LoadedModel | None
-) -> tuple[dict[str, list[Estimate]], ImageSet]:
+) -> tuple[_Estimates, tuple[ImageSet, ...]]:
     from ..core.preprocess import resolve_preprocessing
 
     path = Path(model.what)
@@ -187,10 +196,12 @@ def _evaluate_onnx(
                 size=metadata.geometry.image_size,
                 source=str(session.path),
             )
-        images = _images_for(metadata.classes, metadata.geometry, data, against is not None)
-        with progress.stage("Evaluating", len(images.indices)) as advance:
-            estimates, _ = evaluate_graphs(sessions, images, metadata.geometry, advance)
-    return estimates, images
+        sets = _sets_for(metadata.classes, metadata.geometry, data, against is not None)
+        with progress.stage("Evaluating", sum(len(images.indices) for images in sets)) as advance:
+            estimates = {
+                images.name: evaluate_graphs(sessions, images, metadata.geometry, advance)[0] for images in sets
+            }
+    return estimates, sets
 
 
 class InPyTorch:
@@ -249,7 +260,7 @@ def _evaluate_torch(
     plan: TokenPlan | ContentPlan | None,
     plan_path: str | Path | None,
     weights: Mapping[str, Tensor] | None,
-) -> tuple[dict[str, list[Estimate]], ImageSet]:
+) -> tuple[_Estimates, tuple[ImageSet, ...]]:
     import torch
 
     from ..core.finite import check_finite
@@ -269,7 +280,7 @@ def _evaluate_torch(
     if tuned:
         again = command("evaluate", "pruned.onnx", against="dense.onnx")
         progress.remark(f"these weights are tuned, not the dense model's; to see what the model lost, run: {again}")
-    images = _images_for(loaded.classes, adapter.geometry, data, plan is not None and not tuned)
+    sets = _sets_for(loaded.classes, adapter.geometry, data, plan is not None and not tuned)
 
     def dense(batch):
         with torch.inference_mode():
@@ -284,15 +295,18 @@ def _evaluate_torch(
     if tuned:
         del runners["dense"]
     names = {"dense": loaded.name, "pruned": f"{loaded.name}, pruned"}
-    with progress.stage("Evaluating", len(images.indices)) as advance:
-        stream = images.batches(loaded.preprocessing, batch_size_for(adapter.geometry, most=64))
-        outputs = collect_outputs(
-            runners,
-            at_least_one(stream, images),
-            on_batch=advance,
-            not_finite=lambda label, values: check_finite(values, names[label]),
-        )
-    return compare(outputs, baseline=next(iter(runners)), output=adapter.geometry.output), images
+    estimates: _Estimates = {}
+    with progress.stage("Evaluating", sum(len(images.indices) for images in sets)) as advance:
+        for images in sets:
+            stream = images.batches(loaded.preprocessing, batch_size_for(adapter.geometry, most=64))
+            outputs = collect_outputs(
+                runners,
+                at_least_one(stream, images),
+                on_batch=advance,
+                not_finite=lambda label, values: check_finite(values, names[label]),
+            )
+            estimates[images.name] = compare(outputs, baseline=next(iter(runners)), output=adapter.geometry.output)
+    return estimates, sets
 
 
 def check_against(model: Path, against: Path) -> None:

@@ -17,7 +17,7 @@ from ..core.plan import TokenPlan
 from ..core.specs import DataSpec, ExportSpec, PrecisionSpec
 from ..core.text import command, option
 from .graphs import Reduced, write_graphs
-from .inputs import at_least_one, noise_images, one_set
+from .inputs import at_least_one, calibration_set, noise_images
 from .learned import remark_untuned, rule_of
 from .options import RULE_PARITY_IMAGES
 from .precisions import precision_check
@@ -245,7 +245,7 @@ def export_reduced(
         converted, conversions = [], []
         for name in precision.precisions:
             path = beside(folder / output.name, name)
-            done, cost, what = convert_checked(
+            done, (compared,) = convert_checked(
                 written.last,
                 path,
                 name,
@@ -254,8 +254,8 @@ def export_reduced(
                 count=images,
             )
             converted.append(path)
-            conversions.append((replace(done, path=beside(output, name)), cost, what))
-            checks.append(precision_check(path.name, output.name, cost))
+            conversions.append((replace(done, path=beside(output, name)), compared.agreement, compared.what))
+            checks.append(precision_check(path.name, output.name, compared.agreement))
         move_model(written.last, output)
         for path in converted:
             move_model(path, output.with_name(path.name))
@@ -288,7 +288,7 @@ def _calibrated(loaded: LoadedModel, method: MethodSpec, data: Any, count: int) 
     if not find_method(method.name).fixed_counts:
         raise counts_depend(method.name)
     geometry = loaded.adapter.geometry
-    calibration = one_set(loaded.classes, geometry, DataSpec(data=data, images=count, seed=method.seed), "calibration")
+    calibration = calibration_set(loaded.classes, geometry, DataSpec(data=data, images=count, seed=method.seed))
     images, _ = next(at_least_one(calibration.batches(loaded.preprocessing, count), calibration))
     progress.remark(calibration.remark("calibration"))
     made = make_pruning(loaded, method, images)

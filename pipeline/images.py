@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..core import progress
 from ..core.choices import EVAL_IMAGES, IMAGES
 from ..core.errors import UserError
-from ..core.specs import DataSpec
+from ..core.specs import DataSpec, EvalSet, eval_sets
 from .calls import job
 
 if TYPE_CHECKING:
@@ -75,34 +75,59 @@ def open_images(
         return Images(open_source(path, split=split, limit=limit), limit, seed, strict)
 
 
-def images_for(what: Any, role: str) -> tuple[Images, DataSpec]:
-    """Images of a call, opened, as its data: ``role`` is ``"calibration"`` or ``"evaluation"``."""
-    learns = role == "calibration"
+def images_for(what: Any) -> tuple[Images, DataSpec]:
+    """Calibration images of a call, opened, and as its data."""
     if what is None:
         from ..core import bundled
 
-        progress.remark(f"no images given: the bundled CIFAR-10 images serve for {role}")
-        what = str(bundled.calibration_data() if learns else bundled.evaluation_data())
-    images = open_images(what, split="train" if learns else "validation")
-    spec = DataSpec(seed=images.seed, strict=images.strict)
-    if learns:
-        return images, replace(spec, data=images.source, images=images.limit or IMAGES)
-    return images, replace(spec, eval_data=images.source, eval_images=images.limit or EVAL_IMAGES)
+        progress.remark("no images given: the bundled CIFAR-10 images serve for calibration")
+        what = str(bundled.calibration_data())
+    images = open_images(what)
+    return images, DataSpec(images.source, images=images.limit or IMAGES, seed=images.seed, strict=images.strict)
+
+
+def evaluation_of(what: Any) -> DataSpec:
+    """Evaluation images of a call, opened, as its data: one set, or a mapping from names to sets."""
+    if what is None:
+        from ..core import bundled
+
+        progress.remark("no images given: the bundled CIFAR-10 images serve for evaluation")
+        what = str(bundled.evaluation_data())
+    sets = eval_sets(what)
+    opened = [open_images(one.data, split="validation") for one in sets]
+    return DataSpec(
+        eval_data=tuple(EvalSet(images.source, one.name) for one, images in zip(sets, opened, strict=True)),
+        eval_images=opened[0].limit or EVAL_IMAGES,
+        seed=opened[0].seed,
+        strict=any(images.strict for images in opened),
+    )
 
 
 def data_of(
     data: Any, eval_data: Any, images: int | None, eval_images: int | None, seed: int, default: int
 ) -> DataSpec:
-    """Images of a run or a comparison: paths as they are, everything else opened."""
+    """Images of a run or a comparison: paths as they are, everything else opened.
+
+    Args:
+        eval_data: One set, or a mapping from names to sets; None for nothing.
+    """
     limits: dict[str, int | None] = {"data": images, "eval_data": eval_images}
-    given, strict = {"data": data, "eval_data": eval_data}, False
-    for role, what in given.items():
-        if what is not None and not isinstance(what, (str, os.PathLike)):
-            opened = open_images(what)
-            given[role], limits[role] = opened.source, limits[role] or opened.limit
-            strict = strict or opened.strict
+    strict = False
+
+    def opened(role: str, what: Any) -> Any:
+        nonlocal strict
+        if what is None or isinstance(what, (str, os.PathLike)):
+            return what
+        images = open_images(what)
+        limits[role] = limits[role] or images.limit
+        strict = strict or images.strict
+        return images.source
+
+    source = opened("data", data)
+    sets = tuple(EvalSet(opened("eval_data", one.data), one.name) for one in eval_sets(eval_data))
     return DataSpec(
-        **given,
+        source,
+        sets,
         images=limits["data"] or default,
         eval_images=limits["eval_data"] or EVAL_IMAGES,
         seed=seed,

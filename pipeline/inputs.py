@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..core import progress
 from ..core.errors import UserError
 from ..core.plan import Geometry
-from ..core.specs import DataSpec, ModelSpec
+from ..core.specs import DataSpec, EvalSet, ModelSpec
 from ..core.text import command, option
 from .options import PARITY_IMAGES
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from ..prune.loaded import LoadedModel
 
 
-def choose(data: DataSpec, loaded: LoadedModel, *, bundled_model: bool) -> tuple[ImageSet, ImageSet]:
-    """Calibration and evaluation images, with the remarks passed on.
+def choose(data: DataSpec, loaded: LoadedModel, *, bundled_model: bool) -> tuple[ImageSet, tuple[ImageSet, ...]]:
+    """Calibration images and the evaluation sets, at least one, with the remarks passed on.
 
     Args:
         bundled_model: Whether the bundled images are images like those that the model was trained on.
     """
     from ..prune.choose_images import choose_images
 
-    calibration, evaluation, remarks = choose_images(
+    calibration, evaluations, remarks = choose_images(
         data.data,
         data.eval_data,
         calibration=data.images,
@@ -39,14 +39,20 @@ def choose(data: DataSpec, loaded: LoadedModel, *, bundled_model: bool) -> tuple
         seed=data.seed,
         strict=data.strict,
     )
-    if data.data is None and data.eval_data is None and not bundled_model:
+    if data.data is None and not data.eval_data and not bundled_model:
         progress.remark(
             f"no {option('data')}: the bundled CIFAR-10 images calibrate; give images like those the model will see"
         )
     for remark in remarks:
         progress.remark(remark)
-    require_readable(evaluation)
-    return calibration, evaluation
+    for images in evaluations:
+        require_readable(images)
+    return calibration, evaluations
+
+
+def role_of(images: ImageSet) -> str:
+    """What messages call an evaluation set: ``"evaluation"``, or ``"'noise' evaluation"`` where it has a name."""
+    return "evaluation" if images.name is None else f"{images.name!r} evaluation"
 
 
 def require_readable(images: ImageSet) -> None:
@@ -178,25 +184,45 @@ def open_cost(
     return cost
 
 
-def one_set(classes: Sequence[str] | None, geometry: Geometry, data: DataSpec, role: str) -> ImageSet:
-    """Images for a command that reads a single source: ``role`` is ``"calibration"`` or ``"evaluation"``."""
+def calibration_set(classes: Sequence[str] | None, geometry: Geometry, data: DataSpec) -> ImageSet:
+    """Images for a command that learns alone; the bundled ones where none are named."""
     from ..core import bundled
+
+    what = data.data
+    if what is None:
+        progress.remark(f"no {option('data')}: the bundled CIFAR-10 images serve for calibration")
+        what = str(bundled.calibration_data())
+    return _chosen(EvalSet(what), "train", data.images, classes, geometry.class_count, data)
+
+
+def evaluation_sets(classes: Sequence[str] | None, outputs: int | None, data: DataSpec) -> tuple[ImageSet, ...]:
+    """Images for a command that reports alone, at least one set; the bundled ones where none are named.
+
+    Args:
+        classes, outputs: Names and number of the model's classes, as far as it has them.
+    """
+    from ..core import bundled
+
+    sets = data.eval_data
+    if not sets:
+        progress.remark(f"no {option('eval_data')}: the bundled CIFAR-10 images serve for evaluation")
+        sets = (EvalSet(str(bundled.evaluation_data())),)
+    return tuple(_chosen(one, "validation", data.eval_images, classes, outputs, data) for one in sets)
+
+
+def _chosen(
+    one: EvalSet, split: str, count: int, classes: Sequence[str] | None, outputs: int | None, data: DataSpec
+) -> ImageSet:
     from ..prune.choose_images import choose_indices, map_labels
     from ..prune.data import ImageSet
     from ..prune.memory import open_source
 
-    learns = role == "calibration"
-    spec, count = (data.data, data.images) if learns else (data.eval_data, data.eval_images)
-    if spec is None:
-        missing = option("data" if learns else "eval_data")
-        progress.remark(f"no {missing}: the bundled CIFAR-10 images serve for {role}")
-        spec = str(bundled.calibration_data() if learns else bundled.evaluation_data())
-    source = open_source(spec, split="train" if learns else "validation")
+    source = open_source(one.data, split=split)
     remarks: list[str] = []
-    label_map = map_labels(source, classes, geometry.class_count, remarks)
+    label_map = map_labels(source, classes, outputs, remarks)
     for remark in remarks:
         progress.remark(remark)
-    return ImageSet(source, choose_indices(source, count, data.seed), label_map, data.strict)
+    return ImageSet(source, choose_indices(source, count, data.seed), label_map, data.strict, name=one.name)
 
 
 def refuse_preprocessing(given: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..core.specs import DataSpec, LearnSpec, ModelSpec
 from .folders import check_output
-from .inputs import one_set, open_cost, open_prunable
+from .inputs import calibration_set, open_cost, open_prunable
 from .learned import check_learn, check_tuned_output, replace_learned, tuned_beside
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Sa
     loaded = open_prunable(model, loss=spec.loss, softmax=True)
     geometry = loaded.adapter.geometry
     cost = open_cost(spec.cost, loaded.name, geometry)
-    calibration = one_set(loaded.classes, geometry, data, "calibration")
+    calibration = calibration_set(loaded.classes, geometry, data)
     learned = learn(loaded, calibration, spec, cost=cost)
     return save_pruned(loaded, learned, output, (*model.files, spec.checkpoint))
 

@@ -146,7 +146,7 @@ class Pruned:
         from .export import export
 
         path = checked_output(output, precision, *self.files, self.plan_path)
-        source = None if data is None else images_for(data, "calibration")[0].source
+        source = None if data is None else images_for(data)[0].source
         return export(self.loaded, path, form, precision, data=source, images=images, tokens=tokens, **self.reduction)
 
     def _tables(self) -> list[Table]:

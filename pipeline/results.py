@@ -23,10 +23,25 @@ if TYPE_CHECKING:
     from ..prune.learned import Learned
 
 
-def accuracy_rows(estimates: Mapping[str, Sequence[Estimate]], precisions: Mapping[str, str]) -> list[dict[str, Any]]:
-    """One row per estimate, with its precision: ``fp32`` where ``precisions`` has none for the label."""
-    rows = [estimate.row(label) for label, values in estimates.items() for estimate in values]
-    return [{**row, "precision": precisions.get(row["label"], "fp32")} for row in rows]
+def estimate_rows(estimates: Mapping[str | None, Mapping[str, Sequence[Estimate]]]) -> list[dict[str, Any]]:
+    """One row per estimate.
+
+    Args:
+        estimates: Name of the evaluation set -> label of the model -> estimates.
+    """
+    return [
+        estimate.row(label, name)
+        for name, of_set in estimates.items()
+        for label, values in of_set.items()
+        for estimate in values
+    ]
+
+
+def accuracy_rows(
+    estimates: Mapping[str | None, Mapping[str, Sequence[Estimate]]], precisions: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """The same rows with their precision: ``fp32`` where ``precisions`` has none for the label."""
+    return [{**row, "precision": precisions.get(row["label"], "fp32")} for row in estimate_rows(estimates)]
 
 
 def run_row(
@@ -34,9 +49,10 @@ def run_row(
     name: str,
     plan: TokenPlan,
     calibration: ImageSet,
-    evaluation: ImageSet,
+    evaluations: Sequence[ImageSet],
     deployed: Deployment | None = None,
 ) -> dict[str, Any]:
+    """The row of the run itself; data of a further evaluation set are under ``evaluation NAME``."""
     from ..core.environment import environment
 
     record = progress.current()
@@ -48,7 +64,11 @@ def run_row(
             "labels": images.labelled,
             "skipped": len(images.skipped),
             "sha256": images.sha256,
+            **({} if images.name is None else {"eval_set": images.name}),
         }
+
+    first, *others = evaluations
+    data = {"calibration": calibration, "evaluation": first, **{f"evaluation {one.name}": one for one in others}}
 
     return {
         "schema": 1,
@@ -61,7 +81,7 @@ def run_row(
         "seconds": {stage: round(value, 3) for stage, value in record.seconds.items()},
         "peak_memory_bytes": {"process": peak_memory_bytes()},
         "command": options.command,
-        "data": {"calibration": described(calibration), "evaluation": described(evaluation)},
+        "data": {role: described(images) for role, images in data.items()},
         "note": list(record.remarks),
         "deployment": None if deployed is None else deployed.to_json(),
         "environment": environment(),

@@ -23,10 +23,10 @@ from ..core.rows import append_rows
 from ..core.specs import ExportSpec, PrecisionSpec, TimingSpec
 from ..core.statistics import compare
 from ..core.text import counted, option
-from .evaluate import collect_graphs, open_graphs
+from .evaluate import collect_graphs, evaluate_graphs, open_graphs
 from .folders import finished_folder
 from .graphs import Reduced, Written, plain_form, write_graphs
-from .inputs import choose, first_images, open_cost, open_prunable
+from .inputs import choose, first_images, open_cost, open_prunable, role_of
 from .learned import check_learn, chosen_plans, rule_of, save_learned
 from .options import EXAMPLE_IMAGES, PARITY_IMAGES, RULE_PARITY_IMAGES, RunOptions
 from .precisions import Converted, convert_beside, judge_precisions, precision_rows
@@ -51,13 +51,14 @@ class Inputs:
     """What a run works on.
 
     Attributes:
-        calibration, evaluation: Images to learn from, and to report on.
+        calibration: Images to learn from.
+        evaluations: Sets to report on. What needs one goes by the first.
         cost: What the budget is of.
     """
 
     loaded: LoadedModel
     calibration: ImageSet
-    evaluation: ImageSet
+    evaluations: tuple[ImageSet, ...]
     cost: Cost
 
 
@@ -98,13 +99,13 @@ class Judged:
     """How good the graphs are.
 
     Attributes:
-        estimates: Label -> estimates on the evaluation images.
+        estimates: Name of the evaluation set -> label -> estimates; of further sets those of dense and pruned model.
         converted: Files of other precisions, with failures that showed here.
         costs: Label of a converted file -> what it costs against the float32 one.
         examples: A few evaluation images, for the report.
     """
 
-    estimates: Mapping[str, Sequence[Estimate]]
+    estimates: Mapping[str | None, Mapping[str, Sequence[Estimate]]]
     converted: tuple[Converted, ...]
     costs: Mapping[str, Agreement]
     examples: tuple[Image.Image, ...]
@@ -137,15 +138,15 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
         variants = stage_graphs(reduced, learned, written, options.export, scratch)
         converted = convert_all(options.precision, inputs, written, scratch)
         subject = describe(inputs, learned, saved, variants)
-        calibration, evaluation = inputs.calibration, inputs.evaluation
+        calibration, evaluations = inputs.calibration, inputs.evaluations
         # From here on the graphs speak for themselves; a large model's weights need not lie in memory twice.
         del inputs, learned, reduced, images
         gc.collect()
-        judged = judge(variants, converted, evaluation, subject.geometry)
-        remark_on_images(calibration, evaluation)
+        judged = judge(variants, converted, evaluations, subject.geometry)
+        remark_on_images(calibration, evaluations)
         latency = time_graphs(variants, judged, options.export, options.timing)
         rows = [
-            run_row(options, subject.name, saved.plan, calibration, evaluation, written.deployment),
+            run_row(options, subject.name, saved.plan, calibration, evaluations, written.deployment),
             *collect_rows(subject, saved, written, judged, latency),
         ]
         append_rows(folder / "results.jsonl", rows)
@@ -181,13 +182,13 @@ def open_inputs(options: RunOptions) -> Inputs:
         geometry = loaded.adapter.geometry
         cost = open_cost(options.learn.cost, loaded.name, geometry, threads=options.timing.threads, batch=batch)
         check_target(geometry, options.learn.target, cost)
-        calibration, evaluation = choose(options.data, loaded, bundled_model=options.model.what is None)
+        calibration, evaluations = choose(options.data, loaded, bundled_model=options.model.what is None)
         if "int8" in options.precision.precisions and calibration.count < batch:
             raise UserError(
                 f"{counted(calibration.count, 'calibration image')}, int8 needs a whole batch of {batch}",
                 f"give more with {option('data')}, or a smaller {option('batch_size')}",
             )
-    return Inputs(loaded, calibration, evaluation, cost)
+    return Inputs(loaded, calibration, evaluations, cost)
 
 
 def learn(options: RunOptions, inputs: Inputs) -> Learned:
@@ -217,7 +218,7 @@ def describe(inputs: Inputs, learned: Learned, saved: Saved, variants: Variants)
 
     loaded, chosen = inputs.loaded, None
     if saved.rule is not None:
-        shown = first_images(inputs.evaluation, loaded, EXAMPLE_IMAGES)
+        shown = first_images(inputs.evaluations[0], loaded, EXAMPLE_IMAGES)
         with with_weights(loaded.adapter.model, learned.weights):
             chosen = tuple(chosen_plans(saved.rule, loaded, shown))
     stages = tuple(stage_rows(learned, variants.labels))
@@ -226,31 +227,37 @@ def describe(inputs: Inputs, learned: Learned, saved: Saved, variants: Variants)
     )  # fmt: skip
 
 
-def judge(variants: Variants, converted: Sequence[Converted], evaluation: ImageSet, geometry: Geometry) -> Judged:
-    """Accuracy of every graph on the evaluation images."""
+def judge(
+    variants: Variants, converted: Sequence[Converted], evaluations: Sequence[ImageSet], geometry: Geometry
+) -> Judged:
+    """Accuracy of every graph on the first evaluation set, and of the dense and the pruned one on the others."""
+    first, *others = evaluations
     graphs = {**variants.evaluated, **{item.label: item.runs for item in converted if item.runs is not None}}
     emulated = [item.label for item in converted if item.emulated]
     with (
-        progress.stage("Evaluating the graphs", len(evaluation.indices)) as advance,
+        progress.stage("Evaluating the graphs", sum(len(images.indices) for images in evaluations)) as advance,
         open_graphs(graphs, as_they_are=emulated) as sessions,
     ):
-        outputs, examples = collect_graphs(sessions, evaluation, advance)
+        outputs, examples = collect_graphs(sessions, first, advance)
+        pair = {label: sessions[label] for label in ("dense", "pruned")}
+        further = {images.name: evaluate_graphs(pair, images, geometry, advance)[0] for images in others}
     converted, costs = judge_precisions(converted, outputs, geometry.output)
-    estimates = compare(outputs, baseline="dense", output=geometry.output)
+    estimates = {first.name: compare(outputs, baseline="dense", output=geometry.output), **further}
     return Judged(estimates, tuple(converted), costs, tuple(examples))
 
 
-def remark_on_images(calibration: ImageSet, evaluation: ImageSet) -> None:
+def remark_on_images(calibration: ImageSet, evaluations: Sequence[ImageSet]) -> None:
     """Say what a reader of the accuracy must know of the images."""
     from ..prune.choose_images import overlap
 
-    progress.remark(evaluation.remark("evaluation"))
-    if seen_before := overlap(calibration, evaluation):
-        also = "is also a calibration image" if seen_before == 1 else "are also calibration images"
-        progress.remark(
-            f"{seen_before} of the {counted(evaluation.count, 'evaluation image')} {also}: "
-            "the accuracy reported is not on unseen images alone"
-        )
+    for images in evaluations:
+        progress.remark(images.remark(role_of(images)))
+        if seen_before := overlap(calibration, images):
+            also = "is also a calibration image" if seen_before == 1 else "are also calibration images"
+            progress.remark(
+                f"{seen_before} of the {counted(images.count, f'{role_of(images)} image')} {also}: "
+                "the accuracy reported is not on unseen images alone"
+            )
 
 
 def time_graphs(variants: Variants, judged: Judged, export: ExportSpec, timing: TimingSpec) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import timm.data
 
 from ..core import bundled, progress
 from ..core.errors import UserError
+from ..core.specs import EvalSet
 from ..core.text import option
 from .data import ImageSet, ImageSource, source_name
 from .memory import open_source
@@ -25,7 +26,7 @@ def overlap(calibration: ImageSet, evaluation: ImageSet) -> int:
 
 def choose_images(
     data: Any,
-    eval_data: Any,
+    eval_data: Sequence[EvalSet],
     *,
     calibration: int,
     evaluation: int,
@@ -33,29 +34,30 @@ def choose_images(
     outputs: int | None,
     seed: int = 0,
     strict: bool = False,
-) -> tuple[ImageSet, ImageSet, list[str]]:
+) -> tuple[ImageSet, tuple[ImageSet, ...], list[str]]:
     """Pick calibration and evaluation images, never the same file twice (:func:`overlap` finds copies).
 
-    With one source for both, a quarter (at most ``evaluation``) is put aside for evaluation first. With neither, the
-    bundled images serve.
+    With one source for calibration and the first evaluation set, a quarter (at most ``evaluation``) is put aside for
+    evaluation first. With neither, the bundled images serve.
 
     Args:
-        data, eval_data: What the user gave, as :func:`~vpruner.prune.memory.open_source` takes it; None for nothing.
-        calibration, evaluation: How many images at most.
+        data: What the user gave, as :func:`~vpruner.prune.memory.open_source` takes it; None for nothing.
+        eval_data: The evaluation sets that the user gave.
+        calibration, evaluation: How many images at most, of each set.
         classes: Class names of the model, to map folder names to outputs.
         outputs: Number of the model's classes; None for a model of features.
         seed: Of the choice.
         strict: Fail on the first unreadable image instead of skipping it.
 
     Returns:
-        calibration set, evaluation set, remarks for the user.
+        calibration set, evaluation sets (at least one), remarks for the user.
 
     Raises:
         UserError: A source cannot be opened, is too small, or lies inside the other.
     """
     remarks: list[str] = []
-    if data is None and eval_data is None:
-        data, eval_data = bundled.calibration_data(), bundled.evaluation_data()
+    if data is None and not eval_data:
+        data, eval_data = bundled.calibration_data(), (EvalSet(bundled.evaluation_data()),)
     elif data is None:
         raise UserError(
             f"{option('eval_data')} without {option('data')}",
@@ -63,37 +65,56 @@ def choose_images(
         )
     source = open_source(data, split="train")
     label_map = map_labels(source, classes, outputs, remarks)
-    eval_source = None
-    if eval_data is not None and not _same_place(data, eval_data):
-        eval_source = open_source(eval_data, split="validation")
-        _check_apart(source, eval_source)
-        if source.folder is not None and source.folder == eval_source.folder:
-            eval_source = None
-    if eval_source is None:
-        if source.streams:
-            raise UserError(f"{source.spec} is a stream and cannot be split", f"give others with {option('eval_data')}")
-        if len(source) < 2:
-            raise UserError(f"{source.spec} holds one image", f"give at least two, or more with {option('eval_data')}")
-        shuffled = np.random.default_rng(seed).permutation(len(source))
-        put_aside = min(evaluation, max(1, len(source) // 4))
-        calibration_set = ImageSet(source, shuffled[put_aside:][:calibration].tolist(), label_map, strict)
-        evaluation_set = ImageSet(source, shuffled[:put_aside].tolist(), label_map, strict)
-        place = source_name(source)
-        reason = (
-            f"no {option('eval_data')}"
-            if eval_data is None
-            else f"{option('data')} and {option('eval_data')} are both {place}"
-        )
-        images = "1 image" if put_aside == 1 else f"{put_aside} images"
-        of_it = f"of {place} " if eval_data is None else ""
-        remark = f"{reason}: {images} {of_it}{'was' if put_aside == 1 else 'were'} put aside for evaluation"
-        remarks.append(progress.words(remark))
-        return calibration_set, evaluation_set, remarks
-    eval_map = map_labels(eval_source, classes, outputs, remarks)
-    sets = []
-    for one, mapping, count in ((source, label_map, calibration), (eval_source, eval_map, evaluation)):
-        sets.append(ImageSet(one, choose_indices(one, count, seed), mapping, strict))
-    return sets[0], sets[1], remarks
+
+    def chosen(one: ImageSource, mapping: dict[int, int] | None, count: int, name: str | None = None) -> ImageSet:
+        return ImageSet(one, choose_indices(one, count, seed), mapping, strict, name=name)
+
+    sources = [_opened_apart(data, source, one) for one in eval_data]
+    if sources and sources[0] is not None:
+        calibration_set, sets = chosen(source, label_map, calibration), []
+    else:
+        calibration_set, aside = _split(source, label_map, calibration, evaluation, seed, strict)
+        aside.name = eval_data[0].name if eval_data else None
+        sets, place, count = [aside], source_name(source), len(aside.indices)
+        images, were = ("1 image", "was") if count == 1 else (f"{count} images", "were")
+        both = f"{option('data')} and {option('eval_data')} are both {place}: {images}"
+        found = both if eval_data else f"no {option('eval_data')}: {images} of {place}"
+        remarks.append(progress.words(f"{found} {were} put aside for evaluation"))
+    for one, opened in zip(eval_data[len(sets) :], sources[len(sets) :], strict=True):
+        if opened is None:
+            raise UserError(
+                f"{option('eval_data', f'{one.name}={one.data}')} is {option('data')} itself",
+                "give other images: a part of it is put aside for the first set alone",
+            )
+        sets.append(chosen(opened, map_labels(opened, classes, outputs, remarks), evaluation, one.name))
+    return calibration_set, tuple(sets), remarks
+
+
+def _opened_apart(data: Any, source: ImageSource, one: EvalSet) -> ImageSource | None:
+    """An evaluation set, opened; None where it is the source of the calibration images itself.
+
+    Raises:
+        UserError: It cannot be opened, or one of the two lies inside the other.
+    """
+    if _same_place(data, one.data):
+        return None
+    opened = open_source(one.data, split="validation")
+    _check_apart(source, opened)
+    return None if source.folder is not None and source.folder == opened.folder else opened
+
+
+def _split(
+    source: ImageSource, label_map: dict[int, int] | None, calibration: int, evaluation: int, seed: int, strict: bool
+) -> tuple[ImageSet, ImageSet]:
+    """Calibration and evaluation images of one source: a quarter, at most ``evaluation``, is put aside."""
+    if source.streams:
+        raise UserError(f"{source.spec} is a stream and cannot be split", f"give others with {option('eval_data')}")
+    if len(source) < 2:
+        raise UserError(f"{source.spec} holds one image", f"give at least two, or more with {option('eval_data')}")
+    shuffled = np.random.default_rng(seed).permutation(len(source))
+    put_aside = min(evaluation, max(1, len(source) // 4))
+    calibration_set = ImageSet(source, shuffled[put_aside:][:calibration].tolist(), label_map, strict)
+    return calibration_set, ImageSet(source, shuffled[:put_aside].tolist(), label_map, strict)
 
 
 def choose_indices(source: ImageSource, count: int, seed: int) -> Sequence[int]:

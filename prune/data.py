@@ -167,6 +167,7 @@ class ImageSet:
         strict: Fail on the first unreadable image instead of skipping it.
         skipped: File names of images that could not be read, by position.
         turned: Positions of images with a turn in their EXIF data, which is not applied.
+        name: What the user calls the set; None for one without a name.
 
     Raises:
         UserError: ``strict`` is set, and the source is a tar file that is cut off.
@@ -178,6 +179,7 @@ class ImageSet:
     strict: bool = False
     skipped: dict[int, str] = field(default_factory=dict)
     turned: set[int] = field(default_factory=set)
+    name: str | None = None
     _sha256: str | None = field(default=None, repr=False)
     _image_hashes: set[bytes] | None = field(default=None, repr=False)
     #: Of a stream: where it ended, once that has been seen.

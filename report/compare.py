@@ -255,11 +255,15 @@ def _data_sentence(entries: Sequence[Entry], unseen: bool = True) -> str:
     rows = [row for entry in entries for row in entry.results]
     if not rows:
         return "Nothing was measured."
+    sets = {one.eval_set: one.results[0]["eval_data"] for entry in entries for one in entry.further if one.results}
     evaluation = rows[0]["eval_data"]
     calibration = next((row["data"] for row in rows if row.get("data")), None)
     seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
     which = " that no method has seen" if unseen else ""
     sentences = [f"Judged on {evaluation['count']:,} images of {evaluation['name']}{which}"]
+    if sets:
+        listed = (f"{name} ({counted(one['count'], 'image')} of {one['name']})" for name, one in sets.items())
+        sentences.append(f"and on further sets, which the plots and the ranking leave out: {', '.join(listed)}")
     if calibration:
         sentences.append(f"methods that learn were given {calibration['count']:,} images of {calibration['name']}")
     if len(seeds) > 1:

@@ -29,6 +29,8 @@ class Entry:
         latencies: Batch -> row; of the first seed.
         no_graph: Why there is no ONNX graph of it, with the batch sizes where that is not all of them; None where there
             is one of each, or none was asked for.
+        eval_set: Name of the evaluation set that ``results`` are on; None for one without a name.
+        further: The same on each further evaluation set, without times.
     """
 
     method: str
@@ -37,6 +39,8 @@ class Entry:
     failure: str | None = None
     latencies: Mapping[int, Row] = field(default_factory=dict)
     no_graph: str | None = None
+    eval_set: str | None = None
+    further: tuple[Entry, ...] = ()
 
     @property
     def macs_ratio(self) -> float:
@@ -72,26 +76,35 @@ class Entry:
 
 
 def entries_of(rows: Iterable[Row]) -> list[Entry]:
-    """Entries by target, the largest first; at each ours before the others, methods in the order of the rows."""
-    results: dict[tuple[float, str], dict[Any, Row]] = {}
+    """Entries by target, the largest first; at each ours before the others, methods in the order of the rows.
+
+    Of several evaluation sets the first to appear is the one that an entry is of; the others are its ``further``.
+    """
+    results: dict[tuple[float, str], dict[str | None, dict[Any, Row]]] = {}
     latencies: dict[tuple[float, str], dict[int, Row]] = {}
     graphs: dict[tuple[float, str], dict[int, str | None]] = {}
     for row in rows:
         name = row.get("target"), row.get("method")
         if row["kind"] == "compared":
-            results.setdefault(name, {})[row["seed"]] = row
+            results.setdefault(name, {}).setdefault(row.get("eval_set"), {})[row["seed"]] = row
         elif row["kind"] == "latency":
             latencies.setdefault(name, {})[row["batch"]] = row
         elif row["kind"] == "graph":
             graphs.setdefault(name, {})[row["batch"]] = row["failure"]
     found = []
-    for (target, method), seeds in results.items():
-        good = tuple(row for row in seeds.values() if row["failure"] is None)
-        failure = None if good else next(row["failure"] for row in seeds.values())
-        name = target, method
-        found.append(Entry(method, target, good, failure, latencies.get(name, {}), _no_graph(graphs.get(name, {}))))
+    for name, sets in results.items():
+        target, method = name
+        (first, seeds), *others = sets.items()
+        failure = None if _good(seeds) else next(row["failure"] for row in seeds.values())
+        further = tuple(Entry(method, target, _good(on), eval_set=other) for other, on in others if _good(on))
+        more = latencies.get(name, {}), _no_graph(graphs.get(name, {})), first, further
+        found.append(Entry(method, target, _good(seeds), failure, *more))
     order = list(dict.fromkeys(entry.method for entry in found))
     return sorted(found, key=lambda entry: (-entry.target, not entry.ours, order.index(entry.method)))
+
+
+def _good(seeds: Mapping[Any, Row]) -> tuple[Row, ...]:
+    return tuple(row for row in seeds.values() if row["failure"] is None)
 
 
 def _no_graph(failures: Mapping[int, str | None]) -> str | None:

@@ -48,8 +48,23 @@ class Results:
     def last(self, kind: str, **values: Any) -> Row:
         return (self.all(kind, **values) or [{}])[-1]
 
+    @property
+    def eval_sets(self) -> list[str | None]:
+        """Names of the evaluation sets, in order of first appearance; None for one without a name."""
+        return list(dict.fromkeys(row.get("eval_set") for row in self.all("accuracy")))
+
+    def on(self, eval_set: str | None) -> Results:
+        """The rows without those about accuracy on other evaluation sets."""
+        rows = (row for row in self.rows if row.get("kind") != "accuracy" or row.get("eval_set") == eval_set)
+        return Results(tuple(rows))
+
+    def accuracies(self, **values: Any) -> list[Row]:
+        """On the first evaluation set, the one that everything but a table of sets goes by."""
+        rows = self.all("accuracy")
+        return self.all("accuracy", eval_set=rows[0].get("eval_set"), **values) if rows else []
+
     def accuracy(self, label: str, metric: str) -> Row:
-        return self.last("accuracy", label=label, metric=metric)
+        return (self.accuracies(label=label, metric=metric) or [{}])[-1]
 
     @property
     def run(self) -> Row:
@@ -84,7 +99,7 @@ class Results:
     @property
     def metric(self) -> str | None:
         """What quality was measured by: the strongest of :data:`QUALITY` that the pruned model has."""
-        measured = {row.get("metric") for row in self.all("accuracy", label="pruned")}
+        measured = {row.get("metric") for row in self.accuracies(label="pruned")}
         return next((metric for metric in QUALITY if metric in measured), None)
 
     def macs(self, label: str, plan: TokenPlan | None = None) -> float | None:
@@ -100,7 +115,7 @@ class Results:
     @property
     def evaluated_on(self) -> list[int]:
         """How many images quality was measured on; more than one number where files were put together."""
-        return sorted({int(n) for row in self.all("accuracy") if (n := number(row, "count")) is not None})
+        return sorted({int(n) for row in self.accuracies() if (n := number(row, "count")) is not None})
 
 
 def latency_ratio(pair: Mapping[str, Row]) -> float | None:

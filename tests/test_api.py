@@ -173,10 +173,10 @@ def test_the_same_images_in_every_form(tmp_path):
 def test_classes_of_a_data_set_are_matched_by_name(model, pruned, images):
     """Its number 0 is fox, which is the model's output 3."""
     from vpruner.core.specs import DataSpec
-    from vpruner.pipeline.inputs import one_set
+    from vpruner.pipeline.inputs import calibration_set
 
     source = vp.open_images(Pictures(noise(4))).source
-    found = one_set(model.classes, model.geometry, DataSpec(data=source), "calibration")
+    found = calibration_set(model.classes, model.geometry, DataSpec(data=source))
     assert found.label_map == {0: 3, 1: 2, 2: 1, 3: 0}
     mapped = vp.evaluate(pruned, Pictures(noise(8)))
     assert {row["metric"] for row in mapped} >= {"top1", "kl"}

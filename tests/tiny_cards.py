@@ -35,9 +35,9 @@ def write_card(folder: Path, edit: Callable[[dict[str, Tensor]], None] = lambda 
     return folder / "tiny.json"
 
 
-def write_images(folder: Path) -> Path:
+def write_images(folder: Path, seed: int = 0) -> Path:
     """Six images of noise in a folder for each class."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     for name in CLASSES:
         (folder / name).mkdir()
         for index in range(6):

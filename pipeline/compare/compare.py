@@ -9,7 +9,7 @@ from typing import Any
 from ...core import progress
 from ...core.extras import RUN_PACKAGES, require_all
 from ..folders import check_output
-from ..inputs import choose, open_prunable
+from ..inputs import choose, open_prunable, role_of
 from ..options import CompareOptions
 from .comparison import Comparison
 from .contenders import chosen_contenders
@@ -49,8 +49,8 @@ def compare(
         loaded = open_prunable(options.model, loss=options.learn.loss)
         for target in options.targets:
             check_target(loaded.adapter.geometry, target)
-        calibration, evaluation = choose(options.data, loaded, bundled_model=options.model.what is None)
-    comparison = Comparison(options, loaded, calibration, evaluation, output, results, before)
+        calibration, evaluations = choose(options.data, loaded, bundled_model=options.model.what is None)
+    comparison = Comparison(options, loaded, calibration, evaluations, output, results, before)
     points = comparison.points(taking_part)
     if force:
         for path in earlier:
@@ -64,16 +64,20 @@ def compare(
     seen_before = 0
     if any(contender.needs_images for contender in taking_part):
         progress.remark(calibration.remark("calibration"))
-        if seen_before := overlap(calibration, evaluation):
-            progress.remark(
-                f"{seen_before} of the {evaluation.count} evaluation images are also calibration images: "
-                "what is reported of methods that learn is not on unseen images alone"
-            )
-    progress.remark(evaluation.remark("evaluation"))
+        for images in evaluations:
+            if count := overlap(calibration, images):
+                seen_before += count
+                progress.remark(
+                    f"{count} of the {images.count} {role_of(images)} images are also calibration images: "
+                    "what is reported of methods that learn is not on unseen images alone"
+                )
+    for images in evaluations:
+        progress.remark(images.remark(role_of(images)))
     rows = comparison.rows_of(points)
     with progress.stage("Writing the report"):
         files = write_comparison(output, rows, progress.current().remarks, unseen=not seen_before)
     failed = [row for row in rows if row["kind"] == "compared" and row["failure"] is not None]
-    made = sum(row["kind"] == "compared" for row in rows) - len(failed)
+    keys = {point.key for point in points}  # Not those of further evaluation sets.
+    made = sum(row["kind"] == "compared" and row["key"] in keys for row in rows) - len(failed)
     paths = {path.name: str(path) for path in (results, *files)}
     return {"rows": rows, "files": paths, "made": made, "failed": len(failed), "remarks": progress.current().remarks}

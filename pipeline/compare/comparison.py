@@ -43,7 +43,8 @@ class Comparison:
     """A comparison under way: what is shared by all methods, and the rows that are there.
 
     Args:
-        calibration, evaluation: Images; those of further seeds are drawn from the same source.
+        calibration: Images; those of further seeds are drawn from the same source.
+        evaluations: Sets that are judged on. Whatever needs one goes by the first.
         output: Folder for plans and graphs.
         results: Rows are added to it at once.
         rows: Those that it has already; None: to be read.
@@ -54,13 +55,14 @@ class Comparison:
         options: CompareOptions,
         loaded: LoadedModel,
         calibration: ImageSet,
-        evaluation: ImageSet,
+        evaluations: Sequence[ImageSet],
         output: Path,
         results: Path,
         rows: list[dict[str, Any]] | None = None,
     ):
         self.options, self.loaded, self.output, self.results = options, loaded, output, results
-        self.evaluation = evaluation
+        self.evaluations = tuple(evaluations)
+        self._judges: dict[str | None, Judge] = {}
         self._sets = {options.learn.seed: calibration}
         self._calibrations: dict[int, Calibration] = {}
         self._opened: dict[int, OpenedGraph] = {}
@@ -70,9 +72,14 @@ class Comparison:
     def seeds(self) -> range:
         return range(self.options.learn.seed, self.options.learn.seed + self.options.seeds)
 
-    @cached_property
+    @property
     def judge(self) -> Judge:
-        return Judge(self.loaded, self.evaluation)
+        return self.judge_on(self.evaluations[0])
+
+    def judge_on(self, images: ImageSet) -> Judge:
+        if images.name not in self._judges:
+            self._judges[images.name] = Judge(self.loaded, images)
+        return self._judges[images.name]
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -102,8 +109,8 @@ class Comparison:
 
             first = self._sets[self.options.learn.seed]
             indices: Sequence[int] = choose_indices(first.source, self.options.data.images, seed)
-            if first.source is self.evaluation.source:
-                aside = set(self.evaluation.indices)
+            if first.source is self.evaluations[0].source:
+                aside = set(self.evaluations[0].indices)
                 every = choose_indices(first.source, len(first.source), seed)
                 indices = [index for index in every if index not in aside][: self.options.data.images]
             self._sets[seed] = ImageSet(first.source, indices, first.label_map, first.strict)
@@ -129,7 +136,11 @@ class Comparison:
         ]
 
     def point(self, contender: Contender, target: float, seed: int) -> Point:
-        label_map = self.evaluation.label_map
+        key, *further = (self._key(contender, target, seed, images) for images in self.evaluations)
+        return Point(contender, target, seed, key, tuple(further))
+
+    def _key(self, contender: Contender, target: float, seed: int, evaluation: ImageSet) -> str:
+        label_map = evaluation.label_map
         identity = {
             "model": self.model_key,
             "method": contender.name,
@@ -137,10 +148,12 @@ class Comparison:
             "target": target,
             "seed": seed if contender.seeded else None,
             "data": self.images(seed).sha256 if contender.needs_images else None,
-            "eval_data": self.evaluation.sha256,
+            "eval_data": evaluation.sha256,
             "eval_labels": None if label_map is None else sorted(label_map.items()),
         }
-        return Point(contender, target, seed, json_sha256(identity)[:16])
+        if evaluation is not self.evaluations[0]:  # Two names may be given to the same images.
+            identity["eval_set"] = evaluation.name
+        return json_sha256(identity)[:16]
 
     def find(self, kind: str, key: str, **values: Any) -> dict[str, Any] | None:
         """The newest row of that kind about a key, if there is one."""
@@ -153,7 +166,7 @@ class Comparison:
 
     def _keys(self, points: Sequence[Point]) -> set[str]:
         """What rows about those points and the dense model are filed under."""
-        return {point.key for point in points} | {self.dense_key}
+        return {key for point in points for key in point.keys} | {self.dense_key}
 
     def rows_of(self, points: Sequence[Point]) -> list[dict[str, Any]]:
         """The newest row of each measurement about those points and the dense model, as this comparison takes them."""
@@ -188,21 +201,24 @@ class Comparison:
 
     def make(self, point: Point) -> None:
         """Everything about a point but its latency, as far as it is not there already."""
-        row = self.find("compared", point.key)
-        judged = row is not None and row["failure"] is None
+        found = [self.find("compared", key) for key in point.keys]
+        row, name = found[0], self.evaluations[0].name
+        if row is not None and row.get("eval_set") != name:  # The same images had another name, or none.
+            self.add({**_without(row, "eval_set"), **_named(name)})
+        unjudged = [number for number, one in enumerate(found) if one is None or one["failure"] is not None]
         batches = self.options.batches if self.options.latency and point.seed == self.options.learn.seed else ()
         missing = [batch for batch in batches if not self._has_graph(point, batch)]
-        if judged and not missing:
+        if not unjudged and not missing:
             return
         with progress.stage(f"{point.contender.name} at {point.target:g}, seed {point.seed}"):
             try:
-                made = self.made(point, stand_in=judged)
-                if not judged:
-                    self.add(self._judged_row(point, made))
+                made = self.made(point, stand_in=not unjudged)
+                for number in unjudged:
+                    self._judge(point, made, number)
             except (UserError, ParityError) as error:
-                failed = {**point.row("compared"), **self.about(point), "failure": progress.words_of(error)}
+                failed = {**self.about(point), "failure": progress.words_of(error)}
                 # What was judged stays judged, though no graph can be made of it any more.
-                if row is None or (not judged and row["failure"] != failed["failure"]):
+                if row is None or (0 in unjudged and row["failure"] != failed["failure"]):
                     self.add(failed)
                 progress.remark(f"{point.contender.name} at {point.target:g}: {progress.words_of(error)}")
                 return
@@ -281,11 +297,20 @@ class Comparison:
         except (OSError, SafetensorError, ValueError):  # A model from an ONNX file has its tuned weights in a graph.
             return None
 
-    def _judged_row(self, point: Point, made: Made) -> dict[str, Any]:
-        estimates, macs, counts = self.judge.judge(made)
+    def _judge(self, point: Point, made: Made, number: int) -> None:
+        try:
+            self.add(self._judged_row(point, made, number))
+        except UserError as error:
+            if not number:
+                raise
+            # The result on the first evaluation set stands.
+            what = f"{point.contender.name} at {point.target:g} on {self.evaluations[number].name}"
+            progress.remark(f"{what}: {progress.words_of(error)}")
+
+    def _judged_row(self, point: Point, made: Made, number: int) -> dict[str, Any]:
+        estimates, macs, counts = self.judge_on(self.evaluations[number]).judge(made)
         return {
-            **point.row("compared"),
-            **self.about(point),
+            **self.about(point, number),
             "failure": None,
             "form": "static" if made.static else "rule" if made.counts_fixed else "rule, counts by image",
             "macs_ratio": round(macs, 6),
@@ -297,7 +322,9 @@ class Comparison:
             **{estimate.metric: _without(asdict(estimate), "metric") for estimate in estimates},
         }
 
-    def about(self, point: Point) -> dict[str, Any]:
+    def about(self, point: Point, number: int = 0) -> dict[str, Any]:
+        """What every row of a result starts with; ``number`` is that of the evaluation set."""
+
         def described(images: ImageSet) -> dict[str, Any]:
             return {
                 # A name only: paths are nobody's business.
@@ -307,13 +334,16 @@ class Comparison:
                 "sha256": images.sha256,
             }
 
-        contender = point.contender
+        contender, evaluation = point.contender, self.evaluations[number]
         return {
+            **point.row("compared"),
+            "key": point.keys[number],
+            **_named(evaluation.name),
             "model": self.loaded.name,
             "weights_sha256": self.loaded.sha256,
             "settings": dict(contender.settings),
             "data": described(self.images(point.seed)) if contender.needs_images else None,
-            "eval_data": described(self.evaluation),
+            "eval_data": described(evaluation),
             "environment": self.environment,
         }
 
@@ -389,6 +419,11 @@ class Comparison:
     def _parity_images(self) -> Tensor:
         """float32 [image, channel, height, width]: of those evaluated on, which takes nothing from the evaluation."""
         return self.judge.images.images(range(min(PARITY_IMAGES, len(self.judge.images))))
+
+
+def _named(eval_set: str | None) -> dict[str, str]:
+    """What a row says of its evaluation set."""
+    return {} if eval_set is None else {"eval_set": eval_set}
 
 
 def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:

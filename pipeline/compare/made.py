@@ -72,12 +72,22 @@ class Contender:
 
 @dataclass(frozen=True)
 class Point:
-    """One contender at one budget with one seed."""
+    """One contender at one budget with one seed.
+
+    Attributes:
+        key: What its rows are filed under: on the first evaluation set, and all about its graph and its time.
+        further: The same for the rows on each further evaluation set.
+    """
 
     contender: Contender
     target: float
     seed: int
     key: str
+    further: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key, *self.further)
 
     @property
     def name(self) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from ...core.cost import cost_ratio, plan_macs
 from ...core.plan import TokenPlan
 from ...core.text import counted
-from ..blocks import Items, Section, Text
+from ..blocks import Block, Items, Section, Text
 from ..numbers import number, quantity, ratio, share, three
 from ..results import Results, latency_ratio, listed, mapping
-from ..tables.run import summary_table
+from ..tables.run import sets_table, summary_table
 from .stages import stage_notes
 
 
@@ -33,7 +33,14 @@ def results_section(plan: TokenPlan, results: Results) -> Section:
         )
     if not results.headline_latency:
         remarks.append("Latency: not measured.")
-    return Section("Results", [summary_table(results, plan), Text(" ".join(remarks))])
+    blocks: list[Block] = [summary_table(results, plan), Text(" ".join(remarks))]
+    if table := sets_table(results):
+        text = (
+            "All else on this page is about the first set. On each set both models are run on the same images, and "
+            "the interval of the change in top-1 is of the paired difference."
+        )
+        blocks += [table, Text(text)]
+    return Section("Results", blocks)
 
 
 def notes_section(plan: TokenPlan, results: Results) -> Section:

@@ -16,26 +16,37 @@ def quality_form(metric: str):
 
 
 def comparison_table(entries: Sequence[Entry]) -> Table:
-    """One line for each entry that has a result.
+    """One line for each entry that has a result, and below it one for each further evaluation set.
 
     ``*`` marks the Pareto front of the smallest batch that was timed, or of MACs where none was; ``†`` times of
     PyTorch.
     """
     batches = batches_of(entries)
     front = pareto(entries, batches[0] if batches else None)
-    metrics = [metric for metric in QUALITIES if any(metric in row for e in entries for row in e.results)]
+    measured = {key for entry in entries for one in (entry, *entry.further) for row in one.results for key in row}
+    metrics = [metric for metric in QUALITIES if metric in measured]
     timed = (name for batch in batches for name in (f"p50, batch {batch}", "time / dense", "time / MACs"))
-    header = ("budget", "method", "MACs / dense", *(METRICS[metric] for metric in metrics), *timed, "made in")
+    several = any(entry.further for entry in entries)
+    head = "budget", "method", *(("set",) * several), "MACs / dense"
+    header = (*head, *(METRICS[metric] for metric in metrics), *timed, "made in")
     rows = []
     for entry in entries:
         if entry.failure is not None:
             continue
         star = " *" if (entry.method, entry.target) in front else ""
-        qualities = (quality_cell(entry, metric) for metric in metrics)
-        times = (cell for batch in batches for cell in latency_cells(entry, batch))
-        made = f"{entry.method}{star}", ratio(entry.macs_ratio)
-        rows.append((f"{entry.target:g}", *made, *qualities, *times, seconds(seconds_to_make(entry))))
-    return Table(header, tuple(rows), "methods at each budget, on the same images", words=2)
+        for one in (entry, *entry.further):
+            is_first = one is entry
+            name = f"{entry.target:g}", f"{entry.method}{star if is_first else ''}", *((set_name(one),) * several)
+            qualities = (quality_cell(one, metric) for metric in metrics)
+            times = (cell for batch in batches for cell in latency_cells(one, batch))
+            made = seconds(seconds_to_make(entry)) if is_first else ""
+            rows.append((*name, ratio(one.macs_ratio), *qualities, *times, made))
+    return Table(header, tuple(rows), "methods at each budget, on the same images", words=2 + several)
+
+
+def set_name(entry: Entry) -> str:
+    """What the table calls the evaluation set of an entry: its name, or else that of its files."""
+    return entry.eval_set or str(entry.results[0]["eval_data"]["name"])
 
 
 def quality_cell(entry: Entry, metric: str) -> str:

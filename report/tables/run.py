@@ -60,12 +60,35 @@ def summary_table(results: Results, plan: TokenPlan | None = None) -> Table:
     return Table(("", "dense", "pruned", "change"), tuple(lines), _summary_title(results))
 
 
+def sets_table(results: Results) -> Table | None:
+    """What is lost on each evaluation set, the first one too; None where there is no other."""
+    names = results.eval_sets
+    if len(names) < 2:
+        return None
+    first = mapping(mapping(results.run.get("data")).get("evaluation")).get("name", "the first")
+    measured = {str(row.get("metric")) for row in results.all("accuracy", label="pruned")}
+    shown = [metric for metric in METRICS if metric in measured]
+    header = ["set", "images"]
+    for metric in shown:
+        header += [f"{METRICS[metric]}, dense", "pruned"] if metric == "top1" else [METRICS[metric]]
+    lines = []
+    for name in names:
+        on, counts = results.on(name), results.on(name).evaluated_on
+        line = [str(first if name is None else name), f"{counts[-1]:,}" if counts else NOT_MEASURED]
+        for metric in shown:
+            labels = ("dense", "pruned") if metric == "top1" else ("pruned",)
+            line += [estimate(on.accuracy(label, metric)) or NOT_MEASURED for label in labels]
+        lines.append(tuple(line))
+    return Table(tuple(header), tuple(lines), "what is lost on each evaluation set")
+
+
 def run_tables(results: Results) -> list[Table]:
     """What a run ends with."""
     stages = results.stages()
     tables = [
         stages_table(stages, results) if stages else None,
         summary_table(results),
+        sets_table(results),
         prediction_table(results.last("prediction")),
         gates_table(results.last("gates")),
         precision_table(results),
@@ -248,9 +271,15 @@ def conversion_table(conversion: Row, agreement: Row, images: str) -> Table:
 
 
 def evaluation_table(rows: Sequence[Row]) -> Table:
-    """Accuracy of models on the same images: one line for each estimate."""
-    lines = tuple((str(row["label"]), METRICS[row["metric"]], estimate(row)) for row in rows)
-    return Table(("model", "metric", "value (95 % interval)"), lines, counted(rows[0]["count"], "image"))
+    """Accuracy of models on the same images: one line for each estimate, and of several sets which one it is of."""
+    counts = {str(row.get("eval_set", "the first")): row["count"] for row in rows}
+    lines = [(str(row["label"]), METRICS[row["metric"]], estimate(row)) for row in rows]
+    header = ("model", "metric", "value (95 % interval)")
+    if len(counts) == 1:
+        return Table(header, tuple(lines), counted(rows[0]["count"], "image"))
+    lines = [(str(row.get("eval_set", "the first")), *line) for row, line in zip(rows, lines, strict=True)]
+    title = "; ".join(f"{name}: {counted(count, 'image')}" for name, count in counts.items())
+    return Table(("set", *header), tuple(lines), title, words=2)
 
 
 def timings_table(run: Row) -> Table | None:

@@ -102,8 +102,8 @@ def test_the_divergence_is_that_of_the_graphs(compared, card, images):
     folder, _ = compared
     rows = read_rows(folder / "results.jsonl")
     loaded = open_model(card)
-    _, evaluation, _ = choose_images(
-        images, None, calibration=16, evaluation=2000, classes=loaded.classes, outputs=4, seed=0
+    _, (evaluation,), _ = choose_images(
+        images, (), calibration=16, evaluation=2000, classes=loaded.classes, outputs=4, seed=0
     )
     batch, _ = next(evaluation.batches(loaded.preprocessing, 100))
     (dense,) = folder.glob("graphs/dense-*-b1.onnx")
@@ -207,8 +207,8 @@ def opened(card, images, folder, change=lambda loaded: loaded):
     """A comparison under way of a model that was changed."""
     given = options(card, images)
     loaded = change(open_model(card))
-    calibration, evaluation = choose(given.data, loaded, bundled_model=False)
-    return module.Comparison(given, loaded, calibration, evaluation, folder, folder / "results.jsonl")
+    calibration, evaluations = choose(given.data, loaded, bundled_model=False)
+    return module.Comparison(given, loaded, calibration, evaluations, folder, folder / "results.jsonl")
 
 
 def test_another_model_of_the_same_weights_is_another_result(card, images, tmp_path):
@@ -279,15 +279,15 @@ def test_what_depends_on_chance_is_made_with_every_seed(card, images, tmp_path):
 
 def test_images_of_further_seeds_are_none_that_are_evaluated_on(card, images, tmp_path):
     loaded = open_model(card)
-    calibration, evaluation, _ = choose_images(
-        images, None, calibration=8, evaluation=5, classes=loaded.classes, outputs=4, seed=0
+    calibration, evaluations, _ = choose_images(
+        images, (), calibration=8, evaluation=5, classes=loaded.classes, outputs=4, seed=0
     )
     given = options(card, images, images=8, seeds=4)
-    comparison = module.Comparison(given, loaded, calibration, evaluation, tmp_path, tmp_path / "results.jsonl")
+    comparison = module.Comparison(given, loaded, calibration, evaluations, tmp_path, tmp_path / "results.jsonl")
     for seed in comparison.seeds:
         chosen = comparison.images(seed)
-        assert len(set(chosen.indices)) == 8 and not set(chosen.indices) & set(evaluation.indices)
-        assert not chosen.image_hashes & evaluation.image_hashes
+        assert len(set(chosen.indices)) == 8 and not set(chosen.indices) & set(evaluations[0].indices)
+        assert not chosen.image_hashes & evaluations[0].image_hashes
 
 
 def test_a_method_that_cannot_is_reported_and_the_others_go_on(images, tmp_path):
@@ -335,9 +335,9 @@ def test_another_setting_is_another_result(card, images, tmp_path, change):
     def key(**changes):
         given = options(card, images, methods=("fisher",), **changes)
         loaded = open_model(card)
-        calibration, evaluation = choose(given.data, loaded, bundled_model=False)
+        calibration, evaluations = choose(given.data, loaded, bundled_model=False)
         # The images that are evaluated on are the first seed's: not to be what tells these keys apart.
-        comparison = module.Comparison(given, loaded, calibration, evaluation, tmp_path, tmp_path / "none.jsonl")
+        comparison = module.Comparison(given, loaded, calibration, evaluations, tmp_path, tmp_path / "none.jsonl")
         (point,) = comparison.points(chosen_contenders(given))
         return point.key
 
@@ -414,7 +414,7 @@ def test_calibration_images_are_prepared_as_asked_for(card, images):
 
     loaded = open_model(card)
     calibration, _, _ = choose_images(
-        images, None, calibration=7, evaluation=2, classes=loaded.classes, outputs=4, seed=0
+        images, (), calibration=7, evaluation=2, classes=loaded.classes, outputs=4, seed=0
     )
     calibration = Calibration.load(calibration, loaded.preprocessing)
     batches = Batches(calibration, np.arange(7), 3)

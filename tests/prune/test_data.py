@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from vpruner.core.errors import UserError
 from vpruner.core.preprocess import Preprocessing
+from vpruner.core.specs import eval_sets
 from vpruner.prune.choose_images import choose_images, choose_indices, map_labels, overlap
 from vpruner.prune.data import ImageSet, ImageSource
 
@@ -29,7 +30,8 @@ def make_folder(root, classes=("cat", "dog"), per_class=4, seed=0):
 
 def pick(data, eval_data=None, **changes):
     options = dict(calibration=100, evaluation=100, classes=("cat", "dog"), outputs=2)
-    return choose_images(data, eval_data, **{**options, **changes})
+    calibration, (evaluation,), remarks = choose_images(data, eval_sets(eval_data), **{**options, **changes})
+    return calibration, evaluation, remarks
 
 
 def test_folder_tar_and_flat_folder_read_the_same(tmp_path):
