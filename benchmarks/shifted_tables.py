@@ -42,7 +42,7 @@ def shifted(rows: list[dict]) -> str:
         for column in columns:
             kl, change = (value(kind, amount, *column, metric) for metric in ("kl", "top1_difference"))
             cells.append(decimal(kl) if change is None else f"{decimal(kl)}, {points(change)}")
-        name = SHIFTS[kind] + ("" if amount is None else f" {amount:.2g}")
+        name = SHIFTS[kind] + ("" if amount is None else f" {amount:.3g}")
         lines.append(f"| {name} | {dense} | {' | '.join(cells)} |")
     lines += ["", _caption(rows), "", "KL over that on the images as they are, mean of the three strengths:", ""]
     lines += [f"| images | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(columns)}"]

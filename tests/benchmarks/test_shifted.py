@@ -106,7 +106,7 @@ def test_rows_and_table(shifted, script, tmp_path, capsys):
     top1 = {row["metric"]: row["value"] for row in rows if row["strength"] == 3 and row["method"] == "tome"}
     assert f'"value": {top1["top1"] - top1["top1_difference"]}' in told and '"eval_set": "moved"' in told
     text = script("shifted_tables").shifted(rows)
-    line = next(line for line in text.splitlines() if line.startswith("| moved, share of the width 0.25"))
+    line = next(line for line in text.splitlines() if line.startswith("| moved, share of the width 0.25 "))
     assert f"{top1['kl']:.4f}" in line and line.count("|") == 6
     kls = [row["value"] for row in before if row["metric"] == "kl"]
     assert f"{np.mean(kls[1:]) / kls[0]:.2f}×" in next(line for line in text.splitlines() if "| moved |" in line)
