@@ -1,9 +1,8 @@
 """Fold a token plan into the ONNX graph of a Vision Transformer: static shapes, tokens picked by constant indices.
 
 A block reads K tokens (keys and values), Q attend, and M pass its MLP; the others pass through as they are
-(:mod:`vpruner.core.schedule` says which rows these are). Where all tokens do all of it, a block stays as it is, apart
-from the counts in its reshapes. Otherwise, with rows picked by ``Slice`` where they follow each other and by ``Gather``
-where they do not::
+(:mod:`vpruner.core.schedule` says which rows these are). Rows are picked by ``Slice`` where they follow each other, by
+``Gather`` where they do not, and by nothing where they are all of them::
 
     x [B, T, d] -- keys -- LayerNorm -+-------- W_k, W_v - keys, values [B, H, K, D] -+
       |                               +- queries -- W_q -- queries      [B, H, Q, D] -+ attention, projection [B, Q, d]
@@ -193,8 +192,9 @@ class FoldTokens(ir.passes.InPlacePass):
             site = recognise(model, self.plan.geometry)
         outputs = [value.shape for value in model.graph.outputs]
         steps = schedule(self.plan)
-        changed = fold_steps(model.graph, site, steps, self.plan.geometry)
+        changed = not _computes_all(steps, self.plan.geometry)
         if changed:
+            fold_steps(model.graph, site, steps, self.plan.geometry)
             passes.RemoveUnusedNodesPass()(model)
             infer_static_shapes(model, outputs)
             _check_counts(site, steps)
@@ -205,25 +205,26 @@ class FoldTokens(ir.passes.InPlacePass):
         return FoldResult(model, modified or changed, blocks)
 
 
+def _computes_all(steps: Schedule, geometry: Geometry) -> bool:
+    """Whether the dense graph does just that."""
+    counts = {len(rows) for step in steps.steps for rows in (step.keys, step.queries, step.mlps)}
+    return counts == {geometry.tokens} and all(step.gates is None for step in steps.steps)
+
+
 # -- rewriting --------------------------------------------------------------------------------------------------------
 
 
-def fold_steps(graph: ir.Graph, site: VitSite, steps: Schedule, geometry: Geometry) -> bool:
+def fold_steps(graph: ir.Graph, site: VitSite, steps: Schedule, geometry: Geometry) -> None:
     """Make each block take and give the rows of its step, and the head read those that leave the last one.
 
     What nothing reads any more stays in the graph, for ``RemoveUnusedNodesPass``.
-
-    Returns:
-        Whether anything changed.
     """
     head = readers_of(site.head.stream)
     stream = enter(site, steps.entry, geometry.tokens)
-    changed = stream is not site.stream
     for block, step in zip(site.blocks, steps.steps, strict=True):
-        stream, touched = fold_block(graph, block, step, stream)
-        changed |= touched
-    changed |= _reroute(site.head.stream, head, stream)
-    return rename_tokens(graph, site.head, steps.leaving, geometry) or changed
+        stream = fold_block(graph, block, step, stream)
+    _reroute(site.head.stream, head, stream)
+    rename_tokens(graph, site.head, steps.leaving, geometry)
 
 
 def enter(site: VitSite, entry: np.ndarray, tokens: int) -> ir.Value:
@@ -231,16 +232,16 @@ def enter(site: VitSite, entry: np.ndarray, tokens: int) -> ir.Value:
     return Stream([(site.stream, tokens)]).take(site.blocks[0].norm1, entry, "vpruner.entry")
 
 
-def fold_block(graph: ir.Graph, block: BlockSite, step: BlockStep, stream: ir.Value) -> tuple[ir.Value, bool]:
+def fold_block(graph: ir.Graph, block: BlockSite, step: BlockStep, stream: ir.Value) -> ir.Value:
     """Make one block do what ``step`` leaves of it; what reads its output is left to the caller.
 
     Args:
         stream: What enters it.
 
     Returns:
-        What leaves it, one value, and whether anything changed.
+        What leaves it, as one value.
     """
-    name, changed = f"vpruner.block.{block.index}", False
+    name = f"vpruner.block.{block.index}"
     norm1, entering = block.norm1, Stream([(stream, len(step.entering))])
     # The nodes that are added stand ahead of these, in the order of the graph.
     norm2 = next(node for node in readers_of(block.residual1.outputs[0]) if node is not block.residual2)
@@ -251,57 +252,45 @@ def fold_block(graph: ir.Graph, block: BlockSite, step: BlockStep, stream: ir.Va
     if len(step.queries):
         # Both halves of the attention read one norm.
         union = np.union1d(step.keys, step.queries)
-        changed |= _reroute(block.stream, [norm1], entering.take(norm1, union, f"{name}.keys"))
-        attending = entering.take(norm1, step.queries, f"{name}.queries")
-        changed |= _reroute(block.stream, [block.residual1], attending)
-        if np.array_equal(step.keys, step.queries):
-            changed |= _reshape_to(graph, block.heads.reshape, len(step.keys))
-        else:
-            changed = True
-            _split_projection(graph, block, step, union, name)
-        changed |= _reshape_to(graph, block.merge, len(step.queries))
-        changed |= _add_gates(graph, block, step, name)
+        _reroute(block.stream, [norm1], entering.take(norm1, union, f"{name}.keys"))
+        _reroute(block.stream, [block.residual1], entering.take(norm1, step.queries, f"{name}.queries"))
+        _split_projection(graph, block, step, union, name)
+        _reshape_to(graph, block.merge, len(step.queries))
+        _add_gates(graph, block, step, name)
         middle.pieces.append((block.residual1.outputs[0], len(step.queries)))
     middle.pieces += entering.passing(norm1, step.passed, f"{name}.passed")
 
     leaving = Stream([])
     if len(step.mlps):
         updated = middle.take(norm2, step.mlps, f"{name}.mlps")
-        changed |= _reroute(block.residual1.outputs[0], [norm2, block.residual2], updated)
+        _reroute(block.residual1.outputs[0], [norm2, block.residual2], updated)
         leaving.pieces.append((block.output, len(step.mlps)))
     leaving.pieces += middle.passing(norm2, step.mlp_passed, f"{name}.mlp_passed")
-    left = leaving.joined(behind, f"{name}.output")
-    return left, changed or left is not block.output
+    return leaving.joined(behind, f"{name}.output")
 
 
-def _reroute(old: ir.Value, readers: Sequence[ir.Node], new: ir.Value) -> bool:
+def _reroute(old: ir.Value, readers: Sequence[ir.Node], new: ir.Value) -> None:
     """Let ``readers`` read ``new`` in place of ``old``."""
-    if old is new:
-        return False
     for node in readers:
         for position, value in enumerate(node.inputs):
             if value is old:
                 node.replace_input_with(position, new)
-    return True
 
 
-def _reshape_to(graph: ir.Graph, reshape: ir.Node, tokens: int) -> bool:
-    """Change the token count (axis 1) of this one reshape; the constant may be shared with other blocks."""
+def _reshape_to(graph: ir.Graph, reshape: ir.Node, tokens: int) -> None:
+    """Set the token count (axis 1) of this one reshape; the constant may be shared with other blocks."""
     shape = integers(reshape, 1)
-    if shape[1] == tokens:
-        return False
-    reshape.replace_input_with(1, add_shape(graph, [shape[0], tokens, *shape[2:]]))
-    return True
+    if shape[1] != tokens:
+        reshape.replace_input_with(1, add_shape(graph, [shape[0], tokens, *shape[2:]]))
 
 
 def _split_projection(graph: ir.Graph, block: BlockSite, step: BlockStep, rows: np.ndarray, name: str) -> None:
     """Queries of the tokens that attend, keys and values of those that are read, by products of their own.
 
-    However few do not attend: with one of 197 this takes 0.98 to 1.00 of the time of one product on all of them whose
-    queries are then gathered, with 16 of them 0.97 to 0.98 (onnxruntime 1.31 on one CPU thread, 192 and 384 channels;
-    norm, products and heads). What would not pay is a second norm on the Q rows in place of picking those of the
-    first: 1.01 to 1.03 with up to 4 tokens that do not attend. Nor would one product for keys and values: onnxruntime
-    splits it by a copy, which takes 0.06 of the time of the product (384 channels).
+    They are of their own even where all tokens attend: onnxruntime splits by a copy what one product gives, and is
+    slower with a wide matrix. All blocks of a dense model written so take 0.97 of its time (384 channels), 0.94 (768
+    channels), and 0.91 (384 channels, 8 images; onnxruntime 1.31, one CPU thread). What would not pay is a second norm
+    on the Q rows in place of picking those of the first.
 
     Args:
         rows: Of the stream that enters the block; the norm is of these.
@@ -339,36 +328,32 @@ def _linear(graph: ir.Graph, before: ir.Node, value: ir.Value, block: BlockSite,
     return add_node(before, "Add", [output.outputs[0], add_constant(graph, f"{name}.bias", bias)], name).outputs[0]
 
 
-def _add_gates(graph: ir.Graph, block: BlockSite, step: BlockStep, name: str) -> bool:
+def _add_gates(graph: ir.Graph, block: BlockSite, step: BlockStep, name: str) -> None:
     """Add log(gate) of each key to the attention logits [B, H, Q, K], if any gate of this block is not 1."""
     if step.gates is None:
-        return False
+        return
     logits = block.softmax.inputs[0]
     bias = np.log(step.gates).astype(logits.dtype.numpy() if logits.dtype is not None else np.float32)
     constant = add_constant(graph, f"{name}.gates.log", bias[None, None, None])
     gated = add_node(block.softmax, "Add", [logits, constant], f"{name}.gates")
     block.softmax.replace_input_with(0, gated.outputs[0])
-    return True
 
 
-def rename_tokens(graph: ir.Graph, head: HeadSite, leaving: np.ndarray, geometry: Geometry) -> bool:
+def rename_tokens(graph: ir.Graph, head: HeadSite, leaving: np.ndarray, geometry: Geometry) -> None:
     """Put rows of the tokens that are left in the place of the positions and counts that a head names."""
-    prefix, changed = int((leaving < geometry.prefix_tokens).sum()), False
+    prefix = int((leaving < geometry.prefix_tokens).sum())
     for select in head.selects:
         token = integers(select, 1)[0]
         (row,) = np.flatnonzero(leaving == token).tolist()
         if row != token:
             index = np.full(select.inputs[1].const_value.shape, row, np.int64)
             select.replace_input_with(1, add_constant(graph, f"vpruner.head.{token}", index))
-            changed = True
     # The end of the slice lies at or past the last token already, and may stay there.
     if head.slice is not None and integers(head.slice, 1)[0] != prefix:
         first_patch = add_constant(graph, "vpruner.head.first_patch", np.asarray([prefix], np.int64))
         head.slice.replace_input_with(1, first_patch)
-        changed = True
     if head.reshape is not None:
-        changed |= _reshape_to(graph, head.reshape, len(leaving) - (0 if head.slice is None else prefix))
-    return changed
+        _reshape_to(graph, head.reshape, len(leaving) - (0 if head.slice is None else prefix))
 
 
 # -- postconditions ---------------------------------------------------------------------------------------------------

@@ -81,8 +81,8 @@ def check_pruned(
 ) -> list[ParityCheck]:
     """All parity checks of an export with a plan, on preprocessed ``images`` [image, channel, height, width], float32.
 
-    Every reference is computed by the timm model as it came: unpatched, or, for the gathered form, with tokens selected
-    away between its own blocks.
+    Every reference is computed by the timm model as it came: unpatched, or, for the gathered form, by its own modules
+    on the tokens that the plan names.
 
     Args:
         weights: State-dict name -> tensor, where tuning changed weights: ``dense.onnx`` holds the model's own, every
@@ -109,7 +109,6 @@ def check_pruned(
             untouched = run_in_chunks(model, few.double())
             check_finite(untouched, adapter.name)
             identity = TokenPlan.identity(plan.model, plan.geometry)
-            # Its masked and gathered forms patch nothing; only removing dead tokens could change something.
             unpruned = _run_form(adapter, identity, "dead", few.double())
             checks.append(compare_exactly("identity plan changes nothing", untouched, unpruned, error))
             with with_weights(model, weights):

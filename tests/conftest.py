@@ -12,6 +12,14 @@ import store
 from fail_over import pytest_addoption, pytest_configure  # noqa: F401
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Escape surrogates in captured logs: pytest-xdist stops the whole run when it has to send one."""
+    report = yield
+    report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
+    return report
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return Path(__file__).resolve().parents[1]

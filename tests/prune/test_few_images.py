@@ -68,4 +68,4 @@ def test_a_run_takes_few_images(card, images, tmp_path, count, more):
     rows = (tmp_path / "run" / "results.jsonl").read_text() + (tmp_path / "run" / "plan.json").read_text()
     assert "Infinity" not in rows and "NaN" not in rows
     call("prune", card, *given[:6], "-q", "-o", tmp_path / "plan.json")
-    assert json.loads((tmp_path / "plan.json").read_text())["kept"]
+    assert json.loads((tmp_path / "plan.json").read_text())["keys"]

@@ -51,6 +51,7 @@ def test_a_much_better_plan_is_found():
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_a_much_better_plan_is_found_in_nine_of_ten_worlds():
     assert sum(map(finds, range(10))) >= 9
 
