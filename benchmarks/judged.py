@@ -135,6 +135,7 @@ class Setting:
     Attributes:
         loaded: The dense model.
         here: The environment, for rows.
+        eval_set: The evaluation images.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -144,12 +145,12 @@ class Setting:
         self._labels, eval_labels = (
             map_labels(s, self.loaded.classes, outputs, []) for s in (self.source, eval_source)
         )
-        self._eval_set = ImageSet(eval_source, choose_indices(eval_source, args.eval_images, 0), eval_labels)
+        self.eval_set = ImageSet(eval_source, choose_indices(eval_source, args.eval_images, 0), eval_labels)
 
     @cached_property
     def evaluation(self) -> Evaluation:
         """On images that no stage has seen; decoded when it is asked for."""
-        return Evaluation(self.loaded, self._eval_set)
+        return Evaluation(self.loaded, self.eval_set)
 
     def images(self, seed: int) -> Images:
         return Images(
@@ -164,7 +165,7 @@ class Setting:
             "target": target,
             "seed": seed,
             "images": len(shared.images.indices),
-            "eval_images": len(self._eval_set.indices),
+            "eval_images": len(self.eval_set.indices),
             # Names only: paths are nobody's business.
             "data": Path(self.args.data).stem,
             "eval_data": Path(self.args.eval_data).stem,

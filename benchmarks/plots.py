@@ -138,7 +138,7 @@ def plot_search_forms(rows: list[dict], path: Path) -> None:
                 axis.grid(alpha=0.25, linewidth=0.5)
             panels[0].set_ylabel("KL to dense in nats")
             text = f"{images:,} calibration images, {count:,} images"
-            panels[1].annotate(text, (0.98, 0.02), xycoords="axes fraction", ha="right", color="#5a5a5a")
+            panels[1].annotate(text, (0.02, 0.02), xycoords="axes fraction", color="#5a5a5a")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})

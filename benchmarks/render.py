@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pages as written
+import shifted_tables
 import tables
 
 from vpruner.core.files import write_text
@@ -39,6 +40,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "onnx_gradients": (tables.onnx_gradients, ("onnx_gradients",)),
     "precision": (tables.precision, ("precision",)),
     "search_forms": (tables.search_forms, ("search_forms",)),
+    "shifted": (shifted_tables.shifted, ("shifted",)),
     "stage_costs": (tables.stage_costs, ("stage_costs",)),
     "summary": (tables.summary, ("compare", "latency_ort")),
     "vlm_accuracy": (tables.vlm_accuracy, ("vlm_accuracy",)),

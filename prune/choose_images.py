@@ -83,7 +83,7 @@ def choose_images(
     for one, opened in zip(eval_data[len(sets) :], sources[len(sets) :], strict=True):
         if opened is None:
             raise UserError(
-                f"{option('eval_data', f'{one.name}={one.data}')} is {option('data')} itself",
+                f"{option('eval_data')}: the set {one.name!r} is that of {option('data')} itself",
                 "give other images: a part of it is put aside for the first set alone",
             )
         sets.append(chosen(opened, map_labels(opened, classes, outputs, remarks), evaluation, one.name))

@@ -177,7 +177,17 @@ def test_each_set_is_checked_for_calibration_images(card, sets, tmp_path):
     inside = "--eval-data", sets["day"], "--eval-data", f"inside={sets['train'] / 'cat'}"
     fails("run", card, "--data", sets["train"], *inside, *QUICK, "-o", tmp_path / "no", says="lies inside --data")
     itself = "--eval-data", sets["day"], "--eval-data", f"itself={sets['train']}"
-    fails("run", card, "--data", sets["train"], *itself, *QUICK, "-o", tmp_path / "no", says="is --data itself")
+    fails(
+        "run",
+        card,
+        "--data",
+        sets["train"],
+        *itself,
+        *QUICK,
+        "-o",
+        tmp_path / "no",
+        says="the set 'itself' is that of --data itself",
+    )
 
 
 @pytest.mark.parametrize(
