@@ -33,6 +33,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "demo": (tables.demo, ("demo",)),
     "fisher_rounds": (tables.fisher_rounds, ("fisher_rounds",)),
     "fold_memory": (tables.fold_memory, ("fold_memory",)),
+    "fold_order": (tables.fold_order, ("fold_order",)),
     "gpu": (tables.gpu, ("gpu",)),
     "latency_budget": (tables.latency_budget, ("latency_budget",)),
     "latency_ort": (tables.latency_ort, ("latency_ort",)),

@@ -86,6 +86,41 @@ def latency_ort(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+#: Graph of benchmarks/fold_order.py -> what the table calls it.
+FOLD_ORDER = {
+    "ordered": "folded",
+    "grid": "by gathers alone",
+    "chain": "by slices alone",
+    "dropping": "dropping, same MACs",
+}
+
+
+def fold_order(rows: list[dict]) -> str:
+    """The newest measurement of each model, batch, budget and runtime; all ratios of one are to its dense graph."""
+    newest: dict[tuple[str, str, int, float], dict[str, dict]] = {}
+    for row in rows:
+        key = row["runtime"], row["model"], row["protocol"]["batch"], row["target"]
+        newest.setdefault(key, {})[row["label"]] = row
+    heads = ["runtime", "model", "batch", "MACs", FOLD_ORDER["ordered"], "above MACs", *list(FOLD_ORDER.values())[1:]]
+    lines = [f"| {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 2)}"]
+    for (runtime, model, batch, _), measured in sorted(newest.items(), key=lambda item: (*item[0][:3], -item[0][3])):
+        folded = measured["ordered"]
+        others = [f"{measured[label]['ratio']:.3f}×" for label in FOLD_ORDER if label != "ordered"]
+        cells = [
+            runtime, model, str(batch), ratio(folded["macs_ratio"]), ratio_of(folded), f"{folded['over']:+.3f}", *others
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    environments = {
+        (row["environment"]["cpu"], runtime, row["environment"]["packages"][runtime], row["threads"])
+        for (runtime, *_), measured in newest.items()
+        for row in measured.values()
+    }
+    about = (
+        f"{cpu}, {runtime} {version}, {threads} thread." for cpu, runtime, version, threads in sorted(environments)
+    )
+    return "\n".join([*lines, "", *about])
+
+
 def demo(rows: list[dict]) -> str:
     """The table that the bundled run ends with."""
     cost = {row["label"]: row for row in rows if row["kind"] == "cost"}

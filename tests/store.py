@@ -141,4 +141,5 @@ def _files(base: Path | None, name: str) -> set[Path]:
     for count in range(len(parts) + 1):
         place = base.joinpath(*parts[:count])
         found |= {path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()}
-    return found
+    # The package is the repository: beside it may lie a file of the same name.
+    return {path for path in found if path.is_relative_to(PACKAGE)}
