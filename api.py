@@ -537,6 +537,7 @@ def compare(
     output: Path_ | None = None,
     targets: float | Sequence[float] = COMPARE_TARGETS,
     methods: str | Sequence[str] | None = None,
+    smaller: Sequence[Any] = (),
     seeds: int = 1,
     batches: int | Sequence[int] = (1,),
     latency: bool = True,
@@ -561,7 +562,7 @@ def compare(
         model, data, eval_data, weights, pretrained, model_args, resample, preprocessing, images, eval_images, seed: As
             for :func:`run`.
         output: The folder; None: ``runs/compare-NAME``.
-        targets, methods, seeds, batches, latency, learn, opset: See
+        targets, methods, smaller, seeds, batches, latency, learn, opset: See
             :class:`~vpruner.pipeline.options.CompareOptions`.
         results: File that rows are read from and added to; None: ``results.jsonl`` of the folder.
         force: Forget what an earlier comparison left there.
@@ -584,15 +585,15 @@ def compare(
             spec_of(timing, TimingSpec, "timing"),
             targets=numbers_of(targets, "targets", float),
             methods=None if methods is None else names_of(methods, "methods"),
+            smaller=tuple(smaller),
             seeds=seeds,
             batches=numbers_of(batches, "batches", int),
             latency=latency,
             opset=opset,
         )
         folder = Path("runs") / f"compare-{name_of(spec)}" if output is None else path_of(output, "output")
-        done = compare_all(
-            options, folder, results=None if results is None else path_of(results, "results"), force=force
-        )
+        rows = None if results is None else path_of(results, "results")
+        done = compare_all(options, folder, results=rows, force=force)
         entries = entries_of(done["rows"])
         failed = (row for row in done["rows"] if row["kind"] == "compared" and row["failure"] is not None)
         names = [f"{row['method']} at {row['target']:g}" for row in failed]

@@ -45,6 +45,13 @@ from .types import Seconds, names, numbers
     help="v-pruner (as vpruner run does), fisher (its search alone), saint, tome, ...; may be repeated  [default: all]",
 )
 @click.option(
+    "--smaller",
+    multiple=True,
+    metavar="MODEL",
+    help="A smaller model of the same task that one could deploy instead, such as a model card. It takes part at the "
+    "smallest budget that it meets; may be repeated.",
+)
+@click.option(
     "--targets",
     default=",".join(f"{target:g}" for target in COMPARE_TARGETS),
     show_default=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..core.choices import COMPARE_IMAGES, COMPARE_TARGETS, OPSET
 from ..core.specs import DataSpec, ExportSpec, LearnSpec, ModelSpec, PrecisionSpec, TimingSpec
@@ -41,6 +42,8 @@ class CompareOptions:
             target and stages are set by each contender.
         targets: Budgets as fractions of the dense model's multiply-adds.
         methods: Names, see :func:`~vpruner.pipeline.compare.contenders.contenders`; None: all.
+        smaller: Models that one could deploy in place of a reduced one, as :attr:`ModelSpec.what`. Each takes part at
+            the smallest budget that it meets.
         seeds: What depends on chance or on the choice of calibration images is made with so many seeds. Graphs are
             timed for the first.
         batches: Batch sizes to time.
@@ -54,6 +57,7 @@ class CompareOptions:
     timing: TimingSpec = field(default_factory=TimingSpec)
     targets: tuple[float, ...] = COMPARE_TARGETS
     methods: tuple[str, ...] | None = None
+    smaller: tuple[Any, ...] = ()
     seeds: int = 1
     batches: tuple[int, ...] = (1,)
     latency: bool = True

@@ -15,6 +15,8 @@ SAME_COST = 0.01
 OURS = ("v-pruner", "v-pruner-content", "content", "fisher")
 #: Choices that look at nothing, to compare with; drawn in grey.
 BLIND = ("random", "centre")
+#: What the names of smaller models begin with, which one could deploy in place of a reduced one.
+SMALLER = "smaller: "
 #: Metrics that are compared, the strongest first -> whether more is better.
 QUALITIES = {"top1_difference": True, "kl": False, "cosine": True}
 
@@ -49,6 +51,11 @@ class Entry:
     @property
     def ours(self) -> bool:
         return self.method in OURS
+
+    @property
+    def family(self) -> str:
+        """Whose line over time it is on: that of its method, or of all smaller models."""
+        return "smaller models" if self.method.startswith(SMALLER) else self.method
 
     @property
     def metric(self) -> str | None:
@@ -175,7 +182,7 @@ def at_equal_time(entries: Sequence[Entry], batch: int, peers: Sequence[str] | N
     """
     timed = [entry for entry in entries if not entry.failure and entry.latency_ratio(batch) and entry.metric]
     if peers is None:
-        peers = [name for name in dict.fromkeys(e.method for e in timed) if name not in (*OURS, *BLIND)]
+        peers = [name for name in dict.fromkeys(e.family for e in timed) if name not in (*OURS, *BLIND)]
     found = []
     for target in dict.fromkeys(entry.target for entry in timed):
         best: dict[str, Entry] = {}
@@ -187,7 +194,7 @@ def at_equal_time(entries: Sequence[Entry], batch: int, peers: Sequence[str] | N
             metric, ratio = one.metric, one.latency_ratio(batch)
             lines = {
                 name: _interpolated(ratio, _line(timed, name, batch, metric))
-                for name in dict.fromkeys(entry.method for entry in timed)
+                for name in dict.fromkeys(entry.family for entry in timed)
             }
             better = max if QUALITIES[metric] else min
             ours = {name: value for name, value in lines.items() if name in OURS and value is not None}
@@ -197,11 +204,11 @@ def at_equal_time(entries: Sequence[Entry], batch: int, peers: Sequence[str] | N
     return found
 
 
-def _line(timed: Sequence[Entry], method: str, batch: int, metric: str) -> dict[float, float]:
-    """Latency ratio -> mean of the metric, of one method at all of its budgets, and of the dense model."""
+def _line(timed: Sequence[Entry], family: str, batch: int, metric: str) -> dict[float, float]:
+    """Latency ratio -> mean of the metric, of one family at all of its budgets, and of the dense model."""
     line = {1.0: 1.0 if metric == "cosine" else 0.0}
     for entry in timed:
-        if entry.method == method and entry.mean(metric) is not None:
+        if entry.family == family and entry.mean(metric) is not None:
             line[entry.latency_ratio(batch)] = entry.mean(metric)
     return line
 

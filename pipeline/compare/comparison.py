@@ -132,6 +132,7 @@ class Comparison:
             for seed in self.seeds
             for target in dict.fromkeys(self.options.targets)
             for contender in taking_part
+            if target in contender.within(self.options.targets)
             if contender.seeded or seed == self.options.learn.seed
         ]
 
@@ -240,7 +241,7 @@ class Comparison:
             started = time.process_time()
             made = contender.make(self.loaded, images, calibration, point.target, point.seed)
             made = replace(made, cpu_seconds=time.process_time() - started)
-            if made.static or made.content is not None:
+            if made.instead is None and (made.static or made.content is not None):
                 made = self._save(point, made)
         return made
 
@@ -397,7 +398,7 @@ class Comparison:
 
         path = self.output / "graphs" / f"{point.name}-b{batch}-o{self.options.opset}.onnx"
         row = {**point.row("graph"), "batch": batch, "opset": self.options.opset, "file": path.name}
-        dense = self._opened_dense(batch) if made.static else None
+        dense = self._opened_dense(batch) if made.static and made.instead is None else None
         # A folder that cannot be written says nothing of the method: it ends the comparison, and is no row.
         with scratch_beside(path) as scratch, progress.reporting(progress.Sink()):
             try:
@@ -407,10 +408,12 @@ class Comparison:
             except (UserError, ParityError) as error:
                 return {**row, "file": None, "failure": progress.words_of(error)}
             row["parity"] = [_without(parity_row(check), "schema", "kind") for check in written.checks]
-            move_model(written.files["pruned"], path)
+            move_model(written.last, path)
         return {**row, "failure": None, "file_sha256": file_sha256(path), "file_bytes": model_bytes(path)}
 
     def _reduced(self, made: Made) -> Reduced:
+        if made.instead is not None:
+            return Reduced(made.instead)
         # Only what was learned tunes weights, and the plan as it was saved names their hash.
         tuned = (made.content or made.reduction).provenance["tuned_weights_sha256"] if made.weights else None
         return Reduced(self.loaded, made.reduction, made.weights, tuned)

@@ -8,8 +8,13 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from ...core import progress
+from ...core.cost import dense_macs
 from ...core.errors import UserError
-from ...core.specs import LearnSpec
+from ...core.plan import TokenPlan
+from ...core.specs import LearnSpec, ModelSpec
+from ...core.text import option
+from ...report.entries import SMALLER
+from ..inputs import open_prunable
 from ..learned import rule_of
 from ..options import CompareOptions
 from .made import Contender, Made
@@ -46,6 +51,45 @@ def chosen_contenders(options: CompareOptions) -> list[Contender]:
     if unknown:
         raise UserError(f"there is no method called {unknown[0]!r}", f"choose from {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(options.methods or known)]
+
+
+def smaller_models(options: CompareOptions, loaded: LoadedModel) -> list[Contender]:
+    """The models that one could deploy in place of a reduced one, each opened.
+
+    Raises:
+        UserError: One cannot be opened, does not do what the model does, or is no smaller.
+    """
+    found = [_smaller(open_prunable(ModelSpec(what)), loaded, options) for what in options.smaller]
+    names = [contender.name for contender in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"{option('smaller')}: two models are called {twice[0].removeprefix(SMALLER)}", "rename one file"
+        )
+    return found
+
+
+def _smaller(small: LoadedModel, loaded: LoadedModel, options: CompareOptions) -> Contender:
+    geometry, of = small.adapter.geometry, loaded.adapter.geometry
+    given = f"{option('smaller')}: {small.name}"
+    if (geometry.output, geometry.outputs) != (of.output, of.outputs):
+        raise UserError(
+            f"{given} returns {geometry.outputs} {geometry.output}, {loaded.name} {of.outputs} {of.output}",
+            "name a model of the same task",
+        )
+    if None not in (small.classes, loaded.classes) and small.classes != loaded.classes:
+        raise UserError(f"{given} names other classes than {loaded.name}", "name a model of the same classes")
+    share, most = dense_macs(geometry) / dense_macs(of), max(options.targets)
+    if share > most:
+        raise UserError(
+            f"{given} has {share:.3g} of the multiply-adds of {loaded.name}, more than every budget",
+            f"name a smaller model, or a larger budget with {option('targets')}",
+        )
+
+    def make(*_: object) -> Made:
+        return Made(TokenPlan.identity(small.name, geometry), None, 0.0, instead=small)
+
+    settings = {"weights": small.sha256, "geometry": geometry.to_json()}
+    return Contender(f"{SMALLER}{small.name}", settings, False, False, make, share)
 
 
 def _learned(name: str, spec: LearnSpec) -> Contender:

@@ -31,7 +31,7 @@ class Judge:
     def __init__(self, loaded: LoadedModel, evaluation: ImageSet):
         from ...prune.calibration import Calibration
 
-        self.adapter = loaded.adapter
+        self.adapter, self._evaluation = loaded.adapter, evaluation
         self.images = Calibration.load(evaluation, loaded.preprocessing, held_out=0)
         self.labels = None if self.images.labels is None else self.images.labels.numpy()
 
@@ -51,7 +51,12 @@ class Judge:
         model, geometry = self.adapter.model, self.adapter.geometry
         dense = self.dense
         with with_weights(model, made.weights):
-            if isinstance(made.reduction, TokenPlan):
+            if made.instead is not None:
+                outputs = Judge(made.instead, self._evaluation).dense
+                small = made.instead.adapter.geometry
+                macs = dense_macs(small) / dense_macs(geometry)
+                counts = np.full((len(KINDS), small.depth), small.tokens)
+            elif isinstance(made.reduction, TokenPlan):
                 outputs = self.images.outputs(self.adapter, made.reduction, self.images.fit).numpy()
                 macs, counts = cost_ratio(made.reduction), np.array(made.reduction.counts, float)
             else:

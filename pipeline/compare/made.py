@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ class Made:
         seconds: Wall-clock time, without decoding the images.
         cpu_seconds: Processor time of all threads, which a busy machine does not stretch; None where not known.
         note: What the method has to say, or empty.
+        instead: A smaller model that takes the place of the one that is reduced; ``reduction`` is its identity plan.
     """
 
     reduction: TokenPlan | TokenRule
@@ -39,6 +41,7 @@ class Made:
     note: str = ""
     cpu_seconds: float | None = None
     content: ContentPlan | None = None
+    instead: LoadedModel | None = None
 
     @property
     def static(self) -> bool:
@@ -61,6 +64,7 @@ class Contender:
         seeded: Whether another seed gives another result.
         make: (model, calibration images, the same decoded, target, seed) -> what it makes; images are None where it
             needs none.
+        macs_ratio: Of a smaller model: its MACs over those of the model. None of a method, which meets any budget.
     """
 
     name: str
@@ -68,6 +72,13 @@ class Contender:
     needs_images: bool
     seeded: bool
     make: Callable[[LoadedModel, ImageSet | None, Calibration | None, float, int], Made]
+    macs_ratio: float | None = None
+
+    def within(self, targets: Sequence[float]) -> Sequence[float]:
+        """The budgets that it takes part at; a smaller model at the smallest that it meets."""
+        if self.macs_ratio is None:
+            return targets
+        return sorted(target for target in targets if self.macs_ratio <= target)[:1]
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,9 @@ class Point:
 
     @property
     def name(self) -> str:
-        return f"{self.contender.name}-{self.target:g}-{self.key[:8]}"
+        """What its files are called; the name of a smaller model is any text."""
+        method = re.sub(r"[^\w.-]+", "-", self.contender.name)
+        return f"{method}-{self.target:g}-{self.key[:8]}"
 
     def row(self, kind: str) -> dict[str, Any]:
         """What every row about it starts with."""

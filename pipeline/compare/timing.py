@@ -149,6 +149,9 @@ def _reduced_copy(loaded: LoadedModel, made: Made) -> Iterator[Callable[[Tensor]
     from ...prune.backbones.vit import ViTAdapter
     from ...prune.tune.weights import with_weights
 
+    if made.instead is not None:
+        yield made.instead.adapter.model
+        return
     adapter = ViTAdapter(copy.deepcopy(loaded.adapter.model), loaded.name)
     with with_weights(adapter.model, made.weights):
         if isinstance(made.reduction, TokenPlan):

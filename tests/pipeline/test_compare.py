@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("timm")
 
+import torch
 from commands import call, fails
 from tiny_cards import write_card
 
@@ -114,6 +115,56 @@ def test_the_divergence_is_that_of_the_graphs(compared, card, images):
         found = run_onnx(folder / "graphs" / graph["file"], batch.numpy())
         expected = kl_divergence(reference, found).mean()
         assert of(rows, "compared")[method]["kl"]["value"] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory):
+    """Of fewer blocks."""
+    path = write_card(tmp_path_factory.mktemp("smaller"), depth=2)
+    return path.rename(path.with_name("shallow.json"))
+
+
+def test_a_smaller_model_takes_part_at_the_smallest_budget_that_it_meets(arguments, smaller, card, images, tmp_path):
+    from vpruner.core.cost import dense_macs
+    from vpruner.export.parity import run_onnx
+
+    more = ("--targets", "0.8,0.7", "--methods", "tome", "--smaller", smaller, "-o", tmp_path / "out")
+    result = call(*arguments, *more)
+    rows = read_rows(tmp_path / "out" / "results.jsonl")
+    (row,) = (row for row in rows if row["kind"] == "compared" and row["method"] == "smaller: shallow")
+    dense, small = open_model(card), open_model(smaller)
+    share = dense_macs(small.adapter.geometry) / dense_macs(dense.adapter.geometry)
+    assert (row["target"], row["failure"], row["counts"]["mlps"]) == (0.7, None, [17, 17])
+    assert row["macs_ratio"] == pytest.approx(share, abs=1e-6) and 0.6 < share < 0.7
+    (graph,) = (row for row in rows if row["kind"] == "graph" and row["method"] == "smaller: shallow")
+    _, (evaluation,), _ = choose_images(
+        images, (), calibration=16, evaluation=2000, classes=dense.classes, outputs=4, seed=0
+    )
+    batch, labels = next(evaluation.batches(dense.preprocessing, 100))
+    logits = run_onnx(tmp_path / "out" / "graphs" / graph["file"], batch.numpy())
+    with torch.inference_mode():
+        reference = dense.adapter.model(batch).numpy()
+    assert row["kl"]["value"] == pytest.approx(kl_divergence(reference, logits).mean(), rel=1e-3)
+    right = [(one.argmax(1) == labels.numpy()).mean() for one in (logits, reference)]
+    assert row["top1_difference"]["value"] == pytest.approx(right[0] - right[1])
+    assert of(rows, "latency")["smaller: shallow"]["runtime"] == "onnxruntime"
+    assert "smaller: shallow" in result.stdout
+
+    again = call(*arguments, *more, "--json")
+    assert json.loads(again.stdout)["made"] == 3 and read_rows(tmp_path / "out" / "results.jsonl") == rows
+
+
+def test_what_is_no_smaller_model_of_the_task_is_refused(arguments, smaller, card, tmp_path):
+    given = (*arguments, "--methods", "tome", "-o", tmp_path / "out")
+    fails(*given, "--smaller", card, says="has 1 of the multiply-adds of tiny, more than every budget")
+    fails(*given, "--smaller", smaller, "--smaller", smaller, says="two models are called shallow")
+    other = write_card(tmp_path, depth=2, num_classes=3)
+    other.write_text(json.dumps({**json.loads(other.read_text()), "classes": ["a", "b", "c"]}))
+    fails(*given, "--smaller", other, says="returns 3 logits, tiny 4 logits")
+    renamed = write_card(tmp_path, depth=2)
+    renamed.write_text(json.dumps({**json.loads(renamed.read_text()), "classes": ["a", "b", "c", "d"]}))
+    fails(*given, "--smaller", renamed, says="names other classes than tiny")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_command_again_makes_nothing(copied, arguments, monkeypatch):
