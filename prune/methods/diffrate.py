@@ -41,8 +41,7 @@ from ...core.text import option
 from ..backbones.forms import ALMOST_CLOSED, query_key_value
 from ..backbones.vit import ViTAdapter, embed_images
 from ..calibration import distance
-from ..fisher import batch_size_for
-from ..tune.streams import frozen
+from ..fisher import batch_size_for, frozen
 from .method import BISECTIONS, Method, budget_macs, least_reduction, out_of_reach, register
 from .rule import BlockView, Keep, Merge, TokenRule, pooling_hooks, rank_descending, select_rows, top_rows, with_prefix
 

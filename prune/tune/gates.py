@@ -17,11 +17,10 @@ from ...core.schedule import schedule
 from ..backbones.forms import Step
 from ..backbones.vit import ViTAdapter, embed_images
 from ..calibration import Calibration, divergence
-from ..fisher import batch_size_for
+from ..fisher import batch_size_for, frozen
 from .ridge import FIRST_RIDGE, NormalEquations
 from .store import RAM_BYTES
-from .streams import Streams, frozen
-from .weights import PREFIX_WEIGHT
+from .streams import Streams
 
 #: Kwon et al. clamp their tuned masks to [-10, 10]; gates are positive.
 MOST_LOG_GATE = math.log(10)
@@ -38,7 +37,6 @@ def tune_gates_least_squares(
     calibration: Calibration,
     indices: Sequence[int] | np.ndarray,
     *,
-    prefix_weight: float = PREFIX_WEIGHT,
     ram_bytes: int = RAM_BYTES,
     on_step: Callable[[int], None] = lambda count: None,
 ) -> tuple[TokenPlan, dict[str, Any]]:
@@ -49,7 +47,7 @@ def tune_gates_least_squares(
 
     Args:
         indices: int [image] of ``calibration``; the first :data:`GATE_IMAGES` of them are looked at.
-        prefix_weight, ram_bytes, on_step: As in :func:`~vpruner.prune.tune.weights.refit_weights`.
+        ram_bytes, on_step: As in :func:`~vpruner.prune.tune.weights.refit_weights`.
 
     Returns:
         (plan, details): the plan with gates, each within 1/10 and 10 (``plan`` itself when none changed); and JSON
@@ -59,7 +57,7 @@ def tune_gates_least_squares(
     log_gates = _log_gates(plan)
     blocks: list[dict[str, Any]] = []
     changed = False
-    with Streams(adapter, [plan], calibration, indices[:GATE_IMAGES], False, prefix_weight, ram_bytes) as streams:
+    with Streams(adapter, [plan], calibration, indices[:GATE_IMAGES], False, ram_bytes) as streams:
         for index in range(depth):
             blocks.append({"ridges": [], "errors": []})
             streams.choose(index)

@@ -66,7 +66,7 @@ class NormalEquations:
         Args:
             inputs: [..., row, input].
             targets: [..., row, output].
-            row_weights: [row]: how often each counts; None: once.
+            row_weights: [row] or [..., row]: how often each counts; None: once.
         """
         if inputs.dtype not in (torch.float32, torch.float64):
             inputs, targets = inputs.float(), targets.float()
@@ -74,7 +74,7 @@ class NormalEquations:
         if self.bias:
             inputs = F.pad(inputs, (0, 1), value=1.0)
         if row_weights is not None:
-            root = row_weights.to(inputs).sqrt()[:, None]
+            root = row_weights.to(inputs).sqrt()[..., None]
             inputs, targets = inputs * root, targets * root
         inputs, targets = inputs.flatten(0, -2), targets.flatten(0, -2)
         for sums, product in (

@@ -20,6 +20,7 @@ from ..backbones.vit import ViTAdapter, embed_images
 from ..calibration import Calibration
 from ..fisher import batch_size_for
 from ..methods.rule import BlockView, Keep, TokenRule, enter, select_rows, with_prefix
+from .importance import IMPORTANCE_IMAGES, token_importance
 from .jacobian import JACOBIAN_BYTES, gate_jacobian
 from .ridge import FOLDS, WIDE, WIDE_FOLDS, NormalEquations
 from .store import ActivationStore
@@ -99,7 +100,6 @@ class Streams:
         calibration: Calibration,
         indices: Sequence[int] | np.ndarray,
         flip: bool | None,
-        prefix_weight: float,
         ram_bytes: int,
     ):
         self.model, self.plans, self.geometry = adapter.model, tuple(plans), adapter.geometry
@@ -117,7 +117,7 @@ class Streams:
         self._size = max(1, min(size, math.ceil(self.images / max(1, self.folds * len(self.plans)))))
         self.chunks = range(math.ceil(self.images / self._size))
         self.folds = min(self.folds, len(self.chunks))
-        self._prefix_weight = prefix_weight
+        self._adapter, self._importance = adapter, {}
         self._store = ActivationStore(ram_bytes)
         self.diverged = False
         self._pooled = False
@@ -127,6 +127,12 @@ class Streams:
         self._steps = {id(plan): schedule(plan) for plan in self.plans if not isinstance(plan, TokenRule)}
 
     def __enter__(self) -> Streams:
+        size = batch_size_for(self.geometry, backward=True)
+        few = self._indices[:IMPORTANCE_IMAGES]
+        batches = (self._calibration.images(few[start : start + size]) for start in range(0, len(few), size))
+        importance = token_importance(self._adapter, batches)
+        # Apple's GPUs have no float64.
+        self._importance = {name: value.float().to(self.device) for name, value in importance.items()}
         try:
             for chunk in self.chunks:
                 chosen = self._indices[chunk * self._size : (chunk + 1) * self._size]
@@ -217,13 +223,15 @@ class Streams:
             linear.in_features, linear.out_features, self.folds, bias=linear.bias is not None, device=self.device
         )
 
-    def row_weights(self, count: int) -> Tensor | None:
-        """[row] of ``count`` rows: prefix tokens that the head reads count more, unless it reads patches too."""
-        if self.geometry.head_patches or self._prefix_weight == 1:
-            return None
-        weights = torch.ones(count, device=self.device)
-        weights[: self.geometry.head_prefix] = self._prefix_weight
-        return weights
+    def row_weights(self, name: str, block: int, positions: Tensor) -> Tensor:
+        """How much rows at ``positions`` count in a fit: shape of the positions.
+
+        Args:
+            name: As of :func:`~vpruner.prune.tune.importance.token_importance`.
+        """
+        weights = self._importance[name][block][positions]
+        # Before a head that pools, errors count in sum, see `wanted`: all that it reads count alike.
+        return (weights > 0).to(weights) if self._pooled else weights
 
     def exact_so_far(self, block: int) -> bool:
         """Whether the pruned stream after ``block`` equals the dense one at its positions, up to rounding."""
@@ -317,7 +325,7 @@ class Streams:
         """Add the equations of the log-gates of ``block`` at ``bias``; without Jacobian only their squared error."""
         module, rows = self.model.blocks[block], self.rows(chunk)
         attn, prefix = module.attn, self.geometry.prefix_tokens
-        tokens, weights = self.get("pruned", chunk), self.row_weights(len(rows.queries))
+        tokens, weights = self.get("pruned", chunk), self.row_weights("middle", block, rows.query_positions)
         normed = module.norm1(tokens)
         queries, keys = selected(normed, rows.queries), selected(normed, rows.keys)
         passed = selected(tokens, rows.passed)
@@ -329,7 +337,7 @@ class Streams:
         if not with_jacobian:
             out = attended_values(attn, queries, keys, bias.to(normed))
             error = (targets - module.ls1(attn.proj(out))).square()
-            error = error if weights is None else error * weights.to(error)[:, None]
+            error = error * weights.to(error)[..., None]
             equations.squares[self.fold(chunk)] += error.sum().to(equations.squares)
             return
         patches, inner = keys.shape[1] - prefix, attn.attn_dim
@@ -350,9 +358,8 @@ class Streams:
                     derivative = torch.func.vmap(lambda tangent, at=out: torch.func.jvp(project, (at,), (tangent,))[1])(
                         jacobian.permute(2, 0, 1, 3)
                     )
-                if weights is not None:
-                    root = weights[part].to(residual).sqrt()[:, None]
-                    residual, derivative = residual * root, derivative * root
+                root = weights[part].to(residual).sqrt()[:, None]
+                residual, derivative = residual * root, derivative * root
                 equations.add(self.fold(chunk), derivative.flatten(1).T, residual.flatten()[:, None])
 
 
@@ -391,16 +398,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for the model's parameters: autograd then need not keep the inputs of its layers."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)

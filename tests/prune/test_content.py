@@ -283,6 +283,7 @@ def test_choice_is_kept_where_it_helps(better, monkeypatch):
 @pytest.mark.parametrize("make", [half_plan, chain_plan])
 def test_refit_under_the_plans_ranking_is_the_refit_of_the_plan(kind, make):
     adapter = adapter_of(kind)
+    adapter.model.double()  # The order of rows is another, and so is what rounding makes of a nearly singular fit.
     # While all is read, what is updated is right up to rounding, and there is nothing to refit.
     plan = half_plan(adapter, first=0) if make is half_plan else chain_plan(adapter, unread=3)
     calibration = calibration_for(adapter)
@@ -290,7 +291,7 @@ def test_refit_under_the_plans_ranking_is_the_refit_of_the_plan(kind, make):
     found, _ = refit_weights(adapter, ContentRule(plan, PlanScore(plan)), calibration, calibration.fit)
     assert found.keys() == expected.keys() and expected
     for name, value in expected.items():
-        assert (found[name] - value).abs().max() < 1e-3 * value.abs().max(), name
+        assert (found[name] - value).abs().max() < 1e-6 * value.abs().max(), name
 
 
 def test_refit_chooses_as_the_refitted_model_does(monkeypatch):

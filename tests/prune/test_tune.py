@@ -6,14 +6,17 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from tiny_vits import KINDS, calibration_for, frozen_plan, half_plan, tiny
+from torch.nn import functional as F
 
 from vpruner.core.errors import UserError
 from vpruner.core.plan import TokenPlan
 from vpruner.prune.backbones.forms import attended_values
-from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
+from vpruner.prune.backbones.vit import ViTAdapter, embed_images, weights_sha256
 from vpruner.prune.calibration import Calibration
+from vpruner.prune.fisher import direction_loss
 from vpruner.prune.tune import gates, stage, streams
 from vpruner.prune.tune.gates import tune_gates_by_distillation, tune_gates_least_squares
+from vpruner.prune.tune.importance import token_importance
 from vpruner.prune.tune.jacobian import gate_jacobian
 from vpruner.prune.tune.ridge import RIDGES, NormalEquations
 from vpruner.prune.tune.stage import TUNINGS, tune, tuning_steps
@@ -180,8 +183,8 @@ def test_disk_and_memory_give_the_same(fit, tmp_path, monkeypatch):
 @pytest.mark.parametrize("make", [half_plan, frozen_plan])
 @pytest.mark.parametrize("kind", KINDS)
 def test_refitted_weights_bring_every_kind_closer_to_the_dense_model(kind, make):
-    adapter, _, calibration = case(kind)
-    plan = make(adapter)
+    adapter = ViTAdapter(tiny(kind), "tiny")
+    plan, calibration = make(adapter), calibration_for(adapter, 96)
     before = weights_sha256(adapter.model)
     weights, details = refit_weights(adapter, plan, calibration, calibration.fit)
     assert weights_sha256(adapter.model) == before
@@ -210,7 +213,8 @@ def test_layers_without_bias_are_refitted_without():
     adapter = ViTAdapter(tiny("class token", proj_bias=False), "tiny")
     plan, calibration = half_plan(adapter), calibration_for(adapter)
     weights, _ = refit_weights(adapter, plan, calibration, calibration.fit)
-    assert weights and all(name.endswith(".weight") for name in weights)
+    # Of the refitted layers, keys and values alone have one.
+    assert "blocks.1.attn.proj.weight" in weights and "blocks.1.attn.proj.bias" not in weights
     assert squared_error(adapter, plan, calibration, weights) < squared_error(adapter, plan, calibration)
 
 
@@ -252,15 +256,48 @@ def test_gates_that_the_plan_has_are_in_force_during_the_refit():
     assert squared_error(adapter, gated, calibration, weights) < 0.9 * squared_error(adapter, gated, calibration)
 
 
-def test_mirror_images_and_prefix_weight_are_options():
+def test_mirror_images_are_an_option():
     adapter, plan, calibration = case()
     results = []
-    for options in ({}, {"flip": True}, {"flip": False}, {"prefix_weight": 1.0}):
+    for options in ({}, {"flip": True}, {"flip": False}):
         weights, details = refit_weights(adapter, plan, calibration, calibration.fit, **options)
         assert details["flip"] is options.get("flip", True) and details["images"] == 24
         results.append(weights)
-    assert equal(results[0], results[1])
-    assert not equal(results[0], results[2]) and not equal(results[0], results[3])
+    assert equal(results[0], results[1]) and not equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("kind", ["class token", "average pooling"])
+def test_importance_is_the_squared_gradient_at_each_token(kind):
+    """Of the same model, taken apart at each place."""
+    adapter, _, calibration = case(kind)
+    model, geometry = adapter.model, adapter.geometry
+    images = calibration.images(calibration.fit)
+    found = token_importance(adapter, [images[:9], images[9:]], seed=4)
+    assert all(value.shape == (geometry.depth, geometry.tokens) for value in found.values())
+    random = np.random.default_rng(4)
+    last = geometry.depth - 1
+    expected = dict.fromkeys(found, 0.0)
+    for batch in (images[:9], images[9:]):
+        tokens = embed_images(model, batch)
+        for block in model.blocks[:last]:
+            tokens = block(tokens)
+        block = model.blocks[last]
+        qkv = block.attn.qkv(block.norm1(tokens)).detach().requires_grad_()
+        heads = qkv.unflatten(-1, (3, geometry.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        middle = tokens + block.ls1(block.attn.proj(attended))
+        target = middle + block.ls2(block.mlp(block.norm2(middle)))
+        output = model.forward_head(model.norm(target))
+        gradients = torch.autograd.grad(direction_loss(output, geometry.output, random), (qkv, middle, target))
+        for name, gradient in zip(("keys", "middle", "target"), gradients, strict=True):
+            own = gradient[..., geometry.embed_dim :] if name == "keys" else gradient
+            expected[name] = expected[name] + own.square().sum((0, 2)).double()
+    for name, value in found.items():
+        torch.testing.assert_close(value[last], expected[name] / expected[name].mean(), rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(value.mean(1), torch.ones(geometry.depth, dtype=torch.float64))
+    if kind == "class token":
+        assert (found["target"][last, 1:] == 0).all() and (found["keys"][last] > 0).all()
+    assert not any(parameter.grad is not None or not parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -280,7 +317,7 @@ def test_pooled_targets_have_the_mean_of_the_dense_tokens(kind):
     for plan in (dropping, frozen_plan(adapter)):
         with (
             torch.no_grad(),
-            Streams(adapter, [plan], calibration, calibration.fit, False, 4.0, 1 << 30) as streams,
+            Streams(adapter, [plan], calibration, calibration.fit, False, 1 << 30) as streams,
         ):
             for block in range(adapter.geometry.depth):
                 streams.choose(block)
