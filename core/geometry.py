@@ -119,10 +119,13 @@ class Geometry:
         if not isinstance(value, Mapping):
             raise PlanError(f"the geometry is {shown(value)}, expected a JSON object")
         known = {f.name for f in fields(cls)}
-        missing = {"depth", "embed_dim", "num_heads", "head_dim", "grid", "prefix_tokens", "image_size"} - set(value)
-        if missing:
+        # Without the MACs of the MLP every share of the dense cost would be wrong.
+        needed = {"depth", "embed_dim", "num_heads", "head_dim", "grid", "prefix_tokens", "image_size", "mlp_macs"}
+        if missing := needed - set(value):
             raise PlanError(f"the geometry lacks {', '.join(sorted(missing))}")
-        return cls(**{name: v for name, v in value.items() if name in known})
+        if unknown := [name for name in value if name not in known]:
+            raise PlanError(f"the geometry has an unknown field {shown(unknown[0])}")
+        return cls(**value)
 
     def differences(self, other: Geometry) -> list[str]:
         """``"depth 12 != 24"`` for each field that differs."""

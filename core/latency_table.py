@@ -308,7 +308,7 @@ class LatencyTable:
             UserError: Says what was found and what was expected.
         """
         if not isinstance(value, Mapping) or value.get("kind") != "latency_table":
-            raise _bad("it is no latency table")
+            raise _bad("it does not say that it is one")
         schema = value.get("schema")
         if schema == 1 and not isinstance(schema, bool):
             raise _bad("it has schema 1, which tells no MLP from attention, and has to be measured anew")

@@ -126,8 +126,14 @@ class TokenPlan:
 
     @classmethod
     def from_masks(cls, model: str, geometry: Geometry, masks: np.ndarray, **provenance: Any) -> TokenPlan:
-        """Build from bool [kind 3, block L, patch N], kinds as in :data:`KINDS`."""
-        sets = [tuple(tuple(np.flatnonzero(row).tolist()) for row in kind) for kind in np.asarray(masks, bool)]
+        """Build from bool [kind 3, block L, patch N], kinds as in :data:`KINDS`.
+
+        Raises:
+            PlanError: Another shape.
+        """
+        masks = np.asarray(masks, bool)
+        _check_shape("masks", masks, (len(KINDS), geometry.depth, geometry.patches))
+        sets = [tuple(tuple(np.flatnonzero(row).tolist()) for row in kind) for kind in masks]
         return cls(model, geometry, *sets, provenance=provenance)
 
     @classmethod
@@ -137,8 +143,14 @@ class TokenPlan:
         Args:
             exits: int [kind 3, patch N], kinds as in :data:`KINDS`; ``depth`` means to the end. Patch i is in the set
                 of blocks 0..exits[kind, i]-1.
+
+        Raises:
+            PlanError: Another shape, or no such blocks.
         """
         exits = np.asarray(exits)
+        _check_shape("exits", exits, (len(KINDS), geometry.patches))
+        if exits.dtype.kind not in "iu" or (exits < 0).any() or (exits > geometry.depth).any():
+            raise PlanError(f"exits are not all whole numbers from 0 to {geometry.depth}")
         return cls.from_masks(model, geometry, exits[:, None] > np.arange(geometry.depth)[None, :, None], **provenance)
 
     @classmethod
@@ -307,9 +319,8 @@ class TokenPlan:
 
     def _table(self) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
         """Title, header and rows: what each block still does."""
-        geometry, ratio = self.geometry, self.provenance.get("ratio")
-        cost = f", {ratio:.3f} of the dense cost" if isinstance(ratio, float) else ""
-        title = f"{self.model}: {geometry.depth} blocks, {geometry.grid[0]} x {geometry.grid[1]} patches{cost}"
+        geometry = self.geometry
+        title = f"{self.model}: {geometry.depth} blocks, {geometry.grid[0]} x {geometry.grid[1]} patches"
         rows = [
             (str(block), *(f"{len(getattr(self, kind)[block])} of {geometry.patches}" for kind in KINDS))
             for block in range(geometry.depth)
@@ -405,6 +416,11 @@ class TokenPlan:
             return cls.from_json(value)
         except PlanError as error:
             raise PlanError(f"{path}: {error.marked_problem}", error.marked_hint) from None
+
+
+def _check_shape(name: str, value: np.ndarray, expected: tuple[int, ...]) -> None:
+    if value.shape != expected:
+        raise PlanError(f"{name} have the shape {list(value.shape)}, expected {list(expected)}")
 
 
 def _rebuilt(*values: Any) -> TokenPlan:

@@ -138,7 +138,7 @@ def test_costs_that_are_none(card, images, steady, tmp_path, command):
     for spec in ("time", "latency", "latency:", "tokens:a.json", str(steady), ""):
         fails(*start, spec, says=f"the cost is {spec!r}, expected macs or latency:TABLE.json; measure a table with")
     fails(*start, f"latency:{tmp_path / 'no.json'}", says="cannot read the latency table")
-    fails(*start, f"latency:{card}", says="is not a latency table of use: it is no latency table")
+    fails(*start, f"latency:{card}", says="is not a latency table of use: it does not say that it is one")
     value = json.loads(steady.read_text())
     value["geometry"]["embed_dim"] = 64
     (tmp_path / "other.json").write_text(json.dumps(value))

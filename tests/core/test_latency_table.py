@@ -168,8 +168,8 @@ def test_round_trip(tmp_path):
 
 
 BAD = {
-    "no table": (lambda v: v.clear(), "it is no latency table"),
-    "another kind": (lambda v: v.update(kind="plan"), "it is no latency table"),
+    "no table": (lambda v: v.clear(), "it does not say that it is one"),
+    "another kind": (lambda v: v.update(kind="plan"), "it does not say that it is one"),
     "schema": (lambda v: v.update(schema=3), "it has schema 3, this vpruner reads 2"),
     "earlier schema": (lambda v: v.update(schema=1), "tells no MLP from attention, and has to be measured"),
     "unknown key": (lambda v: v.update(gpu=1), "unknown key 'gpu'"),

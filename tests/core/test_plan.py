@@ -427,3 +427,29 @@ def test_digest_ignores_provenance_alone():
     others.append(TokenPlan("m", shape, sets, sets, sets, reads=[0]))
     others.append(TokenPlan("m", shape, sets, sets, sets, gates=[[1, 2], [1], [1]]))
     assert len({plan.digest, *(other.digest for other in others)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("make", "value", "says"),
+    [
+        ("from_masks", np.ones((2, 4, 9)), r"shape \[2, 4, 9\], expected \[3, 4, 9\]"),
+        ("from_exits", np.ones((3, 8), int), r"shape \[3, 8\], expected \[3, 9\]"),
+        ("from_exits", np.ones(9, int), r"shape \[9\], expected \[3, 9\]"),
+        ("from_exits", np.full((3, 9), 5), "whole numbers from 0 to 4"),
+        ("from_exits", np.full((3, 9), -1), "whole numbers from 0 to 4"),
+        ("from_exits", np.full((3, 9), 1.5), "whole numbers from 0 to 4"),
+    ],
+)
+def test_arrays_that_are_no_masks_and_no_exits_are_refused(make, value, says):
+    geometry = Geometry(4, 16, 2, 8, (3, 3), 1, (24, 24), mlp_macs=2048)
+    with pytest.raises(PlanError, match=says):
+        getattr(TokenPlan, make)("m", geometry, value)
+
+
+def test_a_geometry_without_the_macs_of_its_mlp_is_refused():
+    """Every share of the dense cost would be wrong."""
+    value = Geometry(4, 16, 2, 8, (3, 3), 1, (24, 24), mlp_macs=2048).to_json()
+    with pytest.raises(PlanError, match="the geometry lacks mlp_macs"):
+        Geometry.from_json({name: v for name, v in value.items() if name != "mlp_macs"})
+    with pytest.raises(PlanError, match="unknown field 'macs'"):
+        Geometry.from_json({**value, "macs": 1})
