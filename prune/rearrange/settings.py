@@ -49,7 +49,7 @@ class Rearranged:
         judgement: Divergence of start and result on the held-out images.
         kept: Whether ``plan`` is another than the start.
         note: One sentence when it is not, or when the stage was cut short; else empty.
-        details: JSON values: episodes played, incumbents, seconds, settings.
+        details: JSON values: episodes played, incumbents, settings.
         history: One entry for each batch of episodes.
     """
 

@@ -124,7 +124,6 @@ def rearrange(
         "incumbents": run.incumbents,
         "foresees_tuning": world.stand_in is not None,
         "ended": ended,
-        "seconds": round(time.monotonic() - started, 3),
         "settings": asdict(settings),
         "seed": seed,
     }

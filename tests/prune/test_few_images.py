@@ -50,6 +50,8 @@ def test_every_stage_takes_few_images(card, select, tune, rearrange, count):
                 json_text(value.to_json())
         expected = 1 + (rearrange != "none") + (tune != "none") + (select == "content") if count > 3 else 1
         assert len(learned.stages) == expected
+        # The time of the whole stage, whatever its details say of parts.
+        assert all(stage.to_json()["seconds"] == round(stage.seconds, 2) for stage in learned.stages)
         judged = [stage.judgement for stage in learned.stages]
         assert (judged[0] is None) == (count < 4)  # Gates that were not changed are not judged.
         assert all(one is None or (math.isfinite(one.error) and one.images >= 2) for one in judged)
