@@ -274,7 +274,7 @@ def _accuracy_caption(results: Results) -> str:
         f"{rows[0]['images']:,} calibration and {rows[0]['count']:,} evaluation images",
     ]
     if episodes:
-        sentences.append(f"PPO played {' or '.join(map(str, episodes))} episodes")
+        sentences.append(f"PPO played at most {' or '.join(map(str, episodes))} episodes")
     sentences.append("time is the median to make a plan, on one thread of a machine that did other work too")
     # The spread over seeds says nothing about the images, which all seeds share.
     widths = [50 * (row["high"] - row["low"]) for row in rows if row["metric"] == "top1_difference"]
