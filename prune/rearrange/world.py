@@ -16,7 +16,7 @@ from ..rollouts import evaluate_plans
 from ..tune.weights import refit_weights, with_weights
 
 #: Images that plans are judged on, mirror images included: with fewer, plans fit them; more cost time.
-REWARD_IMAGES = 1024
+REWARD_IMAGES = 1536
 #: Stand-in weights are refitted to so many plans together, on so many images at most. Weights of the start alone would
 #: favour it. A quarter of the images of a tuning leave most of its effect, for a quarter of the time.
 STAND_IN_IMAGES = 256

@@ -12,7 +12,7 @@ from ..backbones.vit import ViTAdapter
 from ..fisher import direction_loss, frozen
 
 #: Images that squared gradients are averaged over. Those of each image apart, as weights of its own rows, fit worse.
-IMPORTANCE_IMAGES = 512
+IMPORTANCE_IMAGES = 128
 
 
 @torch.enable_grad()
