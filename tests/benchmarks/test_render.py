@@ -52,7 +52,7 @@ def test_accuracy_table(tables):
         "| Fisher + PPO | – | −0.50 pp / 0.0500 (1) | 10 s |",
         "",
         "Mean ± standard deviation of 2 seeds; brackets hold the number of seeds where it is smaller; "
-        "1,024 calibration and 2,000 evaluation images; PPO played 640 episodes; "
+        "1,024 calibration and 2,000 evaluation images; PPO played at most 640 episodes; "
         "time is the median to make a plan, on one thread of a machine that did other work too; "
         "the 95 % interval over images of one top-1 difference is ± 0.5 to 0.5 pp.",
     ]
