@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import judged
 from judged import Candidate, Images
@@ -36,19 +35,12 @@ from vpruner.prune.stages import Task, search_plan
 KEY = ("model", "form", "target", "seed", "images", "eval_images", "data", "eval_data")
 
 
-@dataclass(frozen=True)
-class FormTask(Task):
-    """A task whose plans have a given form instead of the default."""
-
-    form: str = "exits"
-
-
 def candidates(shared: Images, form: str, target: float, seed: int) -> Iterator[Candidate]:
     """The plan that the search finds, and the same with refitted weights."""
     loaded, calibration = shared.loaded, shared.calibration
     spec, cost = LearnSpec(target=target, seed=seed), MacsCost(loaded.adapter.geometry)
     started = time.perf_counter()
-    plan, _ = search_plan(FormTask(loaded, shared.images, calibration, spec, cost, target, form=form))
+    plan, _ = search_plan(Task(loaded, shared.images, calibration, spec, cost, target), form=form)
     searched = Candidate(plan, time.perf_counter() - started)
     yield searched
     yield shared.tuned(searched, spec.tune, seed)

@@ -180,11 +180,12 @@ class Search:
         return Proposal(found, not plan.is_identity, None, plan.provenance["note"], details)
 
 
-def search_plan(task: Task, batch_size: int | None = None) -> tuple[TokenPlan, np.ndarray]:
+def search_plan(task: Task, batch_size: int | None = None, form: str = "exits") -> tuple[TokenPlan, np.ndarray]:
     """The plan, and the Fisher moments [kind 3, kind 3, block L, patch N] that it was found from.
 
     Args:
         batch_size: Images per backward pass; None picks one that keeps activations within 1.5 GiB.
+        form: One of :data:`~vpruner.prune.search.FORMS`.
     """
     loaded, images, calibration, cost = task.loaded, task.images, task.calibration, task.cost
     geometry, seed = loaded.adapter.geometry, task.spec.seed
@@ -200,6 +201,7 @@ def search_plan(task: Task, batch_size: int | None = None) -> tuple[TokenPlan, n
             loss,
             task.target,
             cost=cost,
+            form=form,
             seed=seed,
             on_batch=advance,
         )
