@@ -30,6 +30,8 @@ from vpruner.report.entries import entries_of
 
 #: What the plot shows, the first that was measured -> its axis, and what values are multiplied by.
 PLOTTED = {"top1": ("top-1 in %", 100), "agreement": ("same class as dense in %", 100), "cosine": ("cosine", 1)}
+#: A salt and no date: the same rows give the same file.
+LOOK = {"svg.hashsalt": "vpruner", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def plot_accuracy(rows: list[dict], path: Path) -> None:
@@ -55,9 +57,7 @@ def plot_accuracy(rows: list[dict], path: Path) -> None:
         "fisher + tuning": ("#f0a35e", "o", "-"),
         "fisher + ppo + weights": ("#c2500a", "s", "-"),
     }
-    # A salt and no date: the same rows give the same file.
-    look = {"svg.hashsalt": "vpruner", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context(look):
+    with pyplot.rc_context(LOOK):
         figure, axes = pyplot.subplots(
             1, len(panels), figsize=(2.6 + 4.4 * len(panels), 4.2), squeeze=False, layout="constrained"
         )
@@ -123,8 +123,7 @@ def plot_search_forms(rows: list[dict], path: Path) -> None:
         "exits": ("#17508c", "s", "-"),
         "free": ("#c2500a", "D", "--"),
     }
-    look = {"svg.hashsalt": "vpruner", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context(look):
+    with pyplot.rc_context(LOOK):
         figure, axes = pyplot.subplots(
             len(before), 2, figsize=(9.4, 3.8 * len(before)), squeeze=False, sharey="row", layout="constrained"
         )
@@ -161,8 +160,7 @@ def plot_vlm_accuracy(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     found = newest_vlm(rows)
-    look = {"svg.hashsalt": "vpruner", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context(look):
+    with pyplot.rc_context(LOOK):
         figure, axes = pyplot.subplots(1, len(VLM_KINDS), figsize=(13, 3.4), layout="constrained")
         for axis, kind in zip(axes, VLM_KINDS, strict=True):
             for method, (name, colour, marker, line) in VLM_METHODS.items():

@@ -18,7 +18,7 @@ from ..tune.weights import refit_weights, with_weights
 #: Images that plans are judged on, mirror images included: with fewer, plans fit them; more cost time.
 REWARD_IMAGES = 1536
 #: Stand-in weights are refitted to so many plans together, on so many images at most. Weights of the start alone would
-#: favour it. A quarter of the images of a tuning leave most of its effect, for a quarter of the time.
+#: favour it.
 STAND_IN_IMAGES = 256
 #: Rows of a stand-in's normal equations at most, an image or its mirror image giving one per token: with more tokens to
 #: an image fewer images do, and no mirror images, and a model of DeiT's size is refitted in minutes.
