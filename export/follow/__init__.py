@@ -1,0 +1,11 @@
+"""Prune any Vision Transformer by following its token axis through the graph: no architecture and no exporter is named.
+
+:func:`follow` says where the tokens of each value are, what the blocks are, and what of them can be masked; :func:`mask`
+writes a plan's masks into the graph; :func:`fold` computes only what the plan leaves.
+"""
+
+from .blocks import Block, Branch, Followed, follow
+from .mask import mask
+from .restrict import fold
+
+__all__ = ["Block", "Branch", "Followed", "fold", "follow", "mask"]

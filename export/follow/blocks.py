@@ -1,0 +1,441 @@
+"""The residual stream of a graph, and what its branches do, from where the tokens are alone.
+
+The stream is the longest chain of ``Add`` of which one input is the stream as it was and the other depends on it: the
+branch. A branch that sums over tokens is attention, one that does not is an MLP, whatever is in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from ...core.errors import GraphError
+from ..recognise.graph import called
+from .known import Known, check_open, used_by
+from .layout import ENDED, Lost
+from .prepare import prepare
+from .rules import RULES, Flow, Tokens, start
+
+#: What the stream may pass between two blocks: each token by itself, or other tokens put beside it or left out.
+_CARRIERS = frozenset(
+    ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast", "Identity", "Dropout", "Slice", "Concat", "Add", "Mul",
+     "Sub", "Div", "LayerNormalization", "RMSNormalization", "BatchNormalization", "Expand", "Split", "Gather")
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """What an ``Add`` of the stream adds to it.
+
+    Attributes:
+        add: That node.
+        update: Which of its inputs is the branch.
+        nodes: Between the stream and the update.
+        mixers: Those of them that sum over tokens.
+        keyed: Softmaxes over the keys of this branch; empty where keys cannot be masked.
+        reason: Why the branch is left whole; None where it can be masked.
+    """
+
+    add: ir.Node
+    update: int
+    nodes: frozenset[ir.Node]
+    mixers: tuple[ir.Node, ...]
+    keyed: tuple[ir.Node, ...] = ()
+    reason: str | None = None
+
+    @property
+    def is_attention(self) -> bool:
+        return bool(self.mixers) or self.reason is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Attention and an MLP that follow each other on the stream; either may be missing, and either may be several
+    branches (of parallel blocks).
+
+    Attributes:
+        reasons: Why what cannot be masked is left whole.
+    """
+
+    index: int
+    attention: tuple[Branch, ...]
+    mlp: tuple[Branch, ...]
+
+    @property
+    def keys(self) -> bool:
+        """Whether the plan may say what the block reads."""
+        return bool(self.attention) and all(branch.keyed for branch in self.attention)
+
+    @property
+    def queries(self) -> bool:
+        return bool(self.attention) and all(branch.reason is None for branch in self.attention)
+
+    @property
+    def mlps(self) -> bool:
+        return bool(self.mlp) and all(branch.reason is None for branch in self.mlp)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(b.reason for b in (*self.attention, *self.mlp) if b.reason is not None))
+
+
+@dataclass(frozen=True, eq=False)
+class Followed:
+    """A graph in which the tokens were followed.
+
+    Attributes:
+        model: A copy of the graph that was given, inlined, with the shapes that do not depend on the batch written out.
+        tokens: Where the tokens are, value by value.
+        flows: Node that carries tokens -> what it does to them.
+        lost: Node behind which the tokens could not be followed -> the reason.
+        stem: Node at which the tokens begin.
+        grid: Sizes of the grid (rows, columns); one number where the graph shows no grid.
+        stream: Value that enters the first block.
+        blocks: In order.
+        readers: Nodes outside the blocks at which the token axis ends: heads, taps.
+    """
+
+    model: ir.Model
+    tokens: Tokens
+    flows: dict[ir.Node, Flow]
+    lost: dict[ir.Node, str]
+    stem: ir.Node
+    grid: tuple[int, ...]
+    stream: ir.Value
+    blocks: tuple[Block, ...]
+    readers: tuple[ir.Node, ...]
+
+    @property
+    def patches(self) -> int:
+        return int(np.prod(self.grid))
+
+    @property
+    def prefix(self) -> int:
+        """Tokens beside the patches in the stream that enters the first block."""
+        return sum(int((ids >= self.patches).sum()) for ids in self.tokens.layouts[self.stream].ids)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return tuple(f"block {block.index}: {reason}" for block in self.blocks for reason in block.reasons)
+
+    def copy(self) -> Followed:
+        """One whose model may be changed in place. Tensors are shared."""
+        return _copied(self)
+
+
+def follow(model: ir.Model) -> Followed:
+    """Follow the tokens of a Vision Transformer from where they begin to where they end; ``model`` stays as it is.
+
+    Raises:
+        GraphError: No tokens begin in the graph, no block adds to them, or the image size is open.
+    """
+    model = prepare(model)
+    for starts in (("Conv",), ("MatMul", "Gemm")):
+        skip: set[int] = set()
+        for _ in range(4):
+            known = Known(model, skip)
+            tokens, flows, lost = _flow(model, known, frozenset(starts))
+            sizes = {
+                size for layout in tokens.layouts.values() for ids in layout.ids for size in (*ids.shape, ids.size)
+            }
+            clash = {prime for prime in known.open_dims if any(size and size % prime == 0 for size in sizes)}
+            if not clash:
+                break
+            skip |= clash
+        chain = _longest_chain(model.graph, tokens)
+        if chain:
+            return _described(model, tokens, flows, lost, chain)
+    raise GraphError(
+        "no tokens were found that blocks add to, expected a Vision Transformer",
+        next((f"the tokens are lost at {called(node)}: {reason}" for node, reason in lost.items()), ""),
+    )
+
+
+def _flow(
+    model: ir.Model, known: Known, starts: frozenset[str]
+) -> tuple[Tokens, dict[ir.Node, Flow], dict[ir.Node, str]]:
+    tokens, flows, lost = Tokens(known, starts), {}, {}
+    # Ids of patches come first; those of other tokens follow the largest grid that may begin.
+    sizes = [np.prod(shape[2:]) for node in model.graph for shape in [known.shapes.get(node.outputs[0])]
+             if node.op_type == "Conv" and shape is not None]  # fmt: skip
+    sizes += [shape[-2] for shape in known.shapes.values() if "MatMul" in starts and len(shape) == 3]
+    tokens.count = int(max(sizes, default=0))
+    for node in model.graph:
+        follow_node(node, tokens, flows, lost)
+    return tokens, flows, lost
+
+
+def follow_node(node: ir.Node, tokens: Tokens, flows: dict[ir.Node, Flow], lost: dict[ir.Node, str]) -> None:
+    """Say where the tokens of the outputs of ``node`` are, in place."""
+    used = used_by(node)
+    carrying = [value for value in used if value in tokens.layouts]
+    flow = start(node, tokens)
+    try:
+        if flow is None and carrying and node.op_type not in ("Shape", "Size"):
+            if node.op_type not in RULES or len(used) > sum(value is not None for value in node.inputs):
+                raise Lost(f"what {node.op_type} does to tokens is not known")
+            flow = RULES[node.op_type](node, tokens)
+    except Lost as error:
+        lost[node] = str(error)
+    if flow is not None:
+        flows[node] = flow
+        for value, layout in zip(node.outputs, flow.outputs, strict=False):
+            if layout is not None:
+                tokens.layouts[value] = layout
+    mixes = (flow is not None and (flow.ends or flow.normalises is not None)) or (node in lost and len(carrying) > 1)
+    mixes = mixes and node.op_type in ("MatMul", "Einsum", "Attention", "Softmax")
+    if mixes or any(value in tokens.mixed for value in used):
+        tokens.mixed.update(node.outputs)
+
+
+# -- the stream -------------------------------------------------------------------------------------------------------
+
+
+def _carried(value: ir.Value, tokens: Tokens, adds: dict[ir.Node, int]) -> ir.Value:
+    """The value that ``value`` is but for what the stream may pass between two blocks."""
+    while True:
+        node = value.producer()
+        if node is None or node in adds or node.op_type not in _CARRIERS:
+            return value
+        carrying = [one for one in node.inputs if one is not None and one in tokens.layouts]
+        if len(carrying) != 1 or any(
+            one in tokens.mixed for one in node.inputs if one is not None and one not in carrying
+        ):
+            return value
+        value = carrying[0]
+
+
+def _longest_chain(graph: ir.Graph, tokens: Tokens) -> list[tuple[ir.Node, int]]:
+    """(Add, which of its inputs is the branch) of the residual stream, in order."""
+    depth: dict[ir.Node, int] = {}
+    best: dict[ir.Node, tuple[ir.Node | None, int, ir.Value]] = {}  # Add -> the Add before, its branch, its root
+    reached: dict[ir.Value, int] = {}
+    bits: dict[ir.Value, int] = {}
+
+    def bit(value: ir.Value) -> int:
+        return bits.setdefault(value, 1 << len(bits))
+
+    candidates = {
+        node: 0 for node in graph
+        if node.op_type == "Add" and node.outputs[0] in tokens.layouts and len(node.inputs) == 2
+    }  # fmt: skip
+    # Roots have to be known before the values that depend on them are met: every input of an Add may be one.
+    for node in candidates:
+        for value in node.inputs:
+            if value in tokens.layouts:
+                bit(_carried(value, tokens, {}))
+    for node in graph:
+        reach = 0
+        for value in used_by(node):
+            reach |= reached.get(value, 0) | bits.get(value, 0)
+        for value in node.outputs:
+            reached[value] = reach
+        if node not in candidates:
+            continue
+        for stream, branch in ((0, 1), (1, 0)):
+            value, update = node.inputs[stream], node.inputs[branch]
+            if value not in tokens.layouts or not tokens.layouts[value].same_as(tokens.layouts[node.outputs[0]]):
+                continue
+            source = _carried(value, tokens, depth)
+            before = source.producer() if source.producer() in depth else None
+            root = best[before][2] if before is not None else source
+            if update is value or not (reached.get(update, 0) & bits.get(root, 0)):
+                continue
+            length = depth.get(before, 0) + 1
+            if length > depth.get(node, 0):
+                depth[node] = length
+                best[node] = before, branch, root
+    if not depth:
+        return []
+    node: ir.Node | None = max(depth, key=depth.get)
+    chain = []
+    while node is not None:
+        before, branch, _root = best[node]
+        chain.append((node, branch))
+        node = before
+    return chain[::-1]
+
+
+def _described(model, tokens: Tokens, flows, lost, chain: list[tuple[ir.Node, int]]) -> Followed:
+    first, branch = chain[0]
+    stream = first.inputs[1 - branch]
+    root = stream
+    while (node := root.producer()) is not None and node not in tokens.grids:
+        root = next(value for value in node.inputs if value is not None and value in tokens.layouts)
+    stem = root.producer()
+    image = next((value for value in _above(root) if value in model.graph.inputs), None)
+    if image is not None:
+        check_open(tokens.known, image)
+    stops = {add.outputs[0] for add, _ in chain} | {stream}
+    branches = [_branch(add, position, stops, tokens, flows, lost) for add, position in chain]
+    inside = {node for branch in branches for node in branch.nodes}
+    readers = [
+        node for node in model.graph
+        if node not in inside and any(value in tokens.layouts for value in used_by(node))
+        and (node in lost or flows[node].ends or (ENDED in sum(flows[node].links, ()) and flows[node].how != "start"))
+    ]  # fmt: skip
+    mixing = [index for index, branch in enumerate(branches) if branch.mixers]
+    # What a convolution adds to the patches ahead of the first attention belongs to the stem.
+    ahead = [
+        index for index, one in enumerate(branches) if one.reason and not one.mixers and index < min(mixing, default=0)
+    ]
+    branches = branches[max(ahead, default=-1) + 1 :]
+    return Followed(
+        model, tokens, flows, lost, stem, tokens.grids[stem], stream, tuple(_blocks(branches)), tuple(readers)
+    )
+
+
+def _above(value: ir.Value) -> Iterator[ir.Value]:
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if value not in seen:
+            seen.add(value)
+            yield value
+            if value.producer() is not None:
+                waiting.extend(used_by(value.producer()))
+
+
+def _branch(add: ir.Node, update: int, stops: set[ir.Value], tokens: Tokens, flows, lost) -> Branch:
+    nodes: set[ir.Node] = set()
+    waiting = [add.inputs[update]]
+    while waiting:
+        value = waiting.pop()
+        node = value.producer()
+        if node is None or node in nodes or value in stops:
+            continue
+        if value in tokens.layouts or value in tokens.mixed or any(one in tokens.layouts for one in used_by(node)):
+            nodes.add(node)
+        waiting.extend(used_by(node))
+    reason, mixers = None, []
+    for node in nodes:
+        flow = flows.get(node)
+        if node in lost:
+            reason = reason or f"{lost[node]} at {called(node)}"
+        elif flow is not None and (flow.ends or (ENDED in sum(flow.links, ()))):
+            if flow.how == "pick":
+                reason = reason or f"one token is picked at {called(node)}"
+            mixers.append(node)
+    if reason is None and add.inputs[update] not in tokens.layouts:
+        reason = f"what {called(add)} adds carries no tokens"
+    branch = Branch(add, update, frozenset(nodes), tuple(mixers), (), reason)
+    if mixers and reason is None:
+        keyed, reason = _keyed(branch, flows)
+        branch = replace(branch, keyed=keyed, reason=reason)
+    return branch
+
+
+def _keyed(branch: Branch, flows: dict[ir.Node, Flow]) -> tuple[tuple[ir.Node, ...], str | None]:
+    """The softmaxes through which all sums over tokens of a branch go, or why keys cannot be masked.
+
+    A key is left out by leaving it out of a softmax, so every sum over tokens must have one ahead of it, and what the
+    softmax gives must end in such sums only.
+    """
+    softmaxes = [node for node in branch.nodes if node in flows and flows[node].normalises is not None]
+    for node in branch.mixers:
+        flow = flows[node]
+        if node.op_type == "Attention":
+            softmaxes.append(node)
+            continue
+        if any(ENDED in link for link in flow.links):
+            return (), f"tokens are mixed by fixed weights at {called(node)}"
+        if not any(
+            link >= flow.groups and _reaches(value, group, branch, flows, softmaxes)
+            for value, links in zip(node.inputs, flow.links, strict=True)
+            for group, link in enumerate(links)
+        ):
+            return (), f"tokens are summed without a softmax at {called(node)}"
+    for node in softmaxes:
+        if node.op_type != "Attention" and not only_summed(node.outputs[0], flows[node].normalises, branch, flows):
+            return (), f"attention weights are used apart from the values, behind {called(node)}"
+    return tuple(softmaxes), None
+
+
+def _reaches(value, group: int, branch: Branch, flows, softmaxes) -> bool:
+    """Whether ``group`` of ``value`` was normalised by a softmax in the branch."""
+    node = value.producer()
+    if node not in branch.nodes or node not in flows:
+        return False
+    flow = flows[node]
+    if flow.normalises == group:
+        return True
+    return any(
+        link == group and _reaches(one, number, branch, flows, softmaxes)
+        for one, links in zip(node.inputs, flow.links, strict=True)
+        for number, link in enumerate(links)
+    )
+
+
+def only_summed(value: ir.Value, group: int, branch: Branch, flows) -> bool:
+    """Whether ``group`` of ``value`` ends in sums of the branch and nowhere else."""
+    if value.is_graph_output():
+        return False
+    for node, position in value.uses():
+        flow = flows.get(node)
+        if node not in branch.nodes or flow is None:
+            return False
+        link = flow.links[position][group]
+        if link == ENDED or flow.how in ("pick", "join", "roll") or flow.normalises == link:
+            return False
+        if link < flow.groups and not all(only_summed(output, link, branch, flows) for output in node.outputs):
+            return False
+    return True
+
+
+def _blocks(branches: list[Branch]) -> Iterator[Block]:
+    blocks: list[tuple[list[Branch], list[Branch]]] = []
+    for branch in branches:
+        if branch.is_attention:
+            if not blocks or blocks[-1][1] or (blocks[-1][0] and not _parallel(blocks[-1][0][-1], branch)):
+                blocks.append(([], []))
+            blocks[-1][0].append(branch)
+        else:
+            if not blocks or (blocks[-1][1] and not _parallel(blocks[-1][1][-1], branch)):
+                blocks.append(([], []))
+            blocks[-1][1].append(branch)
+    for index, (attention, mlp) in enumerate(blocks):
+        yield Block(index, tuple(attention), tuple(mlp))
+
+
+def _parallel(before: Branch, branch: Branch) -> bool:
+    """Whether ``branch`` does not read what ``before`` adds."""
+    return all(value is not before.add.outputs[0] for node in branch.nodes for value in used_by(node))
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+
+def _copied(followed: Followed) -> Followed:
+    from ..graph import copy_model
+
+    model = copy_model(followed.model)
+    old, new = followed.model.graph, model.graph
+    values = dict(zip(old.inputs, new.inputs, strict=True))
+    values.update(zip(old.initializers.values(), new.initializers.values(), strict=True))
+    nodes = dict(zip(old, new, strict=True))
+    for before, after in nodes.items():
+        values.update(zip(before.outputs, after.outputs, strict=True))
+
+    def branch(one: Branch) -> Branch:
+        return replace(one, add=nodes[one.add], nodes=frozenset(map(nodes.get, one.nodes)),
+                       mixers=tuple(map(nodes.get, one.mixers)), keyed=tuple(map(nodes.get, one.keyed)))  # fmt: skip
+
+    tokens = replace(
+        followed.tokens,
+        known=followed.tokens.known.renamed(values),
+        layouts={values[value]: layout for value, layout in followed.tokens.layouts.items()},
+        grids={nodes[node]: grid for node, grid in followed.tokens.grids.items()},
+        mixed={values[value] for value in followed.tokens.mixed},
+    )
+    blocks = tuple(
+        Block(block.index, tuple(map(branch, block.attention)), tuple(map(branch, block.mlp)))
+        for block in followed.blocks
+    )
+    return Followed(
+        model, tokens, {nodes[n]: flow for n, flow in followed.flows.items()},
+        {nodes[n]: reason for n, reason in followed.lost.items()}, nodes[followed.stem], followed.grid,
+        values[followed.stream], blocks, tuple(map(nodes.get, followed.readers)),
+    )  # fmt: skip

@@ -1,0 +1,200 @@
+"""Which tokens of each value a plan needs: from what the outputs read, back to where the tokens begin.
+
+Work whose result nothing reads is asked for by nothing, and so is left out without further ado.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from ...core.errors import PlanError
+from ..recognise.graph import called
+from .blocks import Block, Branch, Followed, only_summed
+from .known import used_by
+from .layout import ENDED, Layout
+
+
+class Plan(Protocol):
+    """What is read of a :class:`~vpruner.core.plan.TokenPlan`: patches for each block; ``reads`` None: all."""
+
+    keys: Sequence[Sequence[int]]
+    queries: Sequence[Sequence[int]]
+    mlps: Sequence[Sequence[int]]
+    reads: Sequence[int] | None
+
+
+@dataclass(eq=False)
+class Sets:
+    """A plan in the words of a graph. Sets are bool [id]; tokens that are no patches are in all of them.
+
+    Attributes:
+        updates: ``Add`` of the stream -> its branch, and the tokens that it updates.
+        keys: Node that sums over tokens, or a softmax over them -> the tokens that it sums over.
+        gates: The same nodes -> float64 [id], to be added to their logits; only where some are not 0.
+        reads: The tokens that the head reads.
+    """
+
+    updates: dict[ir.Node, tuple[Branch, np.ndarray]] = field(default_factory=dict)
+    keys: dict[ir.Node, np.ndarray] = field(default_factory=dict)
+    gates: dict[ir.Node, np.ndarray] = field(default_factory=dict)
+    reads: np.ndarray | None = None
+
+
+def sets_of(followed: Followed, plan: Plan) -> Sets:
+    """Raises:
+    PlanError: The plan is for another number of blocks or patches.
+    """
+    if len(plan.keys) != len(followed.blocks):
+        raise PlanError(f"the plan is for {len(plan.keys)} blocks, the graph has {len(followed.blocks)}")
+
+    def mask(patches: Sequence[int]) -> np.ndarray:
+        patches = np.asarray(patches, np.int64)
+        if len(patches) and not 0 <= patches.min() <= patches.max() < followed.patches:
+            raise PlanError(f"the plan has patch {patches.max()}, the graph has {followed.patches} patches")
+        result = np.arange(followed.tokens.count) >= followed.patches
+        result[patches] = True
+        return result
+
+    sets, gates = Sets(), getattr(plan, "gates", None)
+    for block in followed.blocks:
+        for branches, patches in ((block.attention, plan.queries), (block.mlp, plan.mlps)):
+            sets.updates.update({branch.add: (branch, mask(patches[block.index])) for branch in branches})
+        keys = mask(plan.keys[block.index])
+        logs = None
+        if gates is not None and any(gate != 1 for gate in gates[block.index]):
+            logs = np.zeros(followed.tokens.count)
+            logs[np.asarray(plan.keys[block.index], np.int64)] = np.log(gates[block.index])
+        for branch in block.attention:
+            for node in (*branch.mixers, *branch.keyed):
+                sets.keys[node] = keys
+                if logs is not None and node in branch.keyed:
+                    sets.gates[node] = logs
+    if plan.reads is not None and len(plan.reads) < followed.patches:
+        sets.reads = mask(plan.reads)
+        for node in _head(followed):
+            sets.keys[node] = sets.reads
+    return sets
+
+
+def _head(followed: Followed) -> list[ir.Node]:
+    """Nodes behind the blocks that sum over tokens, and the softmaxes ahead of those sums."""
+    inside = {node for block in followed.blocks for b in (*block.attention, *block.mlp) for node in b.nodes}
+    outside = {node: flow for node, flow in followed.flows.items() if node not in inside}
+    sums = [node for node, flow in outside.items() if flow.ends and flow.how == "along"]
+    whole = Branch(followed.stem, 0, frozenset(outside), ())
+    softmaxes = [
+        node for node, flow in outside.items()
+        if flow.normalises is not None and only_summed(node.outputs[0], flow.normalises, whole, outside)
+    ]  # fmt: skip
+    return [*sums, *softmaxes]
+
+
+def all_of(layout: Layout, group: int, count: int) -> np.ndarray:
+    """bool [id]: the tokens of a group."""
+    result = np.zeros(count, bool)
+    result[layout.ids[group].ravel()] = True
+    return result
+
+
+@dataclass(eq=False)
+class Demand:
+    """Attributes:
+    needed: Value that carries tokens -> bool [id] for each of its groups.
+    live: Nodes whose result something reads.
+    """
+
+    needed: dict[ir.Value, list[np.ndarray]] = field(default_factory=dict)
+    live: set[ir.Node] = field(default_factory=set)
+    _asked: set[ir.Value] = field(default_factory=set)
+
+    def ask(self, value: ir.Value, layout: Layout | None, masks: Sequence[np.ndarray | None], count: int) -> None:
+        """Ask for tokens of a value; None: all of a group."""
+        self._asked.add(value)
+        if layout is None:
+            return
+        needed = self.needed.setdefault(value, [np.zeros(count, bool) for _ in layout.ids])
+        for group, mask in enumerate(masks):
+            own = all_of(layout, group, count)
+            needed[group] |= own if mask is None else own & mask
+
+    def is_asked(self, node: ir.Node) -> bool:
+        return any(value in self._asked for value in node.outputs)
+
+
+def demand(followed: Followed, sets: Sets) -> Demand:
+    """Raises:
+    PlanError: The plan leaves tokens out of a part of the model that cannot be masked.
+    """
+    tokens, count = followed.tokens, followed.tokens.count
+    result = Demand()
+
+    def ask(value: ir.Value, masks: Sequence[np.ndarray | None] | None = None) -> None:
+        layout = tokens.layouts.get(value)
+        result.ask(value, layout, masks or [None] * (len(layout.ids) if layout else 0), count)
+
+    for value in followed.model.graph.outputs:
+        if value in tokens.layouts and sets.reads is not None:
+            raise PlanError(f"output {value.name!r} holds all tokens, but the plan's reads leave some out")
+        ask(value)
+    for node in reversed(followed.model.graph):
+        if not result.is_asked(node):
+            continue
+        result.live.add(node)
+        flow = followed.flows.get(node)
+        if flow is None:
+            for value in used_by(node):
+                ask(value)
+        elif node in sets.updates:
+            branch, mask = sets.updates[node]
+            (wanted,) = result.needed[node.outputs[0]]
+            updated = wanted & mask
+            if branch.reason is not None and (updated != wanted).any():
+                raise PlanError(f"block parts that are left whole update every token: {branch.reason}")
+            ask(node.inputs[1 - branch.update], [wanted])
+            if updated.any():
+                ask(node.inputs[branch.update], [updated])
+        else:
+            masks = node_masks(followed, sets, result, node)
+            for value, links in zip(node.inputs, flow.links, strict=True):
+                if value is not None:
+                    ask(value, [None if link == ENDED else masks[link] for link in links])
+    return result
+
+
+def node_masks(followed: Followed, sets: Sets, wanted: Demand, node: ir.Node) -> list[np.ndarray]:
+    """bool [id] for each group of a node: the tokens of it with which it is run."""
+    flow, count = followed.flows[node], followed.tokens.count
+    masks = [np.zeros(count, bool) for _ in range(flow.groups)]
+    for value, layout in zip(node.outputs, flow.outputs, strict=False):
+        for group in range(len(layout.ids) if layout is not None else 0):
+            if flow.normalises == group and node not in sets.keys:
+                masks[group] |= all_of(layout, group, count)
+            elif value in wanted.needed:
+                masks[group] |= wanted.needed[value][group]
+    for ids in flow.ends:
+        mask = np.zeros(count, bool)
+        mask[ids] = True
+        keys = sets.keys.get(node) if flow.how == "along" else None
+        if keys is not None:
+            mask &= keys
+            if not mask.any():
+                raise PlanError(f"nothing is left to read at {called(node)}")
+        masks.append(mask)
+    return masks
+
+
+def check_keys(blocks: Sequence[Block], sets: Sets, wanted: Demand, followed: Followed) -> None:
+    """Raises:
+    PlanError: The plan leaves keys out of a block that reads every token.
+    """
+    for block in blocks:
+        for branch in block.attention:
+            for node in branch.mixers:
+                ids = np.concatenate([np.ravel(ids) for ids in followed.flows[node].ends] or [np.zeros(0, np.int64)])
+                if not branch.keyed and node in wanted.live and not sets.keys[node][ids].all():
+                    raise PlanError(f"block {block.index} reads every token: {branch.reason or 'it sums over them'}")

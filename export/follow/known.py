@@ -1,0 +1,255 @@
+"""Shapes and constants of a graph, computed node by node; a batch of any size is given a prime number.
+
+Exporters write shapes that depend on the batch as chains of ``Shape``, ``Gather``, ``Concat``. With a prime in place of
+the batch that divides no other size, every shape is a number, and which of them the batch is in can still be told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from copy import copy
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from ...core.errors import GraphError
+
+_PRIMES = (89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 199)
+#: Data that shapes may be computed from; larger constants are never needed to know a shape.
+_MOST_SHAPE_DATA = 4096
+#: Nodes whose constants are left to the runtime: the reference implementation takes minutes.
+_SLOW = {"Resize", "Conv", "ConvTranspose", "GridSample", "Einsum"}
+_RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+
+
+class Known:
+    """What is known of the values of a model whose functions are inlined.
+
+    Args:
+        skip: Primes that are sizes of this graph.
+
+    Attributes:
+        shapes: Value -> its sizes, where they are known.
+        open_dims: Prime -> the graph's input and axis that it stands for.
+        from_inputs: Values that depend on what an input holds, not only on its shape.
+    """
+
+    def __init__(self, model: ir.Model, skip: Collection[int] = ()):
+        self.shapes: dict[ir.Value, tuple[int, ...]] = {}
+        self.open_dims: dict[int, tuple[ir.Value, int]] = {}
+        self.from_inputs: set[ir.Value] = set()
+        self._types: dict[ir.Value, onnx.TypeProto] = {}
+        self._values: dict[ir.Value, np.ndarray | None] = {}
+        self._opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+        self._versions = dict(model.opset_imports)
+        self._name_open_dims(model.graph, skip)
+        for value in model.graph.initializers.values():
+            self.add_constant(value)
+        for node in model.graph:
+            self.add(node)
+
+    def _name_open_dims(self, graph: ir.Graph, skip: Collection[int]) -> None:
+        sizes = {dim for value in graph.initializers.values() for dim in value.shape.numpy()}
+        sizes |= {dim for value in graph.inputs for dim in value.shape or () if isinstance(dim, int)}
+        primes = (p for p in _PRIMES if p not in skip and not any(size % p == 0 for size in sizes if size))
+        names: dict[str, int] = {}
+        for value in graph.inputs:
+            self.from_inputs.add(value)
+            if value.shape is None:
+                continue
+            dims = []
+            for axis, dim in enumerate(value.shape):
+                if not isinstance(dim, int):
+                    name = dim.value or f"{value.name}.{axis}"
+                    if name not in names:
+                        names[name] = next(primes)
+                        self.open_dims[names[name]] = (value, axis)
+                    dim = names[name]
+                dims.append(dim)
+            self._set_type(value, value.dtype, tuple(dims))
+
+    def _set_type(self, value: ir.Value, dtype: ir.DataType | None, shape: tuple[int, ...]) -> None:
+        self.shapes[value] = shape
+        self._types[value] = helper.make_tensor_type_proto((dtype or ir.DataType.FLOAT).value, shape)
+
+    def add_constant(self, value: ir.Value) -> None:
+        """Learn the shape of a new initializer."""
+        self._set_type(value, value.dtype, value.shape.numpy())
+
+    def is_open(self, size: int) -> bool:
+        """Whether a size depends on a size that the graph leaves open."""
+        return any(size % prime == 0 for prime in self.open_dims) and size != 0
+
+    def add(self, node: ir.Node) -> None:
+        """Learn the shapes of the outputs of ``node``."""
+        for value in node.inputs:
+            if value is not None and value not in self.shapes and value.is_initializer():
+                self.add_constant(value)
+        used = [*node.inputs, *_captured(node)]
+        if node.op_type in _RANDOM or any(
+            value in self.from_inputs for value in used if value is not None and node.op_type not in ("Shape", "Size")
+        ):
+            self.from_inputs.update(node.outputs)
+        try:
+            schema = onnx.defs.get_schema(node.op_type, self._versions.get(node.domain, 1), node.domain)
+            names, proto = self._named(node)
+            types = {name: self._types[value] for value, name in names.items() if value in self._types}
+            data = {}
+            for value, name in names.items():
+                array = self.small(value)
+                if array is not None:
+                    data[name] = numpy_helper.from_array(array, name)
+            found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=self._opsets)
+        except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, KeyError, RuntimeError):
+            return
+        for index, value in enumerate(node.outputs):
+            inferred = found.get(f"o{index}")
+            if inferred is None or not inferred.HasField("tensor_type"):
+                continue
+            tensor = inferred.tensor_type
+            if value.dtype is None and tensor.elem_type:
+                value.dtype = ir.DataType(tensor.elem_type)
+            if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+                self.shapes[value] = tuple(dim.dim_value for dim in tensor.shape.dim)
+                self._types[value] = inferred
+
+    def small(self, value: ir.Value) -> np.ndarray | None:
+        """Whole numbers that are known, few enough to be a shape or indices."""
+        shape = self.shapes.get(value)
+        if shape is None or math.prod(shape) > _MOST_SHAPE_DATA or value in self.from_inputs:
+            return None
+        dtype = self._types[value].tensor_type.elem_type
+        whole = dtype in (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
+        # A shape may pass through floats (Floor of a Div).
+        return self.array(value) if whole or (value.producer() is not None and len(shape) < 2) else None
+
+    def array(self, value: ir.Value) -> np.ndarray | None:
+        """The numbers of a value that depends on no input; None where it does, or where computing it takes long.
+
+        An open size counts as its prime; :meth:`constant` leaves those out.
+        """
+        if value in self._values:
+            return self._values[value]
+        array = None
+        if value.const_value is not None:
+            array = value.const_value.numpy()
+            return array  # not kept: weights may be read from a file
+        node = value.producer()
+        if node is not None and value not in self.from_inputs:
+            array = self._computed(node, value)
+        self._values[value] = array
+        return array
+
+    def constant(self, value: ir.Value) -> np.ndarray | None:
+        """:meth:`array` of what depends on no open size either."""
+        return None if self._depends_on_open(value) else self.array(value)
+
+    def _depends_on_open(self, value: ir.Value) -> bool:
+        waiting, seen = [value], set()
+        while waiting:
+            value = waiting.pop()
+            if value in seen or value.const_value is not None:
+                continue
+            seen.add(value)
+            shape = self.shapes.get(value)
+            if shape is None or any(map(self.is_open, shape)):
+                return True
+            array = self.small(value)
+            if array is not None and array.dtype.kind in "iu":
+                if any(self.is_open(int(number)) for number in array.ravel()):
+                    return True
+                continue
+            node = value.producer()
+            if node is not None:
+                waiting.extend(item for item in node.inputs if item is not None)
+        return False
+
+    def renamed(self, values: Mapping[ir.Value, ir.Value]) -> Known:
+        """The same of a copy of the graph; ``values``: value -> its copy."""
+        other = copy(self)
+        other.shapes = {values[value]: shape for value, shape in self.shapes.items() if value in values}
+        other._types = {values[value]: found for value, found in self._types.items() if value in values}
+        other._values = {values[value]: array for value, array in self._values.items() if value in values}
+        other.from_inputs = {values[value] for value in self.from_inputs if value in values}
+        other.open_dims = {prime: (values[value], axis) for prime, (value, axis) in self.open_dims.items()}
+        return other
+
+    def _named(self, node: ir.Node) -> tuple[dict[ir.Value, str], onnx.NodeProto]:
+        """The node with names of its own, and those of its inputs."""
+        names: dict[ir.Value, str] = {}
+        for value in node.inputs:
+            if value is not None:
+                names.setdefault(value, f"i{len(names)}")
+        proto = ir.to_proto(node)
+        proto.input[:] = ["" if value is None else names[value] for value in node.inputs]
+        proto.output[:] = [f"o{index}" if value.name else "" for index, value in enumerate(node.outputs)]
+        return names, proto
+
+    def _computed(self, node: ir.Node, value: ir.Value) -> np.ndarray | None:
+        if node.op_type == "Shape":
+            shape = self.shapes.get(node.inputs[0])
+            if shape is None:
+                return None
+            start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
+            return np.asarray(shape[start:end], np.int64)
+        if node.op_type in _SLOW | _RANDOM or node.domain not in ("", "ai.onnx") or list(_captured(node)):
+            return None
+        names, proto = self._named(node)
+        arrays = {name: self.array(used) for used, name in names.items()}
+        if any(array is None for array in arrays.values()):
+            return None
+        inputs = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+            for name, array in arrays.items()
+        ]
+        names = [name for name in proto.output if name]
+        graph = helper.make_graph([proto], "constant", inputs, [onnx.ValueInfoProto(name=name) for name in names])
+        try:
+            model = helper.make_model(graph, opset_imports=self._opsets)
+            results = dict(zip(names, ReferenceEvaluator(model).run(None, arrays), strict=True))
+        except Exception:  # the reference implementation raises anything, and lacks some operators
+            return None
+        for index, output in enumerate(node.outputs):
+            if output is not value and f"o{index}" in results:
+                self._values[output] = np.asarray(results[f"o{index}"])
+        return np.asarray(results[f"o{node.outputs.index(value)}"])
+
+
+def _captured(node: ir.Node) -> Iterator[ir.Value]:
+    """Values that the subgraphs of a node (If, Loop) take from outside."""
+    for attribute in node.attributes.values():
+        graphs = {
+            ir.AttributeType.GRAPH: lambda a: [a.as_graph()],
+            ir.AttributeType.GRAPHS: lambda a: a.as_graphs(),
+        }.get(attribute.type)
+        for graph in graphs(attribute) if graphs else ():
+            own = {value for inner in graph for value in inner.outputs} | set(graph.inputs)
+            own |= set(graph.initializers.values())
+            for inner in graph:
+                yield from (
+                    value for value in (*inner.inputs, *_captured(inner)) if value is not None and value not in own
+                )
+            yield from (value for value in graph.outputs if value not in own)
+
+
+def used_by(node: ir.Node) -> list[ir.Value]:
+    """All that a node reads, in subgraphs too."""
+    return [value for value in (*node.inputs, *_captured(node)) if value is not None]
+
+
+def check_open(known: Known, image: ir.Value) -> None:
+    """Refuse an image whose height or width is open.
+
+    Raises:
+        GraphError: Names the input and the axis.
+    """
+    for value, axis in known.open_dims.values():
+        if value is image and axis > 0:
+            raise GraphError(
+                f"input {value.name!r} leaves axis {axis} open, expected a fixed size",
+                "fix it with onnxruntime.tools.make_dynamic_shape_fixed",
+            )

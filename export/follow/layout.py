@@ -1,0 +1,281 @@
+"""Where the tokens of a value stand: its axes as ordered factors, of which some are tokens.
+
+An axis of a value is an ordered list of factors whose product is its size. A factor is *plain* (a number: batch, heads,
+channels), or a *part* of a group of tokens. A group has one array of ids: what token stands at each index. Its
+dimensions are the parts of the group, in the order in which they occur in the value. A sequence has one part; a grid has
+two, rows and columns; attention logits have two groups, queries and keys::
+
+    [B, T, d]        axes (B), (t), (d)            ids of t: [T]
+    [B, d, h, w]     axes (B), (d), (t), (t)       ids of t: [h, w]
+    [B H, Tq, Tk]    axes (B H), (q), (k)          ids of q: [Tq], ids of k: [Tk]
+
+Reshape, Transpose and the like only cut and permute factors, so these few functions say what they do to tokens. A batch
+of any size is a plain factor that no other size divides (:mod:`.known`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+
+class Lost(Exception):
+    """What a node does to the token axis cannot be followed; the text says what that is."""
+
+
+class Part(NamedTuple):
+    """A factor of the token group ``group``."""
+
+    group: int
+    size: int
+
+
+Factor: TypeAlias = "int | Part"
+Axis: TypeAlias = "tuple[Factor, ...]"
+
+
+def size_of(factor: Factor) -> int:
+    return factor.size if isinstance(factor, Part) else factor
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Axes of a value that carries tokens.
+
+    Attributes:
+        axes: One for each axis; factors of size 1 are left out, but for parts.
+        ids: One int64 array for each group, dimensions as above.
+    """
+
+    axes: tuple[Axis, ...]
+    ids: tuple[np.ndarray, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(map(size_of, axis)) for axis in self.axes)
+
+    def groups_of(self, axis: int) -> list[int]:
+        """Groups that have parts on ``axis``."""
+        return [factor.group for factor in self.axes[axis] if isinstance(factor, Part)]
+
+    def same_as(self, other: Layout) -> bool:
+        return self.axes == other.axes and all(map(np.array_equal, self.ids, other.ids))
+
+    def with_axes(self, axes: Sequence[Axis | list[Factor]]) -> Layout:
+        """The same factors in the same order on other axes."""
+        return tidy(axes, self.ids)
+
+    def without(self, group: int) -> Layout | None:
+        """All but a group; None where no group is left."""
+        if len(self.ids) == 1:
+            return None
+        axes = [
+            [
+                Part(factor.group - (factor.group > group), factor.size) if isinstance(factor, Part) else factor
+                for factor in axis
+                if not isinstance(factor, Part) or factor.group != group
+            ]
+            for axis in self.axes
+        ]
+        return tidy(axes, [ids for index, ids in enumerate(self.ids) if index != group])
+
+
+def plain(size: int) -> Axis:
+    """An axis without tokens."""
+    return () if size == 1 else (size,)
+
+
+def plain_axes(shape: Sequence[int]) -> tuple[Axis, ...]:
+    return tuple(map(plain, shape))
+
+
+def tidy(axes: Sequence[Sequence[Factor]], ids: Sequence[np.ndarray]) -> Layout:
+    """Join neighbours of one kind on an axis, and give ``ids`` the dimensions of the parts that are left."""
+    joined: list[Axis] = []
+    for axis in axes:
+        factors: list[Factor] = []
+        for factor in axis:
+            last = factors[-1] if factors else None
+            if isinstance(factor, Part):
+                if isinstance(last, Part) and last.group == factor.group:
+                    factors[-1] = Part(factor.group, last.size * factor.size)
+                else:
+                    factors.append(factor)
+            elif factor != 1:
+                if last is not None and not isinstance(last, Part):
+                    factors[-1] = last * factor
+                else:
+                    factors.append(factor)
+        joined.append(tuple(factors))
+    sizes: list[list[int]] = [[] for _ in ids]
+    for axis in joined:
+        for factor in axis:
+            if isinstance(factor, Part):
+                sizes[factor.group].append(factor.size)
+    return Layout(tuple(joined), tuple(array.reshape(dims) for array, dims in zip(ids, sizes, strict=True)))
+
+
+def regroup(layout: Layout, shape: Sequence[int]) -> Layout:
+    """What ``Reshape`` to ``shape`` does.
+
+    Raises:
+        Lost: A new axis would cut a factor in a way that is none of its parts.
+    """
+    queue: list[Factor] = []
+    for axis in layout.axes:
+        for factor in axis:
+            if queue and not isinstance(factor, Part) and not isinstance(queue[-1], Part):
+                queue[-1] *= factor
+            else:
+                queue.append(factor)
+    axes: list[list[Factor]] = []
+    for size in shape:
+        axis, left = [], size
+        if size == 1 and queue and size_of(queue[0]) == 1:
+            axis.append(queue.pop(0))
+        while left > 1:
+            if not queue:
+                raise Lost(f"the token axis is cut by a reshape to {list(shape)}")
+            factor = queue.pop(0)
+            have = size_of(factor)
+            if left % have == 0:
+                axis.append(factor)
+                left //= have
+            elif have % left == 0:
+                first, second = left, have // left
+                part = isinstance(factor, Part)
+                axis.append(Part(factor.group, first) if part else first)
+                queue.insert(0, Part(factor.group, second) if part else second)
+                left = 1
+            else:
+                raise Lost(f"the token axis is cut by a reshape to {list(shape)}")
+        axes.append(axis)
+    if any(size_of(factor) != 1 for factor in queue) or (queue and not axes):
+        raise Lost(f"the token axis is cut by a reshape to {list(shape)}")
+    for factor in queue:
+        axes[-1].append(factor)
+    return tidy(axes, layout.ids)
+
+
+def permute(layout: Layout, order: Sequence[int]) -> Layout:
+    """What ``Transpose`` with ``order`` does."""
+    place: dict[tuple[int, int], int] = {}  # (axis, factor) -> dimension of the ids of its group
+    count = [0] * len(layout.ids)
+    for axis, factors in enumerate(layout.axes):
+        for index, factor in enumerate(factors):
+            if isinstance(factor, Part):
+                place[axis, index] = count[factor.group]
+                count[factor.group] += 1
+    orders: list[list[int]] = [[] for _ in layout.ids]
+    for axis in order:
+        for index, factor in enumerate(layout.axes[axis]):
+            if isinstance(factor, Part):
+                orders[factor.group].append(place[axis, index])
+    ids = [array.transpose(dims) for array, dims in zip(layout.ids, orders, strict=True)]
+    return tidy([layout.axes[axis] for axis in order], ids)
+
+
+def select(layout: Layout, axis: int, indices: np.ndarray) -> Layout:
+    """What picking ``indices`` (one-dimensional) on ``axis`` does.
+
+    Raises:
+        Lost: The axis holds tokens and something else.
+    """
+    factors = layout.axes[axis]
+    axes = list(layout.axes)
+    if not layout.groups_of(axis):
+        axes[axis] = plain(len(indices))
+        return tidy(axes, layout.ids)
+    if len(factors) > 1:
+        raise Lost("tokens are picked on an axis that holds something else too")
+    if len(np.unique(indices)) < len(indices):
+        raise Lost("a token is picked twice")
+    group, ids = factors[0].group, list(layout.ids)
+    ids[group] = np.take(ids[group], indices, dimension_of(layout, axis))
+    axes[axis] = (Part(group, len(indices)),)
+    return Layout(tuple(axes), tuple(ids))
+
+
+def dimension_of(layout: Layout, axis: int) -> int:
+    """Dimension of the ids of its group that the part on ``axis``, which holds nothing else, is."""
+    ((group, _),) = layout.axes[axis]
+    return sum(layout.groups_of(before).count(group) for before in range(axis))
+
+
+def drop_axis(layout: Layout, axis: int) -> Layout:
+    """The layout without an axis that has no factors."""
+    return Layout(layout.axes[:axis] + layout.axes[axis + 1 :], layout.ids)
+
+
+#: In place of a group of a result, in the links of :func:`unify`: the group ends here, at its only token.
+ENDED = -1
+
+
+def unify(inputs: Sequence[Layout], shape: Sequence[int]) -> tuple[Layout, list[tuple[int, ...]]]:
+    """What an operation with broadcasting gives, of inputs that carry tokens and have as many axes as ``shape``.
+
+    Returns:
+        The layout, and for each input the group of the result that each of its own becomes, or :data:`ENDED`.
+
+    Raises:
+        Lost: Two inputs have other tokens at one place.
+    """
+    parent: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def root(group: tuple[int, int]) -> tuple[int, int]:
+        while group in parent:
+            group = parent[group]
+        return group
+
+    axes: list[list[tuple[Factor, int]]] = []  # each factor with the input whose group it names
+    seen: set[tuple[int, int]] = set()
+    for axis, size in enumerate(shape):
+        found: list[tuple[Factor, int]] | None = None
+        for number, layout in enumerate(inputs):
+            factors = layout.axes[axis]
+            if math.prod(map(size_of, factors)) == 1 and size != 1:
+                continue
+            if not factors:
+                continue
+            if found is None or not found:
+                found = [(factor, number) for factor in factors]
+            elif [size_of(f) for f, _ in found] != [size_of(f) for f in factors] or any(
+                isinstance(a, Part) != isinstance(b, Part) for (a, _), b in zip(found, factors, strict=True)
+            ):
+                raise Lost("its inputs have tokens on other axes")
+            else:
+                for (mine, owner), factor in zip(found, factors, strict=True):
+                    if isinstance(factor, Part):
+                        a, b = root((owner, mine.group)), root((number, factor.group))
+                        if a != b:
+                            parent[b] = a
+        axes.append(found if found is not None else [(size, 0)] if size != 1 else [])
+        seen |= {(owner, factor.group) for factor, owner in axes[-1] if isinstance(factor, Part)}
+    roots = list(dict.fromkeys(root(group) for group in sorted(seen)))
+    sizes = {key: [factor.size for axis in axes for factor, owner in axis
+                   if isinstance(factor, Part) and root((owner, factor.group)) == key] for key in roots}  # fmt: skip
+    links = []
+    for number, layout in enumerate(inputs):
+        link = []
+        for group, ids in enumerate(layout.ids):
+            key = root((number, group))
+            if key not in roots:
+                link.append(ENDED)
+                continue
+            first = inputs[key[0]].ids[key[1]]
+            if sizes[key] != list(first.shape) or ids.shape != first.shape or not np.array_equal(ids, first):
+                raise Lost("its inputs have other tokens at the same place")
+            link.append(roots.index(key))
+        links.append(tuple(link))
+    result = [
+        [
+            Part(roots.index(root((owner, factor.group))), factor.size) if isinstance(factor, Part) else factor
+            for factor, owner in axis
+        ]
+        for axis in axes
+    ]
+    return tidy(result, [inputs[key[0]].ids[key[1]] for key in roots]), links

@@ -1,0 +1,108 @@
+"""The masked form of a plan on a graph: all is computed, and what the plan leaves out is masked.
+
+The slow, obvious form that the fold is checked against. It shares with the fold where the tokens are, and no rewriting.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ..passes.edit import add_constant, add_node
+from .blocks import Followed
+from .demand import Plan, Sets, sets_of
+from .layout import Layout, Part
+
+
+def mask(followed: Followed, plan: Plan) -> ir.Model:
+    """The graph with -inf on the attention logits of keys that are left out, and updates multiplied by 0 or 1.
+
+    A part of a block that cannot be masked stays as it is. A head that pools is given the tokens that it reads.
+
+    Raises:
+        PlanError: The plan is for a model of another shape.
+    """
+    followed = followed.copy()
+    sets = sets_of(followed, plan)
+    for node, (branch, keep) in sets.updates.items():
+        layout = followed.tokens.layouts[node.outputs[0]]
+        if branch.reason is None and not keep[layout.ids[0]].all():
+            _combine("Mul", node, branch.update, along(layout, 0, keep.astype(np.float64)), "update")
+    whole = {node for block in followed.blocks for b in block.attention if not b.keyed for node in b.mixers}
+    for node, keep in sets.keys.items():
+        flow = followed.flows[node]
+        if node in whole:
+            continue
+        if node.op_type == "Attention":
+            bias = _bias(sets, node, keep)[flow.ends[0]]
+            if bias.any() and np.isfinite(bias).any():
+                mask_attention(node, np.tile(bias, (followed.tokens.known.shapes[node.inputs[0]][-2], 1)))
+        elif flow.normalises is not None:
+            layout = flow.outputs[0]
+            bias = _bias(sets, node, keep)
+            ids = layout.ids[flow.normalises]
+            if bias[ids].any() and np.isfinite(bias[ids]).any():
+                _combine("Add", node, 0, along(layout, flow.normalises, bias), "keys")
+        elif len(flow.links[0]) and node.op_type.startswith("Reduce"):
+            _reduce_some(followed, node, keep)
+    return followed.model
+
+
+def _bias(sets: Sets, node: ir.Node, keep: np.ndarray) -> np.ndarray:
+    gates = sets.gates.get(node, np.zeros(len(keep)))
+    return np.where(keep, gates, -np.inf)
+
+
+def along(layout: Layout, group: int, values: np.ndarray) -> np.ndarray:
+    """``values`` [id] as an array that broadcasts against a value of this layout.
+
+    Axes that hold something beside tokens are written out in full.
+    """
+    sizes, parts = [], []
+    for axis, factors in enumerate(layout.axes):
+        own = any(isinstance(factor, Part) and factor.group == group for factor in factors)
+        for factor in factors:
+            is_part = isinstance(factor, Part) and factor.group == group
+            size = factor.size if isinstance(factor, Part) else factor
+            sizes.append((size if is_part else 1, size if own else 1))
+            parts.append((axis, size if own else 1))
+    array = np.broadcast_to(values[layout.ids[group]].reshape([part for part, _ in sizes]), [full for _, full in sizes])
+    shape = [1] * len(layout.axes)
+    for axis, size in parts:
+        shape[axis] *= size
+    return array.reshape(shape)
+
+
+def mask_attention(node: ir.Node, bias: np.ndarray) -> None:
+    """Add ``bias`` [query, key] to the logits of an ``Attention``."""
+    graph, given = node.graph, node.inputs[3] if len(node.inputs) > 3 else None
+    dtype = (node.inputs[0].dtype or ir.DataType.FLOAT).numpy()
+    constant = add_constant(graph, f"{node.outputs[0].name}.keys.values", bias[None, None].astype(dtype))
+    if given is not None and given.dtype == ir.DataType.BOOL:
+        zero, closed = (add_constant(graph, f"vpruner.number.{x}", np.asarray(x, dtype)) for x in (0, -np.inf))
+        given = add_node(node, "Where", [given, zero, closed], f"{node.outputs[0].name}.given").outputs[0]
+    if given is not None:
+        constant = add_node(node, "Add", [given, constant], f"{node.outputs[0].name}.keys").outputs[0]
+    inputs = [*node.inputs[:3], constant, *node.inputs[4:]]
+    node.resize_inputs(len(inputs))
+    node.replace_input_with(3, constant)
+
+
+def _reduce_some(followed: Followed, node: ir.Node, keep: np.ndarray) -> None:
+    layout = followed.tokens.layouts[node.inputs[0]]
+    flow = followed.flows[node]
+    for group, link in enumerate(flow.links[0]):
+        ids = layout.ids[group]
+        (axis,) = (axis for axis in range(len(layout.axes)) if group in layout.groups_of(axis))
+        if link >= flow.groups and not keep[ids].all():
+            rows = add_constant(node.graph, f"{node.outputs[0].name}.reads", np.flatnonzero(keep[ids]))
+            picked = add_node(node, "Gather", [node.inputs[0], rows], f"{node.outputs[0].name}.read", {"axis": axis})
+            node.replace_input_with(0, picked.outputs[0])
+
+
+def _combine(op_type: str, node: ir.Node, position: int, array: np.ndarray, what: str) -> None:
+    """Put ``array`` between a node and one of its inputs."""
+    value, name = node.inputs[position], f"{node.outputs[0].name}.{what}"
+    dtype = (value.dtype or node.outputs[0].dtype or ir.DataType.FLOAT).numpy()
+    constant = add_constant(node.graph, f"{name}.values", array.astype(dtype))
+    node.replace_input_with(position, add_node(node, op_type, [value, constant], name).outputs[0])

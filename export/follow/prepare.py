@@ -1,0 +1,76 @@
+"""Bring a graph into a form in which tokens are easier to follow; it computes the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from ..graph import copy_model
+from ..passes.edit import add_constant, add_node
+from .known import Known
+
+
+def prepare(model: ir.Model) -> ir.Model:
+    """A copy without functions and constant nodes, whose reshapes name their sizes; -1 stands for an open one."""
+    model = copy_model(model)
+    if model.functions:
+        passes.InlinePass()(model)
+    for step in (
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.IdentityEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+    ):
+        step(model)
+    write_shapes(model)
+    passes.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def write_shapes(model: ir.Model) -> None:
+    """Put numbers in the place of shapes that are computed from shapes, in place.
+
+    A shape that depends on the batch is put together from the batch of the input: once tokens are left out, the shape of
+    a value on the way says something else.
+    """
+    known, graph = Known(model), model.graph
+    for node in list(graph):
+        if node.op_type == "Reshape" and node.inputs[1].const_value is None:
+            shape = known.shapes.get(node.outputs[0])
+            dims = None if shape is None else [-1 if known.is_open(size) else size for size in shape]
+            if dims is not None and dims.count(-1) <= 1 and 0 not in dims:
+                node.replace_input_with(1, add_constant(graph, _shape_name(dims), np.asarray(dims, np.int64)))
+        elif node.op_type == "Shape" and node.inputs[0] not in graph.inputs:
+            _write_shape(graph, node, known)
+
+
+def _shape_name(dims: list[int]) -> str:
+    return "vpruner.shape." + "x".join("batch" if dim == -1 else str(dim) for dim in dims)
+
+
+def _write_shape(graph: ir.Graph, node: ir.Node, known: Known) -> None:
+    array = known.array(node.outputs[0])
+    if array is None or node.outputs[0].is_graph_output():
+        return
+    parts: list[ir.Value] = []
+    for size in array.tolist():
+        prime = next((prime for prime in known.open_dims if size and size % prime == 0), None)
+        if prime is None:
+            parts.append(add_constant(graph, f"vpruner.integer.{size}", np.asarray([size], np.int64)))
+            continue
+        value, axis = known.open_dims[prime]
+        name = f"{node.outputs[0].name}.{len(parts)}"
+        number = add_node(node, "Shape", [value], name, {"start": axis, "end": axis + 1}).outputs[0]
+        number.dtype = ir.DataType.INT64
+        if size != prime:
+            times = add_constant(graph, f"vpruner.integer.{size // prime}", np.asarray([size // prime], np.int64))
+            number = add_node(node, "Mul", [number, times], f"{name}.times").outputs[0]
+        parts.append(number)
+    if not parts:
+        return
+    if all(part.const_value is not None for part in parts):
+        whole = add_constant(graph, _shape_name(array.tolist()), array)
+    else:
+        whole = parts[0] if len(parts) == 1 else add_node(node, "Concat", parts, f"{node.outputs[0].name}.known",
+                                                          {"axis": 0}).outputs[0]  # fmt: skip
+    node.outputs[0].replace_all_uses_with(whole)

@@ -1,0 +1,479 @@
+"""Fold a plan: every value is computed for the tokens that are needed of it, and for no others.
+
+The nodes of the graph stay what they are. Where a node needs fewer tokens of an input than there are, they are picked
+(``Slice`` where they follow each other, else ``Gather``, with constant indices); constants that lie along tokens are cut;
+shapes are written anew; and where the stream is updated for some tokens only, the others are put beside them::
+
+    x -- updated -- Add(branch) -+- Concat
+      \\- frozen -----------------+
+
+A group of tokens of which some are left has the size 1 in all of its parts but the last, which has them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from ...core.errors import GraphError
+from ...core.schedule import is_range
+from ..passes.edit import add_constant, add_node, infer_shapes_anew
+from ..recognise.graph import called
+from .blocks import Followed
+from .columns import project_apart
+from .demand import Demand, Plan, Sets, check_keys, demand, node_masks, sets_of
+from .known import used_by
+from .layout import ENDED, Axis, Layout, Part, size_of
+from .rules import Flow
+
+#: Ids of the tokens of a group, in their order; None: all of them, as they stand in the dense graph.
+Rows = "np.ndarray | None"
+
+
+@dataclass(eq=False)
+class State:
+    """What stands in the new graph for a value that carries tokens.
+
+    Attributes:
+        pieces: Values, and the tokens of the group that they hold; one, with None, where it is whole or has groups.
+        rows: For each group.
+    """
+
+    pieces: list[tuple[ir.Value, np.ndarray | None]]
+    rows: list[np.ndarray | None]
+
+
+def fold(followed: Followed, plan: Plan) -> ir.Model:
+    """The graph that computes only what ``plan`` leaves.
+
+    Raises:
+        PlanError: The plan is for another shape, or leaves tokens out of what cannot be masked.
+    """
+    followed = followed.copy()
+    sets = sets_of(followed, plan)
+    wanted = demand(followed, sets)
+    check_keys(followed.blocks, sets, wanted, followed)
+    if project_apart(followed, wanted):
+        wanted = demand(followed, sets)
+    _Fold(followed, sets, wanted).run()
+    passes.RemoveUnusedNodesPass()(followed.model)
+    infer_shapes_anew(followed.model)
+    return followed.model
+
+
+class _Fold:
+    def __init__(self, followed: Followed, sets: Sets, wanted: Demand):
+        self.followed, self.sets, self.wanted = followed, sets, wanted
+        self.graph, self.layouts = followed.model.graph, followed.tokens.layouts
+        self.known = followed.tokens.known
+        self.states: dict[ir.Value, State] = {}
+        self.picked: dict[tuple, ir.Value] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph):
+            if node not in self.wanted.live:
+                continue
+            flow = self.followed.flows.get(node)
+            if flow is None or flow.how == "start":
+                for value in dict.fromkeys(used_by(node)):
+                    if value in self.states:
+                        _replace(node, value, self.take(node, value, [None] * len(self.layouts[value].ids)))
+            elif node in self.sets.updates:
+                self.update(node)
+            else:
+                {"pick": self.pick, "join": self.join}.get(flow.how, self.along)(node, flow)
+            if self.followed.stream in node.outputs:
+                self.enter(node)
+        for index, value in enumerate(self.graph.outputs):
+            if value in self.states:
+                self.put_output(index, value)
+
+    # -- operators ----------------------------------------------------------------------------------------------------
+
+    def targets(self, node: ir.Node, flow: Flow) -> list[np.ndarray | None]:
+        """For each group of the node, the tokens with which it is run, in the order of the first input that has them."""
+        result: list[np.ndarray | None] = []
+        for group, mask in enumerate(node_masks(self.followed, self.sets, self.wanted, node)):
+            source = next(
+                ((value, own) for value, links in zip(node.inputs, flow.links, strict=True)
+                for own, link in enumerate(links) if link == group), None
+            )  # fmt: skip
+            if source is None or (flow.normalises == group and node not in self.sets.keys):
+                result.append(None)
+                continue
+            value, own = source
+            rows, every = self.rows(value)[own], self.layouts[value].ids[own].ravel()
+            rows = every if rows is None else rows
+            kept = rows[mask[rows]]
+            result.append(None if np.array_equal(kept, every) else kept)
+        return result
+
+    def along(self, node: ir.Node, flow: Flow) -> None:
+        targets = self.targets(node, flow)
+        for position, (value, links) in enumerate(zip(node.inputs, flow.links, strict=True)):
+            if links:
+                taken = self.take(node, value, [None if link == ENDED else targets[link] for link in links])
+                node.replace_input_with(position, taken)
+        for position in {position for position, _, _ in flow.covers}:
+            axes = {axis: factors for own, axis, factors in flow.covers if own == position}
+            node.replace_input_with(position, self.cut(node, node.inputs[position], axes, targets, flow))
+        (layout, *_) = flow.outputs
+        if layout is None or all(rows is None for rows in targets[: flow.groups]):
+            return
+        for value, own in zip(node.outputs, flow.outputs, strict=False):
+            if own is not None:
+                self.states[value] = State([(value, None)], targets[: flow.groups])
+        if flow.how == "reshape":
+            node.replace_input_with(1, self.shape(sizes(layout, targets, self.known.is_open)))
+        elif flow.how == "expand":
+            before = self.layouts[node.inputs[0]] if node.inputs[0] in self.layouts else None
+            dims = [1 if layout.groups_of(axis) else size for axis, size in enumerate(layout.shape)]
+            shape = self.known.shapes[node.inputs[0]] if before is None else before.shape
+            lead = len(dims) - len(shape)
+            dims = [
+                1 if axis >= lead and shape[axis - lead] == layout.shape[axis] else dim for axis, dim in enumerate(dims)
+            ]
+            if any(map(self.known.is_open, dims)):
+                raise GraphError(f"{called(node)} repeats tokens for each image, which cannot be folded")
+            node.replace_input_with(1, self.shape(dims))
+
+    def pick(self, node: ir.Node, flow: Flow) -> None:
+        (value, *_) = node.inputs
+        for output, layout in zip(node.outputs, flow.outputs, strict=True):
+            if layout is None or flow.ends:
+                self.pick_one(node, flow)
+                return
+            if output not in self.wanted.needed:
+                continue
+            wanted = self.wanted.needed[output]
+            if value not in self.states and all(mask[ids].all() for mask, ids in zip(wanted, layout.ids, strict=True)):
+                continue
+            rows = []
+            for group, mask in enumerate(wanted):
+                have, every = self.rows(value)[group], self.layouts[value].ids[group].ravel()
+                have = every if have is None else have
+                kept = have[mask[have] & np.isin(have, layout.ids[group])]
+                rows.append(None if np.array_equal(kept, every) else kept)
+            taken = self.take(node, value, rows)
+            whole = [
+                None if kept is not None and np.array_equal(kept, layout.ids[group].ravel()) and layout.ids[group].ndim == 1
+                else kept for group, kept in enumerate(rows)
+            ]  # fmt: skip
+            self.states[output] = State([(taken, None)], whole)
+
+    def pick_one(self, node: ir.Node, flow: Flow) -> None:
+        """``Gather`` of one token by a scalar."""
+        value = node.inputs[0]
+        if value not in self.states:
+            return
+        targets = self.targets(node, flow)
+        node.replace_input_with(0, self.take(node, value, [targets[link] for link in flow.links[0]]))
+        node.replace_input_with(1, add_constant(self.graph, "vpruner.first", np.asarray(0, np.int64)))
+        if flow.outputs[0] is not None:
+            self.states[node.outputs[0]] = State([(node.outputs[0], None)], targets[: flow.groups])
+
+    def join(self, node: ir.Node, flow: Flow) -> None:
+        output, layout = node.outputs[0], flow.outputs[0]
+        masks = node_masks(self.followed, self.sets, self.wanted, node)
+        (new,) = layout.groups_of(flow.axis)
+        rest = [rows for group, rows in enumerate(self.targets(node, flow)) if group != new]
+        values, order, start = [], [], 0
+        for position, (value, links) in enumerate(zip(node.inputs, flow.links, strict=True)):
+            size = self.known.shapes[value][flow.axis] if not links else self.layouts[value].shape[flow.axis]
+            ids = layout.ids[new][start : start + size]
+            start += size
+            if links:
+                own = links.index(new)
+                have = self.rows(value)[own]
+                have = ids if have is None else have
+            else:
+                have = ids
+            kept = have[masks[new][have]]
+            order.append(kept)
+            if not len(kept):
+                continue
+            if links:
+                
+                rows = [(None if np.array_equal(kept, ids) else kept) if link == new else rest[link] for link in links]
+                values.append(self.take(node, value, rows))
+            else:
+                axes = {axis: factors for own, axis, factors in flow.covers if own == position}
+                value = self.cut(node, value, axes, [*rest[:new], None, *rest[new:]], flow)
+                rows = np.flatnonzero(np.isin(ids, kept))
+                values.append(self.pick_axis(node, value, flow.axis, size, rows))
+        kept = np.concatenate(order)
+        rows = [*rest[:new], None if np.array_equal(kept, layout.ids[new]) else kept, *rest[new:]]
+        joined = output
+        if len(values) == 1:
+            joined = values[0]
+        elif values != list(node.inputs):
+            joined = add_node(node, "Concat", values, f"{output.name}.left", {"axis": flow.axis}).outputs[0]
+        if joined is not output or any(one is not None for one in rows):
+            self.states[output] = State([(joined, None)], rows)
+
+    def update(self, node: ir.Node) -> None:
+        """An ``Add`` of the stream: some tokens are updated, the others put beside them as they are."""
+        branch, mask = self.sets.updates[node]
+        output = node.outputs[0]
+        layout = self.layouts[output]
+        (needed,) = self.wanted.needed[output]
+        stream, update = node.inputs[1 - branch.update], node.inputs[branch.update]
+        every = layout.ids[0].ravel()
+        (have,) = self.rows(stream)
+        have = every if have is None else have
+        kept = have[needed[have]]
+        updated, frozen = kept[mask[kept]], kept[~mask[kept]]
+        pieces = []
+        if len(updated):
+            rows = None if np.array_equal(updated, every) else updated
+            node.replace_input_with(1 - branch.update, self.take(node, stream, [rows]))
+            if update in self.layouts:
+                taken = self.take(node, update, [rows])
+            else:
+                taken = self.cut(
+                    node, update, _lying_along(layout, self.known.shapes[update]), [rows], self.followed.flows[node]
+                )
+            node.replace_input_with(branch.update, taken)
+            pieces.append((output, rows))
+            if rows is None:
+                return
+        for value, held in self.state(stream).pieces:
+            held = self.rows(stream)[0] if held is None else held
+            inside = frozen if held is None else frozen[np.isin(frozen, held)]
+            if len(inside):
+                own = State([(value, held)], [held])
+                pieces.append((self.pick_from(node, own, layout, [inside]), inside))
+        self.states[output] = State(pieces, [np.concatenate([rows for _, rows in pieces])])
+
+    def enter(self, node: ir.Node) -> None:
+        """Put the tokens that are updated longest first, which makes slices of gathers."""
+        value = self.followed.stream
+        blocks = self.followed.blocks
+        if value not in self.wanted.needed or len(self.layouts[value].ids) > 1:
+            return
+        if not all(b.reason is None for block in blocks for b in (*block.attention, *block.mlp)):
+            return
+        (needed,) = self.wanted.needed[value]
+        (have,) = self.rows(value)
+        have = self.layouts[value].ids[0].ravel() if have is None else have
+        kept = have[needed[have]]
+        counts = np.zeros((3, len(needed)), int)
+        for block in blocks:
+            for row, nodes in enumerate(([b.add for b in block.attention], [b.add for b in block.mlp], [])):
+                counts[row] += sum((self.sets.updates[add][1].astype(int) for add in nodes), np.zeros(len(needed), int))
+            for branch in block.attention[:1]:
+                counts[2] += self.sets.keys[branch.mixers[0]] if branch.mixers else 0
+        order = kept[np.lexsort((-counts[2][kept], -counts[1][kept], -counts[0][kept]))]
+        if np.array_equal(order, have):
+            return
+        following = self.graph[list(self.graph).index(node) + 1]
+        self.states[value] = State([(self.take(following, value, [order]), None)], [order])
+
+    def put_output(self, index: int, value: ir.Value) -> None:
+        """An output of the graph keeps its name and has all tokens."""
+        end = ir.node("Identity", [value])
+        self.graph.append(end)
+        whole = self.take(end, value, [None] * len(self.layouts[value].ids))
+        if whole.is_graph_output() or whole.producer() is None:
+            end.replace_input_with(0, whole)
+            whole = end.outputs[0]
+        else:
+            self.graph.remove(end, safe=True)
+        name, value.name = value.name, f"{value.name}.tokens"
+        whole.name, whole.dtype, whole.shape = name, value.dtype, value.shape
+        self.graph.outputs[index] = whole
+
+    # -- tokens of values ---------------------------------------------------------------------------------------------
+
+    def state(self, value: ir.Value) -> State:
+        return self.states.get(value) or State([(value, None)], [None] * len(self.layouts[value].ids))
+
+    def rows(self, value: ir.Value) -> list[np.ndarray | None]:
+        return self.state(value).rows
+
+    def take(self, before: ir.Node, value: ir.Value, wanted: list[np.ndarray | None]) -> ir.Value:
+        """The value with the tokens ``wanted`` of each of its groups, made ahead of the node ``before``."""
+        state, layout = self.state(value), self.layouts[value]
+        if len(state.pieces) > 1:
+            (rows,) = wanted
+            rows = layout.ids[0].ravel() if rows is None else rows
+            for piece, held in state.pieces:
+                if np.isin(rows, held).all():
+                    return self.pick_from(before, State([(piece, held)], [held]), layout, wanted)
+            axis = last_axis(layout, 0)
+            name = f"{value.name}.joined"
+            joined = add_node(before, "Concat", [piece for piece, _ in state.pieces], name, {"axis": axis})
+            state.pieces = [(joined.outputs[0], None)]
+        return self.pick_from(before, state, layout, wanted)
+
+    def pick_from(self, before: ir.Node, state: State, layout: Layout, wanted: list[np.ndarray | None]) -> ir.Value:
+        ((value, _),) = state.pieces
+        have = list(state.rows)
+        for group, rows in enumerate(wanted):
+            if _equal(have[group], rows):
+                continue
+            key = (value, group, None if rows is None else rows.tobytes())
+            if key not in self.picked:
+                self.picked[key] = self.pick_group(before, value, layout, have, group, rows)
+            value = self.picked[key]
+            have[group] = rows
+        return value
+
+    def pick_group(self, before, value: ir.Value, layout: Layout, have, group: int, rows) -> ir.Value:
+        every, is_open = layout.ids[group].ravel(), self.known.is_open
+        held = every if have[group] is None else have[group]
+        target = every if rows is None else rows
+        places = {token: place for place, token in enumerate(held.tolist())}
+        positions = np.asarray([places[token] for token in target.tolist()], np.int64)
+        after = [*have[:group], rows, *have[group + 1 :]]
+        axis, split = last_axis(layout, group), layout.ids[group].ndim > 1
+        if len(layout.axes[axis]) > 1:
+            # Beside something else on its axis: the axis is taken apart, and put together again.
+            apart = Layout(tuple((f,) for x in layout.axes for f in (x or (1,))), layout.ids)
+            value = self.reshaped(before, value, sizes(apart, [*have[:group], held, *have[group + 1 :]], is_open))
+            value = self.pick_axis(before, value, last_axis(apart, group), len(held), positions)
+            return self.reshaped(before, value, sizes(layout, after, is_open))
+        if split and have[group] is None:
+            value = self.reshaped(before, value, sizes(layout, [*have[:group], held, *have[group + 1 :]], is_open))
+        value = self.pick_axis(before, value, axis, len(held), positions)
+        return self.reshaped(before, value, sizes(layout, after, is_open)) if split and rows is None else value
+
+    def pick_axis(self, before: ir.Node, value: ir.Value, axis: int, count: int, rows: np.ndarray) -> ir.Value:
+        if len(rows) == count and is_range(rows):
+            return value
+        first, name = int(rows[0]), f"{value.name}.rows.{len(self.picked)}"
+        self.picked[name,] = value
+        if is_range(rows, first):
+            ends = [add_constant(self.graph, f"vpruner.integer.{number}", np.asarray([number], np.int64))
+                    for number in (first, first + len(rows), axis)]  # fmt: skip
+            return add_node(before, "Slice", [value, *ends], name).outputs[0]
+        indices = add_constant(self.graph, f"{name}.indices", rows)
+        return add_node(before, "Gather", [value, indices], name, {"axis": axis}).outputs[0]
+
+    def reshaped(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
+        name = f"{value.name}.shaped.{len(self.picked)}"
+        self.picked[name,] = value
+        return add_node(before, "Reshape", [value, self.shape(dims)], name).outputs[0]
+
+    def shape(self, dims: list[int]) -> ir.Value:
+        if dims.count(-1) > 1:
+            raise GraphError("two axes depend on the batch, which cannot be folded")
+        text = "x".join("batch" if dim == -1 else str(dim) for dim in dims)
+        return add_constant(self.graph, f"vpruner.shape.{text}", np.asarray(dims, np.int64))
+
+    def cut(self, before: ir.Node, value: ir.Value, axes: dict[int, Axis], targets, flow: Flow) -> ir.Value:
+        """A value without tokens that lies along them, for those in ``targets``."""
+        groups = {f.group for factors in axes.values() for f in factors if isinstance(f, Part)}
+        if all(targets[group] is None for group in groups):
+            return value
+        key = (value, *((axis, group, targets[group].tobytes()) for axis, factors in sorted(axes.items())
+                        for group in sorted({f.group for f in factors if isinstance(f, Part)})
+                        if targets[group] is not None))  # fmt: skip
+        if key not in self.picked:
+            self.picked[key] = self.cut_anew(before, value, axes, targets, flow)
+        return self.picked[key]
+
+    def cut_anew(self, before: ir.Node, value: ir.Value, axes: dict[int, Axis], targets, flow: Flow) -> ir.Value:
+        array = self.known.constant(value)
+        ids = _group_ids(self.followed, before, flow)
+        if array is not None:
+            for group in sorted({f.group for factors in axes.values() for f in factors if isinstance(f, Part)}):
+                if targets[group] is not None:
+                    array, axes = _cut_array(array, axes, group, ids[group], targets[group])
+            name = f"{value.name}.cut.{len(self.picked)}"
+            return add_constant(self.graph, name, np.ascontiguousarray(array))
+        for axis, factors in axes.items():
+            for factor in factors:
+                if isinstance(factor, Part) and targets[factor.group] is not None:
+                    if len(factors) > 1 or ids[factor.group].ndim > 1:
+                        raise GraphError(f"{value.name!r} lies along a part of the token axis, which cannot be folded")
+                    places = {token: place for place, token in enumerate(ids[factor.group].tolist())}
+                    rows = np.asarray([places[token] for token in targets[factor.group].tolist()], np.int64)
+                    value = self.pick_axis(before, value, axis, len(ids[factor.group]), rows)
+        return value
+
+
+def _group_ids(followed: Followed, node: ir.Node, flow: Flow) -> list[np.ndarray]:
+    layout = next((layout for layout in flow.outputs if layout is not None), None)
+    return [*(layout.ids if layout is not None else ()), *flow.ends]
+
+
+def _cut_array(array: np.ndarray, axes: dict[int, Axis], group: int, ids: np.ndarray, rows: np.ndarray):
+    """``array`` for the tokens ``rows`` of a group, and its axes as they are then.
+
+    The parts that it lies along become 1, the last one of them holds the tokens.
+    """
+    factors = [list(axes.get(axis, (size,))) for axis, size in enumerate(array.shape)]
+    flat = [(axis, factor) for axis, own in enumerate(factors) for factor in own]
+    mine = [index for index, (_, f) in enumerate(flat) if isinstance(f, Part) and f.group == group]
+    if len(mine) != ids.ndim:
+        raise GraphError("a constant lies along a part of the token axis, which cannot be folded")
+    opened = array.reshape([size_of(f) for _, f in flat])
+    places = {token: place for place, token in enumerate(ids.ravel().tolist())}
+    flat_rows = [places[token] for token in rows.tolist()]
+    order = [*mine, *(index for index in range(opened.ndim) if index not in mine)]
+    moved = opened.transpose(order)
+    moved = moved.reshape(-1, *moved.shape[len(mine) :])[flat_rows]
+    back = np.moveaxis(moved, 0, mine[-1] - len(mine) + 1)
+    sizes_, at = [1] * array.ndim, 0
+    for index, (axis, _factor) in enumerate(flat):
+        if index in mine[:-1]:
+            continue
+        sizes_[axis] *= back.shape[at]
+        at += 1
+    done = {
+        axis: tuple(Part(f.group, len(rows) if (axis, f) == flat[mine[-1]] else 1)
+                    if isinstance(f, Part) and f.group == group else f for f in own)
+        for axis, own in axes.items()
+    }  # fmt: skip
+    return back.reshape(sizes_), done
+
+
+def sizes(layout: Layout, rows, is_open) -> list[int]:
+    """Sizes of a value of which the tokens ``rows`` are left; -1 for what depends on the batch."""
+    left = [ids.ndim for ids in layout.ids]
+    result = []
+    for axis in layout.axes:
+        size = 1
+        for factor in axis:
+            if isinstance(factor, Part):
+                left[factor.group] -= 1
+                kept = rows[factor.group]
+                size *= factor.size if kept is None else 1 if left[factor.group] else len(kept)
+            else:
+                size *= factor
+        # Numbers of tokens are no sizes of the dense graph, and may be anything.
+        result.append(-1 if any(is_open(f) for f in axis if not isinstance(f, Part)) else size)
+    return result
+
+
+def last_axis(layout: Layout, group: int) -> int:
+    """The axis of the last part of a group."""
+    return max(axis for axis in range(len(layout.axes)) if group in layout.groups_of(axis))
+
+
+def _lying_along(layout: Layout, shape: tuple[int, ...]) -> dict[int, Axis]:
+    lead = len(layout.axes) - len(shape)
+    return {
+        axis: layout.axes[axis + lead]
+        for axis in range(len(shape))
+        if layout.groups_of(axis + lead) and shape[axis] == layout.shape[axis + lead]
+    }
+
+
+def _equal(a, b) -> bool:
+    return a is b or (a is not None and b is not None and np.array_equal(a, b))
+
+
+def _replace(node: ir.Node, value: ir.Value, new: ir.Value) -> None:
+    """Let ``node``, and the nodes of its subgraphs, read ``new`` in the place of ``value``."""
+    for position, used in enumerate(node.inputs):
+        if used is value:
+            node.replace_input_with(position, new)
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph():
+                _replace(inner, value, new)

@@ -1,0 +1,540 @@
+"""What each operator does to the token axis: one small rule for each, in a table by its type.
+
+A rule is given a node of which some inputs carry tokens, and says where they are in its outputs (:class:`Flow`). What it
+cannot say it raises as :class:`~.layout.Lost`: then the node reads all tokens, and its outputs carry none. To add an
+operator is to add a rule and its test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from .known import Known
+from .layout import (
+    ENDED,
+    Axis,
+    Layout,
+    Lost,
+    Part,
+    dimension_of,
+    drop_axis,
+    permute,
+    plain,
+    plain_axes,
+    regroup,
+    select,
+    tidy,
+    unify,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """How tokens go through a node.
+
+    The groups of a node are those of its outputs, then those that end in it: summed, reduced or picked from.
+
+    Attributes:
+        outputs: One for each output; None: it carries no tokens.
+        links: One for each input: the node's group that each of its groups is, or :data:`~.layout.ENDED`: the node
+            needs all of it, in its own order. Empty for inputs without tokens.
+        ends: Ids of the groups that end in the node.
+        covers: (input, axis, factors): an axis of an input without tokens that lies along tokens; parts name groups of
+            the node.
+        normalises: The group over which the node normalises (Softmax), so that leaving out a token changes the others.
+        how: ``"along"``: the node can be run on fewer tokens as it is; ``"reshape"`` and ``"expand"``: with another
+            shape; ``"pick"``: it selects tokens; ``"join"``: it puts tokens side by side; ``"start"``: they begin here.
+        axis: Of the output, where tokens are picked or joined.
+    """
+
+    outputs: tuple[Layout | None, ...]
+    links: tuple[tuple[int, ...], ...]
+    ends: tuple[np.ndarray, ...] = ()
+    covers: tuple[tuple[int, int, Axis], ...] = ()
+    normalises: int | None = None
+    how: str = "along"
+    axis: int = 0
+
+    @property
+    def groups(self) -> int:
+        """How many groups of the node are groups of its outputs."""
+        return max((len(layout.ids) for layout in self.outputs if layout is not None), default=0)
+
+
+@dataclass(eq=False)
+class Tokens:
+    """What is known of the tokens of a graph so far.
+
+    Attributes:
+        known: Shapes and constants.
+        starts: Types of nodes at which tokens may begin.
+        layouts: Value -> where its tokens are.
+        grids: Node at which tokens begin -> sizes of its grid.
+        mixed: Values that depend on tokens having been mixed; tokens do not begin behind that.
+        count: Ids that were given away.
+    """
+
+    known: Known
+    starts: frozenset[str]
+    layouts: dict[ir.Value, Layout] = field(default_factory=dict)
+    grids: dict[ir.Node, tuple[int, ...]] = field(default_factory=dict)
+    mixed: set[ir.Value] = field(default_factory=set)
+    count: int = 0
+
+    def shape(self, value: ir.Value) -> tuple[int, ...]:
+        if value not in self.known.shapes:
+            raise Lost(f"the shape of {value.name!r} is not known")
+        return self.known.shapes[value]
+
+    def numbers(self, node: ir.Node, position: int, default: list[int] | None = None) -> list[int] | None:
+        """The whole numbers of an input; ``default`` where it is left out."""
+        value = node.inputs[position] if position < len(node.inputs) else None
+        if value is None:
+            return default
+        array = self.known.array(value)
+        if array is None:
+            raise Lost(f"{value.name!r} is computed from the image")
+        return [int(number) for number in np.ravel(array)]
+
+    def layout(self, node: ir.Node, position: int = 0) -> Layout | None:
+        value = node.inputs[position] if position < len(node.inputs) else None
+        return None if value is None else self.layouts.get(value)
+
+    def new(self, count: int) -> np.ndarray:
+        """Ids of tokens that are no patches."""
+        self.count += count
+        return np.arange(self.count - count, self.count)
+
+
+Rule = Callable[[ir.Node, Tokens], Flow]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*op_types: str) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(op_types, function))
+        return function
+
+    return register
+
+
+def attribute(node: ir.Node, name: str, default=None):
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+def _same(layout: Layout) -> tuple[int, ...]:
+    return tuple(range(len(layout.ids)))
+
+
+def _own(node: ir.Node, layout: Layout, result: Layout | None, **more) -> Flow:
+    """Of a node whose first input carries the tokens, each group of which is one of the result."""
+    return Flow((result,), (_same(layout), *((),) * (len(node.inputs) - 1)), **more)
+
+
+def _first(node: ir.Node, tokens: Tokens) -> Layout:
+    """The layout of the first input, where no other input carries tokens."""
+    layout = tokens.layout(node)
+    if layout is None or any(tokens.layout(node, position) for position in range(1, len(node.inputs))):
+        raise Lost(f"tokens decide what {node.op_type} does")
+    return layout
+
+
+# -- products and what broadcasts -------------------------------------------------------------------------------------
+
+
+def contract(node: ir.Node, tokens: Tokens, letters: Sequence[Sequence | None], result: Sequence) -> Flow:
+    """Any operation in which axes of the inputs lie along axes of the output, or are summed over.
+
+    Args:
+        letters: A name for each axis of each input; None: an input that has nothing to do with tokens.
+        result: Names of the axes of the output. What is not among them is summed over.
+    """
+    layouts = [tokens.layout(node, position) if names is not None else None for position, names in enumerate(letters)]
+    shapes = [None if names is None else tokens.shape(node.inputs[i]) for i, names in enumerate(letters)]
+    links: list[list[int | None]] = [[None] * len(layout.ids) if layout else [] for layout in layouts]
+    ends: list[np.ndarray] = []
+    summed_axes: dict = {}
+    for name in dict.fromkeys(name for names in letters if names is not None for name in names if name not in result):
+        where = [(i, list(names).index(name)) for i, names in enumerate(letters) if names is not None and name in names]
+        carrying = [(i, axis) for i, axis in where if layouts[i] is not None and layouts[i].groups_of(axis)]
+        if not carrying:
+            continue
+        alone = len(carrying) == 1
+        first = None
+        for i, axis in carrying:
+            factors = layouts[i].axes[axis]
+            if len(factors) > 1 or layouts[i].ids[factors[0].group].ndim > 1:
+                raise Lost("windows: tokens are mixed along a part of the token axis")
+            ids = layouts[i].ids[factors[0].group]
+            if first is not None and not np.array_equal(ids, first):
+                raise Lost("tokens are mixed with others")
+            first = ids
+            # Weights for each token belong to its place, and are not cut.
+            links[i][factors[0].group] = ENDED if alone else -2 - len(ends)
+        if not alone:
+            summed_axes[name] = len(ends)
+            ends.append(first)
+    shape = tokens.shape(node.outputs[0])
+    pieces, owners = [], []
+    for i, (names, layout) in enumerate(zip(letters, layouts, strict=True)):
+        if layout is None or None not in links[i]:
+            continue
+        axes = [layout.axes[list(names).index(name)] if name in names else () for name in result]
+        kept = [group for group, link in enumerate(links[i]) if link is None]
+        renamed = {group: number for number, group in enumerate(kept)}
+        axes = [[Part(renamed[f.group], f.size) if isinstance(f, Part) else f for f in axis] for axis in axes]
+        in_result = [f.group for axis in axes for f in axis if isinstance(f, Part)]
+        if set(in_result) != set(renamed.values()):
+            raise Lost("windows: tokens are mixed along a part of the token axis")
+        order = [list(names).index(name) for name in result if name in names]
+        moved = permute(layout, [*order, *(axis for axis in range(len(names)) if axis not in order)])
+        pieces.append(tidy(axes, [moved.ids[group] for group in kept]))
+        owners.append((i, kept))
+    if pieces:
+        output, found = unify(pieces, shape)
+        for (i, kept), link in zip(owners, found, strict=True):
+            for group, target in zip(kept, link, strict=True):
+                links[i][group] = target
+    else:
+        output = None
+    if output is not None and not output.ids:
+        output = None
+    groups = len(output.ids) if output is not None else 0
+    covers = []
+    for i, names in enumerate(letters):
+        if names is None or layouts[i] is not None:
+            continue
+        for axis, name in enumerate(names):
+            if name in summed_axes and shapes[i][axis] > 1:
+                covers.append((i, axis, (Part(groups + summed_axes[name], shapes[i][axis]),)))
+            elif output is not None and name in result:
+                target = list(result).index(name)
+                if output.groups_of(target) and shapes[i][axis] == output.shape[target] != 1:
+                    covers.append((i, axis, output.axes[target]))
+    final = tuple(tuple(groups - 2 - link if link < ENDED else link for link in row) for row in links)
+    return Flow((output,) * len(node.outputs), final, tuple(ends), tuple(covers))
+
+
+@rule(
+    "Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Mean", "Sum", "Mod", "Where", "And", "Or", "Xor", "Equal", "Less",
+    "LessOrEqual", "Greater", "GreaterOrEqual", "PRelu", "Clip", "Dropout", "Cast", "Gelu", "Erf", "Tanh", "Sigmoid", "Relu",
+    "LeakyRelu", "Elu", "Selu", "Celu", "Softplus", "Softsign", "Mish", "Swish", "HardSigmoid", "HardSwish", "Neg", "Exp",
+    "Log", "Sqrt", "Reciprocal", "Abs", "Not", "Identity", "Sin", "Cos", "Floor", "Ceil", "Round", "Sign", "ThresholdedRelu",
+    "IsNaN", "IsInf",
+)  # fmt: skip
+def elementwise(node: ir.Node, tokens: Tokens) -> Flow:
+    rank = len(tokens.shape(node.outputs[0]))
+    letters = [None if v is None else range(rank - len(tokens.shape(v)), rank) for v in node.inputs]
+    return contract(node, tokens, letters, range(rank))
+
+
+@rule("MatMul")
+def matmul(node: ir.Node, tokens: Tokens) -> Flow:
+    ranks = [len(tokens.shape(value)) for value in node.inputs]
+    if min(ranks) < 2:
+        raise Lost("a product with a vector")
+    batch = max(ranks) - 2
+    letters = [[*range(batch - rank + 2, batch), *own] for rank, own in zip(ranks, ("mk", "kn"), strict=True)]
+    return contract(node, tokens, letters, [*range(batch), *"mn"])
+
+
+@rule("Gemm")
+def gemm(node: ir.Node, tokens: Tokens) -> Flow:
+    letters: list = ["km" if attribute(node, "transA", 0) else "mk", "nk" if attribute(node, "transB", 0) else "kn"]
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        letters.append("mn"[2 - len(tokens.shape(node.inputs[2])) :])
+    return contract(node, tokens, letters, "mn")
+
+
+@rule("Einsum")
+def einsum(node: ir.Node, tokens: Tokens) -> Flow:
+    terms, arrow, result = attribute(node, "equation").replace(" ", "").partition("->")
+    letters = terms.split(",")
+    if not arrow or "." in terms or any(len(set(term)) < len(term) for term in letters):
+        raise Lost("an Einsum whose axes are not all named once")
+    return contract(node, tokens, letters, result)
+
+
+@rule("Attention")
+def attention(node: ir.Node, tokens: Tokens) -> Flow:
+    more = [position for position, value in enumerate(node.inputs) if position > 3 and value is not None]
+    if attribute(node, "is_causal", 0) or more or len(node.outputs) > 1:
+        raise Lost("an Attention that is causal or has a cache")
+    q, k, v = (tokens.shape(value) for value in node.inputs[:3])
+    heads = ("h", "h") if len(q) == 3 or q[1] == k[1] else ("h", "g")
+    # Three axes: heads and channels lie on the last one, and neither is summed over by name.
+    letters: list = ["bqx", "bky", "bkv"] if len(q) == 3 else [f"b{heads[0]}qc", f"b{heads[1]}kc", f"b{heads[1]}kv"]
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        letters.append("bhqk"[4 - len(tokens.shape(node.inputs[3])) :])
+    flow = contract(node, tokens, letters, "bqv" if len(q) == 3 else "bhqv")
+    if len(flow.ends) != 1:
+        raise Lost("an Attention whose keys are not the tokens")
+    return flow
+
+
+# -- what acts along some axes ----------------------------------------------------------------------------------------
+
+
+def _axes(node: ir.Node, tokens: Tokens, rank: int, position: int = 1) -> list[int]:
+    axes = attribute(node, "axes")
+    axes = tokens.numbers(node, position) if axes is None else axes
+    if axes is None:
+        axes = [] if attribute(node, "noop_with_empty_axes", 0) else range(rank)
+    return sorted(axis % rank for axis in axes)
+
+
+@rule("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceProd",
+      "ReduceLogSumExp")  # fmt: skip
+def reduction(node: ir.Node, tokens: Tokens) -> Flow:
+    layout = _first(node, tokens)
+    reduced = _axes(node, tokens, len(layout.axes))
+    keep = attribute(node, "keepdims", 1)
+    ended = sorted({group for axis in reduced for group in layout.groups_of(axis)})
+    left = {group for axis in range(len(layout.axes)) if axis not in reduced for group in layout.groups_of(axis)}
+    if left & set(ended):
+        raise Lost("windows: tokens are reduced along a part of the token axis")
+    kept = [group for group in range(len(layout.ids)) if group not in ended]
+    links = tuple(kept.index(group) if group in kept else len(kept) + ended.index(group) for group in _same(layout))
+    axes = [
+        () if axis in reduced else [Part(kept.index(f.group), f.size) if isinstance(f, Part) else f for f in factors]
+        for axis, factors in enumerate(layout.axes)
+        if keep or axis not in reduced
+    ]
+    result = tidy(axes, [layout.ids[group] for group in kept]) if kept else None
+    ends = tuple(layout.ids[group].ravel() for group in ended)
+    return Flow((result,), (links, *((),) * (len(node.inputs) - 1)), ends)
+
+
+@rule("Softmax", "LogSoftmax")
+def softmax(node: ir.Node, tokens: Tokens) -> Flow:
+    layout = _first(node, tokens)
+    axis = attribute(node, "axis", -1) % len(layout.axes)
+    groups = layout.groups_of(axis)
+    if not groups:
+        return _own(node, layout, layout)
+    if len(layout.axes[axis]) > 1 or layout.ids[groups[0]].ndim > 1:
+        raise Lost("windows: a softmax over a part of the token axis")
+    return _own(node, layout, layout, normalises=groups[0])
+
+
+@rule("LayerNormalization", "RMSNormalization", "LpNormalization", "BatchNormalization", "SimplifiedLayerNormalization")
+def normalisation(node: ir.Node, tokens: Tokens) -> Flow:
+    layout = _first(node, tokens)
+    rank = len(layout.axes)
+    axis = 1 if node.op_type == "BatchNormalization" else attribute(node, "axis", -1) % rank
+    last = rank if node.op_type.endswith("LayerNormalization") or node.op_type == "RMSNormalization" else axis + 1
+    if any(layout.groups_of(one) for one in range(axis, last)):
+        raise Lost("a normalisation over tokens")
+    return Flow((layout,) + (None,) * (len(node.outputs) - 1), (_same(layout), *((),) * (len(node.inputs) - 1)))
+
+
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+def reshape(node: ir.Node, tokens: Tokens) -> Flow:
+    layout = _first(node, tokens)
+    result = regroup(layout, tokens.shape(node.outputs[0]))
+    return _own(node, layout, result, how="reshape" if node.op_type == "Reshape" else "along")
+
+
+@rule("Transpose")
+def transpose(node: ir.Node, tokens: Tokens) -> Flow:
+    layout = _first(node, tokens)
+    return _own(node, layout, permute(layout, attribute(node, "perm", range(len(layout.axes))[::-1])))
+
+
+@rule("Expand")
+def expand(node: ir.Node, tokens: Tokens) -> Flow:
+    _first(node, tokens)
+    rank = len(tokens.shape(node.outputs[0]))
+    flow = contract(node, tokens, [range(rank - len(tokens.shape(node.inputs[0])), rank), None], range(rank))
+    return Flow(flow.outputs, flow.links, how="expand")
+
+
+@rule("Tile")
+def tile(node: ir.Node, tokens: Tokens) -> Flow:
+    layout = _first(node, tokens)
+    times = tokens.numbers(node, 1)
+    if any(count != 1 and layout.groups_of(axis) for axis, count in enumerate(times)):
+        raise Lost("tokens are repeated")
+    axes = [axis if count == 1 else plain(size * count)
+            for axis, count, size in zip(layout.axes, times, layout.shape, strict=True)]  # fmt: skip
+    return _own(node, layout, layout.with_axes(axes))
+
+
+# -- picking and joining ----------------------------------------------------------------------------------------------
+
+
+@rule("Slice")
+def slice_(node: ir.Node, tokens: Tokens) -> Flow:
+    layout = _first(node, tokens)
+    starts, ends = tokens.numbers(node, 1), tokens.numbers(node, 2)
+    axes = tokens.numbers(node, 3, list(range(len(starts))))
+    steps = tokens.numbers(node, 4, [1] * len(starts))
+    result, picked, cut = layout, [], 0
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        axis %= len(layout.axes)
+        size = layout.shape[axis]
+        # As ONNX clamps: a negative step may end ahead of the first one.
+        indices = np.arange(size)[slice(start, None if step < 0 and end < -size else end, step)]
+        if len(indices) == size and step == 1:
+            continue
+        result, cut = select(result, axis, indices), cut + 1
+        picked += [axis] if layout.groups_of(axis) else []
+    if picked and cut > 1:
+        raise Lost("a slice of tokens and of another axis at once")
+    return _own(node, layout, result, how="pick" if picked else "along", axis=picked[0] if picked else 0)
+
+
+@rule("Gather")
+def gather(node: ir.Node, tokens: Tokens) -> Flow:
+    layout = _first(node, tokens)
+    axis = attribute(node, "axis", 0) % len(layout.axes)
+    index_shape = tokens.shape(node.inputs[1])
+    groups = layout.groups_of(axis)
+    if not groups:
+        axes = [*layout.axes[:axis], *plain_axes(index_shape), *layout.axes[axis + 1 :]]
+        return _own(node, layout, tidy(axes, layout.ids))
+    if len(index_shape) > 1:
+        raise Lost("tokens are picked by a table of indices")
+    indices = np.asarray(tokens.numbers(node, 1))
+    result = select(layout, axis, indices)
+    if index_shape:
+        return _own(node, layout, result, how="pick", axis=axis)
+    (group,) = groups
+    if layout.ids[group].ndim > 1:
+        raise Lost("windows: a row of the grid is picked")
+    rest = result.without(group)
+    rest = None if rest is None else drop_axis(rest, axis)
+    count = len(layout.ids) - 1
+    links = tuple(count if one == group else one - (one > group) for one in _same(layout))
+    return Flow((rest,), (links, ()), (result.ids[group],), how="pick", axis=axis)
+
+
+@rule("Split")
+def split(node: ir.Node, tokens: Tokens) -> Flow:
+    layout = _first(node, tokens)
+    axis = attribute(node, "axis", 0) % len(layout.axes)
+    results, start = [], 0
+    for value in node.outputs:
+        end = start + tokens.shape(value)[axis]
+        results.append(select(layout, axis, np.arange(start, end)))
+        start = end
+    how = "pick" if layout.groups_of(axis) else "along"
+    return Flow(tuple(results), (_same(layout), *((),) * (len(node.inputs) - 1)), how=how, axis=axis)
+
+
+@rule("Concat")
+def concat(node: ir.Node, tokens: Tokens) -> Flow:
+    shape = list(tokens.shape(node.outputs[0]))
+    axis = attribute(node, "axis") % len(shape)
+    layouts = [tokens.layout(node, position) for position in range(len(node.inputs))]
+    joins = any(layout is not None and layout.groups_of(axis) for layout in layouts)
+    if not joins:
+        names = [[("own", i) if a == axis else a for a in range(len(shape))] for i in range(len(node.inputs))]
+        flow = _beside(node, tokens, layouts, names, axis, shape)
+        (result,) = flow.outputs
+        axes = list(result.axes)
+        axes[axis] = plain(shape[axis])
+        return Flow((result.with_axes(axes),), flow.links, covers=flow.covers)
+    joined, rests, owners = [], [], []
+    for position, (value, layout) in enumerate(zip(node.inputs, layouts, strict=True)):
+        if layout is None:
+            joined.append(tokens.new(tokens.shape(value)[axis]))
+            continue
+        if [isinstance(factor, Part) for factor in layout.axes[axis]] != [True]:
+            raise Lost("tokens are put beside something else")
+        group = layout.axes[axis][0].group
+        joined.append(layout.ids[group])
+        rests.append(layout)
+        owners.append((position, group))
+    if len(owners) == len(layouts) and all(
+        layout.ids[group].ndim > 1 for layout, (_, group) in zip(rests, owners, strict=True)
+    ):
+        return _rolled(node, rests, axis)
+    if any(ids.ndim > 1 for ids in joined):
+        raise Lost("rows of the grid are put beside something else")
+    remaining = [layout.without(group) for layout, (_, group) in zip(rests, owners, strict=True)]
+    blank = [size if a != axis else 1 for a, size in enumerate(shape)]
+    others = [layout for layout in remaining if layout is not None]
+    rest, found = unify(others, blank) if others else (Layout(plain_axes(blank), ()), [])
+    count = len(rest.ids)
+    axes = list(rest.axes)
+    axes[axis] = (Part(count, shape[axis]),)
+    links: list[tuple[int, ...]] = [() for _ in layouts]
+    found = iter(found)
+    for (position, group), layout, left in zip(owners, rests, remaining, strict=True):
+        link = next(found) if left is not None else ()
+        links[position] = tuple(count if one == group else link[one - (one > group)] for one in _same(layout))
+    ids = np.concatenate(joined)
+    if len(np.unique(ids)) < len(ids):
+        raise Lost("a token is put beside itself")
+    result = tidy(axes, [*rest.ids, ids])
+    covers = tuple((i, a, result.axes[a]) for i, layout in enumerate(layouts) if layout is None
+                   for a in range(len(shape)) if a != axis and result.groups_of(a))  # fmt: skip
+    return Flow((result,), tuple(links), covers=covers, how="join", axis=axis)
+
+
+def _beside(node, tokens, layouts, names, axis, shape) -> Flow:
+    """A Concat along channels: as what broadcasts, but for that axis."""
+    blank = [1 if a == axis else size for a, size in enumerate(shape)]
+    given = [i for i, layout in enumerate(layouts) if layout is not None]
+    bare = [layouts[i].with_axes([() if a == axis else x for a, x in enumerate(layouts[i].axes)]) for i in given]
+    result, found = unify(bare, blank)
+    links = [()] * len(layouts)
+    for i, link in zip(given, found, strict=True):
+        links[i] = link
+    covers = tuple((i, a, result.axes[a]) for i, layout in enumerate(layouts) if layout is None
+                   for a in range(len(shape)) if a != axis and result.groups_of(a))  # fmt: skip
+    return Flow((result,), tuple(links), covers=covers)
+
+
+def _rolled(node: ir.Node, layouts: list[Layout], axis: int) -> Flow:
+    """Rows or columns of one grid in another order."""
+    group, dimension = layouts[0].axes[axis][0].group, dimension_of(layouts[0], axis)
+    ids = list(layouts[0].ids)
+    try:
+        ids[group] = np.concatenate([layout.ids[group] for layout in layouts], dimension)
+    except (ValueError, IndexError):
+        raise Lost("rows of the grid are put beside something else") from None
+    axes = [list(layout.axes) for layout in layouts]
+    for one in axes:
+        one[axis] = ()
+    if any(one != axes[0] for one in axes) or any(len(layout.ids) > 1 for layout in layouts):
+        raise Lost("rows of the grid are put beside something else")
+    axes[0][axis] = (Part(group, ids[group].shape[dimension]),)
+    return Flow((Layout(tuple(axes[0]), tuple(ids)),), ((ENDED,),) * len(layouts), how="roll", axis=axis)
+
+
+# -- where tokens begin -----------------------------------------------------------------------------------------------
+
+
+def start(node: ir.Node, tokens: Tokens) -> Flow | None:
+    """Tokens that begin at a convolution over the image (or a product of its patches); None where none do."""
+    if node.op_type not in tokens.starts or any(value in tokens.mixed for value in node.inputs):
+        return None
+    shape = tokens.known.shapes.get(node.outputs[0])
+    data, weight = (*node.inputs, None)[:2]
+    if shape is None or data not in tokens.known.from_inputs or weight in tokens.known.from_inputs:
+        return None
+    if node.op_type == "Conv":
+        axes = range(2, len(shape))
+    else:
+        if len(shape) < 3 or data in tokens.layouts or len(tokens.known.shapes.get(weight, ())) != 2:
+            return None
+        axes = [len(shape) - 2]
+    grid = tuple(shape[axis] for axis in axes)
+    if any(tokens.known.is_open(size) for size in grid):
+        return None
+    tokens.grids[node] = grid
+    ids = np.arange(np.prod(grid)).reshape(grid)
+    layout = tidy([[Part(0, size)] if axis in axes else plain(size) for axis, size in enumerate(shape)], [ids])
+    known = tokens.layouts.get(data)
+    return Flow((layout,), (() if known is None else (ENDED,) * len(known.ids), *((),) * (len(node.inputs) - 1)),
+                how="start")  # fmt: skip
