@@ -16,7 +16,8 @@ from ...core.errors import PlanError
 from ..recognise.graph import called
 from .blocks import Block, Branch, Followed, only_summed
 from .known import used_by
-from .layout import ENDED, Layout
+from .layout import ENDED, Layout, Part
+from .rules import Flow
 
 
 class Plan(Protocol):
@@ -113,14 +114,15 @@ class Demand:
     _asked: set[ir.Value] = field(default_factory=set)
 
     def ask(self, value: ir.Value, layout: Layout | None, masks: Sequence[np.ndarray | None], count: int) -> None:
-        """Ask for tokens of a value; None: all of a group."""
+        """Ask for tokens of a value; None: all of a group. No tokens of a group are no value."""
+        if layout is not None:
+            every = [all_of(layout, group, count) for group in range(len(layout.ids))]
+            wanted = [own if mask is None else own & mask for own, mask in zip(every, masks, strict=True)]
+            if not all(mask.any() for mask in wanted):
+                return
+            known = self.needed.setdefault(value, [np.zeros(count, bool)] * len(wanted))
+            self.needed[value] = [before | mask for before, mask in zip(known, wanted, strict=True)]
         self._asked.add(value)
-        if layout is None:
-            return
-        needed = self.needed.setdefault(value, [np.zeros(count, bool) for _ in layout.ids])
-        for group, mask in enumerate(masks):
-            own = all_of(layout, group, count)
-            needed[group] |= own if mask is None else own & mask
 
     def is_asked(self, node: ir.Node) -> bool:
         return any(value in self._asked for value in node.outputs)
@@ -155,6 +157,10 @@ def demand(followed: Followed, sets: Sets) -> Demand:
             updated = wanted & mask
             if branch.reason is not None and (updated != wanted).any():
                 raise PlanError(f"block parts that are left whole update every token: {branch.reason}")
+            if node.inputs[branch.update] not in tokens.layouts:
+                ask(node.inputs[0])
+                ask(node.inputs[1])
+                continue
             ask(node.inputs[1 - branch.update], [wanted])
             if updated.any():
                 ask(node.inputs[branch.update], [updated])
@@ -169,10 +175,10 @@ def demand(followed: Followed, sets: Sets) -> Demand:
 def node_masks(followed: Followed, sets: Sets, wanted: Demand, node: ir.Node) -> list[np.ndarray]:
     """bool [id] for each group of a node: the tokens of it with which it is run."""
     flow, count = followed.flows[node], followed.tokens.count
-    masks = [np.zeros(count, bool) for _ in range(flow.groups)]
+    masks, whole = [np.zeros(count, bool) for _ in range(flow.groups)], whole_groups(flow, node in sets.keys)
     for value, layout in zip(node.outputs, flow.outputs, strict=False):
         for group in range(len(layout.ids) if layout is not None else 0):
-            if flow.normalises == group and node not in sets.keys:
+            if group in whole:
                 masks[group] |= all_of(layout, group, count)
             elif value in wanted.needed:
                 masks[group] |= wanted.needed[value][group]
@@ -186,6 +192,21 @@ def node_masks(followed: Followed, sets: Sets, wanted: Demand, node: ir.Node) ->
                 raise PlanError(f"nothing is left to read at {called(node)}")
         masks.append(mask)
     return masks
+
+
+def whole_groups(flow: Flow, keyed: bool) -> set[int]:
+    """Groups of a node of which it needs all tokens as they stand: it normalises over them, or a constant lies along
+    the rows of the grid alone.
+
+    Args:
+        keyed: Whether leaving tokens out of what is normalised is what the plan wants.
+    """
+    whole = set() if flow.normalises is None or keyed else {flow.normalises}
+    dims = [ids.ndim for ids in next((layout.ids for layout in flow.outputs if layout is not None), ())]
+    for position in {position for position, _, _ in flow.covers}:
+        parts = [f.group for own, _, factors in flow.covers if own == position for f in factors if isinstance(f, Part)]
+        whole |= {group for group in set(parts) if group < len(dims) and parts.count(group) != dims[group]}
+    return whole
 
 
 def check_keys(blocks: Sequence[Block], sets: Sets, wanted: Demand, followed: Followed) -> None:

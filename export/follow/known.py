@@ -20,7 +20,7 @@ from ...core.errors import GraphError
 
 _PRIMES = (89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 199)
 #: Data that shapes may be computed from; larger constants are never needed to know a shape.
-_MOST_SHAPE_DATA = 4096
+_MOST_SHAPE_DATA, _MOST_FLOATS = 4096, 8
 #: Nodes whose constants are left to the runtime: the reference implementation takes minutes.
 _SLOW = {"Resize", "Conv", "ConvTranspose", "GridSample", "Einsum"}
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
@@ -105,17 +105,19 @@ class Known:
                     data[name] = numpy_helper.from_array(array, name)
             found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=self._opsets)
         except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, KeyError, RuntimeError):
-            return
+            found = {}
         for index, value in enumerate(node.outputs):
-            inferred = found.get(f"o{index}")
-            if inferred is None or not inferred.HasField("tensor_type"):
-                continue
-            tensor = inferred.tensor_type
+            tensor = found[f"o{index}"].tensor_type if f"o{index}" in found else onnx.TypeProto.Tensor()
             if value.dtype is None and tensor.elem_type:
                 value.dtype = ir.DataType(tensor.elem_type)
             if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
                 self.shapes[value] = tuple(dim.dim_value for dim in tensor.shape.dim)
-                self._types[value] = inferred
+                self._types[value] = found[f"o{index}"]
+            elif value not in self.from_inputs:
+                array = self.array(value)
+                if array is not None:
+                    value.dtype = ir.DataType.from_numpy(array.dtype)
+                    self._set_type(value, value.dtype, array.shape)
 
     def small(self, value: ir.Value) -> np.ndarray | None:
         """Whole numbers that are known, few enough to be a shape or indices."""
@@ -124,8 +126,8 @@ class Known:
             return None
         dtype = self._types[value].tensor_type.elem_type
         whole = dtype in (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
-        # A shape may pass through floats (Floor of a Div).
-        return self.array(value) if whole or (value.producer() is not None and len(shape) < 2) else None
+        # A shape may pass through floats (Floor of a Div, Range).
+        return self.array(value) if whole or math.prod(shape) <= _MOST_FLOATS else None
 
     def array(self, value: ir.Value) -> np.ndarray | None:
         """The numbers of a value that depends on no input; None where it does, or where computing it takes long.

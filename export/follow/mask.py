@@ -27,7 +27,7 @@ def mask(followed: Followed, plan: Plan) -> ir.Model:
     for node, (branch, keep) in sets.updates.items():
         layout = followed.tokens.layouts[node.outputs[0]]
         if branch.reason is None and not keep[layout.ids[0]].all():
-            _combine("Mul", node, branch.update, along(layout, 0, keep.astype(np.float64)), "update")
+            combine("Mul", node, branch.update, along(layout, 0, keep.astype(np.float64)), "update")
     whole = {node for block in followed.blocks for b in block.attention if not b.keyed for node in b.mixers}
     for node, keep in sets.keys.items():
         flow = followed.flows[node]
@@ -42,7 +42,7 @@ def mask(followed: Followed, plan: Plan) -> ir.Model:
             bias = _bias(sets, node, keep)
             ids = layout.ids[flow.normalises]
             if bias[ids].any() and np.isfinite(bias[ids]).any():
-                _combine("Add", node, 0, along(layout, flow.normalises, bias), "keys")
+                combine("Add", node, 0, along(layout, flow.normalises, bias), "keys")
         elif len(flow.links[0]) and node.op_type.startswith("Reduce"):
             _reduce_some(followed, node, keep)
     return followed.model
@@ -100,7 +100,7 @@ def _reduce_some(followed: Followed, node: ir.Node, keep: np.ndarray) -> None:
             node.replace_input_with(0, picked.outputs[0])
 
 
-def _combine(op_type: str, node: ir.Node, position: int, array: np.ndarray, what: str) -> None:
+def combine(op_type: str, node: ir.Node, position: int, array: np.ndarray, what: str) -> None:
     """Put ``array`` between a node and one of its inputs."""
     value, name = node.inputs[position], f"{node.outputs[0].name}.{what}"
     dtype = (value.dtype or node.outputs[0].dtype or ir.DataType.FLOAT).numpy()

@@ -24,9 +24,10 @@ from ..passes.edit import add_constant, add_node, infer_shapes_anew
 from ..recognise.graph import called
 from .blocks import Followed
 from .columns import project_apart
-from .demand import Demand, Plan, Sets, check_keys, demand, node_masks, sets_of
+from .demand import Demand, Plan, Sets, check_keys, demand, node_masks, sets_of, whole_groups
 from .known import used_by
 from .layout import ENDED, Axis, Layout, Part, size_of
+from .mask import combine, mask_attention
 from .rules import Flow
 
 #: Ids of the tokens of a group, in their order; None: all of them, as they stand in the dense graph.
@@ -96,12 +97,13 @@ class _Fold:
     def targets(self, node: ir.Node, flow: Flow) -> list[np.ndarray | None]:
         """For each group of the node, the tokens with which it is run, in the order of the first input that has them."""
         result: list[np.ndarray | None] = []
+        whole = whole_groups(flow, node in self.sets.keys)
         for group, mask in enumerate(node_masks(self.followed, self.sets, self.wanted, node)):
             source = next(
                 ((value, own) for value, links in zip(node.inputs, flow.links, strict=True)
                 for own, link in enumerate(links) if link == group), None
             )  # fmt: skip
-            if source is None or (flow.normalises == group and node not in self.sets.keys):
+            if source is None or group in whole:
                 result.append(None)
                 continue
             value, own = source
@@ -120,6 +122,8 @@ class _Fold:
         for position in {position for position, _, _ in flow.covers}:
             axes = {axis: factors for own, axis, factors in flow.covers if own == position}
             node.replace_input_with(position, self.cut(node, node.inputs[position], axes, targets, flow))
+        if node in self.sets.gates:
+            self.add_gates(node, flow, targets)
         (layout, *_) = flow.outputs
         if layout is None or all(rows is None for rows in targets[: flow.groups]):
             return
@@ -139,6 +143,22 @@ class _Fold:
             if any(map(self.known.is_open, dims)):
                 raise GraphError(f"{called(node)} repeats tokens for each image, which cannot be folded")
             node.replace_input_with(1, self.shape(dims))
+
+    def add_gates(self, node: ir.Node, flow: Flow, targets: list[np.ndarray | None]) -> None:
+        """Add the logarithms of the plan's gates to the logits of a softmax or an ``Attention``."""
+        ids = _group_ids(self.followed, node, flow)
+        group = flow.groups if flow.normalises is None else flow.normalises
+        counts = [len(own.ravel() if kept is None else kept) for own, kept in zip(ids, targets, strict=True)]
+        bias = self.sets.gates[node][ids[group] if targets[group] is None else targets[group]]
+        if not bias.any():
+            return
+        if node.op_type == "Attention":
+            (queries,) = (flow.links[0][own] for own in self.layouts[node.inputs[0]].groups_of(-2))
+            mask_attention(node, np.tile(bias, (counts[queries], 1)))
+        else:
+            layout = flow.outputs[0]
+            axis = last_axis(layout, group)
+            combine("Add", node, 0, bias.reshape([-1 if at == axis else 1 for at in range(len(layout.axes))]), "gates")
 
     def pick(self, node: ir.Node, flow: Flow) -> None:
         (value, *_) = node.inputs
@@ -196,7 +216,7 @@ class _Fold:
             if not len(kept):
                 continue
             if links:
-                
+
                 rows = [(None if np.array_equal(kept, ids) else kept) if link == new else rest[link] for link in links]
                 values.append(self.take(node, value, rows))
             else:
@@ -221,6 +241,9 @@ class _Fold:
         layout = self.layouts[output]
         (needed,) = self.wanted.needed[output]
         stream, update = node.inputs[1 - branch.update], node.inputs[branch.update]
+        if update not in self.layouts:
+            node.replace_input_with(1 - branch.update, self.take(node, stream, [None]))
+            return
         every = layout.ids[0].ravel()
         (have,) = self.rows(stream)
         have = every if have is None else have
@@ -230,12 +253,7 @@ class _Fold:
         if len(updated):
             rows = None if np.array_equal(updated, every) else updated
             node.replace_input_with(1 - branch.update, self.take(node, stream, [rows]))
-            if update in self.layouts:
-                taken = self.take(node, update, [rows])
-            else:
-                taken = self.cut(
-                    node, update, _lying_along(layout, self.known.shapes[update]), [rows], self.followed.flows[node]
-                )
+            taken = self.take(node, update, [rows])
             node.replace_input_with(branch.update, taken)
             pieces.append((output, rows))
             if rows is None:
@@ -453,15 +471,6 @@ def sizes(layout: Layout, rows, is_open) -> list[int]:
 def last_axis(layout: Layout, group: int) -> int:
     """The axis of the last part of a group."""
     return max(axis for axis in range(len(layout.axes)) if group in layout.groups_of(axis))
-
-
-def _lying_along(layout: Layout, shape: tuple[int, ...]) -> dict[int, Axis]:
-    lead = len(layout.axes) - len(shape)
-    return {
-        axis: layout.axes[axis + lead]
-        for axis in range(len(shape))
-        if layout.groups_of(axis + lead) and shape[axis] == layout.shape[axis + lead]
-    }
 
 
 def _equal(a, b) -> bool:

@@ -174,7 +174,10 @@ def depth_anything():
         backbone_config=backbone, reassemble_hidden_size=32, neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
         head_hidden_size=8, patch_size=14,
     )  # fmt: skip
-    return Call(transformers.DepthAnythingForDepthEstimation(config), lambda m, x: m(pixel_values=x).predicted_depth)
+    module = transformers.DepthAnythingForDepthEstimation(config)
+    nn.init.ones_(module.head.conv3.bias)  # the depth of random weights would be cut off at 0
+    nn.init.ones_(module.head.conv2.bias)
+    return Call(module, lambda m, x: m(pixel_values=x).predicted_depth)
 
 
 def swin():
@@ -286,17 +289,18 @@ KINDS: dict[str, Kind] = {
     "hf DINOv3": _hf("model.layer", "attention", "mlp",
                      lambda: hf("DINOv3ViTModel", "DINOv3ViTConfig", ("last_hidden_state", "pooler_output"),
                                 num_register_tokens=2, layerscale_value=0.5), prefix=3, exporters=("dynamo",)),
-    "hf BEiT": _hf("beit.encoder.layer", "attention", "output",
-                   lambda: hf("BeitForImageClassification", "BeitConfig", "logits", use_relative_position_bias=True)),
+    "hf BEiT": _hf("beit.layers", "attention", "mlp",
+                   lambda: hf("BeitForImageClassification", "BeitConfig", "logits", use_relative_position_bias=True,
+                              layer_scale_init_value=0.5)),
     "hf Data2Vec": _hf("data2vec_vision.encoder.layer", "attention", "output",
                        lambda: hf("Data2VecVisionForImageClassification", "Data2VecVisionConfig", "logits",
-                                  use_relative_position_bias=True)),
+                                  use_relative_position_bias=True, layer_scale_init_value=0.5)),
     "hf SigLIP": _hf("encoder.layers", "self_attn", "mlp",
                      lambda: hf("SiglipVisionModel", "SiglipVisionConfig", "pooler_output"), prefix=0),
     "hf AIMv2": _hf("encoder.layers", "attention", "ffn",
                     lambda: hf("Aimv2VisionModel", "Aimv2VisionConfig", ("last_hidden_state", "pooler_output")), prefix=0),
     "CLIP, two towers": _hf("vision_model.encoder.layers", "self_attn", "mlp", two_towers),
-    "Depth Anything": _hf("backbone.layers", "attention", "mlp", depth_anything, size=(56, 56)),
+    "Depth Anything": _hf("backbone.encoder.layer", "attention", "mlp", depth_anything, size=(56, 56)),
     "Swin": Kind(swin, lambda m: list(m.layers[0].blocks), None, lambda b: b.mlp, prefix=0, size=(32, 32)),
     "SAM": Kind(sam, _blocks, None, lambda b: b.mlp, prefix=0, size=(32, 32)),
 }  # fmt: skip
