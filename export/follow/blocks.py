@@ -185,9 +185,9 @@ def follow_node(node: ir.Node, tokens: Tokens, flows: dict[ir.Node, Flow], lost:
         for value, layout in zip(node.outputs, flow.outputs, strict=False):
             if layout is not None:
                 tokens.layouts[value] = layout
-    mixes = (flow is not None and (flow.ends or flow.normalises is not None)) or (node in lost and len(carrying) > 1)
-    mixes = mixes and node.op_type in ("MatMul", "Einsum", "Attention", "Softmax")
-    if mixes or any(value in tokens.mixed for value in used):
+    from_image = sum(value in tokens.known.from_inputs for value in used)
+    mixes = from_image > 1 if node.op_type in ("MatMul", "Einsum", "Attention") else node.op_type == "Softmax"
+    if (mixes and from_image) or any(value in tokens.mixed for value in used):
         tokens.mixed.update(node.outputs)
 
 

@@ -216,7 +216,6 @@ class _Fold:
             if not len(kept):
                 continue
             if links:
-
                 rows = [(None if np.array_equal(kept, ids) else kept) if link == new else rest[link] for link in links]
                 values.append(self.take(node, value, rows))
             else:

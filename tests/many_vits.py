@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -31,8 +31,6 @@ class Kind:
         prefix: Tokens ahead of the patches.
         size: Of the images.
         exporters: Which of PyTorch's exporters write a file that onnxruntime runs.
-        keys, queries, mlps: What can be masked.
-        grid: Shape of the update where it keeps the grid: [B, h, w, d].
     """
 
     build: Callable[[], nn.Module]
@@ -43,8 +41,6 @@ class Kind:
     prefix: int = 1
     size: tuple[int, int] = SIZE
     exporters: tuple[str, ...] = ("torchscript", "dynamo")
-    opset: int = 20
-    more: dict = field(default_factory=dict)
 
 
 # -- builders ---------------------------------------------------------------------------------------------------------
@@ -271,7 +267,7 @@ KINDS: dict[str, Kind] = {
     "BEiT": _vit(lambda: timm_beit(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.5)),
     "BEiT, shared bias": _vit(lambda: timm_beit(use_shared_rel_pos_bias=True, init_values=0.5)),
     "relative positions": _vit(relpos, prefix=0, size=(32, 32)),
-    "AIMv2": _vit(_rms_vit, prefix=0),
+    "AIMv2": _vit(_rms_vit, prefix=0, exporters=("dynamo",)),
     "parallel branches": Kind(lambda: _parallel("ParallelThingsBlock"), _blocks,
                               lambda b: list(b.attns), lambda b: list(b.ffns), lambda b: list(b.attns)),
     "parallel, one product": Kind(lambda: _parallel("ParallelScalingBlock", init_values=0.5), _blocks,
@@ -302,7 +298,7 @@ KINDS: dict[str, Kind] = {
     "CLIP, two towers": _hf("vision_model.encoder.layers", "self_attn", "mlp", two_towers),
     "Depth Anything": _hf("backbone.encoder.layer", "attention", "mlp", depth_anything, size=(56, 56)),
     "Swin": Kind(swin, lambda m: list(m.layers[0].blocks), None, lambda b: b.mlp, prefix=0, size=(32, 32)),
-    "SAM": Kind(sam, _blocks, None, lambda b: b.mlp, prefix=0, size=(32, 32)),
+    "SAM": Kind(sam, _blocks, None, lambda b: b.mlp, prefix=0, size=(32, 32), exporters=("torchscript",)),
 }  # fmt: skip
 
 

@@ -1,0 +1,111 @@
+"""Free plans on many kinds of models: masked and folded graphs give what PyTorch gives where it masks by itself."""
+
+import numpy as np
+import pytest
+import torch
+from follow_tools import difference, identity_plan, misplaced, random_plan, run, written
+from many_vits import KINDS, model_of, reference
+
+from vpruner.export.follow import fold, follow, mask
+
+#: What is masked of kinds of which not everything is; the others: keys, queries and MLPs of every block.
+PARTS = {"parallel, one product": "kq", "Swin": "m", "SAM": "m"}
+MODULES = {"hf": "transformers", "CLIP": "transformers", "Depth": "transformers"}
+CASES = [
+    (name, exporter, opset, dynamic)
+    for name, kind in KINDS.items()
+    for exporter, opset, dynamic in (
+        ("torchscript", 17, True),
+        ("torchscript", 17, False),
+        ("dynamo", 20, True),
+        ("dynamo", 23, False),
+    )
+    if exporter in kind.exporters
+]
+#: PyTorch's newer exporter is slow: kinds that only it writes, and one with an Attention operator.
+FEW = [
+    (name, exporter, opset, dynamic)
+    for name, exporter, opset, dynamic in CASES
+    if exporter == "torchscript" or (KINDS[name].exporters == ("dynamo",) and dynamic) or (name, opset) == ("ViT", 23)
+]
+
+
+@pytest.mark.parametrize("name, exporter, opset, dynamic", FEW)
+def test_plans_do_what_masks_do_in_pytorch(name, exporter, opset, dynamic):
+    check(name, exporter, opset, dynamic)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name, exporter, opset, dynamic", [case for case in CASES if case not in FEW])
+def test_plans_do_what_masks_do_in_pytorch_from_every_exporter(name, exporter, opset, dynamic):
+    check(name, exporter, opset, dynamic)
+
+
+def check(name, exporter, opset, dynamic):
+    pytest.importorskip(next((module for start, module in MODULES.items() if name.startswith(start)), "torch"))
+    followed, kind = follow(written(name, exporter, opset, dynamic)), KINDS[name]
+    assert len(followed.blocks) == len(kind.layers(model_of(name)))
+    assert followed.prefix == kind.prefix
+    for block in followed.blocks:
+        masked = "".join(c for c, able in zip("kqm", (block.keys, block.queries, block.mlps), strict=True) if able)
+        assert masked == PARTS.get(name, "kqm"), block.reasons
+    random = np.random.default_rng(len(name))
+    images = torch.from_numpy(random.random((3 if dynamic else 1, 3, *kind.size), np.float32))
+    dense = run(followed.model, images.numpy())
+    identity = identity_plan(followed)
+    assert difference(run(mask(followed, identity), images.numpy()), dense) == 0
+    assert difference(run(fold(followed, identity), images.numpy()), dense) < 3e-6
+    for _ in range(2):
+        plan = random_plan(followed, random)
+        expected = reference(name, plan, images)
+        assert difference(run(mask(followed, plan), images.numpy()), expected) < 1e-5
+        assert difference(run(fold(followed, plan), images.numpy()), expected) < 1e-5
+        assert difference(dense, expected) > 1e-3, "the plan changes nothing, and proves nothing"
+    assert misplaced(followed, images.numpy()) == []
+
+
+@pytest.mark.parametrize("name", ["ViT, average", "ViT, attention pooling", "ViT, registers"])
+def test_the_head_reads_what_the_plan_says(name):
+    followed, kind, module = follow(written(name, "torchscript", 17, False)), KINDS[name], model_of(name)
+    plan = identity_plan(followed)
+    plan.reads = (1, 4, 5, 17)
+    images = torch.rand(1, 3, *kind.size)
+    with torch.no_grad():
+        tokens = module.forward_features(images)
+        left = [*range(kind.prefix), *(kind.prefix + patch for patch in plan.reads)]
+        expected = [module.forward_head(tokens[:, left]).numpy()]
+    assert difference(run(mask(followed, plan), images.numpy()), expected) < 1e-5
+    assert difference(run(fold(followed, plan), images.numpy()), expected) < 1e-5
+
+
+@pytest.mark.parametrize("exporter, opset", [("torchscript", 17), ("dynamo", 23)])
+def test_gates_weigh_keys(exporter, opset):
+    followed = follow(written("ViT", exporter, opset, False))
+    random = np.random.default_rng(1)
+    plan = random_plan(followed, random)
+    plan.gates = [tuple(random.uniform(0.2, 3, len(keys))) for keys in plan.keys]
+    images = random.random((1, 3, *KINDS["ViT"].size), np.float32)
+    masked = run(mask(followed, plan), images)
+    assert difference(run(fold(followed, plan), images), masked) < 1e-5
+    plan.gates = None
+    assert difference(run(mask(followed, plan), images), masked) > 1e-3
+
+
+def test_only_what_the_plan_leaves_is_computed():
+    """2 d^2 for each key and each query, 2 d for each pair of them, 8 d^2 for each MLP token."""
+    followed = follow(written("ViT, average", "torchscript", 17, False))
+    plan = random_plan(followed, np.random.default_rng(2))
+    model, width = fold(followed, plan), 32
+    macs = 0
+    for node in model.graph:
+        if node.op_type == "MatMul":
+            macs += int(np.prod(node.outputs[0].shape.numpy())) * node.inputs[0].shape.numpy()[-1]
+    needed, expected = set(range(followed.patches)), 0
+    for keys, queries, mlps in reversed(list(zip(plan.keys, plan.queries, plan.mlps, strict=True))):
+        queries, mlps = (set(patches) & needed for patches in (queries, mlps))
+        needed |= set(keys)
+        expected += 2 * width**2 * (len(keys) + len(queries)) + 2 * width * len(keys) * len(queries)
+        expected += 8 * width**2 * len(mlps)
+    assert macs == expected
+    gathers = [node.op_type for node in model.graph if node.op_type in ("Gather", "Slice", "ScatterND", "GatherND")]
+    assert not {"ScatterND", "GatherND"} & set(gathers)

@@ -1,0 +1,115 @@
+"""What the tests of following share: files made once, running a graph, and an oracle of where tokens stand."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from foreign_graphs import write_module
+from many_vits import KINDS, model_of
+from store import stored
+
+from vpruner.export.files import load_model
+from vpruner.export.follow import Followed
+from vpruner.export.follow.mask import along
+
+
+def written(name: str, exporter: str, opset: int, dynamic: bool) -> ir.Model:
+    """The model ``name`` of :data:`many_vits.KINDS` as PyTorch exports it."""
+    return load_model(stored(_write, name, exporter, opset, dynamic) / "model.onnx")
+
+
+def _write(folder: Path, name: str, exporter: str, opset: int, dynamic: bool) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(2 if dynamic else 1, 3, *KINDS[name].size)
+    write_module(model_of(name), images, folder / "model.onnx", exporter, opset, dynamic)
+
+
+def run(model: ir.Model, *feeds: np.ndarray) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    # Fused kernels add in another order, and differ between a graph and the same graph with one more output.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    text = ir.to_proto(model).SerializeToString()
+    session = onnxruntime.InferenceSession(text, options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    return session.run(None, dict(zip(names, feeds, strict=True)))
+
+
+def difference(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    """The largest difference of any output, relative to that output's largest number."""
+    assert len(found) == len(expected)
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True))
+
+
+def random_plan(followed: Followed, random: np.random.Generator, low: float = 0.3) -> SimpleNamespace:
+    """Free sets, each of at least one patch, of what can be masked."""
+    every = tuple(range(followed.patches))
+
+    def some(masked: bool) -> tuple[int, ...]:
+        if not masked:
+            return every
+        chosen = random.random(followed.patches) < random.uniform(low, 1)
+        chosen[random.integers(followed.patches)] = True
+        return tuple(np.flatnonzero(chosen).tolist())
+
+    sets = {kind: [some(getattr(block, kind)) for block in followed.blocks] for kind in ("keys", "queries", "mlps")}
+    return SimpleNamespace(**sets, reads=None)
+
+
+def identity_plan(followed: Followed) -> SimpleNamespace:
+    every = [tuple(range(followed.patches))] * len(followed.blocks)
+    return SimpleNamespace(keys=every, queries=every, mlps=every, reads=None)
+
+
+def misplaced(followed: Followed, *feeds: np.ndarray, tokens: int = 3) -> list[str]:
+    """Values whose tokens are not where :mod:`vpruner.export.follow` says, found without it.
+
+    One token is moved where tokens begin; of what is computed from it before tokens are mixed, only that token's places
+    may change.
+
+    Returns:
+        Names of values in which another place changed.
+    """
+    followed = followed.copy()
+    model, layouts = followed.model, followed.tokens.layouts
+    start = followed.stem.outputs[0]
+    sizes = [1, *followed.tokens.known.shapes[start][1:]]
+    moved = ir.Value(name="moved", shape=ir.Shape(sizes), type=ir.TensorType(ir.DataType.FLOAT))
+    readers = list(start.uses())
+    node = ir.node("Add", [start, moved])
+    node.outputs[0].name, node.outputs[0].dtype = "vpruner.moved", ir.DataType.FLOAT
+    model.graph.insert_after(followed.stem, node)
+    for reader, position in readers:
+        reader.replace_input_with(position, node.outputs[0])
+    model.graph.inputs.append(moved)
+    values = [value for value in layouts if value is not start and value.dtype == ir.DataType.FLOAT
+              and value not in followed.tokens.mixed and not value.is_graph_output()]  # fmt: skip
+    del model.graph.outputs[:]
+    model.graph.outputs.extend(values)
+    shape, grid = moved.shape.numpy(), layouts[start].ids[0]
+    plain, wrong = run(model, *feeds, np.zeros(shape, np.float32)), set()
+    reached = np.zeros(len(values), bool)
+    for token in np.linspace(0, followed.patches - 1, tokens).astype(int):
+        delta = np.zeros(shape, np.float32)
+        place = along(layouts[start], 0, (np.arange(followed.tokens.count) == token).astype(np.float32))
+        delta += np.broadcast_to(place, shape)
+        assert delta.any(), grid
+        for index, (value, before, after) in enumerate(zip(values, plain, run(model, *feeds, delta), strict=True)):
+            may = np.zeros(before.shape, bool)
+            for group in range(len(layouts[value].ids)):
+                own = along(layouts[value], group, np.arange(followed.tokens.count).astype(float)) == token
+                # An axis that holds tokens and an open batch is of another size here.
+                may |= np.broadcast_to(own, before.shape) if _fits(own, before) else True
+            changed = before != after
+            reached[index] |= changed.any()
+            if (changed & ~may).any():
+                wrong.add(value.name)
+    assert reached.mean() > 0.5, "the oracle reaches too little to prove anything"
+    return sorted(wrong)
+
+
+def _fits(own: np.ndarray, like: np.ndarray) -> bool:
+    return own.ndim == like.ndim and all(a in (1, b) for a, b in zip(own.shape, like.shape, strict=True))
