@@ -1,14 +1,11 @@
 """What the tests of following share: files made once, running a graph, and an oracle of where tokens stand."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-import torch
-from foreign_graphs import write_module
-from many_vits import KINDS, model_of
+from many_vits import write_kind
 from store import stored
 
 from vpruner.export.files import load_model
@@ -18,13 +15,7 @@ from vpruner.export.follow.mask import along
 
 def written(name: str, exporter: str, opset: int, dynamic: bool) -> ir.Model:
     """The model ``name`` of :data:`many_vits.KINDS` as PyTorch exports it."""
-    return load_model(stored(_write, name, exporter, opset, dynamic) / "model.onnx")
-
-
-def _write(folder: Path, name: str, exporter: str, opset: int, dynamic: bool) -> None:
-    torch.manual_seed(0)
-    images = torch.rand(2 if dynamic else 1, 3, *KINDS[name].size)
-    write_module(model_of(name), images, folder / "model.onnx", exporter, opset, dynamic)
+    return load_model(stored(write_kind, name, exporter, opset, dynamic) / "model.onnx")
 
 
 def run(model: ir.Model, *feeds: np.ndarray) -> list[np.ndarray]:
@@ -67,8 +58,11 @@ def identity_plan(followed: Followed) -> SimpleNamespace:
 def misplaced(followed: Followed, *feeds: np.ndarray, tokens: int = 3) -> list[str]:
     """Values whose tokens are not where :mod:`vpruner.export.follow` says, found without it.
 
-    One token is moved where tokens begin; of what is computed from it before tokens are mixed, only that token's places
-    may change.
+    One token is moved where tokens begin; of what is computed from it before anything is summed or normalised over
+    tokens, only that token's places may change.
+
+    Args:
+        tokens: How many are moved.
 
     Returns:
         Names of values in which another place changed.
@@ -85,8 +79,13 @@ def misplaced(followed: Followed, *feeds: np.ndarray, tokens: int = 3) -> list[s
     for reader, position in readers:
         reader.replace_input_with(position, node.outputs[0])
     model.graph.inputs.append(moved)
-    values = [value for value in layouts if value is not start and value.dtype == ir.DataType.FLOAT
-              and value not in followed.tokens.mixed and not value.is_graph_output()]  # fmt: skip
+    mixed: set[ir.Value] = set()
+    for one in model.graph:
+        flow = followed.flows.get(one)
+        mixes = one in followed.lost or (flow is not None and (flow.ends or flow.normalises is not None))
+        if mixes or any(value in mixed for value in one.inputs):
+            mixed.update(one.outputs)
+    values = [value for value in layouts if value not in mixed | {start} and value.dtype == ir.DataType.FLOAT]
     del model.graph.outputs[:]
     model.graph.outputs.extend(values)
     shape, grid = moved.shape.numpy(), layouts[start].ids[0]

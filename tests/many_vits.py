@@ -10,8 +10,10 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 
 import torch
+from foreign_graphs import write_module
 from torch import nn
 from torch.nn import functional as F
 
@@ -311,6 +313,13 @@ def model_of(name: str) -> nn.Module:
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return module.eval()
+
+
+def write_kind(folder: Path, name: str, exporter: str, opset: int, dynamic: bool) -> None:
+    """``model.onnx`` of a kind, as PyTorch exports it."""
+    torch.manual_seed(0)
+    images = torch.rand(2 if dynamic else 1, 3, *KINDS[name].size)
+    write_module(model_of(name), images, folder / "model.onnx", exporter, opset, dynamic)
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------

@@ -132,12 +132,11 @@ def follow(model: ir.Model) -> Followed:
     Raises:
         GraphError: No tokens begin in the graph, no block adds to them, or the image size is open.
     """
-    model = prepare(model)
+    given, skip = model, set()
+    model, known = prepare(given)
     for starts in (("Conv",), ("MatMul", "Gemm")):
-        skip: set[int] = set()
         for _ in range(4):
-            known = Known(model, skip)
-            tokens, flows, lost = _flow(model, known, frozenset(starts))
+            tokens, flows, lost = follow_tokens(model, known, frozenset(starts))
             sizes = {
                 size for layout in tokens.layouts.values() for ids in layout.ids for size in (*ids.shape, ids.size)
             }
@@ -145,6 +144,7 @@ def follow(model: ir.Model) -> Followed:
             if not clash:
                 break
             skip |= clash
+            model, known = prepare(given, skip)
         chain = _longest_chain(model.graph, tokens)
         if chain:
             return _described(model, tokens, flows, lost, chain)
@@ -154,9 +154,10 @@ def follow(model: ir.Model) -> Followed:
     )
 
 
-def _flow(
+def follow_tokens(
     model: ir.Model, known: Known, starts: frozenset[str]
 ) -> tuple[Tokens, dict[ir.Node, Flow], dict[ir.Node, str]]:
+    """Where the tokens of all values are, what the nodes do to them, and behind which nodes they are lost."""
     tokens, flows, lost = Tokens(known, starts), {}, {}
     # Ids of patches come first; those of other tokens follow the largest grid that may begin.
     sizes = [np.prod(shape[2:]) for node in model.graph for shape in [known.shapes.get(node.outputs[0])]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from copy import copy
+from typing import Any
 
 import numpy as np
 import onnx
@@ -44,6 +45,7 @@ class Known:
         self.from_inputs: set[ir.Value] = set()
         self._types: dict[ir.Value, onnx.TypeProto] = {}
         self._values: dict[ir.Value, np.ndarray | None] = {}
+        self._cache: dict[tuple, Any] = {}
         self._opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
         self._versions = dict(model.opset_imports)
         self._name_open_dims(model.graph, skip)
@@ -94,18 +96,7 @@ class Known:
             value in self.from_inputs for value in used if value is not None and node.op_type not in ("Shape", "Size")
         ):
             self.from_inputs.update(node.outputs)
-        try:
-            schema = onnx.defs.get_schema(node.op_type, self._versions.get(node.domain, 1), node.domain)
-            names, proto = self._named(node)
-            types = {name: self._types[value] for value, name in names.items() if value in self._types}
-            data = {}
-            for value, name in names.items():
-                array = self.small(value)
-                if array is not None:
-                    data[name] = numpy_helper.from_array(array, name)
-            found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=self._opsets)
-        except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, KeyError, RuntimeError):
-            found = {}
+        found = self._inferred(node)
         for index, value in enumerate(node.outputs):
             tensor = found[f"o{index}"].tensor_type if f"o{index}" in found else onnx.TypeProto.Tensor()
             if value.dtype is None and tensor.elem_type:
@@ -118,6 +109,27 @@ class Known:
                 if array is not None:
                     value.dtype = ir.DataType.from_numpy(array.dtype)
                     self._set_type(value, value.dtype, array.shape)
+
+    def _inferred(self, node: ir.Node) -> dict[str, onnx.TypeProto]:
+        """Output -> its type; blocks repeat, and what is the same is inferred once."""
+        names, proto = self._named(node)
+        if any(value not in self._types for value in names):
+            return {}
+        arrays = {name: self.small(value) for value, name in names.items()}
+        data = {name: numpy_helper.from_array(array, name) for name, array in arrays.items() if array is not None}
+        types = {name: self._types[value] for value, name in names.items()}
+        key = (
+            proto.SerializeToString(deterministic=True),
+            *(one.SerializeToString() for one in (*types.values(), *data.values())),
+        )
+        if key not in self._cache:
+            try:
+                schema = onnx.defs.get_schema(node.op_type, self._versions.get(node.domain, 1), node.domain)
+                found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=self._opsets)
+            except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, KeyError, RuntimeError):
+                found = {}
+            self._cache[key] = found
+        return self._cache[key]
 
     def small(self, value: ir.Value) -> np.ndarray | None:
         """Whole numbers that are known, few enough to be a shape or indices."""
@@ -186,7 +198,9 @@ class Known:
         for value in node.inputs:
             if value is not None:
                 names.setdefault(value, f"i{len(names)}")
-        proto = ir.to_proto(node)
+        proto = ir.serde.serialize_node(node)
+        for field in ("name", "doc_string", "metadata_props"):
+            proto.ClearField(field)
         proto.input[:] = ["" if value is None else names[value] for value in node.inputs]
         proto.output[:] = [f"o{index}" if value.name else "" for index, value in enumerate(node.outputs)]
         return names, proto

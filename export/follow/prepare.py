@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
@@ -11,8 +13,12 @@ from ..passes.edit import add_constant, add_node
 from .known import Known
 
 
-def prepare(model: ir.Model) -> ir.Model:
-    """A copy without functions and constant nodes, whose reshapes name their sizes; -1 stands for an open one."""
+def prepare(model: ir.Model, skip: Collection[int] = ()) -> tuple[ir.Model, Known]:
+    """A copy without functions and constant nodes, whose reshapes name their sizes; -1 stands for an open one.
+
+    Args:
+        skip: As of :class:`~.known.Known`.
+    """
     model = copy_model(model)
     if model.functions:
         passes.InlinePass()(model)
@@ -22,18 +28,19 @@ def prepare(model: ir.Model) -> ir.Model:
         passes.RemoveUnusedNodesPass(),
     ):
         step(model)
-    write_shapes(model)
+    known = Known(model, skip)
+    write_shapes(model, known)
     passes.RemoveUnusedNodesPass()(model)
-    return model
+    return model, known
 
 
-def write_shapes(model: ir.Model) -> None:
+def write_shapes(model: ir.Model, known: Known) -> None:
     """Put numbers in the place of shapes that are computed from shapes, in place.
 
     A shape that depends on the batch is put together from the batch of the input: once tokens are left out, the shape of
     a value on the way says something else.
     """
-    known, graph = Known(model), model.graph
+    graph = model.graph
     for node in list(graph):
         if node.op_type == "Reshape" and node.inputs[1].const_value is None:
             shape = known.shapes.get(node.outputs[0])
@@ -62,6 +69,7 @@ def _write_shape(graph: ir.Graph, node: ir.Node, known: Known) -> None:
         name = f"{node.outputs[0].name}.{len(parts)}"
         number = add_node(node, "Shape", [value], name, {"start": axis, "end": axis + 1}).outputs[0]
         number.dtype = ir.DataType.INT64
+        known.add(number.producer())
         if size != prime:
             times = add_constant(graph, f"vpruner.integer.{size // prime}", np.asarray([size // prime], np.int64))
             number = add_node(node, "Mul", [number, times], f"{name}.times").outputs[0]
@@ -73,4 +81,7 @@ def _write_shape(graph: ir.Graph, node: ir.Node, known: Known) -> None:
     else:
         whole = parts[0] if len(parts) == 1 else add_node(node, "Concat", parts, f"{node.outputs[0].name}.known",
                                                           {"axis": 0}).outputs[0]  # fmt: skip
+    for used in (*parts, whole):
+        if used.producer() is not None:
+            known.add(used.producer())
     node.outputs[0].replace_all_uses_with(whole)
