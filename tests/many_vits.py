@@ -226,9 +226,10 @@ def _hf(layers, attention, mlp, build, **more) -> Kind:
 def _rms_vit(**more):
     from timm.layers import RmsNorm, SwiGLU
 
-    return timm_vit(class_token=False, fc_norm=False, mlp_ratio=2.75, global_pool="avg", qkv_bias=False, proj_bias=False,
-                    act_layer="silu", norm_layer=partial(RmsNorm, eps=1e-5), embed_norm_layer=partial(RmsNorm, eps=1e-5),
-                    mlp_layer=SwiGLU, **more)  # fmt: skip
+    norm = partial(RmsNorm, eps=1e-5)
+    return timm_vit(class_token=False, fc_norm=False, mlp_ratio=2.75, global_pool="avg", qkv_bias=False,
+                    proj_bias=False, act_layer="silu", norm_layer=norm, embed_norm_layer=norm, mlp_layer=SwiGLU,
+                    **more)  # fmt: skip
 
 
 def _parallel(name, **more):
@@ -296,7 +297,8 @@ KINDS: dict[str, Kind] = {
     "hf SigLIP": _hf("encoder.layers", "self_attn", "mlp",
                      lambda: hf("SiglipVisionModel", "SiglipVisionConfig", "pooler_output"), prefix=0),
     "hf AIMv2": _hf("encoder.layers", "attention", "ffn",
-                    lambda: hf("Aimv2VisionModel", "Aimv2VisionConfig", ("last_hidden_state", "pooler_output")), prefix=0),
+                    lambda: hf("Aimv2VisionModel", "Aimv2VisionConfig", ("last_hidden_state", "pooler_output")),
+                    prefix=0),
     "CLIP, two towers": _hf("vision_model.encoder.layers", "self_attn", "mlp", two_towers),
     "Depth Anything": _hf("backbone.encoder.layer", "attention", "mlp", depth_anything, size=(56, 56)),
     "Swin": Kind(swin, lambda m: list(m.layers[0].blocks), None, lambda b: b.mlp, prefix=0, size=(32, 32)),
@@ -352,14 +354,14 @@ def reference(name: str, plan, images: torch.Tensor) -> list:
 
     for index, block in enumerate(layers):
         if kind.attention is not None:
-            for part in every(kind.attention(block)):
-                handles.append(part.register_forward_hook(multiplied(plan.queries[index])))
+            hook = multiplied(plan.queries[index])
+            handles += [part.register_forward_hook(hook) for part in every(kind.attention(block))]
             for part in every((kind.attends or kind.attention)(block)):
                 handles.append(part.register_forward_pre_hook(lambda *_, index=index: current.append(index)))
                 handles.append(part.register_forward_hook(left))
         if kind.mlp is not None:
-            for part in every(kind.mlp(block)):
-                handles.append(part.register_forward_hook(multiplied(plan.mlps[index])))
+            hook = multiplied(plan.mlps[index])
+            handles += [part.register_forward_hook(hook) for part in every(kind.mlp(block))]
     try:
         with torch.no_grad(), masked_attention(kind, plan, current):
             output = module(images)

@@ -1,7 +1,7 @@
-"""Prune any Vision Transformer by following its token axis through the graph: no architecture and no exporter is named.
+"""Prune any Vision Transformer by following its token axis through the graph; no architecture is named.
 
-:func:`follow` says where the tokens of each value are, what the blocks are, and what of them can be masked; :func:`mask`
-writes a plan's masks into the graph; :func:`fold` computes only what the plan leaves.
+:func:`follow` says where the tokens of each value are, what the blocks are, and what of them can be masked;
+:func:`mask` writes a plan's masks into the graph; :func:`fold` computes only what the plan leaves.
 """
 
 from .blocks import Block, Branch, Followed, follow

@@ -21,8 +21,8 @@ from .rules import RULES, Flow, Tokens, start
 
 #: What the stream may pass between two blocks: each token by itself, or other tokens put beside it or left out.
 _CARRIERS = frozenset(
-    ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast", "Identity", "Dropout", "Slice", "Concat", "Add", "Mul",
-     "Sub", "Div", "LayerNormalization", "RMSNormalization", "BatchNormalization", "Expand", "Split", "Gather")
+    ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast", "Identity", "Dropout", "Slice", "Concat", "Add",
+     "Mul", "Sub", "Div", "LayerNormalization", "RMSNormalization", "BatchNormalization", "Expand", "Split", "Gather")
 )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 An axis of a value is an ordered list of factors whose product is its size. A factor is *plain* (a number: batch, heads,
 channels), or a *part* of a group of tokens. A group has one array of ids: what token stands at each index. Its
-dimensions are the parts of the group, in the order in which they occur in the value. A sequence has one part; a grid has
-two, rows and columns; attention logits have two groups, queries and keys::
+dimensions are the parts of the group, in the order in which they occur in the value. A sequence has one part; a grid
+has two, rows and columns; attention logits have two groups, queries and keys::
 
     [B, T, d]        axes (B), (t), (d)            ids of t: [T]
     [B, d, h, w]     axes (B), (d), (t), (t)       ids of t: [h, w]

@@ -37,8 +37,8 @@ def prepare(model: ir.Model, skip: Collection[int] = ()) -> tuple[ir.Model, Know
 def write_shapes(model: ir.Model, known: Known) -> None:
     """Put numbers in the place of shapes that are computed from shapes, in place.
 
-    A shape that depends on the batch is put together from the batch of the input: once tokens are left out, the shape of
-    a value on the way says something else.
+    A shape that depends on the batch is put together from the batch of the input: once tokens are left out, the shape
+    of a value on the way says something else.
     """
     graph = model.graph
     for node in list(graph):

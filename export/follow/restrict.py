@@ -1,8 +1,8 @@
 """Fold a plan: every value is computed for the tokens that are needed of it, and for no others.
 
 The nodes of the graph stay what they are. Where a node needs fewer tokens of an input than there are, they are picked
-(``Slice`` where they follow each other, else ``Gather``, with constant indices); constants that lie along tokens are cut;
-shapes are written anew; and where the stream is updated for some tokens only, the others are put beside them::
+(``Slice`` where they follow each other, else ``Gather``, with constant indices); constants that lie along tokens are
+cut; shapes are written anew; and where the stream is updated for some tokens only, the others are put beside them::
 
     x -- updated -- Add(branch) -+- Concat
       \\- frozen -----------------+
@@ -95,7 +95,7 @@ class _Fold:
     # -- operators ----------------------------------------------------------------------------------------------------
 
     def targets(self, node: ir.Node, flow: Flow) -> list[np.ndarray | None]:
-        """For each group of the node, the tokens with which it is run, in the order of the first input that has them."""
+        """For each group of the node, the tokens with which it is run, in the order of its first input."""
         result: list[np.ndarray | None] = []
         whole = whole_groups(flow, node in self.sets.keys)
         for group, mask in enumerate(node_masks(self.followed, self.sets, self.wanted, node)):
@@ -133,13 +133,10 @@ class _Fold:
         if flow.how == "reshape":
             node.replace_input_with(1, self.shape(sizes(layout, targets, self.known.is_open)))
         elif flow.how == "expand":
-            before = self.layouts[node.inputs[0]] if node.inputs[0] in self.layouts else None
-            dims = [1 if layout.groups_of(axis) else size for axis, size in enumerate(layout.shape)]
-            shape = self.known.shapes[node.inputs[0]] if before is None else before.shape
-            lead = len(dims) - len(shape)
-            dims = [
-                1 if axis >= lead and shape[axis - lead] == layout.shape[axis] else dim for axis, dim in enumerate(dims)
-            ]
+            shape = self.known.shapes[node.inputs[0]]
+            shape = (1,) * (len(layout.axes) - len(shape)) + shape
+            dims = [1 if was == size or layout.groups_of(axis) else size
+                    for axis, (was, size) in enumerate(zip(shape, layout.shape, strict=True))]  # fmt: skip
             if any(map(self.known.is_open, dims)):
                 raise GraphError(f"{called(node)} repeats tokens for each image, which cannot be folded")
             node.replace_input_with(1, self.shape(dims))
@@ -178,11 +175,10 @@ class _Fold:
                 kept = have[mask[have] & np.isin(have, layout.ids[group])]
                 rows.append(None if np.array_equal(kept, every) else kept)
             taken = self.take(node, value, rows)
-            whole = [
-                None if kept is not None and np.array_equal(kept, layout.ids[group].ravel()) and layout.ids[group].ndim == 1
-                else kept for group, kept in enumerate(rows)
-            ]  # fmt: skip
-            self.states[output] = State([(taken, None)], whole)
+            for group, ids in enumerate(layout.ids):
+                if ids.ndim == 1 and _equal(rows[group], ids):
+                    rows[group] = None
+            self.states[output] = State([(taken, None)], rows)
 
     def pick_one(self, node: ir.Node, flow: Flow) -> None:
         """``Gather`` of one token by a scalar."""

@@ -1,7 +1,7 @@
 """What each operator does to the token axis: one small rule for each, in a table by its type.
 
-A rule is given a node of which some inputs carry tokens, and says where they are in its outputs (:class:`Flow`). What it
-cannot say it raises as :class:`~.layout.Lost`: then the node reads all tokens, and its outputs carry none. To add an
+A rule is given a node of which some inputs carry tokens, and says where they are in its outputs (:class:`Flow`). What
+it cannot say it raises as :class:`~.layout.Lost`: then the node reads all tokens, and its outputs carry none. To add an
 operator is to add a rule and its test.
 """
 
@@ -222,10 +222,10 @@ def contract(node: ir.Node, tokens: Tokens, letters: Sequence[Sequence | None], 
 
 @rule(
     "Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Mean", "Sum", "Mod", "Where", "And", "Or", "Xor", "Equal", "Less",
-    "LessOrEqual", "Greater", "GreaterOrEqual", "PRelu", "Clip", "Dropout", "Cast", "Gelu", "Erf", "Tanh", "Sigmoid", "Relu",
-    "LeakyRelu", "Elu", "Selu", "Celu", "Softplus", "Softsign", "Mish", "Swish", "HardSigmoid", "HardSwish", "Neg", "Exp",
-    "Log", "Sqrt", "Reciprocal", "Abs", "Not", "Identity", "Sin", "Cos", "Floor", "Ceil", "Round", "Sign", "ThresholdedRelu",
-    "IsNaN", "IsInf",
+    "LessOrEqual", "Greater", "GreaterOrEqual", "PRelu", "Clip", "Dropout", "Cast", "Gelu", "Erf", "Tanh", "Sigmoid",
+    "Relu", "LeakyRelu", "Elu", "Selu", "Celu", "Softplus", "Softsign", "Mish", "Swish", "HardSigmoid", "HardSwish",
+    "Neg", "Exp", "Log", "Sqrt", "Reciprocal", "Abs", "Not", "Identity", "Sin", "Cos", "Floor", "Ceil", "Round", "Sign",
+    "ThresholdedRelu", "IsNaN", "IsInf",
 )  # fmt: skip
 def elementwise(node: ir.Node, tokens: Tokens) -> Flow:
     rank = len(tokens.shape(node.outputs[0]))
@@ -265,7 +265,7 @@ def attention(node: ir.Node, tokens: Tokens) -> Flow:
     more = [position for position, value in enumerate(node.inputs) if position > 3 and value is not None]
     if attribute(node, "is_causal", 0) or more or len(node.outputs) > 1:
         raise Lost("an Attention that is causal or has a cache")
-    q, k, v = (tokens.shape(value) for value in node.inputs[:3])
+    q, k = (tokens.shape(value) for value in node.inputs[:2])
     heads = ("h", "h") if len(q) == 3 or q[1] == k[1] else ("h", "g")
     # Three axes: heads and channels lie on the last one, and neither is summed over by name.
     letters: list = ["bqx", "bky", "bkv"] if len(q) == 3 else [f"b{heads[0]}qc", f"b{heads[1]}kc", f"b{heads[1]}kv"]
