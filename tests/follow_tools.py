@@ -10,6 +10,7 @@ from store import stored
 
 from vpruner.export.files import load_model
 from vpruner.export.follow import Followed
+from vpruner.export.follow.layout import ENDED
 from vpruner.export.follow.mask import along
 
 
@@ -80,12 +81,16 @@ def misplaced(followed: Followed, *feeds: np.ndarray, tokens: int = 3) -> list[s
         reader.replace_input_with(position, node.outputs[0])
     model.graph.inputs.append(moved)
     mixed: set[ir.Value] = set()
+    behind = {node.outputs[0]}
     for one in model.graph:
         flow = followed.flows.get(one)
-        mixes = one in followed.lost or (flow is not None and (flow.ends or flow.normalises is not None))
-        if mixes or any(value in mixed for value in one.inputs):
-            mixed.update(one.outputs)
-    values = [value for value in layouts if value not in mixed | {start} and value.dtype == ir.DataType.FLOAT]
+        ended = flow is not None and flow.how != "start" and ENDED in sum(flow.links, ())
+        mixes = one in followed.lost or ended or (flow is not None and (flow.ends or flow.normalises is not None))
+        if any(value in behind for value in one.inputs):
+            behind.update(one.outputs)
+            if mixes or any(value in mixed for value in one.inputs):
+                mixed.update(one.outputs)
+    values = [value for value in layouts if value in behind - mixed and value.dtype == ir.DataType.FLOAT]
     del model.graph.outputs[:]
     model.graph.outputs.extend(values)
     shape, grid = moved.shape.numpy(), layouts[start].ids[0]

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from ...core.errors import GraphError
 from ..recognise.graph import called
 from .known import Known, check_open, used_by
-from .layout import ENDED, Lost
+from .layout import ENDED, Lost, is_split
 from .prepare import prepare
 from .rules import RULES, Flow, Tokens, start
 
@@ -23,6 +23,11 @@ from .rules import RULES, Flow, Tokens, start
 _CARRIERS = frozenset(
     ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast", "Identity", "Dropout", "Slice", "Concat", "Add",
      "Mul", "Sub", "Div", "LayerNormalization", "RMSNormalization", "BatchNormalization", "Expand", "Split", "Gather")
+)  # fmt: skip
+#: What may lie between a softmax and the sum over keys: a weight of 0 stays 0.
+_KEEP_ZEROS = frozenset(
+    ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast", "Identity", "Dropout", "Slice", "Concat",
+     "Split", "Gather", "Mul", "Div", "Neg", "MatMul", "Einsum", "Expand", "Tile", "ReduceSum", "ReduceMean")
 )  # fmt: skip
 
 
@@ -322,6 +327,9 @@ def _branch(add: ir.Node, update: int, stops: set[ir.Value], tokens: Tokens, flo
             mixers.append(node)
     if reason is None and add.inputs[update] not in tokens.layouts:
         reason = f"what {called(add)} adds carries no tokens"
+    layout = tokens.layouts[add.outputs[0]]
+    if reason is None and (len(layout.ids) > 1 or is_split(layout)):
+        reason = f"windows: the token axis is split at {called(add)}"
     branch = Branch(add, update, frozenset(nodes), tuple(mixers), (), reason)
     if mixers and reason is None:
         keyed, reason = _keyed(branch, flows)
@@ -344,7 +352,7 @@ def _keyed(branch: Branch, flows: dict[ir.Node, Flow]) -> tuple[tuple[ir.Node, .
         if any(ENDED in link for link in flow.links):
             return (), f"tokens are mixed by fixed weights at {called(node)}"
         if not any(
-            link >= flow.groups and _reaches(value, group, branch, flows, softmaxes)
+            link >= flow.groups and _reaches(value, group, branch, flows)
             for value, links in zip(node.inputs, flow.links, strict=True)
             for group, link in enumerate(links)
         ):
@@ -355,7 +363,7 @@ def _keyed(branch: Branch, flows: dict[ir.Node, Flow]) -> tuple[tuple[ir.Node, .
     return tuple(softmaxes), None
 
 
-def _reaches(value, group: int, branch: Branch, flows, softmaxes) -> bool:
+def _reaches(value: ir.Value, group: int, branch: Branch, flows: dict[ir.Node, Flow]) -> bool:
     """Whether ``group`` of ``value`` was normalised by a softmax in the branch."""
     node = value.producer()
     if node not in branch.nodes or node not in flows:
@@ -364,7 +372,7 @@ def _reaches(value, group: int, branch: Branch, flows, softmaxes) -> bool:
     if flow.normalises == group:
         return True
     return any(
-        link == group and _reaches(one, number, branch, flows, softmaxes)
+        link == group and _reaches(one, number, branch, flows)
         for one, links in zip(node.inputs, flow.links, strict=True)
         for number, link in enumerate(links)
     )
@@ -381,9 +389,22 @@ def only_summed(value: ir.Value, group: int, branch: Branch, flows) -> bool:
         link = flow.links[position][group]
         if link == ENDED or flow.how in ("pick", "join", "roll") or flow.normalises == link:
             return False
-        if link < flow.groups and not all(only_summed(output, link, branch, flows) for output in node.outputs):
+        if link < flow.groups and not (
+            _keeps_zeros(node, position, link, branch, flows)
+            and all(only_summed(output, link, branch, flows) for output in node.outputs)
+        ):
             return False
     return True
+
+
+def _keeps_zeros(node: ir.Node, position: int, group: int, branch: Branch, flows: dict[ir.Node, Flow]) -> bool:
+    """Whether a key whose weight is 0 ahead of ``node``, as of one that is left out, has the weight 0 behind it."""
+    if node.op_type in ("Add", "Sub"):
+        return all(
+            group in links and _reaches(value, links.index(group), branch, flows)
+            for value, links in zip(node.inputs, flows[node].links, strict=True)
+        )
+    return node.op_type in _KEEP_ZEROS and (node.op_type != "Div" or position == 0)
 
 
 def _blocks(branches: list[Branch]) -> Iterator[Block]:

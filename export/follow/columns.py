@@ -54,9 +54,8 @@ def _project_apart(followed: Followed, wanted: Demand, value: ir.Value) -> bool:
                     return False
                 parts.append((node, output, part))
     for node, output, part in parts:
-        if output.shape is not None and len(followed.tokens.known.shapes[output]) < len(
-            followed.tokens.known.shapes[value]
-        ):
+        ranks = [len(followed.tokens.known.shapes[one]) for one in (output, value)]
+        if ranks[0] < ranks[1]:
             zero = add_constant(followed.model.graph, "vpruner.first", np.asarray(0, np.int64))
             part = columns.add("Gather", [part, zero], {"axis": attribute(node, "axis", 0)})
         output.replace_all_uses_with(part)

@@ -16,8 +16,7 @@ from ...core.errors import PlanError
 from ..recognise.graph import called
 from .blocks import Block, Branch, Followed, only_summed
 from .known import used_by
-from .layout import ENDED, Layout, Part
-from .rules import Flow
+from .layout import ENDED, Layout, Part, is_split
 
 
 class Plan(Protocol):
@@ -175,7 +174,7 @@ def demand(followed: Followed, sets: Sets) -> Demand:
 def node_masks(followed: Followed, sets: Sets, wanted: Demand, node: ir.Node) -> list[np.ndarray]:
     """bool [id] for each group of a node: the tokens of it with which it is run."""
     flow, count = followed.flows[node], followed.tokens.count
-    masks, whole = [np.zeros(count, bool) for _ in range(flow.groups)], whole_groups(flow, node in sets.keys)
+    masks, whole = [np.zeros(count, bool) for _ in range(flow.groups)], whole_groups(followed, node, node in sets.keys)
     for value, layout in zip(node.outputs, flow.outputs, strict=False):
         for group in range(len(layout.ids) if layout is not None else 0):
             if group in whole:
@@ -194,18 +193,28 @@ def node_masks(followed: Followed, sets: Sets, wanted: Demand, node: ir.Node) ->
     return masks
 
 
-def whole_groups(flow: Flow, keyed: bool) -> set[int]:
-    """Groups of a node of which it needs all tokens as they stand: it normalises over them, or a constant lies along
-    the rows of the grid alone.
+def whole_groups(followed: Followed, node: ir.Node, keyed: bool) -> set[int]:
+    """Groups of a node of which it needs all tokens as they stand: it normalises over them, takes the grid apart or
+    turns it, or a constant lies along the rows of the grid alone.
 
     Args:
         keyed: Whether leaving tokens out of what is normalised is what the plan wants.
     """
+    flow = followed.flows[node]
     whole = set() if flow.normalises is None or keyed else {flow.normalises}
-    dims = [ids.ndim for ids in next((layout.ids for layout in flow.outputs if layout is not None), ())]
+    layout = next((layout for layout in flow.outputs if layout is not None), None)
+    if layout is None or flow.how == "pick" or all(ids.ndim == 1 for ids in layout.ids):
+        return whole
+    if is_split(layout):
+        return whole | set(range(flow.groups))
+    for value, links in zip(node.inputs, flow.links, strict=True):
+        for own, link in enumerate(links):
+            before = followed.tokens.layouts[value].ids[own].ravel()
+            if ENDED < link < flow.groups and not np.array_equal(before, layout.ids[link].ravel()):
+                whole.add(link)
     for position in {position for position, _, _ in flow.covers}:
         parts = [f.group for own, _, factors in flow.covers if own == position for f in factors if isinstance(f, Part)]
-        whole |= {group for group in set(parts) if group < len(dims) and parts.count(group) != dims[group]}
+        whole |= {group for group in set(parts) if group < flow.groups and parts.count(group) != layout.ids[group].ndim}
     return whole
 
 

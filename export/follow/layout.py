@@ -84,6 +84,13 @@ class Layout:
         return tidy(axes, [ids for index, ids in enumerate(self.ids) if index != group])
 
 
+def is_split(layout: Layout) -> bool:
+    """Whether parts of one group have something between them, so that no reshape gives all its tokens one axis."""
+    groups = [f.group if isinstance(f, Part) else None for axis in layout.axes for f in axis]
+    runs = [group for at, group in enumerate(groups) if group is not None and (at == 0 or groups[at - 1] != group)]
+    return len(set(runs)) < len(runs)
+
+
 def plain(size: int) -> Axis:
     """An axis without tokens."""
     return () if size == 1 else (size,)

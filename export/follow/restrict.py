@@ -97,7 +97,7 @@ class _Fold:
     def targets(self, node: ir.Node, flow: Flow) -> list[np.ndarray | None]:
         """For each group of the node, the tokens with which it is run, in the order of its first input."""
         result: list[np.ndarray | None] = []
-        whole = whole_groups(flow, node in self.sets.keys)
+        whole = whole_groups(self.followed, node, node in self.sets.keys)
         for group, mask in enumerate(node_masks(self.followed, self.sets, self.wanted, node)):
             source = next(
                 ((value, own) for value, links in zip(node.inputs, flow.links, strict=True)

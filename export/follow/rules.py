@@ -317,6 +317,8 @@ def softmax(node: ir.Node, tokens: Tokens) -> Flow:
     groups = layout.groups_of(axis)
     if not groups:
         return _own(node, layout, layout)
+    if node.op_type == "LogSoftmax":
+        raise Lost("a logarithm of a softmax over tokens")
     if len(layout.axes[axis]) > 1 or layout.ids[groups[0]].ndim > 1:
         raise Lost("windows: a softmax over a part of the token axis")
     return _own(node, layout, layout, normalises=groups[0])
