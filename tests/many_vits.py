@@ -192,6 +192,12 @@ def sam():
                                 window_size=3, global_attn_indexes=(1,), use_rel_pos=True, neck_chans=8)  # fmt: skip
 
 
+def cait():
+    from timm.models.cait import Cait
+
+    return Cait(**{**BASE, "img_size": 32, "init_values": 0.5})
+
+
 def relpos():
     from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
@@ -302,6 +308,7 @@ KINDS: dict[str, Kind] = {
     "CLIP, two towers": _hf("vision_model.encoder.layers", "self_attn", "mlp", two_towers),
     "Depth Anything": _hf("backbone.encoder.layer", "attention", "mlp", depth_anything, size=(56, 56)),
     "Swin": Kind(swin, lambda m: list(m.layers[0].blocks), None, lambda b: b.mlp, prefix=0, size=(32, 32)),
+    "CaiT": Kind(cait, _blocks, None, lambda b: b.mlp, prefix=0, size=(32, 32), exporters=("torchscript",)),
     "SAM": Kind(sam, _blocks, None, lambda b: b.mlp, prefix=0, size=(32, 32), exporters=("torchscript",)),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ...core.errors import PlanError
 from ..recognise.graph import called
-from .blocks import Block, Branch, Followed, only_summed
+from .blocks import Branch, Followed, only_summed
 from .known import used_by
 from .layout import ENDED, Layout, Part, is_split
 
@@ -218,13 +218,12 @@ def whole_groups(followed: Followed, node: ir.Node, keyed: bool) -> set[int]:
     return whole
 
 
-def check_keys(blocks: Sequence[Block], sets: Sets, wanted: Demand, followed: Followed) -> None:
+def check_keys(followed: Followed, plan: Plan, wanted: Demand) -> None:
     """Raises:
     PlanError: The plan leaves keys out of a block that reads every token.
     """
-    for block in blocks:
+    for block in followed.blocks:
         for branch in block.attention:
-            for node in branch.mixers:
-                ids = np.concatenate([np.ravel(ids) for ids in followed.flows[node].ends] or [np.zeros(0, np.int64)])
-                if not branch.keyed and node in wanted.live and not sets.keys[node][ids].all():
-                    raise PlanError(f"block {block.index} reads every token: {branch.reason or 'it sums over them'}")
+            live = branch.add.inputs[branch.update].producer() in wanted.live
+            if live and not branch.keyed and len(plan.keys[block.index]) < followed.patches:
+                raise PlanError(f"block {block.index} is left whole and reads every token: {branch.reason}")

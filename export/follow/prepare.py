@@ -29,9 +29,34 @@ def prepare(model: ir.Model, skip: Collection[int] = ()) -> tuple[ir.Model, Know
     ):
         step(model)
     known = Known(model, skip)
+    while _inline_known_branches(model.graph, known):
+        known = Known(model, skip)
     write_shapes(model, known)
     passes.RemoveUnusedNodesPass()(model)
     return model, known
+
+
+def _inline_known_branches(graph: ir.Graph, known: Known) -> bool:
+    """Put the nodes of a branch in the place of an ``If`` whose condition depends on shapes alone."""
+    found = [node for node in graph if node.op_type == "If" and known.array(node.inputs[0]) is not None]
+    for node in found:
+        branch = node.attributes["then_branch" if known.array(node.inputs[0]) else "else_branch"].as_graph()
+        results = list(branch.outputs)
+        for value in list(branch.initializers.values()):
+            branch.initializers.pop(value.name)
+            value.name = const_name = f"{node.outputs[0].name}.{value.name}"
+            value.const_value.name = const_name
+            graph.register_initializer(value)
+        nodes = list(branch)
+        branch.remove(nodes)
+        for index, inner in enumerate(nodes):
+            for output in inner.outputs:
+                output.name = f"{node.outputs[0].name}.{index}.{output.name}"
+        graph.insert_before(node, nodes)
+        for output, result in zip(node.outputs, results, strict=True):
+            output.replace_all_uses_with(result)
+        graph.remove(node)
+    return bool(found)
 
 
 def write_shapes(model: ir.Model, known: Known) -> None:

@@ -56,7 +56,7 @@ def fold(followed: Followed, plan: Plan) -> ir.Model:
     followed = followed.copy()
     sets = sets_of(followed, plan)
     wanted = demand(followed, sets)
-    check_keys(followed.blocks, sets, wanted, followed)
+    check_keys(followed, plan, wanted)
     if project_apart(followed, wanted):
         wanted = demand(followed, sets)
     _Fold(followed, sets, wanted).run()

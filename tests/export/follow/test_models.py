@@ -1,15 +1,18 @@
 """Free plans on many kinds of models: masked and folded graphs give what PyTorch gives where it masks by itself."""
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from follow_tools import difference, identity_plan, misplaced, random_plan, run, written
 from many_vits import KINDS, model_of, reference
 
+from vpruner.core.errors import GraphError, PlanError
 from vpruner.export.follow import fold, follow, mask
 
 #: What is masked of kinds of which not everything is; the others: keys, queries and MLPs of every block.
-PARTS = {"parallel, one product": "kq", "Swin": "m", "SAM": "m"}
+PARTS = {"parallel, one product": "kq", "Swin": "m", "SAM": "m", "CaiT": "m"}
 MODULES = {"hf": "transformers", "CLIP": "transformers", "Depth": "transformers"}
 CASES = [
     (name, exporter, opset, dynamic)
@@ -109,3 +112,43 @@ def test_only_what_the_plan_leaves_is_computed():
     assert macs == expected
     gathers = [node.op_type for node in model.graph if node.op_type in ("Gather", "Slice", "ScatterND", "GatherND")]
     assert not {"ScatterND", "GatherND"} & set(gathers)
+
+
+def test_what_cannot_be_masked_is_named_and_not_pruned():
+    followed = follow(written("Swin", "torchscript", 17, False))
+    assert any("Pad" in reason and reason.startswith("block 1: ") for reason in followed.reasons)
+    for kind in ("keys", "queries"):
+        plan = identity_plan(followed)
+        setattr(plan, kind, [tuple(range(1, followed.patches))] * len(followed.blocks))
+        with pytest.raises(PlanError, match="left whole"):
+            fold(followed, plan)
+    plan = identity_plan(followed)
+    plan.keys = plan.keys[1:]
+    with pytest.raises(PlanError, match="1 blocks, the graph has 2"):
+        fold(followed, plan)
+
+
+def test_a_graph_without_tokens_is_refused():
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 18]> g (float[1, 3, 8, 8] x) => (float[1, 3, 8, 8] y) { y = Relu(x) }'
+    )
+    with pytest.raises(GraphError, match="no tokens"):
+        follow(ir.from_proto(model))
+
+
+def test_following_leaves_the_graph_as_it_was():
+    model = written("ViT", "torchscript", 17, True)
+    before = read(model)
+    followed = follow(model)
+    prepared = ir.to_proto(followed.model).SerializeToString()
+    fold(followed, random_plan(followed, np.random.default_rng(0)))
+    mask(followed, random_plan(followed, np.random.default_rng(1)))
+    assert ir.to_proto(followed.model).SerializeToString() == prepared
+    assert read(model) == before
+
+
+def read(model):
+    nodes = [
+        (node.op_type, [used and used.name for used in node.inputs], node.outputs[0].shape) for node in model.graph
+    ]
+    return nodes, list(model.graph.initializers)
