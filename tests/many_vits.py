@@ -238,10 +238,11 @@ def _rms_vit(**more):
                     **more)  # fmt: skip
 
 
-def _parallel(name, **more):
+def _parallel(name, *, fuse_out_proj=None, **more):
     from timm.models import vision_transformer
 
-    return timm_vit(block_fn=getattr(vision_transformer, name), **more)
+    block = getattr(vision_transformer, name)
+    return timm_vit(block_fn=partial(block, fuse_out_proj=True) if fuse_out_proj else block, **more)
 
 
 def _swiglu(**more):
@@ -279,7 +280,9 @@ KINDS: dict[str, Kind] = {
     "AIMv2": _vit(_rms_vit, prefix=0, exporters=("dynamo",)),
     "parallel branches": Kind(lambda: _parallel("ParallelThingsBlock"), _blocks,
                               lambda b: list(b.attns), lambda b: list(b.ffns), lambda b: list(b.attns)),
-    "parallel, one product": Kind(lambda: _parallel("ParallelScalingBlock", init_values=0.5), _blocks,
+    "parallel, one residual": Kind(lambda: _parallel("ParallelScalingBlock", init_values=0.5), _blocks,
+                                   lambda b: b.attn_out_proj, lambda b: b.mlp_out_proj, lambda b: b),
+    "parallel, one product": Kind(lambda: _parallel("ParallelScalingBlock", fuse_out_proj=True), _blocks,
                                   lambda b: b.drop_path, None, lambda b: b),
     "written norm": _vit(lambda: timm_vit(norm_layer=WrittenNorm)),
     "prepared": Kind(lambda: Prepared(timm_vit()), lambda m: list(m.module.blocks), lambda b: b.drop_path1,

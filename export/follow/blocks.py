@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from ...core.errors import GraphError
 from ..recognise.graph import called
+from .apart import add_apart
 from .known import Known, check_open, used_by
 from .layout import ENDED, Lost, is_split
 from .prepare import prepare
@@ -152,7 +153,11 @@ def follow(model: ir.Model) -> Followed:
             model, known = prepare(given, skip)
         chain = _longest_chain(model.graph, tokens)
         if chain:
-            return _described(model, tokens, flows, lost, chain)
+            followed = _described(model, tokens, flows, lost, chain)
+            if add_apart(followed):
+                tokens, flows, lost = follow_tokens(model, known, frozenset(starts))
+                followed = _described(model, tokens, flows, lost, _longest_chain(model.graph, tokens))
+            return followed
     raise GraphError(
         "no tokens were found that blocks add to, expected a Vision Transformer",
         next((f"the tokens are lost at {called(node)}: {reason}" for node, reason in lost.items()), ""),
