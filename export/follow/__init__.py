@@ -4,7 +4,8 @@
 :func:`mask` writes a plan's masks into the graph; :func:`fold` computes only what the plan leaves.
 """
 
-from .blocks import Block, Branch, Followed, follow
+from .blocks import follow
+from .followed import Block, Branch, Followed
 from .mask import mask
 from .restrict import fold
 

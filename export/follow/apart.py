@@ -5,14 +5,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import onnx_ir as ir
 
 from ..passes.edit import add_node
-
-if TYPE_CHECKING:
-    from .blocks import Branch, Followed
+from .followed import Branch, Followed
 
 #: What may lie between the sum and the stream: it is done to either part.
 _LINEAR = frozenset(("Mul", "Div", "Cast", "Identity", "Dropout"))

@@ -12,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ..passes.edit import add_constant, add_node, add_tensor
-from .blocks import Followed, follow_node
+from .blocks import follow_node
 from .demand import Demand
+from .followed import Followed
 from .rules import attribute
 
 _SELECTIONS = frozenset(("Slice", "Split", "Gather"))

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from ...core.errors import PlanError
 from ..recognise.graph import called
-from .blocks import Branch, Followed, only_summed
+from .blocks import only_summed
+from .followed import Branch, Followed
 from .known import used_by
 from .layout import ENDED, Layout, Part, is_split
 

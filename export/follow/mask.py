@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ..passes.edit import add_constant, add_node
-from .blocks import Followed
 from .demand import Plan, Sets, sets_of
+from .followed import Followed
 from .layout import Layout, Part
 
 

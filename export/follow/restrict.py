@@ -22,9 +22,9 @@ from ...core.errors import GraphError
 from ...core.schedule import is_range
 from ..passes.edit import add_constant, add_node, infer_shapes_anew
 from ..recognise.graph import called
-from .blocks import Followed
 from .columns import project_apart
 from .demand import Demand, Plan, Sets, check_keys, demand, node_masks, sets_of, whole_groups
+from .followed import Followed
 from .known import used_by
 from .layout import ENDED, Axis, Layout, Part, size_of
 from .mask import combine, mask_attention

@@ -6,7 +6,8 @@ import onnx_ir as ir
 import pytest
 from follow_tools import misplaced
 
-from vpruner.export.follow.blocks import Followed, follow_tokens
+from vpruner.export.follow.blocks import follow_tokens
+from vpruner.export.follow.followed import Followed
 from vpruner.export.follow.prepare import prepare
 
 #: Six tokens in a grid of 2 x 3, of width 4: x [1, 6, 4], grid [1, 4, 2, 3]; m [4, 4] weights, v [6] along tokens.
