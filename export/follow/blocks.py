@@ -29,7 +29,7 @@ _CARRIERS = frozenset(
 #: What may lie between a softmax and the sum over keys: a weight of 0 stays 0.
 _KEEP_ZEROS = frozenset(
     ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast", "Identity", "Dropout", "Slice", "Concat",
-     "Split", "Gather", "Mul", "Div", "Neg", "MatMul", "Einsum", "Expand", "Tile", "ReduceSum", "ReduceMean")
+     "Split", "Gather", "Mul", "Div", "Neg", "MatMul", "Einsum", "Expand", "Tile", "ReduceSum", "ReduceMean", "IsNaN")
 )  # fmt: skip
 
 
@@ -305,10 +305,13 @@ def only_summed(value: ir.Value, group: int, branch: Branch, flows) -> bool:
 
 def _keeps_zeros(node: ir.Node, position: int, group: int, branch: Branch, flows: dict[ir.Node, Flow]) -> bool:
     """Whether a key whose weight is 0 ahead of ``node``, as of one that is left out, has the weight 0 behind it."""
-    if node.op_type in ("Add", "Sub"):
+    if node.op_type in ("Add", "Sub", "Where"):
+        # Exporters put 0 in the place of what is no number (Where of IsNaN).
+        summands = list(zip(node.inputs, flows[node].links, strict=True))[1 if node.op_type == "Where" else 0 :]
         return all(
-            group in links and _reaches(value, links.index(group), branch, flows)
-            for value, links in zip(node.inputs, flows[node].links, strict=True)
+            (group in links and _reaches(value, links.index(group), branch, flows))
+            or (node.op_type == "Where" and value.const_value is not None and not value.const_value.numpy().any())
+            for value, links in summands
         )
     return node.op_type in _KEEP_ZEROS and (node.op_type != "Div" or position == 0)
 

@@ -81,6 +81,7 @@ def mask_attention(node: ir.Node, bias: np.ndarray) -> None:
     if given is not None and given.dtype == ir.DataType.BOOL:
         zero, closed = (add_constant(graph, f"vpruner.number.{x}", np.asarray(x, dtype)) for x in (0, -np.inf))
         given = add_node(node, "Where", [given, zero, closed], f"{node.outputs[0].name}.given").outputs[0]
+        given.dtype = node.inputs[0].dtype
     if given is not None:
         constant = add_node(node, "Add", [given, constant], f"{node.outputs[0].name}.keys").outputs[0]
     inputs = [*node.inputs[:3], constant, *node.inputs[4:]]
