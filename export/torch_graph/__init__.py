@@ -1,0 +1,4 @@
+"""x"""
+from .module import GraphModule
+from .program import logits_name
+from .weights import write_back
