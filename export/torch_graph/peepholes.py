@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .products import heads_behind_tokens, in_heads
+from .products import at_once
 from .table import Call
 
 
@@ -85,7 +85,7 @@ def gelu(last: Call, around: Around) -> tuple[Call, ...] | None:
 def attention(last: Call, around: Around) -> tuple[Call, ...] | None:
     """softmax(Q K' s + mask) V; s and the mask may be missing."""
     softmax = around.inner(last.inputs[0], "Softmax")
-    if softmax is None or softmax.site.get("axis", -1) not in (-1, 3):
+    if softmax is None or softmax.site.attributes.get("axis", -1) not in (-1, 3):
         return None
     inner, mask, scale, logits = [softmax], "", 1.0, softmax.inputs[0]
     if add := around.inner(logits, "Add"):
@@ -115,20 +115,8 @@ def attention(last: Call, around: Around) -> tuple[Call, ...] | None:
 
 def one_attention(last: Call, around: Around) -> tuple[Call, ...] | None:
     """A node ``Attention``, whose logits nobody asks for."""
-    first = around.inner(last.inputs[0], "Logits")
-    site = last.site
-    if first is None or site.get("softcap", 0.0) or (site.get("is_causal", 0) and len(first.inputs) > 3):
-        return None
-    heads, key_heads = site.get("q_num_heads"), site.get("kv_num_heads")
-    scale, causal, turned = site.get("scale"), bool(site.get("is_causal", 0)), heads_behind_tokens(site)
-
-    def attend(query, key, value, mask=None):
-        query, key, value = in_heads(query, heads), in_heads(key, key_heads), in_heads(value, key_heads)
-        shared = query.shape[1] != key.shape[1]
-        found = F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale, enable_gqa=shared)
-        return found.transpose(1, 2).flatten(2) if turned else found
-
-    return replace(last, function=attend, inputs=first.inputs), first
+    first, attend = around.inner(last.inputs[0], "Logits"), at_once(last.site)
+    return (replace(last, function=attend, inputs=first.inputs), first) if first and attend else None
 
 
 #: Type of the last call -> rules.

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...core.errors import GraphError
 from ...core.text import first_line
 from ..recognise.graph import called
-from . import layout, pointwise, products, reductions  # noqa: F401  They fill the table.
+from . import layout, products, short  # noqa: F401  They fill the table.
 from .peepholes import fuse
 from .table import DTYPES, OPERATORS, Call, Site, real
 
@@ -89,7 +89,7 @@ def _lower_node(found: Lowered, node: ir.Node, on_host: set[str], sizes: Collect
         wrong = elsewhere if sized else [inputs[at] for at in entry.host if at < len(inputs) and inputs[at] in elsewhere]
         if wrong:
             raise site.refuse(f"a size or an axis, {wrong[0]!r}, depends on the numbers of an input or a weight")
-    function = entry.build(site)
+    function = entry.function(site)
     if host and not entry.like and inputs:
         results = function(*(found.tables.get(name) for name in inputs)) if on_host_now(found, inputs) else None
         results = results if isinstance(results, tuple) else (results,)

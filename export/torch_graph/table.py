@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -25,23 +25,58 @@ class Site:
     node: ir.Node
     constants: Mapping[str, Tensor]
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """An attribute; sequences are lists."""
-        attribute = self.node.attributes.get(name)
-        if attribute is None:
-            return default
-        return list(attribute.value) if isinstance(attribute.value, (list, tuple)) else attribute.value
+    @property
+    def attributes(self) -> dict:
+        """By name; sequences are lists."""
+        found = {name: attribute.value for name, attribute in self.node.attributes.items()}
+        return {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in found.items()}
 
     def constant(self, position: int) -> Tensor | None:
         """An input that is a constant scalar or holds constant integers; else None."""
         value = self.node.inputs[position] if position < len(self.node.inputs) else None
         return None if value is None else self.constants.get(value.name)
 
-    def refuse(self, found: str) -> GraphError:
-        return GraphError(
-            f"{called(self.node)} cannot be run in PyTorch: {found}",
-            "learn from the PyTorch model, or export it again without that",
-        )
+    def refuse(self, reason: str) -> GraphError:
+        hint = "learn from the PyTorch model, or export it again without that"
+        return GraphError(f"{called(self.node)} cannot be run in PyTorch: {reason}", hint)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """How nodes of one type run.
+
+    Attributes:
+        build: (site, attributes by keyword) -> the function of its inputs, None for one that is left out. It raises
+            what :meth:`Site.refuse` makes for values of attributes that it does not know.
+        host: Positions of inputs that say sizes, axes or bounds: they are read on the CPU.
+        like: Whether the function is also given, first, a tensor of the module's floating-point type and device.
+    """
+
+    build: Callable[..., Callable]
+    host: tuple[int, ...] = ()
+    like: bool = False
+
+    def function(self, site: Site) -> Callable:
+        """The function of a node's inputs; it returns its first output, or all of them as a tuple."""
+        known = inspect.signature(self.build).parameters
+        for name in site.attributes:
+            if name not in known:
+                raise site.refuse(f"its attribute {name!r} is not known")
+        return self.build(site, **site.attributes)
+
+
+#: ``op_type`` of ONNX's own domain -> how it runs.
+OPERATORS: dict[str, Operator] = {}
+
+
+def operator(*op_types: str, host: tuple[int, ...] = (), like: bool = False) -> Callable:
+    """Put a builder of functions into the table."""
+
+    def put(build: Callable[..., Callable]) -> Callable[..., Callable]:
+        OPERATORS.update(dict.fromkeys(op_types, Operator(build, host, like)))
+        return build
+
+    return put
 
 
 @dataclass(frozen=True)
@@ -61,36 +96,6 @@ class Call:
     place: tuple[str, str | None] | None = None
 
 
-@dataclass(frozen=True)
-class Operator:
-    """How nodes of one type run.
-
-    Attributes:
-        build: Node -> the function of its inputs (None for one that is left out), which returns its output, or a tuple
-            of them. It raises what :meth:`Site.refuse` makes, for attributes that it does not know.
-        host: Positions of inputs that say sizes, axes or bounds: they are read on the CPU.
-        like: Whether the function is also given, first, a tensor of the module's floating-point type and device.
-    """
-
-    build: Callable[[Site], Callable]
-    host: tuple[int, ...] = ()
-    like: bool = False
-
-
-#: ``op_type`` of ONNX's own domain -> how it runs.
-OPERATORS: dict[str, Operator] = {}
-
-
-def operator(*op_types: str, host: tuple[int, ...] = (), like: bool = False) -> Callable:
-    """Put a builder of functions into the table."""
-
-    def put(build: Callable[[Site], Callable]) -> Callable[[Site], Callable]:
-        OPERATORS.update(dict.fromkeys(op_types, Operator(build, host, like)))
-        return build
-
-    return put
-
-
 #: Types of tensors that are computed with.
 DTYPES = {
     ir.DataType.FLOAT: torch.float32, ir.DataType.DOUBLE: torch.float64, ir.DataType.FLOAT16: torch.float16,
@@ -105,6 +110,6 @@ def real(dtype: torch.dtype, like: Tensor) -> torch.dtype:
     return like.dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else dtype
 
 
-def numbers(tensor: Tensor | None) -> list | None:
+def numbers(tensor: Tensor) -> list:
     """A tensor on the CPU as a list, for what wants sizes and axes."""
-    return None if tensor is None else tensor.reshape(-1).tolist()
+    return tensor.reshape(-1).tolist()
