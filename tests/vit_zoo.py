@@ -116,7 +116,10 @@ def _dense(kind: str) -> nn.Module:
     sizes = {key: value for key, value in TRANSFORMERS.items() if key != "intermediate_size"}
     if kind == "Depth Anything":
         backbone = transformers.Dinov2Config(
-            **{**sizes, "num_hidden_layers": 4}, out_indices=[1, 2, 3, 4], apply_layernorm=True, reshape_hidden_states=False
+            **{**sizes, "num_hidden_layers": 4},
+            out_indices=[1, 2, 3, 4],
+            apply_layernorm=True,
+            reshape_hidden_states=False,
         )
         config = transformers.DepthAnythingConfig(
             backbone_config=backbone, patch_size=8, reassemble_hidden_size=32, neck_hidden_sizes=[8, 16, 24, 32],
@@ -138,7 +141,9 @@ def _dense(kind: str) -> nn.Module:
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=[32, 32], patch_size=[8, 8],
         out_indices=[2],
     )  # fmt: skip
-    return Outputs(transformers.VitPoseForPoseEstimation(transformers.VitPoseConfig(backbone_config=backbone)), "heatmaps")
+    return Outputs(
+        transformers.VitPoseForPoseEstimation(transformers.VitPoseConfig(backbone_config=backbone)), "heatmaps"
+    )
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,13 @@ def _write(folder: Path, name: str, exporter: str, opset: int, dynamic: bool, do
 
 
 def write_model(
-    model: nn.Module, inputs: tuple[Tensor, ...], folder: Path, exporter: str, opset: int, dynamic: bool, names=("pixels",)
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    folder: Path,
+    exporter: str,
+    opset: int,
+    dynamic: bool,
+    names=("pixels",),
 ) -> None:
     """``model.onnx`` in ``folder``."""
     torch.backends.mha.set_fastpath_enabled(False)  # TorchScript does not know torchvision's fused layer.

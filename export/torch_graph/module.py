@@ -11,11 +11,13 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...core.errors import UserError
 from ..graph import Graph, copy_model, open_graph
 from ..recognise.unfit import refuse_subgraphs
-from .program import HOST_LIKE, LIKE, Program, compile_calls, lower
+from .lower import HOST_LIKE, LIKE, lower
+from .program import Program, compile_calls
 from .table import DTYPES, real
 
 
@@ -53,7 +55,9 @@ class GraphModule(nn.Module):
         self.input_names, self.output_names = tuple(self._inputs), tuple(value.name for value in model.graph.outputs)
         self.batch = next((sizes[0] for _, sizes in self._inputs.values() if sizes), None)
         double = any(weight.dtype == torch.float64 for weight in self._lowered.weights.values())
-        self.register_buffer("_like", torch.empty(0, dtype=torch.float64 if double else torch.float32), persistent=False)
+        self.register_buffer(
+            "_like", torch.empty(0, dtype=torch.float64 if double else torch.float32), persistent=False
+        )
         self._attributes: dict[str, str] = {}
         for name, weight in self._lowered.weights.items():
             self.register_parameter(self._attribute(name), nn.Parameter(weight.to(self._like.dtype)))
@@ -93,7 +97,7 @@ class GraphModule(nn.Module):
         With more images than a fixed batch holds, the first axis of a value is that of all passes, one after the other.
 
         Args:
-            names: Of any values; of attention logits as :func:`~vpruner.export.torch_graph.program.logits_name` says.
+            names: Of any values; of attention logits as :func:`~vpruner.export.torch_graph.lower.logits_name` says.
             inputs: In the order of :attr:`input_names`, on any device.
 
         Raises:
@@ -121,8 +125,12 @@ class GraphModule(nn.Module):
         if times == 1:
             found = run(given, tensors)
         else:
-            parts = ([x.unflatten(0, (times, -1)) for x in given], [[x.unflatten(0, (times, -1)) for x in part] for part in tensors])
-            found = [x.flatten(0, 1) for x in torch.vmap(run)(*parts)]
+            parts = (
+                [x.unflatten(0, (times, -1)) for x in given],
+                [[x.unflatten(0, (times, -1)) for x in part] for part in tensors],
+            )
+            with sdpa_kernel(SDPBackend.MATH):  # The others have no batching rule, and would run one image at a time.
+                found = [x.flatten(0, 1) for x in torch.vmap(run)(*parts)]
         return {name: x.to(self._like.device) for name, x in zip(names, found, strict=True)}
 
     @contextmanager
@@ -130,7 +138,7 @@ class GraphModule(nn.Module):
         """Put ``function(value, *tensors)`` in the place of ``value``; several at one place act in turn.
 
         Args:
-            value: Its name; :func:`~vpruner.export.torch_graph.program.logits_name` for a node ``Attention``.
+            value: Its name; :func:`~vpruner.export.torch_graph.lower.logits_name` for a node ``Attention``.
             tensors: What the function needs beside it, one row for each image: gates [image, ...]. Under a fixed
                 batch, each pass is given its own rows.
             reader: The (first) output of the node that reads it, where no other reader is to see the change.
@@ -140,7 +148,9 @@ class GraphModule(nn.Module):
         """
         self._check_name(value)
         if reader is not None and reader not in self._readers.get(value, ()):
-            raise UserError(f"{reader!r} does not read {value!r}, expected one of {sorted(self._readers.get(value, ()))}")
+            raise UserError(
+                f"{reader!r} does not read {value!r}, expected one of {sorted(self._readers.get(value, ()))}"
+            )
         place = (value, reader)
         self._placed.setdefault(place, []).append((function, tensors))
         try:
@@ -177,11 +187,15 @@ class GraphModule(nn.Module):
             _, sizes = self._inputs[name]
             if sizes is None:
                 continue
-            rest = len(sizes) == x.ndim and all(size in (None, own) for size, own in zip(sizes[1:], x.shape[1:], strict=True))
+            rest = len(sizes) == x.ndim and all(
+                size in (None, own) for size, own in zip(sizes[1:], x.shape[1:], strict=True)
+            )
             whole = not sizes or sizes[0] is None or (x.ndim and x.shape[0] and x.shape[0] % sizes[0] == 0)
             if not rest or not whole:
                 expected = ["any" if size is None else size for size in sizes]
-                raise UserError(f"input {name!r} has shape {list(x.shape)}, expected {expected}, or a multiple of its batch")
+                raise UserError(
+                    f"input {name!r} has shape {list(x.shape)}, expected {expected}, or a multiple of its batch"
+                )
             found.add(x.shape[0] // sizes[0] if sizes and sizes[0] is not None else 1)
         if len(found) > 1:
             raise UserError(f"the inputs hold {sorted(found)} times the batch of the graph, expected the same of each")

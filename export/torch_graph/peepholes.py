@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,20 +36,25 @@ class Around:
         fits = call is not None and call.op_type in op_types and len(call.outputs) == 1
         return call if fits and self.readers[name] == 1 and name not in self.wanted else None
 
-    def number(self, name: str) -> float | None:
-        """A constant scalar; every ``site`` knows those of the graph."""
-        tables = next((call.site.constants for call in self.makers.values() if call.site is not None), {})
-        return tables[name].item() if name in tables and tables[name].numel() == 1 else None
+
+def number(call: Call, name: str) -> float | None:
+    """A constant scalar of the graph."""
+    table = call.site.constants.get(name)
+    return table.item() if table is not None and table.numel() == 1 else None
 
 
 def linear(add: Call, around: Around) -> tuple[Call, ...] | None:
     """x W + b, with a matrix and a vector of the graph."""
     for product, bias in (add.inputs, add.inputs[::-1]):
         matmul = around.inner(product, "MatMul")
-        shapes = [around.weights[name].ndim for name in (matmul.inputs[1], bias) if name in around.weights] if matmul else []
-        if shapes == [2, 1] and around.weights[bias].shape[0] == around.weights[matmul.inputs[1]].shape[1]:
-            call = replace(add, function=_linear, inputs=(*matmul.inputs, bias))
-            return call, matmul
+        weight = around.weights.get(matmul.inputs[1]) if matmul else None
+        if (
+            weight is not None
+            and weight.ndim == 2
+            and bias in around.weights
+            and around.weights[bias].shape == weight.shape[1:]
+        ):
+            return replace(add, function=_linear, inputs=(*matmul.inputs, bias)), matmul
     return None
 
 
@@ -59,27 +63,27 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def gelu(last: Call, around: Around) -> tuple[Call, ...] | None:
-    """x (1 + erf(x / sqrt(2))) / 2, its two products in any order."""
-    for one, other in (last.inputs, last.inputs[::-1]):
-        if around.number(other) == 0.5 and (product := around.inner(one, "Mul")):
-            pairs = [(product.inputs, ()), (product.inputs[::-1], ())]
-        else:
-            halved = around.inner(other, "Mul")
-            whole = halved and [name for name in halved.inputs if around.number(name) != 0.5]
-            pairs = [((whole[0], one), (halved,))] if whole and len(whole) == 1 else []
-            product = None
-        for (x, sum_), used in pairs:
-            add = around.inner(sum_, "Add")
-            erf = add and next((found for name in add.inputs if (found := around.inner(name, "Erf"))), None)
-            scaled = erf and around.inner(erf.inputs[0], "Div", "Mul")
-            if not scaled or 1.0 not in map(around.number, add.inputs) or scaled.inputs[0] != x:
-                continue
-            factor = around.number(scaled.inputs[1])
-            factor = 1 / factor if factor and scaled.op_type == "Div" else factor
-            if factor and math.isclose(factor, math.sqrt(0.5), rel_tol=1e-6):
-                inner = [call for call in (product, *used, add, erf, scaled) if call]
-                return replace(last, function=F.gelu, inputs=(x,)), *inner
-    return None
+    """x (1 + erf(x / sqrt(2))) / 2, its products in any order."""
+    factors, used = [*last.inputs], []
+    for name in last.inputs:
+        if inner := around.inner(name, "Mul"):
+            factors = [other for other in factors if other != name] + [*inner.inputs]
+            used.append(inner)
+    sums = [add for name in factors if (add := around.inner(name, "Add"))]
+    rest = [name for name in factors if number(last, name) != 0.5 and name not in [add.outputs[0] for add in sums]]
+    if len(factors) != 3 or len(sums) != 1 or len(rest) != 1:
+        return None
+    erf = next((erf for name in sums[0].inputs if (erf := around.inner(name, "Erf"))), None)
+    scaled = erf and around.inner(erf.inputs[0], "Div", "Mul")
+    if not scaled or scaled.inputs[0] != rest[0] or 1.0 not in [number(last, name) for name in sums[0].inputs]:
+        return None
+    factor = number(last, scaled.inputs[1]) or 0.0
+    root = math.sqrt(2 if scaled.op_type == "Div" else 0.5)
+    return (
+        (replace(last, function=F.gelu, inputs=(rest[0],)), *used, *sums, erf, scaled)
+        if math.isclose(factor, root, rel_tol=1e-6)
+        else None
+    )
 
 
 def attention(last: Call, around: Around) -> tuple[Call, ...] | None:
@@ -95,7 +99,7 @@ def attention(last: Call, around: Around) -> tuple[Call, ...] | None:
         inner.append(add)
         logits, mask = parts[0], next((name for name in add.inputs if name != parts[0]), "")
     if scaled := around.inner(logits, "Mul", "Div"):
-        scale = around.number(scaled.inputs[1])
+        scale = number(last, scaled.inputs[1])
         if scale is None:
             return None
         inner.append(scaled)

@@ -12,7 +12,7 @@ from .table import Site, numbers, operator
 
 
 @operator("Gemm")
-def _gemm(site: Site, alpha=1.0, beta=1.0, transA=0, transB=0):  # noqa: N803
+def _gemm(site: Site, alpha=1.0, beta=1.0, transA=0, transB=0):
     def gemm(a, b, c=None):
         a, b = a.mT if transA else a, b.mT if transB else b
         return alpha * (a @ b) if c is None else torch.addmm(c, a, b, beta=beta, alpha=alpha)
@@ -177,7 +177,15 @@ def _resize(
 
 @lru_cache(maxsize=64)
 def resize_matrix(
-    size: int, target: int, scale: float, transform: str, mode: str, nearest: str, antialias: bool, inside: bool, a: float
+    size: int,
+    target: int,
+    scale: float,
+    transform: str,
+    mode: str,
+    nearest: str,
+    antialias: bool,
+    inside: bool,
+    a: float,
 ) -> np.ndarray:
     """float64 [target, size]: what each new element takes of each old one along an axis that ``scale`` stretches."""
     new, length = np.arange(target, dtype=np.float64), scale * size

@@ -134,7 +134,9 @@ def _power(site: Site):
 def _layer_norm(site: Site, axis=-1, epsilon=1e-5, stash_type=1):
     def layer_norm(x, *parameters):
         shape = x.shape[axis:]  # Those of a file may broadcast to it.
-        return F.layer_norm(x, shape, *(None if values is None else values.expand(shape) for values in parameters), eps=epsilon)
+        return F.layer_norm(
+            x, shape, *(None if values is None else values.expand(shape) for values in parameters), eps=epsilon
+        )
 
     return layer_norm
 

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ...core.errors import UserError
+from .lower import constants
 from .module import GraphModule
-from .program import constants
 
 
 def write_back(module: GraphModule, model: ir.Model) -> tuple[str, ...]:

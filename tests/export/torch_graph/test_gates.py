@@ -9,7 +9,6 @@ from store import stored
 from torch.nn import functional as F
 from vit_zoo import write_model
 
-from vpruner.core.errors import UserError
 from vpruner.export.torch_graph import GraphModule, logits_name
 from vpruner.prune.models import open_model
 
