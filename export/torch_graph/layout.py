@@ -40,8 +40,14 @@ def _unsqueeze(site: Site):
 @operator("Split", host=(1,))
 def _split(site: Site, axis=0, num_outputs=None):
     count = len(site.node.outputs)
-    # Without sizes the parts are equal; only the last may be smaller.
-    return lambda x, sizes=None: x.split(-(-x.shape[axis] // count) if sizes is None else numbers(sizes), axis)
+
+    def split(x, sizes=None):
+        if sizes is None:  # Of equal parts the last may be smaller.
+            step = -(-x.shape[axis] // count)
+            return x.split([max(min(step, x.shape[axis] - step * part), 0) for part in range(count)], axis)
+        return x.split(numbers(sizes), axis)
+
+    return split
 
 
 @operator("Slice", host=(1, 2, 3, 4))

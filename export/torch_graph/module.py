@@ -161,7 +161,7 @@ class GraphModule(nn.Module):
                 del self._placed[place]
 
     def _check_name(self, name: str) -> None:
-        if name not in self._readers and name not in self._inputs and name not in self._attributes:
+        if name not in {*self._readers, *self._inputs, *self._lowered.weights, *self._lowered.tables}:
             near = ", ".join(map(repr, get_close_matches(name, self._readers, 3)))
             raise UserError(f"the graph has no value {name!r}", f"similar ones are {near}" if near else "")
 

@@ -17,14 +17,15 @@ from vpruner.export.torch_graph.table import OPERATORS
 
 #: Parts of a case's name -> why it is no case for us.
 LEFT_OUT = {
-    "bfloat16": "numpy has no such type", "string": "no numbers", "float8": "no type of ours", "FLOAT": "casts to it",
-    "fp16": "is computed in float32", "mode3_softmax_precision": "the same", "top_k_same_values": "ties fall either way",
-    "nan_robustness": "rows without any key are NaN here, as in opset 23", "zero": "empty tensors", "UINT": "small types",
-    "INT": "small types", "uint": "torch computes with one unsigned type", "empty_set": "empty tensors",
+    "string": "no numbers", "float8": "no type of ours", "FLOAT": "casts to it",
+    "fp16": "is computed in float32", "zero": "empty tensors",
+    "top_k_same_values": "ties fall either way", "nan_robustness": "rows without any key are NaN, as in opset 23",
+    "UINT": "small types", "INT": "small types", "uint": "torch computes with one unsigned type",
+    "empty_set": "empty tensors", "E8M0": "no type of ours", "sequence": "no tensor", "opt": "no tensor",
 }  # fmt: skip
 #: What functions refuse, with the way out in the message.
 REFUSED = ("past", "averages", "crops", "training", "its first output", "size of its output", "reduction", "batch_dims",
-           "takes the last", "its mode is", "E8M0")  # fmt: skip
+           "takes the last", "its mode is")  # fmt: skip
 
 
 @functools.cache
@@ -66,25 +67,26 @@ def test_an_operator_computes_what_onnx_says(op_type):
     passed = 0
     for case in cases().get(op_type, ()):
         for inputs, outputs in case.data_sets:
+            if any(np.asarray(array).dtype.kind not in "fiub" for array in inputs):
+                continue  # bfloat16, for which numpy has no letter.
             model, given = as_file(case, inputs)
             try:
                 onnx.checker.check_model(model)
             except onnx.checker.ValidationError:
                 continue  # A form of a newer opset.
-            if not given:
-                continue
             try:
                 module = GraphModule(model)
                 module = module.double() if any(x.dtype == torch.float64 for x in given) else module
                 found = module(*given)
             except GraphError as error:
-                assert any(words in str(error) for words in REFUSED), (case.name, error)
-                continue
+                if any(words in str(error) for words in REFUSED):
+                    continue
+                raise
             found = found if isinstance(found, tuple) else (found,)
             for ours, theirs in zip(found, outputs[: len(found)], strict=True):
                 np.testing.assert_allclose(ours.detach().numpy(), theirs, 1e-4, 1e-5, err_msg=case.name)
             passed += 1
-    assert passed or op_type in {"Cast", "Range"}, "no case of onnx's was run"
+    assert passed or op_type == "Cast", "no case of onnx's was run"
 
 
 def graph_of(op_type, inputs, opset, constants=(), outputs=1, **attributes) -> onnx.ModelProto:
@@ -118,8 +120,10 @@ OLD_FORMS = {
     "a negative index": ("Gather", [X, np.array([-1, 2])], 17, (1,), 1, {"axis": 1}),
     "rows that follow each other": ("Gather", [X, np.array([2, 3, 4])], 17, (1,), 1, {"axis": 1}),
     "one row": ("Gather", [X, np.array(-2)], 17, (1,), 1, {"axis": 1}),
-    "backwards": ("Slice", [X, np.array([-1]), np.array([-100]), np.array([1]), np.array([-2])], 17, (1, 2, 3, 4), 1, {}),
-    "SAME_UPPER": ("Conv", [IMAGE, IMAGE.reshape(5, 2, 3, 2)], 17, (1,), 1, {"auto_pad": "SAME_UPPER", "strides": [2, 2]}),
+    "backwards": ("Slice", [X, *map(np.array, ([-1], [-100], [1], [-2]))], 17, (1, 2, 3, 4), 1, {}),
+    "SAME_UPPER": (
+        "Conv", [IMAGE, IMAGE.reshape(5, 2, 3, 2)], 17, (1,), 1, {"auto_pad": "SAME_UPPER", "strides": [2, 2]}
+    ),
     "SAME_LOWER": ("Conv", [IMAGE, IMAGE.reshape(5, 2, 3, 2)], 17, (1,), 1, {"auto_pad": "SAME_LOWER"}),
     "corners are aligned": (
         "Resize", [IMAGE, np.zeros(0, np.float32), np.zeros(0, np.float32), np.array([1, 2, 9, 4])], 17, (1, 2, 3), 1,
