@@ -55,9 +55,8 @@ class GraphModule(nn.Module):
         self.input_names, self.output_names = tuple(self._inputs), tuple(value.name for value in model.graph.outputs)
         self.batch = next((sizes[0] for _, sizes in self._inputs.values() if sizes), None)
         double = any(weight.dtype == torch.float64 for weight in self._lowered.weights.values())
-        self.register_buffer(
-            "_like", torch.empty(0, dtype=torch.float64 if double else torch.float32), persistent=False
-        )
+        like = torch.empty(0, dtype=torch.float64 if double else torch.float32)
+        self.register_buffer("_like", like, persistent=False)
         self._attributes: dict[str, str] = {}
         for name, weight in self._lowered.weights.items():
             self.register_parameter(self._attribute(name), nn.Parameter(weight.to(self._like.dtype)))
@@ -104,13 +103,12 @@ class GraphModule(nn.Module):
             UserError: There is no such value, or an input does not have the shape that the graph says.
             GraphError: The graph does not fit its inputs; names the node.
         """
-        for name in names:
-            self._check_name(name)
         key = (tuple(names), frozenset(self._placed))
-        program = self._programs.get(key)
-        if program is None:
-            program = self._programs[key] = compile_calls(self._lowered, *key)
-        times, given = self._times(inputs), [self._arrived(name, x) for name, x in self._named(inputs)]
+        if key not in self._programs:
+            for name in names:
+                self._check_name(name)
+            self._programs[key] = compile_calls(self._lowered, *key)
+        program, (given, times) = self._programs[key], self._arrived(inputs)
         places = [(place, function) for place, stack in self._placed.items() for function, _ in stack]
         tensors = [tensors for stack in self._placed.values() for _, tensors in stack]
 
@@ -147,10 +145,9 @@ class GraphModule(nn.Module):
             UserError: There is no such value, or nothing of the name reads it.
         """
         self._check_name(value)
-        if reader is not None and reader not in self._readers.get(value, ()):
-            raise UserError(
-                f"{reader!r} does not read {value!r}, expected one of {sorted(self._readers.get(value, ()))}"
-            )
+        readers = self._readers.get(value, set())
+        if reader is not None and reader not in readers:
+            raise UserError(f"{reader!r} does not read {value!r}, expected one of {sorted(readers)}")
         place = (value, reader)
         self._placed.setdefault(place, []).append((function, tensors))
         try:
@@ -171,35 +168,24 @@ class GraphModule(nn.Module):
         attribute = self._attributes.get(name)
         return self._lowered.tables[name] if attribute is None else getattr(self, attribute)
 
-    def _named(self, inputs: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _arrived(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], int]:
+        """The inputs where the module is, and how many passes of the graph's fixed batch they are."""
         if len(inputs) != len(self._inputs):
             names = ", ".join(map(repr, self._inputs))
             raise UserError(f"the graph was given {len(inputs)} inputs, expected {len(self._inputs)}: {names}")
-        return zip(self._inputs, inputs, strict=True)
-
-    def _arrived(self, name: str, x: Tensor) -> Tensor:
-        return x.to(self._like.device, real(DTYPES.get(self._inputs[name][0], x.dtype), self._like))
-
-    def _times(self, inputs: Sequence[Tensor]) -> int:
-        """How many passes of the graph's fixed batch the inputs are."""
-        found = set()
-        for name, x in self._named(inputs):
-            _, sizes = self._inputs[name]
-            if sizes is None:
-                continue
-            rest = len(sizes) == x.ndim and all(
-                size in (None, own) for size, own in zip(sizes[1:], x.shape[1:], strict=True)
-            )
-            whole = not sizes or sizes[0] is None or (x.ndim and x.shape[0] and x.shape[0] % sizes[0] == 0)
-            if not rest or not whole:
-                expected = ["any" if size is None else size for size in sizes]
-                raise UserError(
-                    f"input {name!r} has shape {list(x.shape)}, expected {expected}, or a multiple of its batch"
-                )
-            found.add(x.shape[0] // sizes[0] if sizes and sizes[0] is not None else 1)
-        if len(found) > 1:
-            raise UserError(f"the inputs hold {sorted(found)} times the batch of the graph, expected the same of each")
-        return found.pop() if found else 1
+        given, times = [], set()
+        for (name, (dtype, sizes)), x in zip(self._inputs.items(), inputs, strict=True):
+            if sizes:
+                fits = [size in (None, own) for size, own in zip(sizes[1:], x.shape[1:], strict=False)]
+                rest = x.shape[0] % sizes[0] if x.ndim and sizes[0] else 0
+                if x.ndim != len(sizes) or rest or not all(fits) or not x.shape[0]:
+                    expected = f"{['any' if size is None else size for size in sizes]}, or a multiple of its batch"
+                    raise UserError(f"input {name!r} has shape {list(x.shape)}, expected {expected}")
+                times.add(x.shape[0] // sizes[0] if sizes[0] else 1)
+            given.append(x.to(self._like.device, real(DTYPES.get(dtype, x.dtype), self._like)))
+        if len(times) > 1:
+            raise UserError(f"the inputs hold {sorted(times)} times the batch of the graph, expected the same of each")
+        return given, max(times, default=1)
 
 
 def _sizes(value: ir.Value) -> list[int | None] | None:

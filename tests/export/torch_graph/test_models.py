@@ -13,12 +13,14 @@ WAYS = {
     "dynamo": [(23, True), (18, False), (20, False), (20, True), (23, False), (18, True)],
 }
 EVERY = [(name, exporter, *way) for name in ZOO for exporter in ZOO[name].exporters for way in WAYS[exporter]]
-#: Each model once by each exporter, in another way than the one before.
+#: Each model once by TorchScript, and some by dynamo, which takes longer; each in another way than the one before.
 SAMPLE = [
     (name, exporter, *WAYS[exporter][index % len(WAYS[exporter])])
-    for index, name in enumerate(ZOO)
-    for exporter in ZOO[name].exporters
-    if exporter == "torchscript" or index % 3 == 0 or len(ZOO[name].exporters) == 1
+    for exporter, names in (
+        ("torchscript", [name for name in ZOO if "torchscript" in ZOO[name].exporters]),
+        ("dynamo", [name for i, name in enumerate(ZOO) if i % 4 == 0 or ZOO[name].exporters == ("dynamo",)]),
+    )
+    for index, name in enumerate(names)
 ]
 
 
@@ -34,14 +36,15 @@ def as_tuple(found):
     return found if isinstance(found, tuple) else (found,)
 
 
-def difference(ours, theirs):
-    """Largest over outputs, relative to how far the values of the output spread."""
-    pairs = [
-        (torch.as_tensor(a).double(), torch.as_tensor(np.asarray(b)).double())
-        for a, b in zip(ours, theirs, strict=True)
-    ]
-    assert all(a.shape == b.shape for a, b in pairs)
-    return max(float((a - b).abs().max() / (b - b.mean()).abs().max()) for a, b in pairs)
+def difference(ours, theirs, *, to_spread=False):
+    """Largest over outputs, relative to their size, or to how far the values of one spread: a stricter measure."""
+    worst = 0.0
+    for mine, other in zip(ours, theirs, strict=True):
+        mine, other = torch.as_tensor(mine).double(), torch.as_tensor(np.asarray(other)).double()
+        assert mine.shape == other.shape
+        centre = other.mean() if to_spread and other.numel() > 1 else 0
+        worst = max(worst, float((mine - other).abs().max() / (other - centre).abs().max()))
+    return worst
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,7 @@ def test_a_graph_computes_what_its_model_does(name, exporter, opset, dynamic):
     finally:
         model.float()
     # Numbers of the file, such as a scale of 1 / sqrt(head width), are rounded to float32; weights are as they were.
-    assert difference(as_tuple(module(*inputs)), wanted) < 1e-6
+    assert difference(as_tuple(module(*inputs)), wanted, to_spread=True) < 1e-6
 
 
 def test_every_way_and_every_model_is_sampled():

@@ -19,6 +19,7 @@ from vpruner.export.torch_graph.table import OPERATORS
 LEFT_OUT = {
     "string": "no numbers", "float8": "no type of ours", "FLOAT": "casts to it",
     "fp16": "is computed in float32", "zero": "empty tensors",
+    "softmax_precision": "float16 inside",
     "top_k_same_values": "ties fall either way", "nan_robustness": "rows without any key are NaN, as in opset 23",
     "UINT": "small types", "INT": "small types", "uint": "torch computes with one unsigned type",
     "empty_set": "empty tensors", "E8M0": "no type of ours", "sequence": "no tensor", "opt": "no tensor",
