@@ -60,7 +60,8 @@ class GraphModule(nn.Module):
         self._attributes: dict[str, str] = {}
         for name, weight in self._lowered.weights.items():
             self.register_parameter(self._attribute(name), nn.Parameter(weight.to(self._like.dtype)))
-            self._lowered.weights[name] = weight.to("meta")  # Its shape is asked for later.
+        self._weights = tuple(self._lowered.weights)
+        self._lowered.weights.clear()  # They are parameters now, which may move.
         for name in self._lowered.on_device:
             table = self._lowered.tables[name]
             self.register_buffer(self._attribute(f"{name}:device"), table.to(real(table.dtype, self._like)))
@@ -83,7 +84,7 @@ class GraphModule(nn.Module):
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Parameters by the name that they have in the graph."""
-        return {name: getattr(self, self._attributes[name]) for name in self._lowered.weights}
+        return {name: getattr(self, self._attributes[name]) for name in self._weights}
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The output of the graph, or a tuple of its outputs."""
@@ -158,7 +159,7 @@ class GraphModule(nn.Module):
                 del self._placed[place]
 
     def _check_name(self, name: str) -> None:
-        if name not in {*self._readers, *self._inputs, *self._lowered.weights, *self._lowered.tables}:
+        if name not in {*self._readers, *self._inputs, *self._weights, *self._lowered.tables}:
             near = ", ".join(map(repr, get_close_matches(name, self._readers, 3)))
             raise UserError(f"the graph has no value {name!r}", f"similar ones are {near}" if near else "")
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
 from torch.nn import functional as F
 
 from .products import at_once
@@ -19,16 +18,11 @@ from .table import Call
 
 @dataclass
 class Around:
-    """What a rule may ask of the calls around its own.
-
-    Attributes:
-        weights: Name -> weight, for its rank.
-    """
+    """What a rule may ask of the calls around its own."""
 
     makers: dict[str, Call]
     readers: Counter
     wanted: Collection[str]
-    weights: Mapping[str, Tensor]
 
     def inner(self, name: str, *op_types: str) -> Call | None:
         """The call that makes ``name``, if it is of such a type and only one call reads that."""
@@ -41,25 +35,6 @@ def number(call: Call, name: str) -> float | None:
     """A constant scalar of the graph."""
     table = call.site.constants.get(name)
     return table.item() if table is not None and table.numel() == 1 else None
-
-
-def linear(add: Call, around: Around) -> tuple[Call, ...] | None:
-    """x W + b, with a matrix and a vector of the graph."""
-    for product, bias in (add.inputs, add.inputs[::-1]):
-        matmul = around.inner(product, "MatMul")
-        weight = around.weights.get(matmul.inputs[1]) if matmul else None
-        if (
-            weight is not None
-            and weight.ndim == 2
-            and bias in around.weights
-            and around.weights[bias].shape == weight.shape[1:]
-        ):
-            return replace(add, function=_linear, inputs=(*matmul.inputs, bias)), matmul
-    return None
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(x, weight.mT, bias)
 
 
 def gelu(last: Call, around: Around) -> tuple[Call, ...] | None:
@@ -79,11 +54,9 @@ def gelu(last: Call, around: Around) -> tuple[Call, ...] | None:
         return None
     factor = number(last, scaled.inputs[1]) or 0.0
     root = math.sqrt(2 if scaled.op_type == "Div" else 0.5)
-    return (
-        (replace(last, function=F.gelu, inputs=(rest[0],)), *used, *sums, erf, scaled)
-        if math.isclose(factor, root, rel_tol=1e-6)
-        else None
-    )
+    if not math.isclose(factor, root, rel_tol=1e-6):
+        return None
+    return replace(last, function=F.gelu, inputs=(rest[0],)), *used, *sums, erf, scaled
 
 
 def attention(last: Call, around: Around) -> tuple[Call, ...] | None:
@@ -123,24 +96,20 @@ def one_attention(last: Call, around: Around) -> tuple[Call, ...] | None:
     return (replace(last, function=attend, inputs=first.inputs), first) if first and attend else None
 
 
-#: Type of the last call -> rules.
-RULES: dict[str, tuple[Callable, ...]] = {
-    "Add": (linear,), "Mul": (gelu,), "MatMul": (attention,), "Attention": (one_attention,)
-}  # fmt: skip
+#: Type of the last call -> its rule.
+RULES: dict[str, Callable] = {"Mul": gelu, "MatMul": attention, "Attention": one_attention}
 
 
-def fuse(calls: Sequence[Call], wanted: Collection[str], weights: Mapping[str, Tensor]) -> list[Call]:
+def fuse(calls: Sequence[Call], wanted: Collection[str]) -> list[Call]:
     """The same calls, fewer of them."""
     makers = {name: call for call in calls for name in call.outputs if call.place is None}
     readers = Counter(name for call in calls for name in call.inputs)
-    around, gone, found = Around(makers, readers, wanted, weights), set(), []
+    around, gone, found = Around(makers, readers, wanted), set(), []
     for call in reversed(calls):
         if id(call) in gone:
             continue
-        for rule in RULES.get(call.op_type, ()):
-            if fused := rule(call, around):
-                call, *inner = fused
-                gone.update(map(id, inner))
-                break
+        if call.op_type in RULES and (fused := RULES[call.op_type](call, around)):
+            call, *inner = fused
+            gone.update(map(id, inner))
         found.append(call)
     return found[::-1]

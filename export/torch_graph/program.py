@@ -67,7 +67,7 @@ def compile_calls(lowered: Lowered, names: Sequence[str], places: Collection[tup
         if not needed.isdisjoint(call.outputs):
             needed.update(call.inputs)
             kept.append(call)
-    calls = fuse(kept[::-1], {*names, *(value for value, reader in places if reader is None)}, lowered.weights)
+    calls = fuse(kept[::-1], {*names, *(value for value, reader in places if reader is None)})
     last = {name: at for at, call in enumerate(calls) for name in (*call.inputs, *call.outputs)}
     frees = [
         [name for name in {*call.inputs, *call.outputs} - {*names, ""} if last[name] == at]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial, reduce
 
 import torch
@@ -27,28 +26,30 @@ _SAME = {
     "Div": lambda a, b: a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc"),
     "Xor": torch.logical_xor,
 }  # fmt: skip
-#: Attributes -> function.
+#: (node, attributes) -> function.
 _SHORT = {
-    "Concat": lambda axis: lambda *parts: torch.cat(parts, axis),
-    "Einsum": lambda equation: partial(torch.einsum, equation.replace(" ", "")),
-    "Elu": lambda alpha=1.0: partial(F.elu, alpha=alpha),
-    "Gelu": lambda approximate="none": partial(F.gelu, approximate=approximate),
-    "HardSigmoid": lambda alpha=0.2, beta=0.5: lambda x: (alpha * x + beta).clamp(0, 1),
-    "LeakyRelu": lambda alpha=0.01: partial(F.leaky_relu, negative_slope=alpha),
-    "LogSoftmax": lambda axis=-1: partial(torch.log_softmax, dim=axis),
-    "LpNormalization": lambda axis=-1, p=2: partial(F.normalize, p=p, dim=axis),
-    "Mod": lambda fmod=0: torch.fmod if fmod else torch.remainder,
-    "Shape": lambda start=0, end=None: lambda x: torch.tensor(x.shape[start:end], dtype=torch.int64),
-    "Softmax": lambda axis=-1: partial(torch.softmax, dim=axis),
-    "Transpose": lambda perm=None: lambda x: x.permute(perm or list(range(x.ndim))[::-1]),
+    "Concat": lambda _, axis: lambda *parts: torch.cat(parts, axis),
+    "Einsum": lambda _, equation: partial(torch.einsum, equation.replace(" ", "")),
+    "Elu": lambda _, alpha=1.0: partial(F.elu, alpha=alpha),
+    "Gelu": lambda _, approximate="none": partial(F.gelu, approximate=approximate),
+    "HardSigmoid": lambda _, alpha=0.2, beta=0.5: lambda x: (alpha * x + beta).clamp(0, 1),
+    "LeakyRelu": lambda _, alpha=0.01: partial(F.leaky_relu, negative_slope=alpha),
+    "LogSoftmax": lambda _, axis=-1: partial(torch.log_softmax, dim=axis),
+    "LpNormalization": lambda _, axis=-1, p=2: partial(F.normalize, p=p, dim=axis),
+    "Mod": lambda _, fmod=0: torch.fmod if fmod else torch.remainder,
+    "Shape": lambda _, start=0, end=None: lambda x: torch.tensor(x.shape[start:end], dtype=torch.int64),
+    "Softmax": lambda _, axis=-1: partial(torch.softmax, dim=axis),
+    "Transpose": lambda _, perm=None: lambda x: x.permute(perm or list(range(x.ndim))[::-1]),
 }
 #: The same for those whose second input is read on the CPU.
 _SIZED = {
-    "Expand": lambda: lambda x, shape: x.expand(torch.broadcast_shapes(x.shape, numbers(shape))),
-    "Squeeze": lambda: lambda x, axes=None: x.squeeze() if axes is None else x.squeeze(tuple(numbers(axes))),
-    "Tile": lambda: lambda x, repeats: x.repeat(numbers(repeats)),
-    "TopK": lambda axis=-1, largest=1, sorted=1: lambda x, k: tuple(x.topk(int(k), axis, bool(largest), bool(sorted))),
-    "Trilu": lambda upper=1: lambda x, k=None: (x.triu if upper else x.tril)(0 if k is None else int(k)),
+    "Expand": lambda _: lambda x, shape: x.expand(torch.broadcast_shapes(x.shape, numbers(shape))),
+    "Squeeze": lambda _: lambda x, axes=None: x.squeeze() if axes is None else x.squeeze(tuple(numbers(axes))),
+    "Tile": lambda _: lambda x, repeats: x.repeat(numbers(repeats)),
+    "TopK": lambda _, axis=-1, largest=1, sorted=1: (
+        lambda x, k: tuple(x.topk(int(k), axis, bool(largest), bool(sorted)))
+    ),
+    "Trilu": lambda _, upper=1: lambda x, k=None: (x.triu if upper else x.tril)(0 if k is None else int(k)),
 }
 #: (x, axes, whether to keep them) -> x without them.
 _OVER = {
@@ -64,19 +65,9 @@ _OVER = {
 }
 
 
-class _Without:
-    """A builder that needs no more of its node than the attributes."""
-
-    def __init__(self, build: Callable):
-        self.build, self.__wrapped__ = build, build
-
-    def __call__(self, site: Site, **attributes) -> Callable:
-        return self.build(**attributes)
-
-
-OPERATORS.update({name: Operator(_Without(lambda function=function: function)) for name, function in _SAME.items()})
-OPERATORS.update({name: Operator(_Without(build)) for name, build in _SHORT.items()})
-OPERATORS.update({name: Operator(_Without(build), (1,)) for name, build in _SIZED.items()})
+OPERATORS.update({name: Operator(lambda _, function=function: function) for name, function in _SAME.items()})
+OPERATORS.update({name: Operator(build) for name, build in _SHORT.items()})
+OPERATORS.update({name: Operator(build, (1,)) for name, build in _SIZED.items()})
 
 
 @operator(*_OVER, host=(1,))
