@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import GraphError
+from ...core.text import first_line
 from ..recognise.graph import called
 from . import layout, products, short  # noqa: F401  They fill the table.
 from .table import DTYPES, OPERATORS, Call, Site, real
@@ -81,15 +82,17 @@ def _lower_node(found: Lowered, node: ir.Node) -> None:
         outputs = outputs[:1]
     elsewhere = [name for name in inputs if name and name not in found.on_host]
     if elsewhere and not shape:
-        sized = not found.sizes.isdisjoint(outputs)
-        read = (
-            elsewhere if sized else [name for at, name in enumerate(inputs) if at in entry.host and name in elsewhere]
-        )
+        at = range(len(inputs)) if not found.sizes.isdisjoint(outputs) else entry.host
+        read = [name for position, name in enumerate(inputs) if position in at and name in elsewhere]
         if read:
             raise site.refuse(f"a size or an axis, {read[0]!r}, depends on the numbers of an input or a weight")
-    function = entry.function(site)
-    if all(name in found.tables for name in inputs if name) and not entry.like and not shape:
-        results = function(*(found.tables.get(name) for name in inputs))
+    constant = all(name in found.tables for name in inputs if name) and not entry.like and not shape
+    try:
+        function = entry.function(site)
+        results = function(*(found.tables.get(name) for name in inputs)) if constant else ()
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:  # It lacks an attribute, or inputs do not fit.
+        raise site.refuse(first_line(error)) from error
+    if constant:
         results = results if isinstance(results, tuple) else (results,)
         # What is no integer would keep the rounding of this type in a module of another.
         if not any(result.is_floating_point() for result in results):

@@ -154,8 +154,14 @@ def _resize(
     nearest_mode="round_prefer_floor",
 ):  # fmt: skip
     """A product with one matrix for each axis that changes: any mode, any way of counting coordinates."""
-    if coordinate_transformation_mode == "tf_crop_and_resize" or keep_aspect_ratio_policy != "stretch":
-        raise site.refuse("it crops, or keeps the aspect ratio")
+    for way, known in (
+        (coordinate_transformation_mode, "half_pixel pytorch_half_pixel half_pixel_symmetric align_corners asymmetric"),
+        (mode, "nearest linear cubic"),
+        (nearest_mode, "round_prefer_floor round_prefer_ceil floor ceil"),
+        (keep_aspect_ratio_policy, "stretch"),
+    ):
+        if way not in known.split():
+            raise site.refuse(f"it resizes by {way!r}")
     ways = (coordinate_transformation_mode, mode, nearest_mode, bool(antialias), bool(exclude_outside), cubic_coeff_a)
 
     def resize(x, roi=None, scales=None, sizes=None):

@@ -205,6 +205,8 @@ def one_node(op_type, *, opset=17, domain="", inputs=1, **attributes):
         (lambda: one_node("QLinearMatMul", inputs=8), r"\(QLinearMatMul\).*before it was quantized"),
         (lambda: one_node("SequenceConstruct"), r"node 'node_0' \(SequenceConstruct\)"),
         (lambda: one_node("Softmax", unheard=1), r"node 'node_0' \(Softmax\) .* attribute 'unheard' is not known"),
+        (lambda: one_node("Concat"), r"node 'node_0' \(Concat\) .* missing 1 required positional argument: 'axis'"),
+        (lambda: one_node("Resize", mode="area"), r"node 'node_0' \(Resize\) .* it resizes by 'area'"),
         (lambda: one_node("Reshape", inputs=2), r"'node_0' \(Reshape\) .* 'x1', depends on the numbers of an input"),
         (lambda: one_node("BatchNormalization", inputs=5, training_mode=1), "training mode"),
     ],

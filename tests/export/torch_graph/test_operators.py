@@ -25,8 +25,10 @@ LEFT_OUT = {
     "empty_set": "empty tensors", "E8M0": "no type of ours", "sequence": "no tensor", "opt": "no tensor",
 }  # fmt: skip
 #: What functions refuse, with the way out in the message.
-REFUSED = ("past", "averages", "crops", "training", "its first output", "size of its output", "reduction", "batch_dims",
-           "takes the last", "its mode is")  # fmt: skip
+REFUSED = (
+    "past", "averages", "it resizes by", "training", "its first output", "size of its output", "reduction",
+    "batch_dims", "takes the last", "its mode is",
+)  # fmt: skip
 
 
 @functools.cache
