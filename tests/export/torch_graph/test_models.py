@@ -71,6 +71,9 @@ def test_a_graph_computes_what_its_model_does(name, exporter, opset, dynamic):
         model.float()
     # Numbers of the file, such as a scale of 1 / sqrt(head width), are rounded to float32; weights are as they were.
     assert difference(as_tuple(module(*inputs)), wanted, to_spread=True) < 1e-6
+    # No number on the device "meta" can be read, and the CPU's do not mix with it: nothing would wait for a GPU either.
+    found = as_tuple(module.to("meta")(*(x.to("meta") for x in inputs)))
+    assert [x.shape for x in found] == [x.shape for x in wanted]
 
 
 def test_every_way_and_every_model_is_sampled():
