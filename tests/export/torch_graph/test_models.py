@@ -1,0 +1,81 @@
+"""Models of both exporters compute in PyTorch what onnxruntime computes, and in float64 what the model itself does."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from vit_zoo import ZOO, zoo_file, zoo_inputs, zoo_model
+
+from vpruner.export.torch_graph import GraphModule
+
+WAYS = {
+    "torchscript": [(17, True), (18, False), (20, True), (17, False)],
+    "dynamo": [(23, True), (18, False), (20, False), (20, True), (23, False), (18, True)],
+}
+EVERY = [(name, exporter, *way) for name in ZOO for exporter in ZOO[name].exporters for way in WAYS[exporter]]
+#: Each model once by TorchScript, and some by dynamo, which takes longer; each in another way than the one before.
+SAMPLE = [
+    (name, exporter, *WAYS[exporter][index % len(WAYS[exporter])])
+    for exporter, names in (
+        ("torchscript", [name for name in ZOO if "torchscript" in ZOO[name].exporters]),
+        ("dynamo", [name for i, name in enumerate(ZOO) if i % 4 == 0 or ZOO[name].exporters == ("dynamo",)]),
+    )
+    for index, name in enumerate(names)
+]
+
+
+def run_onnx(path, inputs):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    return session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
+
+
+def as_tuple(found):
+    return found if isinstance(found, tuple) else (found,)
+
+
+def difference(ours, theirs, *, to_spread=False):
+    """Largest over outputs, relative to their size, or to how far the values of one spread: a stricter measure."""
+    worst = 0.0
+    for mine, other in zip(ours, theirs, strict=True):
+        mine, other = torch.as_tensor(mine).double(), torch.as_tensor(np.asarray(other)).double()
+        assert mine.shape == other.shape
+        centre = other.mean() if to_spread and other.numel() > 1 else 0
+        worst = max(worst, float((mine - other).abs().max() / (other - centre).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize(
+    "name, exporter, opset, dynamic",
+    [pytest.param(*case, marks=[] if case in SAMPLE else pytest.mark.nightly) for case in EVERY],
+)
+@torch.no_grad()
+def test_a_graph_computes_what_its_model_does(name, exporter, opset, dynamic):
+    path = zoo_file(name, exporter, opset, dynamic)
+    module = GraphModule(path)
+    for batch in (1, 3) if dynamic else (1,):
+        inputs = zoo_inputs(name, batch, batch)
+        assert difference(as_tuple(module(*inputs)), run_onnx(path, inputs)) < 1e-5
+    if not dynamic:  # Three images by one vectorised pass of a graph for one.
+        inputs = zoo_inputs(name, 3)
+        alone = [as_tuple(module(*(x[i : i + 1] for x in inputs))) for i in range(3)]
+        assert difference(as_tuple(module(*inputs)), [torch.cat(parts) for parts in zip(*alone, strict=True)]) < 1e-5
+    module.double()
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in zoo_inputs(name, 1))
+    model = zoo_model(name).double()
+    try:
+        wanted = as_tuple(model(*inputs))
+    finally:
+        model.float()
+    # Numbers of the file, such as a scale of 1 / sqrt(head width), are rounded to float32; weights are as they were.
+    assert difference(as_tuple(module(*inputs)), wanted, to_spread=True) < 1e-6
+    # No number on the device "meta" can be read, and the CPU's do not mix with it: nothing would wait for a GPU either.
+    found = as_tuple(module.to("meta")(*(x.to("meta") for x in inputs)))
+    assert [x.shape for x in found] == [x.shape for x in wanted]
+
+
+def test_every_way_and_every_model_is_sampled():
+    assert {(case[1], case[2:]) for case in SAMPLE} == {(by, way) for by, ways in WAYS.items() for way in ways}
+    assert {case[0] for case in SAMPLE} == set(ZOO)
