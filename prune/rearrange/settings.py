@@ -29,7 +29,7 @@ class RearrangeSettings:
     batch: int = 16
     images: int = 96
     worth: float = 0.02
-    patience: int = 3
+    patience: int = 2
 
     @classmethod
     def for_tuning(cls, tuning: str, **given: float | None) -> RearrangeSettings:
