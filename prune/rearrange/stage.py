@@ -46,7 +46,7 @@ CHECKPOINT_SCHEMA = 3
 #: A stage fed with noise keeps a plan one time in so many, at most: 2.6 standard errors for a single plan.
 LUCK = 200
 #: Plans around the start that stand-in weights are refitted to.
-STAND_IN_PLANS = 16
+STAND_IN_PLANS = 8
 #: Reward lost per unit of cost over budget. The search keeps it; what is left is the rounding of a latency table.
 OVER_BUDGET_WEIGHT = 20.0
 
