@@ -28,7 +28,7 @@ class RearrangeSettings:
     time_limit: float | None = None
     batch: int = 16
     images: int = 96
-    worth: float = 0.02
+    worth: float = 0.03
     patience: int = 2
 
     @classmethod

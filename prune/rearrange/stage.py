@@ -236,7 +236,7 @@ class _Run:
     ) -> None:
         """Judge the best episode on the images that did not choose it, until they show that it gains too little.
 
-        The images of one batch tell good episodes from bad ones, not a gain of 2 % from luck. Most best episodes are
+        The images of one batch tell good episodes from bad ones, not a gain of 3 % from luck. Most best episodes are
         worse than the incumbent, which a few hundred images show; only one that may be better is judged on all.
         """
         row, distances, least = int(rewards.argmax()), np.empty(0), self.settings.images
