@@ -7,9 +7,8 @@
 apart. The first leaves graphs in the folder, the second times them. Rows go to ``--results``.
 
 What ``benchmarks/accuracy.py`` has measured already with the same images, budgets and seeds ("fisher" and "fisher + ppo
-+ weights", which is V-Pruner as ``vpruner run`` ships it) is taken from its rows. Those say how many tokens each block
-keeps, not which; the graph that is timed for them keeps as many, the first ones. The time of a graph does not depend on
-which tokens it keeps, nor on the weights.
++ weights", which is V-Pruner as ``vpruner run`` ships it) is taken from its rows. Not for the first seed: its graphs
+are timed, and picking rows takes time that depends on the plan.
 
 ``--phase speed`` times graphs of a larger model with random weights, for what the tiny one cannot show: at 64 patches
 the patch embedding, the head and the overhead of each node are a larger share of the time. ``--phase speed-graphs``
@@ -54,7 +53,10 @@ MEASURED_BEFORE = {"v-pruner": "fisher + ppo + weights", "fisher": "fisher"}
 
 
 def take_over(comparison: Comparison, contender: Contender, target: float, seed: int, rows: Sequence[dict]) -> bool:
-    """Rows of ``benchmarks/accuracy.py`` as a row of the comparison; False where there are none of the same setting."""
+    """Rows of ``benchmarks/accuracy.py`` as a row of the comparison; False where none has the same setting, and for the
+    seed that is timed."""
+    if seed == comparison.options.learn.seed:
+        return False
     about = comparison.about(comparison.point(contender, target, seed))
     wanted = {
         "method": MEASURED_BEFORE.get(contender.name),
@@ -72,12 +74,6 @@ def take_over(comparison: Comparison, contender: Contender, target: float, seed:
     point = comparison.point(contender, target, seed)
     first = next(iter(found.values()))
     geometry = comparison.loaded.adapter.geometry
-    path = comparison.output / "plans" / f"{point.name}.json"
-    sets = [[list(range(count)) for count in first["counts"][kind]] for kind in KINDS]
-    about_plan = {"stand_in": True, "note": "counts of a learned plan, for its time", "seconds": first["seconds"]}
-    plan = TokenPlan(comparison.loaded.name, geometry, *sets, provenance=about_plan)
-    if seed == comparison.options.learn.seed and not path.exists():
-        plan.save(path)
     if comparison.find("compared", point.key) is None:
         estimates = {
             metric: {name: row[name] for name in ("value", "low", "high", "count")} for metric, row in found.items()
@@ -90,7 +86,7 @@ def take_over(comparison: Comparison, contender: Contender, target: float, seed:
                 "failure": None,
                 "form": "static",
                 "macs_ratio": round(first["macs_ratio"], 6),
-                "counts": dict(zip(KINDS, map(list, plan.counts), strict=True)),
+                "counts": {kind: [geometry.prefix_tokens + count for count in first["counts"][kind]] for kind in KINDS},
                 "seconds": first["seconds"],
                 "cpu_seconds": None,
                 "tuned": contender.name == "v-pruner" and "tune" not in undone,

@@ -18,6 +18,7 @@ PACKAGES = (
     "onnxruntime-gpu",
     "onnxruntime-openvino",
     "onnxruntime-directml",
+    "openvino",
     "tensorrt",
     "torch",
     "timm",

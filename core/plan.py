@@ -506,14 +506,14 @@ def read_plan_json(path: str | PathLike) -> Any:
 def _checked_sets(name: str, sets: Any, geometry: Geometry, length: int | None = None) -> Sets:
     """``length`` (None: depth) tuples of ascending patch indices of the grid."""
     if isinstance(sets, str) or not isinstance(sets, (Sequence, np.ndarray)):
-        raise PlanError(f"{name} is a {type(sets).__name__}, expected one list of patch indices per block")
+        raise PlanError(f"{name} is {shown(sets)}, expected one list of patch indices per block")
     if len(sets) != (geometry.depth if length is None else length):
         raise PlanError(f"{name} has {len(sets)} lists, the model has {geometry.depth} blocks")
     result = []
     for block, patches in enumerate(sets):
         where = name if length else f"block {block}: {name}"
         if isinstance(patches, str) or not isinstance(patches, (Sequence, np.ndarray)):
-            raise PlanError(f"{where} is a {type(patches).__name__}, expected a list of patch indices")
+            raise PlanError(f"{where} is {shown(patches)}, expected a list of patch indices")
         for value in patches:
             if not is_whole(value):
                 raise PlanError(f"{where} has {shown(value)}, which is not a patch index (a whole number)")

@@ -105,15 +105,18 @@ class EvalSet:
             raise UserError(f"{option('eval_data')}: the path{of} is empty", "give a folder, a .tar or a data set")
 
 
-def eval_sets(given: Any) -> tuple[EvalSet, ...]:
+def eval_sets(given: Any, name: str = "eval_data") -> tuple[EvalSet, ...]:
     """What a user gives for evaluation images, as sets: one of them, a mapping from names, sets, or None for nothing.
+
+    Args:
+        name: Of the option, for errors.
 
     Raises:
         UserError: A name cannot be used, is there twice, or is missing where it is needed.
     """
     if isinstance(given, Mapping):
         if not given:
-            raise UserError(f"{option('eval_data')} holds no set", "give at least one, or leave it out")
+            raise UserError(f"{option(name)} holds no set", "give at least one, or leave it out")
         given = tuple(EvalSet(data, name) for name, data in given.items())
     elif given is None or not (isinstance(given, tuple) and all(isinstance(one, EvalSet) for one in given)):
         given = () if given is None else (EvalSet(given),)
@@ -121,11 +124,11 @@ def eval_sets(given: Any) -> tuple[EvalSet, ...]:
     for position, one in enumerate(given[1:], 1):
         if one.name is None:
             raise UserError(
-                f"{option('eval_data')} is given {len(given)} times, and {one.data} has no name",
-                f"name every set but the first: {option('eval_data', 'NAME=PATH')}",
+                f"{option(name)} is given {len(given)} times, and {one.data} has no name",
+                f"name every set but the first: {option(name, 'NAME=PATH')}",
             )
         if one.name in names[:position]:
-            raise UserError(f"{option('eval_data')} has two sets called {one.name!r}", "give each a name of its own")
+            raise UserError(f"{option(name)} has two sets called {one.name!r}", "give each a name of its own")
     return given
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ..core import progress
-from ..core.cost import cost_ratio, dense_macs
+from ..core.cost import cost_ratio, dense_macs, macs_from_counts
 from ..core.errors import GraphError, PlanError, UserError
 from ..core.metadata import MODEL, PLAN, ModelMetadata
 from ..core.plan import Geometry, TokenPlan
@@ -84,7 +84,11 @@ def _describe_pruned(props: Mapping[str, str], source: str) -> dict[str, Any]:
         "dense_macs": dense_macs(about.geometry),
     }
     if about.rule is not None:
-        return {"rule": dict(about.rule), **described}
+        # Frozen patches are read too; those that were dropped are not.
+        left = about.geometry.tokens if about.rule.get("work") is not None else about.rule["counts"][-1]
+        reads = left - about.geometry.prefix_tokens if about.geometry.head_patches else 0
+        share = macs_from_counts(about.geometry, *about.token_counts, reads) / dense_macs(about.geometry)
+        return {"rule": dict(about.rule), **described, "of_dense_macs": round(share, 6)}
     return {**described, "of_dense_macs": round(cost_ratio(about.token_plan), 6)}
 
 

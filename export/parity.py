@@ -171,6 +171,7 @@ def check_fold(
     images: np.ndarray,
     *,
     yardstick: Yardstick | None = None,
+    name: str = "",
 ) -> list[ParityCheck]:
     """Check a fold without PyTorch: the pruned file against the dense file with masked attention.
 
@@ -181,6 +182,7 @@ def check_fold(
         dense: As for :func:`~vpruner.export.fold.fold_file`; an opened one is not recognised again.
         images: float32 [image, channel, height, width].
         yardstick: Of the dense file, on the same images; None: its own float32 error cannot be measured.
+        name: Of the pruned file, where it will not stay at ``pruned_path``.
 
     Raises:
         UserError: The dense graph's own outputs are not finite.
@@ -197,7 +199,7 @@ def check_fold(
     # A copy: other plans may be folded into what was recognised.
     reference = run_graph(OpenedGraph(mask_tokens(recognised.copy(), plan)), images)
     check_finite(reference, dense.source, file=dense.path)
-    name = "pruned.onnx equals the masked dense.onnx"
+    name = f"{name or Path(pruned_path).name} equals the masked {Path(dense.source).name}"
     return [*checks, compare_float32(name, reference, run_onnx(pruned_path, images), yardstick, top1=top1)]
 
 

@@ -67,7 +67,7 @@ def fold_checked(
         images, top1 = noise_images(plan.geometry), plan.geometry.output == "logits"
         yardstick = file_yardstick(opened, images)
         with progress.stage("Checking parity"):
-            checks = check_fold(plan, opened, written, images, yardstick=yardstick)
+            checks = check_fold(plan, opened, written, images, yardstick=yardstick, name=output.name)
         if deploy_for is not None:
             with progress.stage(f"Writing it for {deploy_for}"):
                 options = dict(top1=top1, yardstick=yardstick)

@@ -93,7 +93,7 @@ def evaluation_of(what: Any) -> DataSpec:
 
         progress.remark("no images given: the bundled CIFAR-10 images serve for evaluation")
         what = str(bundled.evaluation_data())
-    sets = eval_sets(what)
+    sets = eval_sets(what, "images")
     opened = [open_images(one.data, split="validation") for one in sets]
     return DataSpec(
         eval_data=tuple(EvalSet(images.source, one.name) for one, images in zip(sets, opened, strict=True)),

@@ -7,6 +7,15 @@ from vpruner.core.latency_table import LatencyTable
 ABOUT = dict(runtime="onnxruntime", provider="cpu", precision="fp32", threads=1, batch=1, opset=20)
 
 
+def geometry(depth=6, grid=(6, 6), pooled=False, prefix=1, **changes) -> Geometry:
+    values = dict(
+        depth=depth, embed_dim=64, num_heads=2, head_dim=32, grid=grid, prefix_tokens=prefix, image_size=(48, 48),
+        mlp_macs=2 * 64 * 256, stem_macs=36 * 192 * 64, head_macs=640, head_prefix=0 if pooled else 1,
+        head_patches=pooled, head_macs_per_token=2 * 64 * 64 if pooled else 0, outputs=10,
+    )  # fmt: skip
+    return Geometry(**{**values, **changes})
+
+
 def make_table(shape: Geometry, attention, mlp, tokens=None, whole=None, fixed_ms=1.0, **changes) -> LatencyTable:
     """``attention(keys, queries)``, ``mlp(tokens)`` and ``whole(tokens)`` in ms, on ``tokens`` or on every count there
     can be."""

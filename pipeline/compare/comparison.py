@@ -213,7 +213,7 @@ class Comparison:
             return
         with progress.stage(f"{point.contender.name} at {point.target:g}, seed {point.seed}"):
             try:
-                made = self.made(point, stand_in=not unjudged)
+                made = self.made(point)
                 for number in unjudged:
                     self._judge(point, made, number)
             except (UserError, ParityError) as error:
@@ -226,13 +226,9 @@ class Comparison:
             for batch in missing:
                 self.add(self._graph_row(point, made, batch))
 
-    def made(self, point: Point, stand_in: bool = False) -> Made:
-        """What the contender makes of it; a plan that was made and saved is not made again.
-
-        Args:
-            stand_in: Whether a plan will do that has the counts alone, for its time.
-        """
-        made = self._saved(point, stand_in)
+    def made(self, point: Point) -> Made:
+        """What the contender makes of it; a plan that was made and saved is not made again."""
+        made = self._saved(point)
         if made is None:
             contender = point.contender
             images, calibration = (
@@ -258,7 +254,7 @@ class Comparison:
         written = save_learned(self.loaded, Learned(plan, made.weights, (), content), path, weights)
         return replace(made, **followed(written))
 
-    def _saved(self, point: Point, stand_in: bool) -> Made | None:
+    def _saved(self, point: Point) -> Made | None:
         """None where there is no plan, or not the weights that were tuned for it."""
         from ...core.content_plan import load_plan
 
@@ -266,8 +262,6 @@ class Comparison:
         if not path.exists():
             return None
         plan, weights = load_plan(path), None
-        if plan.provenance.get("stand_in") and not stand_in:
-            return None
         if sha256 := plan.provenance.get("tuned_weights_sha256"):
             weights = self._saved_weights(path.with_suffix(".safetensors"), sha256)
             if weights is None:

@@ -78,18 +78,19 @@ def _smaller(small: LoadedModel, loaded: LoadedModel, options: CompareOptions) -
         )
     if None not in (small.classes, loaded.classes) and small.classes != loaded.classes:
         raise UserError(f"{given} names other classes than {loaded.name}", "name a model of the same classes")
-    share, most = dense_macs(geometry) / dense_macs(of), max(options.targets)
-    if share > most:
-        raise UserError(
-            f"{given} has {share:.3g} of the multiply-adds of {loaded.name}, more than every budget",
-            f"name a smaller model, or a larger budget with {option('targets')}",
-        )
+    share = dense_macs(geometry) / dense_macs(of)
 
     def make(*_: object) -> Made:
         return Made(TokenPlan.identity(small.name, geometry), None, 0.0, instead=small)
 
     settings = {"weights": small.sha256, "geometry": geometry.to_json()}
-    return Contender(f"{SMALLER}{small.name}", settings, False, False, make, share)
+    contender = Contender(f"{SMALLER}{small.name}", settings, False, False, make, share)
+    if not contender.within(options.targets):
+        raise UserError(
+            f"{given} has {share:.1%} of the multiply-adds of {loaded.name}, more than every budget",
+            f"name a smaller model, or a larger budget with {option('targets')}",
+        )
+    return contender
 
 
 def _learned(name: str, spec: LearnSpec) -> Contender:

@@ -53,6 +53,10 @@ class Made:
         return isinstance(self.reduction, TokenPlan) or self.reduction.static_counts() is not None
 
 
+#: A smaller model meets a budget that it is over by so much: no number of blocks comes to one exactly.
+NEARLY = 1.01
+
+
 @dataclass(frozen=True)
 class Contender:
     """A method as it takes part.
@@ -78,7 +82,7 @@ class Contender:
         """The budgets that it takes part at; a smaller model at the smallest that it meets."""
         if self.macs_ratio is None:
             return targets
-        return sorted(target for target in targets if self.macs_ratio <= target)[:1]
+        return sorted(target for target in targets if self.macs_ratio <= target * NEARLY)[:1]
 
 
 @dataclass(frozen=True)

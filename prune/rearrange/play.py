@@ -112,8 +112,8 @@ class Policy(nn.Module):
 class Potential:
     """What is known of what more episodes can gain: the sequential test that ends a rearrangement.
 
-    Each batch's best episodes are judged on images that did not choose them. Their gain and two standard errors are
-    what the batch can have found at most.
+    Each batch's best episode is judged on images that did not choose it. Its gain and two standard errors are what the
+    batch can have found at most.
 
     Attributes:
         bounds: Of each batch so far, relative to the incumbent's distance at its time.

@@ -20,7 +20,6 @@ class RearrangeSettings:
             one. The first is always played. None: no limit.
         batch: Episodes per update of the policy: all are judged on the same images.
         images: Images that a batch of episodes is judged on, drawn anew each time.
-        finalists: Episodes of a batch that challenge the incumbent.
         worth: The stage ends once what more episodes can gain is below this fraction of the distance.
         patience: Batches in a row that must say so.
     """
@@ -29,9 +28,8 @@ class RearrangeSettings:
     time_limit: float | None = None
     batch: int = 16
     images: int = 96
-    finalists: int = 2
-    worth: float = 0.02
-    patience: int = 3
+    worth: float = 0.03
+    patience: int = 2
 
     @classmethod
     def for_tuning(cls, tuning: str, **given: float | None) -> RearrangeSettings:

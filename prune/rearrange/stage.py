@@ -2,8 +2,8 @@
 
 The game is that of :mod:`vpruner.prune.rearrange.play`, the policy is trained by clipped PPO
 (:mod:`vpruner.prune.ppo`). Reward of an episode: the relative drop in distance from the dense model against the best
-plan so far (the *incumbent*) on the same images. The best episodes of a batch challenge the incumbent on images that
-did not choose them; tilts count from the winner then. What is returned is the best incumbent on images that no reward
+plan so far (the *incumbent*) on the same images. The best episode of a batch challenges the incumbent on images that
+did not choose it; tilts count from the winner then. What is returned is the best incumbent on images that no reward
 was ever computed on, or the plan of the search.
 
 What ships is tuned afterwards (:mod:`vpruner.prune.tune`), and tuning makes some gains worthless. Where weights will be
@@ -46,7 +46,7 @@ CHECKPOINT_SCHEMA = 3
 #: A stage fed with noise keeps a plan one time in so many, at most: 2.6 standard errors for a single plan.
 LUCK = 200
 #: Plans around the start that stand-in weights are refitted to.
-STAND_IN_PLANS = 16
+STAND_IN_PLANS = 8
 #: Reward lost per unit of cost over budget. The search keeps it; what is left is the rounding of a latency table.
 OVER_BUDGET_WEIGHT = 20.0
 
@@ -202,7 +202,7 @@ class _Run:
         order = self.random.permutation(len(self.world.images))
         # Of few images half choose, and half judge what was chosen.
         size = min(self.settings.images, len(order) // 2)
-        chosen, others = np.sort(order[:size]), np.sort(order[size:])
+        chosen, others = np.sort(order[:size]), order[size:]
         distances, _ = self.world.judge(plans, self.world.images[chosen])
         rewards = self._rewards(self.reference[chosen], distances, plans)
         with torch.no_grad():
@@ -234,20 +234,24 @@ class _Run:
     def _challenge(
         self, plans: Sequence[TokenPlan], tilts: np.ndarray, rewards: np.ndarray, others: np.ndarray
     ) -> None:
-        """Judge the best episodes on the images that did not choose them; a winner replaces the incumbent.
+        """Judge the best episode on the images that did not choose it, until they show that it gains too little.
 
-        The images of one batch tell good episodes from bad ones, not a gain of 2 % from luck.
+        The images of one batch tell good episodes from bad ones, not a gain of 3 % from luck. Most best episodes are
+        worse than the incumbent, which a few hundred images show; only one that may be better is judged on all.
         """
-        rows = np.argsort(-rewards)[: self.settings.finalists]
-        distances, _ = self.world.judge([plans[row] for row in rows], self.world.images[others])
-        before = self.reference[others]
-        winner = int(distances.mean(1).argmin())
-        judged = Judgement.of(before, distances[winner])
-        scale = max(judged.before, 1e-9)
-        self.potential.add((judged.before - judged.after) / scale, judged.error / scale)
-        if not judged.better:
+        row, distances, least = int(rewards.argmax()), np.empty(0), self.settings.images
+        while len(distances) < len(others):
+            more = others[len(distances) : max(2 * len(distances), least)]
+            found, _ = self.world.judge([plans[row]], self.world.images[more])
+            distances = np.concatenate([distances, found[0]])
+            judged = Judgement.of(self.reference[others[: len(distances)]], distances)
+            scale = max(judged.before, 1e-9)
+            gain, error = (judged.before - judged.after) / scale, judged.error / scale
+            if gain + 2 * error < self.settings.worth:
+                break
+        self.potential.add(gain, error)
+        if not judged.better or len(distances) < len(others):
             return
-        row = rows[winner]
         self.incumbent = plans[row]
         self.base = self.base + tilts[row]
         self.reference = self.world.judge([self.incumbent], self.world.images)[0][0]

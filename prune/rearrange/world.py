@@ -23,7 +23,7 @@ STAND_IN_IMAGES = 256
 #: Rows of a stand-in's normal equations at most, an image or its mirror image giving one per token: with more tokens to
 #: an image fewer images do, and no mirror images, and a model of DeiT's size is refitted in minutes.
 STAND_IN_ROWS = 150_000
-#: How many of those plans say, on the held-out images, whether the refit helped.
+#: How many of those plans say, on as many held-out images, whether the refit helped.
 STAND_IN_JUDGES = 4
 
 
@@ -62,12 +62,13 @@ class World:
         tokens = self.geometry.tokens
         fit = self.calibration.fit[: min(STAND_IN_IMAGES, STAND_IN_ROWS // tokens)]
         flip = 2 * len(fit) * tokens <= STAND_IN_ROWS
-        judges = plans[:: -(-len(plans) // STAND_IN_JUDGES)]
+        # A refit that is worth having shows on a few images.
+        judges, few = plans[:: -(-len(plans) // STAND_IN_JUDGES)], self.held_out[:STAND_IN_IMAGES]
         self.stand_in = None
-        before = self.judge(judges, self.held_out)[1].mean(0)
+        before = self.judge(judges, few)[1].mean(0)
         weights, _ = refit_weights(self.adapter, plans, self.calibration, fit, flip=flip, on_step=on_step)
         with with_weights(self.adapter.model, weights):
-            after = self.judge(judges, self.held_out)[1].mean(0)
+            after = self.judge(judges, few)[1].mean(0)
         self.stand_in = weights if weights and Judgement.of(before, after).better else None
         return self.stand_in is not None
 

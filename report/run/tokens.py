@@ -29,7 +29,7 @@ def tokens_section(
         "The patches are the same for every image: that is what makes the graph static."
         if chosen is None
         else "How many patches each block works on is the same for every image: that is what makes the graph static. "
-        "Which ones, each image chooses by a score. The map is of the plan that the choice was learned from."
+        "Which ones, each image chooses by a score. The maps are of the plan that the choice was learned from."
     )
     section = Section(
         "What the model looks at", [Text(text), steps_figure(chosen if chosen and examples else [plan], examples)]

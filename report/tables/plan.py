@@ -51,7 +51,9 @@ def inspection_table(described: Mapping[str, Any]) -> Table:
     """Tokens of each block of a recognised graph, and which values of the residual stream it reads and writes."""
     names = ["keys", "queries", "mlps", *(["enters", "after_attention", "leaves"] if described["head"] else [])]
     lines = tuple(tuple(str(block[name]) for name in ("block", *names)) for block in described["blocks"])
-    title = "tokens of each block" + (", and the values of the residual stream" if described["head"] else "")
+    title = "tokens of each block, prefix included" + (
+        ", and the values of the residual stream" if described["head"] else ""
+    )
     return Table(("block", *(name.replace("_", " ") for name in names)), lines, title)
 
 

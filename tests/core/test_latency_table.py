@@ -7,23 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latency_tables import make_table, stairs
+from latency_tables import geometry, make_table, stairs
 
 from vpruner.core import latency_table
 from vpruner.core.errors import UserError
-from vpruner.core.geometry import Geometry
 from vpruner.core.latency_table import LatencyTable
 from vpruner.core.plan import TokenPlan
-
-
-def geometry(depth=6, grid=(6, 6), pooled=False, prefix=1, **changes) -> Geometry:
-    values = dict(
-        depth=depth, embed_dim=64, num_heads=2, head_dim=32, grid=grid, prefix_tokens=prefix, image_size=(48, 48),
-        mlp_macs=2 * 64 * 256, stem_macs=36 * 192 * 64, head_macs=640, head_prefix=0 if pooled else 1,
-        head_patches=pooled, head_macs_per_token=2 * 64 * 64 if pooled else 0, outputs=10,
-    )  # fmt: skip
-    return Geometry(**{**values, **changes})
-
 
 TOKENS = [2, 9, 20, 29, 37]
 

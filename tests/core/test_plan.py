@@ -189,8 +189,8 @@ def test_without_prefix_tokens_a_block_that_reads_nothing_updates_nothing():
         ([[-1, 0], [0], [0]], "block 0: kept has patch -1"),
         ([[0.5], [0], [0]], "block 0: kept has 0.5, which is not a patch index"),
         ([[True], [0], [0]], "block 0: kept has True, which is not a patch index"),
-        (["012", [0], [0]], "block 0: kept is a str"),
-        ("abc", "kept is a str"),
+        (["012", [0], [0]], "block 0: kept is '012'"),
+        ("abc", "kept is 'abc'"),
     ],
 )
 def test_an_invalid_plan_cannot_be_built(kept, reason):

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from latency_tables import ABOUT
+from latency_tables import ABOUT, geometry
 
 from vpruner.core.cost import LatencyCost
-from vpruner.core.geometry import Geometry
 from vpruner.core.latency_table import GOOD_ERROR, LatencyTable
 from vpruner.core.plan import TokenPlan
 from vpruner.prune.search import search_mask
@@ -17,16 +16,6 @@ from vpruner.runtime.table.design import chain_blocks, design, held_out_plans, p
 from vpruner.runtime.table.fit import fit_table, monotone
 from vpruner.runtime.table.graphs import Chain, Graphs, Sample
 from vpruner.runtime.table.measure import measure_table, time_samples
-
-
-def geometry(depth=6, grid=(6, 6), pooled=False, prefix=1, **changes) -> Geometry:
-    values = dict(
-        depth=depth, embed_dim=64, num_heads=2, head_dim=32, grid=grid, prefix_tokens=prefix, image_size=(48, 48),
-        mlp_macs=2 * 64 * 256, stem_macs=36 * 192 * 64, head_macs=640, head_prefix=0 if pooled else 1,
-        head_patches=pooled, head_macs_per_token=2 * 64 * 64 if pooled else 0, outputs=10,
-    )  # fmt: skip
-    return Geometry(**{**values, **changes})
-
 
 # -- design -----------------------------------------------------------------------------------------------------------
 
