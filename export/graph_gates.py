@@ -131,7 +131,7 @@ class GraphGates:
         Yields:
             gates [batch B, kind 3, block L, patch N], zeros with ``requires_grad``, as those of
             :meth:`~vpruner.prune.backbones.vit.ViTAdapter.gated`: biases on the attention logits of keys, and what is
-            added to the 1 by which updates are multiplied.
+            added to the 1 by which updates are multiplied. Numbers that are put there count from then on.
         """
         followed, like = self.followed, next(self.model.parameters())
         shape = (batch_size, 3, len(followed.blocks), followed.patches)
@@ -139,15 +139,12 @@ class GraphGates:
         with ExitStack() as placed:
             if plan is not None:
                 placed.enter_context(self.closed(plan))
-            # Of tokens that are no patches the gate is always open.
-            padded = F.pad(gates, (0, followed.tokens.count - followed.patches))
-            padded = torch.stack([padded[:, KEYS], padded[:, QUERIES] + 1, padded[:, MLPS] + 1], 1)
-            parts = [kind.unbind(1) for kind in padded.unbind(1)]
+            rows = [kind.unbind(1) for kind in gates.unbind(1)]
             for (kind, block), places in self.places.items():
                 for place in places:
-                    ids = torch.tensor(place.ids.ravel()).to(like.device)
-                    rows = parts[kind][block].index_select(1, ids).unflatten(1, place.ids.shape)
-                    placed.enter_context(self.model.at(place.value, self._spreads[place], rows, reader=place.reader))
+                    ids = torch.tensor(place.ids, device=like.device)
+                    gate = partial(self._spreads[place], ids=ids)
+                    placed.enter_context(self.model.at(place.value, gate, rows[kind][block], reader=place.reader))
             yield gates
 
     # -- places -----------------------------------------------------------------------------------------------------
@@ -196,7 +193,7 @@ class GraphGates:
         return self.model.at(place.value, lambda x: place.function(x, tensor), reader=place.reader)
 
     def _spread(self, place: Place):
-        """``function(value, rows [image, token ...])`` of a place: rows are laid along the axes of the value.
+        """``function(value, rows [image, patch], ids=)`` of a place: rows are laid along the axes of the value.
 
         The images are the first factor that their number divides, and the outer one on an axis with other things.
         """
@@ -220,15 +217,20 @@ class GraphGates:
             axes.append(axis)
         if at is None and self.model.batch != 1:
             raise GraphError(f"the images of {place.value!r} are on no axis of it", "export it for one image")
-        return partial(_spread_and, function=place.function, at=at, axes=axes)
+        update, count = place.function is torch.mul, self.followed.tokens.count
+        return partial(_gate, update=update, at=at, axes=axes, count=count)
 
 
 def _pick(x: Tensor, axis: int, rows: Tensor) -> Tensor:
     return x.index_select(axis, rows.to(x.device))
 
 
-def _spread_and(x: Tensor, rows: Tensor, *, function, at: int | None, axes: list[list[int | None]]) -> Tensor:
-    """``function`` of x and of rows, which are written out on axes that hold something beside tokens."""
+def _gate(
+    x: Tensor, rows: Tensor, *, update: bool, at: int | None, axes: list[list[int | None]], count: int, ids: Tensor
+) -> Tensor:
+    """x with the gates ``rows`` [image, patch], which are written out on axes that hold something beside tokens."""
+    # Of tokens that are no patches the gate is always open.
+    rows = F.pad(rows, (0, count - rows.shape[1])).index_select(1, ids.flatten()).unflatten(1, ids.shape)
     rows = rows[0] if at is None else rows.movedim(0, at)
     sizes, narrow, wide, flat = iter(rows.shape), [], [], []
     for axis in axes:
@@ -237,4 +239,5 @@ def _spread_and(x: Tensor, rows: Tensor, *, function, at: int | None, axes: list
         full = full if None in axis else [1] * len(full)
         wide += full
         flat.append(math.prod(full))
-    return function(x, rows.reshape(narrow).expand(wide).reshape(flat))
+    rows = rows.reshape(narrow).expand(wide).reshape(flat)
+    return x * (1 + rows) if update else x + rows
