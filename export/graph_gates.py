@@ -69,9 +69,8 @@ class GraphGates:
 
     Attributes:
         model: The module.
-        able: bool [kind 3, block L]: what of each block can be masked. Other gates change nothing, and their gradients
-            are 0.
-        places: Of each kind and block, in that order.
+        able: bool [kind 3, block L]: what of each block can be masked. Other gates change nothing: their gradients are 0.
+        places: (kind, block) -> of each branch that can be masked.
 
     Raises:
         GraphError: A value with gates does not say where its images are.
@@ -141,7 +140,7 @@ class GraphGates:
                 placed.enter_context(self.closed(plan))
             rows = [kind.unbind(1) for kind in gates.unbind(1)]
             for (kind, block), places in self.places.items():
-                for place in places:
+                for place in places if self.able[kind, block] else ():
                     ids = torch.tensor(place.ids, device=like.device)
                     gate = partial(self._spreads[place], ids=ids)
                     placed.enter_context(self.model.at(place.value, gate, rows[kind][block], reader=place.reader))
@@ -197,24 +196,23 @@ class GraphGates:
 
         The images are the first factor that their number divides, and the outer one on an axis with other things.
         """
-        fixed = [self.model.batch] if self.model.batch else list(self.followed.tokens.known.open_dims)
+        counts = [self.model.batch] if self.model.batch else list(self.followed.tokens.known.open_dims)
         axes: list[list[int | None]] = []  # None: the next axis of rows
         own, at = 0, None
         for factors in place.layout.axes:
-            axis: list[int | None] = []
+            axes.append([])
             for factor in factors:
-                batch = (
-                    None if isinstance(factor, Part) else next((n for n in fixed if n > 1 and factor % n == 0), None)
-                )
-                if isinstance(factor, Part) and factor.group == place.group:
-                    axis.append(None)
-                    own += 1
-                elif batch is not None and at is None:
-                    axis += [None, factor // batch]
-                    at = own
+                if isinstance(factor, Part):
+                    mine = factor.group == place.group
+                    own += mine
+                    axes[-1].append(None if mine else factor.size)
+                    continue
+                images = next((count for count in counts if count > 1 and factor % count == 0), None)
+                if images is None or at is not None:
+                    axes[-1].append(factor)
                 else:
-                    axis.append(factor.size if isinstance(factor, Part) else factor)
-            axes.append(axis)
+                    axes[-1] += [None, factor // images]
+                    at = own
         if at is None and self.model.batch != 1:
             raise GraphError(f"the images of {place.value!r} are on no axis of it", "export it for one image")
         update, count = place.function is torch.mul, self.followed.tokens.count

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from follow_tools import difference, identity_plan, random_plan, run, written
-from many_vits import KINDS
+from foreign_graphs import write_module
+from many_vits import KINDS, model_of
 from store import stored
 from vit_zoo import write_model
 
@@ -109,10 +110,29 @@ def check_gradients(gates, plan, images, random):
         assert abs(change / (2 * step) - gradient[1, kind, block, patch]) < 1e-6 * scale
 
 
-@pytest.mark.parametrize("name, exporter", [("ViT", "torchscript"), ("ViT, average", "torchscript")])
-def test_a_block_that_reads_nothing_attends_to_nothing(name, exporter):
-    """Without prefix tokens no key may be left; with them they are."""
-    gates = gates_of(written(name, exporter, 17, True))
+def _write_two(folder, name):
+    write_module(model_of(name), torch.rand(2, 3, *KINDS[name].size), folder / "model.onnx", "torchscript", 17, False)
+
+
+@pytest.mark.parametrize("name", ["ViT", "torchvision", "BEiT"])
+def test_a_graph_for_two_images_runs_four(name):
+    """Two heads and two images: the gates must not take one for the other."""
+    two = gates_of(load_model(stored(_write_two, name) / "model.onnx"))
+    one = gates_of(written(name, "torchscript", 17, True))
+    images = torch.rand(4, 3, *KINDS[name].size)
+    found = []
+    for gates in (two, one):
+        gates.model.double()
+        with gates.gated(4) as opened:
+            output = gates.model(images)
+            found.append(torch.autograd.grad((output * torch.arange(output.numel()).view_as(output)).sum(), opened)[0])
+    assert two.model.batch == 2 and (found[0] - found[1]).abs().max() < 1e-9 * found[1].abs().max()
+
+
+@pytest.mark.parametrize("name", ["ViT", "ViT, average"])
+def test_a_block_that_reads_nothing_attends_to_nothing(name):
+    """Without prefix tokens no key is left; with them they are."""
+    gates = gates_of(written(name, "torchscript", 17, True))
     plan, images = identity_plan(gates.followed), torch.rand(2, 3, *KINDS[name].size)
     plan.keys = [plan.keys[0], ()]
     with gates.closed(plan) as module:

@@ -1,0 +1,68 @@
+"""What a token costs, counted from a graph, is what the closed form says of the module."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from follow_tools import identity_plan, written
+from many_vits import model_of
+from test_graph_gates import reference_gates
+
+from vpruner.core.cost import block_macs
+from vpruner.export.follow import fold, follow
+from vpruner.export.graph_costs import BlockMacs, costs
+from vpruner.prune.backbones.vit import read_geometry
+from vpruner.prune.models import open_model
+
+
+def closed_form(geometry) -> tuple[BlockMacs, ...]:
+    """From :func:`block_macs` at 0 and 1 tokens."""
+    key, query, mlp = (block_macs(geometry, *counts) for counts in ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
+    return (BlockMacs(key, query, block_macs(geometry, 1, 1, 0) - key - query, mlp),) * geometry.depth
+
+
+@pytest.mark.parametrize("exporter, opset, dynamic", [("torchscript", 17, True), ("dynamo", 23, True)])
+def test_of_the_bundled_model(exporter, opset, dynamic):
+    followed = reference_gates(True, exporter, opset, dynamic).followed
+    assert costs(followed) == closed_form(open_model().adapter.geometry)
+
+
+@pytest.mark.parametrize("name", ["ViT, SwiGLU", "ViT, average", "ViT, registers"])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_of_tiny_models(name, dynamic):
+    followed = follow(written(name, "torchscript", 17, dynamic))
+    assert costs(followed) == closed_form(read_geometry(model_of(name), name))
+
+
+def test_branches_side_by_side_are_added_and_parts_left_whole_cost_nothing():
+    two = costs(follow(written("parallel branches", "torchscript", 17, True)))
+    assert two == (BlockMacs(2 * 2048, 2 * 2048, 2 * 64, 2 * 8192),) * 2
+    windows = costs(follow(written("Swin", "torchscript", 17, False)))
+    assert windows == (BlockMacs(mlp=2 * 16 * 64),) * 2
+
+
+@pytest.mark.parametrize("name", ["BEiT", "parallel, one residual", "ViT, average"])
+def test_a_folded_graph_saves_what_its_tokens_cost(name):
+    """Counted in the nodes of folded graphs whose plans differ in one set of the first block."""
+    followed = follow(written(name, "torchscript", 17, False))
+    prefix, cost, patches = followed.prefix, costs(followed)[0], tuple(range(followed.patches))
+    plan = identity_plan(followed)
+    for kind, count in (("keys", 20), ("queries", 15), ("mlps", 9)):
+        setattr(plan, kind, [patches[:count], *getattr(plan, kind)[1:]])
+    before = products(fold(followed, plan))
+    for kind, each in (
+        ("keys", cost.key + cost.pair * (15 + prefix)),
+        ("queries", cost.query + cost.pair * (20 + prefix)),
+        ("mlps", cost.mlp),
+    ):
+        fewer = SimpleNamespace(**vars(plan))
+        setattr(fewer, kind, [getattr(plan, kind)[0][:-3], *getattr(plan, kind)[1:]])
+        assert before - products(fold(followed, fewer)) == 3 * each
+
+
+def products(model) -> int:
+    return sum(
+        int(np.prod(node.outputs[0].shape.numpy())) * node.inputs[0].shape.numpy()[-1]
+        for node in model.graph
+        if node.op_type in ("MatMul", "Gemm")
+    )
