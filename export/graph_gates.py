@@ -69,7 +69,7 @@ class GraphGates:
 
     Attributes:
         model: The module.
-        able: bool [kind 3, block L]: what of each block can be masked. Other gates change nothing: their gradients are 0.
+        able: bool [kind 3, block L]: what of each block can be masked. Other gates do nothing: their gradients are 0.
         places: (kind, block) -> of each branch that can be masked.
 
     Raises:

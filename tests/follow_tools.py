@@ -1,10 +1,13 @@
 """What the tests of following share: files made once, running a graph, and an oracle of where tokens stand."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+import torch
+from foreign_graphs import write_module
 from many_vits import write_kind
 from store import stored
 
@@ -17,6 +20,19 @@ from vpruner.export.follow.mask import along
 def written(name: str, exporter: str, opset: int, dynamic: bool) -> ir.Model:
     """The model ``name`` of :data:`many_vits.KINDS` as PyTorch exports it."""
     return load_model(stored(write_kind, name, exporter, opset, dynamic) / "model.onnx")
+
+
+def written_reference(exporter: str, opset: int, dynamic: bool, *, double: bool = False) -> ir.Model:
+    """The bundled model as PyTorch exports it, with float32 weights or float64 ones."""
+    return load_model(stored(_write_reference, exporter, opset, dynamic, double) / "model.onnx")
+
+
+def _write_reference(folder: Path, exporter: str, opset: int, dynamic: bool, double: bool) -> None:
+    from vpruner.prune.models import open_model
+
+    dtype = torch.float64 if double else torch.float32
+    images = torch.zeros(2 if dynamic else 1, 3, 32, 32, dtype=dtype)
+    write_module(open_model().adapter.model.to(dtype), images, folder / "model.onnx", exporter, opset, dynamic)
 
 
 def run(model: ir.Model, *feeds: np.ndarray) -> list[np.ndarray]:

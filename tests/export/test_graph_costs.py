@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from follow_tools import identity_plan, written
+from follow_tools import identity_plan, written, written_reference
 from many_vits import model_of
-from test_graph_gates import reference_gates
 
 from vpruner.core.cost import block_macs
 from vpruner.export.follow import fold, follow
@@ -23,7 +22,7 @@ def closed_form(geometry) -> tuple[BlockMacs, ...]:
 
 @pytest.mark.parametrize("exporter, opset, dynamic", [("torchscript", 17, True), ("dynamo", 23, True)])
 def test_of_the_bundled_model(exporter, opset, dynamic):
-    followed = reference_gates(True, exporter, opset, dynamic).followed
+    followed = follow(written_reference(exporter, opset, dynamic, double=True))
     assert costs(followed) == closed_form(open_model().adapter.geometry)
 
 
@@ -41,7 +40,7 @@ def test_branches_side_by_side_are_added_and_parts_left_whole_cost_nothing():
     assert windows == (BlockMacs(mlp=2 * 16 * 64),) * 2
 
 
-@pytest.mark.parametrize("name", ["BEiT", "parallel, one residual", "ViT, average"])
+@pytest.mark.parametrize("name", ["ViT, average", "parallel, one residual", "relative positions"])
 def test_a_folded_graph_saves_what_its_tokens_cost(name):
     """Counted in the nodes of folded graphs whose plans differ in one set of the first block."""
     followed = follow(written(name, "torchscript", 17, False))

@@ -5,11 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from follow_tools import difference, identity_plan, random_plan, run, written
+from follow_tools import difference, identity_plan, random_plan, run, written, written_reference
 from foreign_graphs import write_module
 from many_vits import KINDS, model_of
 from store import stored
-from vit_zoo import write_model
 
 from vpruner.core import bundled
 from vpruner.core.plan import KINDS as GATES
@@ -173,23 +172,12 @@ def test_what_cannot_be_masked_has_no_gates():
 # -- the bundled model ------------------------------------------------------------------------------------------------
 
 
-def _write(folder, double, exporter, opset, dynamic):
-    model = open_model().adapter.model
-    images = torch.zeros(2 if dynamic else 1, 3, 32, 32)
-    write_model(model.double() if double else model, (images.double() if double else images,), folder, exporter,
-                opset, dynamic)  # fmt: skip
-
-
-def reference_gates(double, exporter, opset, dynamic) -> GraphGates:
-    return gates_of(load_model(stored(_write, double, exporter, opset, dynamic) / "model.onnx"))
-
-
 @pytest.mark.parametrize(
     "exporter, opset, dynamic", [("torchscript", 17, True), ("torchscript", 18, False), ("dynamo", 23, True)]
 )
 def test_masks_and_gradients_are_those_of_the_timm_model(exporter, opset, dynamic):
     # The weights of the file are float64: what a float32 file rounds (the scale of the logits) is not rounded.
-    gates, adapter = reference_gates(True, exporter, opset, dynamic), open_model().adapter
+    gates, adapter = gates_of(written_reference(exporter, opset, dynamic, double=True)), open_model().adapter
     adapter.model.double()
     geometry, random = adapter.geometry, np.random.default_rng(0)
     masks = random.random((len(GATES), geometry.depth, geometry.patches)) < 0.6
@@ -216,7 +204,7 @@ def _gradient(path, images, direction, closed):
 
 
 def test_the_search_finds_the_sets_that_it_finds_on_the_timm_model():
-    loaded, gates = open_model(), reference_gates(False, "torchscript", 17, True)
+    loaded, gates = open_model(), gates_of(written_reference("torchscript", 17, True))
     adapter, source = loaded.adapter, ImageSource(bundled.calibration_data())
     images = ImageSet(source, choose_indices(source, 64, 0), None)
     rounds = [[(batch, None)] for batch, _ in images.batches(loaded.preprocessing, 32)]
