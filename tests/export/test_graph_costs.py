@@ -46,12 +46,12 @@ def test_a_folded_graph_saves_what_its_tokens_cost(name):
     followed = follow(written(name, "torchscript", 17, False))
     prefix, cost, patches = followed.prefix, costs(followed)[0], tuple(range(followed.patches))
     plan = identity_plan(followed)
-    for kind, count in (("keys", 20), ("queries", 15), ("mlps", 9)):
+    for kind, count in (("keys", 12), ("queries", 10), ("mlps", 9)):
         setattr(plan, kind, [patches[:count], *getattr(plan, kind)[1:]])
     before = products(fold(followed, plan))
     for kind, each in (
-        ("keys", cost.key + cost.pair * (15 + prefix)),
-        ("queries", cost.query + cost.pair * (20 + prefix)),
+        ("keys", cost.key + cost.pair * (10 + prefix)),
+        ("queries", cost.query + cost.pair * (12 + prefix)),
         ("mlps", cost.mlp),
     ):
         fewer = SimpleNamespace(**vars(plan))
