@@ -97,7 +97,7 @@ def rearrange(
     run = _Run(world, plan, game, settings, seed)
     if checkpoint is not None:
         run.resume(Path(checkpoint))
-    ended, took = "", 0.0
+    ended, took = run.ended, 0.0
     try:
         while run.played < settings.episodes and not ended:
             begun, before = time.monotonic(), run.played
@@ -109,8 +109,7 @@ def rearrange(
             if checkpoint is not None and run.batches % 5 == 0:
                 run.save(Path(checkpoint))
             took = time.monotonic() - begun
-            if run.potential.exhausted(settings.worth, settings.patience):
-                ended = f"the last {settings.patience * settings.batch} can have gained less than {settings.worth:.0%}"
+            ended = run.ended
     except KeyboardInterrupt:
         ended = "it was interrupted"
     if checkpoint is not None:
@@ -252,9 +251,9 @@ class _Run:
         self.potential.add(gain, error)
         if not judged.better or len(distances) < len(others):
             return
-        self.incumbent = plans[row]
-        self.base = self.base + tilts[row]
-        self.reference = self.world.judge([self.incumbent], self.world.images)[0][0]
+        # Ctrl-C while it is judged leaves the last one whole.
+        reference = self.world.judge([plans[row]], self.world.images)[0][0]
+        self.incumbent, self.base, self.reference = plans[row], self.base + tilts[row], reference
         self.incumbents += 1
         self.looks += 1
         held_out = self._on_held_out(self.incumbent)
@@ -264,6 +263,15 @@ class _Run:
     def _on_held_out(self, plan: TokenPlan) -> np.ndarray:
         """float64 [distance and divergence, image]."""
         return np.concatenate(self.world.judge([plan], self.world.held_out))
+
+    @property
+    def ended(self) -> str:
+        """Why no more episodes are worth it, for the note; empty while they may be."""
+        worth, patience = self.settings.worth, self.settings.patience
+        if not self.potential.exhausted(worth, patience):
+            return ""
+        before = self.history[-patience - 1]["episodes"] if len(self.history) > patience else 0
+        return f"the last {self.played - before} can have gained less than {worth:.0%}"
 
     @property
     def improvement(self) -> float:
@@ -278,6 +286,7 @@ class _Run:
         return {
             "plan": self.plan.digest,
             "target": self.game.target,
+            "form": self.game.form,
             "cost": json_sha256(self.game.cost.to_json(self.plan)),
             "seed": self.seed,
             "images": self.world.digest,
