@@ -117,7 +117,7 @@ def rearrange(
     judgement = Judgement.of(run.held_out_start[1], run.held_out_best[1])
     if world.stand_in is not None:  # What is reported is of the model with its own weights.
         judgement = Judgement.of(*world.judge([plan, run.best], world.held_out, foresee=False)[1])
-    kept = run.best is not plan and clearly_better(run.held_out_start, run.held_out_best, run.looks)
+    kept = run.best is not plan and clearly_better(run.held_out_start, run.held_out_best, run.incumbents)
     details = {
         "episodes": run.played,
         "incumbents": run.incumbents,
@@ -178,7 +178,7 @@ class _Run:
     def __init__(self, world: World, plan: TokenPlan, game: Game, settings: RearrangeSettings, seed: int):
         self.world, self.plan, self.game, self.settings, self.seed = world, plan, game, settings, seed
         self.random = np.random.default_rng([seed, 2])
-        self.played = self.batches = self.incumbents = self.looks = 0
+        self.played = self.batches = self.incumbents = 0
         self.history: list[dict[str, float]] = []
         self.potential = Potential([])
         self.incumbent = self.best = plan
@@ -255,7 +255,6 @@ class _Run:
         reference = self.world.judge([plans[row]], self.world.images)[0][0]
         self.incumbent, self.base, self.reference = plans[row], self.base + tilts[row], reference
         self.incumbents += 1
-        self.looks += 1
         held_out = self._on_held_out(self.incumbent)
         if held_out[0].mean() < self.held_out_best[0].mean():
             self.best, self.held_out_best = self.incumbent, held_out
@@ -296,7 +295,7 @@ class _Run:
         state = {
             "schema": CHECKPOINT_SCHEMA,
             "identity": self.identity,
-            **{name: getattr(self, name) for name in ("played", "batches", "incumbents", "looks", "history")},
+            **{name: getattr(self, name) for name in ("played", "batches", "incumbents", "history")},
             "bounds": self.potential.bounds,
             "reference": torch.from_numpy(self.reference),
             "base": torch.from_numpy(self.base),
@@ -323,7 +322,7 @@ class _Run:
                 f"{state['identity'].get(different[0])}, here it is {self.identity[different[0]]}",
                 f"name another file with {option('checkpoint')}, or delete this one",
             )
-        for name in ("played", "batches", "incumbents", "looks", "history"):
+        for name in ("played", "batches", "incumbents", "history"):
             setattr(self, name, state[name])
         self.potential = Potential(list(state["bounds"]))
         self.reference, self.base = state["reference"].numpy(), state["base"].numpy()
