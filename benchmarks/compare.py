@@ -35,7 +35,7 @@ from vpruner.export.fold import fold_file
 from vpruner.export.rules import export_rule
 from vpruner.pipeline.compare.comparison import Comparison
 from vpruner.pipeline.compare.contenders import chosen_contenders
-from vpruner.pipeline.compare.made import Contender, Point
+from vpruner.pipeline.compare.made import Point
 from vpruner.pipeline.compare.timing import time_graphs, time_rules
 from vpruner.pipeline.graphs import write_dense
 from vpruner.pipeline.inputs import choose, open_prunable
@@ -52,16 +52,16 @@ from vpruner.runtime.measure import profile_onnx
 MEASURED_BEFORE = {"v-pruner": "fisher + ppo + weights", "fisher": "fisher"}
 
 
-def take_over(comparison: Comparison, contender: Contender, target: float, seed: int, rows: Sequence[dict]) -> bool:
-    """Rows of ``benchmarks/accuracy.py`` as a row of the comparison; False where none has the same setting, and for the
-    seed that is timed."""
-    if seed == comparison.options.learn.seed:
-        return False
-    about = comparison.about(comparison.point(contender, target, seed))
+def take_over(comparison: Comparison, point: Point, rows: Sequence[dict]) -> None:
+    """Add rows of ``benchmarks/accuracy.py`` as a row of the comparison, where some have the setting of ``point`` and
+    its seed is not the one that is timed."""
+    if point.seed == comparison.options.learn.seed or comparison.find("compared", point.key) is not None:
+        return
+    contender, about = point.contender, comparison.about(point)
     wanted = {
         "method": MEASURED_BEFORE.get(contender.name),
-        "target": target,
-        "seed": seed,
+        "target": point.target,
+        "seed": point.seed,
         "images": about["data"]["count"] if about["data"] else None,
         "data": Path(about["data"]["name"]).stem if about["data"] else None,
         "eval_images": about["eval_data"]["count"],
@@ -70,33 +70,29 @@ def take_over(comparison: Comparison, contender: Contender, target: float, seed:
     }
     found = {row["metric"]: row for row in rows if wanted.items() <= row.items()}
     if not found:
-        return False
-    point = comparison.point(contender, target, seed)
-    first = next(iter(found.values()))
-    geometry = comparison.loaded.adapter.geometry
-    if comparison.find("compared", point.key) is None:
-        estimates = {
-            metric: {name: row[name] for name in ("value", "low", "high", "count")} for metric, row in found.items()
+        return
+    first, prefix = next(iter(found.values())), comparison.loaded.adapter.geometry.prefix_tokens
+    estimates = {
+        metric: {name: row[name] for name in ("value", "low", "high", "count")} for metric, row in found.items()
+    }
+    undone = [stage for stage, kept in first["kept"].items() if not kept]
+    comparison.add(
+        {
+            **point.row("compared"),
+            **about,
+            "failure": None,
+            "form": "static",
+            "macs_ratio": round(first["macs_ratio"], 6),
+            "counts": {kind: [prefix + count for count in first["counts"][kind]] for kind in KINDS},
+            "seconds": first["seconds"],
+            "cpu_seconds": None,
+            "tuned": contender.name == "v-pruner" and "tune" not in undone,
+            "note": f"undone, as it did not help: {', '.join(undone)}" if undone else "",
+            "from": "benchmarks/accuracy.py",
+            "environment": first["environment"],
+            **estimates,
         }
-        undone = [stage for stage, kept in first["kept"].items() if not kept]
-        comparison.add(
-            {
-                **point.row("compared"),
-                **about,
-                "failure": None,
-                "form": "static",
-                "macs_ratio": round(first["macs_ratio"], 6),
-                "counts": {kind: [geometry.prefix_tokens + count for count in first["counts"][kind]] for kind in KINDS},
-                "seconds": first["seconds"],
-                "cpu_seconds": None,
-                "tuned": contender.name == "v-pruner" and "tune" not in undone,
-                "note": f"undone, as it did not help: {', '.join(undone)}" if undone else "",
-                "from": "benchmarks/accuracy.py",
-                "environment": first["environment"],
-                **estimates,
-            }
-        )
-    return True
+    )
 
 
 def open_comparison(args: argparse.Namespace) -> tuple[Comparison, list[Point]]:
@@ -215,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.phase == "accuracy":
         before = read_rows(args.taken_over) if args.taken_over else []
         for point in points:
-            take_over(comparison, point.contender, point.target, point.seed, before)
+            take_over(comparison, point, before)
             comparison.make(point)
     else:
         time_graphs(comparison, points)

@@ -42,7 +42,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "search_forms": (tables.search_forms, ("search_forms",)),
     "shifted": (shifted_tables.shifted, ("shifted",)),
     "stage_costs": (tables.stage_costs, ("stage_costs",)),
-    "summary": (tables.summary, ("compare", "latency_ort")),
+    "summary": (tables.summary, ("compare", "fold_order")),
     "vlm_accuracy": (tables.vlm_accuracy, ("vlm_accuracy",)),
     "vlm_prefill": (tables.vlm_prefill, ("vlm_prefill",)),
 }

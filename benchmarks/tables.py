@@ -338,7 +338,7 @@ def compare_speed(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def summary(compared: list[dict], latency: list[dict]) -> str:
+def summary(compared: list[dict], folded: list[dict]) -> str:
     """Of the first page: accuracy and time of our default method, and the ratio on larger models."""
     entries = [entry for entry in entries_of(compared) if entry.method == "v-pruner" and entry.results]
     batches = batches_of(entries)
@@ -349,10 +349,14 @@ def summary(compared: list[dict], latency: list[dict]) -> str:
         if len(values) > 1:  # Budgets at which every seed was measured; the others are on the page of results.
             times = [ratio(entry.latency_ratio(batch)) for batch in batches]
             lines.append(f"| {ratio(entry.macs_ratio)} | {_mean(values, points)} | {' | '.join(times)} |")
-    pruned = [row for row in latency if row["label"] == "pruned" and f"{row['macs_ratio']:.2f}" == "0.65"]
-    larger = {row["model"]: row for row in pruned if row["batch"] == 1}  # The newest of each.
-    shown = [f"{name} {ratio(row['ratio'])}" for name, row in sorted(larger.items(), key=lambda one: one[1]["p50_ms"])]
-    return "\n".join([*lines, "", f"Larger models at 0.65× of the multiply-adds, batch 1: {', '.join(shown)}."])
+    # Folded as `vpruner fold` does; the newest of each model.
+    wanted = {"label": "ordered", "runtime": "onnxruntime", "target": 0.65}
+    larger = {row["model"]: row for row in folded if wanted.items() <= row.items() and row["protocol"]["batch"] == 1}
+    shown = [
+        f"{name} {ratio(row['ratio'])} at {ratio(row['macs_ratio'])} of the multiply-adds"
+        for name, row in sorted(larger.items(), key=lambda one: one[1]["p50_ms"])
+    ]
+    return "\n".join([*lines, "", f"Time of larger models, batch 1: {', '.join(shown)}."])
 
 
 #: Way of benchmarks/onnx_gradients.py -> what the table calls it.
@@ -394,9 +398,9 @@ def latency_budget(rows: list[dict]) -> str:
         )
     some = rows[-1]
     environment = f"{some['environment']['cpu']}, onnxruntime {some['environment']['packages']['onnxruntime']}"
-    return "\n".join(
-        [*lines, "", f"{some['model']}, {some['count']:,} evaluation images, batch 1, 1 thread; {environment}."]
-    )
+    setting = f"batch {some['batch']}, {some['threads']} thread(s)"
+    about = f"{some['model']}, {some['count']:,} evaluation images, {setting}; {environment}."
+    return "\n".join([*lines, "", about])
 
 
 def stage_costs(rows: list[dict]) -> str:

@@ -117,7 +117,7 @@ def eval_sets(given: Any, name: str = "eval_data") -> tuple[EvalSet, ...]:
     if isinstance(given, Mapping):
         if not given:
             raise UserError(f"{option(name)} holds no set", "give at least one, or leave it out")
-        given = tuple(EvalSet(data, name) for name, data in given.items())
+        given = tuple(EvalSet(data, called) for called, data in given.items())
     elif given is None or not (isinstance(given, tuple) and all(isinstance(one, EvalSet) for one in given)):
         given = () if given is None else (EvalSet(given),)
     names = [one.name for one in given]

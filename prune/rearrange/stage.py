@@ -97,7 +97,7 @@ def rearrange(
     run = _Run(world, plan, game, settings, seed)
     if checkpoint is not None:
         run.resume(Path(checkpoint))
-    ended, took = "", 0.0
+    ended, took = run.ended, 0.0
     try:
         while run.played < settings.episodes and not ended:
             begun, before = time.monotonic(), run.played
@@ -109,8 +109,7 @@ def rearrange(
             if checkpoint is not None and run.batches % 5 == 0:
                 run.save(Path(checkpoint))
             took = time.monotonic() - begun
-            if run.potential.exhausted(settings.worth, settings.patience):
-                ended = f"the last {settings.patience * settings.batch} can have gained less than {settings.worth:.0%}"
+            ended = run.ended
     except KeyboardInterrupt:
         ended = "it was interrupted"
     if checkpoint is not None:
@@ -118,7 +117,7 @@ def rearrange(
     judgement = Judgement.of(run.held_out_start[1], run.held_out_best[1])
     if world.stand_in is not None:  # What is reported is of the model with its own weights.
         judgement = Judgement.of(*world.judge([plan, run.best], world.held_out, foresee=False)[1])
-    kept = run.best is not plan and clearly_better(run.held_out_start, run.held_out_best, run.looks)
+    kept = run.best is not plan and clearly_better(run.held_out_start, run.held_out_best, run.incumbents)
     details = {
         "episodes": run.played,
         "incumbents": run.incumbents,
@@ -179,7 +178,7 @@ class _Run:
     def __init__(self, world: World, plan: TokenPlan, game: Game, settings: RearrangeSettings, seed: int):
         self.world, self.plan, self.game, self.settings, self.seed = world, plan, game, settings, seed
         self.random = np.random.default_rng([seed, 2])
-        self.played = self.batches = self.incumbents = self.looks = 0
+        self.played = self.batches = self.incumbents = 0
         self.history: list[dict[str, float]] = []
         self.potential = Potential([])
         self.incumbent = self.best = plan
@@ -252,11 +251,10 @@ class _Run:
         self.potential.add(gain, error)
         if not judged.better or len(distances) < len(others):
             return
-        self.incumbent = plans[row]
-        self.base = self.base + tilts[row]
-        self.reference = self.world.judge([self.incumbent], self.world.images)[0][0]
+        # Ctrl-C while it is judged leaves the last one whole.
+        reference = self.world.judge([plans[row]], self.world.images)[0][0]
+        self.incumbent, self.base, self.reference = plans[row], self.base + tilts[row], reference
         self.incumbents += 1
-        self.looks += 1
         held_out = self._on_held_out(self.incumbent)
         if held_out[0].mean() < self.held_out_best[0].mean():
             self.best, self.held_out_best = self.incumbent, held_out
@@ -264,6 +262,15 @@ class _Run:
     def _on_held_out(self, plan: TokenPlan) -> np.ndarray:
         """float64 [distance and divergence, image]."""
         return np.concatenate(self.world.judge([plan], self.world.held_out))
+
+    @property
+    def ended(self) -> str:
+        """Why no more episodes are worth it, for the note; empty while they may be."""
+        worth, patience = self.settings.worth, self.settings.patience
+        if not self.potential.exhausted(worth, patience):
+            return ""
+        before = self.history[-patience - 1]["episodes"] if len(self.history) > patience else 0
+        return f"the last {self.played - before} can have gained less than {worth:.0%}"
 
     @property
     def improvement(self) -> float:
@@ -278,6 +285,7 @@ class _Run:
         return {
             "plan": self.plan.digest,
             "target": self.game.target,
+            "form": self.game.form,
             "cost": json_sha256(self.game.cost.to_json(self.plan)),
             "seed": self.seed,
             "images": self.world.digest,
@@ -287,7 +295,7 @@ class _Run:
         state = {
             "schema": CHECKPOINT_SCHEMA,
             "identity": self.identity,
-            **{name: getattr(self, name) for name in ("played", "batches", "incumbents", "looks", "history")},
+            **{name: getattr(self, name) for name in ("played", "batches", "incumbents", "history")},
             "bounds": self.potential.bounds,
             "reference": torch.from_numpy(self.reference),
             "base": torch.from_numpy(self.base),
@@ -314,7 +322,7 @@ class _Run:
                 f"{state['identity'].get(different[0])}, here it is {self.identity[different[0]]}",
                 f"name another file with {option('checkpoint')}, or delete this one",
             )
-        for name in ("played", "batches", "incumbents", "looks", "history"):
+        for name in ("played", "batches", "incumbents", "history"):
             setattr(self, name, state[name])
         self.potential = Potential(list(state["bounds"]))
         self.reference, self.base = state["reference"].numpy(), state["base"].numpy()

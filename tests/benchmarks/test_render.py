@@ -306,20 +306,22 @@ def test_the_summary_shows_what_every_seed_measured(tables):
         timed("v-pruner", 0.65, 1, 0.7),
     ]
     found += [compared("v-pruner", 0.85, 0, -0.01), compared("tome", 0.65, 0, -0.5), timed("tome", 0.65, 1, 0.9)]
-    common = dict(label="pruned", batch=1, macs_ratio=0.6497)
+    common = dict(label="ordered", runtime="onnxruntime", target=0.65, protocol={"batch": 1}, macs_ratio=0.6497)
     larger = [
         dict(common, model="base", ratio=0.9, p50_ms=300.0),  # Measured again below: the newest counts.
         dict(common, model="base", ratio=0.68, p50_ms=300.0),
-        dict(common, model="tiny", ratio=0.667, p50_ms=20.0),
-        dict(common, model="tiny", ratio=0.5, p50_ms=20.0, batch=8),
-        dict(common, model="half", ratio=0.5, p50_ms=20.0, macs_ratio=0.5),
+        dict(common, model="tiny", ratio=0.667, p50_ms=20.0, macs_ratio=0.64),
+        dict(common, model="tiny", ratio=0.5, p50_ms=20.0, protocol={"batch": 8}),
+        dict(common, model="tiny", ratio=0.5, p50_ms=20.0, label="grid"),
+        dict(common, model="half", ratio=0.5, p50_ms=20.0, target=0.5),
     ]
     assert tables.summary(found, larger).splitlines() == [
         "| multiply-adds | change in top-1 | time, batch 1 |",
         "| ---: | ---: | ---: |",
         "| 0.650× | −1.50 pp ± 0.71 | 0.700× |",
         "",
-        "Larger models at 0.65× of the multiply-adds, batch 1: tiny 0.667×, base 0.680×.",
+        "Time of larger models, batch 1: tiny 0.667× at 0.640× of the multiply-adds, base 0.680× at 0.650× of the "
+        "multiply-adds.",
     ]
 
 
@@ -349,7 +351,7 @@ def test_gradients_and_budgets_of_time(tables):
         "toy, 512 gates, 1 thread.",
     ]
     common = dict(target=0.5, searched="by latency", macs_ratio=0.42, predicted_ratio=0.5, model="toy", count=2000)
-    common |= dict(ratio=0.52, ratio_low=0.51, ratio_high=0.53)
+    common |= dict(ratio=0.52, ratio_low=0.51, ratio_high=0.53, batch=1, threads=2)
     common["environment"] = {"cpu": "A processor", "packages": {"onnxruntime": "1.2"}}
     rows = [
         dict(common, metric="top1_difference", value=-0.05, low=-0.07, high=-0.04),
@@ -358,5 +360,5 @@ def test_gradients_and_budgets_of_time(tables):
     assert tables.latency_budget(rows).splitlines()[2:] == [
         "| 0.5 | by latency | 0.420× | 0.500× | 0.520× (0.510 to 0.530) | −5.00 pp (−7.00 to −4.00) | 0.1490 |",
         "",
-        "toy, 2,000 evaluation images, batch 1, 1 thread; A processor, onnxruntime 1.2.",
+        "toy, 2,000 evaluation images, batch 1, 2 thread(s); A processor, onnxruntime 1.2.",
     ]

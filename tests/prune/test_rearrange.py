@@ -169,6 +169,14 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
     assert parts.plan == whole.plan and parts.history == whole.history and parts.kept == whole.kept
 
 
+def test_a_run_that_ended_by_itself_plays_no_more_when_it_is_resumed(tmp_path):
+    settings, path = RearrangeSettings(episodes=200, batch=8, worth=1.0), tmp_path / "run.pt"
+    ended = play(PlantedWorld(2), settings=settings, checkpoint=path)
+    assert ended.details["episodes"] == 16 and "the last 16 can have gained less than 100%" in ended.note
+    again = play(PlantedWorld(2), settings=settings, checkpoint=path)
+    assert again.details["episodes"] == 16 and again.note == ended.note and again.plan.digest == ended.plan.digest
+
+
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
     path = tmp_path / "run.pt"
     play(PlantedWorld(0), checkpoint=path)
