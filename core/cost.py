@@ -35,14 +35,17 @@ LEAST_SLOPE = 0.01
 ROUNDING = 1e-12
 
 
-def block_macs(geometry: Geometry, keys: int, queries: int, mlps: int) -> int:
+def block_macs(geometry: Geometry, keys: int, queries: int, mlps: int, block: int | slice = 0) -> int:
     """MACs of one block that reads ``keys`` tokens, updates ``queries`` by attention and ``mlps`` by its MLP.
 
-    With d = embed_dim and a = num_heads * head_dim: keys and values 2 K d a, queries and projection 2 Q d a, logits and
-    weighted sum 2 Q K a, MLP M mlp_macs.
+    With d = embed_dim and a = num_heads * head_dim, a plain block has: keys and values 2 K d a, queries and projection
+    2 Q d a, logits and weighted sum 2 Q K a, MLP M mlp_macs.
+
+    Args:
+        block: Which one; a slice for numbers [..., block].
     """
-    width, inner = geometry.embed_dim, geometry.num_heads * geometry.head_dim
-    return 2 * width * inner * (keys + queries) + 2 * inner * keys * queries + geometry.mlp_macs * mlps
+    key, query, pair, mlp = geometry.rates[:, block].tolist() if isinstance(block, int) else geometry.rates[:, block]
+    return key * keys + query * queries + pair * (keys * queries) + mlp * mlps
 
 
 def macs_from_counts(
@@ -55,7 +58,10 @@ def macs_from_counts(
     """MACs of the pruned model, from the tokens (prefix included) of each block and the patches that the head reads."""
     return (
         geometry.stem_macs
-        + sum(block_macs(geometry, *counts) for counts in zip(key_counts, query_counts, mlp_counts, strict=True))
+        + sum(
+            block_macs(geometry, *counts, block)
+            for block, counts in enumerate(zip(key_counts, query_counts, mlp_counts, strict=True))
+        )
         + geometry.head_macs
         + geometry.head_macs_per_token * reads
     )
@@ -164,24 +170,17 @@ class MacsCost(Cost):
         geometry = self.geometry
         reads = np.asarray(geometry.patches if reads is None else reads) * geometry.head_patches
         keys, queries, mlps = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
-        blocks = block_macs(geometry, keys, queries, mlps).sum(-1)
+        blocks = block_macs(geometry, keys, queries, mlps, slice(None)).sum(-1)
         return geometry.stem_macs + blocks + geometry.head_macs + geometry.head_macs_per_token * reads
 
     def budget(self, target: float) -> int:
         return int(target * self.dense)
 
     def marginal(self, counts: np.ndarray) -> np.ndarray:
-        geometry = self.geometry
-        width, inner = geometry.embed_dim, geometry.num_heads * geometry.head_dim
+        key, query, pair, mlp = self.geometry.rates
         keys, queries, _ = counts
-        slopes = np.stack(
-            [
-                2 * width * inner + 2 * inner * queries,
-                2 * width * inner + 2 * inner * keys,
-                np.full(geometry.depth, float(geometry.mlp_macs)),
-            ]
-        )
-        return _alive(slopes, geometry)
+        slopes = np.stack([key + pair * queries, query + pair * keys, mlp.astype(np.float64)])
+        return _alive(slopes, self.geometry)
 
     def to_json(self, plan: TokenPlan) -> dict[str, Any]:
         return {"kind": self.kind, "unit": self.unit, "dense": self.dense, "plan": self.of(plan)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from reprlib import Repr
 from typing import Any
 
@@ -14,6 +15,8 @@ from .errors import PlanError
 #: More tokens than any ViT has; a typing error in a grid must not fill the memory before it is noticed.
 MOST_TOKENS = 1_000_000
 
+#: What a model gives.
+OUTPUTS = ("logits", "features", "values")
 #: Field of :class:`Geometry` -> smallest and largest value. Pairs (height, width) are checked number by number.
 _RANGES = {
     "depth": (1, 10_000),
@@ -53,7 +56,10 @@ class Geometry:
         head_prefix: How many leading prefix tokens the head reads; the others are dead in the last block.
         head_patches: Whether the head reads the patch tokens too (average or attention pooling).
         outputs: Width of the model's output.
-        output: ``"logits"`` or ``"features"``.
+        output: ``"logits"``, ``"features"`` (an embedding) or ``"values"`` (anything else: patch tokens, maps, boxes).
+        token_macs: For each block, the multiply-adds of each key, of each query, of each pair of the two, and of each
+            token that passes the MLP; 0 where that kind of work cannot be masked. Empty: those of a plain block.
+        taps: Blocks behind which something beside the next block reads all patches.
     """
 
     depth: int
@@ -72,6 +78,8 @@ class Geometry:
     head_patches: bool = False
     outputs: int = 0
     output: str = "logits"
+    token_macs: tuple[tuple[int, int, int, int], ...] = ()
+    taps: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name, (least, most) in _RANGES.items():
@@ -91,10 +99,35 @@ class Geometry:
             raise PlanError(f"head_patches is {shown(self.head_patches)}, expected true or false")
         if not 0 <= self.head_prefix <= self.prefix_tokens:
             raise PlanError(f"the head reads {self.head_prefix} prefix tokens, the model has {self.prefix_tokens}")
-        if not self.head_prefix and not self.head_patches:
+        self._check_blocks()
+        if not self.head_prefix and not self.head_patches and not self.taps:
             raise PlanError("the head reads no token at all")
-        if self.output not in ("logits", "features"):
-            raise PlanError(f"output is {shown(self.output)}, expected 'logits' or 'features'")
+        if self.output not in OUTPUTS:
+            raise PlanError(f"output is {shown(self.output)}, expected {', '.join(map(repr, OUTPUTS))}")
+
+    def _check_blocks(self) -> None:
+        macs, taps = self.token_macs, self.taps
+        if not isinstance(macs, (tuple, list)) or not all(isinstance(row, (tuple, list)) for row in macs):
+            raise PlanError(f"token_macs is {shown(macs)}, expected a list of lists")
+        if macs and (len(macs) != self.depth or not all(len(row) == 4 and all(map(_is_macs, row)) for row in macs)):
+            raise PlanError(f"token_macs is {shown(macs)}, expected four whole numbers for each of {self.depth} blocks")
+        if not isinstance(taps, (tuple, list)) or not all(is_whole(tap) and 0 <= tap < self.depth - 1 for tap in taps):
+            raise PlanError(f"taps is {shown(taps)}, expected blocks before the last of {self.depth}")
+        object.__setattr__(self, "token_macs", tuple(tuple(map(int, row)) for row in macs))
+        object.__setattr__(self, "taps", tuple(sorted({int(tap) for tap in taps})))
+
+    @cached_property
+    def rates(self) -> np.ndarray:
+        """int64 [4, block]: what each key, query, pair of the two, and MLP token costs, see ``token_macs``."""
+        inner = self.num_heads * self.head_dim
+        plain = (2 * self.embed_dim * inner, 2 * self.embed_dim * inner, 2 * inner, self.mlp_macs)
+        return np.array(self.token_macs or (plain,) * self.depth, np.int64).T
+
+    @cached_property
+    def maskable(self) -> np.ndarray:
+        """bool [kind 3, block]: of which blocks keys, queries and MLP tokens can be left out."""
+        key, query, pair, mlp = self.rates
+        return np.array([key + pair > 0, query + pair > 0, mlp > 0])
 
     @property
     def patches(self) -> int:
@@ -112,6 +145,10 @@ class Geometry:
         return self.outputs if self.output == "logits" else None
 
     def to_json(self) -> dict[str, Any]:
+        # What a plain ViT does not have is not written: its plans keep the digests that they had.
+        return {name: v for name, v in self._parts().items() if v or name not in ("token_macs", "taps")}
+
+    def _parts(self) -> dict[str, Any]:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @classmethod
@@ -129,7 +166,7 @@ class Geometry:
 
     def differences(self, other: Geometry) -> list[str]:
         """``"depth 12 != 24"`` for each field that differs."""
-        mine, theirs = self.to_json(), other.to_json()
+        mine, theirs = self._parts(), other._parts()
         return [f"{name} {mine[name]} != {theirs[name]}" for name in mine if mine[name] != theirs[name]]
 
 
@@ -140,6 +177,10 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 def shown(value: Any) -> str:
     """``repr`` that fits a line, whatever a file may hold: long texts, long numbers, deep nesting."""
     return _SHORT.repr(value)
+
+
+def _is_macs(value: Any) -> bool:
+    return is_whole(value) and 0 <= value <= 10**18
 
 
 def is_whole(value: Any) -> bool:

@@ -237,8 +237,10 @@ class TokenPlan:
     def carried(self) -> Sets:
         """L + 1 tuples: the patches whose value is read from each block on; the last is :attr:`reads`."""
         needed = [set(self.reads)]
-        for patches in reversed(self.keys):
-            needed.append(needed[-1] | set(patches))
+        for block in reversed(range(self.geometry.depth)):
+            tapped = range(self.geometry.patches) if block in self.geometry.taps else ()
+            needed[-1] |= set(tapped)
+            needed.append(needed[-1] | set(self.keys[block]))
         return tuple(tuple(sorted(patches)) for patches in reversed(needed))
 
     @cached_property
@@ -450,6 +452,8 @@ def live_sets(geometry: Geometry, sets: Mapping[str, Sets], reads: Sequence[int]
     live: dict[str, list[tuple[int, ...]]] = {kind: [] for kind in KINDS}
     needed = set(reads)
     for block in reversed(range(geometry.depth)):
+        if block in geometry.taps:
+            needed.update(range(geometry.patches))
         keys, queries, mlps = (sets[kind][block] for kind in KINDS)
         if not geometry.prefix_tokens and not keys:
             queries = ()
@@ -468,6 +472,8 @@ def live_masks(geometry: Geometry, masks: np.ndarray, reads: Sequence[int] | Non
     needed = np.full(geometry.patches, geometry.head_patches and reads is None)
     needed[list(reads or ())] = True
     for block in reversed(range(geometry.depth)):
+        if block in geometry.taps:
+            needed = np.ones_like(needed)
         keys, queries, mlps = live[:, block]
         if not geometry.prefix_tokens and not keys.any():
             queries[:] = False

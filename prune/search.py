@@ -119,7 +119,9 @@ class _Search:
         dead[1:] = True
         closed[1:] &= live_masks(geometry, dead)[1:]
         reopens = (self.opens[None, :, :, None] & closed.transpose(1, 0, 2)[:, None]).any(2)
-        self.losses = np.where(reopens, np.inf, losses[:, self.states])
+        # Nor may a state close what cannot be masked.
+        fixed = (~self.opens[None] & ~geometry.maskable.T[:, None]).any(2)
+        self.losses = np.where(reopens | fixed[:, :, None], np.inf, losses[:, self.states])
         self._grid = np.ogrid[: geometry.depth, : geometry.patches]
         # A number for each change of the sets of one patch: sums of these.
         self._marks = np.random.default_rng(0).integers(1 << 48, size=(len(KINDS), geometry.depth))
