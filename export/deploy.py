@@ -23,14 +23,14 @@ from ..core.text import counted, option
 from .check import Finding, check, summarize
 from .files import save_model
 from .graph import Graph, copy_model, open_graph
+from .nodes import attribute_int, attribute_ints, constant
 from .passes.clamp_slice_bounds import ClampSliceBounds
 from .passes.edit import add_constant, add_node, infer_shapes_anew
 from .passes.lower_opset import LowerOpset
 from .passes.write_out import WriteOut
-from .recognise.graph import attribute_int, attribute_ints, constant
-from .recognise.normalise import WriteOutAttention
-from .recognise.unfit import OLDEST_OPSET
+from .passes.write_out_attention import WriteOutAttention
 from .targets import find_target
+from .unfit import OLDEST_OPSET
 
 #: What graphs are exported in where neither a target nor the user says otherwise; it has Gelu, which 18 lacks.
 PLAIN_OPSET = 20

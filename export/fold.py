@@ -35,9 +35,10 @@ from ..core.schedule import BlockStep, Schedule, schedule
 from ..core.text import command, first_line
 from .files import save_model
 from .graph import Graph, OpenedGraph, already_pruned, open_graph
+from .nodes import integers, readers_of
 from .passes.clean import clean
 from .passes.edit import add_constant, add_node, add_shape, add_tensor, infer_shapes_anew
-from .recognise.graph import BlockSite, HeadSite, VitSite, integers, readers_of, recognise
+from .recognise.graph import BlockSite, HeadSite, VitSite, recognise
 from .stream import Stream
 
 

@@ -26,9 +26,9 @@ from .files import check_tensors, load_model
 from .recognise.causes import explain
 from .recognise.graph import HINT, NotUnderstood, VitSite
 from .recognise.normalise import prepare
-from .recognise.unfit import refuse_unfit
 from .streaming import StoredTensor
 from .structure import find_problems
+from .unfit import refuse_unfit
 
 #: What stands for a graph: a file, a model in memory, or one that is open already.
 Graph: TypeAlias = "str | os.PathLike | onnx.ModelProto | ir.Model | OpenedGraph"

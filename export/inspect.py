@@ -15,8 +15,9 @@ from ..core.plan import Geometry, TokenPlan
 from ..core.text import command
 from .fold import check_shape
 from .graph import Graph, OpenedGraph, open_graph
+from .nodes import integers, is_constant
 from .recognise.causes import without_inspect
-from .recognise.graph import HeadSite, VitSite, integers, is_constant
+from .recognise.graph import HeadSite, VitSite
 
 
 def inspect_file(graph: Graph) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from .graph import Graph, copy_model, open_graph
 from .parity import run_onnx
 from .passes.edit import infer_shapes_anew
 from .quantize import QUANTIZED, QUANTIZED_OPS
-from .recognise.unfit import refuse_custom, refuse_subgraphs
+from .unfit import refuse_custom, refuse_subgraphs
 
 #: Largest finite float16.
 FP16_MAX = 65504.0

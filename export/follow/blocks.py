@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...core.errors import GraphError
-from ..recognise.graph import called
+from ..nodes import called
 from .apart import add_apart
 from .followed import Block, Branch, Followed
 from .known import Known, check_open, used_by

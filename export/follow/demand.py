@@ -5,7 +5,7 @@ Work whose result nothing reads is asked for by nothing, and so is left out with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...core.errors import PlanError
-from ..recognise.graph import called
+from ..nodes import called
 from .blocks import only_summed
 from .followed import Branch, Followed
 from .known import used_by
@@ -128,9 +128,12 @@ class Demand:
         return any(value in self._asked for value in node.outputs)
 
 
-def demand(followed: Followed, sets: Sets) -> Demand:
-    """Raises:
-    PlanError: The plan leaves tokens out of a part of the model that cannot be masked.
+def demand(followed: Followed, sets: Sets, stop: Collection[ir.Node] = ()) -> Demand:
+    """Args:
+        stop: Nodes of which nothing further back is asked.
+
+    Raises:
+        PlanError: The plan leaves tokens out of a part of the model that cannot be masked.
     """
     tokens, count = followed.tokens, followed.tokens.count
     result = Demand()
@@ -145,6 +148,8 @@ def demand(followed: Followed, sets: Sets) -> Demand:
         ask(value)
     for node in reversed(followed.model.graph):
         if not result.is_asked(node):
+            continue
+        if node in stop:
             continue
         result.live.add(node)
         flow = followed.flows.get(node)

@@ -20,8 +20,8 @@ from onnx_ir.passes import common as passes
 
 from ...core.errors import GraphError
 from ...core.schedule import is_range
+from ..nodes import called
 from ..passes.edit import add_constant, add_node, infer_shapes_anew
-from ..recognise.graph import called
 from .columns import project_apart
 from .demand import Demand, Plan, Sets, check_keys, demand, node_masks, sets_of, whole_groups
 from .followed import Followed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..recognise.graph import constant
+from ..nodes import constant
 from .edit import add_constant
 
 

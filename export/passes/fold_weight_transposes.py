@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..recognise.graph import attribute_ints, is_constant
+from ..nodes import attribute_ints, is_constant
 from .edit import add_tensor
 
 

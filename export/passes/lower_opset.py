@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from ...core.errors import UserError
 from ...core.text import option
-from ..recognise.graph import attribute_int, integers
+from ..nodes import attribute_int, integers
 from .edit import add_constant, type_text
 from .write_out import WRITTEN_OUT_BEFORE, WriteOut
 
@@ -25,7 +25,7 @@ _ALWAYS_KNOWN = {
 class LowerOpset(ir.passes.InPlacePass):
     """Write a graph in an older operator set, exactly; ``onnx.version_converter`` knows few of the steps down.
 
-    * ``Attention``, without a mask, cache or soft cap, is left to :class:`~.normalise.WriteOutAttention`.
+    * ``Attention``, without a mask, cache or soft cap, is left to :class:`~.write_out_attention.WriteOutAttention`.
     * ``Gelu`` (20) and ``LayerNormalization`` (17) are written out: :class:`WriteOut`.
     * ``ReduceMean(x, axes)`` (18) -> ``ReduceMean(x) {axes}``, and the other reductions.
     * ``Split(x) {num_outputs}`` (18) -> ``Split(x, sizes)``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..recognise.graph import attribute_ints, integers
+from ..nodes import attribute_ints, integers
 from .edit import add_constant, add_node, add_shape
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...core.errors import UserError
-from ..recognise.graph import attribute_int
+from ..nodes import attribute_int
 from .edit import add_constant, add_node, number_like
 
 #: Operator -> the operator set that it came with, and before which it is written out.

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import onnx_ir as ir
 
 from ...core.errors import GraphError
 from ...core.plan import Geometry
 from ...core.text import command
+from ..nodes import attribute_int, attribute_ints, called, integers, is_constant, readers_of
 
 #: What a command that is given a graph says of one that is not understood; ``inspect`` leaves the first part out.
 SEE_INSPECT = f"see what is understood with: {command('inspect', 'FILE')}; "
@@ -38,16 +38,6 @@ class NotUnderstood(GraphError):
         where = f" at {called(place)}" if place is not None else ""
         super().__init__(f"the graph is not understood{where}: expected {expected}", HINT)
         self.place, self.expected, self.cut = place, expected, cut
-
-
-def called(place: ir.Node | ir.Value) -> str:
-    """``node 'add_3' (Add)``; exporters may leave nodes without names, and what a node makes always has one."""
-    if isinstance(place, ir.Value):
-        return f"value {place.name!r}"
-    made = next((value.name for value in place.outputs if value.name), "?")
-    name = repr(place.name) if place.name else f"of {made!r}"
-    op_type = place.op_type if place.domain in ("", "ai.onnx") else f"{place.domain}.{place.op_type}"
-    return f"node {name} ({op_type})"
 
 
 @dataclass(frozen=True)
@@ -223,35 +213,6 @@ def refuse(place: ir.Node | ir.Value | None, expected: str, cut: ir.Value | None
     if isinstance(place, ir.Value) and place.producer() is not None:
         place = place.producer()
     return NotUnderstood(place, expected, cut)
-
-
-def constant(value: ir.Value | None) -> np.ndarray | None:
-    """The numbers of a constant value, or None if the value is computed."""
-    if value is None or value.const_value is None:
-        return None
-    return value.const_value.numpy()
-
-
-def is_constant(value: ir.Value | None) -> bool:
-    return value is not None and value.const_value is not None
-
-
-def integers(node: ir.Node, index: int) -> list[int] | None:
-    """Input ``index`` of ``node`` as a flat list, if it is a constant of integers."""
-    array = constant(node.inputs[index]) if index < len(node.inputs) else None
-    return None if array is None or array.dtype.kind not in "iu" else array.reshape(-1).tolist()
-
-
-def attribute_int(node: ir.Node, name: str, default: int) -> int:
-    return node.attributes[name].as_int() if name in node.attributes else default
-
-
-def attribute_ints(node: ir.Node, name: str) -> list[int] | None:
-    return list(node.attributes[name].as_ints()) if name in node.attributes else None
-
-
-def readers_of(value: ir.Value) -> list[ir.Node]:
-    return [usage.node for usage in value.uses()]
 
 
 def sole_reader(value: ir.Value, op_type: str, expected: str) -> ir.Node:

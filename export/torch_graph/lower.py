@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...core.errors import GraphError
 from ...core.text import first_line
-from ..recognise.graph import called
+from ..nodes import called
 from . import layout, products, short  # noqa: F401  They fill the table.
 from .table import DTYPES, OPERATORS, Call, Site, real
 

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...core.errors import UserError
 from ..graph import Graph, copy_model, open_graph
-from ..recognise.unfit import refuse_subgraphs
+from ..unfit import refuse_subgraphs
 from .lower import HOST_LIKE, LIKE, lower
 from .program import Program, compile_calls
 from .table import DTYPES, real

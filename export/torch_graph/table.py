@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import GraphError
-from ..recognise.graph import called
+from ..nodes import called
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,19 @@
 """What a token costs, counted from a graph, is what the closed form says of the module."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from follow_tools import identity_plan, written, written_reference
 from many_vits import model_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from vpruner.core.cost import block_macs
+from vpruner.core.cost import block_macs, dense_macs
 from vpruner.export.follow import fold, follow
-from vpruner.export.graph_costs import BlockMacs, costs
+from vpruner.export.graph_costs import BlockMacs, costs, geometry_of
 from vpruner.prune.backbones.vit import read_geometry
 from vpruner.prune.models import open_model
 
@@ -65,3 +69,39 @@ def products(model) -> int:
         for node in model.graph
         if node.op_type in ("MatMul", "Gemm")
     )
+
+
+@pytest.mark.parametrize("name", ["ViT", "ViT, average", "ViT, attention pooling", "ViT, SwiGLU", "written norm"])
+def test_the_shape_of_a_plain_model_is_that_of_its_module(name):
+    expected, found = read_geometry(model_of(name), name), geometry_of(follow(written(name, "torchscript", 17, True)))
+    # A head that pools reads no prefix token, which the module is not asked.
+    assert expected.differences(replace(found, head_prefix=expected.head_prefix)) == []
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("taps", {"taps": (0,), "output": "values", "head_patches": True}),
+        ("ViT, tokens", {"output": "values", "outputs": 25 * 32, "head_prefix": 1, "head_patches": True}),
+        ("CLIP, two towers", {"output": "values", "prefix_tokens": 1, "head_patches": False}),
+        ("prepared", {"image_size": (40, 40), "grid": (4, 6)}),
+        ("parallel, one product", {"token_macs": ((2048, 10240, 64, 0),) * 2}),
+    ],
+)
+def test_the_shape_of_others(name, fields):
+    found = geometry_of(follow(written(name, "torchscript", 17, True)))
+    assert {field: getattr(found, field) for field in fields} == fields
+
+
+@pytest.mark.parametrize("name", ["Swin", "CaiT", "ViT, tokens", "relative positions"])
+def test_all_that_is_computed_is_counted(name):
+    geometry = geometry_of(follow(written(name, "torchscript", 17, False)))
+    images = torch.rand(1, 3, *geometry.image_size)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model_of(name)(images)
+    assert dense_macs(geometry) == counter.get_total_flops() // 2
+
+
+def test_attention_that_is_left_whole_cannot_be_masked():
+    geometry = geometry_of(follow(written("Swin", "torchscript", 17, False)))
+    assert not geometry.maskable[:2].any() and geometry.maskable[2].all()

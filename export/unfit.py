@@ -10,11 +10,11 @@ from math import prod
 import numpy as np
 import onnx_ir as ir
 
-from ...core.errors import GraphError
-from ...core.text import command
-from ..quantize import QUANTIZED_OPS
-from ..targets.rules import FOLD_CONSTANTS
-from .graph import called
+from ..core.errors import GraphError
+from ..core.text import command
+from .nodes import called
+from .quantize import QUANTIZED_OPS
+from .targets.rules import FOLD_CONSTANTS
 
 #: LayerNormalization is an operator from here on; what exporters write before is taken apart.
 OLDEST_OPSET = 17
