@@ -17,7 +17,7 @@ from ..core.errors import GraphError
 from ..core.geometry import Geometry
 from .follow import Followed
 from .follow.columns import project_apart
-from .follow.demand import demand, sets_of
+from .follow.demand import demand, sets_of, unlike
 from .follow.known import used_by
 from .follow.layout import ENDED
 from .follow.rules import attribute
@@ -162,7 +162,7 @@ def costs(followed: Followed) -> tuple[BlockMacs, ...]:
     """Of each block; 0 for what cannot be masked."""
     followed = followed.copy()
     # Products whose columns are needed of different tokens are computed apart, as they are in a folded graph.
-    sets = sets_of(followed, _unlike(followed))
+    sets = sets_of(followed, unlike(followed))
     project_apart(followed, demand(followed, sets))
     found = [dict.fromkeys(("key", "query", "pair", "mlp"), 0) for _ in followed.blocks]
     for node, groups in _roles(followed):
@@ -175,16 +175,6 @@ def costs(followed: Followed) -> tuple[BlockMacs, ...]:
             for role in ("pair",) if len(named) == 2 else set().union(*named):
                 found[block][role] += per_token
     return tuple(BlockMacs(**one) for one in found)
-
-
-def _unlike(followed: Followed) -> SimpleNamespace:
-    """A plan with other tokens of each kind in each block."""
-    every = tuple(range(followed.patches))
-    parts = {"keys": every[::2], "queries": every[1::2], "mlps": every[: len(every) // 2]}
-    kinds = {
-        kind: [part if getattr(block, kind) else every for block in followed.blocks] for kind, part in parts.items()
-    }
-    return SimpleNamespace(**kinds, reads=None)
 
 
 def _roles(followed: Followed):

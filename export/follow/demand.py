@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np
@@ -80,6 +81,16 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
         for node in _head(followed):
             sets.keys[node] = sets.reads
     return sets
+
+
+def unlike(followed: Followed) -> SimpleNamespace:
+    """A plan with other tokens of each kind in each block."""
+    every = tuple(range(followed.patches))
+    parts = {"keys": every[::2], "queries": every[1::2], "mlps": every[: len(every) // 2]}
+    kinds = {
+        kind: [part if getattr(block, kind) else every for block in followed.blocks] for kind, part in parts.items()
+    }
+    return SimpleNamespace(**kinds, reads=None)
 
 
 def _head(followed: Followed) -> list[ir.Node]:
