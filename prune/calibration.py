@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..core.finite import check_finite
 from ..core.plan import TokenPlan
 from ..core.preprocess import Preprocessing
-from .backbones.vit import ViTAdapter
+from .backbones.adapter import Adapter
 from .data import ImageSet
 from .fisher import batch_size_for
 from .methods.rule import TokenRule
@@ -108,7 +108,7 @@ class Calibration:
 
     def dense_outputs(
         self,
-        adapter: ViTAdapter,
+        adapter: Adapter,
         indices: Sequence[int] | np.ndarray,
         on_batch: Callable[[int], None] = lambda count: None,
     ) -> Tensor:
@@ -127,7 +127,7 @@ class Calibration:
 
     def outputs(
         self,
-        adapter: ViTAdapter,
+        adapter: Adapter,
         plan: TokenPlan | TokenRule | None,
         indices: Sequence[int] | np.ndarray,
         on_batch: Callable[[int], None] = lambda count: None,
@@ -144,7 +144,7 @@ class Calibration:
         return torch.cat(rows).clone()
 
     def divergence(
-        self, adapter: ViTAdapter, plan: TokenPlan | TokenRule, indices: Sequence[int] | np.ndarray
+        self, adapter: Adapter, plan: TokenPlan | TokenRule, indices: Sequence[int] | np.ndarray
     ) -> np.ndarray:
         """float64 [image]: :func:`divergence` of the pruned model from the dense one on those images."""
         dense = self.dense_outputs(adapter, indices)

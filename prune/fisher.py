@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..core.choices import LOSSES
 from ..core.geometry import Geometry
 from ..core.plan import KINDS, TokenPlan
-from .backbones.vit import ViTAdapter
+from .backbones.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def losses_of(moments: np.ndarray) -> np.ndarray:
 
 
 def gate_gradients(
-    adapter: ViTAdapter,
+    adapter: Adapter,
     batches: Iterable[tuple[Tensor, Tensor | None]],
     loss: str,
     *,
@@ -82,7 +82,7 @@ def gate_gradients(
 
 
 def gradients_of_images(
-    adapter: ViTAdapter,
+    adapter: Adapter,
     batches: Iterable[tuple[Tensor, Tensor | None]],
     loss: str,
     *,

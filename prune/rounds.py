@@ -13,7 +13,7 @@ from ..core.cost import Cost, MacsCost
 from ..core.errors import UserError
 from ..core.plan import TokenPlan
 from ..core.text import option
-from .backbones.vit import ViTAdapter
+from .backbones.adapter import Adapter
 from .fisher import gate_gradients
 from .search import search_mask
 
@@ -42,7 +42,7 @@ class FisherSearch:
 
 
 def search_in_rounds(
-    adapter: ViTAdapter,
+    adapter: Adapter,
     rounds: Sequence[Iterable[tuple[Tensor, Tensor | None]]],
     loss: str,
     target: float,

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from ...core.plan import TokenPlan
 from ...core.schedule import BlockStep, schedule
-from ..backbones.forms import attended_values, log_gates, project_keys_values, step_forward
-from ..backbones.vit import ViTAdapter, embed_images
+from ..backbones.adapter import BlockAdapter
+from ..backbones.forms import attended_values, embed_images, log_gates, project_keys_values, step_forward
 from ..calibration import Calibration
 from ..fisher import batch_size_for
 from ..methods.rule import BlockView, Keep, TokenRule, enter, select_rows, with_prefix
@@ -95,7 +95,7 @@ class Streams:
 
     def __init__(
         self,
-        adapter: ViTAdapter,
+        adapter: BlockAdapter,
         plans: Sequence[TokenPlan | TokenRule],
         calibration: Calibration,
         indices: Sequence[int] | np.ndarray,

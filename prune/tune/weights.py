@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.plan import TokenPlan
-from ..backbones.vit import ViTAdapter
+from ..backbones.adapter import BlockAdapter
 from ..calibration import Calibration
 from ..methods.rule import TokenRule
 from .ridge import FIRST_RIDGE, NormalEquations
@@ -56,7 +56,7 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor] | None) -> Iter
 
 @torch.no_grad()
 def refit_weights(
-    adapter: ViTAdapter,
+    adapter: BlockAdapter,
     plan: TokenPlan | TokenRule | Sequence[TokenPlan | TokenRule],
     calibration: Calibration,
     indices: Sequence[int] | np.ndarray,
