@@ -8,6 +8,7 @@ the block but which tokens each product is computed for.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from types import SimpleNamespace
 
@@ -84,15 +85,28 @@ def _two(sizes: tuple[int, ...]) -> tuple[int, int]:
     return (math.prod(sizes[:-1]), sizes[-1])
 
 
-def _image_size(followed: Followed) -> tuple[int, int, int]:
-    """Height, width and channels of what the stem is fed with, as the user gives it."""
+def image_of(followed: Followed) -> ir.Value:
+    """The input of the graph that the stem is fed with.
+
+    Raises:
+        GraphError: There is none.
+    """
     fed = (value for node in _ahead(followed.stem.outputs[0]) for value in used_by(node))
     image = next((value for value in fed if value in followed.model.graph.inputs and value.const_value is None), None)
-    sizes = (followed.tokens.known.shapes.get(image) or ())[1:]
-    if len(sizes) < 2:
+    if image is None or len(followed.tokens.known.shapes.get(image, ())) < 3:
         raise GraphError("the tokens do not begin at an image that is fed to the graph")
-    channels_last = len(sizes) == 3 and sizes[-1] < min(sizes[:2])
-    height, width = sizes[:2] if channels_last else sizes[-2:]
+    return image
+
+
+def is_channels_last(sizes: Sequence[int]) -> bool:
+    """Whether an image of these sizes, the batch left out, is [height, width, channel]."""
+    return len(sizes) == 3 and sizes[-1] < min(sizes[:2])
+
+
+def _image_size(followed: Followed) -> tuple[int, int, int]:
+    """Height, width and channels, as the user gives them."""
+    sizes = followed.tokens.known.shapes[image_of(followed)][1:]
+    height, width = sizes[:2] if is_channels_last(sizes) else sizes[-2:]
     return height, width, math.prod(sizes) // (height * width)
 
 

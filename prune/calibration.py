@@ -163,7 +163,11 @@ def divergence(dense: Tensor, pruned: Tensor, output: str) -> Tensor:
     Args:
         dense, pruned: [image, output].
         output: ``"logits"``: the KL divergence of the two distributions, in nats. ``"features"``: 1 - cosine.
+            ``"values"``: the squared error relative to the mean square of the output, the mean over outputs: the sum of
+            squared differences, because an adapter scales its values so.
     """
+    if output == "values":
+        return (dense.float() - pruned.float()).square().sum(-1)
     if output == "features":
         return 1 - F.cosine_similarity(dense.float(), pruned.float(), dim=-1)
     dense, pruned = dense.float().log_softmax(-1), pruned.float().log_softmax(-1)
@@ -180,8 +184,10 @@ def distance(dense: Tensor, pruned: Tensor, output: str) -> Tensor:
     Args:
         dense, pruned: [image, output].
         output: ``"logits"``: root mean square difference, up to a constant that softmax ignores. ``"features"``: of the
-            features scaled to unit length.
+            features scaled to unit length. ``"values"``: the root of the relative squared error.
     """
+    if output == "values":
+        return (divergence(dense, pruned, output) + 1e-12).sqrt()
     dense, pruned = dense.float(), pruned.float()
     if output == "features":
         difference = F.normalize(dense, dim=-1) - F.normalize(pruned, dim=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -85,6 +85,12 @@ class GraphModule(nn.Module):
     def weights(self) -> dict[str, nn.Parameter]:
         """Parameters by the name that they have in the graph."""
         return {name: getattr(self, self._attributes[name]) for name in self._weights}
+
+    def share(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Take weights of another module in the place of those that have their name and shape."""
+        for name, own in self.weights().items():
+            if name in weights and weights[name].shape == own.shape:
+                setattr(self, self._attributes[name], weights[name])
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The output of the graph, or a tuple of its outputs."""

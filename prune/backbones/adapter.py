@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
@@ -28,11 +28,13 @@ class Adapter(Protocol):
         geometry: Its shape.
         model: Images [image, channel, height, width] -> [image, output]. Inside :meth:`applied` and :meth:`gated`,
             calling it runs that form. Its parameters may be exchanged meanwhile.
+        plans_together: Whether plans share work, so that many on few images are run faster than each on many images.
     """
 
     name: str
     geometry: Geometry
     model: nn.Module
+    plans_together: ClassVar[bool]
 
     def gated(self, batch_size: int, plan: TokenPlan | None = None) -> AbstractContextManager[Tensor]:
         """The model with three differentiable gates on every patch of every block, separately for each image.
@@ -55,11 +57,12 @@ class Adapter(Protocol):
             PlanError: The plan is for another geometry.
         """
 
-    def evaluate_plans(self, plans: Sequence[TokenPlan], images: Tensor) -> Tensor:
+    def evaluate_plans(self, plans: Sequence[TokenPlan], images: Tensor, total: int | None = None) -> Tensor:
         """Outputs of the model pruned by each of ``plans``: float32 [plan, image, output] on the CPU.
 
         Args:
             images: float [image, channel, height, width].
+            total: On how many images the same plans are run, in several calls; None: on these.
         """
 
     def refit(

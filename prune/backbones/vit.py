@@ -66,6 +66,8 @@ class ViTAdapter:
         UserError: The model is not one this adapter handles; the message says which part and why.
     """
 
+    plans_together = True
+
     def __init__(self, model: nn.Module, name: str, geometry: Geometry | None = None):
         self.model = model
         self.name = name
@@ -153,7 +155,7 @@ class ViTAdapter:
 
     # -- learning -------------------------------------------------------------------------------------------------
 
-    def evaluate_plans(self, plans: Sequence[TokenPlan], images: Tensor) -> Tensor:
+    def evaluate_plans(self, plans: Sequence[TokenPlan], images: Tensor, total: int | None = None) -> Tensor:
         """Outputs of the model pruned by each plan, see :func:`~vpruner.prune.rollouts.evaluate_plans`."""
         from ..rollouts import evaluate_plans
 

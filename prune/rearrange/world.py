@@ -85,15 +85,18 @@ class World:
         """
         distances = np.empty((len(plans), len(indices)))
         divergences = np.empty_like(distances)
+        count = len(plans) if self.adapter.plans_together else 1
         # Before any weights are exchanged: the target is what the model as trained says.
         self.calibration.dense_outputs(self.adapter, indices)
         with with_weights(self.adapter.model, self.stand_in if foresee else None):
-            for start in range(0, len(indices), self._chunk):
-                places = slice(start, start + self._chunk)
-                outputs = self.adapter.evaluate_plans(plans, self.calibration.images(indices[places]))
-                dense = self.calibration.dense_outputs(self.adapter, indices[places]).expand_as(outputs)
-                distances[:, places] = distance(dense, outputs, self.geometry.output).numpy()
-                divergences[:, places] = divergence(dense, outputs, self.geometry.output).numpy()
+            for first in range(0, len(plans), count):
+                for start in range(0, len(indices), self._chunk):
+                    some, places = slice(first, first + count), slice(start, start + self._chunk)
+                    images = self.calibration.images(indices[places])
+                    outputs = self.adapter.evaluate_plans(plans[some], images, len(indices))
+                    dense = self.calibration.dense_outputs(self.adapter, indices[places]).expand_as(outputs)
+                    distances[some, places] = distance(dense, outputs, self.geometry.output).numpy()
+                    divergences[some, places] = divergence(dense, outputs, self.geometry.output).numpy()
         return distances, divergences
 
     @property

@@ -17,7 +17,7 @@ from vpruner.core.plan import TokenPlan
 from vpruner.core.specs import ExportSpec, LearnSpec, ModelSpec
 from vpruner.export.files import load_model, save_model
 from vpruner.export.parity import run_onnx
-from vpruner.export.rebuild.graph import probe_images, rebuild
+from vpruner.export.graph_model import open_graph_model, probe_images
 from vpruner.pipeline.fold import fold_checked
 from vpruner.pipeline.folders import check_free
 from vpruner.pipeline.graphs import write_dense
@@ -95,7 +95,7 @@ def reference_graph(request, reference, tmp_path_factory):
 
 def test_the_plan_from_the_graph_is_the_one_from_pytorch(reference, reference_graph, tmp_path):
     given = {name: value for name, value in reference.preprocessing.to_json().items() if name != "size"}
-    rebuilt = rebuild(reference_graph, preprocessing=given).loaded
+    rebuilt = open_graph_model(reference_graph, preprocessing=given)
     source = ImageSource(str(bundled.calibration_data()))
     label_map = map_labels(source, reference.classes, 10, [])
     chosen = ImageSet(source, choose_indices(source, 32, 0), label_map)
