@@ -179,7 +179,7 @@ def costs(followed: Followed) -> tuple[BlockMacs, ...]:
     sets = sets_of(followed, unlike(followed))
     project_apart(followed, demand(followed, sets))
     found = [dict.fromkeys(("key", "query", "pair", "mlp"), 0) for _ in followed.blocks]
-    for node, groups in _roles(followed):
+    for node, groups in roles_of(followed)[0].items():
         sizes = [size for size, _ in groups]
         macs = _macs(node, followed)
         per_token = 0 if not macs or not sizes else macs // math.prod(sizes)
@@ -191,9 +191,16 @@ def costs(followed: Followed) -> tuple[BlockMacs, ...]:
     return tuple(BlockMacs(**one) for one in found)
 
 
-def _roles(followed: Followed):
-    """(node, [(tokens, {(block, role)}) for each of its groups]), from the updates back to the stream."""
-    graph, layouts = followed.model.graph, followed.tokens.layouts
+def roles_of(
+    followed: Followed,
+) -> tuple[dict[ir.Node, list[tuple[int, set[tuple[int, str]]]]], dict[ir.Value, list[set[tuple[int, str]]]]]:
+    """What the tokens of nodes and values are for: ``(block, "key")``, ``"query"`` or ``"mlp"``.
+
+    Returns:
+        Node of a branch that can be masked -> (tokens, roles) of each of its groups, from the updates back to the
+        stream; and value between the stream and such an update -> roles of each of its groups.
+    """
+    graph, layouts, nodes = followed.model.graph, followed.tokens.layouts, {}
     stream, roles = {followed.stream}, {}
     for block in followed.blocks:
         for role, branches in (("query", block.attention), ("mlp", block.mlp)):
@@ -218,7 +225,8 @@ def _roles(followed: Followed):
                 known = roles.setdefault(value, [set() for _ in links])
                 for group, link in enumerate(links):
                     known[group] |= own[link] if link != ENDED else set()
-        yield node, list(zip(sizes, own, strict=True))
+        nodes[node] = list(zip(sizes, own, strict=True))
+    return nodes, roles
 
 
 def _macs(node: ir.Node, followed: Followed) -> int:

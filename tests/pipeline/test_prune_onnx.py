@@ -16,8 +16,8 @@ from vpruner.core import bundled, progress
 from vpruner.core.plan import TokenPlan
 from vpruner.core.specs import ExportSpec, LearnSpec, ModelSpec
 from vpruner.export.files import load_model, save_model
-from vpruner.export.parity import run_onnx
 from vpruner.export.graph_model import open_graph_model, probe_images
+from vpruner.export.parity import run_onnx
 from vpruner.pipeline.fold import fold_checked
 from vpruner.pipeline.folders import check_free
 from vpruner.pipeline.graphs import write_dense
