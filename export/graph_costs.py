@@ -23,6 +23,12 @@ from .follow.known import used_by
 from .follow.layout import ENDED
 from .follow.rules import attribute
 
+#: What may stand behind a classifier: views, probabilities, constant factors and sums.
+_AFFINE = frozenset(
+    ("Add", "Sub", "Mul", "Div", "BatchNormalization", "Cast", "Flatten", "Gather", "Identity", "Reshape", "Softmax",
+     "Sigmoid", "LogSoftmax", "Squeeze", "Transpose", "Unsqueeze", "ReduceMean", "ReduceSum", "Concat")
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class BlockMacs:
@@ -38,8 +44,9 @@ class BlockMacs:
 def geometry_of(followed: Followed) -> Geometry:
     """The shape of the model: what plans, searches and costs need to know of it.
 
-    MACs of parts that are left whole count as those of the stem. A model with one output [batch, channel] is one of
-    ``"features"`` where no product follows the blocks; one of several outputs, or of others, gives ``"values"``.
+    MACs of parts that are left whole count as those of the stem. A model with one output [batch, channel] gives
+    ``"logits"`` where that is a linear layer with a bias, otherwise ``"features"``; one of several outputs, or of
+    others, gives ``"values"``.
 
     Raises:
         GraphError: No image is fed to the stem.
@@ -71,7 +78,7 @@ def geometry_of(followed: Followed) -> Geometry:
         head_prefix=min(head_prefix, prefix),
         head_patches=at_end is not None and bool(at_end[:patches].any()),
         taps=tuple(block for block, mask in read.items() if block < last and mask[:patches].any()),
-        **_kind_of_output(followed, head.live),
+        **_kind_of_output(followed),
         **_rates(followed, counts),
     )
     token_count = followed.prefix + patches
@@ -110,15 +117,30 @@ def _image_size(followed: Followed) -> tuple[int, int, int]:
     return height, width, math.prod(sizes) // (height * width)
 
 
-def _kind_of_output(followed: Followed, head: set[ir.Node]) -> dict:
+def _kind_of_output(followed: Followed) -> dict:
     outputs = followed.model.graph.outputs
     shape = followed.tokens.known.shapes.get(outputs[0]) or (1,)
     per_image = math.prod(shape) // (shape[0] or 1)
     if len(outputs) > 1 or len(shape) != 2 or outputs[0] in followed.tokens.layouts:
         return {"outputs": per_image, "output": "values"}
-    # Where nothing but norms and pooling stands behind the blocks.
-    classifies = any(_macs(node, followed) for node in head)
-    return {"outputs": per_image, "output": "logits" if classifies else "features"}
+    return {"outputs": per_image, "output": "logits" if _classifies(outputs[0], followed) else "features"}
+
+
+def _classifies(value: ir.Value, followed: Followed, biased: bool = False) -> bool:
+    """Whether what is given is a linear layer with a bias, but for views, probabilities and constant factors; or the
+    sum of several of these. A projection to an embedding has none, as a rule."""
+    node, known = value.producer(), followed.tokens.known
+    if node is None:
+        return False
+    computed = [one for one in node.inputs if one is not None and one in known.from_inputs]
+    if node.op_type in ("MatMul", "Gemm", "Conv"):
+        return len(computed) == 1 and (biased or len(node.inputs) > 2)
+    if node.op_type == "Add" and len(computed) == 2:
+        wide = known.shapes[value][-1] == known.shapes[followed.stream][-1]  # It is added to the stream.
+        return not wide and all(_classifies(one, followed, biased) for one in computed)
+    if node.op_type not in _AFFINE or len(computed) != 1:
+        return False
+    return _classifies(computed[0], followed, biased or node.op_type in ("Add", "BatchNormalization"))
 
 
 def _rates(followed: Followed, counts: tuple[BlockMacs, ...]) -> dict:

@@ -18,7 +18,6 @@ MOST_LINES, MOST_IN_FUNCTION = 600, 90
 LATER = {
     "export/recognise/graph.py",
     "export/recognise/normalise.py",
-    "export/rebuild/graph.py",
 }
 #: An option as one types it, or a command.
 TYPED = re.compile(
