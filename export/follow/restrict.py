@@ -47,8 +47,11 @@ class State:
     rows: list[np.ndarray | None]
 
 
-def fold(followed: Followed, plan: Plan) -> ir.Model:
+def fold(followed: Followed, plan: Plan, *, shapes: bool = True) -> ir.Model:
     """The graph that computes only what ``plan`` leaves.
+
+    Args:
+        shapes: Whether shapes of the values inside are wanted; finding them takes half of the time.
 
     Raises:
         PlanError: The plan is for another shape, or leaves tokens out of what cannot be masked.
@@ -64,7 +67,8 @@ def fold(followed: Followed, plan: Plan) -> ir.Model:
         wanted = demand(followed, sets)
     _Fold(followed, sets, wanted).run()
     passes.RemoveUnusedNodesPass()(followed.model)
-    infer_shapes_anew(followed.model)
+    if shapes:
+        infer_shapes_anew(followed.model)
     return followed.model
 
 
