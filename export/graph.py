@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +20,13 @@ from ..core.files import file_sha256
 from ..core.metadata import PLAN, PREFIX, REQUIRED, WEIGHTS_SHA256, ModelMetadata
 from ..core.plan import Geometry
 from ..core.preprocess import Preprocessing
-from ..core.text import command, first_line
+from ..core.text import command
 from .files import check_tensors, load_model
+from .follow import Followed, follow
+from .graph_costs import geometry_of, image_input
+from .nodes import copy_model
 from .recognise.causes import explain
-from .recognise.graph import HINT, NotUnderstood, VitSite
+from .recognise.graph import NotUnderstood, VitSite
 from .recognise.normalise import prepare
 from .streaming import StoredTensor
 from .structure import find_problems
@@ -147,6 +149,38 @@ class OpenedGraph:
         files = {self.path, *(tensor.path for tensor in tensors if isinstance(tensor, StoredTensor))}
         return sum(map(os.path.getsize, files))
 
+    def copy(self) -> ir.Model:
+        """A model that may be changed; it shares tensors."""
+        return copy_model(self.model)
+
+    def followed(self, expected: Geometry | None = None) -> Followed:
+        """Where its tokens go; the work is done once.
+
+        Args:
+            expected: Gives the image size to a graph whose own is open, where the metadata does not.
+
+        Raises:
+            GraphError: The graph is no dense ViT, or is written in a way that is not understood; names the node.
+        """
+        found = self.__dict__.get("_followed")
+        if found is None:
+            if expected is None and self.metadata is not None:
+                expected = self.metadata.geometry
+            with self.naming():
+                refuse_unfit(self.model)
+                found = follow(_with_image_size(self.model, expected))
+            self.__dict__["_followed"] = found
+        return found
+
+    def shape(self, expected: Geometry | None = None) -> Geometry:
+        """The shape of the model as the graph has it; as :meth:`followed`."""
+        found = self.__dict__.get("_shape")
+        if found is None:
+            followed = self.followed(expected)
+            with self.naming():
+                found = self.__dict__["_shape"] = geometry_of(followed)
+        return found
+
     def recognised(self, expected: Geometry | None = None) -> Recognised:
         """The ViT in it; the work is done once.
 
@@ -171,6 +205,11 @@ class OpenedGraph:
             self.__dict__["_recognised"] = found
         return found
 
+    def image_sizes(self) -> tuple[int, ...]:
+        """Sizes of one image as the graph takes it; as :meth:`followed`, of which it must have been asked before."""
+        followed = self.followed()
+        return followed.tokens.known.shapes[image_input(followed)][1:]
+
     @contextmanager
     def naming(self) -> Iterator[None]:
         """Put the file's name before what is said of its graph, and names of the file for those of a rewritten one."""
@@ -184,6 +223,22 @@ class OpenedGraph:
                 raise
             before = "" if self.path is None else f"{self.source}: "
             raise GraphError(f"{before}{said.marked_problem}", said.marked_hint) from error
+
+
+def _with_image_size(model: ir.Model, expected: Geometry | None) -> ir.Model:
+    """The model, or a copy whose image has the expected size where the graph leaves it open."""
+    images = [value for value in model.graph.inputs if value.const_value is None and _is_open_image(value)]
+    if expected is None or len(images) != 1:
+        return model
+    model = copy_model(model)
+    (image,) = [value for value in model.graph.inputs if value.name == images[0].name]
+    image.shape = ir.Shape([image.shape[0], expected.in_chans, *expected.image_size])
+    return model
+
+
+def _is_open_image(value: ir.Value) -> bool:
+    shape = value.shape
+    return shape is not None and len(shape) == 4 and not all(isinstance(size, int) for size in shape[1:])
 
 
 def open_graph(graph: Graph) -> OpenedGraph:
@@ -208,26 +263,6 @@ def open_graph(graph: Graph) -> OpenedGraph:
     opened = OpenedGraph(model)
     check_tensors(model, opened.source)
     return opened
-
-
-def copy_model(model: ir.Model) -> ir.Model:
-    """Nodes and values are copied, tensors are shared.
-
-    Raises:
-        GraphError: A node reads what no node before it makes.
-    """
-    try:
-        copied = model.clone()
-    except (RuntimeError, ValueError, KeyError) as error:  # onnx-ir's cloner wraps what it finds, once for each level
-        while isinstance(error, RuntimeError) and error.__cause__ is not None:
-            error = error.__cause__
-        raise GraphError(f"the graph is damaged: {first_line(error)}", HINT) from None
-    # onnx-ir gives a copied value the type of the original, and setting ``dtype`` changes that type for both.
-    values = {*copied.graph.inputs, *copied.graph.initializers.values()}
-    values.update(value for node in copied.graph.all_nodes() for value in node.outputs)
-    for value in values:
-        value.type = copy(value.type)
-    return copied
 
 
 def already_pruned(source: str, digest: str, rule: Mapping[str, Any] | None = None) -> GraphError:

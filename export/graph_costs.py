@@ -11,6 +11,7 @@ import math
 from dataclasses import astuple, dataclass, replace
 from types import SimpleNamespace
 
+import numpy as np
 import onnx_ir as ir
 
 from ..core.errors import GraphError
@@ -45,18 +46,11 @@ def geometry_of(followed: Followed) -> Geometry:
     """
     tokens, blocks, patches = followed.tokens, followed.blocks, followed.patches
     shapes, prefix = tokens.known.shapes, followed.prefix
-    every = SimpleNamespace(**dict.fromkeys(("keys", "queries", "mlps"), [range(patches)] * len(blocks)), reads=None)
-    adds = {b.add: block.index for block in blocks for b in (*block.attention, *block.mlp)}
-    head = demand(followed, sets_of(followed, every), adds)
-    read = {}
-    for add, block in adds.items():
-        (mask,) = head.needed.get(add.outputs[0], [None])
-        if mask is not None:
-            read[block] = read.get(block, False) | mask
+    read, head = reads(followed)
     last, counts = len(blocks) - 1, costs(followed)
     at_end = read.get(last)
     head_prefix = 0 if at_end is None else int(at_end[patches:].sum())
-    head_macs, per_patch = _head_macs(followed, head.live)
+    head_macs, per_patch = _head_macs(followed, head)
     height, width, channels = _image_size(followed)
     found = Geometry(
         depth=len(blocks),
@@ -70,7 +64,7 @@ def geometry_of(followed: Followed) -> Geometry:
         head_prefix=min(head_prefix, prefix),
         head_patches=at_end is not None and bool(at_end[:patches].any()),
         taps=tuple(block for block, mask in read.items() if block < last and mask[:patches].any()),
-        **_kind_of_output(followed, head.live),
+        **_kind_of_output(followed, head),
         **_rates(followed, counts),
     )
     token_count = followed.prefix + patches
@@ -79,18 +73,41 @@ def geometry_of(followed: Followed) -> Geometry:
     return replace(found, stem_macs=whole - masked - head_macs - per_patch * patches * found.head_patches)
 
 
+def reads(followed: Followed) -> tuple[dict[int, np.ndarray], set[ir.Node]]:
+    """What is read of the stream by anything but the blocks: block -> bool [id] of the tokens that are read behind it;
+    and the nodes that read, and compute the outputs from it."""
+    blocks, every = followed.blocks, range(followed.patches)
+    plan = SimpleNamespace(**dict.fromkeys(("keys", "queries", "mlps"), [every] * len(blocks)), reads=None)
+    adds = {b.add: block.index for block in blocks for b in (*block.attention, *block.mlp)}
+    head = demand(followed, sets_of(followed, plan), adds)
+    read: dict[int, np.ndarray] = {}
+    for add, block in adds.items():
+        for mask in head.needed.get(add.outputs[0], []):
+            read[block] = read.get(block, False) | mask
+    return read, head.live
+
+
 def _two(sizes: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a grid of any number of axes."""
     return (math.prod(sizes[:-1]), sizes[-1])
 
 
-def _image_size(followed: Followed) -> tuple[int, int, int]:
-    """Height, width and channels of what the stem is fed with, as the user gives it."""
+def image_input(followed: Followed) -> ir.Value:
+    """The input that the tokens begin at.
+
+    Raises:
+        GraphError: It is none of two axes or more behind the batch.
+    """
     fed = (value for node in _ahead(followed.stem.outputs[0]) for value in used_by(node))
     image = next((value for value in fed if value in followed.model.graph.inputs and value.const_value is None), None)
-    sizes = (followed.tokens.known.shapes.get(image) or ())[1:]
-    if len(sizes) < 2:
+    if image is None or len(followed.tokens.known.shapes.get(image) or ()) < 3:
         raise GraphError("the tokens do not begin at an image that is fed to the graph")
+    return image
+
+
+def _image_size(followed: Followed) -> tuple[int, int, int]:
+    """Height, width and channels of what the stem is fed with, as the user gives it."""
+    sizes = followed.tokens.known.shapes[image_input(followed)][1:]
     channels_last = len(sizes) == 3 and sizes[-1] < min(sizes[:2])
     height, width = sizes[:2] if channels_last else sizes[-2:]
     return height, width, math.prod(sizes) // (height * width)

@@ -239,10 +239,10 @@ def _finish(
         for name in wanted:
             done.files[name] = folder / f"{name}.onnx"
             options = dict(top1=top1, opset=spec.opset, yardstick=done.yardsticks[name])
-            done.deployment, check = deploy_checked(
+            done.deployment, checks = deploy_checked(
                 done.plain[name], spec.deploy_for, done.files[name], images.numpy(), **options
             )
-            done.checks.append(check)
+            done.checks += checks
 
 
 def _write_rule(
@@ -288,7 +288,7 @@ def deploy_checked(
     top1: bool,
     opset: int | None = None,
     yardstick: Yardstick | None = None,
-) -> tuple[Deployment, ParityCheck]:
+) -> tuple[Deployment, list[ParityCheck]]:
     """Write a plain graph in the form that a deployment target takes, and compare the two in onnxruntime.
 
     Args:
@@ -304,15 +304,17 @@ def deploy_checked(
     """
     from ..export.deploy import deploy_file
     from ..export.graph import open_graph
-    from ..export.parity import compare_float32, run_graph, run_onnx
+    from ..export.parity import compare_outputs, run_all_outputs, run_graph
 
     plain = open_graph(plain)
     reference = run_graph(plain, images)
     deployed = deploy_file(plain, target, output, opset=opset)
     name = f"{output.name} for {target} equals the plain graph"
     # Unoptimized: onnxruntime would fuse again what was taken apart, and run the graph that it is compared with.
-    found = run_onnx(output, images, optimized=False)
-    return deployed, compare_float32(name, reference, found, yardstick or file_yardstick(plain, images), top1=top1)
+    found = run_all_outputs(output, images, optimized=False)
+    names = [value.name for value in plain.model.graph.outputs]
+    checks = compare_outputs(name, names, reference, found, yardstick or file_yardstick(plain, images), top1=top1)
+    return deployed, checks
 
 
 def file_yardstick(graph: OpenedGraph, images: np.ndarray) -> Yardstick:

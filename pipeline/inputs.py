@@ -235,7 +235,11 @@ def refuse_preprocessing(given: Mapping[str, Any]) -> None:
 
 def noise_images(geometry: Geometry, count: int = PARITY_IMAGES, seed: int = 0):
     """Seeded inputs where a command has no images: float32 [image, channel, height, width], standard normal."""
+    return noise_like((geometry.in_chans, *geometry.image_size), count, seed)
+
+
+def noise_like(sizes: Sequence[int], count: int = PARITY_IMAGES, seed: int = 0):
+    """The same for a graph that takes others: [image, *sizes]."""
     import numpy as np
 
-    shape = (count, geometry.in_chans, *geometry.image_size)
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    return np.random.default_rng(seed).standard_normal((count, *sizes), dtype=np.float32)

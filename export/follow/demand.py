@@ -235,6 +235,42 @@ def whole_groups(followed: Followed, node: ir.Node, keyed: bool) -> set[int]:
     return whole
 
 
+def counts(followed: Followed, plan: Plan | None) -> list[tuple[int, int, int]]:
+    """For each block the tokens, prefix included, that it reads, that attend and that pass its MLP, as the graph that
+    ``plan`` is folded into computes them; None: as the graph is.
+
+    Raises:
+        PlanError: As :func:`demand`.
+    """
+    layouts = followed.tokens.layouts
+    sets = None if plan is None else sets_of(followed, plan)
+    wanted = None if sets is None else demand(followed, sets)
+
+    def carried(value: ir.Value) -> int:
+        if wanted is None:
+            return layouts[value].ids[0].size if value in layouts else 0
+        return int(wanted.needed[value][0].sum()) if value in wanted.needed else 0
+
+    def summed(node: ir.Node) -> int:
+        flow = followed.flows[node]
+        if wanted is None:
+            return sum(ids.size for ids in flow.ends)
+        return int(node_masks(followed, sets, wanted, node)[-1].sum()) if node in wanted.live else 0
+
+    def updated(branches: Sequence[Branch]) -> int:
+        updates = ((branch.add.inputs[branch.update], branch.add.outputs[0]) for branch in branches)
+        return max((carried(update if update in layouts else whole) for update, whole in updates), default=0)
+
+    return [
+        (
+            max((summed(node) for branch in block.attention for node in branch.mixers), default=0),
+            updated(block.attention),
+            updated(block.mlp),
+        )
+        for block in followed.blocks
+    ]
+
+
 def check_keys(followed: Followed, plan: Plan, wanted: Demand) -> None:
     """Raises:
     PlanError: The plan leaves keys out of a block that reads every token.

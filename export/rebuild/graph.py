@@ -39,8 +39,8 @@ from ...prune.backbones.vit import ViTAdapter, weights_sha256
 from ...prune.loaded import LoadedModel
 from ..files import save_model
 from ..fold import check_shape
-from ..graph import Graph, OpenedGraph, copy_model, open_graph
-from ..nodes import attribute_int, constant, integers, is_constant, readers_of
+from ..graph import Graph, OpenedGraph, open_graph
+from ..nodes import attribute_int, constant, copy_model, integers, is_constant, readers_of
 from ..parity import compare_float32, run_graph, run_onnx
 from ..passes.edit import add_constant
 from ..recognise.graph import BlockSite, HeadSite, VitSite, is_norm, refuse, sole_reader

@@ -19,10 +19,10 @@ from onnx_ir.passes import common as passes
 
 from ...core.errors import GraphError
 from ...core.text import option
-from ..nodes import attribute_ints, called, readers_of
+from ..nodes import HINT, SEE_INSPECT, attribute_ints, called, readers_of
 from ..streaming import read_message
 from ..unfit import constant_of, inputs_of
-from .graph import HINT, SEE_INSPECT, NotUnderstood
+from .graph import NotUnderstood
 
 _PLAIN = "plans fold into plain ViTs: learned positions that are added to the tokens, and attention among all of them"
 #: Operators that a normalisation or a change of layout is made of.

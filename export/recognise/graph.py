@@ -17,12 +17,7 @@ import onnx_ir as ir
 
 from ...core.errors import GraphError
 from ...core.plan import Geometry
-from ...core.text import command
-from ..nodes import attribute_int, attribute_ints, called, integers, is_constant, readers_of
-
-#: What a command that is given a graph says of one that is not understood; ``inspect`` leaves the first part out.
-SEE_INSPECT = f"see what is understood with: {command('inspect', 'FILE')}; "
-HINT = f"{SEE_INSPECT}a graph that always is comes from: {command('export', 'MODEL')}"
+from ..nodes import HINT, attribute_int, attribute_ints, called, integers, is_constant, readers_of
 
 
 class NotUnderstood(GraphError):
