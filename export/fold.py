@@ -25,26 +25,12 @@ import onnx_ir as ir
 
 from ..core.errors import PlanError
 from ..core.metadata import ModelMetadata
-from ..core.plan import Geometry, TokenPlan
+from ..core.plan import KINDS, Geometry, TokenPlan
 from ..core.text import command
 from .files import save_model
-from .follow import counts, fold
+from .follow import BlockCounts, counts, fold
 from .graph import Graph, OpenedGraph, open_graph
-
-
-@dataclass(frozen=True)
-class BlockCounts:
-    """What folding did to one block: tokens, prefix included, that it reads, that attend, and that pass its MLP.
-
-    Attributes:
-        gated: Whether gates are added to its attention logits.
-    """
-
-    block: int
-    keys: int
-    queries: int
-    mlps: int
-    gated: bool
+from .nodes import copy_model
 
 
 @dataclass(frozen=True)
@@ -128,13 +114,12 @@ def fold_graph(dense: Graph, plan: TokenPlan) -> Folded:
     followed = dense.followed(plan.geometry)
     check_shape(plan.geometry, dense.shape(), plan.model, dense.source)
     with dense.naming():
-        left, every = counts(followed, plan), counts(followed, None)
-        gated = [plan.gates is not None and any(gate != 1 for gate in gates) for gates in plan.gates or plan.keys]
-        modified = left != every or any(gated)
-        model = fold(followed, plan) if modified else dense.copy()
-    blocks = tuple(
-        BlockCounts(index, *tokens, gate) for index, (tokens, gate) in enumerate(zip(left, gated, strict=True))
-    )
+        blocks, tokens = counts(followed, plan), followed.prefix + followed.patches
+        modified = any(
+            found.gated or any(getattr(found, kind) != tokens for kind in KINDS if getattr(block, kind))
+            for found, block in zip(blocks, followed.blocks, strict=True)
+        )
+        model = fold(followed, plan) if modified else copy_model(dense.model)
     return Folded(model, modified, blocks)
 
 

@@ -149,10 +149,6 @@ class OpenedGraph:
         files = {self.path, *(tensor.path for tensor in tensors if isinstance(tensor, StoredTensor))}
         return sum(map(os.path.getsize, files))
 
-    def copy(self) -> ir.Model:
-        """A model that may be changed; it shares tensors."""
-        return copy_model(self.model)
-
     def followed(self, expected: Geometry | None = None) -> Followed:
         """Where its tokens go; the work is done once.
 

@@ -109,14 +109,12 @@ def _describe_blocks(followed: Followed, plan: TokenPlan) -> list[dict[str, Any]
     """For each block the tokens of which something is read later, the values that carry the residual stream, what of it
     can be masked, and why the rest cannot."""
     described, stream = [], followed.stream.name
-    for block, (keys, queries, mlps) in zip(followed.blocks, counts(followed, plan), strict=True):
+    for block, tokens in zip(followed.blocks, counts(followed, plan), strict=True):
         after = [branches[-1].add.outputs[0].name for branches in (block.attention, block.mlp) if branches]
         described.append(
             {
                 "block": block.index,
-                "keys": keys,
-                "queries": queries,
-                "mlps": mlps,
+                **{kind: getattr(tokens, kind) for kind in KINDS},
                 "enters": stream,
                 "after_attention": after[0] if block.attention else stream,
                 "leaves": after[-1],

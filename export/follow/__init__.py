@@ -5,9 +5,9 @@
 """
 
 from .blocks import follow
-from .demand import counts
+from .demand import BlockCounts, counts
 from .followed import Block, Branch, Followed
 from .mask import mask
 from .restrict import fold
 
-__all__ = ["Block", "Branch", "Followed", "counts", "fold", "follow", "mask"]
+__all__ = ["Block", "BlockCounts", "Branch", "Followed", "counts", "fold", "follow", "mask"]

@@ -167,7 +167,7 @@ class _Columns:
                 return None
             stored = ir.tensor(array)
         shape = [len(indices) if at == axis else size for at, size in enumerate(stored.shape.numpy())]
-        name = f"{value.name}.columns.{len(self.graph.initializers)}"
+        name = f"vpruner.{value.name}.columns.{len(self.graph.initializers)}"
         # Cut when it is written, so that no more than one is in memory.
         tensor = ir.LazyTensor(
             lambda: ir.tensor(np.ascontiguousarray(np.take(stored.numpy(), indices, axis))),

@@ -235,40 +235,46 @@ def whole_groups(followed: Followed, node: ir.Node, keyed: bool) -> set[int]:
     return whole
 
 
-def counts(followed: Followed, plan: Plan | None) -> list[tuple[int, int, int]]:
-    """For each block the tokens, prefix included, that it reads, that attend and that pass its MLP, as the graph that
-    ``plan`` is folded into computes them; None: as the graph is.
+@dataclass(frozen=True)
+class BlockCounts:
+    """Tokens of a block, prefix included, that it reads, that attend, and that pass its MLP, in the folded graph.
+
+    Attributes:
+        gated: Whether gates are added to its attention logits.
+    """
+
+    block: int
+    keys: int
+    queries: int
+    mlps: int
+    gated: bool
+
+
+def counts(followed: Followed, plan: Plan) -> tuple[BlockCounts, ...]:
+    """What ``fold(followed, plan)`` computes of each block; what nothing needs is not counted.
 
     Raises:
-        PlanError: As :func:`demand`.
+        PlanError: As :func:`~.restrict.fold`.
     """
-    layouts = followed.tokens.layouts
-    sets = None if plan is None else sets_of(followed, plan)
-    wanted = None if sets is None else demand(followed, sets)
-
-    def carried(value: ir.Value) -> int:
-        if wanted is None:
-            return layouts[value].ids[0].size if value in layouts else 0
-        return int(wanted.needed[value][0].sum()) if value in wanted.needed else 0
-
-    def summed(node: ir.Node) -> int:
-        flow = followed.flows[node]
-        if wanted is None:
-            return sum(ids.size for ids in flow.ends)
-        return int(node_masks(followed, sets, wanted, node)[-1].sum()) if node in wanted.live else 0
-
-    def updated(branches: Sequence[Branch]) -> int:
-        updates = ((branch.add.inputs[branch.update], branch.add.outputs[0]) for branch in branches)
-        return max((carried(update if update in layouts else whole) for update, whole in updates), default=0)
-
-    return [
-        (
-            max((summed(node) for branch in block.attention for node in branch.mixers), default=0),
-            updated(block.attention),
-            updated(block.mlp),
-        )
-        for block in followed.blocks
-    ]
+    sets = sets_of(followed, plan)
+    wanted = demand(followed, sets)
+    found = []
+    for block in followed.blocks:
+        read, attend, pass_mlp = (np.zeros(followed.tokens.count, bool) for _ in range(3))
+        for branches, updated in ((block.attention, attend), (block.mlp, pass_mlp)):
+            for branch in branches:
+                for needed in wanted.needed.get(branch.add.outputs[0], ()):
+                    updated |= needed & sets.updates[branch.add][1]
+        for node in (node for branch in block.attention for node in branch.keyed if node in wanted.live):
+            flow = followed.flows[node]
+            group = flow.groups if flow.normalises is None else flow.normalises
+            read |= node_masks(followed, sets, wanted, node)[group]
+        for branch in block.attention:
+            if not branch.keyed and branch.add.inputs[branch.update].producer() in wanted.live:
+                read |= all_of(followed.tokens.layouts[branch.add.outputs[0]], 0, followed.tokens.count)
+        gated = any(node in sets.gates for branch in block.attention for node in branch.keyed)
+        found.append(BlockCounts(block.index, *(int(mask.sum()) for mask in (read, attend, pass_mlp)), gated))
+    return tuple(found)
 
 
 def check_keys(followed: Followed, plan: Plan, wanted: Demand) -> None:

@@ -86,6 +86,13 @@ class Known:
         """Whether a size depends on a size that the graph leaves open."""
         return any(size % prime == 0 for prime in self.open_dims) and size != 0
 
+    def dim(self, size: int) -> int | str | None:
+        """A size as a graph says it: the name of an open one, None for what depends on it."""
+        if size in self.open_dims:
+            value, axis = self.open_dims[size]
+            return value.shape[axis].value
+        return None if size < 0 or self.is_open(size) else size
+
     def add(self, node: ir.Node) -> None:
         """Learn the shapes of the outputs of ``node``."""
         for value in node.inputs:

@@ -9,8 +9,11 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ..nodes import copy_model
-from ..passes.edit import add_constant, add_node
+from ..passes.edit import add_constant, add_node, add_shape
 from .known import Known
+
+#: Longer lists of sizes are left as the graph computes them.
+_LONGEST_SHAPE = 16
 
 
 def prepare(model: ir.Model, skip: Collection[int] = ()) -> tuple[ir.Model, Known]:
@@ -60,53 +63,76 @@ def _inline_known_branches(graph: ir.Graph, known: Known) -> bool:
 
 
 def write_shapes(model: ir.Model, known: Known) -> None:
-    """Put numbers in the place of shapes that are computed from shapes, in place.
+    """Put numbers in the place of what is computed from shapes, in place, wherever something else reads it.
 
-    A shape that depends on the batch is put together from the batch of the input: once tokens are left out, the shape
-    of a value on the way says something else.
+    What depends on the batch is put together from the batch of the input: once tokens are left out, the shape of a
+    value on the way says something else.
     """
-    graph = model.graph
+    graph, written = model.graph, _Written(model.graph, known)
     for node in list(graph):
-        if node.op_type == "Reshape" and node.inputs[1].const_value is None:
-            shape = known.shapes.get(node.outputs[0])
-            dims = None if shape is None else [-1 if known.is_open(size) else size for size in shape]
-            if dims is not None and dims.count(-1) <= 1 and 0 not in dims:
-                node.replace_input_with(1, add_constant(graph, _shape_name(dims), np.asarray(dims, np.int64)))
-        elif node.op_type == "Shape" and node.inputs[0] not in graph.inputs:
-            _write_shape(graph, node, known)
-
-
-def _shape_name(dims: list[int]) -> str:
-    return "vpruner.shape." + "x".join("batch" if dim == -1 else str(dim) for dim in dims)
-
-
-def _write_shape(graph: ir.Graph, node: ir.Node, known: Known) -> None:
-    array = known.array(node.outputs[0])
-    if array is None or node.outputs[0].is_graph_output():
-        return
-    parts: list[ir.Value] = []
-    for size in array.tolist():
-        prime = next((prime for prime in known.open_dims if size and size % prime == 0), None)
-        if prime is None:
-            parts.append(add_constant(graph, f"vpruner.integer.{size}", np.asarray([size], np.int64)))
+        if all(known.small(value) is not None for value in node.outputs):
             continue
-        value, axis = known.open_dims[prime]
-        name = f"{node.outputs[0].name}.{len(parts)}"
-        number = add_node(node, "Shape", [value], name, {"start": axis, "end": axis + 1}).outputs[0]
-        number.dtype = ir.DataType.INT64
-        known.add(number.producer())
-        if size != prime:
-            times = add_constant(graph, f"vpruner.integer.{size // prime}", np.asarray([size // prime], np.int64))
-            number = add_node(node, "Mul", [number, times], f"{name}.times").outputs[0]
-        parts.append(number)
-    if not parts:
-        return
-    if all(part.const_value is not None for part in parts):
-        whole = add_constant(graph, _shape_name(array.tolist()), array)
-    else:
-        whole = parts[0] if len(parts) == 1 else add_node(node, "Concat", parts, f"{node.outputs[0].name}.known",
-                                                          {"axis": 0}).outputs[0]  # fmt: skip
-    for used in (*parts, whole):
-        if used.producer() is not None:
-            known.add(used.producer())
-    node.outputs[0].replace_all_uses_with(whole)
+        shape = known.shapes.get(node.outputs[0])
+        for position, value in enumerate(node.inputs):
+            if value is None or value.producer() is None:
+                continue
+            dims = [-1 if known.is_open(size) else size for size in shape or ()]
+            if node.op_type == "Reshape" and position == 1 and shape and dims.count(-1) <= 1 and 0 not in dims:
+                node.replace_input_with(1, add_shape(graph, dims))
+            elif (numbers := written.of(value, node)) is not None:
+                node.replace_input_with(position, numbers)
+    passes.RemoveUnusedNodesPass()(model)
+    for node in list(graph):
+        if node.op_type == "Shape" and node.inputs[0] not in graph.inputs and not node.outputs[0].is_graph_output():
+            numbers = written.of(node.outputs[0], node)
+            if numbers is not None:
+                node.outputs[0].replace_all_uses_with(numbers)
+                graph.remove(node, safe=True)
+
+
+class _Written:
+    """Whole numbers that depend on shapes alone, as constants or put together from sizes that inputs leave open."""
+
+    def __init__(self, graph: ir.Graph, known: Known):
+        self.graph, self.known = graph, known
+        self.found: dict[ir.Value, ir.Value] = {}
+
+    def of(self, value: ir.Value, before: ir.Node) -> ir.Value | None:
+        """The same numbers, made ahead of ``before``; None of what is no list of whole numbers."""
+        if value in self.found:
+            return self.found[value]
+        array = self.known.small(value)
+        if array is None or array.dtype != np.int64:
+            return None
+        primes = [next((p for p in self.known.open_dims if size and size % p == 0), None) for size in array.flat]
+        if not any(primes):
+            text = "x".join(map(str, array.flat if array.size <= _LONGEST_SHAPE else array.shape))
+            made = add_constant(self.graph, f"vpruner.integers.{text}", array)
+        elif array.ndim != 1 or len(primes) > _LONGEST_SHAPE:
+            return None
+        else:
+            made = self.joined(value.name, array.tolist(), primes, before)
+        self.found[value] = made
+        return made
+
+    def joined(self, name: str, sizes: list[int], primes: list[int | None], before: ir.Node) -> ir.Value:
+        parts = []
+        for index, (size, prime) in enumerate(zip(sizes, primes, strict=True)):
+            part = self.integer(size // (prime or 1))
+            if prime is not None:
+                source, axis = self.known.open_dims[prime]
+                times, ends = part, {"start": axis, "end": axis + 1}
+                part = self.add(before, "Shape", [source], f"vpruner.{name}.{index}", ends)
+                if size != prime:
+                    part = self.add(before, "Mul", [part, times], f"vpruner.{name}.{index}.times")
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else self.add(before, "Concat", parts, f"vpruner.{name}", {"axis": 0})
+
+    def integer(self, number: int) -> ir.Value:
+        return add_constant(self.graph, f"vpruner.integer.{number}", np.asarray([number], np.int64))
+
+    def add(self, before: ir.Node, op_type: str, inputs: list[ir.Value], name: str, attributes=None) -> ir.Value:
+        node = add_node(before, op_type, inputs, name, attributes)
+        node.outputs[0].dtype = ir.DataType.INT64
+        self.known.add(node)
+        return node.outputs[0]
