@@ -222,12 +222,21 @@ class OpenedGraph:
 
 
 def _with_image_size(model: ir.Model, expected: Geometry | None) -> ir.Model:
-    """The model, or a copy whose image has the expected size where the graph leaves it open."""
-    images = [value for value in model.graph.inputs if value.const_value is None and _is_open_image(value)]
-    if expected is None or len(images) != 1:
+    """The model, or a copy whose image has the expected size where the graph leaves it open.
+
+    Raises:
+        GraphError: It is open, and no size is expected.
+    """
+    image = next((value for value in model.graph.inputs if value.const_value is None and _is_open_image(value)), None)
+    if image is None:
         return model
+    if expected is None:
+        raise GraphError(
+            f"input {image.name!r} is an image {image.shape}, expected a fixed number of channels, height and width",
+            "fix them with: python -m onnxruntime.tools.make_dynamic_shape_fixed",
+        )
     model = copy_model(model)
-    (image,) = [value for value in model.graph.inputs if value.name == images[0].name]
+    image = next(value for value in model.graph.inputs if value.name == image.name)
     image.shape = ir.Shape([image.shape[0], expected.in_chans, *expected.image_size])
     return model
 

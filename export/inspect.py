@@ -164,10 +164,13 @@ def lines_of(described: Mapping[str, Any]) -> list[str]:
             f", {described['without_dead_tokens']:.3f} of them without dead tokens "
             f"({progress.words(command('fold', identity=True))})"
         )
-    reasons = dict.fromkeys(reason for block in described["blocks"] for reason in block.get("reasons", ()))
+    whole: dict[str, list[int]] = {}
+    for block in described["blocks"]:
+        for reason in block.get("reasons", ()):
+            whole.setdefault(reason, []).append(block["block"])
     return [
         *(f"{name:<11} {text}" for name, text in lines.items() if text is not None),
-        *(f"{'left whole':<11} {reason}" for reason in reasons),
+        *(f"{'left whole':<11} block {', '.join(map(str, blocks))}: {text}" for text, blocks in whole.items()),
     ]
 
 
@@ -201,10 +204,10 @@ def _masks_text(described: Mapping[str, Any]) -> str | None:
     if described["head"] is None:
         return None
     able = {kind: sum(block["maskable"][kind] for block in blocks) for kind in KINDS}
-    names = {"keys": "keys", "queries": "queries", "mlps": "MLPs"}
+    names, prune = {"keys": "keys", "queries": "queries", "mlps": "MLPs"}, progress.words(command("prune"))
     if all(count == len(blocks) for count in able.values()):
-        return f"keys, queries and MLPs of all blocks; {command('prune')} takes the file"
+        return f"keys, queries and MLPs of all blocks; {prune} takes the file"
     if not any(able.values()):
-        return f"nothing; {command('prune')} would have nothing to leave out"
+        return f"nothing; {prune} would have nothing to leave out"
     some = ", ".join(f"{names[kind]} of {count} of {len(blocks)} blocks" for kind, count in able.items())
-    return f"{some}; {command('prune')} takes the file"
+    return f"{some}; {prune} takes the file"

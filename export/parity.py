@@ -209,7 +209,10 @@ def compare_outputs(
 ) -> list[ParityCheck]:
     """:func:`compare_float32` for each of the ``outputs`` of a graph, which checks name where there are several."""
     names = [name if len(outputs) == 1 else f"{name}: {output}" for output in outputs]
-    return [compare_float32(*one, yardstick, top1=top1) for one in zip(names, references, candidates, strict=True)]
+    return [
+        compare_float32(*one, yardstick, top1=top1 and one[1].ndim == 2)
+        for one in zip(names, references, candidates, strict=True)
+    ]
 
 
 def compare_float32(

@@ -76,7 +76,8 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
                 sets.keys[node] = keys
                 if logs is not None and node in branch.keyed:
                     sets.gates[node] = logs
-    if plan.reads is not None and len(plan.reads) < followed.patches:
+    # Where the head reads no patches, a plan's reads are empty and say nothing.
+    if plan.reads and len(plan.reads) < followed.patches:
         sets.reads = mask(plan.reads)
         for node in _head(followed):
             sets.keys[node] = sets.reads
