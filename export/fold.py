@@ -21,6 +21,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from ..core.errors import PlanError
@@ -142,6 +143,10 @@ def check_shape(expected: Geometry, found: Geometry, name: str, source: str) -> 
         for field in _SHAPE
         if getattr(expected, field) != getattr(found, field) and (field != "outputs" or expected.outputs)
     ]
+    if not differences:
+        # Masks that the graph has no place for must not be passed over.
+        lacking = np.argwhere(expected.maskable & ~found.maskable)
+        differences = [f"{KINDS[kind]} of block {block} != what cannot be masked" for kind, block in lacking]
     if differences:
         raise PlanError(
             f"the plan is for {name}, the graph in {source} is another model: {', '.join(differences[:3])}",

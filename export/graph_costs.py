@@ -225,12 +225,13 @@ def _roles(followed: Followed):
 
 
 def _macs(node: ir.Node, followed: Followed) -> int:
-    """Of a whole node, for one image."""
+    """Of a whole node, for one image; 0 where a size is not known, as behind what picks boxes."""
     shapes = followed.tokens.known.shapes
     if node.op_type not in ("MatMul", "Gemm", "Einsum", "Conv", "Attention"):
         return 0
-    first, second = (shapes[value] for value in node.inputs[:2])
-    output = shapes[node.outputs[0]]
+    if not all(value in shapes for value in (*node.inputs[:2], node.outputs[0])):
+        return 0
+    first, second, output = (shapes[value] for value in (*node.inputs[:2], node.outputs[0]))
     if node.op_type == "Einsum":
         terms = attribute(node, "equation").replace(" ", "").partition("->")[0].split(",")
         named = (zip(term, shapes[value], strict=True) for term, value in zip(terms, node.inputs, strict=True))
