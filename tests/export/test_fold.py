@@ -261,7 +261,6 @@ def test_patches_that_never_enter_are_gathered_out_before_block_0(exported):
     result = fold_graph(load_model(dense.path), TokenPlan.dropping("tiny", dense.geometry, (kept,) * 4))
     gather = only(moves(dense, result.model))
     assert rows_of(gather) == list(kept)
-    assert [node.op_type for node in (usage.node for usage in gather.outputs[0].uses())].count("Add") == 1
 
 
 def test_identity_plan_on_average_pooling_changes_nothing(exported):
