@@ -1,8 +1,7 @@
-"""An ONNX graph that is read once and recognised once, however many steps of a command look at it."""
+"""An ONNX graph that is read once and followed once, however many steps of a command look at it."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from typing import Any, TypeAlias
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
 
 from ..core.errors import GraphError, UserError
 from ..core.files import file_sha256
@@ -23,56 +21,14 @@ from ..core.preprocess import Preprocessing
 from ..core.text import command
 from .files import check_tensors, load_model
 from .follow import Followed, follow
-from .graph_costs import geometry_of, image_input
-from .nodes import copy_model
-from .recognise.causes import explain
-from .recognise.graph import NotUnderstood, VitSite
-from .recognise.normalise import prepare
+from .graph_costs import geometry_of
+from .nodes import HINT, copy_model
 from .streaming import StoredTensor
 from .structure import find_problems
 from .unfit import refuse_unfit
 
 #: What stands for a graph: a file, a model in memory, or one that is open already.
 Graph: TypeAlias = "str | os.PathLike | onnx.ModelProto | ir.Model | OpenedGraph"
-
-
-@dataclass(frozen=True)
-class Recognised:
-    """A dense ViT in the form that folding works on.
-
-    Attributes:
-        model: The graph in that form; it holds no functions.
-        geometry: What :func:`~vpruner.export.recognise.graph.infer_geometry` reads from it.
-        site: Its blocks: nodes and values of ``model``.
-        normalised: Whether the graph had to be rewritten to get there.
-    """
-
-    model: ir.Model
-    geometry: Geometry
-    site: VitSite
-    normalised: bool
-
-    def copy(self) -> Recognised:
-        """One that may be changed in place. Tensors are shared."""
-        model = copy_model(self.model)
-        before, after = self.model.graph, model.graph
-        copies: dict[ir.Node | ir.Value, ir.Node | ir.Value] = dict(zip(before, after, strict=True))
-        copies.update(zip(before.inputs, after.inputs, strict=True))
-        copies.update(zip(before.initializers.values(), after.initializers.values(), strict=True))
-        for old, new in zip(before, after, strict=True):
-            copies.update(zip(old.outputs, new.outputs, strict=True))
-
-        def copied(part: Any) -> Any:
-            if isinstance(part, (ir.Node, ir.Value)):
-                return copies[part]
-            if isinstance(part, tuple):
-                return tuple(map(copied, part))
-            if dataclasses.is_dataclass(part):
-                fields = (field.name for field in dataclasses.fields(part))
-                return dataclasses.replace(part, **{name: copied(getattr(part, name)) for name in fields})
-            return part
-
-        return Recognised(model, self.geometry, copied(self.site), self.normalised)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,48 +133,15 @@ class OpenedGraph:
                 found = self.__dict__["_shape"] = geometry_of(followed)
         return found
 
-    def recognised(self, expected: Geometry | None = None) -> Recognised:
-        """The ViT in it; the work is done once.
-
-        Args:
-            expected: Gives the image size to a graph whose own is open, where the metadata does not.
-
-        Raises:
-            GraphError: The graph is no dense ViT, or is written in a way that is not understood; names the node.
-        """
-        found = self.__dict__.get("_recognised")
-        if found is None:
-            if expected is None and self.metadata is not None:
-                expected = self.metadata.geometry
-            with self.naming():
-                refuse_unfit(self.model)
-                # A copy: what was read may still be described, run, or written as it was.
-                model = copy_model(self.model)
-                if model.functions:
-                    passes.InlinePass()(model)
-                prepared = prepare(model, expected)
-            found = Recognised(model, prepared.geometry, prepared.site, prepared.normalised)
-            self.__dict__["_recognised"] = found
-        return found
-
-    def image_sizes(self) -> tuple[int, ...]:
-        """Sizes of one image as the graph takes it; as :meth:`followed`, of which it must have been asked before."""
-        followed = self.followed()
-        return followed.tokens.known.shapes[image_input(followed)][1:]
-
     @contextmanager
     def naming(self) -> Iterator[None]:
         """Put the file's name before what is said of its graph, and names of the file for those of a rewritten one."""
         try:
             yield
         except GraphError as error:
-            said = error
-            if isinstance(error, NotUnderstood):
-                said = explain(self.model, error, self.path, prepare)
-            elif self.path is None or self.source in error.marked_problem:
+            if self.path is None or self.source in error.marked_problem:
                 raise
-            before = "" if self.path is None else f"{self.source}: "
-            raise GraphError(f"{before}{said.marked_problem}", said.marked_hint) from error
+            raise GraphError(f"{self.source}: {error.marked_problem}", error.marked_hint or HINT) from error
 
 
 def _with_image_size(model: ir.Model, expected: Geometry | None) -> ir.Model:

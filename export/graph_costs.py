@@ -8,6 +8,7 @@ the block but which tokens each product is computed for.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from types import SimpleNamespace
 
@@ -22,6 +23,12 @@ from .follow.demand import demand, sets_of, unlike
 from .follow.known import used_by
 from .follow.layout import ENDED
 from .follow.rules import attribute
+
+#: What may stand behind a classifier: views, probabilities, constant factors and sums.
+_AFFINE = frozenset(
+    ("Add", "Sub", "Mul", "Div", "BatchNormalization", "Cast", "Flatten", "Gather", "Identity", "Reshape", "Softmax",
+     "Sigmoid", "LogSoftmax", "Squeeze", "Transpose", "Unsqueeze", "ReduceMean", "ReduceSum", "Concat")
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,9 @@ class BlockMacs:
 def geometry_of(followed: Followed) -> Geometry:
     """The shape of the model: what plans, searches and costs need to know of it.
 
-    MACs of parts that are left whole count as those of the stem. A model with one output [batch, channel] is one of
-    ``"features"`` where no product follows the blocks; one of several outputs, or of others, gives ``"values"``.
+    MACs of parts that are left whole count as those of the stem. A model with one output [batch, channel] gives
+    ``"logits"`` where that is a linear layer with a bias, otherwise ``"features"``; one of several outputs, or of
+    others, gives ``"values"``.
 
     Raises:
         GraphError: No image is fed to the stem.
@@ -64,7 +72,7 @@ def geometry_of(followed: Followed) -> Geometry:
         head_prefix=min(head_prefix, prefix),
         head_patches=at_end is not None and bool(at_end[:patches].any()),
         taps=tuple(block for block, mask in read.items() if block < last and mask[:patches].any()),
-        **_kind_of_output(followed, head),
+        **_kind_of_output(followed),
         **_rates(followed, counts),
     )
     token_count = followed.prefix + patches
@@ -92,36 +100,55 @@ def _two(sizes: tuple[int, ...]) -> tuple[int, int]:
     return (math.prod(sizes[:-1]), sizes[-1])
 
 
-def image_input(followed: Followed) -> ir.Value:
-    """The input that the tokens begin at.
+def image_of(followed: Followed) -> ir.Value:
+    """The input of the graph that the stem is fed with.
 
     Raises:
-        GraphError: It is none of two axes or more behind the batch.
+        GraphError: There is none.
     """
     fed = (value for node in _ahead(followed.stem.outputs[0]) for value in used_by(node))
     image = next((value for value in fed if value in followed.model.graph.inputs and value.const_value is None), None)
-    if image is None or len(followed.tokens.known.shapes.get(image) or ()) < 3:
+    if image is None or len(followed.tokens.known.shapes.get(image, ())) < 3:
         raise GraphError("the tokens do not begin at an image that is fed to the graph")
     return image
 
 
+def is_channels_last(sizes: Sequence[int]) -> bool:
+    """Whether an image of these sizes, the batch left out, is [height, width, channel]."""
+    return len(sizes) == 3 and sizes[-1] < min(sizes[:2])
+
+
 def _image_size(followed: Followed) -> tuple[int, int, int]:
-    """Height, width and channels of what the stem is fed with, as the user gives it."""
-    sizes = followed.tokens.known.shapes[image_input(followed)][1:]
-    channels_last = len(sizes) == 3 and sizes[-1] < min(sizes[:2])
-    height, width = sizes[:2] if channels_last else sizes[-2:]
+    """Height, width and channels, as the user gives them."""
+    sizes = followed.tokens.known.shapes[image_of(followed)][1:]
+    height, width = sizes[:2] if is_channels_last(sizes) else sizes[-2:]
     return height, width, math.prod(sizes) // (height * width)
 
 
-def _kind_of_output(followed: Followed, head: set[ir.Node]) -> dict:
+def _kind_of_output(followed: Followed) -> dict:
     outputs = followed.model.graph.outputs
     shape = followed.tokens.known.shapes.get(outputs[0]) or (1,)
     per_image = math.prod(shape) // (shape[0] or 1)
     if len(outputs) > 1 or len(shape) != 2 or outputs[0] in followed.tokens.layouts:
         return {"outputs": per_image, "output": "values"}
-    # Where nothing but norms and pooling stands behind the blocks.
-    classifies = any(_macs(node, followed) for node in head)
-    return {"outputs": per_image, "output": "logits" if classifies else "features"}
+    return {"outputs": per_image, "output": "logits" if _classifies(outputs[0], followed) else "features"}
+
+
+def _classifies(value: ir.Value, followed: Followed, biased: bool = False) -> bool:
+    """Whether what is given is a linear layer with a bias, but for views, probabilities and constant factors; or the
+    sum of several of these. A projection to an embedding has none, as a rule."""
+    node, known = value.producer(), followed.tokens.known
+    if node is None:
+        return False
+    computed = [one for one in node.inputs if one is not None and one in known.from_inputs]
+    if node.op_type in ("MatMul", "Gemm", "Conv"):
+        return len(computed) == 1 and (biased or len(node.inputs) > 2)
+    if node.op_type == "Add" and len(computed) == 2:
+        wide = known.shapes[value][-1] == known.shapes[followed.stream][-1]  # It is added to the stream.
+        return not wide and all(_classifies(one, followed, biased) for one in computed)
+    if node.op_type not in _AFFINE or len(computed) != 1:
+        return False
+    return _classifies(computed[0], followed, biased or node.op_type in ("Add", "BatchNormalization"))
 
 
 def _rates(followed: Followed, counts: tuple[BlockMacs, ...]) -> dict:
@@ -182,7 +209,7 @@ def costs(followed: Followed) -> tuple[BlockMacs, ...]:
     sets = sets_of(followed, unlike(followed))
     project_apart(followed, demand(followed, sets))
     found = [dict.fromkeys(("key", "query", "pair", "mlp"), 0) for _ in followed.blocks]
-    for node, groups in _roles(followed):
+    for node, groups in roles_of(followed)[0].items():
         sizes = [size for size, _ in groups]
         macs = _macs(node, followed)
         per_token = 0 if not macs or not sizes else macs // math.prod(sizes)
@@ -194,9 +221,16 @@ def costs(followed: Followed) -> tuple[BlockMacs, ...]:
     return tuple(BlockMacs(**one) for one in found)
 
 
-def _roles(followed: Followed):
-    """(node, [(tokens, {(block, role)}) for each of its groups]), from the updates back to the stream."""
-    graph, layouts = followed.model.graph, followed.tokens.layouts
+def roles_of(
+    followed: Followed,
+) -> tuple[dict[ir.Node, list[tuple[int, set[tuple[int, str]]]]], dict[ir.Value, list[set[tuple[int, str]]]]]:
+    """What the tokens of nodes and values are for: ``(block, "key")``, ``"query"`` or ``"mlp"``.
+
+    Returns:
+        Node of a branch that can be masked -> (tokens, roles) of each of its groups, from the updates back to the
+        stream; and value between the stream and such an update -> roles of each of its groups.
+    """
+    graph, layouts, nodes = followed.model.graph, followed.tokens.layouts, {}
     stream, roles = {followed.stream}, {}
     for block in followed.blocks:
         for role, branches in (("query", block.attention), ("mlp", block.mlp)):
@@ -221,7 +255,8 @@ def _roles(followed: Followed):
                 known = roles.setdefault(value, [set() for _ in links])
                 for group, link in enumerate(links):
                     known[group] |= own[link] if link != ENDED else set()
-        yield node, list(zip(sizes, own, strict=True))
+        nodes[node] = list(zip(sizes, own, strict=True))
+    return nodes, roles
 
 
 def _macs(node: ir.Node, followed: Followed) -> int:

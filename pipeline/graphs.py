@@ -162,7 +162,7 @@ def write_dense(loaded: LoadedModel, path: Path, spec: ExportSpec) -> None:
     One that came as an ONNX file is that file again, in its own opset and batch.
     """
     if loaded.graph is not None:
-        from ..export.rebuild.graph import write_graph
+        from ..export.graph_model import write_graph
 
         write_graph(loaded, path)
         return
@@ -296,7 +296,7 @@ def deploy_checked(
         images: float32 [image, channel, height, width], preprocessed.
         top1: Whether the output is logits, whose largest has to stay.
         opset: As in :func:`~vpruner.export.deploy.prepare_for`.
-        yardstick: Of the model that the graph holds; None: of what can be rebuilt from the graph.
+        yardstick: Of the model that the graph holds; None: of the graph in PyTorch.
 
     Raises:
         UserError: The target does not take the opset, or something in the graph.
@@ -318,11 +318,11 @@ def deploy_checked(
 
 
 def file_yardstick(graph: OpenedGraph, images: np.ndarray) -> Yardstick:
-    """The own float32 error of the model in a file: PyTorch is loaded, and the model rebuilt, if it is asked for."""
+    """The own float32 error of the model in a file: PyTorch is loaded, and runs the graph, if it is asked for."""
     from ..export.yardstick import FileYardstick
 
     def read():
-        from ..export.rebuild.graph import read_module
+        from ..export.graph_model import read_module
 
         return read_module(graph)
 

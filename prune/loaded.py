@@ -12,7 +12,8 @@ import timm
 from ..core.errors import UserError
 from ..core.plan import Geometry
 from ..core.preprocess import Preprocessing
-from .backbones.vit import ViTAdapter, weights_sha256
+from .backbones.adapter import Adapter
+from .backbones.vit import weights_sha256
 from .weights_file import check_finite
 
 
@@ -41,12 +42,11 @@ class LoadedModel:
         preprocessing: How an image becomes its input.
         classes: Name of each output, or None when unknown.
         sha256: Identity of the weights, see :func:`~vpruner.prune.backbones.vit.weights_sha256`.
-        graph: The opened ONNX graph that the model was rebuilt from (:mod:`vpruner.export.rebuild.graph`); None for any
-            other.
+        graph: The opened ONNX graph that the model runs (:mod:`vpruner.export.graph_adapter`); None for any other.
         softmax: Whether that graph ends in a ``Softmax``, which the model leaves out.
     """
 
-    adapter: ViTAdapter
+    adapter: Adapter
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None
     sha256: str
@@ -62,7 +62,7 @@ class LoadedModel:
         return sum(p.numel() for p in self.adapter.model.parameters())
 
 
-def timm_preprocessing(adapter: ViTAdapter) -> Preprocessing:
+def timm_preprocessing(adapter: Adapter) -> Preprocessing:
     """How images become the input, as timm has it for the model; timm's defaults where it does not say."""
     config = timm.data.resolve_model_data_config(adapter.model)
     return Preprocessing(
@@ -77,7 +77,7 @@ def timm_preprocessing(adapter: ViTAdapter) -> Preprocessing:
 
 
 def ready(
-    adapter: ViTAdapter, preprocessing: Preprocessing, classes: Sequence[str] | None, place: str = ""
+    adapter: Adapter, preprocessing: Preprocessing, classes: Sequence[str] | None, place: str = ""
 ) -> LoadedModel:
     """Check what belongs together; ``place`` is where the user said it, for messages."""
     adapter.model.eval()

@@ -201,6 +201,10 @@ class Known:
         other.open_dims = {prime: (values[value], axis) for prime, (value, axis) in self.open_dims.items()}
         return other
 
+    def forget_floats(self) -> None:
+        """Compute what is no whole number anew when it is asked for: constants of the graph were exchanged."""
+        self._values = {v: array for v, array in self._values.items() if array is None or array.dtype.kind != "f"}
+
     def _named(self, node: ir.Node) -> tuple[dict[ir.Value, str], onnx.NodeProto]:
         """The node with names of its own, and those of its inputs."""
         names: dict[ir.Value, str] = {}

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from vpruner.core.errors import UserError
 from vpruner.core.plan import TokenPlan
-from vpruner.prune.backbones.forms import attended_values
-from vpruner.prune.backbones.vit import ViTAdapter, embed_images, weights_sha256
+from vpruner.prune.backbones.forms import attended_values, embed_images
+from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
 from vpruner.prune.calibration import Calibration
 from vpruner.prune.fisher import direction_loss
-from vpruner.prune.tune import gates, stage, streams
+from vpruner.prune.tune import gates, streams
 from vpruner.prune.tune.gates import tune_gates_by_distillation, tune_gates_least_squares
 from vpruner.prune.tune.importance import token_importance
 from vpruner.prune.tune.jacobian import gate_jacobian
@@ -534,7 +534,7 @@ def test_weights_that_do_harm_are_undone(garbage, monkeypatch):
     before = weights_sha256(adapter.model)
     name = "blocks.2.mlp.fc2.weight"
     value = torch.randn(32, 128) if garbage == "noise" else torch.full((32, 128), torch.nan)
-    monkeypatch.setattr(stage, "refit_weights", lambda *args, **options: ({name: value}, {}))
+    monkeypatch.setattr(adapter, "refit", lambda *args, **options: ({name: value}, {}))
     tuned = tune(adapter, plan, calibration)
     assert tuned.plan is plan and tuned.weights is None and not tuned.kept
     assert "undone" in tuned.note and (garbage == "noise" or "not finite" in tuned.note)
