@@ -17,6 +17,7 @@ from ..core.plan import TokenPlan
 from ..prune.backbones.adapter import Images
 from ..prune.tune.store import RAM_BYTES
 from .follow import Followed, fold
+from .graph import OpenedGraph
 from .graph_gates import GraphGates
 from .graph_outputs import GraphOutputs
 from .torch_graph import GraphModule
@@ -34,6 +35,7 @@ class GraphAdapter:
         model: The module of it that is judged.
         name: What to call it in plans and messages.
         geometry: Its shape.
+        opened: The graph as it was read.
 
     Attributes:
         gates: Where the masks of a plan stand in the module.
@@ -42,8 +44,11 @@ class GraphAdapter:
     #: Plans are run one after the other, each on many images: a folded graph shares nothing with another.
     plans_together = False
 
-    def __init__(self, followed: Followed, model: GraphOutputs, name: str, geometry: Geometry):
+    def __init__(
+        self, followed: Followed, model: GraphOutputs, name: str, geometry: Geometry, opened: OpenedGraph | None = None
+    ):
         self.followed, self.model, self.name, self.geometry = followed, model, name, geometry
+        self.opened = opened
         self.gates = GraphGates(followed, model)
         self._active = False
         #: Tensors that the weights are as the graph has them.
