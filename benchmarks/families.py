@@ -89,7 +89,12 @@ def row_of(family: Family, exports: Sequence[Export] = EXPORTS) -> dict:
     """What became of each file of a family."""
     row = {"schema": 1, "kind": "family", "benchmark": "families", "family": family.name, "library": family.library}
     row |= {"models": family.models, "blocks": family.blocks, "files": []}
-    module = model_of(family)
+    unbuilt: dict = {"exporter": None, "opset": None, "open_batch": False, "problems": {}}
+    with stage(unbuilt, "build"):
+        module = model_of(family)
+    if unbuilt["problems"]:
+        row["files"].append(unbuilt)
+        exports = ()
     for export in exports:
         if family.open_batch or not export.open_batch:
             row["files"].append(trial(family, module, export))
@@ -100,7 +105,7 @@ def said(row: dict) -> str:
     """A line for each file."""
     lines = [f"{row['family']} ({row['library']}), {row['blocks']} blocks"]
     for file in row["files"]:
-        name = f"{file['exporter']}{file['opset']} {'open ' if file['open_batch'] else 'fixed'}"
+        name = f"{file['exporter']} {file['opset']}, {'open' if file['open_batch'] else 'fixed'} batch"
         masked = "/".join(str(file.get(kind, "-")) for kind in KINDS)
         found = (
             f"{masked} of {file.get('found', '-')}, fold {file.get('folded', '-')}, learns {file.get('learns', '-')}"
