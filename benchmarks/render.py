@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import family_tables
 import pages as written
 import shifted_tables
 import tables
@@ -31,6 +32,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "compare_speed": (tables.compare_speed, ("compare",)),
     "content_scores": (tables.content_scores, ("content_scores",)),
     "demo": (tables.demo, ("demo",)),
+    "families": (family_tables.families, ("families",)),
     "fisher_rounds": (tables.fisher_rounds, ("fisher_rounds",)),
     "fold_memory": (tables.fold_memory, ("fold_memory",)),
     "fold_order": (tables.fold_order, ("fold_order",)),

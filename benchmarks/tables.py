@@ -89,7 +89,6 @@ def latency_ort(rows: list[dict]) -> str:
 #: Graph of benchmarks/fold_order.py -> what the table calls it.
 FOLD_ORDER = {
     "ordered": "folded",
-    "grid": "by gathers alone",
     "chain": "by slices alone",
     "dropping": "dropping, same MACs",
 }

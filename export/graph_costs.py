@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from types import SimpleNamespace
 
+import numpy as np
 import onnx_ir as ir
 
 from ..core.errors import GraphError
@@ -53,18 +54,11 @@ def geometry_of(followed: Followed) -> Geometry:
     """
     tokens, blocks, patches = followed.tokens, followed.blocks, followed.patches
     shapes, prefix = tokens.known.shapes, followed.prefix
-    every = SimpleNamespace(**dict.fromkeys(("keys", "queries", "mlps"), [range(patches)] * len(blocks)), reads=None)
-    adds = {b.add: block.index for block in blocks for b in (*block.attention, *block.mlp)}
-    head = demand(followed, sets_of(followed, every), adds)
-    read = {}
-    for add, block in adds.items():
-        (mask,) = head.needed.get(add.outputs[0], [None])
-        if mask is not None:
-            read[block] = read.get(block, False) | mask
+    read, head = reads(followed)
     last, counts = len(blocks) - 1, costs(followed)
     at_end = read.get(last)
     head_prefix = 0 if at_end is None else int(at_end[patches:].sum())
-    head_macs, per_patch = _head_macs(followed, head.live)
+    head_macs, per_patch = _head_macs(followed, head)
     height, width, channels = _image_size(followed)
     found = Geometry(
         depth=len(blocks),
@@ -85,6 +79,20 @@ def geometry_of(followed: Followed) -> Geometry:
     whole = sum(_macs(node, followed) for node in followed.model.graph)
     masked = sum(one.key + one.query + one.mlp + one.pair * token_count for one in counts) * token_count
     return replace(found, stem_macs=whole - masked - head_macs - per_patch * patches * found.head_patches)
+
+
+def reads(followed: Followed) -> tuple[dict[int, np.ndarray], set[ir.Node]]:
+    """What is read of the stream by anything but the blocks: block -> bool [id] of the tokens that are read behind it;
+    and the nodes that read, and compute the outputs from it."""
+    blocks, every = followed.blocks, range(followed.patches)
+    plan = SimpleNamespace(**dict.fromkeys(("keys", "queries", "mlps"), [every] * len(blocks)), reads=None)
+    adds = {b.add: block.index for block in blocks for b in (*block.attention, *block.mlp)}
+    head = demand(followed, sets_of(followed, plan), adds)
+    read: dict[int, np.ndarray] = {}
+    for add, block in adds.items():
+        for mask in head.needed.get(add.outputs[0], []):
+            read[block] = read.get(block, False) | mask
+    return read, head.live
 
 
 def _two(sizes: tuple[int, ...]) -> tuple[int, int]:
@@ -252,12 +260,13 @@ def roles_of(
 
 
 def _macs(node: ir.Node, followed: Followed) -> int:
-    """Of a whole node, for one image."""
+    """Of a whole node, for one image; 0 where a size is not known, as behind what picks boxes."""
     shapes = followed.tokens.known.shapes
     if node.op_type not in ("MatMul", "Gemm", "Einsum", "Conv", "Attention"):
         return 0
-    first, second = (shapes[value] for value in node.inputs[:2])
-    output = shapes[node.outputs[0]]
+    if not all(value in shapes for value in (*node.inputs[:2], node.outputs[0])):
+        return 0
+    first, second, output = (shapes[value] for value in (*node.inputs[:2], node.outputs[0]))
     if node.op_type == "Einsum":
         terms = attribute(node, "equation").replace(" ", "").partition("->")[0].split(",")
         named = (zip(term, shapes[value], strict=True) for term, value in zip(terms, node.inputs, strict=True))

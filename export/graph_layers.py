@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from .follow import Branch, Followed
+from .follow import Branch
 from .follow.known import Known, used_by
 from .follow.layout import Layout, Part
 from .follow.rules import attribute
@@ -310,7 +310,7 @@ class _Finder:
         sizes = [-1 if at == axis else 1 for at in range(len(shape))]
         like = next(self.model.parameters())
         numbers = torch.arange(len(layer.columns), dtype=like.dtype, device=like.device).reshape(sizes).expand(shape)
-        blank = blank_inputs(self.followed, self.model, self.model.batch or 1)
+        blank = self.model.blank(self.model.batch or 1)
         with torch.no_grad():
             arrived = self.model.compute(list(ends), *blank, given={layer.output.name: numbers}) if ends else {}
         columns = {role: np.zeros(len(layer.columns), bool) for role in ("key", "query", "mlp")}
@@ -338,13 +338,3 @@ def shape_for(known: Known, value: ir.Value, batch: int | None, images: int) -> 
         return (shape[0] * (images // batch), *shape[1:]) if shape else ()
     primes = list(known.open_dims)
     return tuple(next((size // prime * images for prime in primes if size % prime == 0), size) for size in shape)
-
-
-def blank_inputs(followed: Followed, model, images: int) -> list[Tensor | None]:
-    """Inputs of the right shapes that take no memory, for what asks of them nothing but their shapes."""
-    known, like = followed.tokens.known, next(model.parameters())
-    values = {value.name: value for value in followed.model.graph.inputs if value in known.shapes}
-    return [
-        like.new_zeros(()).expand(shape_for(known, values[name], model.batch, images)) if name in values else None
-        for name in model.input_names
-    ]

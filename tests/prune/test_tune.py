@@ -14,7 +14,7 @@ from vpruner.prune.backbones.forms import attended_values, embed_images
 from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
 from vpruner.prune.calibration import Calibration
 from vpruner.prune.fisher import direction_loss
-from vpruner.prune.tune import gates, streams
+from vpruner.prune.tune import chunks, gates, streams
 from vpruner.prune.tune.gates import tune_gates_by_distillation, tune_gates_least_squares
 from vpruner.prune.tune.importance import token_importance
 from vpruner.prune.tune.jacobian import gate_jacobian
@@ -566,7 +566,7 @@ def test_garbage_gradients_are_undone(monkeypatch):
 @pytest.mark.parametrize("kind", TUNED)
 def test_an_exception_leaves_model_and_disk_as_they_were(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(streams, "ActivationStore", lambda ram_bytes: ActivationStore(0))
+    monkeypatch.setattr(chunks, "ActivationStore", lambda ram_bytes: ActivationStore(0))
     adapter, plan, calibration = case()
     adapter.model.train()
     before, required = weights_sha256(adapter.model), [p.requires_grad for p in adapter.model.parameters()]
