@@ -28,6 +28,7 @@ from ..core.errors import UserError
 from ..core.plan import TokenPlan
 from ..core.specs import LearnSpec
 from ..core.text import option
+from .backbones.adapter import with_blocks
 from .calibration import Calibration
 from .data import ImageSet
 from .learned import Learned
@@ -66,6 +67,10 @@ def learn(
     spec = spec or LearnSpec()
     geometry = loaded.adapter.geometry
     check_selection(spec.select, spec.tune)
+    if spec.select == "content":
+        with_blocks(loaded.adapter, option("select", "content"))
+    if spec.tune.startswith("gates"):
+        with_blocks(loaded.adapter, option("tune", spec.tune))
     cost = _opened(cost, spec, loaded)
     check_target(geometry, spec.target, cost)
     choose_loss(spec.loss, geometry.output, images.labelled)

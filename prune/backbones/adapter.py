@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor, nn
 
+from ...core.errors import UserError
 from ...core.geometry import Geometry
 from ...core.plan import TokenPlan
 from ..tune.store import RAM_BYTES
@@ -104,3 +105,20 @@ class BlockAdapter(Adapter, Protocol):
         Raises:
             RuntimeError: Another form is applied already.
         """
+
+
+def with_blocks(adapter: Adapter, what: str) -> BlockAdapter:
+    """The adapter, where it has blocks in PyTorch.
+
+    Args:
+        what: What needs them, for the message.
+
+    Raises:
+        UserError: It has none.
+    """
+    if isinstance(adapter, BlockAdapter):
+        return adapter
+    raise UserError(
+        f"{adapter.name} is learned on its ONNX graph, and {what} needs a model that has an adapter in PyTorch",
+        "leave that out; models that have one are timm's VisionTransformers with standard blocks",
+    )
