@@ -26,7 +26,7 @@ from ..core.errors import UserError
 from ..core.ours import PICTURE_MARKS
 from ..core.plan import Geometry
 from ..core.text import option
-from .backbones.adapter import Adapter, with_blocks
+from .backbones.adapter import Adapter, require_blocks
 from .backbones.forms import embed_images, query_key_value
 from .methods.saint import Saint, first_blocks, redundancy
 
@@ -231,7 +231,7 @@ def analyze(
     Raises:
         UserError: There are no images, or the model has fewer than two patches.
     """
-    adapter = with_blocks(adapter, "an analysis")
+    adapter = require_blocks(adapter, "an analysis")
     geometry, model = adapter.geometry, adapter.model
     if geometry.patches < 2:
         raise UserError(f"{adapter.name} has a single patch, so there is nothing to compare", "analyze another model")

@@ -107,11 +107,8 @@ class BlockAdapter(Adapter, Protocol):
         """
 
 
-def with_blocks(adapter: Adapter, what: str) -> BlockAdapter:
-    """The adapter, where it has blocks in PyTorch.
-
-    Args:
-        what: What needs them, for the message.
+def require_blocks(adapter: Adapter, what: str) -> BlockAdapter:
+    """The adapter, of which ``what`` asks for timm blocks.
 
     Raises:
         UserError: It has none.
@@ -119,6 +116,6 @@ def with_blocks(adapter: Adapter, what: str) -> BlockAdapter:
     if isinstance(adapter, BlockAdapter):
         return adapter
     raise UserError(
-        f"{adapter.name} is learned on its ONNX graph, and {what} needs a model that has an adapter in PyTorch",
-        "leave that out; models that have one are timm's VisionTransformers with standard blocks",
+        f"{adapter.name} runs as an ONNX graph, and {what} needs the blocks of a timm VisionTransformer",
+        "leave that out, or name such a model",
     )

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ...core.cost import block_macs, dense_macs
 from ...core.plan import Geometry
-from ..backbones.adapter import BlockAdapter, with_blocks
+from ..backbones.adapter import BlockAdapter, require_blocks
 from ..backbones.forms import attend, project_keys_values, project_queries
 
 
@@ -174,7 +174,7 @@ class TokenRule(ABC):
             ValueError: The rule is for a model of another shape.
             RuntimeError: The model has a plan or a rule applied already.
         """
-        adapter = with_blocks(adapter, f"the method {self.name}")
+        adapter = require_blocks(adapter, f"the method {self.name}")
         if differences := self.geometry.differences(adapter.geometry):
             raise ValueError(f"the rule {self.name} is for another model: {', '.join(differences[:3])}")
         run = RuleRun(self, adapter.model)
