@@ -206,6 +206,9 @@ def _check(reduced: Reduced, images: Tensor, done: _Writing) -> None:
         return
     if plan is None:
         images = images[:PARITY_IMAGES]
+    if adapter.geometry.output == "values":
+        _check_values(reduced, images.numpy(), done)
+        return
     own = done.yardsticks["dense"] = dense_yardstick(adapter, images)
     with progress.stage("Checking parity"):
         if plan is None:
@@ -215,6 +218,21 @@ def _check(reduced: Reduced, images: Tensor, done: _Writing) -> None:
             files = done.plain["dense"].path, done.plain["pruned"].path
             options = dict(weights=reduced.weights, yardsticks=(own, own_pruned))
             done.checks += check_pruned(adapter, plan, *files, images, **options)
+
+
+def _check_values(reduced: Reduced, images: np.ndarray, done: _Writing) -> None:
+    """The checks of a graph of several outputs, or of others than one vector: each output is compared by itself."""
+    from ..export.parity import check_fold, compare_outputs, run_graph
+
+    dense, source = done.plain["dense"], done.plain.get("tuned", done.plain["dense"])
+    done.yardsticks.update({name: file_yardstick(graph, images) for name, graph in done.plain.items()})
+    with progress.stage("Checking parity"):
+        names = [value.name for value in dense.model.graph.outputs]
+        found, own = run_graph(dense, images), done.yardsticks["dense"]
+        what = f"dense.onnx equals {reduced.loaded.graph.name}"
+        done.checks += compare_outputs(what, names, run_graph(reduced.loaded.graph, images), found, own, top1=False)
+        if reduced.plan is not None:
+            done.checks += check_fold(reduced.plan, source, done.plain["pruned"].path, images, yardstick=own)
 
 
 def _return_tokens(reduced: Reduced, images: Tensor, name: str, scratch: Path, done: _Writing) -> None:
@@ -239,10 +257,10 @@ def _finish(
         for name in wanted:
             done.files[name] = folder / f"{name}.onnx"
             options = dict(top1=top1, opset=spec.opset, yardstick=done.yardsticks[name])
-            done.deployment, check = deploy_checked(
+            done.deployment, checks = deploy_checked(
                 done.plain[name], spec.deploy_for, done.files[name], images.numpy(), **options
             )
-            done.checks.append(check)
+            done.checks += checks
 
 
 def _write_rule(
@@ -288,7 +306,7 @@ def deploy_checked(
     top1: bool,
     opset: int | None = None,
     yardstick: Yardstick | None = None,
-) -> tuple[Deployment, ParityCheck]:
+) -> tuple[Deployment, list[ParityCheck]]:
     """Write a plain graph in the form that a deployment target takes, and compare the two in onnxruntime.
 
     Args:
@@ -304,15 +322,17 @@ def deploy_checked(
     """
     from ..export.deploy import deploy_file
     from ..export.graph import open_graph
-    from ..export.parity import compare_float32, run_graph, run_onnx
+    from ..export.parity import compare_outputs, run_all_outputs, run_graph
 
     plain = open_graph(plain)
     reference = run_graph(plain, images)
     deployed = deploy_file(plain, target, output, opset=opset)
     name = f"{output.name} for {target} equals the plain graph"
     # Unoptimized: onnxruntime would fuse again what was taken apart, and run the graph that it is compared with.
-    found = run_onnx(output, images, optimized=False)
-    return deployed, compare_float32(name, reference, found, yardstick or file_yardstick(plain, images), top1=top1)
+    found = run_all_outputs(output, images, optimized=False)
+    names = [value.name for value in plain.model.graph.outputs]
+    checks = compare_outputs(name, names, reference, found, yardstick or file_yardstick(plain, images), top1=top1)
+    return deployed, checks
 
 
 def file_yardstick(graph: OpenedGraph, images: np.ndarray) -> Yardstick:

@@ -124,7 +124,11 @@ def refuse_softmax(loaded: LoadedModel) -> None:
 
 
 def open_torch(model: ModelSpec) -> LoadedModel:
-    """A PyTorch model by name, card, folder or None for the bundled reference, or one that is opened already."""
+    """A PyTorch model by name, card, folder or None for the bundled reference, or one that is opened already.
+
+    One that has no adapter goes by the ONNX graph that PyTorch exports of it.
+    """
+    from ..export.graph_model import export_adapter
     from ..prune.loaded import LoadedModel
     from ..prune.models import open_model
 
@@ -136,6 +140,7 @@ def open_torch(model: ModelSpec) -> LoadedModel:
         weights=model.weights,
         model_args=dict(model.model_args),
         resample=model.resample,
+        otherwise=export_adapter,
     )
 
 
@@ -234,7 +239,11 @@ def refuse_preprocessing(given: Mapping[str, Any]) -> None:
 
 def noise_images(geometry: Geometry, count: int = PARITY_IMAGES, seed: int = 0):
     """Seeded inputs where a command has no images: float32 [image, channel, height, width], standard normal."""
+    return noise_like((geometry.in_chans, *geometry.image_size), count, seed)
+
+
+def noise_like(sizes: Sequence[int], count: int = PARITY_IMAGES, seed: int = 0):
+    """The same for a graph that takes others: [image, *sizes]."""
     import numpy as np
 
-    shape = (count, geometry.in_chans, *geometry.image_size)
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    return np.random.default_rng(seed).standard_normal((count, *sizes), dtype=np.float32)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...core.errors import UserError
-from ..graph import Graph, copy_model, open_graph
+from ..graph import Graph, open_graph
+from ..nodes import copy_model
 from ..unfit import refuse_subgraphs
 from .lower import HOST_LIKE, LIKE, lower
 from .program import Program, compile_calls
