@@ -25,6 +25,7 @@ from .graph_gates import GraphGates
 
 #: They move numbers, or leave them as they are.
 _MOVES = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Cast", "Dropout"))
+_SHAPES = frozenset(("Shape", "Size"))
 _SELECTIONS = frozenset(("Slice", "Split", "Gather"))
 
 
@@ -155,10 +156,15 @@ class _Finder:
         self.known, self.layouts = self.followed.tokens.known, self.followed.tokens.layouts
         self.weights = set(gates.model.weights())
         self.roles = roles_of(self.followed)[1]
+        graph = self.followed.model.graph
         self.behind = {self.followed.stream}
-        for node in self.followed.model.graph:
+        for node in graph:
             if not self.behind.isdisjoint(used_by(node)):
                 self.behind.update(node.outputs)
+        self.live: set[ir.Node] = set()
+        for node in reversed(graph):
+            if any(value.is_graph_output() or self.live.intersection(value.consumers()) for value in node.outputs):
+                self.live.add(node)
 
     def needed(self, value: ir.Value, stops: set[ir.Value]):
         """The values of the stream, values beside it, and constants that ``value`` is computed from."""
@@ -171,7 +177,7 @@ class _Finder:
                 sides[value] = None
             elif value.producer() is None:
                 weights.add(value.name)
-            else:
+            elif value.producer().op_type not in _SHAPES:
                 waiting += [one for one in used_by(value.producer()) if one not in seen]
                 seen.update(used_by(value.producer()))
         return tuple(reads), tuple(sides), frozenset(weights & self.weights)
@@ -206,8 +212,11 @@ class _Finder:
 
     def is_own(self, value: ir.Value) -> bool:
         """Whether only one node reads more of a value than its shape."""
-        readers = [node for node, _ in value.uses() if node.op_type not in ("Shape", "Size")]
-        return len(readers) == 1 and not value.is_graph_output()
+        return len(self.uses(value)) == 1 and not value.is_graph_output()
+
+    def uses(self, value: ir.Value) -> list[tuple[ir.Node, int]]:
+        """(node, input) of all that reads more of a value than its shape, and is read in turn."""
+        return [(node, at) for node, at in value.uses() if node in self.live and node.op_type not in _SHAPES]
 
     def width(self, value: ir.Value) -> int | None:
         """Channels of a value that has all of them, in order, on one axis."""
@@ -283,7 +292,7 @@ class _Finder:
             value, bias = node.outputs[0], layer.bias
             # On to behind what is added to each token, also where that is not the layer's own.
             while self.is_own(value):
-                ((reader, at),) = (use for use in value.uses() if use[0].op_type not in ("Shape", "Size"))
+                ((reader, at),) = self.uses(value)
                 output = reader.outputs[0]
                 if reader.op_type == "Add" and self.per_channel(output, reader.inputs[1 - at]) is not None:
                     bias = bias or self.constant(output, reader.inputs[1 - at])
@@ -300,7 +309,7 @@ class _Finder:
         ends, waiting = {}, [layer.output]
         while waiting:
             value = waiting.pop()
-            readers = {node for node, _ in value.uses() if node.op_type not in ("Shape", "Size")}
+            readers = {node for node, _ in self.uses(value)}
             onward = {node for node in readers if node.op_type in _MOVES | _SELECTIONS}
             if readers - onward:
                 ends[value.name] = {role for names in self.roles.get(value, ()) for _, role in names}

@@ -7,9 +7,7 @@ the batch that divides no other size, every shape is a number, and which of them
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from copy import copy
-from typing import Any
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import onnx
@@ -27,6 +25,13 @@ _MISFITS = (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, onnx.che
 #: Nodes whose constants are left to the runtime: the reference implementation takes minutes.
 _SLOW = {"Resize", "Conv", "ConvTranspose", "GridSample", "Einsum"}
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+
+
+class _Shared(dict):
+    """Types of the outputs of nodes, by what they depend on: a copy of a graph adds to the same."""
+
+    def __deepcopy__(self, memo: dict) -> _Shared:
+        return self
 
 
 class Known:
@@ -47,7 +52,8 @@ class Known:
         self.from_inputs: set[ir.Value] = set()
         self._types: dict[ir.Value, onnx.TypeProto] = {}
         self._values: dict[ir.Value, np.ndarray | None] = {}
-        self._cache: dict[tuple, Any] = {}
+        self._varying: set[ir.Value] = set()  # with an open size
+        self._cache = _Shared()
         self._opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
         self._versions = dict(model.opset_imports)
         self._name_open_dims(model.graph, skip)
@@ -118,6 +124,17 @@ class Known:
                 if array is not None:
                     value.dtype = ir.DataType.from_numpy(array.dtype)
                     self._set_type(value, value.dtype, array.shape)
+            if self._varies(value, used):
+                self._varying.add(value)
+
+    def _varies(self, value: ir.Value, used: list[ir.Value | None]) -> bool:
+        """Whether a value that is computed from others depends on an open size."""
+        if value not in self.shapes or any(map(self.is_open, self.shapes[value])):
+            return True
+        array = self.small(value)
+        if array is not None and array.dtype.kind in "iu":
+            return any(self.is_open(int(number)) for number in array.flat)
+        return not self._varying.isdisjoint(used)
 
     def _inferred(self, node: ir.Node) -> dict[str, onnx.TypeProto]:
         """Output -> its type; blocks repeat, and what is the same is inferred once."""
@@ -169,37 +186,7 @@ class Known:
 
     def constant(self, value: ir.Value) -> np.ndarray | None:
         """:meth:`array` of what depends on no open size either."""
-        return None if self._depends_on_open(value) else self.array(value)
-
-    def _depends_on_open(self, value: ir.Value) -> bool:
-        waiting, seen = [value], set()
-        while waiting:
-            value = waiting.pop()
-            if value in seen or value.const_value is not None:
-                continue
-            seen.add(value)
-            shape = self.shapes.get(value)
-            if shape is None or any(map(self.is_open, shape)):
-                return True
-            array = self.small(value)
-            if array is not None and array.dtype.kind in "iu":
-                if any(self.is_open(int(number)) for number in array.ravel()):
-                    return True
-                continue
-            node = value.producer()
-            if node is not None:
-                waiting.extend(item for item in node.inputs if item is not None)
-        return False
-
-    def renamed(self, values: Mapping[ir.Value, ir.Value]) -> Known:
-        """The same of a copy of the graph; ``values``: value -> its copy."""
-        other = copy(self)
-        other.shapes = {values[value]: shape for value, shape in self.shapes.items() if value in values}
-        other._types = {values[value]: found for value, found in self._types.items() if value in values}
-        other._values = {values[value]: array for value, array in self._values.items() if value in values}
-        other.from_inputs = {values[value] for value in self.from_inputs if value in values}
-        other.open_dims = {prime: (values[value], axis) for prime, (value, axis) in self.open_dims.items()}
-        return other
+        return None if value in self._varying else self.array(value)
 
     def forget_floats(self) -> None:
         """Compute what is no whole number anew when it is asked for: constants of the graph were exchanged."""

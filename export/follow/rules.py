@@ -60,6 +60,9 @@ class Flow:
     how: str = "along"
     axis: int = 0
 
+    def __deepcopy__(self, memo: dict) -> Flow:
+        return self
+
     @property
     def groups(self) -> int:
         """How many groups of the node are groups of its outputs."""

@@ -159,8 +159,13 @@ def test_activations_beyond_the_limit_lie_on_disk(tmp_path, monkeypatch):
         store.put("b", values["a"][0])
         assert store.bytes_in_memory == 60 and len(list(tmp_path.glob("*/*.npy"))) == 1
         assert torch.equal(store.get("a"), values["b"][:2]) and torch.equal(store.get("b"), values["a"][0])
-        with pytest.raises(KeyError):
-            store.get("d")
+        store.drop("b")
+        store.drop("c")
+        store.drop("d")
+        assert store.bytes_in_memory == 40 and not list(tmp_path.glob("*/*.npy"))
+        for name in "bcd":
+            with pytest.raises(KeyError):
+                store.get(name)
     assert not list(tmp_path.iterdir())
 
 
