@@ -116,17 +116,10 @@ class Followed:
         twins += zip(before.initializers.values(), after.initializers.values(), strict=True)
         for old, new in zip(before, after, strict=True):
             twins += zip(old.outputs, new.outputs, strict=True)
-        # What is in the memo is not copied, but taken from there: nodes and values of the copy. Those that have left the
-        # graph stay what they are, with all that an exporter hung on them.
+        # What is in the memo is not copied, but taken from there: nodes and values of the copy. Those that have gone from
+        # the graph stay what they are, with all that an exporter hung on them.
         known, tokens = self.tokens.known, self.tokens
-        gone = {
-            *known.shapes,
-            *known.from_inputs,
-            *tokens.layouts,
-            *tokens.mixed,
-            *tokens.grids,
-            *self.flows,
-            *self.lost,
-        }
+        values = {*known.shapes, *known.from_inputs, *tokens.layouts, *tokens.mixed}
+        gone = {*values, *tokens.grids, *self.flows, *self.lost}
         gone |= {value.producer() for value in values if value.producer() is not None}
         return deepcopy(self, {**{id(one): one for one in gone}, **{id(old): new for old, new in twins}})
