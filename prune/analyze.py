@@ -26,8 +26,8 @@ from ..core.errors import UserError
 from ..core.ours import PICTURE_MARKS
 from ..core.plan import Geometry
 from ..core.text import option
-from .backbones.forms import query_key_value
-from .backbones.vit import ViTAdapter, embed_images
+from .backbones.forms import embed_images, query_key_value
+from .backbones.vit import ViTAdapter
 from .methods.saint import Saint, first_blocks, redundancy
 
 if TYPE_CHECKING:

@@ -39,6 +39,9 @@ from .rounds import choose_loss
 from .search import check_target
 from .stages import State, Task, judge_and_keep, search_plan, stages_of
 
+#: Images that a model may scale its outputs by.
+LOOKED_AT = 32
+
 
 def learn(
     loaded: LoadedModel,
@@ -75,6 +78,7 @@ def learn(
     with progress.stage("Reading calibration images", len(images.indices)) as advance:
         calibration = Calibration.load(images, loaded.preprocessing, on_batch=advance)
 
+    loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
     task = Task(loaded, images, calibration, spec, cost, target, settings)
     state = State(TokenPlan.identity(loaded.name, geometry))
     for stage in stages_of(task):
@@ -137,6 +141,7 @@ def learn_plan(
     check_target(loaded.adapter.geometry, spec.target, cost)
     choose_loss(spec.loss, loaded.adapter.geometry.output, images.labelled)
     calibration = Calibration.load(images, loaded.preprocessing, held_out=0)
+    loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
     plan, _ = search_plan(Task(loaded, images, calibration, spec, cost, spec.target), batch_size)
     progress.remark(plan.provenance["note"])
     return plan

@@ -5,8 +5,9 @@
 """
 
 from .blocks import follow
+from .demand import BlockCounts, counts
 from .followed import Block, Branch, Followed
 from .mask import mask
 from .restrict import fold
 
-__all__ = ["Block", "Branch", "Followed", "fold", "follow", "mask"]
+__all__ = ["Block", "BlockCounts", "Branch", "Followed", "counts", "fold", "follow", "mask"]

@@ -33,11 +33,11 @@ def _add_apart(followed: Followed, branch: Branch) -> bool:
     for number, part in enumerate(sorted(inner.inputs, key=lambda value: value is not inner.inputs[mixes.index(True)])):
         for node, position in reversed(path):
             inputs = [part if at == position else used for at, used in enumerate(node.inputs)]
-            name = f"{node.outputs[0].name}.{number}"
+            name = f"vpruner.{node.outputs[0].name}.{number}"
             part = add_node(add, node.op_type, inputs, name, dict(node.attributes)).outputs[0]
             known.add(part.producer())
         if number == 0:
-            stream = add_node(add, "Add", [stream, part], f"{add.outputs[0].name}.attention").outputs[0]
+            stream = add_node(add, "Add", [stream, part], f"vpruner.{add.outputs[0].name}.attention").outputs[0]
             known.add(stream.producer())
     add.replace_input_with(1 - branch.update, stream)
     add.replace_input_with(branch.update, part)

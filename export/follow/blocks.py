@@ -19,7 +19,7 @@ from .followed import Block, Branch, Followed
 from .known import Known, check_open, used_by
 from .layout import ENDED, Lost, is_split
 from .prepare import prepare
-from .rules import RULES, Flow, Tokens, start
+from .rules import RULES, Flow, Tokens, grid_of, start
 
 #: What the stream may pass between two blocks: each token by itself, or other tokens put beside it or left out.
 _CARRIERS = frozenset(
@@ -71,9 +71,7 @@ def follow_tokens(
     """Where the tokens of all values are, what the nodes do to them, and behind which nodes they are lost."""
     tokens, flows, lost = Tokens(known, starts), {}, {}
     # Ids of patches come first; those of other tokens follow the largest grid that may begin.
-    sizes = [np.prod(shape[2:]) for node in model.graph for shape in [known.shapes.get(node.outputs[0])]
-             if node.op_type == "Conv" and shape is not None]  # fmt: skip
-    sizes += [shape[-2] for shape in known.shapes.values() if "MatMul" in starts and len(shape) == 3]
+    sizes = [np.prod(grid) for node in model.graph if (grid := grid_of(node, tokens)) is not None]
     tokens.count = int(max(sizes, default=0))
     for node in model.graph:
         follow_node(node, tokens, flows, lost)

@@ -76,7 +76,8 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
                 sets.keys[node] = keys
                 if logs is not None and node in branch.keyed:
                     sets.gates[node] = logs
-    if plan.reads is not None and len(plan.reads) < followed.patches:
+    # Where the head reads no patches, a plan's reads are empty and say nothing.
+    if plan.reads and len(plan.reads) < followed.patches:
         sets.reads = mask(plan.reads)
         for node in _head(followed):
             sets.keys[node] = sets.reads
@@ -233,6 +234,48 @@ def whole_groups(followed: Followed, node: ir.Node, keyed: bool) -> set[int]:
         parts = [f.group for own, _, factors in flow.covers if own == position for f in factors if isinstance(f, Part)]
         whole |= {group for group in set(parts) if group < flow.groups and parts.count(group) != layout.ids[group].ndim}
     return whole
+
+
+@dataclass(frozen=True)
+class BlockCounts:
+    """Tokens of a block, prefix included, that it reads, that attend, and that pass its MLP, in the folded graph.
+
+    Attributes:
+        gated: Whether gates are added to its attention logits.
+    """
+
+    block: int
+    keys: int
+    queries: int
+    mlps: int
+    gated: bool
+
+
+def counts(followed: Followed, plan: Plan) -> tuple[BlockCounts, ...]:
+    """What ``fold(followed, plan)`` computes of each block; what nothing needs is not counted.
+
+    Raises:
+        PlanError: As :func:`~.restrict.fold`.
+    """
+    sets = sets_of(followed, plan)
+    wanted = demand(followed, sets)
+    found = []
+    for block in followed.blocks:
+        read, attend, pass_mlp = (np.zeros(followed.tokens.count, bool) for _ in range(3))
+        for branches, updated in ((block.attention, attend), (block.mlp, pass_mlp)):
+            for branch in branches:
+                for needed in wanted.needed.get(branch.add.outputs[0], ()):
+                    updated |= needed & sets.updates[branch.add][1]
+        for node in (node for branch in block.attention for node in branch.keyed if node in wanted.live):
+            flow = followed.flows[node]
+            group = flow.groups if flow.normalises is None else flow.normalises
+            read |= node_masks(followed, sets, wanted, node)[group]
+        for branch in block.attention:
+            if not branch.keyed and branch.add.inputs[branch.update].producer() in wanted.live:
+                read |= all_of(followed.tokens.layouts[branch.add.outputs[0]], 0, followed.tokens.count)
+        gated = any(node in sets.gates for branch in block.attention for node in branch.keyed)
+        found.append(BlockCounts(block.index, *(int(mask.sum()) for mask in (read, attend, pass_mlp)), gated))
+    return tuple(found)
 
 
 def check_keys(followed: Followed, plan: Plan, wanted: Demand) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from ..graph import copy_model
+from ..nodes import copy_model
 from .rules import Flow, Tokens
 
 

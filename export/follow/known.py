@@ -22,6 +22,8 @@ from ...core.errors import GraphError
 _PRIMES = (89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 199)
 #: Data that shapes may be computed from; larger constants are never needed to know a shape.
 _MOST_SHAPE_DATA, _MOST_FLOATS = 4096, 8
+#: What onnx says of a node that does not fit its operator.
+_MISFITS = (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError)
 #: Nodes whose constants are left to the runtime: the reference implementation takes minutes.
 _SLOW = {"Resize", "Conv", "ConvTranspose", "GridSample", "Einsum"}
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
@@ -86,6 +88,13 @@ class Known:
         """Whether a size depends on a size that the graph leaves open."""
         return any(size % prime == 0 for prime in self.open_dims) and size != 0
 
+    def dim(self, size: int) -> int | str | None:
+        """A size as a graph says it: the name of an open one, None for what depends on it."""
+        if size in self.open_dims:
+            value, axis = self.open_dims[size]
+            return value.shape[axis].value
+        return None if size < 0 or self.is_open(size) else size
+
     def add(self, node: ir.Node) -> None:
         """Learn the shapes of the outputs of ``node``."""
         for value in node.inputs:
@@ -126,7 +135,7 @@ class Known:
             try:
                 schema = onnx.defs.get_schema(node.op_type, self._versions.get(node.domain, 1), node.domain)
                 found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=self._opsets)
-            except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, KeyError, RuntimeError):
+            except (*_MISFITS, KeyError, RuntimeError, TypeError, ValueError):
                 found = {}
             self._cache[key] = found
         return self._cache[key]
@@ -191,6 +200,10 @@ class Known:
         other.from_inputs = {values[value] for value in self.from_inputs if value in values}
         other.open_dims = {prime: (values[value], axis) for prime, (value, axis) in self.open_dims.items()}
         return other
+
+    def forget_floats(self) -> None:
+        """Compute what is no whole number anew when it is asked for: constants of the graph were exchanged."""
+        self._values = {v: array for v, array in self._values.items() if array is None or array.dtype.kind != "f"}
 
     def _named(self, node: ir.Node) -> tuple[dict[ir.Value, str], onnx.NodeProto]:
         """The node with names of its own, and those of its inputs."""

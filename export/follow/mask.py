@@ -43,7 +43,7 @@ def mask(followed: Followed, plan: Plan) -> ir.Model:
             ids = layout.ids[flow.normalises]
             if bias[ids].any() and np.isfinite(bias[ids]).any():
                 combine("Add", node, 0, along(layout, flow.normalises, bias), "keys")
-        elif len(flow.links[0]) and node.op_type.startswith("Reduce"):
+        elif len(flow.links[0]) and node.op_type.startswith(("Reduce", "Global")):
             _reduce_some(followed, node, keep)
     return followed.model
 
@@ -77,13 +77,13 @@ def mask_attention(node: ir.Node, bias: np.ndarray) -> None:
     """Add ``bias`` [query, key] to the logits of an ``Attention``."""
     graph, given = node.graph, node.inputs[3] if len(node.inputs) > 3 else None
     dtype = (node.inputs[0].dtype or ir.DataType.FLOAT).numpy()
-    constant = add_constant(graph, f"{node.outputs[0].name}.keys.values", bias[None, None].astype(dtype))
+    constant = add_constant(graph, f"vpruner.{node.outputs[0].name}.keys.values", bias[None, None].astype(dtype))
     if given is not None and given.dtype == ir.DataType.BOOL:
         zero, closed = (add_constant(graph, f"vpruner.number.{x}", np.asarray(x, dtype)) for x in (0, -np.inf))
-        given = add_node(node, "Where", [given, zero, closed], f"{node.outputs[0].name}.given").outputs[0]
+        given = add_node(node, "Where", [given, zero, closed], f"vpruner.{node.outputs[0].name}.given").outputs[0]
         given.dtype = node.inputs[0].dtype
     if given is not None:
-        constant = add_node(node, "Add", [given, constant], f"{node.outputs[0].name}.keys").outputs[0]
+        constant = add_node(node, "Add", [given, constant], f"vpruner.{node.outputs[0].name}.keys").outputs[0]
     inputs = [*node.inputs[:3], constant, *node.inputs[4:]]
     node.resize_inputs(len(inputs))
     node.replace_input_with(3, constant)
@@ -96,14 +96,16 @@ def _reduce_some(followed: Followed, node: ir.Node, keep: np.ndarray) -> None:
         ids = layout.ids[group]
         (axis,) = (axis for axis in range(len(layout.axes)) if group in layout.groups_of(axis))
         if link >= flow.groups and not keep[ids].all():
-            rows = add_constant(node.graph, f"{node.outputs[0].name}.reads", np.flatnonzero(keep[ids]))
-            picked = add_node(node, "Gather", [node.inputs[0], rows], f"{node.outputs[0].name}.read", {"axis": axis})
+            rows = add_constant(node.graph, f"vpruner.{node.outputs[0].name}.reads", np.flatnonzero(keep[ids]))
+            picked = add_node(
+                node, "Gather", [node.inputs[0], rows], f"vpruner.{node.outputs[0].name}.read", {"axis": axis}
+            )
             node.replace_input_with(0, picked.outputs[0])
 
 
 def combine(op_type: str, node: ir.Node, position: int, array: np.ndarray, what: str) -> None:
     """Put ``array`` between a node and one of its inputs."""
-    value, name = node.inputs[position], f"{node.outputs[0].name}.{what}"
+    value, name = node.inputs[position], f"vpruner.{node.outputs[0].name}.{what}"
     dtype = (value.dtype or node.outputs[0].dtype or ir.DataType.FLOAT).numpy()
     constant = add_constant(node.graph, f"{name}.values", array.astype(dtype))
     node.replace_input_with(position, add_node(node, op_type, [value, constant], name).outputs[0])

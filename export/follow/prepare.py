@@ -8,9 +8,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..graph import copy_model
-from ..passes.edit import add_constant, add_node
+from ..nodes import copy_model
+from ..passes.edit import add_constant, add_node, add_shape
 from .known import Known
+
+#: Longer lists of sizes are left as the graph computes them.
+_LONGEST_SHAPE = 16
 
 
 def prepare(model: ir.Model, skip: Collection[int] = ()) -> tuple[ir.Model, Known]:
@@ -32,6 +35,8 @@ def prepare(model: ir.Model, skip: Collection[int] = ()) -> tuple[ir.Model, Know
     while _inline_known_branches(model.graph, known):
         known = Known(model, skip)
     write_shapes(model, known)
+    if model.opset_imports.get("", 0) >= 13:
+        write_softmaxes(model.graph, known)
     passes.RemoveUnusedNodesPass()(model)
     return model, known
 
@@ -59,54 +64,110 @@ def _inline_known_branches(graph: ir.Graph, known: Known) -> bool:
     return bool(found)
 
 
-def write_shapes(model: ir.Model, known: Known) -> None:
-    """Put numbers in the place of shapes that are computed from shapes, in place.
+def write_softmaxes(graph: ir.Graph, known: Known) -> None:
+    """Put a ``Softmax`` in the place of one that is written out, in place.
 
-    A shape that depends on the batch is put together from the batch of the input: once tokens are left out, the shape
-    of a value on the way says something else.
+    ``e / sum(e)`` with ``e = exp(x - m)`` is ``softmax(x)``, whatever is the same along the axis in m.
     """
-    graph = model.graph
+    shapes = known.shapes
     for node in list(graph):
-        if node.op_type == "Reshape" and node.inputs[1].const_value is None:
-            shape = known.shapes.get(node.outputs[0])
-            dims = None if shape is None else [-1 if known.is_open(size) else size for size in shape]
-            if dims is not None and dims.count(-1) <= 1 and 0 not in dims:
-                node.replace_input_with(1, add_constant(graph, _shape_name(dims), np.asarray(dims, np.int64)))
-        elif node.op_type == "Shape" and node.inputs[0] not in graph.inputs:
-            _write_shape(graph, node, known)
-
-
-def _shape_name(dims: list[int]) -> str:
-    return "vpruner.shape." + "x".join("batch" if dim == -1 else str(dim) for dim in dims)
-
-
-def _write_shape(graph: ir.Graph, node: ir.Node, known: Known) -> None:
-    array = known.array(node.outputs[0])
-    if array is None or node.outputs[0].is_graph_output():
-        return
-    parts: list[ir.Value] = []
-    for size in array.tolist():
-        prime = next((prime for prime in known.open_dims if size and size % prime == 0), None)
-        if prime is None:
-            parts.append(add_constant(graph, f"vpruner.integer.{size}", np.asarray([size], np.int64)))
+        power, total = _made_by(next(iter(node.inputs), None), "Exp"), None
+        if node.op_type == "Div":
+            total = _made_by(node.inputs[1], "ReduceSum")
+        elif node.op_type == "Mul" and (inverse := _made_by(node.inputs[1], "Reciprocal")) is not None:
+            total = _made_by(inverse.inputs[0], "ReduceSum")
+        if power is None or total is None or total.inputs[0] is not node.inputs[0]:
             continue
-        value, axis = known.open_dims[prime]
-        name = f"{node.outputs[0].name}.{len(parts)}"
-        number = add_node(node, "Shape", [value], name, {"start": axis, "end": axis + 1}).outputs[0]
-        number.dtype = ir.DataType.INT64
-        known.add(number.producer())
-        if size != prime:
-            times = add_constant(graph, f"vpruner.integer.{size // prime}", np.asarray([size // prime], np.int64))
-            number = add_node(node, "Mul", [number, times], f"{name}.times").outputs[0]
-        parts.append(number)
-    if not parts:
-        return
-    if all(part.const_value is not None for part in parts):
-        whole = add_constant(graph, _shape_name(array.tolist()), array)
-    else:
-        whole = parts[0] if len(parts) == 1 else add_node(node, "Concat", parts, f"{node.outputs[0].name}.known",
-                                                          {"axis": 0}).outputs[0]  # fmt: skip
-    for used in (*parts, whole):
-        if used.producer() is not None:
-            known.add(used.producer())
-    node.outputs[0].replace_all_uses_with(whole)
+        whole, left = shapes.get(node.outputs[0], ()), shapes.get(total.outputs[0], ())
+        axes = [axis for axis, sizes in enumerate(zip(whole, left, strict=False)) if len(set(sizes)) > 1]
+        if len(axes) != 1 or len(whole) != len(left):
+            continue
+        value = power.inputs[0]
+        if (less := _made_by(value, "Sub")) is not None and shapes.get(less.inputs[0]) == whole:
+            subtracted = shapes.get(less.inputs[1], whole)
+            if ((1,) * len(whole) + subtracted)[axes[0] - len(whole)] == 1:
+                value = less.inputs[0]
+        node.op_type, node.attributes["axis"] = "Softmax", ir.AttrInt64("axis", axes[0])
+        node.replace_input_with(0, value)
+        node.resize_inputs(1)
+
+
+def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type else None
+
+
+def write_shapes(model: ir.Model, known: Known) -> None:
+    """Put numbers in the place of what is computed from shapes, in place, wherever something else reads it.
+
+    What depends on the batch is put together from the batch of the input: once tokens are left out, the shape of a
+    value on the way says something else.
+    """
+    graph, written = model.graph, _Written(model.graph, known)
+    for node in list(graph):
+        if all(known.small(value) is not None for value in node.outputs):
+            continue
+        shape = known.shapes.get(node.outputs[0])
+        for position, value in enumerate(node.inputs):
+            if value is None or value.producer() is None:
+                continue
+            dims = [-1 if known.is_open(size) else size for size in shape or ()]
+            if node.op_type == "Reshape" and position == 1 and shape and dims.count(-1) <= 1 and 0 not in dims:
+                node.replace_input_with(1, add_shape(graph, dims))
+            elif (numbers := written.of(value, node)) is not None:
+                node.replace_input_with(position, numbers)
+    passes.RemoveUnusedNodesPass()(model)
+    for node in list(graph):
+        if node.op_type == "Shape" and node.inputs[0] not in graph.inputs and not node.outputs[0].is_graph_output():
+            numbers = written.of(node.outputs[0], node)
+            if numbers is not None:
+                node.outputs[0].replace_all_uses_with(numbers)
+                graph.remove(node, safe=True)
+
+
+class _Written:
+    """Whole numbers that depend on shapes alone, as constants or put together from sizes that inputs leave open."""
+
+    def __init__(self, graph: ir.Graph, known: Known):
+        self.graph, self.known = graph, known
+        self.found: dict[ir.Value, ir.Value] = {}
+
+    def of(self, value: ir.Value, before: ir.Node) -> ir.Value | None:
+        """The same numbers, made ahead of ``before``; None of what is no list of whole numbers."""
+        if value in self.found:
+            return self.found[value]
+        array = self.known.small(value)
+        if array is None or array.dtype != np.int64:
+            return None
+        primes = [next((p for p in self.known.open_dims if size and size % p == 0), None) for size in array.flat]
+        if not any(primes):
+            text = "x".join(map(str, array.flat if array.size <= _LONGEST_SHAPE else array.shape))
+            made = add_constant(self.graph, f"vpruner.integers.{text}", array)
+        elif array.ndim != 1 or len(primes) > _LONGEST_SHAPE:
+            return None
+        else:
+            made = self.joined(value.name, array.tolist(), primes, before)
+        self.found[value] = made
+        return made
+
+    def joined(self, name: str, sizes: list[int], primes: list[int | None], before: ir.Node) -> ir.Value:
+        parts = []
+        for index, (size, prime) in enumerate(zip(sizes, primes, strict=True)):
+            part = self.integer(size // (prime or 1))
+            if prime is not None:
+                source, axis = self.known.open_dims[prime]
+                times, ends = part, {"start": axis, "end": axis + 1}
+                part = self.add(before, "Shape", [source], f"vpruner.{name}.{index}", ends)
+                if size != prime:
+                    part = self.add(before, "Mul", [part, times], f"vpruner.{name}.{index}.times")
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else self.add(before, "Concat", parts, f"vpruner.{name}", {"axis": 0})
+
+    def integer(self, number: int) -> ir.Value:
+        return add_constant(self.graph, f"vpruner.integer.{number}", np.asarray([number], np.int64))
+
+    def add(self, before: ir.Node, op_type: str, inputs: list[ir.Value], name: str, attributes=None) -> ir.Value:
+        node = add_node(before, op_type, inputs, name, attributes)
+        node.outputs[0].dtype = ir.DataType.INT64
+        self.known.add(node)
+        return node.outputs[0]

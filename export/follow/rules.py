@@ -7,6 +7,7 @@ operator is to add a rule and its test.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -281,7 +282,7 @@ def attention(node: ir.Node, tokens: Tokens) -> Flow:
 
 
 def _axes(node: ir.Node, tokens: Tokens, rank: int, position: int = 1) -> list[int]:
-    axes = attribute(node, "axes")
+    axes = range(2, rank) if node.op_type.startswith("Global") else attribute(node, "axes")
     axes = tokens.numbers(node, position) if axes is None else axes
     if axes is None:
         axes = [] if attribute(node, "noop_with_empty_axes", 0) else range(rank)
@@ -289,7 +290,7 @@ def _axes(node: ir.Node, tokens: Tokens, rank: int, position: int = 1) -> list[i
 
 
 @rule("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceProd",
-      "ReduceLogSumExp")  # fmt: skip
+      "ReduceLogSumExp", "GlobalAveragePool", "GlobalMaxPool")  # fmt: skip
 def reduction(node: ir.Node, tokens: Tokens) -> Flow:
     layout = _first(node, tokens)
     reduced = _axes(node, tokens, len(layout.axes))
@@ -519,24 +520,40 @@ def _rolled(node: ir.Node, layouts: list[Layout], axis: int) -> Flow:
 
 def start(node: ir.Node, tokens: Tokens) -> Flow | None:
     """Tokens that begin at a convolution over the image (or a product of its patches); None where none do."""
-    if node.op_type not in tokens.starts or any(value in tokens.mixed for value in node.inputs):
+    grid = grid_of(node, tokens)
+    if grid is None or any(value in tokens.mixed for value in node.inputs):
         return None
-    shape = tokens.known.shapes.get(node.outputs[0])
-    data, weight = (*node.inputs, None)[:2]
-    if shape is None or data not in tokens.known.from_inputs or weight in tokens.known.from_inputs:
-        return None
-    if node.op_type == "Conv":
-        axes = range(2, len(shape))
-    else:
-        if len(shape) < 3 or data in tokens.layouts or len(tokens.known.shapes.get(weight, ())) != 2:
-            return None
-        axes = [len(shape) - 2]
-    grid = tuple(shape[axis] for axis in axes)
-    if any(tokens.known.is_open(size) for size in grid):
+    known = tokens.layouts.get(node.inputs[0])
+    if known is not None and node.op_type != "Conv":
         return None
     tokens.grids[node] = grid
+    shape, parts = tokens.known.shapes[node.outputs[0]], [(Part(0, size),) for size in grid]
     ids = np.arange(np.prod(grid)).reshape(grid)
-    layout = tidy([[Part(0, size)] if axis in axes else plain(size) for axis, size in enumerate(shape)], [ids])
-    known = tokens.layouts.get(data)
+    if node.op_type == "Conv":
+        layout = tidy([plain(shape[0]), plain(shape[1]), *parts], [ids])
+    else:
+        images = np.prod(shape[:-1]) // ids.size
+        layout = regroup(tidy([plain(int(images)), *parts, plain(shape[-1])], [ids]), shape)
     return Flow((layout,), (() if known is None else (ENDED,) * len(known.ids), *((),) * (len(node.inputs) - 1)),
                 how="start")  # fmt: skip
+
+
+def grid_of(node: ir.Node, tokens: Tokens) -> tuple[int, ...] | None:
+    """Sizes of the grid of what a convolution, or a product with a matrix, gives of the image; None of other nodes."""
+    shapes, from_inputs = tokens.known.shapes, tokens.known.from_inputs
+    if node.op_type not in tokens.starts or node.outputs[0] not in shapes:
+        return None
+    shape, (data, weight) = shapes[node.outputs[0]], node.inputs[:2]
+    if data not in from_inputs or weight in from_inputs:
+        return None
+    grid: tuple[int, ...] = shape[2:] if node.op_type == "Conv" else ()
+    images = {shapes[value][0] for value in node.graph.inputs if shapes.get(value)}
+    while node.op_type != "Conv" and len(shapes.get(weight, ())) == 2 and data in shapes:
+        # Patches [image, *grid, ...] may have been reshaped to [image, patch, channel] or [image * patch, channel].
+        own = shapes[data]
+        for axis in range(2, len(own)):
+            if own[0] in images and math.prod(own[:axis]) == math.prod(shape[:-1]):
+                grid = own[1:axis]
+        before = data.producer()
+        data = before.inputs[0] if before is not None and before.op_type == "Reshape" else None
+    return None if not grid or any(map(tokens.known.is_open, grid)) else grid

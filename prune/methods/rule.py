@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from ...core.cost import block_macs, dense_macs
 from ...core.plan import Geometry
+from ..backbones.adapter import BlockAdapter
 from ..backbones.forms import attend, project_keys_values, project_queries
-from ..backbones.vit import ViTAdapter
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class TokenRule(ABC):
         return (block < self.geometry.depth - 1 or self.geometry.head_patches) and self.step(block) is not None
 
     @contextmanager
-    def applied(self, adapter: ViTAdapter) -> Iterator[RuleRun]:
+    def applied(self, adapter: BlockAdapter) -> Iterator[RuleRun]:
         """Make ``adapter.model`` follow the rule until the context is left.
 
         Raises:
@@ -463,7 +463,7 @@ def with_prefix(rows: Tensor, prefix: int) -> Tensor:
 
 
 @torch.inference_mode()
-def run_batches(rule: TokenRule, adapter: ViTAdapter, batches: Iterable[Tensor]) -> RuleRun:
+def run_batches(rule: TokenRule, adapter: BlockAdapter, batches: Iterable[Tensor]) -> RuleRun:
     """Run the model with ``rule`` on ``batches`` for the counts; outputs are thrown away.
 
     Args:

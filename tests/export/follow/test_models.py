@@ -6,17 +6,19 @@ import onnx_ir as ir
 import pytest
 import torch
 from follow_tools import difference, identity_plan, misplaced, random_plan, run, written
-from many_vits import KINDS, model_of, reference
+from many_vits import KINDS, kind_of, model_of, reference
+from more_vits import MORE
 
 from vpruner.core.errors import GraphError, PlanError
-from vpruner.export.follow import fold, follow, mask
+from vpruner.export.follow import counts, fold, follow, mask
+from vpruner.export.follow.restrict import check_result
 
 #: What is masked of kinds of which not everything is; the others: keys, queries and MLPs of every block.
 PARTS = {"parallel, one product": "kq", "Swin": "m", "SAM": "m", "CaiT": "m"}
 MODULES = {"hf": "transformers", "CLIP": "transformers", "Depth": "transformers"}
 CASES = [
     (name, exporter, opset, dynamic)
-    for name, kind in KINDS.items()
+    for name, kind in {**KINDS, **MORE}.items()
     for exporter, opset, dynamic in (
         ("torchscript", 17, True),
         ("torchscript", 17, False),
@@ -29,7 +31,7 @@ CASES = [
 FEW = [
     (name, exporter, opset, dynamic)
     for name, exporter, opset, dynamic in CASES
-    if exporter == "torchscript" or (KINDS[name].exporters == ("dynamo",) and dynamic) or (name, opset) == ("ViT", 23)
+    if exporter == "torchscript" or (kind_of(name).exporters == ("dynamo",) and dynamic) or (name, opset) == ("ViT", 23)
 ]
 
 
@@ -46,25 +48,75 @@ def test_plans_do_what_masks_do_in_pytorch_from_every_exporter(name, exporter, o
 
 def check(name, exporter, opset, dynamic):
     pytest.importorskip(next((module for start, module in MODULES.items() if name.startswith(start)), "torch"))
-    followed, kind = follow(written(name, exporter, opset, dynamic)), KINDS[name]
-    assert len(followed.blocks) == len(kind.layers(model_of(name)))
-    assert followed.prefix == kind.prefix
+    followed, kind = follow(written(name, exporter, opset, dynamic)), kind_of(name)
+    assert len(followed.blocks) == len(kind.layers(model_of(name))), followed.reasons
+    assert followed.prefix == kind.prefix + kind.behind
     for block in followed.blocks:
         masked = "".join(c for c, able in zip("kqm", (block.keys, block.queries, block.mlps), strict=True) if able)
         assert masked == PARTS.get(name, "kqm"), block.reasons
     random = np.random.default_rng(len(name))
-    images = torch.from_numpy(random.random((3 if dynamic else 1, 3, *kind.size), np.float32))
+    images = torch.from_numpy(random.random(kind.images(3 if dynamic else 1), np.float32))
     dense = run(followed.model, images.numpy())
     identity = identity_plan(followed)
     assert difference(run(mask(followed, identity), images.numpy()), dense) == 0
-    assert difference(run(fold(followed, identity), images.numpy()), dense) < 3e-6
+    folded = fold(followed, identity)
+    check_form(folded, followed)
+    assert difference(run(folded, images.numpy()), dense) < 3e-6
     for _ in range(2):
         plan = random_plan(followed, random)
         expected = reference(name, plan, images)
         assert difference(run(mask(followed, plan), images.numpy()), expected) < 1e-5
-        assert difference(run(fold(followed, plan), images.numpy()), expected) < 1e-5
+        folded = fold(followed, plan)
+        check_form(folded, followed)
+        assert difference(run(folded, images.numpy()), expected) < 1e-5
         assert difference(dense, expected) > 1e-3, "the plan changes nothing, and proves nothing"
     assert misplaced(followed, images.numpy()) == []
+
+
+def check_form(folded, followed):
+    """Shapes are known but for the batch, outputs keep theirs, and what is added is called after the package."""
+    for node in folded.graph:
+        for value in node.outputs:
+            assert value.shape is not None and sum(not isinstance(dim, int) for dim in value.shape) <= 1, value
+    for after, dense in zip(folded.graph.outputs, followed.model.graph.outputs, strict=True):
+        assert after.name == dense.name and len(after.shape) == len(dense.shape)
+        assert all(a == b or not isinstance(b, int) for a, b in zip(after.shape, dense.shape, strict=True))
+    before = {node.name for node in followed.model.graph}
+    added = [node.name for node in folded.graph if node.name not in before]
+    assert all(name.startswith("vpruner.") for name in added), added
+
+
+@pytest.mark.parametrize("name, exporter, opset, dynamic", [("ViT", "torchscript", 17, True),
+                                                            ("ViT, average", "torchscript", 17, False),
+                                                            ("parallel branches", "torchscript", 17, False),
+                                                            ("ViT", "dynamo", 23, False)])  # fmt: skip
+def test_tokens_are_counted_as_the_folded_graph_has_them(name, exporter, opset, dynamic):
+    followed = follow(written(name, exporter, opset, dynamic))
+    plan = random_plan(followed, np.random.default_rng(4))
+    folded = {node.name: node for node in fold(followed, plan).graph}
+    found = counts(followed, plan)
+    for block, one in zip(followed.blocks, found, strict=True):
+        for branches, count in ((block.attention, one.queries), (block.mlp, one.mlps)):
+            assert {folded[branch.add.name].outputs[0].shape[1] for branch in branches} == {count}
+        keyed = [folded[node.name] for branch in block.attention for node in branch.keyed]
+        assert {node.inputs[1].shape[2] if node.op_type == "Attention" else node.outputs[0].shape[3]
+                for node in keyed} == {one.keys}  # fmt: skip
+        assert not one.gated
+    if name != "ViT, average":
+        assert found[-1].queries == found[-1].mlps == 1  # the class token alone is read
+    plan.gates = [(1.0,) * len(plan.keys[0]), (0.5,) * len(plan.keys[1])]
+    assert [one.gated for one in counts(followed, plan)] == [False, True]
+
+
+def test_a_result_that_onnx_does_not_accept_is_refused():
+    followed = follow(written("ViT", "torchscript", 17, False))
+    outputs = [value.shape for value in followed.model.graph.outputs]
+    wrong = followed.copy().model
+    next(node for node in wrong.graph if node.op_type == "MatMul").outputs[0].shape = ir.Shape([1, 25, 33])
+    with pytest.raises(GraphError, match="not valid ONNX"):
+        check_result(wrong, outputs)
+    with pytest.raises(AssertionError, match="changed output"):
+        check_result(followed.model, [ir.Shape([1, 6])])
 
 
 @pytest.mark.parametrize("name", ["ViT, average", "ViT, attention pooling", "ViT, registers"])

@@ -49,6 +49,7 @@ FOLLOWED = {
     "y = Attention(q, q, q, table)": [ALL],
     "y = ReduceMean<keepdims=0>(x, two)": [ALL],
     "y = ReduceMax(x, one)": None,
+    "t = Transpose<perm=[0, 2, 1]>(x) y = GlobalAveragePool(t)": None,
     "y = Softmax<axis=2>(x)": [ALL],
     "s = Constant<value_ints=[2, 3, 2, 2]>() y = Reshape(x, s)": [GRID],
     "s = Constant<value_ints=[1, 2, 3, 4]>() r = Reshape(x, s) t = Transpose<perm=[0, 2, 1, 3]>(r) "
