@@ -35,7 +35,7 @@ def _cells(row: dict) -> tuple[str, ...]:
         return _exporters(files), *["none"] * len(KINDS), "no", _why(row, max(files, key=_reached))
     counts = [_count(best[kind], row["blocks"]) for kind in KINDS]
     learns = [file["learns"] for file in good if _masked(file)]
-    less = _listed({EXPORTERS[file["exporter"]] for file in good if _masked(file) < _masked(best)})
+    less = " and ".join(sorted({EXPORTERS[file["exporter"]] for file in good if _masked(file) < _masked(best)}))
     why = [_why(row, best), f"less from {less}" if less else ""]
     return _exporters(files), *counts, "yes" if learns and all(learns) else "no", "; ".join(filter(None, why))
 
@@ -54,7 +54,7 @@ def _reached(file: dict) -> int:
 
 
 def _exporters(files: list[dict]) -> str:
-    """Those whose files onnxruntime runs."""
+    """Those whose files onnxruntime runs, and those that were not tried."""
     parts = []
     for exporter, name in EXPORTERS.items():
         own = [file for file in files if file["exporter"] == exporter]
@@ -62,7 +62,9 @@ def _exporters(files: list[dict]) -> str:
         if runs:
             only = "" if len(runs) == len(own) else ", open batch" if runs[0] else ", fixed batch"
             parts.append(f"{name}{only}")
-    return _listed(parts) or "none"
+        elif not own and files[0]["exporter"]:
+            parts.append(f"{name} not tried")
+    return "; ".join(parts) or "none"
 
 
 def _count(count: int, blocks: int) -> str:
@@ -80,10 +82,6 @@ def _why(row: dict, file: dict) -> str:
     stages = [f"{blocks - found} of {blocks} blocks are in other stages"] if 0 < found < blocks else []
     reasons = list(dict.fromkeys(NODE.sub("", reason) for reason in file.get("reasons", ())))
     return "; ".join(text.replace("|", r"\|") for text in (*stages, *reasons, *problems))
-
-
-def _listed(names) -> str:
-    return " and ".join(sorted(names))
 
 
 def _caption(rows: list[dict]) -> str:

@@ -95,11 +95,11 @@ def test_libraries_of_which_all_is_equal_share_a_line(script):
     rows = [row("A", both), row("B", both), row("A", both, "transformers"), row("A", both[:1], "torchvision")]
     rows += [row("C", [good(), file(open_batch=True, problems={"export": "TypeError: no"})])]
     assert cells(script, rows) == [
-        ["A", "`A` of timm; `A` of transformers", "timm, transformers", "TorchScript and dynamo", *["all"] * 3, "yes",
+        ["A", "`A` of timm; `A` of transformers", "timm, transformers", "dynamo; TorchScript", *["all"] * 3, "yes",
          ""],
-        ["B", "`B` of timm", "timm", "TorchScript and dynamo", *["all"] * 3, "yes", ""],
-        ["A", "`A` of torchvision", "torchvision", "dynamo", *["all"] * 3, "yes", ""],
-        ["C", "`C` of timm", "timm", "dynamo, fixed batch", *["all"] * 3, "yes", ""],
+        ["B", "`B` of timm", "timm", "dynamo; TorchScript", *["all"] * 3, "yes", ""],
+        ["A", "`A` of torchvision", "torchvision", "dynamo; TorchScript not tried", *["all"] * 3, "yes", ""],
+        ["C", "`C` of timm", "timm", "dynamo, fixed batch; TorchScript not tried", *["all"] * 3, "yes", ""],
     ]  # fmt: skip
 
 
@@ -116,11 +116,11 @@ def test_what_is_left_whole_says_why(script):
         row("blind", [good(learns=False, problems={"learn": "GraphError: no function"})]),
     ]
     assert [line[3:] for line in cells(script, rows)] == [
-        ["TorchScript and dynamo", "none", "none", "2 of 4", "yes",
+        ["dynamo; TorchScript", "none", "none", "2 of 4", "yes",
          "2 of 4 blocks are in other stages; windows: the axis is split; less from TorchScript"],
-        ["dynamo", *["none"] * 3, "no", "summed without a softmax"],
-        ["dynamo", *["none"] * 3, "no", r"no tokens \| found"],
-        ["none", *["none"] * 3, "no", "no exporter writes a file that onnxruntime runs"],
-        ["dynamo", *["none"] * 3, "no", "the folded graph is off by 1"],
-        ["dynamo", *["all"] * 3, "no", "no function"],
+        ["dynamo; TorchScript not tried", *["none"] * 3, "no", "summed without a softmax"],
+        ["dynamo; TorchScript not tried", *["none"] * 3, "no", r"no tokens \| found"],
+        ["TorchScript not tried", *["none"] * 3, "no", "no exporter writes a file that onnxruntime runs"],
+        ["dynamo; TorchScript not tried", *["none"] * 3, "no", "the folded graph is off by 1"],
+        ["dynamo; TorchScript not tried", *["all"] * 3, "no", "no function"],
     ]  # fmt: skip
