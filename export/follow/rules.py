@@ -135,12 +135,12 @@ def _same(layout: Layout) -> tuple[int, ...]:
     return tuple(range(len(layout.ids)))
 
 
-def _own(node: ir.Node, layout: Layout, result: Layout | None, **more) -> Flow:
+def as_flow(node: ir.Node, layout: Layout, result: Layout | None, **more) -> Flow:
     """Of a node whose first input carries the tokens, each group of which is one of the result."""
     return Flow((result,), (_same(layout), *((),) * (len(node.inputs) - 1)), **more)
 
 
-def _first(node: ir.Node, tokens: Tokens) -> Layout:
+def sole_layout(node: ir.Node, tokens: Tokens) -> Layout:
     """The layout of the first input, where no other input carries tokens."""
     layout = tokens.layout(node)
     if layout is None or any(tokens.layout(node, position) for position in range(1, len(node.inputs))):
@@ -295,7 +295,7 @@ def _axes(node: ir.Node, tokens: Tokens, rank: int, position: int = 1) -> list[i
 @rule("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceProd",
       "ReduceLogSumExp", "GlobalAveragePool", "GlobalMaxPool")  # fmt: skip
 def reduction(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     reduced = _axes(node, tokens, len(layout.axes))
     keep = attribute(node, "keepdims", 1)
     ended = sorted({group for axis in reduced for group in layout.groups_of(axis)})
@@ -316,21 +316,21 @@ def reduction(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Softmax", "LogSoftmax")
 def softmax(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     axis = attribute(node, "axis", -1) % len(layout.axes)
     groups = layout.groups_of(axis)
     if not groups:
-        return _own(node, layout, layout)
+        return as_flow(node, layout, layout)
     if node.op_type == "LogSoftmax":
         raise Lost("a logarithm of a softmax over tokens")
     if len(layout.axes[axis]) > 1 or layout.ids[groups[0]].ndim > 1:
         raise Lost("windows: a softmax over a part of the token axis")
-    return _own(node, layout, layout, normalises=groups[0])
+    return as_flow(node, layout, layout, normalises=groups[0])
 
 
 @rule("LayerNormalization", "RMSNormalization", "LpNormalization", "BatchNormalization", "SimplifiedLayerNormalization")
 def normalisation(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     rank = len(layout.axes)
     axis = 1 if node.op_type == "BatchNormalization" else attribute(node, "axis", -1) % rank
     last = rank if node.op_type.endswith("LayerNormalization") or node.op_type == "RMSNormalization" else axis + 1
@@ -344,20 +344,20 @@ def normalisation(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def reshape(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     result = regroup(layout, tokens.shape(node.outputs[0]))
-    return _own(node, layout, result, how="reshape" if node.op_type == "Reshape" else "along")
+    return as_flow(node, layout, result, how="reshape" if node.op_type == "Reshape" else "along")
 
 
 @rule("Transpose")
 def transpose(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
-    return _own(node, layout, permute(layout, attribute(node, "perm", range(len(layout.axes))[::-1])))
+    layout = sole_layout(node, tokens)
+    return as_flow(node, layout, permute(layout, attribute(node, "perm", range(len(layout.axes))[::-1])))
 
 
 @rule("Expand")
 def expand(node: ir.Node, tokens: Tokens) -> Flow:
-    _first(node, tokens)
+    sole_layout(node, tokens)
     rank = len(tokens.shape(node.outputs[0]))
     flow = contract(node, tokens, [range(rank - len(tokens.shape(node.inputs[0])), rank), None], range(rank))
     return Flow(flow.outputs, flow.links, how="expand")
@@ -365,13 +365,13 @@ def expand(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Tile")
 def tile(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     times = tokens.numbers(node, 1)
     if any(count != 1 and layout.groups_of(axis) for axis, count in enumerate(times)):
         raise Lost("tokens are repeated")
     axes = [axis if count == 1 else plain(size * count)
             for axis, count, size in zip(layout.axes, times, layout.shape, strict=True)]  # fmt: skip
-    return _own(node, layout, layout.with_axes(axes))
+    return as_flow(node, layout, layout.with_axes(axes))
 
 
 # -- picking and joining ----------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def tile(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Slice")
 def slice_(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     starts, ends = tokens.numbers(node, 1), tokens.numbers(node, 2)
     axes = tokens.numbers(node, 3, list(range(len(starts))))
     steps = tokens.numbers(node, 4, [1] * len(starts))
@@ -395,24 +395,24 @@ def slice_(node: ir.Node, tokens: Tokens) -> Flow:
         picked += [axis] if layout.groups_of(axis) else []
     if picked and cut > 1:
         raise Lost("a slice of tokens and of another axis at once")
-    return _own(node, layout, result, how="pick" if picked else "along", axis=picked[0] if picked else 0)
+    return as_flow(node, layout, result, how="pick" if picked else "along", axis=picked[0] if picked else 0)
 
 
 @rule("Gather")
 def gather(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     axis = attribute(node, "axis", 0) % len(layout.axes)
     index_shape = tokens.shape(node.inputs[1])
     groups = layout.groups_of(axis)
     if not groups:
         axes = [*layout.axes[:axis], *plain_axes(index_shape), *layout.axes[axis + 1 :]]
-        return _own(node, layout, tidy(axes, layout.ids))
+        return as_flow(node, layout, tidy(axes, layout.ids))
     if len(index_shape) > 1:
         raise Lost("tokens are picked by a table of indices")
     indices = np.asarray(tokens.numbers(node, 1))
     result = select(layout, axis, indices)
     if index_shape:
-        return _own(node, layout, result, how="pick", axis=axis)
+        return as_flow(node, layout, result, how="pick", axis=axis)
     (group,) = groups
     if layout.ids[group].ndim > 1:
         raise Lost("windows: a row of the grid is picked")
@@ -425,7 +425,7 @@ def gather(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Split")
 def split(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     axis = attribute(node, "axis", 0) % len(layout.axes)
     results, start = [], 0
     for value in node.outputs:
