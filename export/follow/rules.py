@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -377,63 +377,58 @@ def tile(node: ir.Node, tokens: Tokens) -> Flow:
 # -- picking and joining ----------------------------------------------------------------------------------------------
 
 
-@rule("Slice")
-def slice_(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = sole_layout(node, tokens)
+def picked(node: ir.Node, tokens: Tokens) -> list[tuple[int, list[np.ndarray]]]:
+    """Each axis on which a ``Slice``, ``Split`` or ``Gather`` leaves something out, and what its outputs have of it.
+
+    Raises:
+        Lost: By numbers that are not known.
+    """
+    shape = tokens.shape(node.inputs[0])
+    if node.op_type != "Slice":
+        axis = attribute(node, "axis", 0) % len(shape)
+        if node.op_type == "Gather":
+            return [(axis, [np.arange(shape[axis])[tokens.numbers(node, 1)]])]
+        ends = np.cumsum([tokens.shape(value)[axis] for value in node.outputs])
+        return [(axis, np.split(np.arange(shape[axis]), ends[:-1]))]
     starts, ends = tokens.numbers(node, 1), tokens.numbers(node, 2)
-    axes = tokens.numbers(node, 3, list(range(len(starts))))
-    steps = tokens.numbers(node, 4, [1] * len(starts))
-    result, picked, cut = layout, [], 0
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        axis %= len(layout.axes)
-        size = layout.shape[axis]
+    axes = [axis % len(shape) for axis in tokens.numbers(node, 3, list(range(len(starts))))]
+    found = []
+    for start, end, axis, step in zip(starts, ends, axes, tokens.numbers(node, 4, [1] * len(starts)), strict=True):
+        every = np.arange(shape[axis])
         # As ONNX clamps: a negative step may end ahead of the first one.
-        indices = np.arange(size)[slice(start, None if step < 0 and end < -size else end, step)]
-        if len(indices) == size and step == 1:
-            continue
-        result, cut = select(result, axis, indices), cut + 1
-        picked += [axis] if layout.groups_of(axis) else []
-    if picked and cut > 1:
-        raise Lost("a slice of tokens and of another axis at once")
-    return as_flow(node, layout, result, how="pick" if picked else "along", axis=picked[0] if picked else 0)
+        indices = every[slice(start, None if step < 0 and end < -len(every) else end, step)]
+        if not np.array_equal(indices, every):
+            found.append((axis, [indices]))
+    return found
 
 
-@rule("Gather")
-def gather(node: ir.Node, tokens: Tokens) -> Flow:
+@rule("Slice", "Split", "Gather")
+def pick(node: ir.Node, tokens: Tokens) -> Flow:
     layout = sole_layout(node, tokens)
+    index_shape = tokens.shape(node.inputs[1]) if node.op_type == "Gather" else (1,)
     axis = attribute(node, "axis", 0) % len(layout.axes)
-    index_shape = tokens.shape(node.inputs[1])
-    groups = layout.groups_of(axis)
-    if not groups:
+    if len(index_shape) != 1 and not layout.groups_of(axis):
         axes = [*layout.axes[:axis], *plain_axes(index_shape), *layout.axes[axis + 1 :]]
         return as_flow(node, layout, tidy(axes, layout.ids))
     if len(index_shape) > 1:
         raise Lost("tokens are picked by a table of indices")
-    indices = np.asarray(tokens.numbers(node, 1))
-    result = select(layout, axis, indices)
+    cuts, results = picked(node, tokens), (layout,) * len(node.outputs)
+    for axis, parts in cuts:
+        results = tuple(select(result, axis, indices) for result, indices in zip(results, parts, strict=True))
+    along = [axis for axis, _ in cuts if layout.groups_of(axis)]
+    if along and len(cuts) > 1:
+        raise Lost("a slice of tokens and of another axis at once")
+    how = {"how": "pick", "axis": along[0]} if along else {}
     if index_shape:
-        return as_flow(node, layout, result, how="pick", axis=axis)
-    (group,) = groups
+        return replace(as_flow(node, layout, None, **how), outputs=results)
+    (group,) = layout.groups_of(axis)
     if layout.ids[group].ndim > 1:
         raise Lost("windows: a row of the grid is picked")
-    rest = result.without(group)
-    rest = None if rest is None else drop_axis(rest, axis)
+    rest = results[0].without(group)
     count = len(layout.ids) - 1
     links = tuple(count if one == group else one - (one > group) for one in _same(layout))
-    return Flow((rest,), (links, ()), (result.ids[group],), how="pick", axis=axis)
-
-
-@rule("Split")
-def split(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = sole_layout(node, tokens)
-    axis = attribute(node, "axis", 0) % len(layout.axes)
-    results, start = [], 0
-    for value in node.outputs:
-        end = start + tokens.shape(value)[axis]
-        results.append(select(layout, axis, np.arange(start, end)))
-        start = end
-    how = "pick" if layout.groups_of(axis) else "along"
-    return Flow(tuple(results), (_same(layout), *((),) * (len(node.inputs) - 1)), how=how, axis=axis)
+    rest = None if rest is None else drop_axis(rest, axis)
+    return Flow((rest,), (links, ()), (results[0].ids[group],), **how)
 
 
 @rule("Concat")
@@ -443,12 +438,9 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
     layouts = [tokens.layout(node, position) for position in range(len(node.inputs))]
     joins = any(layout is not None and layout.groups_of(axis) for layout in layouts)
     if not joins:
-        names = [[("own", i) if a == axis else a for a in range(len(shape))] for i in range(len(node.inputs))]
-        flow = _beside(node, tokens, layouts, names, axis, shape)
-        (result,) = flow.outputs
-        axes = list(result.axes)
-        axes[axis] = plain(shape[axis])
-        return Flow((result.with_axes(axes),), flow.links, covers=flow.covers)
+        # What is put side by side along channels broadcasts but for that axis, which each has to itself.
+        names = [[("own", i) if a == axis else a for a in range(len(shape))] for i in range(len(layouts))]
+        return contract(node, tokens, names, range(len(shape)))
     joined, rests, owners = [], [], []
     for position, (value, layout) in enumerate(zip(node.inputs, layouts, strict=True)):
         if layout is None:
@@ -485,20 +477,6 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
     covers = tuple((i, a, result.axes[a]) for i, layout in enumerate(layouts) if layout is None
                    for a in range(len(shape)) if a != axis and result.groups_of(a))  # fmt: skip
     return Flow((result,), tuple(links), covers=covers, how="join", axis=axis)
-
-
-def _beside(node, tokens, layouts, names, axis, shape) -> Flow:
-    """A Concat along channels: as what broadcasts, but for that axis."""
-    blank = [1 if a == axis else size for a, size in enumerate(shape)]
-    given = [i for i, layout in enumerate(layouts) if layout is not None]
-    bare = [layouts[i].with_axes([() if a == axis else x for a, x in enumerate(layouts[i].axes)]) for i in given]
-    result, found = unify(bare, blank)
-    links = [()] * len(layouts)
-    for i, link in zip(given, found, strict=True):
-        links[i] = link
-    covers = tuple((i, a, result.axes[a]) for i, layout in enumerate(layouts) if layout is None
-                   for a in range(len(shape)) if a != axis and result.groups_of(a))  # fmt: skip
-    return Flow((result,), tuple(links), covers=covers)
 
 
 def _rolled(node: ir.Node, layouts: list[Layout], axis: int) -> Flow:
