@@ -18,7 +18,7 @@ from ..core.geometry import Geometry
 from .follow import Followed
 from .follow.columns import project_apart
 from .follow.demand import demand, sets_of
-from .follow.known import used_by
+from .follow.known import above
 from .follow.layout import ENDED
 from .follow.rules import attribute
 
@@ -86,7 +86,7 @@ def _two(sizes: tuple[int, ...]) -> tuple[int, int]:
 
 def _image_size(followed: Followed) -> tuple[int, int, int]:
     """Height, width and channels of what the stem is fed with, as the user gives it."""
-    fed = (value for node in _ahead(followed.stem.outputs[0]) for value in used_by(node))
+    fed = above(followed.stem.outputs[0])
     image = next((value for value in fed if value in followed.model.graph.inputs and value.const_value is None), None)
     sizes = (followed.tokens.known.shapes.get(image) or ())[1:]
     if len(sizes) < 2:
@@ -130,7 +130,7 @@ def _rates(followed: Followed, counts: tuple[BlockMacs, ...]) -> dict:
 def _head_macs(followed: Followed, live: set[ir.Node]) -> tuple[int, int]:
     """Behind the blocks: multiply-adds that do not depend on how many patches are read, and those of each patch."""
     fixed = per_patch = 0
-    for node in live - _ahead(followed.stream):
+    for node in live - {value.producer() for value in above(followed.stream)}:
         macs, flow = _macs(node, followed), followed.flows.get(node)
         if not macs:
             continue
@@ -145,17 +145,6 @@ def _head_macs(followed: Followed, live: set[ir.Node]) -> tuple[int, int]:
         per_patch += each
         fixed += macs - each * int((one < followed.patches).sum())
     return fixed, per_patch
-
-
-def _ahead(value: ir.Value) -> set[ir.Node]:
-    """The nodes that a value is computed by."""
-    waiting, found = [value], set()
-    while waiting:
-        node = waiting.pop().producer()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting.extend(used_by(node))
-    return found
 
 
 def costs(followed: Followed) -> tuple[BlockMacs, ...]:
