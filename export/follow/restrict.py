@@ -25,7 +25,7 @@ from ...core.text import command, first_line
 from ..nodes import called
 from ..passes.edit import add_constant, add_node
 from .columns import project_apart
-from .demand import Demand, Plan, Sets, check_keys, demand, node_masks, sets_of, whole_groups
+from .demand import Demand, Plan, Sets, check_keys, demand, sets_of
 from .followed import Followed
 from .known import used_by
 from .layout import ENDED, Layout, Part, size_of, tidy
@@ -70,7 +70,6 @@ def fold(followed: Followed, plan: Plan) -> ir.Model:
     folding.run()
     passes.RemoveUnusedNodesPass()(followed.model)
     folding.write_shapes()
-    passes.ShapeInferencePass()(followed.model)
     check_result(followed.model, outputs)
     return followed.model
 
@@ -109,7 +108,7 @@ class _Fold:
         self.known = followed.tokens.known
         self.states: dict[ir.Value, State] = {}
         self.picked: dict[tuple, ir.Value] = {}
-        self.computed: dict[ir.Value, list[np.ndarray | None]] = {}  # the tokens for which the node itself is run
+        self.shapes: dict[ir.Value, list[int]] = {}  # of values whose tokens are fewer, and of new ones
 
     def run(self) -> None:
         for node in list(self.graph):
@@ -131,27 +130,34 @@ class _Fold:
                 self.put_output(index, value)
 
     def write_shapes(self) -> None:
-        """Of the values of which it is known how many tokens are left; the others are inferred from them."""
-        for node in self.graph:
-            for value in node.outputs:
-                shape = self.known.shapes.get(value)
-                if value in self.computed:
-                    shape = sizes(self.layouts[value], self.computed[value], self.known.is_open)
-                if not value.is_graph_output():
-                    value.shape = None if shape is None else ir.Shape(map(self.known.dim, shape))
+        """Of all values but the few that only help to make others, which are inferred."""
+        values = [value for node in self.graph for value in node.outputs]
+        for value in values:
+            given = value.shape if value.is_graph_output() else None
+            shape = self.shapes.get(value, self.known.shapes.get(value))
+            dims = given if shape is None else [self.known.dim(size) for size in shape]
+            if given is not None and dims is not given:  # an output keeps its names of sizes that are open
+                dims = [now if isinstance(now, int) else was for now, was in zip(dims, given, strict=True)]
+            value.shape = None if dims is None else ir.Shape(dims)
+        if any(value.shape is None for value in values):
+            passes.ShapeInferencePass()(self.followed.model)
+
+    def note(self, value: ir.Value, layout: Layout, rows: list[np.ndarray | None]) -> None:
+        """Remember which tokens a value of the new graph holds, for its shape."""
+        left = sizes(layout, rows, self.known.is_open)
+        self.shapes[value] = [dense if size < 0 else size for size, dense in zip(left, layout.shape, strict=True)]
 
     # -- operators ----------------------------------------------------------------------------------------------------
 
     def targets(self, node: ir.Node, flow: Flow) -> list[np.ndarray | None]:
         """For each group of the node, the tokens with which it is run, in the order of its first input."""
         result: list[np.ndarray | None] = []
-        whole = whole_groups(self.followed, node, node in self.sets.keys)
-        for group, mask in enumerate(node_masks(self.followed, self.sets, self.wanted, node)):
+        for group, mask in enumerate(self.wanted.masks[node]):
             source = next(
                 ((value, own) for value, links in zip(node.inputs, flow.links, strict=True)
                 for own, link in enumerate(links) if link == group), None
             )  # fmt: skip
-            if source is None or group in whole:
+            if source is None or group in self.wanted.whole[node]:
                 result.append(None)
                 continue
             value, own = source
@@ -176,7 +182,7 @@ class _Fold:
             return
         for value, own in zip(node.outputs, flow.outputs, strict=False):
             if own is not None:
-                self.computed[value] = targets[: flow.groups]
+                self.note(value, own, targets[: flow.groups])
                 self.states[value] = State([(value, None)], targets[: flow.groups])
         if flow.how == "reshape":
             node.replace_input_with(1, self.shape(sizes(layout, targets, self.known.is_open)))
@@ -237,12 +243,12 @@ class _Fold:
         node.replace_input_with(0, self.take(node, value, [targets[link] for link in flow.links[0]]))
         node.replace_input_with(1, add_constant(self.graph, "vpruner.first", np.asarray(0, np.int64)))
         if flow.outputs[0] is not None:
-            self.computed[node.outputs[0]] = targets[: flow.groups]
+            self.note(node.outputs[0], flow.outputs[0], targets[: flow.groups])
             self.states[node.outputs[0]] = State([(node.outputs[0], None)], targets[: flow.groups])
 
     def join(self, node: ir.Node, flow: Flow) -> None:
         output, layout = node.outputs[0], flow.outputs[0]
-        masks = node_masks(self.followed, self.sets, self.wanted, node)
+        masks = self.wanted.masks[node]
         (new,) = layout.groups_of(flow.axis)
         rest = [rows for group, rows in enumerate(self.targets(node, flow)) if group != new]
         values, order, start = [], [], 0
@@ -274,8 +280,8 @@ class _Fold:
             joined = values[0]
         elif values != list(node.inputs):
             joined = add_node(node, "Concat", values, f"vpruner.{output.name}.left", {"axis": flow.axis}).outputs[0]
-        else:
-            self.computed[output] = rows
+        if joined is output or len(values) > 1:
+            self.note(joined, layout, rows)
         if joined is not output or any(one is not None for one in rows):
             self.states[output] = State([(joined, None)], rows)
 
@@ -301,7 +307,7 @@ class _Fold:
             taken = self.take(node, update, [rows])
             node.replace_input_with(branch.update, taken)
             pieces.append((output, rows))
-            self.computed[output] = [rows]
+            self.note(output, layout, [rows])
             if rows is None:
                 return
         for value, held in self.state(stream).pieces:
@@ -348,6 +354,7 @@ class _Fold:
             self.graph.remove(end, safe=True)
         name, value.name = value.name, f"{value.name}.tokens"
         whole.name, whole.dtype, whole.shape = name, value.dtype, value.shape
+        self.note(whole, self.layouts[value], [None] * len(self.layouts[value].ids))
         self.graph.outputs[index] = whole
 
     # -- tokens of values ---------------------------------------------------------------------------------------------
@@ -371,6 +378,7 @@ class _Fold:
             name = f"vpruner.{value.name}.joined"
             joined = add_node(before, "Concat", [piece for piece, _ in state.pieces], name, {"axis": axis})
             state.pieces = [(joined.outputs[0], None)]
+            self.note(joined.outputs[0], layout, state.rows)
         return self.pick_from(before, state, layout, wanted)
 
     def pick_from(self, before: ir.Node, state: State, layout: Layout, wanted: list[np.ndarray | None]) -> ir.Value:
@@ -384,6 +392,7 @@ class _Fold:
                 self.picked[key] = self.pick_group(before, value, layout, have, group, rows)
             value = self.picked[key]
             have[group] = rows
+            self.note(value, layout, have)
         return value
 
     def pick_group(self, before, value: ir.Value, layout: Layout, have, group: int, rows) -> ir.Value:
