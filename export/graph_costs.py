@@ -20,7 +20,7 @@ from ..core.geometry import Geometry
 from .follow import Followed
 from .follow.columns import project_apart
 from .follow.demand import demand, sets_of, unlike
-from .follow.known import used_by
+from .follow.known import above
 from .follow.layout import ENDED
 from .follow.rules import attribute
 
@@ -106,7 +106,7 @@ def image_of(followed: Followed) -> ir.Value:
     Raises:
         GraphError: There is none.
     """
-    fed = (value for node in _ahead(followed.stem.outputs[0]) for value in used_by(node))
+    fed = above(followed.stem.outputs[0])
     image = next((value for value in fed if value in followed.model.graph.inputs and value.const_value is None), None)
     if image is None or len(followed.tokens.known.shapes.get(image, ())) < 3:
         raise GraphError("the tokens do not begin at an image that is fed to the graph")
@@ -174,7 +174,7 @@ def _rates(followed: Followed, counts: tuple[BlockMacs, ...]) -> dict:
 def _head_macs(followed: Followed, live: set[ir.Node]) -> tuple[int, int]:
     """Behind the blocks: multiply-adds that do not depend on how many patches are read, and those of each patch."""
     fixed = per_patch = 0
-    for node in live - _ahead(followed.stream):
+    for node in live - {value.producer() for value in above(followed.stream)}:
         macs, flow = _macs(node, followed), followed.flows.get(node)
         if not macs:
             continue
@@ -189,17 +189,6 @@ def _head_macs(followed: Followed, live: set[ir.Node]) -> tuple[int, int]:
         per_patch += each
         fixed += macs - each * int((one < followed.patches).sum())
     return fixed, per_patch
-
-
-def _ahead(value: ir.Value) -> set[ir.Node]:
-    """The nodes that a value is computed by."""
-    waiting, found = [value], set()
-    while waiting:
-        node = waiting.pop().producer()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting.extend(used_by(node))
-    return found
 
 
 def costs(followed: Followed) -> tuple[BlockMacs, ...]:

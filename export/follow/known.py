@@ -257,6 +257,18 @@ def used_by(node: ir.Node) -> list[ir.Value]:
     return [value for value in (*node.inputs, *_captured(node)) if value is not None]
 
 
+def above(value: ir.Value) -> Iterator[ir.Value]:
+    """A value and all that it is computed from."""
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if value not in seen:
+            seen.add(value)
+            yield value
+            if value.producer() is not None:
+                waiting.extend(used_by(value.producer()))
+
+
 def check_open(known: Known, image: ir.Value) -> None:
     """Refuse an image whose height or width is open.
 

@@ -133,6 +133,15 @@ def test_the_head_reads_what_the_plan_says(name):
     assert difference(run(fold(followed, plan), images.numpy()), expected) < 1e-5
 
 
+def test_a_head_that_cannot_be_followed_reads_every_token():
+    followed = follow(written("ViTPose", "torchscript", 17, True))
+    plan = identity_plan(followed)
+    plan.reads = (0, 1, 2)
+    for function in (mask, fold, counts):
+        with pytest.raises(PlanError, match="reads all tokens"):
+            function(followed, plan)
+
+
 @pytest.mark.parametrize("exporter, opset", [("torchscript", 17), ("dynamo", 23)])
 def test_gates_weigh_keys(exporter, opset):
     followed = follow(written("ViT", exporter, opset, False))
