@@ -17,12 +17,13 @@ import onnx_ir as ir
 
 from ..core.errors import GraphError
 from ..core.geometry import Geometry
-from .follow import Followed
+from .follow import Block, Followed
 from .follow.columns import project_apart
 from .follow.demand import demand, sets_of, unlike
 from .follow.known import above
 from .follow.layout import ENDED
 from .follow.rules import attribute
+from .nodes import called
 
 #: What may stand behind a classifier: views, probabilities, constant factors and sums.
 _AFFINE = frozenset(
@@ -50,16 +51,26 @@ def geometry_of(followed: Followed) -> Geometry:
     others, gives ``"values"``.
 
     Raises:
-        GraphError: No image is fed to the stem.
+        GraphError: No image is fed to the stem, or the blocks do not work on the patches that begin there.
     """
     tokens, blocks, patches = followed.tokens, followed.blocks, followed.patches
-    shapes, prefix = tokens.known.shapes, followed.prefix
+    shapes = tokens.known.shapes
+    # A class token may join between two blocks; it counts in all of them then.
+    prefix = max(_beside(followed, value) for value in (followed.stream, *_outputs_of(blocks)))
+    ids = np.concatenate([one.ravel() for one in tokens.layouts[followed.stream].ids])
+    if int((ids < patches).sum()) != patches:
+        raise GraphError(
+            f"the {patches} patches that begin at {called(followed.stem)} are not the tokens of the blocks, which have "
+            f"{len(ids)}: tokens are merged or left out between the stages of the model"
+        )
     read, head = reads(followed)
     last, counts = len(blocks) - 1, costs(followed)
     at_end = read.get(last)
     head_prefix = 0 if at_end is None else int(at_end[patches:].sum())
     head_macs, per_patch = _head_macs(followed, head)
     height, width, channels = _image_size(followed)
+    if at_end is None and not read:
+        raise GraphError("nothing reads the tokens behind the blocks")
     found = Geometry(
         depth=len(blocks),
         embed_dim=shapes[followed.stream][-1],
@@ -75,10 +86,20 @@ def geometry_of(followed: Followed) -> Geometry:
         **_kind_of_output(followed),
         **_rates(followed, counts),
     )
-    token_count = followed.prefix + patches
+    token_count = prefix + patches
     whole = sum(_macs(node, followed) for node in followed.model.graph)
     masked = sum(one.key + one.query + one.mlp + one.pair * token_count for one in counts) * token_count
-    return replace(found, stem_macs=whole - masked - head_macs - per_patch * patches * found.head_patches)
+    stem_macs = whole - masked - head_macs - per_patch * patches * found.head_patches
+    return replace(found, stem_macs=max(0, stem_macs))
+
+
+def _outputs_of(blocks: Sequence[Block]) -> list[ir.Value]:
+    return [branch.add.outputs[0] for block in blocks for branch in (*block.attention, *block.mlp)]
+
+
+def _beside(followed: Followed, value: ir.Value) -> int:
+    """Tokens of a value beside the patches."""
+    return sum(int((ids >= followed.patches).sum()) for ids in followed.tokens.layouts[value].ids)
 
 
 def reads(followed: Followed) -> tuple[dict[int, np.ndarray], set[ir.Node]]:
