@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vpruner.core.plan import TokenPlan
-from vpruner.prune.backbones.forms import query_key_value
-from vpruner.prune.backbones.vit import ViTAdapter, embed_images
+from vpruner.prune.backbones.forms import embed_images, query_key_value
+from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.methods.positions import centre_exits, centre_order, exchanged, random_exits
 
 __all__ = ["attention_exits", "centre_exits", "centre_order", "mean_attention", "random_exits"]

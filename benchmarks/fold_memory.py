@@ -43,7 +43,7 @@ def opened(event, arguments):
     if event == "open" and isinstance(arguments[0], (str, os.PathLike)):
         counts["reads"] += os.path.realpath(arguments[0]) == dense
 def called(frame, event, argument):
-    if event == "call" and frame.f_code.co_name in ("infer_geometry", "recognise"):
+    if event == "call" and frame.f_code.co_name in ("infer_geometry", "recognise", "follow"):
         counts["recognitions"] += "vpruner" in frame.f_globals["__name__"]
 from vpruner.cli import main
 sys.addaudithook(opened)

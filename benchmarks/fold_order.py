@@ -1,4 +1,4 @@
-"""How close does the time of a folded graph come to its multiply-adds, and does it matter how rows are picked?
+"""How close does the time of a folded graph come to its multiply-adds?
 
     python benchmarks/fold_order.py
     python benchmarks/fold_order.py --runtime openvino --models vit_base_patch16_224
@@ -12,7 +12,6 @@ blocks of 14 x 14 patches; ``--store`` writes it anew. These graphs run in turns
   what the machine and the protocol add to every other ratio;
 * ``ordered``: the plan folded as ``vpruner fold`` does. Tokens are put in an order once, so that slices take the place
   of gathers where the plan allows it;
-* ``grid``: tokens stay in the order of the grid, and every choice of rows is a gather;
 * ``chain``: other patches with the same counts, all of whose sets are prefixes of one order: no gather at all;
 * ``dropping``: a plan at the same multiply-adds that drops tokens whole, evenly from block to block.
 
@@ -34,7 +33,6 @@ from pathlib import Path
 import click
 import numpy as np
 from latency_ort import linear_plan, open_dense
-from onnx_ir.passes import common as passes
 from rich.console import Console
 from rich.table import Table
 
@@ -43,11 +41,10 @@ from vpruner.core.environment import environment
 from vpruner.core.geometry import Geometry
 from vpruner.core.plan import KINDS, TokenPlan
 from vpruner.core.rows import append_rows
-from vpruner.core.schedule import schedule
 from vpruner.core.timing import SETTLE_SECONDS, measure, random_images
 from vpruner.export.dense import export_dense
 from vpruner.export.files import save_model
-from vpruner.export.fold import fold_steps, infer_static_shapes
+from vpruner.export.fold import fold_graph
 from vpruner.export.graph import OpenedGraph, open_graph
 
 STORED = Path(__file__).with_suffix(".json")
@@ -108,21 +105,11 @@ def store(plans: dict[str, Path]) -> None:
 def write_graphs(dense: OpenedGraph, plan: TokenPlan, target: float, folder: Path) -> dict[str, tuple[Path, TokenPlan]]:
     """The file and the plan of each graph but the dense one."""
     dropping = linear_plan(plan.model, plan.geometry, target, 0)
-    forms = {
-        "ordered": (plan, True),
-        "grid": (plan, False),
-        "chain": (chain(plan), True),
-        "dropping": (dropping, True),
+    forms = {"ordered": plan, "chain": chain(plan), "dropping": dropping}
+    return {
+        label: (save_model(fold_graph(dense, form).model, folder / f"{label}.onnx"), form)
+        for label, form in forms.items()
     }
-    written = {}
-    for label, (form, ordered) in forms.items():
-        graph = dense.recognised().copy()
-        outputs = [value.shape for value in graph.model.graph.outputs]
-        fold_steps(graph.model.graph, graph.site, schedule(form, ordered=ordered), plan.geometry)
-        passes.RemoveUnusedNodesPass()(graph.model)
-        infer_static_shapes(graph.model, outputs)
-        written[label] = save_model(graph.model, folder / f"{label}.onnx"), form
-    return written
 
 
 def onnxruntime_runner(path: Path, image: np.ndarray) -> Callable[[], object]:

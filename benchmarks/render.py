@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import family_tables
 import pages as written
 import shifted_tables
 import tables
@@ -31,13 +32,14 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "compare_speed": (tables.compare_speed, ("compare",)),
     "content_scores": (tables.content_scores, ("content_scores",)),
     "demo": (tables.demo, ("demo",)),
+    "families": (family_tables.families, ("families",)),
     "fisher_rounds": (tables.fisher_rounds, ("fisher_rounds",)),
     "fold_memory": (tables.fold_memory, ("fold_memory",)),
     "fold_order": (tables.fold_order, ("fold_order",)),
     "gpu": (tables.gpu, ("gpu",)),
+    "graph_gradients": (tables.graph_gradients, ("graph_gradients",)),
     "latency_budget": (tables.latency_budget, ("latency_budget",)),
     "latency_ort": (tables.latency_ort, ("latency_ort",)),
-    "onnx_gradients": (tables.onnx_gradients, ("onnx_gradients",)),
     "precision": (tables.precision, ("precision",)),
     "search_forms": (tables.search_forms, ("search_forms",)),
     "shifted": (shifted_tables.shifted, ("shifted",)),

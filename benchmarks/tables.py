@@ -89,7 +89,6 @@ def latency_ort(rows: list[dict]) -> str:
 #: Graph of benchmarks/fold_order.py -> what the table calls it.
 FOLD_ORDER = {
     "ordered": "folded",
-    "grid": "by gathers alone",
     "chain": "by slices alone",
     "dropping": "dropping, same MACs",
 }
@@ -359,26 +358,22 @@ def summary(compared: list[dict], folded: list[dict]) -> str:
     return "\n".join([*lines, "", f"Time of larger models, batch 1: {', '.join(shown)}."])
 
 
-#: Way of benchmarks/onnx_gradients.py -> what the table calls it.
-GRADIENTS = {
-    "pytorch": "the PyTorch model, one backward pass",
-    "rebuilt": "the model rebuilt from the ONNX file, one backward pass",
-    "one-sided": "onnxruntime, one run for each gate",
-    "two-sided": "onnxruntime, two runs for each gate",
-}
-
-
-def onnx_gradients(rows: list[dict]) -> str:
-    """Time and agreement of each way to the gradients of token gates."""
+def graph_gradients(rows: list[dict]) -> str:
+    """Time and agreement of the gradients of token gates, of the timm model and of its files."""
     newest = {row["way"]: row for row in rows}
-    lines = ["| gradients by | CPU time per image | correlation with exact importance |", "| --- | ---: | ---: |"]
-    lines += [
-        f"| {name} | {milliseconds(newest[way]['cpu_ms_per_image'])} | {decimal(newest[way]['pearson'])} |"
-        for way, name in GRADIENTS.items()
-        if way in newest
+    lines = [
+        "| gradients by | CPU time per image | against timm | largest difference |",
+        "| --- | ---: | ---: | ---: |",
     ]
+    for way, row in newest.items():
+        name = "the timm model" if way == "timm" else f"its ONNX file, {way}"
+        difference = f"{row['largest_relative_difference']:.1e}" if way != "timm" else ""
+        time = milliseconds(row["p50_ms"] / row["batch"])
+        lines.append(f"| {name} | {time} | {'1' if way == 'timm' else ratio_of(row)} | {difference} |")
     some = rows[-1]
-    return "\n".join([*lines, "", f"{some['model']}, {some['gates']} gates, {some['threads']} thread."])
+    environment = f"{some['environment']['cpu']}, PyTorch {some['environment']['packages']['torch']}"
+    shown = f"{some['model']}, {some['gates']:,} gates, batch {some['batch']}, {some['threads']} thread; {environment}."
+    return "\n".join([*lines, "", shown])
 
 
 def latency_budget(rows: list[dict]) -> str:

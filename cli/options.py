@@ -99,8 +99,8 @@ calibration_options = stacked(
         default="auto",
         show_default=True,
         type=click.Choice(("auto", *LOSSES)),
-        help="Loss that tokens are scored by: on labels, on the model's own predictions or on its features; auto takes "
-        "labels if there are any.",
+        help="Loss that tokens are scored by: on labels, on the model's own predictions, on its features, or on its "
+        "output as it is; auto takes labels if there are any.",
     ),
     click.option(
         "--rounds",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: What the gradients of a search are of; ``"auto"`` picks one.
-LOSSES = ("labels", "self", "features")
+LOSSES = ("labels", "self", "features", "output")
 #: How tokens are moved within the budget after the search.
 REARRANGEMENTS = ("ppo", "greedy", "none")
 #: What is refitted to the tokens that are left.

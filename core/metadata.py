@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import __version__
 from .errors import UserError
+from .geometry import OUTPUTS
 from .json_file import canonical_json, json_text, parse_json
 from .plan import KINDS, Geometry, TokenPlan
 from .preprocess import Preprocessing
@@ -59,7 +60,8 @@ class ModelMetadata:
         rule: What chooses the tokens of each image, as :func:`vpruner.export.rules.describe_rule` has it; None in every
             other file.
         tuned_sha256: Hash of the tuned weights in the graph; None where they are the trained ones.
-        output: ``"logits"`` or ``"features"``. Where it is not given, the geometry's, and ``"logits"`` without one.
+        output: One of :data:`~vpruner.core.geometry.OUTPUTS`. Where it is not given, the geometry's, and ``"logits"``
+            without one.
         precision: What the weights are stored in, where the file says it.
         version: The vpruner that wrote the file.
     """
@@ -152,8 +154,8 @@ class ModelMetadata:
         geometry, preprocessing, classes, rule = map(parsed, (GEOMETRY, PREPROCESSING, CLASSES, RULE))
         geometry = None if geometry is None else Geometry.from_json(geometry)
         output = props.get(OUTPUT, "logits")
-        if output not in ("logits", "features"):
-            raise ValueError(f"output is {output!r}, expected 'logits' or 'features'")
+        if output not in OUTPUTS:
+            raise ValueError(f"output is {output!r}, expected {', '.join(map(repr, OUTPUTS))}")
         if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
             raise ValueError("classes is not a list of names")
         if rule is not None and not _is_rule(rule, geometry):

@@ -22,8 +22,8 @@ from ..core.metadata import TARGET
 from ..core.text import counted, option
 from .check import Finding, check, summarize
 from .files import save_model
-from .graph import Graph, copy_model, open_graph
-from .nodes import attribute_int, attribute_ints, constant
+from .graph import Graph, open_graph
+from .nodes import attribute_int, attribute_ints, constant, copy_model
 from .passes.clamp_slice_bounds import ClampSliceBounds
 from .passes.edit import add_constant, add_node, infer_shapes_anew
 from .passes.lower_opset import LowerOpset

@@ -1,12 +1,10 @@
-"""An ONNX graph that is read once and recognised once, however many steps of a command look at it."""
+"""An ONNX graph that is read once and followed once, however many steps of a command look at it."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,63 +12,23 @@ from typing import Any, TypeAlias
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
 
 from ..core.errors import GraphError, UserError
 from ..core.files import file_sha256
 from ..core.metadata import PLAN, PREFIX, REQUIRED, WEIGHTS_SHA256, ModelMetadata
 from ..core.plan import Geometry
 from ..core.preprocess import Preprocessing
-from ..core.text import command, first_line
+from ..core.text import command
 from .files import check_tensors, load_model
-from .recognise.causes import explain
-from .recognise.graph import HINT, NotUnderstood, VitSite
-from .recognise.normalise import prepare
+from .follow import Followed, follow
+from .graph_costs import geometry_of, image_of
+from .nodes import HINT, copy_model
 from .streaming import StoredTensor
 from .structure import find_problems
 from .unfit import refuse_unfit
 
 #: What stands for a graph: a file, a model in memory, or one that is open already.
 Graph: TypeAlias = "str | os.PathLike | onnx.ModelProto | ir.Model | OpenedGraph"
-
-
-@dataclass(frozen=True)
-class Recognised:
-    """A dense ViT in the form that folding works on.
-
-    Attributes:
-        model: The graph in that form; it holds no functions.
-        geometry: What :func:`~vpruner.export.recognise.graph.infer_geometry` reads from it.
-        site: Its blocks: nodes and values of ``model``.
-        normalised: Whether the graph had to be rewritten to get there.
-    """
-
-    model: ir.Model
-    geometry: Geometry
-    site: VitSite
-    normalised: bool
-
-    def copy(self) -> Recognised:
-        """One that may be changed in place. Tensors are shared."""
-        model = copy_model(self.model)
-        before, after = self.model.graph, model.graph
-        copies: dict[ir.Node | ir.Value, ir.Node | ir.Value] = dict(zip(before, after, strict=True))
-        copies.update(zip(before.inputs, after.inputs, strict=True))
-        copies.update(zip(before.initializers.values(), after.initializers.values(), strict=True))
-        for old, new in zip(before, after, strict=True):
-            copies.update(zip(old.outputs, new.outputs, strict=True))
-
-        def copied(part: Any) -> Any:
-            if isinstance(part, (ir.Node, ir.Value)):
-                return copies[part]
-            if isinstance(part, tuple):
-                return tuple(map(copied, part))
-            if dataclasses.is_dataclass(part):
-                fields = (field.name for field in dataclasses.fields(part))
-                return dataclasses.replace(part, **{name: copied(getattr(part, name)) for name in fields})
-            return part
-
-        return Recognised(model, self.geometry, copied(self.site), self.normalised)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +105,8 @@ class OpenedGraph:
         files = {self.path, *(tensor.path for tensor in tensors if isinstance(tensor, StoredTensor))}
         return sum(map(os.path.getsize, files))
 
-    def recognised(self, expected: Geometry | None = None) -> Recognised:
-        """The ViT in it; the work is done once.
+    def followed(self, expected: Geometry | None = None) -> Followed:
+        """Where its tokens go; the work is done once.
 
         Args:
             expected: Gives the image size to a graph whose own is open, where the metadata does not.
@@ -156,20 +114,29 @@ class OpenedGraph:
         Raises:
             GraphError: The graph is no dense ViT, or is written in a way that is not understood; names the node.
         """
-        found = self.__dict__.get("_recognised")
+        found = self.__dict__.get("_followed")
         if found is None:
             if expected is None and self.metadata is not None:
                 expected = self.metadata.geometry
             with self.naming():
                 refuse_unfit(self.model)
-                # A copy: what was read may still be described, run, or written as it was.
-                model = copy_model(self.model)
-                if model.functions:
-                    passes.InlinePass()(model)
-                prepared = prepare(model, expected)
-            found = Recognised(model, prepared.geometry, prepared.site, prepared.normalised)
-            self.__dict__["_recognised"] = found
+                found = follow(_with_image_size(self.model, expected))
+            self.__dict__["_followed"] = found
         return found
+
+    def shape(self, expected: Geometry | None = None) -> Geometry:
+        """The shape of the model as the graph has it; as :meth:`followed`."""
+        found = self.__dict__.get("_shape")
+        if found is None:
+            followed = self.followed(expected)
+            with self.naming():
+                found = self.__dict__["_shape"] = geometry_of(followed)
+        return found
+
+    def image_sizes(self) -> tuple[int, ...]:
+        """Sizes of one image as the graph takes it; as :meth:`followed`, of which it must have been asked before."""
+        followed = self.followed()
+        return followed.tokens.known.shapes[image_of(followed)][1:]
 
     @contextmanager
     def naming(self) -> Iterator[None]:
@@ -177,13 +144,34 @@ class OpenedGraph:
         try:
             yield
         except GraphError as error:
-            said = error
-            if isinstance(error, NotUnderstood):
-                said = explain(self.model, error, self.path, prepare)
-            elif self.path is None or self.source in error.marked_problem:
+            if self.path is None or self.source in error.marked_problem:
                 raise
-            before = "" if self.path is None else f"{self.source}: "
-            raise GraphError(f"{before}{said.marked_problem}", said.marked_hint) from error
+            raise GraphError(f"{self.source}: {error.marked_problem}", error.marked_hint or HINT) from error
+
+
+def _with_image_size(model: ir.Model, expected: Geometry | None) -> ir.Model:
+    """The model, or a copy whose image has the expected size where the graph leaves it open.
+
+    Raises:
+        GraphError: It is open, and no size is expected.
+    """
+    image = next((value for value in model.graph.inputs if value.const_value is None and _is_open_image(value)), None)
+    if image is None:
+        return model
+    if expected is None:
+        raise GraphError(
+            f"input {image.name!r} is an image {image.shape}, expected a fixed number of channels, height and width",
+            "fix them with: python -m onnxruntime.tools.make_dynamic_shape_fixed",
+        )
+    model = copy_model(model)
+    image = next(value for value in model.graph.inputs if value.name == image.name)
+    image.shape = ir.Shape([image.shape[0], expected.in_chans, *expected.image_size])
+    return model
+
+
+def _is_open_image(value: ir.Value) -> bool:
+    shape = value.shape
+    return shape is not None and len(shape) == 4 and not all(isinstance(size, int) for size in shape[1:])
 
 
 def open_graph(graph: Graph) -> OpenedGraph:
@@ -208,26 +196,6 @@ def open_graph(graph: Graph) -> OpenedGraph:
     opened = OpenedGraph(model)
     check_tensors(model, opened.source)
     return opened
-
-
-def copy_model(model: ir.Model) -> ir.Model:
-    """Nodes and values are copied, tensors are shared.
-
-    Raises:
-        GraphError: A node reads what no node before it makes.
-    """
-    try:
-        copied = model.clone()
-    except (RuntimeError, ValueError, KeyError) as error:  # onnx-ir's cloner wraps what it finds, once for each level
-        while isinstance(error, RuntimeError) and error.__cause__ is not None:
-            error = error.__cause__
-        raise GraphError(f"the graph is damaged: {first_line(error)}", HINT) from None
-    # onnx-ir gives a copied value the type of the original, and setting ``dtype`` changes that type for both.
-    values = {*copied.graph.inputs, *copied.graph.initializers.values()}
-    values.update(value for node in copied.graph.all_nodes() for value in node.outputs)
-    for value in values:
-        value.type = copy(value.type)
-    return copied
 
 
 def already_pruned(source: str, digest: str, rule: Mapping[str, Any] | None = None) -> GraphError:

@@ -8,19 +8,28 @@ the block but which tokens each product is computed for.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from types import SimpleNamespace
 
+import numpy as np
 import onnx_ir as ir
 
 from ..core.errors import GraphError
 from ..core.geometry import Geometry
-from .follow import Followed
+from .follow import Block, Followed
 from .follow.columns import project_apart
-from .follow.demand import demand, sets_of
+from .follow.demand import demand, sets_of, unlike
 from .follow.known import above
 from .follow.layout import ENDED
 from .follow.rules import attribute
+from .nodes import called
+
+#: What may stand behind a classifier: views, probabilities, constant factors and sums.
+_AFFINE = frozenset(
+    ("Add", "Sub", "Mul", "Div", "BatchNormalization", "Cast", "Flatten", "Gather", "Identity", "Reshape", "Softmax",
+     "Sigmoid", "LogSoftmax", "Squeeze", "Transpose", "Unsqueeze", "ReduceMean", "ReduceSum", "Concat")
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,27 +46,31 @@ class BlockMacs:
 def geometry_of(followed: Followed) -> Geometry:
     """The shape of the model: what plans, searches and costs need to know of it.
 
-    MACs of parts that are left whole count as those of the stem. A model with one output [batch, channel] is one of
-    ``"features"`` where no product follows the blocks; one of several outputs, or of others, gives ``"values"``.
+    MACs of parts that are left whole count as those of the stem. A model with one output [batch, channel] gives
+    ``"logits"`` where that is a linear layer with a bias, otherwise ``"features"``; one of several outputs, or of
+    others, gives ``"values"``.
 
     Raises:
-        GraphError: No image is fed to the stem.
+        GraphError: No image is fed to the stem, or the blocks do not work on the patches that begin there.
     """
     tokens, blocks, patches = followed.tokens, followed.blocks, followed.patches
-    shapes, prefix = tokens.known.shapes, followed.prefix
-    every = SimpleNamespace(**dict.fromkeys(("keys", "queries", "mlps"), [range(patches)] * len(blocks)), reads=None)
-    adds = {b.add: block.index for block in blocks for b in (*block.attention, *block.mlp)}
-    head = demand(followed, sets_of(followed, every), adds)
-    read = {}
-    for add, block in adds.items():
-        (mask,) = head.needed.get(add.outputs[0], [None])
-        if mask is not None:
-            read[block] = read.get(block, False) | mask
+    shapes = tokens.known.shapes
+    # A class token may join between two blocks; it counts in all of them then.
+    prefix = max(_beside(followed, value) for value in (followed.stream, *_outputs_of(blocks)))
+    ids = np.concatenate([one.ravel() for one in tokens.layouts[followed.stream].ids])
+    if int((ids < patches).sum()) != patches:
+        raise GraphError(
+            f"the {patches} patches that begin at {called(followed.stem)} are not the tokens of the blocks, which have "
+            f"{len(ids)}: tokens are merged or left out between the stages of the model"
+        )
+    read, head = reads(followed)
     last, counts = len(blocks) - 1, costs(followed)
     at_end = read.get(last)
     head_prefix = 0 if at_end is None else int(at_end[patches:].sum())
-    head_macs, per_patch = _head_macs(followed, head.live)
+    head_macs, per_patch = _head_macs(followed, head)
     height, width, channels = _image_size(followed)
+    if at_end is None and not read:
+        raise GraphError("nothing reads the tokens behind the blocks")
     found = Geometry(
         depth=len(blocks),
         embed_dim=shapes[followed.stream][-1],
@@ -70,13 +83,37 @@ def geometry_of(followed: Followed) -> Geometry:
         head_prefix=min(head_prefix, prefix),
         head_patches=at_end is not None and bool(at_end[:patches].any()),
         taps=tuple(block for block, mask in read.items() if block < last and mask[:patches].any()),
-        **_kind_of_output(followed, head.live),
+        **_kind_of_output(followed),
         **_rates(followed, counts),
     )
-    token_count = followed.prefix + patches
+    token_count = prefix + patches
     whole = sum(_macs(node, followed) for node in followed.model.graph)
     masked = sum(one.key + one.query + one.mlp + one.pair * token_count for one in counts) * token_count
-    return replace(found, stem_macs=whole - masked - head_macs - per_patch * patches * found.head_patches)
+    stem_macs = whole - masked - head_macs - per_patch * patches * found.head_patches
+    return replace(found, stem_macs=max(0, stem_macs))
+
+
+def _outputs_of(blocks: Sequence[Block]) -> list[ir.Value]:
+    return [branch.add.outputs[0] for block in blocks for branch in (*block.attention, *block.mlp)]
+
+
+def _beside(followed: Followed, value: ir.Value) -> int:
+    """Tokens of a value beside the patches."""
+    return sum(int((ids >= followed.patches).sum()) for ids in followed.tokens.layouts[value].ids)
+
+
+def reads(followed: Followed) -> tuple[dict[int, np.ndarray], set[ir.Node]]:
+    """What is read of the stream by anything but the blocks: block -> bool [id] of the tokens that are read behind it;
+    and the nodes that read, and compute the outputs from it."""
+    blocks, every = followed.blocks, range(followed.patches)
+    plan = SimpleNamespace(**dict.fromkeys(("keys", "queries", "mlps"), [every] * len(blocks)), reads=None)
+    adds = {b.add: block.index for block in blocks for b in (*block.attention, *block.mlp)}
+    head = demand(followed, sets_of(followed, plan), adds)
+    read: dict[int, np.ndarray] = {}
+    for add, block in adds.items():
+        for mask in head.needed.get(add.outputs[0], []):
+            read[block] = read.get(block, False) | mask
+    return read, head.live
 
 
 def _two(sizes: tuple[int, ...]) -> tuple[int, int]:
@@ -84,27 +121,55 @@ def _two(sizes: tuple[int, ...]) -> tuple[int, int]:
     return (math.prod(sizes[:-1]), sizes[-1])
 
 
-def _image_size(followed: Followed) -> tuple[int, int, int]:
-    """Height, width and channels of what the stem is fed with, as the user gives it."""
+def image_of(followed: Followed) -> ir.Value:
+    """The input of the graph that the stem is fed with.
+
+    Raises:
+        GraphError: There is none.
+    """
     fed = above(followed.stem.outputs[0])
     image = next((value for value in fed if value in followed.model.graph.inputs and value.const_value is None), None)
-    sizes = (followed.tokens.known.shapes.get(image) or ())[1:]
-    if len(sizes) < 2:
+    if image is None or len(followed.tokens.known.shapes.get(image, ())) < 3:
         raise GraphError("the tokens do not begin at an image that is fed to the graph")
-    channels_last = len(sizes) == 3 and sizes[-1] < min(sizes[:2])
-    height, width = sizes[:2] if channels_last else sizes[-2:]
+    return image
+
+
+def is_channels_last(sizes: Sequence[int]) -> bool:
+    """Whether an image of these sizes, the batch left out, is [height, width, channel]."""
+    return len(sizes) == 3 and sizes[-1] < min(sizes[:2])
+
+
+def _image_size(followed: Followed) -> tuple[int, int, int]:
+    """Height, width and channels, as the user gives them."""
+    sizes = followed.tokens.known.shapes[image_of(followed)][1:]
+    height, width = sizes[:2] if is_channels_last(sizes) else sizes[-2:]
     return height, width, math.prod(sizes) // (height * width)
 
 
-def _kind_of_output(followed: Followed, head: set[ir.Node]) -> dict:
+def _kind_of_output(followed: Followed) -> dict:
     outputs = followed.model.graph.outputs
     shape = followed.tokens.known.shapes.get(outputs[0]) or (1,)
     per_image = math.prod(shape) // (shape[0] or 1)
     if len(outputs) > 1 or len(shape) != 2 or outputs[0] in followed.tokens.layouts:
         return {"outputs": per_image, "output": "values"}
-    # Where nothing but norms and pooling stands behind the blocks.
-    classifies = any(_macs(node, followed) for node in head)
-    return {"outputs": per_image, "output": "logits" if classifies else "features"}
+    return {"outputs": per_image, "output": "logits" if _classifies(outputs[0], followed) else "features"}
+
+
+def _classifies(value: ir.Value, followed: Followed, biased: bool = False) -> bool:
+    """Whether what is given is a linear layer with a bias, but for views, probabilities and constant factors; or the
+    sum of several of these. A projection to an embedding has none, as a rule."""
+    node, known = value.producer(), followed.tokens.known
+    if node is None:
+        return False
+    computed = [one for one in node.inputs if one is not None and one in known.from_inputs]
+    if node.op_type in ("MatMul", "Gemm", "Conv"):
+        return len(computed) == 1 and (biased or len(node.inputs) > 2)
+    if node.op_type == "Add" and len(computed) == 2:
+        wide = known.shapes[value][-1] == known.shapes[followed.stream][-1]  # It is added to the stream.
+        return not wide and all(_classifies(one, followed, biased) for one in computed)
+    if node.op_type not in _AFFINE or len(computed) != 1:
+        return False
+    return _classifies(computed[0], followed, biased or node.op_type in ("Add", "BatchNormalization"))
 
 
 def _rates(followed: Followed, counts: tuple[BlockMacs, ...]) -> dict:
@@ -151,10 +216,10 @@ def costs(followed: Followed) -> tuple[BlockMacs, ...]:
     """Of each block; 0 for what cannot be masked."""
     followed = followed.copy()
     # Products whose columns are needed of different tokens are computed apart, as they are in a folded graph.
-    sets = sets_of(followed, _unlike(followed))
+    sets = sets_of(followed, unlike(followed))
     project_apart(followed, demand(followed, sets))
     found = [dict.fromkeys(("key", "query", "pair", "mlp"), 0) for _ in followed.blocks]
-    for node, groups in _roles(followed):
+    for node, groups in roles_of(followed)[0].items():
         sizes = [size for size, _ in groups]
         macs = _macs(node, followed)
         per_token = 0 if not macs or not sizes else macs // math.prod(sizes)
@@ -166,19 +231,16 @@ def costs(followed: Followed) -> tuple[BlockMacs, ...]:
     return tuple(BlockMacs(**one) for one in found)
 
 
-def _unlike(followed: Followed) -> SimpleNamespace:
-    """A plan with other tokens of each kind in each block."""
-    every = tuple(range(followed.patches))
-    parts = {"keys": every[::2], "queries": every[1::2], "mlps": every[: len(every) // 2]}
-    kinds = {
-        kind: [part if getattr(block, kind) else every for block in followed.blocks] for kind, part in parts.items()
-    }
-    return SimpleNamespace(**kinds, reads=None)
+def roles_of(
+    followed: Followed,
+) -> tuple[dict[ir.Node, list[tuple[int, set[tuple[int, str]]]]], dict[ir.Value, list[set[tuple[int, str]]]]]:
+    """What the tokens of nodes and values are for: ``(block, "key")``, ``"query"`` or ``"mlp"``.
 
-
-def _roles(followed: Followed):
-    """(node, [(tokens, {(block, role)}) for each of its groups]), from the updates back to the stream."""
-    graph, layouts = followed.model.graph, followed.tokens.layouts
+    Returns:
+        Node of a branch that can be masked -> (tokens, roles) of each of its groups, from the updates back to the
+        stream; and value between the stream and such an update -> roles of each of its groups.
+    """
+    graph, layouts, nodes = followed.model.graph, followed.tokens.layouts, {}
     stream, roles = {followed.stream}, {}
     for block in followed.blocks:
         for role, branches in (("query", block.attention), ("mlp", block.mlp)):
@@ -203,16 +265,18 @@ def _roles(followed: Followed):
                 known = roles.setdefault(value, [set() for _ in links])
                 for group, link in enumerate(links):
                     known[group] |= own[link] if link != ENDED else set()
-        yield node, list(zip(sizes, own, strict=True))
+        nodes[node] = list(zip(sizes, own, strict=True))
+    return nodes, roles
 
 
 def _macs(node: ir.Node, followed: Followed) -> int:
-    """Of a whole node, for one image."""
+    """Of a whole node, for one image; 0 where a size is not known, as behind what picks boxes."""
     shapes = followed.tokens.known.shapes
     if node.op_type not in ("MatMul", "Gemm", "Einsum", "Conv", "Attention"):
         return 0
-    first, second = (shapes[value] for value in node.inputs[:2])
-    output = shapes[node.outputs[0]]
+    if not all(value in shapes for value in (*node.inputs[:2], node.outputs[0])):
+        return 0
+    first, second, output = (shapes[value] for value in (*node.inputs[:2], node.outputs[0]))
     if node.op_type == "Einsum":
         terms = attribute(node, "equation").replace(" ", "").partition("->")[0].split(",")
         named = (zip(term, shapes[value], strict=True) for term, value in zip(terms, node.inputs, strict=True))

@@ -1,32 +1,33 @@
-"""What recognition sees in an ONNX file, for a person or a program."""
+"""What is understood of an ONNX file, for a person or a program."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..core import progress
 from ..core.cost import cost_ratio, dense_macs, macs_from_counts
-from ..core.errors import GraphError, PlanError, UserError
+from ..core.errors import GraphError, UserError
 from ..core.metadata import MODEL, PLAN, ModelMetadata
-from ..core.plan import Geometry, TokenPlan
+from ..core.plan import KINDS, Geometry, TokenPlan
 from ..core.text import command
-from .fold import check_shape
+from .fold import check_metadata
+from .follow import Followed, counts
 from .graph import Graph, OpenedGraph, open_graph
-from .nodes import integers, is_constant
-from .recognise.causes import without_inspect
-from .recognise.graph import HeadSite, VitSite
+from .graph_costs import reads
+from .nodes import SEE_INSPECT, is_constant
 
 
 def inspect_file(graph: Graph) -> dict[str, Any]:
-    """Recognise the ViT in an ONNX graph of any exporter, and describe it; JSON values only.
+    """Follow the tokens of an ONNX graph of any exporter, and describe what of it can be masked; JSON values only.
 
-    A pruned file of ours is described by its metadata: the recogniser knows dense graphs.
+    A pruned file of ours is described by its metadata.
 
     Raises:
-        GraphError: Recognition stopped; the message names the node.
+        GraphError: The graph is no ViT whose tokens can be followed; the message names the node.
         PlanError: The file's metadata tells of another model than its graph.
         UserError: No ONNX file.
     """
@@ -35,7 +36,7 @@ def inspect_file(graph: Graph) -> dict[str, Any]:
         with opened.naming():
             return _describe(opened)
     except GraphError as error:
-        raise without_inspect(error) from error
+        raise GraphError(error.marked_problem, error.marked_hint.replace(SEE_INSPECT, "")) from error
 
 
 def _describe(opened: OpenedGraph) -> dict[str, Any]:
@@ -52,22 +53,17 @@ def _describe(opened: OpenedGraph) -> dict[str, Any]:
     }
     if PLAN in model.metadata_props:
         return {**described, **_describe_pruned(model.metadata_props, opened.source)}
-    about, recognised = opened.metadata, opened.recognised()
-    geometry = recognised.geometry
+    about, geometry = opened.metadata, opened.shape()
+    followed = opened.followed()
     if about is not None:
-        try:
-            check_shape(about.geometry, geometry, f"{about.model}, as its metadata says", opened.source)
-        except PlanError as error:
-            hint = f"its metadata is of another graph; write both with: {command('export', 'MODEL')}"
-            raise PlanError(error.marked_problem, hint) from None
+        check_metadata(about, geometry, opened.source)
         geometry = about.geometry
     identity = TokenPlan.identity(opened.stem, geometry)
     return {
         **described,
         "geometry": geometry.to_json(),
-        "canonical": not recognised.normalised,
-        "blocks": _describe_blocks(recognised.site, identity),
-        "head": _describe_head(recognised.site.head, geometry),
+        "blocks": _describe_blocks(followed, identity),
+        "head": _describe_head(followed, geometry),
         "dense_macs": dense_macs(geometry),
         "without_dead_tokens": round(cost_ratio(identity), 6),
     }
@@ -79,7 +75,6 @@ def _describe_pruned(props: Mapping[str, str], source: str) -> dict[str, Any]:
         raise UserError(f"{source} names a plan, and not what it holds", f"fold the plan again with: {command('fold')}")
     described = {
         "geometry": about.geometry.to_json(),
-        "canonical": None,
         "blocks": _counts(*about.token_counts),
         "head": None,
         "dense_macs": dense_macs(about.geometry),
@@ -106,26 +101,37 @@ def _signature(value: ir.Value) -> dict[str, Any]:
     return {"name": value.name, "dtype": None if value.dtype is None else value.dtype.name, "shape": shape}
 
 
-def _describe_blocks(site: VitSite, plan: TokenPlan) -> list[dict[str, Any]]:
-    """For each block the values that carry the residual stream, and the tokens of which something is read later."""
-    return [
-        {
-            **counts,
-            "enters": block.stream.name,
-            "after_attention": block.residual1.outputs[0].name,
-            "leaves": block.output.name,
-        }
-        for block, counts in zip(site.blocks, _counts(*plan.counts), strict=True)
-    ]
+def _describe_blocks(followed: Followed, plan: TokenPlan) -> list[dict[str, Any]]:
+    """For each block the tokens of which something is read later, the values that carry the residual stream, what of it
+    can be masked, and why the rest cannot."""
+    described, stream = [], followed.stream.name
+    for block, tokens in zip(followed.blocks, counts(followed, plan), strict=True):
+        after = [branches[-1].add.outputs[0].name for branches in (block.attention, block.mlp) if branches]
+        described.append(
+            {
+                "block": block.index,
+                **{kind: getattr(tokens, kind) for kind in KINDS},
+                "enters": stream,
+                "after_attention": after[0] if block.attention else stream,
+                "leaves": after[-1],
+                "maskable": {kind: getattr(block, kind) for kind in KINDS},
+                "reasons": list(block.reasons),
+            }
+        )
+        stream = after[-1]
+    return described
 
 
-def _describe_head(head: HeadSite, geometry: Geometry) -> dict[str, Any]:
-    tokens = sorted({integers(node, 1)[0] for node in head.selects})
-    pools_prefix = head.pools and head.slice is None and geometry.prefix_tokens > 0
+def _describe_head(followed: Followed, geometry: Geometry) -> dict[str, Any]:
+    """Which tokens are read behind the last block, and behind others."""
+    read, _ = reads(followed)
+    at_end = read.get(len(followed.blocks) - 1, np.zeros(followed.tokens.count, bool))
+    (ids,) = followed.tokens.layouts[followed.stream].ids
+    prefix = [int(one) for one in ids.ravel() if one >= followed.patches]
     return {
-        "reads_prefix": list(range(geometry.prefix_tokens)) if pools_prefix else tokens,
-        "pools": None if not head.pools else "attention" if head.reshape is not None else head.pool.op_type,
-        "pools_prefix": pools_prefix,
+        "reads_prefix": [index for index, one in enumerate(prefix) if at_end[one]],
+        "reads_patches": bool(at_end[: followed.patches].any()),
+        "taps": list(geometry.taps),
     }
 
 
@@ -143,11 +149,7 @@ def lines_of(described: Mapping[str, Any]) -> list[str]:
         "tokens": f"{geometry.tokens}: {geometry.prefix_tokens} prefix, {geometry.patches} patches",
         "blocks": f"{geometry.depth} of width {geometry.embed_dim}, {geometry.num_heads} heads of {geometry.head_dim}",
         "head reads": None if described["head"] is None else _head_text(described["head"]),
-        "form": {
-            None: None,
-            True: "the one that folding works on",
-            False: "another exporter's; folding rewrites it first, without a change of results",
-        }[described["canonical"]],
+        "can mask": _masks_text(described),
         "plan": _plan_text(described),
         "MACs": f"{described['dense_macs']:,} dense",
     }
@@ -158,7 +160,14 @@ def lines_of(described: Mapping[str, Any]) -> list[str]:
             f", {described['without_dead_tokens']:.3f} of them without dead tokens "
             f"({progress.words(command('fold', identity=True))})"
         )
-    return [f"{name:<11} {text}" for name, text in lines.items() if text is not None]
+    whole: dict[str, list[int]] = {}
+    for block in described["blocks"]:
+        for reason in block.get("reasons", ()):
+            whole.setdefault(reason, []).append(block["block"])
+    return [
+        *(f"{name:<11} {text}" for name, text in lines.items() if text is not None),
+        *(f"{'left whole':<11} block {', '.join(map(str, blocks))}: {text}" for text, blocks in whole.items()),
+    ]
 
 
 def _plan_text(described: Mapping[str, Any]) -> str:
@@ -176,9 +185,25 @@ def _signature_text(values: list[dict[str, Any]]) -> str:
 
 def _head_text(head: Mapping[str, Any]) -> str:
     parts = []
-    if head["reads_prefix"] and not head["pools_prefix"]:
+    if head["reads_prefix"]:
         parts.append("prefix token " + ", ".join(map(str, head["reads_prefix"])))
-    if head["pools"]:
-        how = {"attention": "attention over", "ReduceMean": "the mean of", "ReduceMax": "the maximum of"}[head["pools"]]
-        parts.append(f"{how} {'all tokens' if head['pools_prefix'] else 'the patches'}")
-    return " and ".join(parts)
+    if head["reads_patches"]:
+        parts.append("the patches")
+    if head["taps"]:
+        parts.append("the patches behind block " + ", ".join(map(str, head["taps"])))
+    return " and ".join(parts) or "no token behind the last block"
+
+
+def _masks_text(described: Mapping[str, Any]) -> str | None:
+    """What of the blocks can be masked, and whether a plan can be learned."""
+    blocks = described["blocks"]
+    if described["head"] is None:
+        return None
+    able = {kind: sum(block["maskable"][kind] for block in blocks) for kind in KINDS}
+    names, prune = {"keys": "keys", "queries": "queries", "mlps": "MLPs"}, progress.words(command("prune"))
+    if all(count == len(blocks) for count in able.values()):
+        return f"keys, queries and MLPs of all blocks; {prune} takes the file"
+    if not any(able.values()):
+        return f"nothing; {prune} would have nothing to leave out"
+    some = ", ".join(f"{names[kind]} of {count} of {len(blocks)} blocks" for kind, count in able.items())
+    return f"{some}; {prune} takes the file"

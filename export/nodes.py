@@ -1,9 +1,18 @@
-"""Reading nodes and values of a graph."""
+"""Reading nodes and values of a graph, and copying it."""
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 import onnx_ir as ir
+
+from ..core.errors import GraphError
+from ..core.text import command, first_line
+
+#: What a command that is given a graph says of one that is not understood; ``inspect`` leaves the first part out.
+SEE_INSPECT = f"see what is understood with: {command('inspect', 'FILE')}; "
+HINT = f"{SEE_INSPECT}a graph that always is comes from: {command('export', 'MODEL')}"
 
 
 def called(place: ir.Node | ir.Value) -> str:
@@ -43,3 +52,23 @@ def attribute_ints(node: ir.Node, name: str) -> list[int] | None:
 
 def readers_of(value: ir.Value) -> list[ir.Node]:
     return [usage.node for usage in value.uses()]
+
+
+def copy_model(model: ir.Model) -> ir.Model:
+    """Nodes and values are copied, tensors are shared.
+
+    Raises:
+        GraphError: A node reads what no node before it makes.
+    """
+    try:
+        copied = model.clone()
+    except (RuntimeError, ValueError, KeyError) as error:  # onnx-ir's cloner wraps what it finds, once for each level
+        while isinstance(error, RuntimeError) and error.__cause__ is not None:
+            error = error.__cause__
+        raise GraphError(f"the graph is damaged: {first_line(error)}", HINT) from None
+    # onnx-ir gives a copied value the type of the original, and setting ``dtype`` changes that type for both.
+    values = {*copied.graph.inputs, *copied.graph.initializers.values()}
+    values.update(value for node in copied.graph.all_nodes() for value in node.outputs)
+    for value in values:
+        value.type = copy(value.type)
+    return copied

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,19 +27,21 @@ from ..core.text import command
 from ..prune.float64 import in_float64
 from .dense import evaluating
 from .files import save_model
+from .follow import mask
 from .graph import Graph, OpenedGraph, open_graph
-from .mask import mask_tokens
 from .yardstick import FEW, Yardstick
 
 if TYPE_CHECKING:
     import torch
 
-    from ..prune.backbones.vit import ViTAdapter
+    from ..prune.backbones.adapter import Adapter
 
 #: In float64 a wrong softmax shows at 1e-7 against 1e-14 for rounding; in float32 it would hide in rounding.
 EXACT = 1e-10
 #: Images per forward pass: bounds the activations in memory.
 _CHUNK = 8
+#: Words of a text whose length a graph leaves open.
+_WORDS = 8
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class ParityCheck:
 
 
 def check_pruned(
-    adapter: ViTAdapter,
+    adapter: Adapter,
     plan: TokenPlan,
     dense_path: str | os.PathLike,
     pruned_path: str | os.PathLike,
@@ -122,7 +124,7 @@ def check_pruned(
             pruned_reference = _run_form(adapter, plan, "gathered", images)
     classifies = plan.geometry.output == "logits"
     for name, path, reference, yardstick, source in (
-        ("dense.onnx equals the timm model", dense_path, dense_reference, own, adapter.name),
+        (_equals(adapter), dense_path, dense_reference, own, adapter.name),
         ("pruned.onnx equals the gathered model", pruned_path, pruned_reference, own_pruned, f"{adapter.name}, pruned"),
     ):
         check_finite(reference, source)
@@ -131,13 +133,18 @@ def check_pruned(
     return checks
 
 
-def dense_yardstick(adapter: ViTAdapter, images: torch.Tensor) -> Yardstick:
+def _equals(adapter: Adapter) -> str:
+    """What the check of a dense file says; the model of an adapter without blocks is the graph itself."""
+    return f"dense.onnx equals the {'timm model' if hasattr(adapter, 'exclusive') else 'graph in PyTorch'}"
+
+
+def dense_yardstick(adapter: Adapter, images: torch.Tensor) -> Yardstick:
     """Of the model as it came."""
     return Yardstick(adapter.model, images, lambda batch: run_in_chunks(adapter.model, batch))
 
 
 def pruned_yardstick(
-    adapter: ViTAdapter, plan: TokenPlan, images: torch.Tensor, weights: Mapping[str, torch.Tensor] | None
+    adapter: Adapter, plan: TokenPlan, images: torch.Tensor, weights: Mapping[str, torch.Tensor] | None
 ) -> Yardstick:
     """Of its gathered form, with tuned weights where there are any."""
     from ..prune.tune.weights import with_weights
@@ -150,7 +157,7 @@ def pruned_yardstick(
 
 
 def check_dense(
-    adapter: ViTAdapter, dense_path: str | os.PathLike, images: torch.Tensor, *, yardstick: Yardstick | None = None
+    adapter: Adapter, dense_path: str | os.PathLike, images: torch.Tensor, *, yardstick: Yardstick | None = None
 ) -> list[ParityCheck]:
     """The one check of an export without a plan: ``dense.onnx`` computes what the untouched timm model does.
 
@@ -159,7 +166,7 @@ def check_dense(
     with evaluating(adapter.model), require("torch").no_grad():
         reference = run_in_chunks(adapter.model, images)
     check_finite(reference, adapter.name)
-    name, top1 = "dense.onnx equals the timm model", adapter.geometry.output == "logits"
+    name, top1 = _equals(adapter), adapter.geometry.output == "logits"
     yardstick = yardstick or dense_yardstick(adapter, images)
     return [compare_float32(name, reference, run_onnx(dense_path, images.cpu().numpy()), yardstick, top1=top1)]
 
@@ -175,9 +182,6 @@ def check_fold(
 ) -> list[ParityCheck]:
     """Check a fold without PyTorch: the pruned file against the dense file with masked attention.
 
-    A graph from elsewhere is rewritten before it is masked or folded into, so its rewritten form is first compared with
-    the file as it came.
-
     Args:
         dense: As for :func:`~vpruner.export.fold.fold_file`; an opened one is not recognised again.
         images: float32 [image, channel, height, width].
@@ -189,18 +193,31 @@ def check_fold(
         ParityError: The two disagree.
     """
     dense = open_graph(dense)
-    recognised = dense.recognised(plan.geometry)
-    top1 = plan.geometry.output == "logits"
-    checks = []
-    if recognised.normalised:
-        untouched, found = run_graph(dense, images), run_graph(OpenedGraph(recognised.model), images)
-        check_finite(untouched, dense.source, file=dense.path)
-        checks.append(compare_float32("the rewritten graph equals the file", untouched, found, yardstick, top1=top1))
-    # A copy: other plans may be folded into what was recognised.
-    reference = run_graph(OpenedGraph(mask_tokens(recognised.copy(), plan)), images)
-    check_finite(reference, dense.source, file=dense.path)
+    masked = OpenedGraph(mask(dense.followed(plan.geometry), plan))
     name = f"{name or Path(pruned_path).name} equals the masked {Path(dense.source).name}"
-    return [*checks, compare_float32(name, reference, run_onnx(pruned_path, images), yardstick, top1=top1)]
+    reference = run_graph(masked, images)
+    for output in reference:
+        check_finite(output, dense.source, file=dense.path)
+    names = [value.name for value in masked.model.graph.outputs]
+    found = run_all_outputs(pruned_path, images)
+    return compare_outputs(name, names, reference, found, yardstick, top1=plan.geometry.output == "logits")
+
+
+def compare_outputs(
+    name: str,
+    outputs: Sequence[str],
+    references: Sequence[np.ndarray],
+    candidates: Sequence[np.ndarray],
+    yardstick: Yardstick | None,
+    *,
+    top1: bool,
+) -> list[ParityCheck]:
+    """:func:`compare_float32` for each of the ``outputs`` of a graph, which checks name where there are several."""
+    names = [name if len(outputs) == 1 else f"{name}: {output}" for output in outputs]
+    return [
+        compare_float32(*one, yardstick, top1=top1 and one[1].ndim == 2)
+        for one in zip(names, references, candidates, strict=True)
+    ]
 
 
 def compare_float32(
@@ -289,21 +306,21 @@ def run_onnx(path: str | os.PathLike, images: np.ndarray, *, optimized: bool = T
     return run_all_outputs(path, images, optimized=optimized)[0]
 
 
-def run_graph(graph: OpenedGraph, images: np.ndarray) -> np.ndarray:
-    """The same for an opened graph. One in memory is written first: onnxruntime needs least memory with a file."""
+def run_graph(graph: OpenedGraph, images: np.ndarray) -> list[np.ndarray]:
+    """All outputs of an opened graph. One in memory is written first: onnxruntime needs least memory with a file."""
     if graph.path is not None:
-        return run_onnx(graph.path, images)
+        return run_all_outputs(graph.path, images)
     with temporary_folder() as folder:
         path = save_model(graph.model, Path(folder) / "graph.onnx")
         try:
-            return run_onnx(path, images)
+            return run_all_outputs(path, images)
         except UserError as error:
             error.rename(re.escape(str(path)), graph.source)
             raise
 
 
 def run_all_outputs(path: str | os.PathLike, images: np.ndarray, *, optimized: bool = True) -> list[np.ndarray]:
-    """The same for a graph of several outputs, each [image, ...]."""
+    """As :func:`run_onnx` for a graph of several outputs, each [image, ...]. Inputs beside the images are fed ones."""
     onnxruntime = require("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # What fails is an exception; the log would say it a second time.
@@ -314,17 +331,36 @@ def run_all_outputs(path: str | os.PathLike, images: np.ndarray, *, optimized: b
     found = os.fspath(check_data(path))
     with reading(path, f"see what is wrong with it, with: {command('check', path)}"):
         session = onnxruntime.InferenceSession(found, options, providers=["CPUExecutionProvider"])
-    (graph_input,) = session.get_inputs()
-    dtype = np.float16 if graph_input.type == "tensor(float16)" else np.float32
-    batch = graph_input.shape[0] if isinstance(graph_input.shape[0], int) else min(_CHUNK, len(images))
+    inputs = session.get_inputs()
+    image = next((one for one in inputs if _takes(one.shape, images.shape)), inputs[0])
+    batch = image.shape[0] if isinstance(image.shape[0], int) else min(_CHUNK, len(images))
+    others = {one.name: _ones(one, batch) for one in inputs if one is not image}
     outputs = []
     for start in range(0, len(images), batch):
-        chunk = images[start : start + batch].astype(dtype, copy=False)
+        chunk = images[start : start + batch].astype(_dtype(image), copy=False)
         filled = np.concatenate([chunk, np.repeat(chunk[-1:], batch - len(chunk), axis=0)])
         with reading(path, f"see what is wrong with it, with: {command('check', path)}"):
-            made = session.run(None, {graph_input.name: filled})
-        outputs.append([output[: len(chunk)] for output in made])
+            made = session.run(None, {image.name: filled, **others})
+        outputs.append([output[: len(chunk)] if np.ndim(output) else output[None] for output in made])
     return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
+
+
+def _takes(sizes: Sequence[int | str | None], shape: tuple[int, ...]) -> bool:
+    fits = (size == own or not isinstance(size, int) for size, own in zip(sizes[1:], shape[1:], strict=False))
+    return len(sizes) == len(shape) and all(fits)
+
+
+def _dtype(given) -> np.dtype:
+    """Of an input of a session; all but the floating-point types are spelled as numpy spells them."""
+    kind = given.type.removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32", "double": "float64"}.get(kind, kind))
+
+
+def _ones(given, batch: int) -> np.ndarray:
+    """A valid feed for ids of words, attention masks and the like."""
+    sizes = [batch if axis == 0 else _WORDS for axis in range(len(given.shape))]
+    return np.ones([own if isinstance(own, int) else open_ for own, open_ in zip(given.shape, sizes, strict=True)],
+                   _dtype(given))  # fmt: skip
 
 
 def _top1_changed(reference: np.ndarray, candidate: np.ndarray, tolerance: float) -> int:
@@ -335,7 +371,7 @@ def _top1_changed(reference: np.ndarray, candidate: np.ndarray, tolerance: float
     return int(moved.sum())
 
 
-def _run_form(adapter: ViTAdapter, plan: TokenPlan, form: str, images: torch.Tensor) -> np.ndarray:
+def _run_form(adapter: Adapter, plan: TokenPlan, form: str, images: torch.Tensor) -> np.ndarray:
     with adapter.applied(plan, form):
         return run_in_chunks(adapter.model, images)
 

@@ -29,7 +29,8 @@ from ..core.statistics import Estimate, paired_difference, proportion
 from ..core.text import command, first_line, option
 from . import half, quantize
 from .files import data_beside, into_memory, move_model, save_model
-from .graph import Graph, copy_model, open_graph
+from .graph import Graph, open_graph
+from .nodes import copy_model
 from .parity import run_onnx
 from .passes.edit import infer_shapes_anew
 from .quantize import QUANTIZED, QUANTIZED_OPS

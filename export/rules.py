@@ -336,7 +336,7 @@ def _masked(
     frozen is multiplied by 0: [image, output]."""
     import torch
 
-    from ..prune.backbones.vit import embed_images
+    from ..prune.backbones.forms import embed_images
 
     model, geometry = adapter.model, adapter.geometry
     device = next(model.parameters()).device

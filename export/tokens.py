@@ -17,7 +17,8 @@ from ..core.schedule import is_range, schedule
 from ..core.text import option
 from ..prune.backbones.vit import ViTAdapter
 from .files import save_model
-from .graph import Graph, OpenedGraph, copy_model, open_graph
+from .graph import Graph, OpenedGraph, open_graph
+from .nodes import copy_model
 from .parity import ParityCheck, compare_float32, evaluating, run_in_chunks, run_onnx
 from .passes.edit import add_constant, add_node
 from .yardstick import Yardstick

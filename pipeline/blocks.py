@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,15 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ..core.errors import UserError
-from ..core.geometry import Geometry
 from ..core.metadata import REQUIRED, ModelMetadata
-from ..core.plan import TokenPlan
-from ..core.schedule import BlockStep, Schedule
+from ..core.plan import KINDS, TokenPlan
 from ..core.text import option
 from ..core.timing import random_images
 from ..export.files import save_model
-from ..export.fold import fold_file, fold_steps, infer_static_shapes
-from ..export.graph import Recognised, already_pruned, open_graph
+from ..export.fold import fold_file
+from ..export.follow import Block, Followed, fold, follow
+from ..export.graph import already_pruned, open_graph
+from ..export.passes.edit import add_constant
 from ..runtime import cuda
 from ..runtime.build import BuildOptions
 from ..runtime.onnx_file import read_onnx
@@ -40,44 +40,42 @@ from ..runtime.trt import TrtSession
 from .engines import build_engine
 
 
-def cut_to_blocks(graph: Recognised, blocks: int) -> Recognised:
-    """Keep the first ``blocks`` blocks, in place: the head reads what the last of them gives."""
-    geometry, site = graph.geometry, graph.site
-    if not 1 <= blocks <= geometry.depth:
-        raise ValueError(f"{blocks} of {geometry.depth} blocks")
-    left = site.blocks[:blocks]
-    if blocks < geometry.depth:
-        ir.convenience.replace_all_uses_with(site.blocks[-1].output, left[-1].output)
-        passes.RemoveUnusedNodesPass()(graph.model)
-    site = replace(site, blocks=left, head=replace(site.head, stream=left[-1].output))
-    return replace(graph, geometry=replace(geometry, depth=blocks), site=site)
+def cut_to_blocks(followed: Followed, blocks: int) -> Followed:
+    """The first ``blocks`` blocks: the head reads what the last of them gives, and a second output, the mean of all
+    tokens, keeps every token alive to the end."""
+    if not 1 <= blocks <= len(followed.blocks):
+        raise ValueError(f"{blocks} of {len(followed.blocks)} blocks")
+    followed = followed.copy()
+    last, left = (_output(followed.blocks[index]) for index in (-1, blocks - 1))
+    if last is not left:
+        ir.convenience.replace_all_uses_with(last, left)
+    graph = followed.model.graph
+    tokens = add_constant(graph, "vpruner.chain.axes", np.array([1]))
+    given = ([left, tokens], {}) if followed.model.opset_imports[""] >= 18 else ([left], {"axes": [1]})
+    mean = ir.node("ReduceMean", given[0], {**given[1], "keepdims": 0})
+    mean.outputs[0].name, mean.outputs[0].dtype = "vpruner.chain", left.dtype
+    graph.append(mean)
+    graph.outputs.append(mean.outputs[0])
+    passes.TopologicalSortPass()(followed.model)
+    passes.RemoveUnusedNodesPass()(followed.model)
+    return follow(followed.model)
 
 
-def make_chain(recognised: Recognised, chain: Chain) -> ir.Model:
-    """Turn a dense model of as many blocks into a chain, in place."""
-    model, geometry, site = recognised.model, recognised.geometry, recognised.site
-    outputs = [value.shape for value in model.graph.outputs]
-    fold_steps(model.graph, site, chain_schedule(chain, geometry), geometry)
-    passes.RemoveUnusedNodesPass()(model)
-    infer_static_shapes(model, outputs)
-    return model
+def _output(block: Block) -> ir.Value:
+    return (block.mlp or block.attention)[-1].add.outputs[0]
 
 
-def chain_schedule(chain: Chain, geometry: Geometry) -> Schedule:
-    """The steps of a chain. No :class:`~vpruner.core.plan.TokenPlan` has them all: it would remove what nobody reads.
+def make_chain(followed: Followed, chain: Chain) -> ir.Model:
+    """A model of as many blocks as a chain; ``followed`` stays as it is.
 
     Raises:
         ValueError: The chain is longer than the model, or names more tokens than that has or fewer than enter the head.
     """
-    tokens = np.arange(chain.tokens)
-    least = geometry.prefix_tokens + geometry.head_patches
-    if chain.blocks != geometry.depth or not least <= chain.tokens <= geometry.tokens:
-        raise ValueError(f"no {chain} of {geometry.tokens} tokens and {geometry.depth} blocks")
-    steps = []
-    for keys, queries, mlps in chain.counts().T:
-        rows = (tokens[:keys], tokens[:queries], tokens[queries:], tokens[:mlps], tokens[mlps:])
-        steps.append(BlockStep(*rows, None, tokens, tokens[:queries], tokens[:mlps]))
-    return Schedule(tokens, tuple(steps), tokens)
+    prefix, tokens = followed.prefix, followed.prefix + followed.patches
+    if chain.blocks != len(followed.blocks) or not max(1, prefix) <= chain.tokens <= tokens:
+        raise ValueError(f"no {chain} of {tokens} tokens and {len(followed.blocks)} blocks")
+    sets = {kind: [range(count - prefix) for count in row] for kind, row in zip(KINDS, chain.counts(), strict=True)}
+    return fold(followed, SimpleNamespace(**sets, reads=range(chain.tokens - prefix)))
 
 
 class _FoldedGraphs(Graphs):
@@ -110,8 +108,8 @@ class _FoldedGraphs(Graphs):
     @contextmanager
     def chain(self, chain: Chain) -> Iterator[Callable[[], object]]:
         # A copy: every chain is made from the same graph.
-        dense = cut_to_blocks(self._opened.recognised().copy(), chain.blocks)
-        path = save_model(make_chain(dense, chain), self.folder / "chain.onnx")
+        cut = cut_to_blocks(self._opened.followed(), chain.blocks)
+        path = save_model(make_chain(cut, chain), self.folder / "chain.onnx")
         with self._open(path) as call:
             yield call
 

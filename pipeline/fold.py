@@ -10,7 +10,7 @@ from ..core import progress
 from ..core.files import scratch_beside
 from ..core.plan import TokenPlan
 from .graphs import deploy_checked, file_yardstick
-from .inputs import noise_images
+from .inputs import noise_like
 from .learned import remark_untuned
 
 if TYPE_CHECKING:
@@ -64,15 +64,15 @@ def fold_checked(
                 f"{opened.name} does not name its weights; whether they are those the plan was learned on "
                 f"({plan.model}) could not be checked"
             )
-        images, top1 = noise_images(plan.geometry), plan.geometry.output == "logits"
+        images, top1 = noise_like(opened.image_sizes()), plan.geometry.output == "logits"
         yardstick = file_yardstick(opened, images)
         with progress.stage("Checking parity"):
             checks = check_fold(plan, opened, written, images, yardstick=yardstick, name=output.name)
         if deploy_for is not None:
             with progress.stage(f"Writing it for {deploy_for}"):
                 options = dict(top1=top1, yardstick=yardstick)
-                deployed, check = deploy_checked(record.graph, deploy_for, written, images, **options)
-            checks.append(check)
+                deployed, found = deploy_checked(record.graph, deploy_for, written, images, **options)
+            checks += found
         move_model(written, output)
     return record, checks, deployed
 
@@ -81,7 +81,7 @@ def _identity(graph: OpenedGraph) -> TokenPlan:
     """The plan that drops nothing; names the model and its weights where the graph does."""
     about = graph.metadata
     if about is None:
-        return TokenPlan.identity(graph.stem, graph.recognised().geometry)
+        return TokenPlan.identity(graph.stem, graph.shape())
     return TokenPlan.identity(about.model, about.geometry, weights_sha256=about.weights_sha256)
 
 

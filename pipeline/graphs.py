@@ -162,7 +162,7 @@ def write_dense(loaded: LoadedModel, path: Path, spec: ExportSpec) -> None:
     One that came as an ONNX file is that file again, in its own opset and batch.
     """
     if loaded.graph is not None:
-        from ..export.rebuild.graph import write_graph
+        from ..export.graph_model import write_graph
 
         write_graph(loaded, path)
         return
@@ -206,6 +206,9 @@ def _check(reduced: Reduced, images: Tensor, done: _Writing) -> None:
         return
     if plan is None:
         images = images[:PARITY_IMAGES]
+    if adapter.geometry.output == "values":
+        _check_values(reduced, images.numpy(), done)
+        return
     own = done.yardsticks["dense"] = dense_yardstick(adapter, images)
     with progress.stage("Checking parity"):
         if plan is None:
@@ -215,6 +218,21 @@ def _check(reduced: Reduced, images: Tensor, done: _Writing) -> None:
             files = done.plain["dense"].path, done.plain["pruned"].path
             options = dict(weights=reduced.weights, yardsticks=(own, own_pruned))
             done.checks += check_pruned(adapter, plan, *files, images, **options)
+
+
+def _check_values(reduced: Reduced, images: np.ndarray, done: _Writing) -> None:
+    """The checks of a graph of several outputs, or of others than one vector: each output is compared by itself."""
+    from ..export.parity import check_fold, compare_outputs, run_graph
+
+    dense, source = done.plain["dense"], done.plain.get("tuned", done.plain["dense"])
+    done.yardsticks.update({name: file_yardstick(graph, images) for name, graph in done.plain.items()})
+    with progress.stage("Checking parity"):
+        names = [value.name for value in dense.model.graph.outputs]
+        found, own = run_graph(dense, images), done.yardsticks["dense"]
+        what = f"dense.onnx equals {reduced.loaded.graph.name}"
+        done.checks += compare_outputs(what, names, run_graph(reduced.loaded.graph, images), found, own, top1=False)
+        if reduced.plan is not None:
+            done.checks += check_fold(reduced.plan, source, done.plain["pruned"].path, images, yardstick=own)
 
 
 def _return_tokens(reduced: Reduced, images: Tensor, name: str, scratch: Path, done: _Writing) -> None:
@@ -239,10 +257,10 @@ def _finish(
         for name in wanted:
             done.files[name] = folder / f"{name}.onnx"
             options = dict(top1=top1, opset=spec.opset, yardstick=done.yardsticks[name])
-            done.deployment, check = deploy_checked(
+            done.deployment, checks = deploy_checked(
                 done.plain[name], spec.deploy_for, done.files[name], images.numpy(), **options
             )
-            done.checks.append(check)
+            done.checks += checks
 
 
 def _write_rule(
@@ -288,7 +306,7 @@ def deploy_checked(
     top1: bool,
     opset: int | None = None,
     yardstick: Yardstick | None = None,
-) -> tuple[Deployment, ParityCheck]:
+) -> tuple[Deployment, list[ParityCheck]]:
     """Write a plain graph in the form that a deployment target takes, and compare the two in onnxruntime.
 
     Args:
@@ -296,7 +314,7 @@ def deploy_checked(
         images: float32 [image, channel, height, width], preprocessed.
         top1: Whether the output is logits, whose largest has to stay.
         opset: As in :func:`~vpruner.export.deploy.prepare_for`.
-        yardstick: Of the model that the graph holds; None: of what can be rebuilt from the graph.
+        yardstick: Of the model that the graph holds; None: of the graph in PyTorch.
 
     Raises:
         UserError: The target does not take the opset, or something in the graph.
@@ -304,23 +322,25 @@ def deploy_checked(
     """
     from ..export.deploy import deploy_file
     from ..export.graph import open_graph
-    from ..export.parity import compare_float32, run_graph, run_onnx
+    from ..export.parity import compare_outputs, run_all_outputs, run_graph
 
     plain = open_graph(plain)
     reference = run_graph(plain, images)
     deployed = deploy_file(plain, target, output, opset=opset)
     name = f"{output.name} for {target} equals the plain graph"
     # Unoptimized: onnxruntime would fuse again what was taken apart, and run the graph that it is compared with.
-    found = run_onnx(output, images, optimized=False)
-    return deployed, compare_float32(name, reference, found, yardstick or file_yardstick(plain, images), top1=top1)
+    found = run_all_outputs(output, images, optimized=False)
+    names = [value.name for value in plain.model.graph.outputs]
+    checks = compare_outputs(name, names, reference, found, yardstick or file_yardstick(plain, images), top1=top1)
+    return deployed, checks
 
 
 def file_yardstick(graph: OpenedGraph, images: np.ndarray) -> Yardstick:
-    """The own float32 error of the model in a file: PyTorch is loaded, and the model rebuilt, if it is asked for."""
+    """The own float32 error of the model in a file: PyTorch is loaded, and runs the graph, if it is asked for."""
     from ..export.yardstick import FileYardstick
 
     def read():
-        from ..export.rebuild.graph import read_module
+        from ..export.graph_model import read_module
 
         return read_module(graph)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +77,11 @@ def at_least_one(batches: Iterator[Any], images: ImageSet) -> Iterator[Any]:
 
 
 def open_prunable(model: ModelSpec, *, loss: str = "auto", softmax: bool = False) -> LoadedModel:
-    """What a plan can be learned from: a PyTorch model, or one rebuilt from an ONNX file of any exporter.
+    """What a plan can be learned from: a PyTorch model, or the graph in an ONNX file of any exporter.
 
     Args:
         loss: As the user gave it: with ``"features"``, what an ONNX file returns is an embedding, with ``"labels"`` or
-            ``"self"`` it is logits, whatever it looks like.
+            ``"self"`` it is logits, with ``"output"`` numbers to keep as they are, whatever it looks like.
         softmax: Whether a graph may end in one, so that it returns probabilities where the model has logits.
 
     Raises:
@@ -98,14 +97,14 @@ def open_prunable(model: ModelSpec, *, loss: str = "auto", softmax: bool = False
         refuse_preprocessing(model.preprocessing)
         return open_torch(model)
     refuse_torch_options(model)
-    from ..export.rebuild.graph import rebuild
+    from ..export.graph_model import open_graph_model
 
-    features = None if loss == "auto" else loss == "features"
-    rebuilt = rebuild(model.what, preprocessing=model.preprocessing, features=features)
-    loaded, geometry = replace(rebuilt.loaded, softmax=rebuilt.softmax), rebuilt.loaded.adapter.geometry
+    kind = {"labels": "logits", "self": "logits", "features": "features", "output": "values"}.get(loss)
+    loaded = open_graph_model(model.what, preprocessing=model.preprocessing, output=kind)
+    geometry = loaded.adapter.geometry
     if not softmax:
         refuse_softmax(loaded)
-    if loss == "auto" and loaded.classes is None:
+    if loss == "auto" and loaded.classes is None and geometry.output != "values":
         kind = (
             f"an embedding ({option('loss', 'self')} if it is logits)"
             if geometry.output == "features"
@@ -125,7 +124,11 @@ def refuse_softmax(loaded: LoadedModel) -> None:
 
 
 def open_torch(model: ModelSpec) -> LoadedModel:
-    """A PyTorch model by name, card, folder or None for the bundled reference, or one that is opened already."""
+    """A PyTorch model by name, card, folder or None for the bundled reference, or one that is opened already.
+
+    One that has no adapter goes by the ONNX graph that PyTorch exports of it.
+    """
+    from ..export.graph_model import export_adapter
     from ..prune.loaded import LoadedModel
     from ..prune.models import open_model
 
@@ -137,6 +140,7 @@ def open_torch(model: ModelSpec) -> LoadedModel:
         weights=model.weights,
         model_args=dict(model.model_args),
         resample=model.resample,
+        otherwise=export_adapter,
     )
 
 
@@ -235,7 +239,11 @@ def refuse_preprocessing(given: Mapping[str, Any]) -> None:
 
 def noise_images(geometry: Geometry, count: int = PARITY_IMAGES, seed: int = 0):
     """Seeded inputs where a command has no images: float32 [image, channel, height, width], standard normal."""
+    return noise_like((geometry.in_chans, *geometry.image_size), count, seed)
+
+
+def noise_like(sizes: Sequence[int], count: int = PARITY_IMAGES, seed: int = 0):
+    """The same for a graph that takes others: [image, *sizes]."""
     import numpy as np
 
-    shape = (count, geometry.in_chans, *geometry.image_size)
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    return np.random.default_rng(seed).standard_normal((count, *sizes), dtype=np.float32)

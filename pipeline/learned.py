@@ -36,6 +36,11 @@ def check_learn(spec: LearnSpec, model: ModelSpec, *others: str | Path | None) -
         UserError: Says what to give instead.
     """
     check_checkpoint(spec, *model.files, *others)
+    if model.is_onnx and spec.tune.startswith("gates"):
+        raise UserError(
+            f"{model.what} is an ONNX file, and {option('tune', spec.tune)} needs a PyTorch model",
+            f"use {option('tune', 'weights')}, or name the model instead of the file",
+        )
     if spec.select == "static":
         return
     if model.is_onnx:
@@ -235,7 +240,7 @@ def save_learned(loaded: LoadedModel, learned: Learned, plan_path: Path, weights
         plan = plan.with_provenance(tuned_weights_file=weights_path.name)
         with with_weights(model, learned.weights):
             if loaded.graph is not None:
-                from ..export.rebuild.graph import write_graph
+                from ..export.graph_model import write_graph
 
                 tuned = replace(loaded, sha256=plan.provenance["tuned_weights_sha256"])
                 write_graph(tuned, weights_path, {TUNED_FOR: plan.digest})
@@ -276,10 +281,10 @@ def tuned_for_plan(
             return None
     check_weights_file(weights_path)
     if is_onnx(weights_path):
-        from ..export.rebuild.graph import rebuild
+        from ..export.graph_model import open_graph_model
 
         stated = {key: value for key, value in loaded.preprocessing.to_json().items() if key != "size"}
-        found = rebuild(weights_path, preprocessing=stated).loaded
+        found = open_graph_model(weights_path, preprocessing=stated)
         model, sha256 = found.adapter.model, found.sha256
     else:
         model = copy.deepcopy(loaded.adapter.model)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..core.finite import check_finite
 from ..core.plan import TokenPlan
 from ..core.preprocess import Preprocessing
-from .backbones.vit import ViTAdapter
+from .backbones.adapter import Adapter
 from .data import ImageSet
 from .fisher import batch_size_for
 from .methods.rule import TokenRule
@@ -108,7 +108,7 @@ class Calibration:
 
     def dense_outputs(
         self,
-        adapter: ViTAdapter,
+        adapter: Adapter,
         indices: Sequence[int] | np.ndarray,
         on_batch: Callable[[int], None] = lambda count: None,
     ) -> Tensor:
@@ -127,7 +127,7 @@ class Calibration:
 
     def outputs(
         self,
-        adapter: ViTAdapter,
+        adapter: Adapter,
         plan: TokenPlan | TokenRule | None,
         indices: Sequence[int] | np.ndarray,
         on_batch: Callable[[int], None] = lambda count: None,
@@ -144,7 +144,7 @@ class Calibration:
         return torch.cat(rows).clone()
 
     def divergence(
-        self, adapter: ViTAdapter, plan: TokenPlan | TokenRule, indices: Sequence[int] | np.ndarray
+        self, adapter: Adapter, plan: TokenPlan | TokenRule, indices: Sequence[int] | np.ndarray
     ) -> np.ndarray:
         """float64 [image]: :func:`divergence` of the pruned model from the dense one on those images."""
         dense = self.dense_outputs(adapter, indices)
@@ -163,7 +163,11 @@ def divergence(dense: Tensor, pruned: Tensor, output: str) -> Tensor:
     Args:
         dense, pruned: [image, output].
         output: ``"logits"``: the KL divergence of the two distributions, in nats. ``"features"``: 1 - cosine.
+            ``"values"``: the squared error relative to the mean square of the output, the mean over outputs: the sum of
+            squared differences, because an adapter scales its values so.
     """
+    if output == "values":
+        return (dense.float() - pruned.float()).square().sum(-1)
     if output == "features":
         return 1 - F.cosine_similarity(dense.float(), pruned.float(), dim=-1)
     dense, pruned = dense.float().log_softmax(-1), pruned.float().log_softmax(-1)
@@ -180,8 +184,10 @@ def distance(dense: Tensor, pruned: Tensor, output: str) -> Tensor:
     Args:
         dense, pruned: [image, output].
         output: ``"logits"``: root mean square difference, up to a constant that softmax ignores. ``"features"``: of the
-            features scaled to unit length.
+            features scaled to unit length. ``"values"``: the root of the relative squared error.
     """
+    if output == "values":
+        return (divergence(dense, pruned, output) + 1e-12).sqrt()
     dense, pruned = dense.float(), pruned.float()
     if output == "features":
         difference = F.normalize(dense, dim=-1) - F.normalize(pruned, dim=-1)

@@ -20,7 +20,10 @@ from torch.nn import functional as F
 from ..core.choices import LOSSES
 from ..core.geometry import Geometry
 from ..core.plan import KINDS, TokenPlan
-from .backbones.vit import ViTAdapter
+from .backbones.adapter import Adapter
+
+#: Loss that draws random directions -> the kind of output that it is for.
+_KINDS = {"self": "logits", "features": "features", "output": "values"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def losses_of(moments: np.ndarray) -> np.ndarray:
 
 
 def gate_gradients(
-    adapter: ViTAdapter,
+    adapter: Adapter,
     batches: Iterable[tuple[Tensor, Tensor | None]],
     loss: str,
     *,
@@ -82,7 +85,7 @@ def gate_gradients(
 
 
 def gradients_of_images(
-    adapter: ViTAdapter,
+    adapter: Adapter,
     batches: Iterable[tuple[Tensor, Tensor | None]],
     loss: str,
     *,
@@ -95,7 +98,8 @@ def gradients_of_images(
         adapter: The model, in evaluation mode; its weights stay as they are and get no gradients.
         batches: (images float [batch, channel, height, width], labels int64 [batch] or None).
         loss: ``"labels"``: cross-entropy. ``"self"``: the dense model's own distribution, see :func:`_self_loss`.
-            ``"features"``: directions of the embedding, see :func:`_feature_loss`.
+            ``"features"``: directions of the embedding, see :func:`_feature_loss`. ``"output"``: directions of the
+            outputs as they are.
         plan: What has been closed already; the gradients are those of the model pruned by it, and zero for its closed
             gates. None: of the dense model.
         seed: For the random directions of the last two losses.
@@ -116,9 +120,9 @@ def gradients_of_images(
                 if loss == "labels":
                     value = F.cross_entropy(output, labels.to(output.device), reduction="sum")
                 else:
-                    value = direction_loss(output, "logits" if loss == "self" else "features", random)
+                    value = direction_loss(output, _KINDS[loss], random)
                 (gradient,) = torch.autograd.grad(value, gates)
-            yield gradient.float().cpu().numpy()
+            yield gradient[: len(images)].float().cpu().numpy()
 
 
 @contextmanager
@@ -139,7 +143,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def direction_loss(output: Tensor, kind: str, random: np.random.Generator) -> Tensor:
     """A random direction of each output [image, output], of :attr:`Geometry.output` ``kind``: summed up, a number."""
-    return (_feature_loss if kind == "features" else _self_loss)(output, random)
+    losses = {"features": _feature_loss, "values": _output_loss}
+    return losses.get(kind, _self_loss)(output, random)
 
 
 def _self_loss(logits: Tensor, random: np.random.Generator) -> Tensor:
@@ -158,6 +163,11 @@ def _self_loss(logits: Tensor, random: np.random.Generator) -> Tensor:
 def _feature_loss(features: Tensor, random: np.random.Generator) -> Tensor:
     """A random direction per image; squared gradients estimate the curvature of 1 - cosine to the dense embedding."""
     return (F.normalize(features, dim=-1) * _normal(features, random)).sum()
+
+
+def _output_loss(values: Tensor, random: np.random.Generator) -> Tensor:
+    """A random direction per image; squared gradients estimate the curvature of the squared distance."""
+    return (values * _normal(values, random)).sum()
 
 
 def _normal(like: Tensor, random: np.random.Generator) -> Tensor:

@@ -28,6 +28,7 @@ from ..core.errors import UserError
 from ..core.plan import TokenPlan
 from ..core.specs import LearnSpec
 from ..core.text import option
+from .backbones.adapter import require_blocks
 from .calibration import Calibration
 from .data import ImageSet
 from .learned import Learned
@@ -38,6 +39,11 @@ from .rearrange.stage import read_checkpoint
 from .rounds import choose_loss
 from .search import check_target
 from .stages import State, Task, judge_and_keep, search_plan, stages_of
+
+#: Ways to tune and to select that work inside of timm blocks.
+NEED_BLOCKS = ("gates", "gates-distill", "content")
+#: Images that a model may scale its outputs by.
+LOOKED_AT = 32
 
 
 def learn(
@@ -63,6 +69,9 @@ def learn(
     spec = spec or LearnSpec()
     geometry = loaded.adapter.geometry
     check_selection(spec.select, spec.tune)
+    for name, value in (("tune", spec.tune), ("select", spec.select)):
+        if value in NEED_BLOCKS:
+            require_blocks(loaded.adapter, option(name, value))
     cost = _opened(cost, spec, loaded)
     check_target(geometry, spec.target, cost)
     choose_loss(spec.loss, geometry.output, images.labelled)
@@ -75,6 +84,7 @@ def learn(
     with progress.stage("Reading calibration images", len(images.indices)) as advance:
         calibration = Calibration.load(images, loaded.preprocessing, on_batch=advance)
 
+    loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
     task = Task(loaded, images, calibration, spec, cost, target, settings)
     state = State(TokenPlan.identity(loaded.name, geometry))
     for stage in stages_of(task):
@@ -137,6 +147,7 @@ def learn_plan(
     check_target(loaded.adapter.geometry, spec.target, cost)
     choose_loss(spec.loss, loaded.adapter.geometry.output, images.labelled)
     calibration = Calibration.load(images, loaded.preprocessing, held_out=0)
+    loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
     plan, _ = search_plan(Task(loaded, images, calibration, spec, cost, spec.target), batch_size)
     progress.remark(plan.provenance["note"])
     return plan

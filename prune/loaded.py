@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Protocol
 
 import timm
+from torch import nn
 
 from ..core.errors import UserError
 from ..core.plan import Geometry
 from ..core.preprocess import Preprocessing
-from .backbones.vit import ViTAdapter, weights_sha256
+from .backbones.adapter import Adapter
+from .backbones.vit import weights_sha256
 from .weights_file import check_finite
 
 
@@ -41,12 +43,11 @@ class LoadedModel:
         preprocessing: How an image becomes its input.
         classes: Name of each output, or None when unknown.
         sha256: Identity of the weights, see :func:`~vpruner.prune.backbones.vit.weights_sha256`.
-        graph: The opened ONNX graph that the model was rebuilt from (:mod:`vpruner.export.rebuild.graph`); None for any
-            other.
+        graph: The opened ONNX graph that the model runs (:mod:`vpruner.export.graph_adapter`); None for any other.
         softmax: Whether that graph ends in a ``Softmax``, which the model leaves out.
     """
 
-    adapter: ViTAdapter
+    adapter: Adapter
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None
     sha256: str
@@ -62,14 +63,14 @@ class LoadedModel:
         return sum(p.numel() for p in self.adapter.model.parameters())
 
 
-def timm_preprocessing(adapter: ViTAdapter) -> Preprocessing:
+def timm_preprocessing(module: nn.Module, size: tuple[int, int]) -> Preprocessing:
     """How images become the input, as timm has it for the model; timm's defaults where it does not say."""
-    config = timm.data.resolve_model_data_config(adapter.model)
+    config = timm.data.resolve_model_data_config(module)
     return Preprocessing(
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         # The model may have been built at another size than its default configuration names.
-        size=adapter.geometry.image_size,
+        size=size,
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
         crop_mode=config["crop_mode"],
@@ -77,7 +78,7 @@ def timm_preprocessing(adapter: ViTAdapter) -> Preprocessing:
 
 
 def ready(
-    adapter: ViTAdapter, preprocessing: Preprocessing, classes: Sequence[str] | None, place: str = ""
+    adapter: Adapter, preprocessing: Preprocessing, classes: Sequence[str] | None, place: str = ""
 ) -> LoadedModel:
     """Check what belongs together; ``place`` is where the user said it, for messages."""
     adapter.model.eval()
@@ -96,7 +97,9 @@ def ready(
         )
     check_finite(adapter.model, name)
     classes = None if classes is None else tuple(classes)
-    return LoadedModel(adapter, preprocessing, classes, weights_sha256(adapter.model))
+    # A module without an adapter of its own is learned on the graph that was exported of it.
+    graph, softmax = getattr(adapter, "opened", None), getattr(adapter.model, "softmax", False)
+    return LoadedModel(adapter, preprocessing, classes, weights_sha256(adapter.model), graph, softmax)
 
 
 def imagenet_classes(geometry: Geometry) -> list[str] | None:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..core.plan import TokenPlan
 from ..core.schedule import BlockStep, schedule
-from .backbones.forms import Step
-from .backbones.vit import ViTAdapter, embed_images
+from .backbones.adapter import BlockAdapter
+from .backbones.forms import Step, embed_images
 
 
 @torch.inference_mode()
-def evaluate_plans(adapter: ViTAdapter, plans: Sequence[TokenPlan], images: Tensor) -> Tensor:
+def evaluate_plans(adapter: BlockAdapter, plans: Sequence[TokenPlan], images: Tensor) -> Tensor:
     """Outputs of the model pruned by each of ``plans``, with the work really removed.
 
     Args:

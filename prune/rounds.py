@@ -13,7 +13,7 @@ from ..core.cost import Cost, MacsCost
 from ..core.errors import UserError
 from ..core.plan import TokenPlan
 from ..core.text import option
-from .backbones.vit import ViTAdapter
+from .backbones.adapter import Adapter
 from .fisher import gate_gradients
 from .search import search_mask
 
@@ -42,7 +42,7 @@ class FisherSearch:
 
 
 def search_in_rounds(
-    adapter: ViTAdapter,
+    adapter: Adapter,
     rounds: Sequence[Iterable[tuple[Tensor, Tensor | None]]],
     loss: str,
     target: float,
@@ -96,9 +96,10 @@ def round_sizes(count: int, rounds: int | None) -> list[int]:
 
 def choose_loss(loss: str, output: str, labelled: bool) -> str:
     """Resolve ``"auto"`` and refuse a loss that model or data cannot give."""
+    own = {"features": "features", "values": "output"}.get(output)
     if loss == "auto":
-        return "features" if output == "features" else "labels" if labelled else "self"
-    if (loss == "features") != (output == "features"):
+        return own or ("labels" if labelled else "self")
+    if (own is not None and loss != own) or (own is None and loss not in ("labels", "self")):
         raise UserError(f"loss {loss!r} for a model of {output}", f"leave {option('loss')} at auto")
     if loss == "labels" and not labelled:
         raise UserError(

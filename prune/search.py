@@ -308,7 +308,8 @@ class _Search:
         columns &= self.start[:, :, patch]
         needed = columns[0, -1].copy() if self.drops else np.ones(len(moves), bool)
         needed &= self.geometry.head_patches
-        for keys, *updates in reversed(columns.transpose(1, 0, 2)):
+        for index, (keys, *updates) in reversed(list(enumerate(columns.transpose(1, 0, 2)))):
+            needed |= index in self.geometry.taps
             for update in updates:
                 update &= needed
             needed |= keys
@@ -359,6 +360,15 @@ def check_target(geometry: Geometry, target: float, cost: Cost | None = None, *,
             f"a target of {target} of the dense {cost.noun} cannot be reached: the cheapest plan costs {floor:.4f}",
             f"use a target of {np.ceil(floor * 1000) / 1000:g} or more",
         )
+
+
+def form_for(geometry: Geometry) -> str:
+    """The one of :data:`FORMS` to search in: exits where tokens may stop for good, as the head reads few of them.
+
+    Dense outputs want late MLPs rather than middle ones, and a block that is left whole updates every token anyway.
+    """
+    free = geometry.output == "values" or geometry.taps or not geometry.maskable.all()
+    return "free" if free else "exits"
 
 
 def minimum_cost(cost: Cost, *, drops: bool = False) -> float:

@@ -29,6 +29,7 @@ from .rearrange.settings import Rearranged, RearrangeSettings
 from .rearrange.stage import game_around, plans_around, rearrange
 from .rearrange.world import World
 from .rounds import choose_loss, round_sizes, search_in_rounds
+from .search import form_for
 from .tune.stage import tune
 
 
@@ -180,12 +181,12 @@ class Search:
         return Proposal(found, not plan.is_identity, None, plan.provenance["note"], details)
 
 
-def search_plan(task: Task, batch_size: int | None = None, form: str = "exits") -> tuple[TokenPlan, np.ndarray]:
+def search_plan(task: Task, batch_size: int | None = None, form: str | None = None) -> tuple[TokenPlan, np.ndarray]:
     """The plan, and the Fisher moments [kind 3, kind 3, block L, patch N] that it was found from.
 
     Args:
         batch_size: Images per backward pass; None picks one that keeps activations within 1.5 GiB.
-        form: One of :data:`~vpruner.prune.search.FORMS`.
+        form: One of :data:`~vpruner.prune.search.FORMS`; None: what suits the model.
     """
     loaded, images, calibration, cost = task.loaded, task.images, task.calibration, task.cost
     geometry, seed = loaded.adapter.geometry, task.spec.seed
@@ -201,7 +202,7 @@ def search_plan(task: Task, batch_size: int | None = None, form: str = "exits") 
             loss,
             task.target,
             cost=cost,
-            form=form,
+            form=form or form_for(geometry),
             seed=seed,
             on_batch=advance,
         )
@@ -265,7 +266,7 @@ class Rearrange:
 
     def _play(self, world: World, state: State) -> Rearranged:
         task, seed = self.task, self.task.spec.seed
-        game = game_around(world, state.plan, state.moments, task.target, task.cost)
+        game = game_around(world, state.plan, state.moments, task.target, task.cost, form_for(world.geometry))
         if task.spec.tune == "weights":
             with progress.stage("Refitting stand-in weights", world.geometry.depth, unit="blocks") as advance:
                 world.foresee_tuning(plans_around(game, state.plan, seed), advance)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np
@@ -75,7 +76,8 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
                 sets.keys[node] = keys
                 if logs is not None and node in branch.keyed:
                     sets.gates[node] = logs
-    if plan.reads is not None and len(plan.reads) < followed.patches:
+    # Where the head reads no patches, a plan's reads are empty and say nothing.
+    if plan.reads and len(plan.reads) < followed.patches:
         sets.reads = mask(plan.reads)
         end = [branch.add.outputs[0] for branch in (*followed.blocks[-1].attention, *followed.blocks[-1].mlp)][-1]
         for node in followed.readers:
@@ -86,6 +88,16 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
         for node in _head(followed):
             sets.keys[node] = sets.reads
     return sets
+
+
+def unlike(followed: Followed) -> SimpleNamespace:
+    """A plan with other tokens of each kind in each block."""
+    every = tuple(range(followed.patches))
+    parts = {"keys": every[::2], "queries": every[1::2], "mlps": every[: len(every) // 2]}
+    kinds = {
+        kind: [part if getattr(block, kind) else every for block in followed.blocks] for kind, part in parts.items()
+    }
+    return SimpleNamespace(**kinds, reads=None)
 
 
 def _head(followed: Followed) -> list[ir.Node]:

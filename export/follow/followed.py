@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ..graph import copy_model
+from ..nodes import copy_model
 from .rules import Flow, Tokens
 
 
@@ -116,5 +116,10 @@ class Followed:
         twins += zip(before.initializers.values(), after.initializers.values(), strict=True)
         for old, new in zip(before, after, strict=True):
             twins += zip(old.outputs, new.outputs, strict=True)
-        # What is in the memo is not copied, but taken from there: nodes and values of the copy.
-        return deepcopy(self, {id(old): new for old, new in twins})
+        # What is in the memo is not copied, but taken from there: nodes and values of the copy. Those that are not in
+        # the graph any more stay what they are, with all that an exporter hung on them.
+        known, tokens = self.tokens.known, self.tokens
+        values = {*known.shapes, *known.from_inputs, *tokens.layouts, *tokens.mixed}
+        gone = {*values, *tokens.grids, *self.flows, *self.lost}
+        gone |= {value.producer() for value in values if value.producer() is not None}
+        return deepcopy(self, {**{id(one): one for one in gone}, **{id(old): new for old, new in twins}})

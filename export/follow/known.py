@@ -20,6 +20,8 @@ from ...core.errors import GraphError
 _PRIMES = (89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 199)
 #: Data that shapes may be computed from; larger constants are never needed to know a shape.
 _MOST_SHAPE_DATA, _MOST_FLOATS = 4096, 8
+#: What onnx says of a node that does not fit its operator.
+_MISFITS = (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError)
 #: Nodes whose constants are left to the runtime: the reference implementation takes minutes.
 _SLOW = {"Resize", "Conv", "ConvTranspose", "GridSample", "Einsum"}
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
@@ -153,7 +155,7 @@ class Known:
             try:
                 schema = onnx.defs.get_schema(node.op_type, self._versions.get(node.domain, 1), node.domain)
                 found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=self._opsets)
-            except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, KeyError, RuntimeError):
+            except (*_MISFITS, KeyError, RuntimeError, TypeError, ValueError):
                 found = {}
             self._cache[key] = found
         return self._cache[key]
@@ -188,6 +190,10 @@ class Known:
     def constant(self, value: ir.Value) -> np.ndarray | None:
         """:meth:`array` of what depends on no open size either."""
         return None if value in self.varying else self.array(value)
+
+    def forget_floats(self) -> None:
+        """Compute what is no whole number anew when it is asked for: constants of the graph were exchanged."""
+        self._values = {v: array for v, array in self._values.items() if array is None or array.dtype.kind != "f"}
 
     def _named(self, node: ir.Node) -> tuple[dict[ir.Value, str], onnx.NodeProto]:
         """The node with names of its own, and those of its inputs."""

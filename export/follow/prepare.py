@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..graph import copy_model
+from ..nodes import copy_model
 from ..passes.edit import add_constant, add_node, add_shape
 from .known import Known
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...core.errors import UserError
-from ..graph import Graph, copy_model, open_graph
+from ..graph import Graph, open_graph
+from ..nodes import copy_model
 from ..unfit import refuse_subgraphs
 from .lower import HOST_LIKE, LIKE, lower
 from .program import Program, compile_calls
@@ -86,46 +87,60 @@ class GraphModule(nn.Module):
         """Parameters by the name that they have in the graph."""
         return {name: getattr(self, self._attributes[name]) for name in self._weights}
 
+    def share(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Take weights of another module in the place of those that have their name and shape."""
+        for name, own in self.weights().items():
+            if name in weights and weights[name].shape == own.shape:
+                setattr(self, self._attributes[name], weights[name])
+
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The output of the graph, or a tuple of its outputs."""
         found = tuple(self.compute(self.output_names, *inputs).values())
         return found[0] if len(found) == 1 else found
 
-    def compute(self, names: Sequence[str], *inputs: Tensor) -> dict[str, Tensor]:
+    def compute(
+        self, names: Sequence[str], *inputs: Tensor | None, given: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The values called ``names``, and nothing that they do not need.
 
         With more images than a fixed batch holds, the first axis of a value is that of all passes, one after the other.
 
         Args:
             names: Of any values; of attention logits as :func:`~vpruner.export.torch_graph.lower.logits_name` says.
-            inputs: In the order of :attr:`input_names`, on any device.
+            inputs: In the order of :attr:`input_names`, on any device. One may be None where nothing needs it. Of an
+                input of which only the shape is needed, any numbers will do.
+            given: Values by name, shaped as this gives them: they are not computed, and nothing ahead of them is.
 
         Raises:
-            UserError: There is no such value, or an input does not have the shape that the graph says.
+            UserError: There is no such value, or an input does not have the shape that the graph says or is missing.
             GraphError: The graph does not fit its inputs; names the node.
         """
-        key = (tuple(names), frozenset(self._placed))
+        known = {name: x.to(self._like.device) for name, x in (given or {}).items()}
+        key = (tuple(names), frozenset(self._placed), frozenset(known))
         if key not in self._programs:
-            for name in names:
+            for name in (*names, *known):
                 self._check_name(name)
             self._programs[key] = compile_calls(self._lowered, *key)
-        program, (given, times) = self._programs[key], self._arrived(inputs)
+        program, (arrived, times) = self._programs[key], self._arrived(inputs)
+        for name in program.reads.intersection(self._inputs).difference(arrived, known):
+            raise UserError(f"the graph was not given its input {name!r}, which {names[0]!r} needs")
+        arrived.update(known)
         places = [(place, function) for place, stack in self._placed.items() for function, _ in stack]
         tensors = [tensors for stack in self._placed.values() for _, tensors in stack]
 
-        def run(given: Sequence[Tensor], tensors: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+        def run(arrived: Mapping[str, Tensor], tensors: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
             placed: dict = {}
             for (place, function), arguments in zip(places, tensors, strict=True):
                 placed.setdefault(place, []).append((function, arguments))
-            values = {name: self._constant(name) for name in program.reads if name not in self._inputs}
-            values.update((name, x) for name, x in zip(self.input_names, given, strict=True) if name in program.reads)
-            return program.run(values, placed)
+            return program.run(
+                {name: arrived[name] if name in arrived else self._constant(name) for name in program.reads}, placed
+            )
 
         if times == 1:
-            found = run(given, tensors)
+            found = run(arrived, tensors)
         else:
             parts = (
-                [x.unflatten(0, (times, -1)) for x in given],
+                {name: x.unflatten(0, (times, -1)) for name, x in arrived.items()},
                 [[x.unflatten(0, (times, -1)) for x in part] for part in tensors],
             )
             with sdpa_kernel(SDPBackend.MATH):  # The others have no batching rule, and would run one image at a time.
@@ -169,13 +184,15 @@ class GraphModule(nn.Module):
         attribute = self._attributes.get(name)
         return self._lowered.tables[name] if attribute is None else getattr(self, attribute)
 
-    def _arrived(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], int]:
-        """The inputs where the module is, and how many passes of the graph's fixed batch they are."""
+    def _arrived(self, inputs: Sequence[Tensor | None]) -> tuple[dict[str, Tensor], int]:
+        """The inputs where the module is, by name, and how many passes of the graph's fixed batch they are."""
         if len(inputs) != len(self._inputs):
             names = ", ".join(map(repr, self._inputs))
             raise UserError(f"the graph was given {len(inputs)} inputs, expected {len(self._inputs)}: {names}")
-        given, times = [], set()
+        arrived, times = {}, set()
         for (name, (dtype, sizes)), x in zip(self._inputs.items(), inputs, strict=True):
+            if x is None:
+                continue
             if sizes:
                 fits = [size in (None, own) for size, own in zip(sizes[1:], x.shape[1:], strict=False)]
                 rest = x.shape[0] % sizes[0] if x.ndim and sizes[0] else 0
@@ -183,10 +200,10 @@ class GraphModule(nn.Module):
                     expected = f"{['any' if size is None else size for size in sizes]}, or a multiple of its batch"
                     raise UserError(f"input {name!r} has shape {list(x.shape)}, expected {expected}")
                 times.add(x.shape[0] // sizes[0] if sizes[0] else 1)
-            given.append(x.to(self._like.device, real(DTYPES.get(dtype, x.dtype), self._like)))
+            arrived[name] = x.to(self._like.device, real(DTYPES.get(dtype, x.dtype), self._like))
         if len(times) > 1:
             raise UserError(f"the inputs hold {sorted(times)} times the batch of the graph, expected the same of each")
-        return given, max(times, default=1)
+        return arrived, max(times, default=1)
 
 
 def _sizes(value: ir.Value) -> list[int | None] | None:

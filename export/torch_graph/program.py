@@ -13,6 +13,9 @@ from .lower import Lowered
 from .peepholes import fuse
 from .table import Call
 
+#: Where a result goes that nothing reads.
+_UNUSED = ":unused"
+
 
 @dataclass(frozen=True)
 class Program:
@@ -21,7 +24,7 @@ class Program:
     Attributes:
         names: Of those values.
         frees: For each call, names of values that nothing reads after it.
-        reads: Names that must be given: inputs and constants.
+        reads: Names that must be given: inputs, constants, and values that are not computed.
     """
 
     names: tuple[str, ...]
@@ -53,20 +56,31 @@ class Program:
                     if call.site is None or isinstance(error, torch.OutOfMemoryError):
                         raise
                     raise call.site.refuse(first_line(error)) from error
-            values.update(zip(call.outputs, (result,) if len(call.outputs) == 1 else result, strict=True))
-            del arguments, result
+            results = result if isinstance(result, (tuple, list)) else (result,)
+            values.update(zip(call.outputs, results, strict=True))
+            del arguments, result, results
             for name in frees:
                 del values[name]
         return [values[name] for name in self.names]
 
 
-def compile_calls(lowered: Lowered, names: Sequence[str], places: Collection[tuple[str, str | None]]) -> Program:
-    """The calls that ``names`` need, where functions stand at ``places``: (value, output of its reader or None)."""
+def compile_calls(
+    lowered: Lowered,
+    names: Sequence[str],
+    places: Collection[tuple[str, str | None]],
+    given: Collection[str] = (),
+) -> Program:
+    """The calls that ``names`` need, where functions stand at ``places``: (value, output of its reader or None).
+
+    Args:
+        given: Names of values that are not computed, and nothing ahead of them is.
+    """
     needed, kept = set(names), []
     for call in reversed(list(_with_places(lowered, places))):
-        if not needed.isdisjoint(call.outputs):
+        if not needed.isdisjoint(set(call.outputs).difference(given)):
             needed.update(call.inputs)
-            kept.append(call)
+            # What a Split makes beside the needed value may be given.
+            kept.append(replace(call, outputs=tuple(_UNUSED if name in given else name for name in call.outputs)))
     calls = fuse(kept[::-1], {*names, *(value for value, reader in places if reader is None)})
     last = {name: at for at, call in enumerate(calls) for name in (*call.inputs, *call.outputs)}
     frees = [

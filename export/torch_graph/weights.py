@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_ir as ir
 
@@ -10,7 +12,7 @@ from .lower import constants
 from .module import GraphModule
 
 
-def write_back(module: GraphModule, model: ir.Model) -> tuple[str, ...]:
+def write_back(module: GraphModule, model: ir.Model, names: Collection[str] | None = None) -> tuple[str, ...]:
     """Put the weights of ``module`` that are not those of ``model`` into it, in place; return their names.
 
     A weight keeps its type and layout: it is the same initializer, or ``Constant``, and its readers stay as they are.
@@ -19,12 +21,15 @@ def write_back(module: GraphModule, model: ir.Model) -> tuple[str, ...]:
 
     Args:
         model: The one that the module was made of, or a copy of it.
+        names: Of the weights that may have changed; None: all.
 
     Raises:
         UserError: It lacks a weight, or has it in another shape; it is left as it was.
     """
     stored, changed = dict(constants(model)), {}
     for name, parameter in module.weights().items():
+        if names is not None and name not in names:
+            continue
         tensor, shape = stored.get(name), tuple(parameter.shape)
         if tensor is None or tuple(tensor.shape.numpy()) != shape:
             found = "no such weight" if tensor is None else f"one of shape {tuple(tensor.shape.numpy())}"

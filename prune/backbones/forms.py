@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +19,11 @@ from ...core.schedule import BlockStep, is_range
 #: The key gate of a patch that is not read, where its gradient is wanted: small enough that a thousand such patches
 #: change nothing, large enough for float32 to resolve (a softmax weight of 1e-7 has all its digits).
 ALMOST_CLOSED = 1e-7
+
+
+def embed_images(model: VisionTransformer, images: Tensor) -> Tensor:
+    """What enters block 0: [image, channel, height, width] -> [image, token, embed_dim]; as ``forward_features``."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
 
 def leaving_positions(plan: TokenPlan) -> np.ndarray:

@@ -14,9 +14,11 @@ model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from timm.layers import AttentionPoolLatent, PatchEmbed
 from timm.layers.attention import Attention
@@ -28,6 +30,8 @@ from ...core.errors import UserError
 from ...core.geometry import Geometry
 from ...core.plan import TokenPlan
 from ...core.schedule import schedule
+from ..tune.store import RAM_BYTES
+from .adapter import Images
 from .forms import (
     StepGates,
     beside,
@@ -61,6 +65,8 @@ class ViTAdapter:
     Raises:
         UserError: The model is not one this adapter handles; the message says which part and why.
     """
+
+    plans_together = True
 
     def __init__(self, model: nn.Module, name: str, geometry: Geometry | None = None):
         self.model = model
@@ -146,6 +152,34 @@ class ViTAdapter:
                 for index, (block, step) in enumerate(zip(self.model.blocks, steps.steps, strict=True)):
                     replace_forward(block, step_forward(block, step, StepGates(gates, index, step, geometry)), undo)
             yield gates
+
+    # -- learning -------------------------------------------------------------------------------------------------
+
+    def evaluate_plans(self, plans: Sequence[TokenPlan], images: Tensor, total: int | None = None) -> Tensor:
+        """Outputs of the model pruned by each plan, see :func:`~vpruner.prune.rollouts.evaluate_plans`."""
+        from ..rollouts import evaluate_plans
+
+        return evaluate_plans(self, plans, images)
+
+    def refit(
+        self,
+        plans: TokenPlan | Sequence[TokenPlan],
+        calibration: Images,
+        indices: Sequence[int] | np.ndarray,
+        *,
+        start: Mapping[str, Tensor] | None = None,
+        flip: bool | None = None,
+        ram_bytes: int = RAM_BYTES,
+        on_step: Callable[[int], None] = lambda count: None,
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights refitted to what plans leave, see :func:`~vpruner.prune.tune.weights.refit_weights`."""
+        from ..tune.weights import refit_weights
+
+        options = dict(start=start, flip=flip, ram_bytes=ram_bytes, on_step=on_step)
+        return refit_weights(self, plans, calibration, indices, **options)
+
+    def look_at(self, images: Tensor) -> None:
+        """Nothing: logits and features are compared as they are."""
 
     @contextmanager
     def exclusive(self) -> Iterator[ExitStack]:
@@ -274,14 +308,6 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
-
-
-# -- pieces, for walking the blocks one by one ------------------------------------------------------------------------
-
-
-def embed_images(model: VisionTransformer, images: Tensor) -> Tensor:
-    """What enters block 0: [image, channel, height, width] -> [image, token, embed_dim]; as ``forward_features``."""
-    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------------

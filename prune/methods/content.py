@@ -28,7 +28,8 @@ from torch import Tensor
 from ...core.content_plan import ContentPlan, Ranking, is_chain, rankings
 from ...core.cost import MacsCost, dense_macs, plan_macs
 from ...core.plan import KINDS, Geometry, TokenPlan
-from ..backbones.vit import ViTAdapter, embed_images
+from ..backbones.forms import embed_images
+from ..backbones.vit import ViTAdapter
 from ..calibration import Calibration, Judgement, divergence
 from ..fisher import batch_size_for, gradients_of_images
 from ..rounds import choose_loss, round_sizes, search_in_rounds

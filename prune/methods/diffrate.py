@@ -38,8 +38,8 @@ from ...core.cost import block_macs, dense_macs
 from ...core.errors import UserError
 from ...core.plan import Geometry
 from ...core.text import option
-from ..backbones.forms import ALMOST_CLOSED, query_key_value
-from ..backbones.vit import ViTAdapter, embed_images
+from ..backbones.forms import ALMOST_CLOSED, embed_images, query_key_value
+from ..backbones.vit import ViTAdapter
 from ..calibration import distance
 from ..fisher import batch_size_for, frozen
 from .method import BISECTIONS, Method, budget_macs, least_reduction, out_of_reach, register

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from ...core.cost import block_macs, dense_macs
 from ...core.plan import Geometry
+from ..backbones.adapter import BlockAdapter, require_blocks
 from ..backbones.forms import attend, project_keys_values, project_queries
-from ..backbones.vit import ViTAdapter
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,15 @@ class TokenRule(ABC):
         return (block < self.geometry.depth - 1 or self.geometry.head_patches) and self.step(block) is not None
 
     @contextmanager
-    def applied(self, adapter: ViTAdapter) -> Iterator[RuleRun]:
+    def applied(self, adapter: BlockAdapter) -> Iterator[RuleRun]:
         """Make ``adapter.model`` follow the rule until the context is left.
 
         Raises:
+            UserError: The model is learned on its graph.
             ValueError: The rule is for a model of another shape.
             RuntimeError: The model has a plan or a rule applied already.
         """
+        adapter = require_blocks(adapter, f"the method {self.name}")
         if differences := self.geometry.differences(adapter.geometry):
             raise ValueError(f"the rule {self.name} is for another model: {', '.join(differences[:3])}")
         run = RuleRun(self, adapter.model)
@@ -463,7 +465,7 @@ def with_prefix(rows: Tensor, prefix: int) -> Tensor:
 
 
 @torch.inference_mode()
-def run_batches(rule: TokenRule, adapter: ViTAdapter, batches: Iterable[Tensor]) -> RuleRun:
+def run_batches(rule: TokenRule, adapter: BlockAdapter, batches: Iterable[Tensor]) -> RuleRun:
     """Run the model with ``rule`` on ``batches`` for the counts; outputs are thrown away.
 
     Args:

@@ -10,6 +10,7 @@ from ...core.plan import TokenPlan
 from ..calibration import Judgement
 from ..fisher import batch_size_for, gradients_of_images
 from ..methods.positions import exchanged
+from ..rounds import choose_loss
 from .settings import Rearranged
 from .stage import clearly_better
 from .world import World
@@ -31,7 +32,7 @@ def greedy_exchanges(
         (plan, exchanges): not judged by anything but the estimate.
     """
     chosen = np.sort(np.random.default_rng([seed, 4]).permutation(world.images)[:images])
-    loss = "features" if world.geometry.output == "features" else "self"
+    loss = choose_loss("auto", world.geometry.output, labelled=False)
     size = batch_size_for(world.geometry, backward=True)
     batches = gradients_of_images(world.adapter, world.calibration.batches(chosen, size), loss, seed=seed)
     closed = (~plan.masks).reshape(-1, world.geometry.patches).astype(np.float32)

@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from ...core.plan import TokenPlan
-from ..backbones.vit import ViTAdapter, weights_sha256
+from ..backbones.adapter import Adapter
+from ..backbones.vit import weights_sha256
 from ..calibration import Calibration, Judgement, distance, divergence
 from ..fisher import batch_size_for
-from ..rollouts import evaluate_plans
-from ..tune.weights import refit_weights, with_weights
+from ..tune.weights import with_weights
 
 #: Images that plans are judged on, mirror images included: with fewer, plans fit them; more cost time.
 REWARD_IMAGES = 1536
@@ -40,7 +40,7 @@ class World:
 
     stand_in: Mapping[str, Tensor] | None = None
 
-    def __init__(self, adapter: ViTAdapter, calibration: Calibration):
+    def __init__(self, adapter: Adapter, calibration: Calibration):
         self.adapter, self.calibration = adapter, calibration
         self.geometry, self.name = adapter.geometry, adapter.name
         # Other images say more than mirror images, which say more than nothing.
@@ -66,7 +66,7 @@ class World:
         judges, few = plans[:: -(-len(plans) // STAND_IN_JUDGES)], self.held_out[:STAND_IN_IMAGES]
         self.stand_in = None
         before = self.judge(judges, few)[1].mean(0)
-        weights, _ = refit_weights(self.adapter, plans, self.calibration, fit, flip=flip, on_step=on_step)
+        weights, _ = self.adapter.refit(plans, self.calibration, fit, flip=flip, on_step=on_step)
         with with_weights(self.adapter.model, weights):
             after = self.judge(judges, few)[1].mean(0)
         self.stand_in = weights if weights and Judgement.of(before, after).better else None
@@ -85,15 +85,18 @@ class World:
         """
         distances = np.empty((len(plans), len(indices)))
         divergences = np.empty_like(distances)
+        count = len(plans) if self.adapter.plans_together else 1
         # Before any weights are exchanged: the target is what the model as trained says.
         self.calibration.dense_outputs(self.adapter, indices)
         with with_weights(self.adapter.model, self.stand_in if foresee else None):
-            for start in range(0, len(indices), self._chunk):
-                places = slice(start, start + self._chunk)
-                outputs = evaluate_plans(self.adapter, plans, self.calibration.images(indices[places]))
-                dense = self.calibration.dense_outputs(self.adapter, indices[places]).expand_as(outputs)
-                distances[:, places] = distance(dense, outputs, self.geometry.output).numpy()
-                divergences[:, places] = divergence(dense, outputs, self.geometry.output).numpy()
+            for first in range(0, len(plans), count):
+                for start in range(0, len(indices), self._chunk):
+                    some, places = slice(first, first + count), slice(start, start + self._chunk)
+                    images = self.calibration.images(indices[places])
+                    outputs = self.adapter.evaluate_plans(plans[some], images, len(indices))
+                    dense = self.calibration.dense_outputs(self.adapter, indices[places]).expand_as(outputs)
+                    distances[some, places] = distance(dense, outputs, self.geometry.output).numpy()
+                    divergences[some, places] = divergence(dense, outputs, self.geometry.output).numpy()
         return distances, divergences
 
     @property

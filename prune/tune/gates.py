@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from ...core.plan import TokenPlan
 from ...core.schedule import schedule
-from ..backbones.forms import Step
-from ..backbones.vit import ViTAdapter, embed_images
+from ..backbones.adapter import BlockAdapter
+from ..backbones.forms import Step, embed_images
 from ..calibration import Calibration, divergence
 from ..fisher import batch_size_for, frozen
 from .ridge import FIRST_RIDGE, NormalEquations
@@ -32,7 +32,7 @@ EPOCHS, LEARNING_RATE, DISTILL_BATCH, PATIENCE = 6, 0.02, 32, 2
 
 @torch.no_grad()
 def tune_gates_least_squares(
-    adapter: ViTAdapter,
+    adapter: BlockAdapter,
     plan: TokenPlan,
     calibration: Calibration,
     indices: Sequence[int] | np.ndarray,
@@ -97,7 +97,7 @@ def tune_gates_least_squares(
 
 
 def tune_gates_by_distillation(
-    adapter: ViTAdapter,
+    adapter: BlockAdapter,
     plan: TokenPlan,
     calibration: Calibration,
     *,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..backbones.vit import ViTAdapter
+from ..backbones.adapter import BlockAdapter
 from ..fisher import direction_loss, frozen
 
 #: Images that squared gradients are averaged over. Those of each image apart, as weights of its own rows, fit worse.
@@ -16,7 +16,7 @@ IMPORTANCE_IMAGES = 128
 
 
 @torch.enable_grad()
-def token_importance(adapter: ViTAdapter, batches: Iterable[Tensor], seed: int = 0) -> dict[str, Tensor]:
+def token_importance(adapter: BlockAdapter, batches: Iterable[Tensor], seed: int = 0) -> dict[str, Tensor]:
     """Mean squared gradient of the unpruned model's output at each token, in each block.
 
     To second order, an error e of a token changes the output by a divergence of e^T F e, where F is the Fisher

@@ -16,6 +16,9 @@ RIDGES = tuple(10 ** (power / 2) for power in range(-8, 5))
 FIRST_RIDGE = 0.1
 #: Cross-validation folds; from so many inputs on two, because each fold keeps inputs^2 float64 (134 MB at 4,096).
 FOLDS, WIDE, WIDE_FOLDS = 4, 2048, 2
+#: Channels that LayerScale multiplies by less than this, relative to the largest, are left alone: their weights would
+#: have to be as many times larger.
+LEAST_SCALE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -128,3 +131,17 @@ class NormalEquations:
             return None
         coefficients = torch.cholesky_solve(cross, factor)
         return coefficients if torch.isfinite(coefficients).all() else None
+
+
+def added(tensor: Tensor, update: Tensor) -> Tensor:
+    """The sum in float64, rounded once to the tensor's dtype, on its device."""
+    return (tensor.to(update.device).to(update.dtype) + update).to(tensor.dtype).to(tensor.device)
+
+
+def unscaled(coefficients: Tensor, scale: Tensor | None) -> Tensor:
+    """Change of the residual stream [..., output] -> change of the layer before LayerScale; 0 where that is tiny."""
+    if scale is None:
+        return coefficients
+    scale = scale.to(coefficients)
+    usable = scale.abs() > LEAST_SCALE * scale.abs().max()
+    return torch.where(usable, coefficients / torch.where(usable, scale, 1), 0)

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ...core.choices import TUNINGS
 from ...core.plan import TokenPlan
-from ..backbones.vit import ViTAdapter
+from ..backbones.adapter import Adapter
 from ..calibration import Calibration, Judgement
 from ..methods.rule import TokenRule
 from .gates import EPOCHS, tune_gates_by_distillation, tune_gates_least_squares
 from .streams import evaluating
-from .weights import refit_weights, with_weights
+from .weights import with_weights
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def tuning_steps(plan: TokenPlan | TokenRule, kind: str) -> int:
 
 
 def tune(
-    adapter: ViTAdapter,
+    adapter: Adapter,
     plan: TokenPlan | TokenRule,
     calibration: Calibration,
     kind: str = "weights",
@@ -104,7 +104,7 @@ def tune(
         calibration.dense_outputs(adapter, calibration.held_out)
         tuned, weights = plan, {}
         if kind == "weights":
-            weights, details = refit_weights(adapter, plan, calibration, calibration.fit, on_step=on_step)
+            weights, details = adapter.refit(plan, calibration, calibration.fit, on_step=on_step)
         elif kind == "gates":
             tuned, details = tune_gates_least_squares(adapter, plan, calibration, calibration.fit, on_step=on_step)
         else:

@@ -68,6 +68,14 @@ class ActivationStore:
             np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
             stream.write(array.data)
 
+    def drop(self, key: Hashable) -> None:
+        """Forget what is kept under ``key``, if anything is."""
+        held = self._held.pop(key, None)
+        if held is not None:
+            self._bytes -= held.nbytes
+        if key in self._files:
+            self._files.pop(key).unlink()
+
     def get(self, key: Hashable) -> Tensor:
         """On the CPU.
 

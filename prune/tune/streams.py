@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,18 +14,14 @@ from torch.nn import functional as F
 
 from ...core.plan import TokenPlan
 from ...core.schedule import BlockStep, schedule
-from ..backbones.forms import attended_values, log_gates, project_keys_values, step_forward
-from ..backbones.vit import ViTAdapter, embed_images
+from ..backbones.adapter import BlockAdapter
+from ..backbones.forms import attended_values, embed_images, log_gates, project_keys_values, step_forward
 from ..calibration import Calibration
-from ..fisher import batch_size_for
 from ..methods.rule import BlockView, Keep, TokenRule, enter, select_rows, with_prefix
-from .importance import IMPORTANCE_IMAGES, token_importance
+from .chunks import Chunks
+from .importance import token_importance
 from .jacobian import JACOBIAN_BYTES, gate_jacobian
-from .ridge import FOLDS, WIDE, WIDE_FOLDS, NormalEquations
-from .store import ActivationStore
-
-#: Below this many images, their mirror images are fitted to as well.
-FLIP_BELOW = 4096
+from .ridge import NormalEquations
 
 
 @dataclass(frozen=True)
@@ -79,46 +74,28 @@ class BlockRows:
         return len(self.keys) == tokens and not frozen and self.bias is None
 
 
-class Streams:
+class Streams(Chunks):
     """The residual streams of the dense and the pruned model, for the images of a fit, one block at a time.
 
-    Memory does not grow with the number of images: a chunk of them is read, advanced and written back.
-
     Attributes:
-        images: How many.
-        flip: Whether each chunk holds the mirror images too; they share the fold of the originals.
-        chunks: int [chunk].
-        plans: Chunks take them in turns; each plan (or rule) meets all folds.
-        folds: How many folds the chunks are dealt to.
         diverged: Whether pruned and dense stream differ by more than rounding from here on.
     """
 
     def __init__(
         self,
-        adapter: ViTAdapter,
+        adapter: BlockAdapter,
         plans: Sequence[TokenPlan | TokenRule],
         calibration: Calibration,
         indices: Sequence[int] | np.ndarray,
         flip: bool | None,
         ram_bytes: int,
     ):
-        self.model, self.plans, self.geometry = adapter.model, tuple(plans), adapter.geometry
-        for plan in self.plans:
+        for plan in plans:
             if isinstance(plan, TokenRule) and (plan.merges or plan.static_counts() is None):
                 raise ValueError(f"the rule {plan.name} does not keep a fixed number of tokens in every block")
-        parameter = next(self.model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        self._calibration, self._indices = calibration, np.asarray(indices)
-        self.images = len(self._indices)
-        self.flip = self.images < FLIP_BELOW if flip is None else flip
-        widths = [m.in_features for m in self.model.blocks.modules() if isinstance(m, nn.Linear)]
-        self.folds = min(self.images, WIDE_FOLDS if max(widths) > WIDE else FOLDS)
-        size = batch_size_for(self.geometry, memory_bytes=1 << 29) // (1 + self.flip)
-        self._size = max(1, min(size, math.ceil(self.images / max(1, self.folds * len(self.plans)))))
-        self.chunks = range(math.ceil(self.images / self._size))
-        self.folds = min(self.folds, len(self.chunks))
+        widest = max(m.in_features for m in adapter.model.blocks.modules() if isinstance(m, nn.Linear))
+        super().__init__(adapter, plans, calibration, indices, flip, ram_bytes, widest)
         self._adapter, self._importance = adapter, {}
-        self._store = ActivationStore(ram_bytes)
         self.diverged = False
         self._pooled = False
         # The block that was last chosen for, its rows by chunk, and of rules where the tokens that enter it lie.
@@ -127,19 +104,12 @@ class Streams:
         self._steps = {id(plan): schedule(plan) for plan in self.plans if not isinstance(plan, TokenRule)}
 
     def __enter__(self) -> Streams:
-        size = batch_size_for(self.geometry, backward=True)
-        few = self._indices[:IMPORTANCE_IMAGES]
-        batches = (self._calibration.images(few[start : start + size]) for start in range(0, len(few), size))
-        importance = token_importance(self._adapter, batches)
+        importance = token_importance(self._adapter, self.few())
         # Apple's GPUs have no float64.
         self._importance = {name: value.float().to(self.device) for name, value in importance.items()}
         try:
             for chunk in self.chunks:
-                chosen = self._indices[chunk * self._size : (chunk + 1) * self._size]
-                images = self._calibration.images(chosen).to(self.device, self.dtype)
-                if self.flip:
-                    images = torch.cat([images, images.flip(-1)])
-                tokens = embed_images(self.model, images)
+                tokens = embed_images(self.model, self.pixels(chunk))
                 self.put("dense", chunk, tokens)
                 plan = self.plan(chunk)
                 if isinstance(plan, TokenRule):
@@ -152,22 +122,6 @@ class Streams:
             self._store.__exit__()
             raise
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self._store.__exit__(*error)
-
-    def put(self, name: str, chunk: int, value: Tensor) -> None:
-        # numpy has no bfloat16.
-        self._store.put((name, chunk), value if value.dtype in (torch.float32, torch.float64) else value.float())
-
-    def get(self, name: str, chunk: int) -> Tensor:
-        return self._store.get((name, chunk)).to(self.device, self.dtype)
-
-    def fold(self, chunk: int) -> int:
-        return chunk % self.folds
-
-    def plan(self, chunk: int) -> TokenPlan | TokenRule:
-        return self.plans[chunk // self.folds % len(self.plans)]
 
     def choose(self, block: int) -> None:
         """Find out which rows ``block`` computes, for rules from the pruned stream that enters it, with the model's

@@ -12,16 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.plan import TokenPlan
-from ..backbones.vit import ViTAdapter
+from ..backbones.adapter import BlockAdapter
 from ..calibration import Calibration
 from ..methods.rule import TokenRule
-from .ridge import FIRST_RIDGE, NormalEquations
+from .ridge import FIRST_RIDGE, NormalEquations, added, unscaled
 from .store import RAM_BYTES
 from .streams import Streams, selected
-
-#: Channels that LayerScale multiplies by less than this, relative to the largest, are left alone: their weights would
-#: have to be as many times larger.
-LEAST_SCALE = 1e-3
 
 
 @contextmanager
@@ -56,7 +52,7 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor] | None) -> Iter
 
 @torch.no_grad()
 def refit_weights(
-    adapter: ViTAdapter,
+    adapter: BlockAdapter,
     plan: TokenPlan | TokenRule | Sequence[TokenPlan | TokenRule],
     calibration: Calibration,
     indices: Sequence[int] | np.ndarray,
@@ -88,7 +84,7 @@ def refit_weights(
             refitted model as it will be.
         indices: int [image] of ``calibration``; no other image is looked at.
         start: Weights of the pruned model where they are not the dense model's: state-dict name -> tensor.
-        flip: Fit to mirror images as well; None: below :data:`~vpruner.prune.tune.streams.FLIP_BELOW` images.
+        flip: Fit to mirror images as well; None: below :data:`~vpruner.prune.tune.chunks.FLIP_BELOW` images.
         ram_bytes: Activations beyond this lie in a temporary folder.
         on_step: Called with 1 after each block.
 
@@ -207,15 +203,15 @@ class _Refit:
         if solution.coefficients is None:
             return
         self._ridges[name] = solution.ridge
-        update = _unscaled(solution.coefficients, scale)
+        update = unscaled(solution.coefficients, getattr(scale, "gamma", None))
         # Keys and values are the last of the rows.
         update = F.pad(update, (linear.out_features - update.shape[1], 0))
         full_name = f"blocks.{index}.{name}"
         weight = self.weights.get(f"{full_name}.weight", linear.weight)
-        self.weights[f"{full_name}.weight"] = _added(weight, update[: linear.in_features].T)
+        self.weights[f"{full_name}.weight"] = added(weight, update[: linear.in_features].T)
         if linear.bias is not None:
             bias = self.weights.get(f"{full_name}.bias", linear.bias)
-            self.weights[f"{full_name}.bias"] = _added(bias, update[-1])
+            self.weights[f"{full_name}.bias"] = added(bias, update[-1])
 
     def changed(self, name: str) -> dict[str, Tensor]:
         """Of one layer: name within it -> tensor."""
@@ -230,21 +226,6 @@ class _Refit:
             linear.weight if weight is None else weight.to(linear.weight),
             linear.bias if bias is None else bias.to(linear.weight),
         )
-
-
-def _added(tensor: Tensor, update: Tensor) -> Tensor:
-    """The sum in float64, rounded once to the tensor's dtype, on its device."""
-    return (tensor.to(update.device).to(update.dtype) + update).to(tensor.dtype).to(tensor.device)
-
-
-def _unscaled(coefficients: Tensor, scale: nn.Module) -> Tensor:
-    """Change of the residual stream [input, output] -> change of the layer before LayerScale; 0 where that is tiny."""
-    gamma = getattr(scale, "gamma", None)
-    if gamma is None:
-        return coefficients
-    gamma = gamma.to(coefficients)
-    usable = gamma.abs() > LEAST_SCALE * gamma.abs().max()
-    return torch.where(usable, coefficients / torch.where(usable, gamma, 1), 0)
 
 
 def _input_of(linear: nn.Linear, module: nn.Module, x: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def test_rows_of_each_graph(fold_order, card, tmp_path, monkeypatch):
     result = CliRunner().invoke(fold_order.main, arguments)
     assert result.exit_code == 0, result.output
     rows = read_rows(output)
-    assert [row["label"] for row in rows] == ["dense", "dense again", "ordered", "grid", "chain", "dropping"]
+    assert [row["label"] for row in rows] == ["dense", "dense again", "ordered", "chain", "dropping"]
     assert rows[0]["macs_ratio"] == rows[1]["macs_ratio"] == 1 > rows[2]["macs_ratio"] == rows[3]["macs_ratio"]
     assert all(row["over"] == row["ratio"] - row["macs_ratio"] and row["count"] >= 10 for row in rows)
     assert "ratio - MACs" in result.output

@@ -342,13 +342,15 @@ def test_time_and_memory_of_folding(tables):
 
 
 def test_gradients_and_budgets_of_time(tables):
-    rows = [dict(way=way, cpu_ms_per_image=1200.4, pearson=0.99932, model="toy", gates=512, threads=1)
-            for way in ("rebuilt", "one-sided", "one-sided")]  # fmt: skip
-    assert tables.onnx_gradients(rows).splitlines()[2:] == [
-        "| the model rebuilt from the ONNX file, one backward pass | 1,200 ms | 0.9993 |",
-        "| onnxruntime, one run for each gate | 1,200 ms | 0.9993 |",
+    rows = [dict(way=way, p50_ms=64.0 * at, batch=32, ratio=at, ratio_low=at, ratio_high=at, model="toy", gates=1512,
+                 threads=1, largest_relative_difference=1e-6) for at, way in ((1, "timm"), (2, "dynamo 20, open batch"))
+            ]  # fmt: skip
+    rows[-1]["environment"] = {"cpu": "A processor", "packages": {"torch": "1.2"}}
+    assert tables.graph_gradients(rows).splitlines()[2:] == [
+        "| the timm model | 2.00 ms | 1 |  |",
+        "| its ONNX file, dynamo 20, open batch | 4.00 ms | 2.000× (2.000 to 2.000) | 1.0e-06 |",
         "",
-        "toy, 512 gates, 1 thread.",
+        "toy, 1,512 gates, batch 32, 1 thread; A processor, PyTorch 1.2.",
     ]
     common = dict(target=0.5, searched="by latency", macs_ratio=0.42, predicted_ratio=0.5, model="toy", count=2000)
     common |= dict(ratio=0.52, ratio_low=0.51, ratio_high=0.53, batch=1, threads=2)

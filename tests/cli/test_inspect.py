@@ -54,8 +54,9 @@ def test_a_foreign_graph_is_described(model, foreign):
     found = json.loads(call("inspect", foreign, "--json").stdout)
     assert found["geometry"] == read_geometry(model, "tiny").to_json()
     assert found["inputs"] == [{"name": "pixels", "dtype": "FLOAT", "shape": ["batch", 3, 32, 48]}]
-    assert found["canonical"] is False and found["plan"] is None and found["model"] is None
-    assert found["head"] == {"reads_prefix": [0], "pools": None, "pools_prefix": False}
+    assert found["plan"] is None and found["model"] is None
+    assert found["head"] == {"reads_prefix": [0], "reads_patches": False, "taps": []}
+    assert all(block["maskable"] == dict.fromkeys(("keys", "queries", "mlps"), True) for block in found["blocks"])
     assert [[block[kind] for kind in ("keys", "queries", "mlps")] for block in found["blocks"]] == [
         [25, 25, 25], [25, 25, 25], [25, 1, 1]
     ]  # fmt: skip
@@ -83,9 +84,9 @@ def test_the_description_is_for_people_too(foreign):
 @pytest.mark.parametrize(
     "kind, reads",
     [
-        ("average pooling beside a class token", "the mean of the patches"),
-        ("average pooling with the class token in it", "the mean of all tokens"),
-        ("attention pooling", "attention over the patches"),
+        ("average pooling beside a class token", "the patches"),
+        ("average pooling with the class token in it", "prefix token 0 and the patches"),
+        ("attention pooling", "the patches"),
         ("distilled", "prefix token 0, 1"),
     ],
 )
@@ -94,13 +95,23 @@ def test_what_the_head_reads_is_told(kind, reads, tmp_path):
     assert f"head reads  {reads}" in lines
 
 
-def test_a_graph_that_is_not_understood_names_its_node(foreign, tmp_path):
+def test_what_cannot_be_masked_names_its_node(foreign, tmp_path):
     model = onnx.load(foreign)
     node = next(node for node in model.graph.node if node.name == "/blocks/blocks.1/attn/Softmax")
     node.op_type = "LogSoftmax"
+    onnx.save(model, tmp_path / "other.onnx")
+    text = call("inspect", tmp_path / "other.onnx").stdout
+    assert "keys of 2 of 3 blocks, queries of 2 of 3 blocks, MLPs of 3 of 3 blocks; vpruner prune" in text
+    assert "left whole  block 1: a logarithm of a softmax over tokens at node '/blocks/blocks.1/" in text
+
+
+def test_a_graph_without_tokens_is_refused(foreign, tmp_path):
+    model = onnx.load(foreign)
+    next(node for node in model.graph.node if node.op_type == "Conv").op_type = "Relu"
+    del model.graph.node[1:]
     onnx.save(model, tmp_path / "broken.onnx")
     result = call("inspect", tmp_path / "broken.onnx", code=2)
-    assert "'/blocks/blocks.1/" in result.stderr and "of block 1" in result.stderr and not result.stdout
+    assert len(result.stderr.strip().splitlines()) == 1 and not result.stdout
 
 
 def test_a_file_of_something_else_is_one_line(tmp_path):
@@ -113,7 +124,7 @@ def test_a_plan_folds_into_a_foreign_file(model, foreign, plan, tmp_path):
     plan.save(tmp_path / "plan.json")
     result = call("fold", foreign, "--plan", tmp_path / "plan.json", "-o", tmp_path / "pruned.onnx")
     assert "theirs.onnx does not name its weights" in result.stderr and "could not be checked" in result.stderr
-    assert "the rewritten graph equals the file" in result.stdout
+    assert "equals the masked theirs.onnx" in result.stdout
     images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), ViTAdapter(model, "tiny").applied(plan, "gathered"):
         expected = model(images).numpy()

@@ -1,4 +1,4 @@
-"""A command reads each ONNX file once and recognises each dense graph once, whatever it does with it."""
+"""A command reads each ONNX file once and follows the tokens of each dense graph once, whatever it does with it."""
 
 from collections import Counter
 from dataclasses import replace
@@ -10,15 +10,14 @@ from commands import call
 from export_tools import random_plan
 from foreign_graphs import Foreign, tiny_model, written
 
-from vpruner.export import fold, streaming
-from vpruner.export.recognise import normalise
+from vpruner.export import graph, streaming
 
 PREPROCESSING = ("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5")
 
 
 @pytest.fixture
 def counts(monkeypatch):
-    """Name of a file -> how often it was read; ``"recognised"`` -> how many graphs were."""
+    """Name of a file -> how often it was read; ``"followed"`` -> how many graphs were."""
     found = Counter()
 
     def counted(module, name, key):
@@ -33,9 +32,7 @@ def counts(monkeypatch):
     counted(streaming, "read_message", lambda path: path.name)
     for module in (onnx, ir):  # Other ways to read a file.
         counted(module, "load", lambda path: f"{path}, past streaming")
-    # The first steps of both recognisers.
-    counted(normalise, "refuse_unfit", lambda model: "recognised")
-    counted(fold, "recognise", lambda model: "recognised")
+    counted(graph, "follow", lambda model: "followed")
     return found
 
 
@@ -58,17 +55,17 @@ def test_fold(exported, plan, counts, foreign, target, tmp_path):
     geometry = exported().geometry if foreign is None else tiny_model(foreign.kind)[1]
     counts.clear()
     call("fold", path, "--plan", plan(geometry), *target, "-o", tmp_path / "pruned.onnx")
-    assert counts == {path.name: 1, "recognised": 1}
+    assert counts == {path.name: 1, "followed": 1}
     counts.clear()
     call("fold", path, "--identity", *target, "-o", tmp_path / "lean.onnx")
-    assert counts == {path.name: 1, "recognised": 1}
+    assert counts == {path.name: 1, "followed": 1}
 
 
 def test_inspect(exported, counts):
     for path in (exported().path, written(Foreign())):
         counts.clear()
         call("inspect", path)
-        assert counts == {path.name: 1, "recognised": 1}
+        assert counts == {path.name: 1, "followed": 1}
 
 
 @pytest.mark.parametrize("target", [(), ("--for", "trt8.5")], ids=["plain", "deployed"])
@@ -80,7 +77,7 @@ def test_export(card, plan, counts, target, tmp_path):
     # What PyTorch wrote is folded as it stands in the file. Tests keep what the exporter gives in files of their own.
     assert {name: number for name, number in counts.items() if ".test-store" not in name} == {
         "dense.onnx": 1,
-        "recognised": 1,
+        "followed": 1,
     }
 
 
@@ -111,7 +108,7 @@ def test_prune(images, counts, tmp_path):
         "-o",
         tmp_path / "plan.json",
     )
-    assert counts == {path.name: 1, "recognised": 1} and (tmp_path / "plan.tuned.onnx").exists()
+    assert counts == {path.name: 1, "followed": 1} and (tmp_path / "plan.tuned.onnx").exists()
 
 
 @pytest.mark.nightly
@@ -120,4 +117,4 @@ def test_run(images, counts, tmp_path):
     options = ("--rearrange", "none", "--loss", "self", "--rounds", 1, "--seconds", 0.1)
     call("run", path, "--data", images, *PREPROCESSING, *options, "-o", tmp_path / "run")
     # Three graphs: the user's, and those with its own and with tuned weights that plans are folded into.
-    assert counts == {path.name: 1, "dense.onnx": 1, "tuned.onnx": 1, "recognised": 3}
+    assert counts == {path.name: 1, "dense.onnx": 1, "tuned.onnx": 1, "followed": 3}

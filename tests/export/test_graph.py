@@ -1,4 +1,4 @@
-"""A graph is read once and recognised once; steps that change it work on copies that share its weights."""
+"""A graph is read once and its tokens are followed once; steps that change it work on copies that share its weights."""
 
 import numpy as np
 import onnx
@@ -10,77 +10,51 @@ from foreign_graphs import Foreign, written
 from vpruner.core.errors import GraphError, PlanError, UserError
 from vpruner.core.files import file_sha256
 from vpruner.export import graph as graph_module
-from vpruner.export.fold import fold, fold_file
+from vpruner.export.fold import fold_file, fold_graph
+from vpruner.export.follow import mask
 from vpruner.export.graph import OpenedGraph, open_graph
 from vpruner.export.inspect import inspect_file
-from vpruner.export.mask import mask_tokens
 from vpruner.export.parity import check_fold
 
 
 @pytest.fixture
-def recognitions(monkeypatch):
-    """The graphs that were recognised."""
-    counted, real = [], graph_module.prepare
+def followings(monkeypatch):
+    """The graphs whose tokens were followed."""
+    counted, real = [], graph_module.follow
 
-    def prepare(model, expected=None):
+    def follow(model):
         counted.append(model)
-        return real(model, expected)
+        return real(model)
 
-    monkeypatch.setattr(graph_module, "prepare", prepare)
+    monkeypatch.setattr(graph_module, "follow", follow)
     return counted
 
 
-def parts(site):
-    """All nodes and values that a site names."""
-    if isinstance(site, (ir.Node, ir.Value)):
-        return [site]
-    if isinstance(site, tuple):
-        return [one for part in site for one in parts(part)]
-    return [one for part in vars(site).values() for one in parts(part)] if hasattr(site, "__dict__") else []
-
-
-@pytest.mark.parametrize("kind", ["class token", "attention pooling"])
-def test_a_copy_has_blocks_of_its_own_and_the_same_weights(exported, kind):
-    first = open_graph(exported(kind).path).recognised()
-    second = first.copy()
-    pairs = list(zip(parts(first.site), parts(second.site), strict=True))
-    assert len(pairs) > 50
-    for before, after in pairs:
-        assert before is not after and before.name == after.name and type(before) is type(after)
-        owner = after if isinstance(after, ir.Node) or after.producer() is None else after.producer()
-        assert owner.graph is second.model.graph
-    tensors = {name: value.const_value for name, value in first.model.graph.initializers.items()}
-    assert {name: value.const_value for name, value in second.model.graph.initializers.items()} == tensors
-    assert second.geometry == first.geometry and not second.normalised
-
-
-def test_folding_and_masking_leave_the_opened_graph_as_it_was(exported, recognitions):
+def test_folding_and_masking_leave_the_opened_graph_as_it_was(exported, followings):
     dense = exported("class token")
     opened = open_graph(dense.path)
     images, before = dense.images(), ir.to_proto(opened.model).SerializeToString()
-    recognised = opened.recognised()
-    form = ir.to_proto(recognised.model).SerializeToString()
-    copy = recognised.copy()
-    fold(copy.model, random_plan(dense.geometry, 1), copy.site)
-    mask_tokens(recognised.copy(), random_plan(dense.geometry, 2))
-    assert not np.array_equal(run(copy.model, images), run(opened.model, images))
+    form = ir.to_proto(opened.followed().model).SerializeToString()
+    folded = fold_graph(opened, random_plan(dense.geometry, 1)).model
+    mask(opened.followed(), random_plan(dense.geometry, 2))
+    assert not np.array_equal(run(folded, images), run(opened.model, images))
     assert ir.to_proto(opened.model).SerializeToString() == before
-    assert ir.to_proto(opened.recognised().model).SerializeToString() == form
-    assert len(recognitions) == 1
+    assert ir.to_proto(opened.followed().model).SerializeToString() == form
+    assert len(followings) == 1
 
 
 @pytest.mark.parametrize("foreign", [None, Foreign()], ids=["ours", "theirs"])
-def test_many_plans_are_folded_into_one_opened_graph(exported, recognitions, foreign, tmp_path):
+def test_many_plans_are_folded_into_one_opened_graph(exported, followings, foreign, tmp_path):
     """As into the file read anew for each: byte by byte."""
     path = exported("class token").path if foreign is None else written(foreign)
     opened = open_graph(path)
-    geometry = opened.recognised().geometry if foreign else exported("class token").geometry
+    geometry = opened.shape() if foreign else exported("class token").geometry
     images = np.random.default_rng(0).standard_normal((2, 3, *geometry.image_size)).astype(np.float32)
     for seed in range(3):
         plan = random_plan(geometry, seed)
         fold_file(opened, plan, tmp_path / "once.onnx")
         check_fold(plan, opened, tmp_path / "once.onnx", images)
-        assert opened.recognised() is opened.recognised() and len(recognitions) == 1 + seed
+        assert opened.followed() is opened.followed() and len(followings) == 1 + seed
         fold_file(path, plan, tmp_path / "anew.onnx")
         assert (tmp_path / "once.onnx").read_bytes() == (tmp_path / "anew.onnx").read_bytes()
 
@@ -107,12 +81,13 @@ def test_messages_name_the_model_in_memory(exported, tmp_path):
     pruned = fold_file(dense.path, random_plan(dense.geometry, 1), tmp_path / "pruned.onnx").graph
     with pytest.raises(GraphError, match="the model holds plan .* already"):
         fold_file(pruned.model, random_plan(dense.geometry, 1), tmp_path / "again.onnx")
-    odd = ir.load(dense.path)
-    next(node for node in odd.graph if node.op_type == "Softmax").op_type = "Sigmoid"
-    with pytest.raises(GraphError, match="^the graph is not understood at node"):
-        open_graph(odd).recognised()
-    with pytest.raises(GraphError, match=r"^odd\.onnx: the graph is not understood at node"):
-        OpenedGraph(odd, "odd.onnx").recognised()
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3]) for name in "xy"]
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    odd = ir.from_proto(onnx.helper.make_model(onnx.helper.make_graph([node], "relu", value[:1], value[1:])))
+    with pytest.raises(GraphError, match="^no tokens were found"):
+        open_graph(odd).followed()
+    with pytest.raises(GraphError, match=r"^odd\.onnx: no tokens were found"):
+        OpenedGraph(odd, "odd.onnx").followed()
 
 
 def test_what_an_opened_graph_says_of_itself(exported, tmp_path):
@@ -139,4 +114,4 @@ def test_a_graph_that_cannot_be_copied_is_damaged(exported):
     model.graph.remove(first)
     model.graph.insert_after(second, first)
     with pytest.raises(GraphError, match="the graph is damaged: "):
-        open_graph(model).recognised()
+        open_graph(model).followed()

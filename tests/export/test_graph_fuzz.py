@@ -21,9 +21,9 @@ from vpruner.core.plan import TokenPlan
 from vpruner.export.check import check
 from vpruner.export.fold import fold_file
 from vpruner.export.graph import open_graph
+from vpruner.export.graph_model import probe_images
 from vpruner.export.inspect import inspect_file
 from vpruner.export.parity import check_fold
-from vpruner.export.rebuild.graph import probe_images
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from vpruner.core.errors import ParityError
 from vpruner.core.plan import TokenPlan
 from vpruner.export.files import save_model
 from vpruner.export.fold import fold_file
+from vpruner.export.follow import mask
 from vpruner.export.graph import open_graph
-from vpruner.export.mask import mask_tokens
 from vpruner.export.parity import check_dense, check_fold, run_onnx
 from vpruner.prune.backbones.vit import ViTAdapter
 
@@ -21,7 +21,7 @@ from vpruner.prune.backbones.vit import ViTAdapter
 def test_masked_graph_equals_the_masked_model_and_the_fold(kind, tmp_path):
     dense = exported_form(FORM[kind])
     plan = random_plan(dense.geometry, 0, gates=kind == "class token", enter=0.8)
-    save_model(mask_tokens(open_graph(dense.path).recognised(), plan), tmp_path / "masked.onnx")
+    save_model(mask(open_graph(dense.path).followed(), plan), tmp_path / "masked.onnx")
     images = dense.images(3)
     with torch.no_grad(), ViTAdapter(dense.model, "tiny").applied(plan, "masked") as model:
         expected = model(images).numpy()
@@ -34,9 +34,9 @@ def test_masked_graph_equals_the_masked_model_and_the_fold(kind, tmp_path):
 
 def test_identity_plan_masks_nothing(exported):
     dense = exported("average pooling")
-    recognised = open_graph(dense.path).recognised()
-    before = [node.op_type for node in recognised.model.graph]
-    masked = mask_tokens(recognised, TokenPlan.identity("tiny", dense.geometry))
+    followed = open_graph(dense.path).followed()
+    before = [node.op_type for node in followed.model.graph]
+    masked = mask(followed, TokenPlan.identity("tiny", dense.geometry))
     assert isinstance(masked, ir.Model) and [node.op_type for node in masked.graph] == before
 
 

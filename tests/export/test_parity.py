@@ -155,7 +155,7 @@ def massive(tmp_path_factory):
 
 
 def checked_fold(plan, dense, pruned, images):
-    """As ``vpruner fold`` checks: without the PyTorch model, of which one is rebuilt from the file where needed."""
+    """As ``vpruner fold`` checks: without the PyTorch model, PyTorch runs the graph where needed."""
     images, dense = images.numpy(), open_graph(dense)
     return check_fold(plan, dense, pruned, images, yardstick=file_yardstick(dense, images))
 
@@ -219,9 +219,9 @@ def test_who_is_to_blame_is_said_only_where_it_is_known(massive, monkeypatch, tm
     wrong = damaged(folder / "pruned.onnx", tmp_path, scale_a_weight)
 
     def refuse(graph):
-        raise UserError("a part that no timm ViT has")
+        raise UserError("an operator without a function")
 
-    monkeypatch.setattr("vpruner.export.rebuild.graph.read_module", refuse)
+    monkeypatch.setattr("vpruner.export.graph_model.read_module", refuse)
 
     with pytest.raises(ParityError, match="own float32 error, which may explain it, could not be measured") as caught:
         checked_fold(plan, folder / "dense.onnx", wrong, images)

@@ -41,7 +41,7 @@ def attempts(path, plan, folder):
         lambda: inspect_file(path),
         lambda: fold_file(path, plan, folder / "out.onnx"),
         lambda: convert(path, folder / "out.onnx", "fp16"),
-        lambda: open_graph(onnx.load(path)).recognised(),
+        lambda: open_graph(onnx.load(path)).followed(),
     )
 
 

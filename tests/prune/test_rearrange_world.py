@@ -8,7 +8,6 @@ from tiny_vits import calibration_for, half_plan, tiny
 from vpruner.core.cost import cost_ratio
 from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
 from vpruner.prune.fisher import gate_gradients
-from vpruner.prune.rearrange import world as module
 from vpruner.prune.rearrange.stage import game_around, plans_around
 from vpruner.prune.rearrange.world import World
 from vpruner.prune.search import search_mask
@@ -43,12 +42,12 @@ def test_a_stand_in_that_does_not_help_is_not_used(monkeypatch):
     world, plans = world_and_plans()
     digest, own = world.digest, world.judge(plans, world.images)
 
-    def spoiled(adapter, plans, *args, **options):
+    def spoiled(plans, *args, **options):
         name = "blocks.2.attn.proj.weight"
-        return {name: 5 * dict(adapter.model.named_parameters())[name].detach()}, {}
+        return {name: 5 * dict(world.adapter.model.named_parameters())[name].detach()}, {}
 
     for refit in (spoiled, lambda *args, **options: ({}, {})):
-        monkeypatch.setattr(module, "refit_weights", refit)
+        monkeypatch.setattr(world.adapter, "refit", refit)
         assert not world.foresee_tuning(plans) and world.stand_in is None and world.digest == digest
         np.testing.assert_allclose(world.judge(plans, world.images)[0], own[0], rtol=1e-5)
 
@@ -62,7 +61,7 @@ def test_own_weights_are_back_after_an_exception(monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "evaluate_plans", interrupt)
+    monkeypatch.setattr(world.adapter, "evaluate_plans", interrupt)
     with pytest.raises(KeyboardInterrupt):
         world.judge(plans, world.images)
     assert weights_sha256(world.adapter.model) == before

@@ -14,7 +14,7 @@ from many_vits import KINDS
 from vpruner.core.errors import GraphError, PlanError
 from vpruner.export.follow import fold, follow, mask
 from vpruner.export.follow.rules import attribute
-from vpruner.export.graph import copy_model
+from vpruner.export.nodes import copy_model
 from vpruner.export.passes.edit import add_constant, add_node
 
 BASES = [("ViT", "torchscript", 17, False), ("ViT, attention pooling", "torchscript", 17, True),

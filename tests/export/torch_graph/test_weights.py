@@ -8,7 +8,7 @@ import torch
 
 from vpruner.core.errors import UserError
 from vpruner.export.files import load_model, save_model
-from vpruner.export.graph import copy_model
+from vpruner.export.nodes import copy_model
 from vpruner.export.torch_graph import GraphModule, write_back
 
 

@@ -1,1 +1,0 @@
-"""Read an ONNX graph as a timm model."""

@@ -1,1 +1,0 @@
-"""Find the parts of a Vision Transformer in an ONNX graph."""

@@ -1,0 +1,100 @@
+"""The images of a fit in chunks, and what is kept of each between passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..calibration import Calibration
+from ..fisher import batch_size_for
+from .importance import IMPORTANCE_IMAGES
+from .ridge import FOLDS, WIDE, WIDE_FOLDS
+from .store import ActivationStore
+
+#: Below this many images, their mirror images are fitted to as well.
+FLIP_BELOW = 4096
+
+
+class Chunks:
+    """Images in chunks, dealt to folds and plans. A context manager.
+
+    Memory does not grow with the number of images: a chunk of them is read, advanced and written back.
+
+    Args:
+        adapter: The model, and its geometry.
+        widest: The most inputs of any layer that is fitted.
+
+    Attributes:
+        images: How many.
+        flip: Whether each chunk holds the mirror images too; they share the fold of the originals.
+        chunks: int [chunk].
+        plans: Chunks take them in turns; each plan (or rule) meets all folds.
+        folds: How many folds the chunks are dealt to.
+    """
+
+    def __init__(
+        self,
+        adapter: Any,
+        plans: Sequence[Any],
+        calibration: Calibration,
+        indices: Sequence[int] | np.ndarray,
+        flip: bool | None,
+        ram_bytes: int,
+        widest: int,
+    ):
+        self.model, self.plans, self.geometry = adapter.model, tuple(plans), adapter.geometry
+        parameter = next(self.model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self._calibration, self._indices = calibration, np.asarray(indices)
+        self.images = len(self._indices)
+        self.flip = self.images < FLIP_BELOW if flip is None else flip
+        self.folds = min(self.images, WIDE_FOLDS if widest > WIDE else FOLDS)
+        size = batch_size_for(self.geometry, memory_bytes=1 << 29) // (1 + self.flip)
+        self._size = max(1, min(size, math.ceil(self.images / max(1, self.folds * len(self.plans)))))
+        self.chunks = range(math.ceil(self.images / self._size))
+        self.folds = min(self.folds, len(self.chunks))
+        self._store = ActivationStore(ram_bytes)
+
+    def __exit__(self, *error: object) -> None:
+        self._store.__exit__(*error)
+
+    def put(self, name: Hashable, chunk: int, value: Tensor) -> None:
+        # numpy has no bfloat16.
+        self._store.put((name, chunk), value if value.dtype in (torch.float32, torch.float64) else value.float())
+
+    def get(self, name: Hashable, chunk: int) -> Tensor:
+        return self._store.get((name, chunk)).to(self.device, self.dtype)
+
+    def drop(self, name: Hashable, chunk: int) -> None:
+        self._store.drop((name, chunk))
+
+    def fold(self, chunk: int) -> int:
+        return chunk % self.folds
+
+    def plan_index(self, chunk: int) -> int:
+        return chunk // self.folds % len(self.plans)
+
+    def plan(self, chunk: int) -> Any:
+        return self.plans[self.plan_index(chunk)]
+
+    def pixels(self, chunk: int) -> Tensor:
+        """[image, channel, height, width]: the model's inputs, mirror images last."""
+        chosen = self._indices[chunk * self._size : (chunk + 1) * self._size]
+        images = self._calibration.images(chosen).to(self.device, self.dtype)
+        return torch.cat([images, images.flip(-1)]) if self.flip else images
+
+    def few(self, multiple: int = 1) -> Iterator[Tensor]:
+        """Batches of the images by which the importance of tokens is measured.
+
+        Args:
+            multiple: Of which the size of each batch is one; images come again to fill the last.
+        """
+        few = self._indices[:IMPORTANCE_IMAGES]
+        few = np.resize(few, math.ceil(len(few) / multiple) * multiple)
+        size = math.ceil(batch_size_for(self.geometry, backward=True) / multiple) * multiple
+        return (self._calibration.images(few[start : start + size]) for start in range(0, len(few), size))
