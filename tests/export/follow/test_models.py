@@ -31,7 +31,9 @@ CASES = [
 FEW = [
     (name, exporter, opset, dynamic)
     for name, exporter, opset, dynamic in CASES
-    if exporter == "torchscript" or (kind_of(name).exporters == ("dynamo",) and dynamic) or (name, opset) == ("ViT", 23)
+    if (exporter == "torchscript" and (dynamic or name in KINDS))
+    or (kind_of(name).exporters == ("dynamo",) and dynamic)
+    or (name, opset) == ("ViT", 23)
 ]
 
 
