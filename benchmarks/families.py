@@ -6,7 +6,7 @@
 Each family of family_models.py is exported by both of PyTorch's exporters, with a fixed and an open batch. Where
 onnxruntime runs the file and gives what the model gives, its tokens are followed; a random plan of what can be masked
 is folded, and the folded graph is compared with the masked one in onnxruntime. The graph also runs in PyTorch with
-gates on its tokens, as learning needs it. A family that has a row already is left out, unless ``--only`` names it.
+gates on its tokens, as learning needs it. Files that have a row already are left out, unless ``--only`` names them.
 """
 
 from __future__ import annotations
@@ -69,9 +69,15 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = {key_of(row): row for row in (read_rows(args.output) if args.output.exists() else [])}
     for family in FAMILIES:
-        if family.name not in args.only if args.only else (family.name, family.library) in rows:
+        if args.only and family.name not in args.only:
             continue
-        row = row_of(family)
+        before = None if args.only else rows.get((family.name, family.library))
+        done = [] if before is None else before["files"]
+        exports = [export for export in exports_of(family) if not any(is_of(file, export) for file in done)]
+        if not exports:
+            continue
+        row = row_of(family, exports)
+        row["files"] = sorted(done + row["files"], key=lambda file: (file["exporter"] or "", file["open_batch"]))
         print(said(row), flush=True)
         rows[key_of(row)] = row
         if not args.shown:
@@ -81,12 +87,20 @@ def main() -> None:
             append_rows(args.output, [rows[key] for key in keys if key in rows])
 
 
+def exports_of(family: Family) -> list[Export]:
+    return [export for export in EXPORTS if family.open_batch or not export.open_batch]
+
+
+def is_of(file: dict, export: Export) -> bool:
+    return (file["exporter"], file["open_batch"]) == (export.exporter, export.open_batch)
+
+
 def key_of(row: dict) -> tuple[str, str]:
     return row["family"], row["library"]
 
 
-def row_of(family: Family, exports: Sequence[Export] = EXPORTS) -> dict:
-    """What became of each file of a family."""
+def row_of(family: Family, exports: Sequence[Export]) -> dict:
+    """What became of these files of a family; of none, if the model cannot be made."""
     row = {"schema": 1, "kind": "family", "benchmark": "families", "family": family.name, "library": family.library}
     row |= {"models": family.models, "blocks": family.blocks, "files": []}
     unbuilt: dict = {"exporter": None, "opset": None, "open_batch": False, "problems": {}}
@@ -94,10 +108,8 @@ def row_of(family: Family, exports: Sequence[Export] = EXPORTS) -> dict:
         module = model_of(family)
     if unbuilt["problems"]:
         row["files"].append(unbuilt)
-        exports = ()
-    for export in exports:
-        if family.open_batch or not export.open_batch:
-            row["files"].append(trial(family, module, export))
+    else:
+        row["files"] += [trial(family, module, export) for export in exports]
     return {**row, "tolerance": TOLERANCE, "environment": environment()}
 
 
@@ -144,7 +156,8 @@ def trial(family: Family, module: nn.Module, export: Export) -> dict:
         with stage(file, "export"):
             write(module, images[: 2 if export.open_batch else 1], path, export)
             wanted = as_list(module(images))
-            check("the file", run(load_model(path), images, export), wanted)
+            dense = run(load_model(path), images, export)
+            check("the file", dense, wanted)
         if file["problems"]:
             return file
         with stage(file, "follow"):
@@ -157,6 +170,8 @@ def trial(family: Family, module: nn.Module, export: Export) -> dict:
     plan, masked = random_plan(followed, np.random.default_rng(0)), None
     with stage(file, "mask"):
         masked = run(mask(followed, plan), images, export)
+        if all(np.array_equal(one, whole) for one, whole in zip(masked, dense, strict=True)):
+            raise ValueError("masks change nothing")
     if masked is not None:
         with stage(file, "fold"):
             file["folded"] = check("the folded graph", run(fold(followed, plan), images, export), masked)

@@ -201,7 +201,7 @@ def clipseg() -> nn.Module:
 
     tower = {key: value for key, value in TOWER.items() if key not in ("patch_size", "image_size")}
     config = transformers.CLIPSegConfig(
-        vision_config={**TOWER, "num_hidden_layers": 3}, projection_dim=16, extract_layers=[0, 1], reduce_dim=8,
+        vision_config=TOWER, projection_dim=16, extract_layers=[0, 1], reduce_dim=8,
         text_config={**tower, "vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 49, "bos_token_id": 1},
         decoder_num_attention_heads=2, decoder_intermediate_size=16)  # fmt: skip
     module = transformers.CLIPSegForImageSegmentation(config)
@@ -209,6 +209,18 @@ def clipseg() -> nn.Module:
 
     def call(module, x):
         return module(pixel_values=x, conditional_embeddings=module.prompt.expand(x.shape[0], -1)).logits
+
+    return Call(module, call)
+
+
+def mae() -> nn.Module:
+    import transformers
+
+    module = transformers.ViTMAEModel(transformers.ViTMAEConfig(**TOWER, mask_ratio=0.0))
+    module.register_buffer("noise", torch.arange(16.0)[None])  # else patches are shuffled anew in every call
+
+    def call(module, x):
+        return module(pixel_values=x, noise=module.noise.expand(x.shape[0], -1)).last_hidden_state
 
     return Call(module, call)
 
@@ -453,8 +465,8 @@ FAMILIES: tuple[Family, ...] = (
               use_relative_position_bias=True)),
     Family("I-JEPA", "transformers", "`IJepaModel`", hf("IJepaModel", "IJepaConfig", "last_hidden_state")),
     Family("MAE", "transformers", "`ViTMAEModel`",
-           hf("ViTMAEModel", "ViTMAEConfig", "last_hidden_state", mask_ratio=0.0)),
-    Family("CLIPSeg", "transformers", "`CLIPSegForImageSegmentation`", clipseg, 3),
+           mae),
+    Family("CLIPSeg", "transformers", "`CLIPSegForImageSegmentation`", clipseg),
     Family("OWL-ViT, OWLv2", "transformers", "`OwlViTVisionModel`",
            hf("OwlViTVisionModel", "OwlViTVisionConfig", "last_hidden_state", "pooler_output")),
     Family("BLIP", "transformers", "`BlipVisionModel`",
@@ -471,7 +483,7 @@ FAMILIES: tuple[Family, ...] = (
            qwen_tower("qwen2_5_vl", depth=2, hidden_size=32, out_hidden_size=32, num_heads=2, intermediate_size=64,
                       patch_size=8, window_size=32, fullatt_block_indexes=[1]), 2, (16, 384), open_batch=False),
     Family("Pixtral", "transformers", "`PixtralVisionModel`",
-           hf("PixtralVisionModel", "PixtralVisionConfig", "last_hidden_state")),
+           hf("PixtralVisionModel", "PixtralVisionConfig", "last_hidden_state"), open_batch=False),
     Family("PVT v2", "transformers", "`PvtV2ForImageClassification`",
            hf("PvtV2ForImageClassification", "PvtV2Config", "logits", sizes={}, image_size=64, depths=[1, 1, 2, 2],
               hidden_sizes=[8, 16, 16, 32], num_attention_heads=[1, 2, 2, 4]), 6, IMAGE64),

@@ -35,7 +35,7 @@ def _cells(row: dict) -> tuple[str, ...]:
         return _exporters(files), *["none"] * len(KINDS), "no", _why(row, max(files, key=_reached))
     counts = [_count(best[kind], row["blocks"]) for kind in KINDS]
     learns = [file["learns"] for file in good if _masked(file)]
-    less = _listed({EXPORTERS[file["exporter"]] for file in good if _masked(file) < _masked(best)})
+    less = " and ".join(sorted({EXPORTERS[file["exporter"]] for file in good if _masked(file) < _masked(best)}))
     why = [_why(row, best), f"less from {less}" if less else ""]
     return _exporters(files), *counts, "yes" if learns and all(learns) else "no", "; ".join(filter(None, why))
 
@@ -54,15 +54,17 @@ def _reached(file: dict) -> int:
 
 
 def _exporters(files: list[dict]) -> str:
-    """Those whose files onnxruntime runs."""
+    """Those whose files onnxruntime runs, and those that were not tried."""
     parts = []
     for exporter, name in EXPORTERS.items():
         own = [file for file in files if file["exporter"] == exporter]
         runs = [file["open_batch"] for file in own if "export" not in file["problems"]]
         if runs:
-            batch = "open" if runs[0] else "fixed"
-            parts.append(name if len(runs) == len(own) > 1 else f"{name}, {batch} batch")
-    return _listed(parts) or "none"
+            only = "" if len(runs) == len(own) else ", open batch" if runs[0] else ", fixed batch"
+            parts.append(f"{name}{only}")
+        elif not own and files[0]["exporter"]:
+            parts.append(f"{name} not tried")
+    return "; ".join(parts) or "none"
 
 
 def _count(count: int, blocks: int) -> str:
@@ -71,17 +73,15 @@ def _count(count: int, blocks: int) -> str:
 
 def _why(row: dict, file: dict) -> str:
     """Why less than all is masked."""
+    if "build" in file["problems"]:
+        return f"the library does not make it: {file['problems']['build']}"
     if "export" in file["problems"]:
         return "no exporter writes a file that onnxruntime runs"
-    problems = [f"{text.partition(': ')[2]}" for text in file["problems"].values()]
+    problems = [f"{text.partition(': ')[2]}" for text in list(file["problems"].values())[:1]]
     found, blocks = file.get("found", 0), row["blocks"]
     stages = [f"{blocks - found} of {blocks} blocks are in other stages"] if 0 < found < blocks else []
     reasons = list(dict.fromkeys(NODE.sub("", reason) for reason in file.get("reasons", ())))
     return "; ".join(text.replace("|", r"\|") for text in (*stages, *reasons, *problems))
-
-
-def _listed(names) -> str:
-    return " and ".join(sorted(names))
 
 
 def _caption(rows: list[dict]) -> str:
@@ -92,7 +92,7 @@ def _caption(rows: list[dict]) -> str:
     folded = [file["folded"] for row in rows for file in row["files"] if "folded" in file]
     return (
         f"{len(rows)} tiny models with random weights, {files} exports: by `torch.onnx.export` with `dynamo=True` "
-        f"(opset 20) and without (TorchScript, opset 17), with a fixed and an open batch; {named}. A random plan was "
+        f"(opset 20) and without (TorchScript, opset 17), with a fixed or an open batch; {named}. A random plan was "
         f"folded into {len(folded)} of them. In onnxruntime the folded graph differs from the masked one by at most "
         f"{max(folded):.0e} of the largest number of an output."
     )

@@ -25,6 +25,7 @@ from .graph_gates import GraphGates
 
 #: They move numbers, or leave them as they are.
 _MOVES = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Cast", "Dropout"))
+_DIGIT = 128
 _SHAPES = frozenset(("Shape", "Size"))
 _SELECTIONS = frozenset(("Slice", "Split", "Gather"))
 
@@ -317,15 +318,18 @@ class _Finder:
         shape = shape_for(self.known, layer.output, self.model.batch, self.model.batch or 1)
         axis = self.channel_axis(layer.output, len(layer.columns))
         sizes = [-1 if at == axis else 1 for at in range(len(shape))]
-        like = next(self.model.parameters())
-        numbers = torch.arange(len(layer.columns), dtype=like.dtype, device=like.device).reshape(sizes).expand(shape)
-        blank = self.model.blank(self.model.batch or 1)
-        with torch.no_grad():
-            arrived = self.model.compute(list(ends), *blank, given={layer.output.name: numbers}) if ends else {}
-        columns = {role: np.zeros(len(layer.columns), bool) for role in ("key", "query", "mlp")}
-        for name, value in arrived.items():
-            for role in ends[name]:
-                columns[role][value.long().unique().cpu().numpy()] = True
+        like, count = next(self.model.parameters()), len(layer.columns)
+        blank, digits = self.model.blank(self.model.batch or 1), []
+        # Two digits each: bfloat16 holds whole numbers up to 256.
+        for digit in (torch.arange(count) // _DIGIT, torch.arange(count) % _DIGIT) if ends else ():
+            given = {layer.output.name: digit.to(like).reshape(sizes).expand(shape)}
+            with torch.no_grad():
+                digits.append(self.model.compute(list(ends), *blank, given=given))
+        columns = {role: np.zeros(count, bool) for role in ("key", "query", "mlp")}
+        for name, roles in ends.items():
+            high, low = (digit[name].long().cpu().numpy() for digit in digits)
+            for role in roles:
+                columns[role][high * _DIGIT + low] = True
         return np.flatnonzero(columns["key"] & ~columns["query"] & ~columns["mlp"])
 
 

@@ -16,7 +16,7 @@ from ...core.errors import GraphError
 from ..nodes import called
 from .apart import add_apart
 from .followed import Block, Branch, Followed
-from .known import Known, check_open, used_by
+from .known import Known, above, check_open, used_by
 from .layout import ENDED, Lost, is_split
 from .prepare import prepare
 from .rules import RULES, Flow, Tokens, grid_of, start
@@ -176,7 +176,7 @@ def _described(model, tokens: Tokens, flows, lost, chain: list[tuple[ir.Node, in
     while (node := root.producer()) is not None and node not in tokens.grids:
         root = next(value for value in node.inputs if value is not None and value in tokens.layouts)
     stem = root.producer()
-    image = next((value for value in _above(root) if value in model.graph.inputs), None)
+    image = next((value for value in above(root) if value in model.graph.inputs), None)
     if image is not None:
         check_open(tokens.known, image)
     stops = {add.outputs[0] for add, _ in chain} | {stream}
@@ -196,17 +196,6 @@ def _described(model, tokens: Tokens, flows, lost, chain: list[tuple[ir.Node, in
     return Followed(
         model, tokens, flows, lost, stem, tokens.grids[stem], stream, tuple(_blocks(branches)), tuple(readers)
     )
-
-
-def _above(value: ir.Value) -> Iterator[ir.Value]:
-    waiting, seen = [value], set()
-    while waiting:
-        value = waiting.pop()
-        if value not in seen:
-            seen.add(value)
-            yield value
-            if value.producer() is not None:
-                waiting.extend(used_by(value.producer()))
 
 
 def _branch(add: ir.Node, update: int, stops: set[ir.Value], tokens: Tokens, flows, lost) -> Branch:

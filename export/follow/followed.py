@@ -116,8 +116,8 @@ class Followed:
         twins += zip(before.initializers.values(), after.initializers.values(), strict=True)
         for old, new in zip(before, after, strict=True):
             twins += zip(old.outputs, new.outputs, strict=True)
-        # What is in the memo is not copied, but taken from there: nodes and values of the copy. Those that have gone from
-        # the graph stay what they are, with all that an exporter hung on them.
+        # What is in the memo is not copied, but taken from there: nodes and values of the copy. Those that are not in
+        # the graph any more stay what they are, with all that an exporter hung on them.
         known, tokens = self.tokens.known, self.tokens
         values = {*known.shapes, *known.from_inputs, *tokens.layouts, *tokens.mixed}
         gone = {*values, *tokens.grids, *self.flows, *self.lost}

@@ -44,6 +44,7 @@ class Known:
         shapes: Value -> its sizes, where they are known.
         open_dims: Prime -> the graph's input and axis that it stands for.
         from_inputs: Values that depend on what an input holds, not only on its shape.
+        varying: Values that depend on a size that an input leaves open.
     """
 
     def __init__(self, model: ir.Model, skip: Collection[int] = ()):
@@ -52,7 +53,7 @@ class Known:
         self.from_inputs: set[ir.Value] = set()
         self._types: dict[ir.Value, onnx.TypeProto] = {}
         self._values: dict[ir.Value, np.ndarray | None] = {}
-        self._varying: set[ir.Value] = set()  # with an open size
+        self.varying: set[ir.Value] = set()
         self._cache = _Shared()
         self._opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
         self._versions = dict(model.opset_imports)
@@ -79,6 +80,7 @@ class Known:
                         names[name] = next(primes)
                         self.open_dims[names[name]] = (value, axis)
                     dim = names[name]
+                    self.varying.add(value)
                 dims.append(dim)
             self._set_type(value, value.dtype, tuple(dims))
 
@@ -125,16 +127,17 @@ class Known:
                     value.dtype = ir.DataType.from_numpy(array.dtype)
                     self._set_type(value, value.dtype, array.shape)
             if self._varies(value, used):
-                self._varying.add(value)
+                self.varying.add(value)
 
     def _varies(self, value: ir.Value, used: list[ir.Value | None]) -> bool:
         """Whether a value that is computed from others depends on an open size."""
-        if value not in self.shapes or any(map(self.is_open, self.shapes[value])):
+        if value not in self.shapes:
             return True
+        if self.varying.isdisjoint(used):  # a number may be a multiple of a prime by chance
+            return False
         array = self.small(value)
-        if array is not None and array.dtype.kind in "iu":
-            return any(self.is_open(int(number)) for number in array.flat)
-        return not self._varying.isdisjoint(used)
+        whole = array is not None and array.dtype.kind in "iu"
+        return not whole or any(self.is_open(int(number)) for number in (*array.flat, *array.shape))
 
     def _inferred(self, node: ir.Node) -> dict[str, onnx.TypeProto]:
         """Output -> its type; blocks repeat, and what is the same is inferred once."""
@@ -186,7 +189,7 @@ class Known:
 
     def constant(self, value: ir.Value) -> np.ndarray | None:
         """:meth:`array` of what depends on no open size either."""
-        return None if value in self._varying else self.array(value)
+        return None if value in self.varying else self.array(value)
 
     def forget_floats(self) -> None:
         """Compute what is no whole number anew when it is asked for: constants of the graph were exchanged."""
@@ -255,6 +258,18 @@ def _captured(node: ir.Node) -> Iterator[ir.Value]:
 def used_by(node: ir.Node) -> list[ir.Value]:
     """All that a node reads, in subgraphs too."""
     return [value for value in (*node.inputs, *_captured(node)) if value is not None]
+
+
+def above(value: ir.Value) -> Iterator[ir.Value]:
+    """A value and all that it is computed from."""
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if value not in seen:
+            seen.add(value)
+            yield value
+            if value.producer() is not None:
+                waiting.extend(used_by(value.producer()))
 
 
 def check_open(known: Known, image: ir.Value) -> None:

@@ -139,7 +139,9 @@ class _Written:
         array = self.known.small(value)
         if array is None or array.dtype != np.int64:
             return None
-        primes = [next((p for p in self.known.open_dims if size and size % p == 0), None) for size in array.flat]
+        primes: list[int | None] = []
+        if value in self.known.varying:
+            primes = [next((p for p in self.known.open_dims if size and size % p == 0), None) for size in array.flat]
         if not any(primes):
             text = "x".join(map(str, array.flat if array.size <= _LONGEST_SHAPE else array.shape))
             made = add_constant(self.graph, f"vpruner.integers.{text}", array)

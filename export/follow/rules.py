@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -135,12 +135,12 @@ def _same(layout: Layout) -> tuple[int, ...]:
     return tuple(range(len(layout.ids)))
 
 
-def _own(node: ir.Node, layout: Layout, result: Layout | None, **more) -> Flow:
+def as_flow(node: ir.Node, layout: Layout, result: Layout | None, **more) -> Flow:
     """Of a node whose first input carries the tokens, each group of which is one of the result."""
     return Flow((result,), (_same(layout), *((),) * (len(node.inputs) - 1)), **more)
 
 
-def _first(node: ir.Node, tokens: Tokens) -> Layout:
+def sole_layout(node: ir.Node, tokens: Tokens) -> Layout:
     """The layout of the first input, where no other input carries tokens."""
     layout = tokens.layout(node)
     if layout is None or any(tokens.layout(node, position) for position in range(1, len(node.inputs))):
@@ -295,7 +295,7 @@ def _axes(node: ir.Node, tokens: Tokens, rank: int, position: int = 1) -> list[i
 @rule("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceProd",
       "ReduceLogSumExp", "GlobalAveragePool", "GlobalMaxPool")  # fmt: skip
 def reduction(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     reduced = _axes(node, tokens, len(layout.axes))
     keep = attribute(node, "keepdims", 1)
     ended = sorted({group for axis in reduced for group in layout.groups_of(axis)})
@@ -316,21 +316,21 @@ def reduction(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Softmax", "LogSoftmax")
 def softmax(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     axis = attribute(node, "axis", -1) % len(layout.axes)
     groups = layout.groups_of(axis)
     if not groups:
-        return _own(node, layout, layout)
+        return as_flow(node, layout, layout)
     if node.op_type == "LogSoftmax":
         raise Lost("a logarithm of a softmax over tokens")
     if len(layout.axes[axis]) > 1 or layout.ids[groups[0]].ndim > 1:
         raise Lost("windows: a softmax over a part of the token axis")
-    return _own(node, layout, layout, normalises=groups[0])
+    return as_flow(node, layout, layout, normalises=groups[0])
 
 
 @rule("LayerNormalization", "RMSNormalization", "LpNormalization", "BatchNormalization", "SimplifiedLayerNormalization")
 def normalisation(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     rank = len(layout.axes)
     axis = 1 if node.op_type == "BatchNormalization" else attribute(node, "axis", -1) % rank
     last = rank if node.op_type.endswith("LayerNormalization") or node.op_type == "RMSNormalization" else axis + 1
@@ -344,20 +344,20 @@ def normalisation(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def reshape(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     result = regroup(layout, tokens.shape(node.outputs[0]))
-    return _own(node, layout, result, how="reshape" if node.op_type == "Reshape" else "along")
+    return as_flow(node, layout, result, how="reshape" if node.op_type == "Reshape" else "along")
 
 
 @rule("Transpose")
 def transpose(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
-    return _own(node, layout, permute(layout, attribute(node, "perm", range(len(layout.axes))[::-1])))
+    layout = sole_layout(node, tokens)
+    return as_flow(node, layout, permute(layout, attribute(node, "perm", range(len(layout.axes))[::-1])))
 
 
 @rule("Expand")
 def expand(node: ir.Node, tokens: Tokens) -> Flow:
-    _first(node, tokens)
+    sole_layout(node, tokens)
     rank = len(tokens.shape(node.outputs[0]))
     flow = contract(node, tokens, [range(rank - len(tokens.shape(node.inputs[0])), rank), None], range(rank))
     return Flow(flow.outputs, flow.links, how="expand")
@@ -365,75 +365,70 @@ def expand(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Tile")
 def tile(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     times = tokens.numbers(node, 1)
     if any(count != 1 and layout.groups_of(axis) for axis, count in enumerate(times)):
         raise Lost("tokens are repeated")
     axes = [axis if count == 1 else plain(size * count)
             for axis, count, size in zip(layout.axes, times, layout.shape, strict=True)]  # fmt: skip
-    return _own(node, layout, layout.with_axes(axes))
+    return as_flow(node, layout, layout.with_axes(axes))
 
 
 # -- picking and joining ----------------------------------------------------------------------------------------------
 
 
-@rule("Slice")
-def slice_(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+def picked(node: ir.Node, tokens: Tokens) -> list[tuple[int, list[np.ndarray]]]:
+    """Each axis on which a ``Slice``, ``Split`` or ``Gather`` leaves something out, and what its outputs have of it.
+
+    Raises:
+        Lost: By numbers that are not known.
+    """
+    shape = tokens.shape(node.inputs[0])
+    if node.op_type != "Slice":
+        axis = attribute(node, "axis", 0) % len(shape)
+        if node.op_type == "Gather":
+            return [(axis, [np.arange(shape[axis])[tokens.numbers(node, 1)]])]
+        ends = np.cumsum([tokens.shape(value)[axis] for value in node.outputs])
+        return [(axis, np.split(np.arange(shape[axis]), ends[:-1]))]
     starts, ends = tokens.numbers(node, 1), tokens.numbers(node, 2)
-    axes = tokens.numbers(node, 3, list(range(len(starts))))
-    steps = tokens.numbers(node, 4, [1] * len(starts))
-    result, picked, cut = layout, [], 0
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        axis %= len(layout.axes)
-        size = layout.shape[axis]
+    axes = [axis % len(shape) for axis in tokens.numbers(node, 3, list(range(len(starts))))]
+    found = []
+    for start, end, axis, step in zip(starts, ends, axes, tokens.numbers(node, 4, [1] * len(starts)), strict=True):
+        every = np.arange(shape[axis])
         # As ONNX clamps: a negative step may end ahead of the first one.
-        indices = np.arange(size)[slice(start, None if step < 0 and end < -size else end, step)]
-        if len(indices) == size and step == 1:
-            continue
-        result, cut = select(result, axis, indices), cut + 1
-        picked += [axis] if layout.groups_of(axis) else []
-    if picked and cut > 1:
-        raise Lost("a slice of tokens and of another axis at once")
-    return _own(node, layout, result, how="pick" if picked else "along", axis=picked[0] if picked else 0)
+        indices = every[slice(start, None if step < 0 and end < -len(every) else end, step)]
+        if not np.array_equal(indices, every):
+            found.append((axis, [indices]))
+    return found
 
 
-@rule("Gather")
-def gather(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+@rule("Slice", "Split", "Gather")
+def pick(node: ir.Node, tokens: Tokens) -> Flow:
+    layout = sole_layout(node, tokens)
+    index_shape = tokens.shape(node.inputs[1]) if node.op_type == "Gather" else (1,)
     axis = attribute(node, "axis", 0) % len(layout.axes)
-    index_shape = tokens.shape(node.inputs[1])
-    groups = layout.groups_of(axis)
-    if not groups:
+    if len(index_shape) != 1 and not layout.groups_of(axis):
         axes = [*layout.axes[:axis], *plain_axes(index_shape), *layout.axes[axis + 1 :]]
-        return _own(node, layout, tidy(axes, layout.ids))
+        return as_flow(node, layout, tidy(axes, layout.ids))
     if len(index_shape) > 1:
         raise Lost("tokens are picked by a table of indices")
-    indices = np.asarray(tokens.numbers(node, 1))
-    result = select(layout, axis, indices)
+    cuts, results = picked(node, tokens), (layout,) * len(node.outputs)
+    for axis, parts in cuts:
+        results = tuple(select(result, axis, indices) for result, indices in zip(results, parts, strict=True))
+    along = [axis for axis, _ in cuts if layout.groups_of(axis)]
+    if along and len(cuts) > 1:
+        raise Lost("a slice of tokens and of another axis at once")
+    how = {"how": "pick", "axis": along[0]} if along else {}
     if index_shape:
-        return _own(node, layout, result, how="pick", axis=axis)
-    (group,) = groups
+        return replace(as_flow(node, layout, None, **how), outputs=results)
+    (group,) = layout.groups_of(axis)
     if layout.ids[group].ndim > 1:
         raise Lost("windows: a row of the grid is picked")
-    rest = result.without(group)
-    rest = None if rest is None else drop_axis(rest, axis)
+    rest = results[0].without(group)
     count = len(layout.ids) - 1
     links = tuple(count if one == group else one - (one > group) for one in _same(layout))
-    return Flow((rest,), (links, ()), (result.ids[group],), how="pick", axis=axis)
-
-
-@rule("Split")
-def split(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
-    axis = attribute(node, "axis", 0) % len(layout.axes)
-    results, start = [], 0
-    for value in node.outputs:
-        end = start + tokens.shape(value)[axis]
-        results.append(select(layout, axis, np.arange(start, end)))
-        start = end
-    how = "pick" if layout.groups_of(axis) else "along"
-    return Flow(tuple(results), (_same(layout), *((),) * (len(node.inputs) - 1)), how=how, axis=axis)
+    rest = None if rest is None else drop_axis(rest, axis)
+    return Flow((rest,), (links, ()), (results[0].ids[group],), **how)
 
 
 @rule("Concat")
@@ -443,12 +438,9 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
     layouts = [tokens.layout(node, position) for position in range(len(node.inputs))]
     joins = any(layout is not None and layout.groups_of(axis) for layout in layouts)
     if not joins:
-        names = [[("own", i) if a == axis else a for a in range(len(shape))] for i in range(len(node.inputs))]
-        flow = _beside(node, tokens, layouts, names, axis, shape)
-        (result,) = flow.outputs
-        axes = list(result.axes)
-        axes[axis] = plain(shape[axis])
-        return Flow((result.with_axes(axes),), flow.links, covers=flow.covers)
+        # What is put side by side along channels broadcasts but for that axis, which each has to itself.
+        names = [[("own", i) if a == axis else a for a in range(len(shape))] for i in range(len(layouts))]
+        return contract(node, tokens, names, range(len(shape)))
     joined, rests, owners = [], [], []
     for position, (value, layout) in enumerate(zip(node.inputs, layouts, strict=True)):
         if layout is None:
@@ -485,20 +477,6 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
     covers = tuple((i, a, result.axes[a]) for i, layout in enumerate(layouts) if layout is None
                    for a in range(len(shape)) if a != axis and result.groups_of(a))  # fmt: skip
     return Flow((result,), tuple(links), covers=covers, how="join", axis=axis)
-
-
-def _beside(node, tokens, layouts, names, axis, shape) -> Flow:
-    """A Concat along channels: as what broadcasts, but for that axis."""
-    blank = [1 if a == axis else size for a, size in enumerate(shape)]
-    given = [i for i, layout in enumerate(layouts) if layout is not None]
-    bare = [layouts[i].with_axes([() if a == axis else x for a, x in enumerate(layouts[i].axes)]) for i in given]
-    result, found = unify(bare, blank)
-    links = [()] * len(layouts)
-    for i, link in zip(given, found, strict=True):
-        links[i] = link
-    covers = tuple((i, a, result.axes[a]) for i, layout in enumerate(layouts) if layout is None
-                   for a in range(len(shape)) if a != axis and result.groups_of(a))  # fmt: skip
-    return Flow((result,), tuple(links), covers=covers)
 
 
 def _rolled(node: ir.Node, layouts: list[Layout], axis: int) -> Flow:

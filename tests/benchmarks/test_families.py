@@ -27,7 +27,9 @@ def test_there_is_a_row_for_every_family(families, recorded):
     for family in families.FAMILIES:
         row = recorded[family.name, family.library]
         assert (row["models"], row["blocks"]) == (family.models, family.blocks)
-        assert len(row["files"]) == (4 if family.open_batch else 2)
+        made = [(file["exporter"], file["opset"], file["open_batch"]) for file in row["files"]]
+        possible = [(one.exporter, one.opset, one.open_batch) for one in families.exports_of(family)]
+        assert made and made == [one for one in possible if one in made]
 
 
 @pytest.mark.parametrize("key", QUICK, ids=lambda key: " of ".join(key))
@@ -47,7 +49,7 @@ def test_a_family_that_cannot_be_made_is_a_row(families):
         raise RuntimeError("no such model\nand more")
 
     family = families.Family("none", "timm", "", build)
-    row = families.row_of(family)
+    row = families.row_of(family, families.EXPORTS)
     assert [file["problems"] for file in row["files"]] == [{"build": "RuntimeError: no such model"}]
     assert "no such model" in families.said(row)
 
@@ -91,11 +93,13 @@ def cells(script, rows) -> list[list[str]]:
 def test_libraries_of_which_all_is_equal_share_a_line(script):
     both = [good(), good(exporter="torchscript")]
     rows = [row("A", both), row("B", both), row("A", both, "transformers"), row("A", both[:1], "torchvision")]
+    rows += [row("C", [good(), file(open_batch=True, problems={"export": "TypeError: no"})])]
     assert cells(script, rows) == [
-        ["A", "`A` of timm; `A` of transformers", "timm, transformers", "TorchScript and dynamo", *["all"] * 3, "yes",
+        ["A", "`A` of timm; `A` of transformers", "timm, transformers", "dynamo; TorchScript", *["all"] * 3, "yes",
          ""],
-        ["B", "`B` of timm", "timm", "TorchScript and dynamo", *["all"] * 3, "yes", ""],
-        ["A", "`A` of torchvision", "torchvision", "dynamo, fixed batch", *["all"] * 3, "yes", ""],
+        ["B", "`B` of timm", "timm", "dynamo; TorchScript", *["all"] * 3, "yes", ""],
+        ["A", "`A` of torchvision", "torchvision", "dynamo; TorchScript not tried", *["all"] * 3, "yes", ""],
+        ["C", "`C` of timm", "timm", "dynamo, fixed batch; TorchScript not tried", *["all"] * 3, "yes", ""],
     ]  # fmt: skip
 
 
@@ -112,11 +116,11 @@ def test_what_is_left_whole_says_why(script):
         row("blind", [good(learns=False, problems={"learn": "GraphError: no function"})]),
     ]
     assert [line[3:] for line in cells(script, rows)] == [
-        ["TorchScript, fixed batch and dynamo, fixed batch", "none", "none", "2 of 4", "yes",
+        ["dynamo; TorchScript", "none", "none", "2 of 4", "yes",
          "2 of 4 blocks are in other stages; windows: the axis is split; less from TorchScript"],
-        ["dynamo, fixed batch", *["none"] * 3, "no", "summed without a softmax"],
-        ["dynamo, fixed batch", *["none"] * 3, "no", r"no tokens \| found"],
-        ["none", *["none"] * 3, "no", "no exporter writes a file that onnxruntime runs"],
-        ["dynamo, fixed batch", *["none"] * 3, "no", "the folded graph is off by 1"],
-        ["dynamo, fixed batch", *["all"] * 3, "no", "no function"],
+        ["dynamo; TorchScript not tried", *["none"] * 3, "no", "summed without a softmax"],
+        ["dynamo; TorchScript not tried", *["none"] * 3, "no", r"no tokens \| found"],
+        ["TorchScript not tried", *["none"] * 3, "no", "no exporter writes a file that onnxruntime runs"],
+        ["dynamo; TorchScript not tried", *["none"] * 3, "no", "the folded graph is off by 1"],
+        ["dynamo; TorchScript not tried", *["all"] * 3, "no", "no function"],
     ]  # fmt: skip

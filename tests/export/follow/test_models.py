@@ -31,7 +31,9 @@ CASES = [
 FEW = [
     (name, exporter, opset, dynamic)
     for name, exporter, opset, dynamic in CASES
-    if exporter == "torchscript" or (kind_of(name).exporters == ("dynamo",) and dynamic) or (name, opset) == ("ViT", 23)
+    if (exporter == "torchscript" and (dynamic or name in KINDS))
+    or (kind_of(name).exporters == ("dynamo",) and dynamic)
+    or (name, opset) == ("ViT", 23)
 ]
 
 
@@ -131,6 +133,15 @@ def test_the_head_reads_what_the_plan_says(name):
         expected = [module.forward_head(tokens[:, left]).numpy()]
     assert difference(run(mask(followed, plan), images.numpy()), expected) < 1e-5
     assert difference(run(fold(followed, plan), images.numpy()), expected) < 1e-5
+
+
+def test_a_head_that_cannot_be_followed_reads_every_token():
+    followed = follow(written("ViTPose", "torchscript", 17, True))
+    plan = identity_plan(followed)
+    plan.reads = (0, 1, 2)
+    for function in (mask, fold, counts):
+        with pytest.raises(PlanError, match="reads all tokens"):
+            function(followed, plan)
 
 
 @pytest.mark.parametrize("exporter, opset", [("torchscript", 17), ("dynamo", 23)])

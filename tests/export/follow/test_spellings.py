@@ -60,3 +60,15 @@ def test_a_written_softmax_is_one_and_nothing_else_is(body, written):
     assert ("Softmax" in {node.op_type for node in prepared.graph}) == written
     images = random.standard_normal((2, 5)).astype(np.float32)
     assert difference(run(prepared, images), run(model, images)) < 1e-6
+
+
+def test_a_number_that_has_nothing_to_do_with_the_batch_stays():
+    """89 stands for the batch while shapes are computed, and may be a bound as well."""
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[batch, 200] x) => (float[batch, a] y) {
+        a = Constant<value_ints=[44]>() b = Constant<value_ints=[45]>() zero = Constant<value_ints=[0]>()
+        one = Constant<value_ints=[1]>() end = Add(a, b) y = Slice(x, zero, end, one) }""".replace(") ", ")\n")
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    prepared, known = prepare(model)
+    assert 89 in known.open_dims
+    images = np.random.default_rng(0).random((2, 200), np.float32)
+    assert run(prepared, images)[0].shape == (2, 89)
