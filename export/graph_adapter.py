@@ -54,7 +54,8 @@ class GraphAdapter:
         self._active = False
         #: Tensors that the weights are as the graph has them.
         self._own = {name: weight.data for name, weight in model.weights().items()}
-        self._folded: tuple[str, dict[str, Tensor], GraphModule] | None = None
+        self._folded: tuple[str, Mapping[str, Tensor], GraphModule] | None = None
+        self._exchanged: tuple[Mapping[str, Tensor], Followed] | None = None
 
     @contextmanager
     def gated(self, batch_size: int, plan: TokenPlan | None = None) -> Iterator[Tensor]:
@@ -134,13 +135,17 @@ class GraphAdapter:
         }
 
     def _with_present(self, present: Mapping[str, Tensor]) -> Followed:
-        changed = self.changed()
+        """The graph with the weights ``present``; many plans in a row are folded with the same ones."""
+        if self._exchanged is not None and _same(self._exchanged[0], present):
+            return self._exchanged[1]
+        self._exchanged, changed = None, self.changed()
         if not changed:
             return self.followed
         followed = self.followed.copy()
         for name, array in changed.items():
             followed.model.graph.initializers[name].const_value = ir.tensor(array, name=name)
         followed.tokens.known.forget_floats()
+        self._exchanged = present, followed
         return followed
 
     def _pays(self, plan: TokenPlan, images: int) -> bool:

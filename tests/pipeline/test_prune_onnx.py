@@ -218,6 +218,19 @@ def test_a_folded_file_is_compared_with_the_graph_it_came_from(graph, images, tm
     fails("evaluate", "--eval-data", images, *GIVEN, says="goes with an ONNX file")
 
 
+def test_methods_without_blocks_are_compared_on_a_file(exported, images, tmp_path):
+    """What looks at each image inside of blocks is left out, and refused where it was asked for."""
+    file, data = exported("class token").path, ("--data", images, "--eval-data", images, "--targets", 0.6)
+    fails("compare", file, *data, "--methods", "centre,tome", "-o", tmp_path / "none",
+          says="runs as an ONNX graph, and tome needs the blocks of a timm VisionTransformer")  # fmt: skip
+    result = call("compare", file, *data, "--methods", "fisher,centre", "--seconds", 0.1, "-o", tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    judged = {row["method"]: row["failure"] for row in rows if row["kind"] == "compared"}
+    assert judged.keys() >= {"fisher", "centre"} and not any(judged.values()), result.stderr
+    timed = {row["method"] for row in rows if row["kind"] == "latency"}
+    assert timed == {"dense", "fisher", "centre"}
+
+
 def test_what_the_output_is_follows_the_loss(graph, images):
     def opened(loss):
         with progress.reporting() as record:
