@@ -25,9 +25,10 @@ def attention(packed: bool, mask: np.ndarray | None = None, **attributes) -> onn
     }
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in sizes.items()]
     constants = [] if mask is None else [numpy_helper.from_array(mask, "mask")]
-    node = helper.make_node("Attention", [*"qkv", *(["mask"] if constants else [])], ["y"], **attributes)
+    node = helper.make_node("Attention", [*"qkv", *(["mask"] if constants else [])], ["a"], **attributes)
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, sizes["q"])
-    graph = helper.make_graph([node], "attention", inputs, [output], constants)
+    nodes = [node, helper.make_node("Neg", ["a"], ["y"])]
+    graph = helper.make_graph(nodes, "attention", inputs, [output], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
 
 
@@ -57,4 +58,4 @@ def test_it_computes_the_same(packed, mask, attributes):
 def test_what_it_does_not_write_stays(attributes):
     model = ir.from_proto(attention(False, **attributes))
     assert not WriteOutAttention()(model).modified
-    assert [node.op_type for node in model.graph] == ["Attention"]
+    assert [node.op_type for node in model.graph] == ["Attention", "Neg"]
