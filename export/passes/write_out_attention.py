@@ -68,6 +68,7 @@ class WriteOutAttention(ir.passes.InPlacePass):
         if mask is not None and mask.dtype == ir.DataType.BOOL:
             closed = add_constant(graph, "vpruner.closed", np.asarray(-np.inf, np.float32))
             logits = add_node(node, "Where", [mask, logits.outputs[0], closed], f"{name}.masked")
+            logits.outputs[0].dtype = query.outputs[0].dtype
         elif mask is not None:
             logits = add_node(node, "Add", [logits.outputs[0], mask], f"{name}.masked")
         softmax = add_node(node, "Softmax", logits.outputs, f"{name}.softmax", {"axis": -1})

@@ -12,6 +12,7 @@ from vpruner.export.passes.write_out_attention import WriteOutAttention
 RANDOM = np.random.default_rng(0)
 FLOATS = np.where(RANDOM.random((1, 1, 1, 7)) < 0.3, -np.inf, RANDOM.standard_normal((1, 1, 1, 7))).astype(np.float32)
 FLOATS[..., 0] = 0
+FLOATS = np.repeat(FLOATS, 5, 2)
 TRUTHS = RANDOM.random((2, 1, 5, 7)) < 0.6
 TRUTHS[..., 0] = True
 
