@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -43,7 +43,7 @@ class GraphAdapter:
     """
 
     #: Plans are run one after the other, each on many images: a folded graph shares nothing with another.
-    plans_together = False
+    plans_together: ClassVar[bool] = False
 
     def __init__(
         self, followed: Followed, model: GraphOutputs, name: str, geometry: Geometry, opened: OpenedGraph | None = None

@@ -40,8 +40,7 @@ def loaded_module(
         preprocessing = mapping_of(preprocessing, "preprocessing") or None
     if classes is not None:
         classes = names_of(classes, "classes")
-    options = dict(preprocessing=preprocessing, classes=classes, otherwise=export_adapter)
-    return from_module(module, name=name, **options)
+    return from_module(module, name=name, preprocessing=preprocessing, classes=classes, otherwise=export_adapter)
 
 
 def fields_of(preprocessing: Any) -> Any:

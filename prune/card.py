@@ -24,7 +24,7 @@ from ..core.files import file_sha256
 from ..core.json_file import read_json
 from ..core.preprocess import Preprocessing
 from ..core.text import option
-from .backbones.registry import Otherwise, adapter_for
+from .backbones.registry import Otherwise, adapter_for, check_prunable
 from .loaded import LoadedModel, imagenet_classes, ready, timm_preprocessing
 from .model_args import build, check_size, checked_args, shown
 from .names import LOCAL_FOLDER
@@ -205,8 +205,7 @@ def open_timm_folder(
         known["num_classes"] = arguments["num_classes"]
     make = partial(timm.create_model, name, pretrained=False, pretrained_cfg=known)
     model = build(make, str(folder), arguments, f"correct {path}")
-    if otherwise is None:
-        adapter_for(model, spec)
+    check_prunable(model, spec, otherwise)
     load_weights(model, weights, spec, resample=resample)
     adapter = adapter_for(model, spec, otherwise)
     with _naming(path):

@@ -17,7 +17,7 @@ from ..core.errors import UserError
 from ..core.preprocess import Preprocessing, resolve_preprocessing
 from ..core.progress import remark
 from ..core.text import command, first_line, option
-from .backbones.registry import Otherwise, adapter_for
+from .backbones.registry import Otherwise, adapter_for, check_prunable
 from .card import open_card, open_timm_folder
 from .image_files import IMAGE_SUFFIXES
 from .loaded import LoadedModel, imagenet_classes, ready, timm_preprocessing
@@ -179,8 +179,7 @@ def _open_timm(
 ) -> LoadedModel:
     check_size(arguments, weights, option("model_args"))
     model = build(partial(timm.create_model, name, pretrained=False), name, arguments, f"check {option('model_args')}")
-    if otherwise is None:
-        adapter_for(model, name)  # Before the weights: "cannot be pruned" says more than "does not fit".
+    check_prunable(model, name, otherwise)
     load_weights(model, weights, name, resample=resample)
     adapter = adapter_for(model.eval(), name, otherwise)
     geometry = adapter.geometry

@@ -34,8 +34,10 @@ class Adapter(Protocol):
 
     name: str
     geometry: Geometry
-    model: nn.Module
     plans_together: ClassVar[bool]
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def gated(self, batch_size: int, plan: TokenPlan | None = None) -> AbstractContextManager[Tensor]:
         """The model with three differentiable gates on every patch of every block, separately for each image.

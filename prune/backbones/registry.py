@@ -58,7 +58,7 @@ def adapter_for(module: nn.Module, name: str, otherwise: Otherwise | None = None
         return _own_adapter(module, name)
     except UserError as refused:
         sizes = image_sizes(module)
-        if otherwise is None or sizes is None:
+        if otherwise is None or sizes is None or not _has_attention(module):
             raise
         try:
             adapter = otherwise(module, name, sizes)
@@ -67,6 +67,24 @@ def adapter_for(module: nn.Module, name: str, otherwise: Otherwise | None = None
             raise UserError(more, refused.marked_hint) from error
     remark(f"{name} is learned and pruned by the ONNX graph that PyTorch exports of it")
     return adapter
+
+
+def check_prunable(module: nn.Module, name: str, otherwise: Otherwise | None = None) -> None:
+    """Refuse what no weights make prunable: "cannot be pruned" says more than "does not fit".
+
+    Raises:
+        UserError: As :func:`adapter_for`, as far as that shows before the weights are there.
+    """
+    try:
+        _own_adapter(module, name)
+    except UserError:
+        if otherwise is None or not _has_attention(module):
+            raise
+
+
+def _has_attention(module: nn.Module) -> bool:
+    parts = {type(part).__name__.lower() for part in module.modules()}
+    return any("attn" in part or "attention" in part for part in parts) or why_not(module) != _NO_ATTENTION
 
 
 def image_sizes(module: nn.Module) -> tuple[int, int, int] | None:
@@ -92,6 +110,9 @@ def _own_adapter(module: nn.Module, name: str) -> vit.ViTAdapter:
     )
 
 
+_NO_ATTENTION = "it has no attention over tokens"
+
+
 def why_not(module: nn.Module) -> str:
     """What in a model stands in the way of leaving tokens out, in the model's own terms; empty if nobody knows."""
     names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
@@ -109,7 +130,7 @@ def why_not(module: nn.Module) -> str:
     if getattr(module, "rope", None) is not None:
         return "its attention turns queries and keys by their position (RoPE)"
     if not any("attn" in name or "attention" in name for name in names):
-        return "it has no attention over tokens"
+        return _NO_ATTENTION
     return "it merges tokens from stage to stage" if stages else ""
 
 
