@@ -64,9 +64,23 @@ def _describe(opened: OpenedGraph) -> dict[str, Any]:
         "geometry": geometry.to_json(),
         "blocks": _describe_blocks(followed, identity),
         "head": _describe_head(followed, geometry),
+        "prune_refuses": _why_not_learned(followed.model),
         "dense_macs": dense_macs(geometry),
         "without_dead_tokens": round(cost_ratio(identity), 6),
     }
+
+
+def _why_not_learned(model: ir.Model) -> str | None:
+    """At which node PyTorch could not run the graph; None where it can, or where PyTorch is missing."""
+    try:
+        from .torch_graph.lower import refuse_operators
+    except ImportError:
+        return None
+    try:
+        refuse_operators(model)
+    except GraphError as error:
+        return error.marked_problem
+    return None
 
 
 def _describe_pruned(props: Mapping[str, str], source: str) -> dict[str, Any]:
@@ -201,9 +215,12 @@ def _masks_text(described: Mapping[str, Any]) -> str | None:
         return None
     able = {kind: sum(block["maskable"][kind] for block in blocks) for kind in KINDS}
     names, prune = {"keys": "keys", "queries": "queries", "mlps": "MLPs"}, progress.words(command("prune"))
+    takes = f"{prune} takes the file"
+    if described["prune_refuses"]:
+        takes = f"{prune} refuses the file: {described['prune_refuses']}"
     if all(count == len(blocks) for count in able.values()):
-        return f"keys, queries and MLPs of all blocks; {prune} takes the file"
+        return f"keys, queries and MLPs of all blocks; {takes}"
     if not any(able.values()):
         return f"nothing; {prune} would have nothing to leave out"
     some = ", ".join(f"{names[kind]} of {count} of {len(blocks)} blocks" for kind, count in able.items())
-    return f"{some}; {prune} takes the file"
+    return f"{some}; {takes}"

@@ -55,7 +55,7 @@ def lower(model: ir.Model) -> Lowered:
     Raises:
         GraphError: It cannot be run; names the node or value.
     """
-    _refuse_unfit(model)
+    refuse_operators(model)
     nodes = [node for node in model.graph if node.op_type != "Constant"]
     found = Lowered(_sizes(nodes))
     for name, tensor in constants(model):
@@ -153,7 +153,10 @@ def constants(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
             yield node.outputs[0].name, attribute.value if made else ir.tensor(attribute.value, dtype)
 
 
-def _refuse_unfit(model: ir.Model) -> None:
+def refuse_operators(model: ir.Model) -> None:
+    """Raises:
+    GraphError: The opset, a node or a value is none that PyTorch has a function for here.
+    """
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
     if opset is None or not OLDEST_OPSET <= opset <= NEWEST_OPSET:
         expected = f"expected {OLDEST_OPSET} to {NEWEST_OPSET} to run it in PyTorch"

@@ -105,6 +105,16 @@ def test_what_cannot_be_masked_names_its_node(foreign, tmp_path):
     assert "left whole  block 1: a logarithm of a softmax over tokens at node '/blocks/blocks.1/" in text
 
 
+def test_what_prune_would_refuse_is_said(foreign, tmp_path):
+    assert json.loads(call("inspect", foreign, "--json").stdout)["prune_refuses"] is None
+    model = onnx.load(foreign)
+    next(node for node in model.graph.node if node.op_type == "Erf").op_type = "Asinh"
+    onnx.save(model, tmp_path / "other.onnx")
+    assert "vpruner prune refuses the file: the graph cannot be run in PyTorch: there is no function for node" in (
+        call("inspect", tmp_path / "other.onnx").stdout
+    )
+
+
 def test_a_graph_without_tokens_is_refused(foreign, tmp_path):
     model = onnx.load(foreign)
     next(node for node in model.graph.node if node.op_type == "Conv").op_type = "Relu"
