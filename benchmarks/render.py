@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import dense_tables
 import pages as written
 import shifted_tables
 import tables
@@ -30,6 +31,8 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "compare": (tables.compare, ("compare",)),
     "compare_speed": (tables.compare_speed, ("compare",)),
     "content_scores": (tables.content_scores, ("content_scores",)),
+    "dense": (dense_tables.dense, ("dense",)),
+    "dense_tokens": (dense_tables.dense_tokens, ("dense_tokens",)),
     "demo": (tables.demo, ("demo",)),
     "fisher_rounds": (tables.fisher_rounds, ("fisher_rounds",)),
     "fold_memory": (tables.fold_memory, ("fold_memory",)),
