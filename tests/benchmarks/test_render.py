@@ -390,7 +390,7 @@ def dense_rows():
 def test_answers_for_every_patch(script, tables, tmp_path):
     text = script("dense_tables").dense(dense_rows())
     assert text.splitlines()[2:] == [
-        "| dense | 1.000× | 10.000 ms | 80.00 % |  |  |  |",
+        "| dense | 1.000× | 10.0 ms | 80.00 % |  |  |  |",
         "| pruned, 0.65 | 0.649× | 0.700× (0.690 to 0.710) | 79.00 % | −1.00 pp (−2.00 to ±0.00) | 90.00 % | 0.0500 |",
         "| pruned, 0.5 | 0.499× | 0.550× (0.540 to 0.560) | 77.00 % | −3.00 pp (−4.00 to −2.00) | 90.00 % | 0.0500 |",
         "| 2 x 2 pooled, 0.65 from block 4 on, updates added | 0.620× | 0.630× (0.620 to 0.640) | 72.00 % "
