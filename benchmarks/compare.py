@@ -4,7 +4,8 @@
     python benchmarks/compare.py --phase latency -o runs/compare    # minutes, on one that does nothing else
 
 ``vpruner compare`` with all methods on the bundled reference, as a script: it resumes, and the two halves can be run
-apart. The first leaves graphs in the folder, the second times them. Rows go to ``--results``.
+apart. The first leaves graphs in the folder, the second times them. Rows go to ``--results``. ``--smaller`` adds models
+that one could deploy instead, trained by ``benchmarks/reference/train.py``.
 
 What ``benchmarks/accuracy.py`` has measured already with the same images, budgets and seeds ("fisher" and "fisher + ppo
 + weights", which is V-Pruner as ``vpruner run`` ships it) is taken from its rows. Not for the first seed: its graphs
@@ -34,7 +35,7 @@ from vpruner.core.specs import DataSpec, ExportSpec, LearnSpec, ModelSpec, Timin
 from vpruner.export.fold import fold_file
 from vpruner.export.rules import export_rule
 from vpruner.pipeline.compare.comparison import Comparison
-from vpruner.pipeline.compare.contenders import chosen_contenders
+from vpruner.pipeline.compare.contenders import chosen_contenders, smaller_models
 from vpruner.pipeline.compare.made import Point
 from vpruner.pipeline.compare.timing import time_graphs, time_rules
 from vpruner.pipeline.graphs import write_dense
@@ -105,11 +106,12 @@ def open_comparison(args: argparse.Namespace) -> tuple[Comparison, list[Point]]:
         methods=tuple(args.methods) if args.methods else None,
         seeds=args.seeds,
         batches=tuple(args.batch),
+        smaller=tuple(args.smaller),
     )
     loaded = open_prunable(options.model)
     calibration, evaluations = choose(options.data, loaded, bundled_model=args.model is None)
     comparison = Comparison(options, loaded, calibration, evaluations, args.output, args.results)
-    return comparison, comparison.points(chosen_contenders(options))
+    return comparison, comparison.points(chosen_contenders(options) + smaller_models(options, loaded))
 
 
 # -- a larger model, for speed alone ----------------------------------------------------------------------------------
@@ -189,6 +191,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=[0.65, 0.5, 0.8, 0.35])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
+    parser.add_argument(
+        "--smaller", nargs="+", metavar="MODEL", default=[], help="cards of smaller models that take part"
+    )
     # What comes out must not depend on what else the machine does.
     parser.add_argument("--time-limit", type=float, default=1e6, help="of PPO, in seconds")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])

@@ -96,52 +96,28 @@ def models() -> str:
         covered = importlib.import_module("covered")
     finally:
         sys.path.pop(0)
-    families = _listed(f"`{name}`" for name in covered.VISION_LANGUAGE_MODELS.values())
-    kinds = [(kind, _arguments(arguments)) for kind, arguments in covered.KINDS.items()]
     newer, older = (_listed(map(str, covered.EXPORTERS[name])) for name in ("dynamo", "torchscript"))
     return "\n".join(
         [
-            f"Opened by name: {_listed(f'`{name}`' for name in covered.TIMM_MODELS)}.",
-            "",
-            *_table(("kind of model", "arguments of timm's `VisionTransformer`"), kinds),
-            "",
-            "## Folders of transformers",
-            "",
-            "`save_pretrained` writes such a folder. The vision tower is rebuilt as a timm model of equal output.",
-            "",
-            *_table(("tower", "class"), [(name, f"`{kind}`") for name, kind in covered.FOLDERS.items()]),
-            "",
-            "## ONNX files",
-            "",
-            f"- `torch.onnx.export(dynamo=True)`: opset {newer}.",
-            f"- `torch.onnx.export(dynamo=False)`: opset {older}.",
-            "- The batch may be fixed or open, and attention fused or written out.",
-            f"- Simplifiers: {_listed(covered.SIMPLIFIERS)}.",
-            "",
-            "Every kind of timm model in the table above works, and so do these classes of transformers:",
-            "",
-            *_table(("model", "class"), [(name, f"`{kind}`") for name, kind in covered.EXPORTED_TOWERS.items()]),
-            "",
-            "## Vision-language models",
-            "",
-            f"SAINT runs in {families}: see [vlm.md](docs/vlm.md).",
+            "- **timm**: every `VisionTransformer` with standard blocks, with any patch and image size. Tested: "
+            f"{_listed(covered.KINDS)}; and by name {_listed(_named(covered.TIMM_MODELS))}.",
+            "- **Folders that `save_pretrained` of transformers writes**: the vision tower of "
+            f"{_listed(_named(covered.FOLDERS.values()))}.",
+            "- **Vision-language models**: SAINT ([vlm.md](docs/vlm.md)) runs in "
+            f"{_listed(_named(covered.VISION_LANGUAGE_MODELS.values()))}.",
+            f"- **ONNX files**: tested as `torch.onnx.export` writes them: opset {newer} with `dynamo=True`, "
+            f"{older} without, and after {_listed(covered.SIMPLIFIERS)}.",
         ]
     )
 
 
-def _arguments(arguments: dict | None) -> str:
-    if arguments is None:
-        return "`VisionTransformerDistilled`"
-    return ", ".join(f"`{key}={value!r}`" for key, value in arguments.items()) or "none"
+def _named(names) -> list[str]:
+    return [f"`{name}`" for name in dict.fromkeys(names)]
 
 
 def _listed(names) -> str:
     *before, last = names
     return f"{', '.join(before)} and {last}" if before else last
-
-
-def _table(heads: tuple[str, ...], rows) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
 # -- versions ---------------------------------------------------------------------------------------------------------

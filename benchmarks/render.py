@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import dense_tables
+import family_tables
 import pages as written
 import shifted_tables
 import tables
@@ -34,6 +35,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "dense": (dense_tables.dense, ("dense",)),
     "dense_tokens": (dense_tables.dense_tokens, ("dense_tokens",)),
     "demo": (tables.demo, ("demo",)),
+    "families": (family_tables.families, ("families",)),
     "fisher_rounds": (tables.fisher_rounds, ("fisher_rounds",)),
     "fold_memory": (tables.fold_memory, ("fold_memory",)),
     "fold_order": (tables.fold_order, ("fold_order",)),

@@ -17,7 +17,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "export": "Export a model to ONNX, whole or pruned, and check that the file computes the same.",
     },
     "Look": {
-        "inspect": "Say what is recognised in an ONNX graph, or name the node where recognition stopped.",
+        "inspect": "Say what can be masked in each block of an ONNX graph, and at which node the rest is left whole.",
         "check": "List what a runtime cannot run in an ONNX file, or runs slowly, node by node.",
         "analyze": "Measure what tokens do in each block, and find the stages of SAINT.",
         "show": "Draw what each block still does with the patches of an image.",

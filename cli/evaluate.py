@@ -42,7 +42,8 @@ from .options import (
 @specs(model=ModelSpec, data=DataSpec)
 def evaluate(model, data, plan_path, against, as_json, quiet, results) -> None:
     """MODEL is an ONNX file, or a PyTorch model that vpruner prune takes, with --plan. Models without classes are
-    compared by the cosine of their features.
+    compared by the cosine of their features. Other outputs are compared by their
+    relative squared error.
 
     \b
     Example:

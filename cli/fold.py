@@ -27,7 +27,7 @@ from .options import deploy_option, json_option, quiet_option
 @json_option
 @quiet_option
 def fold(dense, plan_path, identity, deploy_for, output, as_json, quiet) -> None:
-    """DENSE is a file of vpruner export, or of any exporter if vpruner inspect recognises it.
+    """DENSE is a file of vpruner export, or of any exporter: vpruner inspect says what of it can be masked.
 
     \b
     Example:

@@ -15,7 +15,7 @@ from .options import json_option
 @click.argument("model", type=click.Path(path_type=Path))
 @json_option
 def inspect(model, as_json) -> None:
-    """MODEL is an ONNX file of any exporter. vpruner fold takes a file if all of it is recognised.
+    """MODEL is an ONNX file of any exporter. Its tokens are followed from the image to the outputs.
 
     \b
     Example:

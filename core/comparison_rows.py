@@ -53,6 +53,7 @@ class Compared(_Row):
     top1_difference: _Estimate | UnsetType = UNSET
     kl: _Estimate | UnsetType = UNSET
     cosine: _Estimate | UnsetType = UNSET
+    relative_error: _Estimate | UnsetType = UNSET
 
 
 class Graph(_Row):

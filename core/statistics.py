@@ -24,7 +24,7 @@ class Estimate:
     """A mean over images with its 95 % interval.
 
     Attributes:
-        metric: ``top1``, ``top1_difference``, ``agreement``, ``kl`` (nats) or ``cosine``.
+        metric: ``top1``, ``top1_difference``, ``agreement``, ``kl`` (nats), ``cosine`` or ``relative_error``.
         value: The estimate.
         low, high: Its interval; both None where the images are too few to have one.
         count: Images.
@@ -146,17 +146,20 @@ def collect_outputs(
     )
 
 
-def compare(outputs: Outputs, *, baseline: str, output: str) -> dict[str, list[Estimate]]:
+def compare(outputs: Outputs, *, baseline: str, output: str, classes: int | None = None) -> dict[str, list[Estimate]]:
     """Estimates for each model.
 
     With labels: top-1, and for each model but the baseline the paired difference to it. Always: agreement of the top
-    class with the baseline and the KL divergence from the baseline's distribution, or for features the cosine. The
-    intervals of KL and cosine end where the quantities do: at 0, and at -1 and 1.
+    class with the baseline and the KL divergence from the baseline's distribution, or for features the cosine. For
+    values (patch tokens, maps) the squared error relative to the baseline's mean square, and where they are scores of
+    classes the share of positions whose top class is the baseline's. The intervals of KL and cosine end where the
+    quantities do: at 0, and at -1 and 1.
 
     Args:
         outputs: From :func:`collect_outputs`.
         baseline: The label of the dense model.
-        output: ``"logits"`` or ``"features"``.
+        output: ``"logits"``, ``"features"`` or ``"values"``.
+        classes: Of values: how many classes they may be scores of, along the last or the first axis of an image.
 
     Raises:
         UserError: A model's outputs are not finite.
@@ -178,6 +181,12 @@ def compare(outputs: Outputs, *, baseline: str, output: str) -> dict[str, list[E
                     estimates.append(paired_difference("top1_difference", right, reference_right))
                 estimates.append(proportion("agreement", values.argmax(1) == reference.argmax(1)))
                 estimates.append(mean("kl", kl_divergence(reference, values), least=0.0))
+        elif label != baseline and output == "values":
+            axis = None if classes is None else _class_axis(reference.shape, classes)
+            if axis is not None:
+                same = values.argmax(axis) == reference.argmax(axis)
+                estimates.append(mean("agreement", same.reshape(len(same), -1).mean(1), least=0.0, most=1.0))
+            estimates.append(mean("relative_error", relative_errors(reference, values), least=0.0))
         elif label != baseline:
             estimates.append(mean("cosine", cosine(reference, values), least=-1.0, most=1.0))
         result[label] = estimates
@@ -194,6 +203,18 @@ def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Cosine similarity, float64 [image], of features [image, channel]."""
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     return (one * other).sum(-1) / (np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)).clip(1e-30)
+
+
+def relative_errors(reference: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Mean square of the difference over the mean square of the reference on all images: float64 [image]."""
+    square = np.array([np.square(row, dtype=np.float64).mean() for row in reference])
+    error = [np.square(row - own, dtype=np.float64).mean() for row, own in zip(reference, values, strict=True)]
+    return np.array(error) / max(float(square.mean()), 1e-300)
+
+
+def _class_axis(shape: tuple[int, ...], classes: int) -> int | None:
+    """The axis of [image, ...] that counts the classes: the last, as of tokens, or the first behind the images."""
+    return next((axis for axis in (len(shape) - 1, 1) if len(shape) > 2 and shape[axis] == classes), None)
 
 
 def _log_softmax(values: np.ndarray) -> np.ndarray:

@@ -73,12 +73,7 @@ def finish(exported: ir.Model, about: ModelMetadata, opset: int) -> ir.Model:
     Raises:
         UserError: PyTorch wrote another opset.
     """
-    passes.ClearMetadataAndDocStringPass()(exported)  # stack traces and paths of the machine that exported
-    clean(exported)
-    FoldWeightTransposes()(exported)
-    passes.RemoveUnusedNodesPass()(exported)
-    with _quiet():  # It says so of every initializer that is an output too, and leaves it alone, as it should.
-        passes.DeduplicateInitializersPass()(exported)
+    tidy(exported)
     if opset < _EXPORTER_FLOOR:
         LowerOpset(opset)(exported)
     passes.RemoveUnusedOpsetsPass()(exported)
@@ -95,6 +90,16 @@ def finish(exported: ir.Model, about: ModelMetadata, opset: int) -> ir.Model:
     exported.metadata_props.update(about.to_props())
     passes.CheckerPass(full_check=True)(exported)
     return exported
+
+
+def tidy(exported: ir.Model) -> None:
+    """Take what PyTorch traced into the plain form, in place."""
+    passes.ClearMetadataAndDocStringPass()(exported)  # stack traces and paths of the machine that exported
+    clean(exported)
+    FoldWeightTransposes()(exported)
+    passes.RemoveUnusedNodesPass()(exported)
+    with _quiet():  # It says so of every initializer that is an output too, and leaves it alone, as it should.
+        passes.DeduplicateInitializersPass()(exported)
 
 
 def trace(
@@ -114,22 +119,49 @@ def trace(
     Raises:
         UserError: As :func:`export_dense`.
     """
-    torch, name, geometry, classes = require("torch"), about.model, about.geometry, about.classes
+    geometry, classes = about.geometry, about.classes
+    if classes is not None and about.output == "logits" and len(classes) != geometry.outputs:
+        raise UserError(f"{len(classes)} class names for {geometry.outputs} outputs of {about.model}")
+    sizes = (geometry.in_chans, *geometry.image_size)
+    names = [geometry.output, *more_outputs]
+    return trace_module(
+        model, about.model, sizes, names, opset=opset, dynamic_batch=dynamic_batch, batch_size=batch_size
+    )
+
+
+def trace_module(
+    model: nn.Module,
+    name: str,
+    sizes: Sequence[int],
+    outputs: Sequence[str] | None = None,
+    *,
+    opset: int = 20,
+    dynamic_batch: bool = True,
+    batch_size: int = 1,
+) -> ir.Model:
+    """What PyTorch's exporter makes of any module that takes images [batch, *sizes].
+
+    Args:
+        name: For messages.
+        outputs: Their names; None: as the exporter has them.
+
+    Raises:
+        UserError: Opset or batch out of range, weights that are not float32, or a model that cannot be exported.
+    """
+    torch = require("torch")
     if opset not in OPSETS:
         raise UserError(
             f"opset is {opset}, expected {OPSETS.start} to {OPSETS.stop - 1}", f"choose {option('opset', 20)}"
         )
     if batch_size < 1:
         raise UserError(f"batch size is {batch_size}, expected at least 1")
-    if classes is not None and about.output == "logits" and len(classes) != geometry.outputs:
-        raise UserError(f"{len(classes)} class names for {geometry.outputs} outputs of {name}")
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if dtypes != {torch.float32}:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise UserError(f"the weights of {name} are {found}, expected float32", "convert the model with .float()")
     device = next(model.parameters()).device
     # torch.export takes a size of 1 for a constant, so a dynamic batch is traced with 2.
-    shape = (2 if dynamic_batch else batch_size, geometry.in_chans, *geometry.image_size)
+    shape = (2 if dynamic_batch else batch_size, *sizes)
     with _ready_for_export(model), _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -138,7 +170,7 @@ def trace(
                 dynamo=True,
                 opset_version=max(opset, _EXPORTER_FLOOR),
                 input_names=["image"],
-                output_names=[geometry.output, *more_outputs],
+                output_names=outputs,
                 dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic_batch else None,
                 verbose=False,
             )

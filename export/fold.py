@@ -152,3 +152,16 @@ def check_shape(expected: Geometry, found: Geometry, name: str, source: str) -> 
             f"the plan is for {name}, the graph in {source} is another model: {', '.join(differences[:3])}",
             f"see what the graph holds with: {command('inspect', source)}",
         )
+
+
+def check_metadata(about: ModelMetadata, found: Geometry, source: str) -> None:
+    """Refuse a file whose metadata tells of another model than its graph.
+
+    Raises:
+        PlanError: Up to three differences.
+    """
+    try:
+        check_shape(about.geometry, found, f"{about.model}, as its metadata says", source)
+    except PlanError as error:
+        hint = f"its metadata is of another graph; write both with: {command('export', 'MODEL')}"
+        raise PlanError(error.marked_problem, hint) from None

@@ -21,7 +21,7 @@ from ..core.preprocess import Preprocessing
 from ..core.text import command
 from .files import check_tensors, load_model
 from .follow import Followed, follow
-from .graph_costs import geometry_of
+from .graph_costs import geometry_of, image_of
 from .nodes import HINT, copy_model
 from .streaming import StoredTensor
 from .structure import find_problems
@@ -132,6 +132,11 @@ class OpenedGraph:
             with self.naming():
                 found = self.__dict__["_shape"] = geometry_of(followed)
         return found
+
+    def image_sizes(self) -> tuple[int, ...]:
+        """Sizes of one image as the graph takes it; as :meth:`followed`, of which it must have been asked before."""
+        followed = self.followed()
+        return followed.tokens.known.shapes[image_of(followed)][1:]
 
     @contextmanager
     def naming(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -17,13 +17,15 @@ from ..core.plan import TokenPlan
 from ..prune.backbones.adapter import Images
 from ..prune.tune.store import RAM_BYTES
 from .follow import Followed, fold
+from .graph import OpenedGraph
 from .graph_gates import GraphGates
 from .graph_outputs import GraphOutputs
 from .torch_graph import GraphModule
 
 #: Folding a plan and lowering the result takes as long as so many multiply-adds for each node of the graph, where it
-#: runs: measured on DeiT-S and on the bundled reference, one CPU thread (0.9 and 0.5 s, 700 and 650 nodes).
-FOLD_MACS = {"cpu": 20_000_000, "cuda": 5_000_000_000}
+#: runs. On one CPU thread: 0.09 s for the 339 nodes of the bundled reference, whose dense form does 31 G a second, and
+#: 0.21 s for the 499 of DeiT-S, which does 65 G. Of GPUs this is a guess.
+FOLD_MACS = {"cpu": 8_000_000, "cuda": 2_000_000_000}
 
 
 class GraphAdapter:
@@ -34,21 +36,26 @@ class GraphAdapter:
         model: The module of it that is judged.
         name: What to call it in plans and messages.
         geometry: Its shape.
+        opened: The graph as it was read.
 
     Attributes:
         gates: Where the masks of a plan stand in the module.
     """
 
     #: Plans are run one after the other, each on many images: a folded graph shares nothing with another.
-    plans_together = False
+    plans_together: ClassVar[bool] = False
 
-    def __init__(self, followed: Followed, model: GraphOutputs, name: str, geometry: Geometry):
+    def __init__(
+        self, followed: Followed, model: GraphOutputs, name: str, geometry: Geometry, opened: OpenedGraph | None = None
+    ):
         self.followed, self.model, self.name, self.geometry = followed, model, name, geometry
+        self.opened = opened
         self.gates = GraphGates(followed, model)
         self._active = False
         #: Tensors that the weights are as the graph has them.
         self._own = {name: weight.data for name, weight in model.weights().items()}
-        self._folded: tuple[str, dict[str, Tensor], GraphModule] | None = None
+        self._folded: tuple[str, Mapping[str, Tensor], GraphModule] | None = None
+        self._exchanged: tuple[Mapping[str, Tensor], Followed] | None = None
 
     @contextmanager
     def gated(self, batch_size: int, plan: TokenPlan | None = None) -> Iterator[Tensor]:
@@ -113,7 +120,7 @@ class GraphAdapter:
         if self._folded is None or self._folded[0] != plan.digest or not _same(self._folded[1], present):
             self._folded = None
             followed = self._with_present(present)
-            module = GraphModule(fold(followed, plan)).to(next(self.model.parameters()))
+            module = GraphModule(fold(followed, plan, shapes=False)).to(next(self.model.parameters()))
             module.share(weights)
             self._folded = (plan.digest, present, module)
         return self._folded[2]
@@ -128,13 +135,17 @@ class GraphAdapter:
         }
 
     def _with_present(self, present: Mapping[str, Tensor]) -> Followed:
-        changed = self.changed()
+        """The graph with the weights ``present``; many plans in a row are folded with the same ones."""
+        if self._exchanged is not None and _same(self._exchanged[0], present):
+            return self._exchanged[1]
+        self._exchanged, changed = None, self.changed()
         if not changed:
             return self.followed
         followed = self.followed.copy()
         for name, array in changed.items():
             followed.model.graph.initializers[name].const_value = ir.tensor(array, name=name)
         followed.tokens.known.forget_floats()
+        self._exchanged = present, followed
         return followed
 
     def _pays(self, plan: TokenPlan, images: int) -> bool:

@@ -17,12 +17,13 @@ import onnx_ir as ir
 
 from ..core.errors import GraphError
 from ..core.geometry import Geometry
-from .follow import Followed
+from .follow import Block, Followed
 from .follow.columns import project_apart
 from .follow.demand import demand, sets_of, unlike
-from .follow.known import used_by
+from .follow.known import above
 from .follow.layout import ENDED
 from .follow.rules import attribute
+from .nodes import called
 
 #: What may stand behind a classifier: views, probabilities, constant factors and sums.
 _AFFINE = frozenset(
@@ -50,16 +51,26 @@ def geometry_of(followed: Followed) -> Geometry:
     others, gives ``"values"``.
 
     Raises:
-        GraphError: No image is fed to the stem.
+        GraphError: No image is fed to the stem, or the blocks do not work on the patches that begin there.
     """
     tokens, blocks, patches = followed.tokens, followed.blocks, followed.patches
-    shapes, prefix = tokens.known.shapes, followed.prefix
+    shapes = tokens.known.shapes
+    # A class token may join between two blocks; it counts in all of them then.
+    prefix = max(_beside(followed, value) for value in (followed.stream, *_outputs_of(blocks)))
+    ids = np.concatenate([one.ravel() for one in tokens.layouts[followed.stream].ids])
+    if int((ids < patches).sum()) != patches:
+        raise GraphError(
+            f"the {patches} patches that begin at {called(followed.stem)} are not the tokens of the blocks, which have "
+            f"{len(ids)}: tokens are merged or left out between the stages of the model"
+        )
     read, head = reads(followed)
     last, counts = len(blocks) - 1, costs(followed)
     at_end = read.get(last)
     head_prefix = 0 if at_end is None else int(at_end[patches:].sum())
     head_macs, per_patch = _head_macs(followed, head)
     height, width, channels = _image_size(followed)
+    if at_end is None and not read:
+        raise GraphError("nothing reads the tokens behind the blocks")
     found = Geometry(
         depth=len(blocks),
         embed_dim=shapes[followed.stream][-1],
@@ -75,10 +86,20 @@ def geometry_of(followed: Followed) -> Geometry:
         **_kind_of_output(followed),
         **_rates(followed, counts),
     )
-    token_count = followed.prefix + patches
+    token_count = prefix + patches
     whole = sum(_macs(node, followed) for node in followed.model.graph)
     masked = sum(one.key + one.query + one.mlp + one.pair * token_count for one in counts) * token_count
-    return replace(found, stem_macs=whole - masked - head_macs - per_patch * patches * found.head_patches)
+    stem_macs = whole - masked - head_macs - per_patch * patches * found.head_patches
+    return replace(found, stem_macs=max(0, stem_macs))
+
+
+def _outputs_of(blocks: Sequence[Block]) -> list[ir.Value]:
+    return [branch.add.outputs[0] for block in blocks for branch in (*block.attention, *block.mlp)]
+
+
+def _beside(followed: Followed, value: ir.Value) -> int:
+    """Tokens of a value beside the patches."""
+    return sum(int((ids >= followed.patches).sum()) for ids in followed.tokens.layouts[value].ids)
 
 
 def reads(followed: Followed) -> tuple[dict[int, np.ndarray], set[ir.Node]]:
@@ -106,9 +127,12 @@ def image_of(followed: Followed) -> ir.Value:
     Raises:
         GraphError: There is none.
     """
-    fed = (value for node in _ahead(followed.stem.outputs[0]) for value in used_by(node))
-    image = next((value for value in fed if value in followed.model.graph.inputs and value.const_value is None), None)
-    if image is None or len(followed.tokens.known.shapes.get(image, ())) < 3:
+    shapes = followed.tokens.known.shapes
+    inputs = [value for value in followed.model.graph.inputs if value.const_value is None]
+    fed = (value for value in above(followed.stem.outputs[0]) if value in inputs)
+    # What says which patches are hidden is fed there, too.
+    image = next((value for value in fed if len(shapes.get(value, ())) > 2), None)
+    if image is None:
         raise GraphError("the tokens do not begin at an image that is fed to the graph")
     return image
 
@@ -174,7 +198,7 @@ def _rates(followed: Followed, counts: tuple[BlockMacs, ...]) -> dict:
 def _head_macs(followed: Followed, live: set[ir.Node]) -> tuple[int, int]:
     """Behind the blocks: multiply-adds that do not depend on how many patches are read, and those of each patch."""
     fixed = per_patch = 0
-    for node in live - _ahead(followed.stream):
+    for node in live - {value.producer() for value in above(followed.stream)}:
         macs, flow = _macs(node, followed), followed.flows.get(node)
         if not macs:
             continue
@@ -189,17 +213,6 @@ def _head_macs(followed: Followed, live: set[ir.Node]) -> tuple[int, int]:
         per_patch += each
         fixed += macs - each * int((one < followed.patches).sum())
     return fixed, per_patch
-
-
-def _ahead(value: ir.Value) -> set[ir.Node]:
-    """The nodes that a value is computed by."""
-    waiting, found = [value], set()
-    while waiting:
-        node = waiting.pop().producer()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting.extend(used_by(node))
-    return found
 
 
 def costs(followed: Followed) -> tuple[BlockMacs, ...]:

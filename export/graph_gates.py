@@ -174,7 +174,7 @@ class GraphGates:
                 continue
             if node.op_type == "Attention" or flow.normalises is not None:
                 yield self._fixed(self._keys(node), self._logs(sets, node))
-            elif node.op_type.startswith("Reduce"):
+            elif node.op_type.startswith(("Reduce", "Global")):
                 layout, value = self.followed.tokens.layouts[node.inputs[0]], node.inputs[0].name
                 for group, link in enumerate(flow.links[0]):
                     (axis,) = (axis for axis in range(len(layout.axes)) if group in layout.groups_of(axis))

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from .follow import Branch, Followed
+from .follow import Branch
 from .follow.known import Known, used_by
 from .follow.layout import Layout, Part
 from .follow.rules import attribute
@@ -25,6 +25,8 @@ from .graph_gates import GraphGates
 
 #: They move numbers, or leave them as they are.
 _MOVES = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Cast", "Dropout"))
+_DIGIT = 128
+_SHAPES = frozenset(("Shape", "Size"))
 _SELECTIONS = frozenset(("Slice", "Split", "Gather"))
 
 
@@ -155,10 +157,15 @@ class _Finder:
         self.known, self.layouts = self.followed.tokens.known, self.followed.tokens.layouts
         self.weights = set(gates.model.weights())
         self.roles = roles_of(self.followed)[1]
+        graph = self.followed.model.graph
         self.behind = {self.followed.stream}
-        for node in self.followed.model.graph:
+        for node in graph:
             if not self.behind.isdisjoint(used_by(node)):
                 self.behind.update(node.outputs)
+        self.live: set[ir.Node] = set()
+        for node in reversed(graph):
+            if any(value.is_graph_output() or self.live.intersection(value.consumers()) for value in node.outputs):
+                self.live.add(node)
 
     def needed(self, value: ir.Value, stops: set[ir.Value]):
         """The values of the stream, values beside it, and constants that ``value`` is computed from."""
@@ -171,7 +178,7 @@ class _Finder:
                 sides[value] = None
             elif value.producer() is None:
                 weights.add(value.name)
-            else:
+            elif value.producer().op_type not in _SHAPES:
                 waiting += [one for one in used_by(value.producer()) if one not in seen]
                 seen.update(used_by(value.producer()))
         return tuple(reads), tuple(sides), frozenset(weights & self.weights)
@@ -206,8 +213,11 @@ class _Finder:
 
     def is_own(self, value: ir.Value) -> bool:
         """Whether only one node reads more of a value than its shape."""
-        readers = [node for node, _ in value.uses() if node.op_type not in ("Shape", "Size")]
-        return len(readers) == 1 and not value.is_graph_output()
+        return len(self.uses(value)) == 1 and not value.is_graph_output()
+
+    def uses(self, value: ir.Value) -> list[tuple[ir.Node, int]]:
+        """(node, input) of all that reads more of a value than its shape, and is read in turn."""
+        return [(node, at) for node, at in value.uses() if node in self.live and node.op_type not in _SHAPES]
 
     def width(self, value: ir.Value) -> int | None:
         """Channels of a value that has all of them, in order, on one axis."""
@@ -283,7 +293,7 @@ class _Finder:
             value, bias = node.outputs[0], layer.bias
             # On to behind what is added to each token, also where that is not the layer's own.
             while self.is_own(value):
-                ((reader, at),) = (use for use in value.uses() if use[0].op_type not in ("Shape", "Size"))
+                ((reader, at),) = self.uses(value)
                 output = reader.outputs[0]
                 if reader.op_type == "Add" and self.per_channel(output, reader.inputs[1 - at]) is not None:
                     bias = bias or self.constant(output, reader.inputs[1 - at])
@@ -300,7 +310,7 @@ class _Finder:
         ends, waiting = {}, [layer.output]
         while waiting:
             value = waiting.pop()
-            readers = {node for node, _ in value.uses() if node.op_type not in ("Shape", "Size")}
+            readers = {node for node, _ in self.uses(value)}
             onward = {node for node in readers if node.op_type in _MOVES | _SELECTIONS}
             if readers - onward:
                 ends[value.name] = {role for names in self.roles.get(value, ()) for _, role in names}
@@ -308,15 +318,18 @@ class _Finder:
         shape = shape_for(self.known, layer.output, self.model.batch, self.model.batch or 1)
         axis = self.channel_axis(layer.output, len(layer.columns))
         sizes = [-1 if at == axis else 1 for at in range(len(shape))]
-        like = next(self.model.parameters())
-        numbers = torch.arange(len(layer.columns), dtype=like.dtype, device=like.device).reshape(sizes).expand(shape)
-        blank = blank_inputs(self.followed, self.model, self.model.batch or 1)
-        with torch.no_grad():
-            arrived = self.model.compute(list(ends), *blank, given={layer.output.name: numbers}) if ends else {}
-        columns = {role: np.zeros(len(layer.columns), bool) for role in ("key", "query", "mlp")}
-        for name, value in arrived.items():
-            for role in ends[name]:
-                columns[role][value.long().unique().cpu().numpy()] = True
+        like, count = next(self.model.parameters()), len(layer.columns)
+        blank, digits = self.model.blank(self.model.batch or 1), []
+        # Two digits each: bfloat16 holds whole numbers up to 256.
+        for digit in (torch.arange(count) // _DIGIT, torch.arange(count) % _DIGIT) if ends else ():
+            given = {layer.output.name: digit.to(like).reshape(sizes).expand(shape)}
+            with torch.no_grad():
+                digits.append(self.model.compute(list(ends), *blank, given=given))
+        columns = {role: np.zeros(count, bool) for role in ("key", "query", "mlp")}
+        for name, roles in ends.items():
+            high, low = (digit[name].long().cpu().numpy() for digit in digits)
+            for role in roles:
+                columns[role][high * _DIGIT + low] = True
         return np.flatnonzero(columns["key"] & ~columns["query"] & ~columns["mlp"])
 
 
@@ -338,13 +351,3 @@ def shape_for(known: Known, value: ir.Value, batch: int | None, images: int) -> 
         return (shape[0] * (images // batch), *shape[1:]) if shape else ()
     primes = list(known.open_dims)
     return tuple(next((size // prime * images for prime in primes if size % prime == 0), size) for size in shape)
-
-
-def blank_inputs(followed: Followed, model, images: int) -> list[Tensor | None]:
-    """Inputs of the right shapes that take no memory, for what asks of them nothing but their shapes."""
-    known, like = followed.tokens.known, next(model.parameters())
-    values = {value.name: value for value in followed.model.graph.inputs if value in known.shapes}
-    return [
-        like.new_zeros(()).expand(shape_for(known, values[name], model.batch, images)) if name in values else None
-        for name in model.input_names
-    ]

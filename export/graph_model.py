@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.boundary import reading
-from ..core.errors import GraphError, ParityError, PlanError, UserError
+from ..core.errors import GraphError, ParityError, UserError
 from ..core.external import check_data
 from ..core.extras import require
 from ..core.files import scratch_beside
@@ -31,19 +31,16 @@ from ..core.scratch import temporary_folder
 from ..core.text import command
 from ..prune.backbones.vit import weights_sha256
 from ..prune.loaded import LoadedModel
+from .dense import tidy, trace_module
 from .files import save_model
-from .follow import follow
+from .fold import check_metadata
 from .graph import Graph, OpenedGraph, copy_model, open_graph
 from .graph_adapter import GraphAdapter
-from .graph_costs import geometry_of, image_of
+from .graph_costs import image_of
 from .graph_outputs import GraphOutputs
-from .parity import compare_float32
+from .parity import compare_float32, run_graph
 from .torch_graph import GraphModule, write_back
-from .unfit import refuse_unfit
 from .yardstick import Yardstick
-
-#: What a graph shows of its geometry beyond doubt.
-_SHAPE = ("depth", "embed_dim", "grid", "prefix_tokens", "image_size", "in_chans", "head_patches")
 
 
 def open_graph_model(
@@ -68,16 +65,10 @@ def open_graph_model(
         UserError: No ONNX file, pruned already, no three channels, or no preprocessing.
     """
     opened = open_graph(graph)
-    about = opened.dense_metadata
-    with opened.naming():
-        refuse_unfit(opened.model)
-        followed = follow(opened.model)
-        geometry, image = geometry_of(followed), image_of(followed)
-        if image.dtype is not None and not image.dtype.is_floating_point():
-            raise GraphError(f"input {image.name!r} is {image.dtype}, expected FLOAT", "take the conversion off it")
+    about, geometry = opened.dense_metadata, opened.shape()
     name = opened.stem
     if about is not None:
-        _check_shape(about, geometry, opened.source)
+        check_metadata(about, geometry, opened.source)
         geometry, name = about.geometry, about.model
     elif output is not None:
         geometry = replace(geometry, output=_agreed(output, geometry, opened.source))
@@ -87,19 +78,51 @@ def open_graph_model(
     resolved = resolve_preprocessing(
         opened.preprocessing, dict(preprocessing or {}), size=geometry.image_size, source=opened.source
     )
-    with opened.naming():
-        model = GraphOutputs(followed, image, values=geometry.output == "values")
-        adapter = GraphAdapter(followed, model, name, geometry)
-        _check_equal(model, opened, probe_images(geometry))
-        adapter.look_at(torch.from_numpy(probe_images(geometry)))
+    adapter = _adapter(opened, name, geometry)
     return LoadedModel(
         adapter,
         resolved,
         None if about is None else about.classes,
-        weights_sha256(model) if about is None else about.weights_sha256,
+        weights_sha256(adapter.model) if about is None else about.weights_sha256,
         opened,
-        model.softmax,
+        adapter.model.softmax,
     )
+
+
+def export_adapter(module: nn.Module, name: str, sizes: tuple[int, int, int]) -> GraphAdapter:
+    """The adapter of a module that has none of its own: that of the graph which PyTorch exports of it.
+
+    Args:
+        module: Takes images [batch, channel, height, width]; its weights are in it.
+        sizes: Channels, height and width.
+
+    Raises:
+        UserError: It cannot be exported, or the tokens of its graph cannot be followed.
+    """
+    try:
+        exported = trace_module(module, name, sizes)
+    except UserError:
+        exported = trace_module(module, name, sizes, dynamic_batch=False)
+    tidy(exported)
+    exported.graph.name = name
+    opened = OpenedGraph(exported)
+    adapter = _adapter(opened, name, opened.shape())
+    _check_export(module, opened, probe_images(adapter.geometry))
+    return adapter
+
+
+def _adapter(opened: OpenedGraph, name: str, geometry: Geometry) -> GraphAdapter:
+    """The graph in PyTorch, compared with onnxruntime."""
+    with opened.naming():
+        followed = opened.followed()
+        image = image_of(followed)
+        if image.dtype is not None and not image.dtype.is_floating_point():
+            raise GraphError(f"input {image.name!r} is {image.dtype}, expected FLOAT", "take the conversion off it")
+        model = GraphOutputs(followed, image, values=geometry.output == "values")
+        adapter = GraphAdapter(followed, model, name, geometry, opened)
+        _check_equal(model, opened, probe_images(geometry))
+        adapter.look_at(torch.from_numpy(probe_images(geometry)))
+    return adapter
 
 
 def write_graph(loaded: LoadedModel, path: str | os.PathLike, props: Mapping[str, str] | None = None) -> Path:
@@ -164,17 +187,6 @@ def probe_images(geometry: Geometry, seed: int = 0) -> np.ndarray:
 # -- comparing --------------------------------------------------------------------------------------------------------
 
 
-def _check_shape(about: ModelMetadata, found: Geometry, source: str) -> None:
-    said = about.geometry
-    differences = [f"{name} {getattr(said, name)} != {getattr(found, name)}" for name in _SHAPE
-                   if getattr(said, name) != getattr(found, name)]  # fmt: skip
-    if differences:
-        raise PlanError(
-            f"{source} says that it holds {about.model}, its graph is another model: {', '.join(differences[:3])}",
-            f"see what the graph holds with: {command('inspect', source)}",
-        )
-
-
 def _agreed(output: str, geometry: Geometry, source: str) -> str:
     if output != "values" and geometry.output == "values":
         raise UserError(
@@ -194,6 +206,25 @@ def _check_equal(model: GraphOutputs, graph: OpenedGraph, images: np.ndarray) ->
             f"{graph.source} gives something else in PyTorch than in onnxruntime ({str(error).partition(what)[2][2:]})",
             f"learn the plan from the PyTorch model, then: {command('fold', 'FILE', plan='plan.json')}",
         ) from None
+
+
+@torch.no_grad()
+def _check_export(module: nn.Module, graph: OpenedGraph, images: np.ndarray) -> None:
+    """Compare what the module gives with what its graph does.
+
+    Raises:
+        ParityError: They differ.
+    """
+
+    def run(given: torch.Tensor) -> list[np.ndarray]:
+        found = module(given.to(next(module.parameters())))
+        return [part.cpu().numpy() for part in (found if isinstance(found, (tuple, list)) else [found])]
+
+    own, names = run(torch.from_numpy(images)), [value.name for value in graph.model.graph.outputs]
+    for index, (expected, found) in enumerate(zip(own, run_graph(graph, images), strict=True)):
+        yardstick = Yardstick(module, torch.from_numpy(images), lambda batch, index=index: run(batch)[index])
+        what = f"{names[index]} of the exported graph equals that of the module"
+        compare_float32(what, expected, found, yardstick, top1=False)
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class GraphOutputs(GraphModule):
     def forward(self, images: Tensor) -> Tensor:
         """[image, channel, height, width] -> [image, output]."""
         count, module = len(images), self if self._running is None else self._running
-        found = module.compute(self.judged, *self._inputs_fed.of(self._filled(images)))
+        found = module.compute(self.judged, *self.feeds(images))
         parts = []
         for name, rows, scale in zip(self.judged, self._rows, self._scales, strict=True):
             part = found[name].flatten(1)[:count]
@@ -73,6 +73,15 @@ class GraphOutputs(GraphModule):
                 part = part.index_select(1, rows.to(part.device))
             parts.append(part * scale if scale != 1 else part)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def feeds(self, images: Tensor) -> list[Tensor]:
+        """The inputs of the graph for images [image, channel, height, width], in whole batches."""
+        return self._inputs_fed.of(self._filled(images))
+
+    def blank(self, count: int) -> list[Tensor]:
+        """Inputs for so many images, in whole batches, where nothing but their shapes is asked for."""
+        # One zero for all pixels: it takes no memory.
+        return self._inputs_fed.of(self._like.new_zeros(()).expand(count, *self._inputs_fed.image_shape))
 
     def _filled(self, images: Tensor) -> Tensor:
         """Whole batches, of a graph whose batch is fixed."""

@@ -15,12 +15,12 @@ from ..prune.calibration import Calibration
 from ..prune.tune.ridge import FIRST_RIDGE, NormalEquations, added, unscaled
 from ..prune.tune.store import RAM_BYTES
 from .graph_layers import Layer, Step, steps_of
-from .graph_streams import GraphStreams
+from .graph_streams import GraphStreams, Refittable
 
 
 @torch.no_grad()
 def refit_graph(
-    adapter: Any,
+    adapter: Refittable,
     plans: TokenPlan | Sequence[TokenPlan],
     calibration: Calibration,
     indices: Sequence[int] | np.ndarray,
@@ -37,8 +37,7 @@ def refit_graph(
     branch that ends in something else stays as it is, and so does a matrix that several nodes read.
 
     Args:
-        adapter: ``gates``, a :class:`~.graph_gates.GraphGates`; ``model``, which runs its module and has its
-            parameters; ``geometry``.
+        adapter: The dense model.
         plans: One, or several that are each in force for an equal share of the images.
         indices, start, flip, ram_bytes, on_step: As there.
 
@@ -48,7 +47,7 @@ def refit_graph(
 
     Raises:
         PlanError: A plan does not fit the graph.
-        GraphError: Blocks read more than one input of the graph, or the images are on no axis of the stream.
+        GraphError: The images are on no axis of the stream.
     """
     plans = list(plans) if isinstance(plans, Sequence) else [plans]
     steps = steps_of(adapter.gates)
@@ -173,7 +172,7 @@ class _Refit:
 
     def _add(self, name: str, columns: np.ndarray, update: Tensor, axis: int) -> None:
         """To columns of a constant of the graph, which lie along ``axis``; -1: to all its numbers."""
-        own, parameter = self.streams.names[name], self.streams.graph.weights()[name]
+        own, parameter = self.streams.names[name], self.streams.model.weights()[name]
         tensor = self.weights.get(own, parameter).detach()
         flat = tensor.reshape(-1) if axis < 0 else tensor
         axis, places = max(axis, 0), torch.from_numpy(columns)

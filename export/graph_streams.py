@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import GraphError
+from ..core.geometry import Geometry
 from ..core.plan import TokenPlan
 from ..prune.calibration import Calibration
 from ..prune.fisher import direction_loss, frozen
@@ -20,12 +21,21 @@ from ..prune.tune.chunks import Chunks
 from ..prune.tune.weights import with_weights
 from .follow.demand import Demand, Sets, demand, sets_of
 from .graph_gates import GraphGates
-from .graph_layers import Rows, Step, blank_inputs, shape_for
+from .graph_layers import Rows, Step, shape_for
+from .graph_outputs import GraphOutputs
+
+
+class Refittable(Protocol):
+    """What is read of a :class:`~.graph_adapter.GraphAdapter`."""
+
+    gates: GraphGates
+    model: GraphOutputs
+    geometry: Geometry
 
 
 @torch.enable_grad()
 def token_importance(
-    adapter: Any, steps: Sequence[Step], batches: Iterable[Tensor], seed: int = 0
+    adapter: Refittable, steps: Sequence[Step], batches: Iterable[Tensor], seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Mean squared gradient of the unpruned model's outputs at each token, as
     :func:`vpruner.prune.tune.importance.token_importance` has it of a model in PyTorch.
@@ -54,9 +64,9 @@ def token_importance(
             with ExitStack() as placed:
                 for value, zero in zip(values, zeros, strict=True):
                     placed.enter_context(module.at(value.name, torch.add, zero))
-                outputs = adapter.model(images.to(like))
+                outputs = adapter.model(images.to(like)).float()
                 gradients = torch.autograd.grad(
-                    output_loss(outputs, adapter.geometry.output, random), zeros, allow_unused=True
+                    direction_loss(outputs, adapter.geometry.output, random), zeros, allow_unused=True
                 )
             found = dict(zip(values, gradients, strict=True))
             for value, part in parts.items():
@@ -67,21 +77,6 @@ def token_importance(
     return {
         value.name: total / max(total[rows[value].ids].mean(), 1e-300) for value, total in sums.items()
     }  # fmt: skip
-
-
-def output_loss(outputs: Tensor | tuple[Tensor, ...], kind: str, random: np.random.Generator) -> Tensor:
-    """A random direction of the outputs of each image, summed up; values of any kind count relative to their size."""
-    if kind != "values":
-        return direction_loss(outputs.float(), kind, random)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    whole = torch.zeros((), device=outputs[0].device)
-    for output in outputs:
-        if output.is_floating_point() and output.requires_grad:
-            output = output.float()
-            size = output.detach().square().mean().sqrt().clamp_min(1e-30)
-            noise = torch.from_numpy(random.standard_normal(output.shape, dtype=np.float32)).to(output)
-            whole = whole + (output / size * noise).sum()
-    return whole
 
 
 def rows_of(gates: GraphGates, value: ir.Value) -> Rows | None:
@@ -98,12 +93,12 @@ class GraphStreams(Chunks):
         diverged: Whether pruned and dense stream differ by more than rounding from here on.
 
     Raises:
-        GraphError: Blocks read more than one input of the graph, or the stream has no axis of images.
+        GraphError: The stream has no axis of images.
     """
 
     def __init__(
         self,
-        adapter: Any,
+        adapter: Refittable,
         steps: Sequence[Step],
         plans: Sequence[TokenPlan],
         calibration: Calibration,
@@ -115,8 +110,7 @@ class GraphStreams(Chunks):
         widest = max((layer.width for layer in layers), default=1)
         super().__init__(adapter, plans, calibration, indices, flip, ram_bytes, widest)
         self._adapter, self.gates, self.steps = adapter, adapter.gates, steps
-        self.followed, self.graph = self.gates.followed, self.gates.model
-        self.batch = self.graph.batch or 1
+        self.followed, self.batch = self.gates.followed, self.model.batch or 1
         for value in (self.followed.stream, *(step.stream for step in steps)):
             if rows_of(self.gates, value) is None:
                 raise GraphError(f"the images of {value.name!r} are on no axis of it", "export it for one image")
@@ -128,47 +122,23 @@ class GraphStreams(Chunks):
         # Values of which the pruned model has other numbers than the dense one.
         self._own: set[ir.Value] = set()
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        self.names = {name: names[id(parameter)] for name, parameter in self.graph.weights().items()}
+        #: Of the constants of the graph, as parameters of the model.
+        self.names = {name: names[id(parameter)] for name, parameter in self.model.weights().items()}
 
     def __enter__(self) -> GraphStreams:
         self.importance = token_importance(self._adapter, self.steps, self.few(self.batch))
-        self._sides = tuple(dict.fromkeys(value for step in self.steps for value in step.sides))
-        image = self._image((self.followed.stream, *self._sides))
+        first = dict.fromkeys((self.followed.stream, *(value for step in self.steps for value in step.sides)))
         try:
             for chunk in self.chunks:
                 images = self.pixels(chunk)
                 self._counts[chunk] = len(images)
-                images = images[torch.arange(self._padded(chunk)) % len(images)]
-                inputs = self._blank(chunk)
-                inputs[self.graph.input_names.index(image)] = images
-                names = [value.name for value in dict.fromkeys((self.followed.stream, *self._sides))]
-                for name, value in self.graph.compute(names, *inputs).items():
+                names = [value.name for value in first]
+                for name, value in self.model.compute(names, *self.model.feeds(images)).items():
                     self.put(("dense", name), chunk, value)
         except BaseException:
             self._store.__exit__()
             raise
         return self
-
-    def _image(self, values: Sequence[ir.Value]) -> str:
-        """The one input that values depend on."""
-        waiting, found, seen = list(values), set(), set()
-        while waiting:
-            value = waiting.pop()
-            if value in seen or value not in self.followed.tokens.known.from_inputs:
-                continue
-            seen.add(value)
-            if value.name in self.graph.input_names:
-                found.add(value.name)
-            waiting += [one for one in (value.producer().inputs if value.producer() else ()) if one is not None]
-        if len(found) != 1:
-            raise GraphError(f"the blocks read the inputs {sorted(found)}, expected one, the image")
-        return found.pop()
-
-    def _padded(self, chunk: int) -> int:
-        return -(-self._counts[chunk] // self.batch) * self.batch
-
-    def _blank(self, chunk: int) -> list[Tensor | None]:
-        return blank_inputs(self.followed, self.graph, self._padded(chunk))
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -233,7 +203,8 @@ class GraphStreams(Chunks):
     ) -> dict[ir.Value, Tensor]:
         given = {value.name: self.stream(value, chunk, pruned=pruned) for value in (*step.reads, *step.sides, *more)}
         names = [value.name for value in values]
-        found = self.graph.compute(names, *self._blank(chunk), given=given)
+        whole = -(-self._counts[chunk] // self.batch) * self.batch
+        found = self.model.compute(names, *self.model.blank(whole), given=given)
         return {value: found[value.name] for value in values}
 
     def stream(self, value: ir.Value, chunk: int, *, pruned: bool) -> Tensor:

@@ -10,11 +10,11 @@ import onnx_ir as ir
 
 from ..core import progress
 from ..core.cost import cost_ratio, dense_macs, macs_from_counts
-from ..core.errors import GraphError, PlanError, UserError
+from ..core.errors import GraphError, UserError
 from ..core.metadata import MODEL, PLAN, ModelMetadata
 from ..core.plan import KINDS, Geometry, TokenPlan
 from ..core.text import command
-from .fold import check_shape
+from .fold import check_metadata
 from .follow import Followed, counts
 from .graph import Graph, OpenedGraph, open_graph
 from .graph_costs import reads
@@ -56,11 +56,7 @@ def _describe(opened: OpenedGraph) -> dict[str, Any]:
     about, geometry = opened.metadata, opened.shape()
     followed = opened.followed()
     if about is not None:
-        try:
-            check_shape(about.geometry, geometry, f"{about.model}, as its metadata says", opened.source)
-        except PlanError as error:
-            hint = f"its metadata is of another graph; write both with: {command('export', 'MODEL')}"
-            raise PlanError(error.marked_problem, hint) from None
+        check_metadata(about, geometry, opened.source)
         geometry = about.geometry
     identity = TokenPlan.identity(opened.stem, geometry)
     return {

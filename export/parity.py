@@ -34,7 +34,7 @@ from .yardstick import FEW, Yardstick
 if TYPE_CHECKING:
     import torch
 
-    from ..prune.backbones.vit import ViTAdapter
+    from ..prune.backbones.adapter import Adapter
 
 #: In float64 a wrong softmax shows at 1e-7 against 1e-14 for rounding; in float32 it would hide in rounding.
 EXACT = 1e-10
@@ -72,7 +72,7 @@ class ParityCheck:
 
 
 def check_pruned(
-    adapter: ViTAdapter,
+    adapter: Adapter,
     plan: TokenPlan,
     dense_path: str | os.PathLike,
     pruned_path: str | os.PathLike,
@@ -124,7 +124,7 @@ def check_pruned(
             pruned_reference = _run_form(adapter, plan, "gathered", images)
     classifies = plan.geometry.output == "logits"
     for name, path, reference, yardstick, source in (
-        ("dense.onnx equals the timm model", dense_path, dense_reference, own, adapter.name),
+        (_equals(adapter), dense_path, dense_reference, own, adapter.name),
         ("pruned.onnx equals the gathered model", pruned_path, pruned_reference, own_pruned, f"{adapter.name}, pruned"),
     ):
         check_finite(reference, source)
@@ -133,13 +133,18 @@ def check_pruned(
     return checks
 
 
-def dense_yardstick(adapter: ViTAdapter, images: torch.Tensor) -> Yardstick:
+def _equals(adapter: Adapter) -> str:
+    """What the check of a dense file says; the model of an adapter without blocks is the graph itself."""
+    return f"dense.onnx equals the {'timm model' if hasattr(adapter, 'exclusive') else 'graph in PyTorch'}"
+
+
+def dense_yardstick(adapter: Adapter, images: torch.Tensor) -> Yardstick:
     """Of the model as it came."""
     return Yardstick(adapter.model, images, lambda batch: run_in_chunks(adapter.model, batch))
 
 
 def pruned_yardstick(
-    adapter: ViTAdapter, plan: TokenPlan, images: torch.Tensor, weights: Mapping[str, torch.Tensor] | None
+    adapter: Adapter, plan: TokenPlan, images: torch.Tensor, weights: Mapping[str, torch.Tensor] | None
 ) -> Yardstick:
     """Of its gathered form, with tuned weights where there are any."""
     from ..prune.tune.weights import with_weights
@@ -152,7 +157,7 @@ def pruned_yardstick(
 
 
 def check_dense(
-    adapter: ViTAdapter, dense_path: str | os.PathLike, images: torch.Tensor, *, yardstick: Yardstick | None = None
+    adapter: Adapter, dense_path: str | os.PathLike, images: torch.Tensor, *, yardstick: Yardstick | None = None
 ) -> list[ParityCheck]:
     """The one check of an export without a plan: ``dense.onnx`` computes what the untouched timm model does.
 
@@ -161,7 +166,7 @@ def check_dense(
     with evaluating(adapter.model), require("torch").no_grad():
         reference = run_in_chunks(adapter.model, images)
     check_finite(reference, adapter.name)
-    name, top1 = "dense.onnx equals the timm model", adapter.geometry.output == "logits"
+    name, top1 = _equals(adapter), adapter.geometry.output == "logits"
     yardstick = yardstick or dense_yardstick(adapter, images)
     return [compare_float32(name, reference, run_onnx(dense_path, images.cpu().numpy()), yardstick, top1=top1)]
 
@@ -366,7 +371,7 @@ def _top1_changed(reference: np.ndarray, candidate: np.ndarray, tolerance: float
     return int(moved.sum())
 
 
-def _run_form(adapter: ViTAdapter, plan: TokenPlan, form: str, images: torch.Tensor) -> np.ndarray:
+def _run_form(adapter: Adapter, plan: TokenPlan, form: str, images: torch.Tensor) -> np.ndarray:
     with adapter.applied(plan, form):
         return run_in_chunks(adapter.model, images)
 

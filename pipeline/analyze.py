@@ -20,10 +20,11 @@ def analyze(model: ModelSpec, data: DataSpec, picture: Path | None = None) -> di
     """
     from ..prune.analyze import analysis_row, draw_analysis
     from ..prune.analyze import analyze as analyze_model
+    from ..prune.backbones.adapter import require_blocks
     from ..prune.fisher import batch_size_for
 
     loaded = open_prunable(model, softmax=True)
-    adapter = loaded.adapter
+    adapter = require_blocks(loaded.adapter, "an analysis of its blocks")
     chosen = calibration_set(loaded.classes, adapter.geometry, data)
     batches = at_least_one(chosen.batches(loaded.preprocessing, batch_size_for(adapter.geometry, most=32)), chosen)
     with progress.stage("Analyzing", total=len(chosen.indices)) as advance:

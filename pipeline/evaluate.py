@@ -54,7 +54,11 @@ def open_graphs(paths: Mapping[str, Path], as_they_are: Sequence[str] = ()) -> I
 
 
 def evaluate_graphs(
-    sessions: Mapping[str, OrtSession], images: ImageSet, geometry: Geometry, on_batch=lambda count: None
+    sessions: Mapping[str, OrtSession],
+    images: ImageSet,
+    geometry: Geometry,
+    on_batch=lambda count: None,
+    classes: Sequence[str] | None = None,
 ) -> tuple[dict[str, list[Estimate]], list[Image.Image]]:
     """Accuracy of ONNX files through the very session an application uses, preprocessing included.
 
@@ -63,6 +67,7 @@ def evaluate_graphs(
         images: Evaluation images; none may have been used to make the plan.
         geometry: For the kind of output.
         on_batch: Called with the number of images after each batch.
+        classes: Of outputs that are scores of classes at every position.
 
     Returns:
         label -> estimates, and a few of the images for the report.
@@ -75,7 +80,8 @@ def evaluate_graphs(
     outputs, examples = collect_graphs(
         sessions, images, on_batch, not_finite=lambda label, values: sessions[label].check_finite(values)
     )
-    return compare(outputs, baseline=next(iter(sessions)), output=geometry.output), examples
+    count = None if classes is None else len(classes)
+    return compare(outputs, baseline=next(iter(sessions)), output=geometry.output, classes=count), examples
 
 
 def collect_graphs(
@@ -199,7 +205,8 @@ def _evaluate_onnx(
         sets = _sets_for(metadata.classes, metadata.geometry, data, against is not None)
         with progress.stage("Evaluating", sum(len(images.indices) for images in sets)) as advance:
             estimates = {
-                images.name: evaluate_graphs(sessions, images, metadata.geometry, advance)[0] for images in sets
+                images.name: evaluate_graphs(sessions, images, metadata.geometry, advance, metadata.classes)[0]
+                for images in sets
             }
     return estimates, sets
 

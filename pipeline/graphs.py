@@ -206,6 +206,9 @@ def _check(reduced: Reduced, images: Tensor, done: _Writing) -> None:
         return
     if plan is None:
         images = images[:PARITY_IMAGES]
+    if adapter.geometry.output == "values":
+        _check_values(reduced, images.numpy(), done)
+        return
     own = done.yardsticks["dense"] = dense_yardstick(adapter, images)
     with progress.stage("Checking parity"):
         if plan is None:
@@ -215,6 +218,21 @@ def _check(reduced: Reduced, images: Tensor, done: _Writing) -> None:
             files = done.plain["dense"].path, done.plain["pruned"].path
             options = dict(weights=reduced.weights, yardsticks=(own, own_pruned))
             done.checks += check_pruned(adapter, plan, *files, images, **options)
+
+
+def _check_values(reduced: Reduced, images: np.ndarray, done: _Writing) -> None:
+    """The checks of a graph of several outputs, or of others than one vector: each output is compared by itself."""
+    from ..export.parity import check_fold, compare_outputs, run_graph
+
+    dense, source = done.plain["dense"], done.plain.get("tuned", done.plain["dense"])
+    done.yardsticks.update({name: file_yardstick(graph, images) for name, graph in done.plain.items()})
+    with progress.stage("Checking parity"):
+        names = [value.name for value in dense.model.graph.outputs]
+        found, own = run_graph(dense, images), done.yardsticks["dense"]
+        what = f"dense.onnx equals {reduced.loaded.graph.name}"
+        done.checks += compare_outputs(what, names, run_graph(reduced.loaded.graph, images), found, own, top1=False)
+        if reduced.plan is not None:
+            done.checks += check_fold(reduced.plan, source, done.plain["pruned"].path, images, yardstick=own)
 
 
 def _return_tokens(reduced: Reduced, images: Tensor, name: str, scratch: Path, done: _Writing) -> None:

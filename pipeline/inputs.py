@@ -124,7 +124,11 @@ def refuse_softmax(loaded: LoadedModel) -> None:
 
 
 def open_torch(model: ModelSpec) -> LoadedModel:
-    """A PyTorch model by name, card, folder or None for the bundled reference, or one that is opened already."""
+    """A PyTorch model by name, card, folder or None for the bundled reference, or one that is opened already.
+
+    One that has no adapter goes by the ONNX graph that PyTorch exports of it.
+    """
+    from ..export.graph_model import export_adapter
     from ..prune.loaded import LoadedModel
     from ..prune.models import open_model
 
@@ -136,6 +140,7 @@ def open_torch(model: ModelSpec) -> LoadedModel:
         weights=model.weights,
         model_args=dict(model.model_args),
         resample=model.resample,
+        otherwise=export_adapter,
     )
 
 

@@ -30,6 +30,7 @@ def loaded_module(
 ) -> LoadedModel:
     require_all(("torch", "timm"))
     from ..core.preprocess import Preprocessing
+    from ..export.graph_model import export_adapter
     from ..prune.models import from_module
 
     if weights is not None or pretrained or model_args:
@@ -39,7 +40,7 @@ def loaded_module(
         preprocessing = mapping_of(preprocessing, "preprocessing") or None
     if classes is not None:
         classes = names_of(classes, "classes")
-    return from_module(module, name=name, preprocessing=preprocessing, classes=classes)
+    return from_module(module, name=name, preprocessing=preprocessing, classes=classes, otherwise=export_adapter)
 
 
 def fields_of(preprocessing: Any) -> Any:

@@ -102,14 +102,16 @@ class Pruned:
         ``torch.export``.
 
         Raises:
-            UserError: The plan is one by content: each image chooses its own patches.
+            UserError: The plan is one by content, so each image chooses its own patches; or the model runs as a graph.
         """
         if isinstance(self.plan, ContentPlan):
             raise UserError("each image chooses its own patches by this plan", "export it, or learn a static plan")
         with job(None):
+            from ..prune.backbones.adapter import require_blocks
             from ..prune.gathered import gathered_module
 
-            return gathered_module(self.loaded.adapter, self.plan, self.weights)
+            blocks = require_blocks(self.loaded.adapter, "a pruned module")
+            return gathered_module(blocks, self.plan, self.weights)
 
     def export(
         self,

@@ -26,8 +26,8 @@ from ..core.errors import UserError
 from ..core.ours import PICTURE_MARKS
 from ..core.plan import Geometry
 from ..core.text import option
+from .backbones.adapter import Adapter, require_blocks
 from .backbones.forms import embed_images, query_key_value
-from .backbones.vit import ViTAdapter
 from .methods.saint import Saint, first_blocks, redundancy
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def find_stages(curves: np.ndarray, count: int = len(STAGES)) -> tuple[tuple[int
 
 @torch.inference_mode()
 def analyze(
-    adapter: ViTAdapter, batches: Iterable[Tensor], *, on_batch: Callable[[int], None] = lambda count: None
+    adapter: Adapter, batches: Iterable[Tensor], *, on_batch: Callable[[int], None] = lambda count: None
 ) -> Analysis:
     """Measure the curves.
 
@@ -231,6 +231,7 @@ def analyze(
     Raises:
         UserError: There are no images, or the model has fewer than two patches.
     """
+    adapter = require_blocks(adapter, "an analysis")
     geometry, model = adapter.geometry, adapter.model
     if geometry.patches < 2:
         raise UserError(f"{adapter.name} has a single patch, so there is nothing to compare", "analyze another model")

@@ -24,7 +24,7 @@ from ..core.files import file_sha256
 from ..core.json_file import read_json
 from ..core.preprocess import Preprocessing
 from ..core.text import option
-from .backbones.registry import adapter_for
+from .backbones.registry import Otherwise, adapter_for, check_prunable
 from .loaded import LoadedModel, imagenet_classes, ready, timm_preprocessing
 from .model_args import build, check_size, checked_args, shown
 from .names import LOCAL_FOLDER
@@ -37,7 +37,11 @@ _PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def open_card(
-    path: Path, model_args: Mapping[str, Any], instead: str | Path | None, resample: bool = False
+    path: Path,
+    model_args: Mapping[str, Any],
+    instead: str | Path | None,
+    resample: bool = False,
+    otherwise: Otherwise | None = None,
 ) -> LoadedModel:
     """Open the model that a card describes.
 
@@ -45,7 +49,7 @@ def open_card(
         path: The card.
         model_args: Checked arguments that go over those of the card.
         instead: Weights in place of the card's own.
-        resample: See :func:`~vpruner.prune.models.open_model`.
+        resample, otherwise: See :func:`~vpruner.prune.models.open_model`.
 
     Raises:
         UserError: Something in the card cannot be used, or the weights are not those it describes.
@@ -71,11 +75,11 @@ def open_card(
     hint = "correct 'args' in the card" + (f" or {option('model_args')}" if model_args else "")
     model = build(make, str(path), arguments, hint)
     load_weights(model, weights, path.stem, resample=resample)
-    adapter = adapter_for(model, path.stem)
+    adapter = adapter_for(model, path.stem, otherwise)
     with _naming(path):
-        stated = (
-            Preprocessing.from_json(card["preprocessing"]) if "preprocessing" in card else timm_preprocessing(adapter)
-        )
+        stated = timm_preprocessing(model, adapter.geometry.image_size)
+        if "preprocessing" in card:
+            stated = Preprocessing.from_json(card["preprocessing"])
     return ready(adapter, stated, card.get("classes"), f" in {path}")
 
 
@@ -166,12 +170,16 @@ def _card_class(path: Path, dotted: str) -> type[nn.Module]:
 
 
 def open_timm_folder(
-    spec: str, model_args: Mapping[str, Any], instead: str | Path | None, resample: bool = False
+    spec: str,
+    model_args: Mapping[str, Any],
+    instead: str | Path | None,
+    resample: bool = False,
+    otherwise: Otherwise | None = None,
 ) -> LoadedModel:
     """Open ``local-dir:FOLDER``, a folder that timm saved, without any of timm's loaders.
 
     Args:
-        model_args, instead, resample: As for :func:`open_card`.
+        model_args, instead, resample, otherwise: As for :func:`open_card`.
 
     Raises:
         UserError: As for :func:`open_card`.
@@ -197,10 +205,11 @@ def open_timm_folder(
         known["num_classes"] = arguments["num_classes"]
     make = partial(timm.create_model, name, pretrained=False, pretrained_cfg=known)
     model = build(make, str(folder), arguments, f"correct {path}")
-    adapter = adapter_for(model, spec)
+    check_prunable(model, spec, otherwise)
     load_weights(model, weights, spec, resample=resample)
+    adapter = adapter_for(model, spec, otherwise)
     with _naming(path):
-        preprocessing = timm_preprocessing(adapter)
+        preprocessing = timm_preprocessing(model, adapter.geometry.image_size)
     return ready(adapter, preprocessing, imagenet_classes(adapter.geometry), f" in {path}")
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..core.plan import TokenPlan
 from ..core.schedule import BlockStep, schedule
+from .backbones.adapter import BlockAdapter
 from .backbones.forms import Rows, Step
-from .backbones.vit import ViTAdapter
 from .tune.weights import with_weights
 
 
@@ -53,7 +53,7 @@ class GatheredBlock(nn.Module):
         return self.step(self, x if self.entry is None else self.entry(x))
 
 
-def gathered_module(adapter: ViTAdapter, plan: TokenPlan, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+def gathered_module(adapter: BlockAdapter, plan: TokenPlan, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A copy of the model that computes ``plan``, in evaluation mode.
 
     Args:

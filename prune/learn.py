@@ -28,6 +28,7 @@ from ..core.errors import UserError
 from ..core.plan import TokenPlan
 from ..core.specs import LearnSpec
 from ..core.text import option
+from .backbones.adapter import require_blocks
 from .calibration import Calibration
 from .data import ImageSet
 from .learned import Learned
@@ -39,6 +40,8 @@ from .rounds import choose_loss
 from .search import check_target
 from .stages import State, Task, judge_and_keep, search_plan, stages_of
 
+#: Ways to tune and to select that work inside of timm blocks.
+NEED_BLOCKS = ("gates", "gates-distill", "content")
 #: Images that a model may scale its outputs by.
 LOOKED_AT = 32
 
@@ -66,6 +69,9 @@ def learn(
     spec = spec or LearnSpec()
     geometry = loaded.adapter.geometry
     check_selection(spec.select, spec.tune)
+    for name, value in (("tune", spec.tune), ("select", spec.select)):
+        if value in NEED_BLOCKS:
+            require_blocks(loaded.adapter, option(name, value))
     cost = _opened(cost, spec, loaded)
     check_target(geometry, spec.target, cost)
     choose_loss(spec.loss, geometry.output, images.labelled)

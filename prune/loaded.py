@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import timm
+from torch import nn
 
 from ..core.errors import UserError
 from ..core.plan import Geometry
@@ -62,14 +63,14 @@ class LoadedModel:
         return sum(p.numel() for p in self.adapter.model.parameters())
 
 
-def timm_preprocessing(adapter: Adapter) -> Preprocessing:
+def timm_preprocessing(module: nn.Module, size: tuple[int, int]) -> Preprocessing:
     """How images become the input, as timm has it for the model; timm's defaults where it does not say."""
-    config = timm.data.resolve_model_data_config(adapter.model)
+    config = timm.data.resolve_model_data_config(module)
     return Preprocessing(
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         # The model may have been built at another size than its default configuration names.
-        size=adapter.geometry.image_size,
+        size=size,
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
         crop_mode=config["crop_mode"],
@@ -96,7 +97,9 @@ def ready(
         )
     check_finite(adapter.model, name)
     classes = None if classes is None else tuple(classes)
-    return LoadedModel(adapter, preprocessing, classes, weights_sha256(adapter.model))
+    # A module without an adapter of its own is learned on the graph that was exported of it.
+    graph, softmax = getattr(adapter, "opened", None), getattr(adapter.model, "softmax", False)
+    return LoadedModel(adapter, preprocessing, classes, weights_sha256(adapter.model), graph, softmax)
 
 
 def imagenet_classes(geometry: Geometry) -> list[str] | None:

@@ -17,7 +17,7 @@ from ..core.errors import UserError
 from ..core.preprocess import Preprocessing, resolve_preprocessing
 from ..core.progress import remark
 from ..core.text import command, first_line, option
-from .backbones.registry import adapter_for
+from .backbones.registry import Otherwise, adapter_for, check_prunable
 from .card import open_card, open_timm_folder
 from .image_files import IMAGE_SUFFIXES
 from .loaded import LoadedModel, imagenet_classes, ready, timm_preprocessing
@@ -40,16 +40,18 @@ def from_module(
     name: str | None = None,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
+    otherwise: Otherwise | None = None,
 ) -> LoadedModel:
     """Take a trained model that is in memory.
 
     Args:
-        module: A timm ``VisionTransformer``, in float32. It is put into evaluation mode and used as it is, not copied;
-            its weights are never changed.
+        module: A timm ``VisionTransformer``, or what ``otherwise`` takes, in float32. It is put into evaluation mode
+            and used as it is, not copied; its weights are never changed.
         name: What plans and files call it; None: the name that timm knows it by, or that of its class.
         preprocessing: How an image becomes its input, whole or as fields over what timm states for the model
             (``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``). None: as timm states it.
         classes: Name of each output; None: ImageNet's where timm states 1000 classes, else unknown.
+        otherwise: As of :func:`~vpruner.prune.backbones.registry.adapter_for`.
 
     Raises:
         UserError: A class or part that cannot be pruned, a model of another dtype, or one that does not say how images
@@ -57,7 +59,7 @@ def from_module(
     """
     config = getattr(module, "pretrained_cfg", None) or {}
     name = name or config.get("architecture") or type(module).__name__
-    adapter = adapter_for(module, name)
+    adapter = adapter_for(module.eval(), name, otherwise)
     geometry = adapter.geometry
     dtypes = {parameter.dtype for parameter in module.parameters()}
     if dtypes != {torch.float32}:
@@ -66,7 +68,7 @@ def from_module(
     if not isinstance(preprocessing, Preprocessing):
         given, stated = dict(preprocessing or {}), None
         if "mean" in config and "std" in config:
-            stated = timm_preprocessing(adapter)
+            stated = timm_preprocessing(module, geometry.image_size)
         elif not {"mean", "std"} <= given.keys():
             raise UserError(
                 f"{name} does not say how images become its input: it has no pretrained_cfg of timm's",
@@ -86,6 +88,7 @@ def open_model(
     weights: str | Path | None = None,
     model_args: Mapping[str, Any] | None = None,
     resample: bool = False,
+    otherwise: Otherwise | None = None,
 ) -> LoadedModel:
     """Open a model by what the user typed.
 
@@ -99,6 +102,7 @@ def open_model(
         model_args: Extra arguments of the architecture, such as ``img_size=384``: those of
             :data:`~vpruner.prune.model_args.ARGUMENTS`.
         resample: Load weights of another patch size, with a resampled patch kernel, in place of refusing them.
+        otherwise: As of :func:`~vpruner.prune.backbones.registry.adapter_for`.
 
     Raises:
         UserError: Unknown name, missing or unfit weights, an architecture that cannot be pruned.
@@ -107,7 +111,7 @@ def open_model(
         if pretrained or weights or model_args:
             left_out = f"{option('pretrained')}, {option('weights')} and {option('model_args')}"
             raise UserError(f"a {type(spec).__name__} in memory has its weights", f"leave out {left_out}")
-        return from_module(spec)
+        return from_module(spec, otherwise=otherwise)
     arguments = user_args(model_args)
     if spec is not None and (Path(spec) / "config.json").is_file():
         if pretrained or model_args:
@@ -117,14 +121,14 @@ def open_model(
         check_weights_file(weights)
         from .vlm.tower import open_tower
 
-        return open_tower(spec, weights=weights)
+        return open_tower(spec, weights=weights, otherwise=otherwise)
     if spec is None or str(spec).endswith(".json"):
         if pretrained:
             raise UserError(
                 "a model card names its own weights", f"leave out {option('pretrained')}, or give a timm model name"
             )
         check_weights_file(weights)
-        return open_card(Path(spec) if spec else bundled.reference_card(), arguments, weights, resample)
+        return open_card(Path(spec) if spec else bundled.reference_card(), arguments, weights, resample, otherwise)
     spec = str(spec)
     _refuse_other_files(spec)
     check_name(spec, pretrained)
@@ -135,10 +139,10 @@ def open_model(
         )
     check_weights_file(weights)
     if spec.startswith(LOCAL_FOLDER):
-        return open_timm_folder(spec, arguments, weights, resample)
+        return open_timm_folder(spec, arguments, weights, resample, otherwise)
     if pretrained:
-        return _open_pretrained(spec, arguments, resample)
-    return _open_timm(spec, weights, arguments, resample)
+        return _open_pretrained(spec, arguments, resample, otherwise)
+    return _open_timm(spec, weights, arguments, resample, otherwise)
 
 
 def _refuse_other_files(spec: str) -> None:
@@ -170,15 +174,19 @@ def _refuse_other_files(spec: str) -> None:
     )
 
 
-def _open_timm(name: str, weights: str | Path, arguments: dict[str, Any], resample: bool) -> LoadedModel:
+def _open_timm(
+    name: str, weights: str | Path, arguments: dict[str, Any], resample: bool, otherwise: Otherwise | None
+) -> LoadedModel:
     check_size(arguments, weights, option("model_args"))
     model = build(partial(timm.create_model, name, pretrained=False), name, arguments, f"check {option('model_args')}")
-    adapter = adapter_for(model, name)  # Before the weights: "cannot be pruned" says more than "does not fit".
+    check_prunable(model, name, otherwise)
     load_weights(model, weights, name, resample=resample)
-    return ready(adapter, timm_preprocessing(adapter), imagenet_classes(adapter.geometry))
+    adapter = adapter_for(model.eval(), name, otherwise)
+    geometry = adapter.geometry
+    return ready(adapter, timm_preprocessing(model, geometry.image_size), imagenet_classes(geometry))
 
 
-def _open_pretrained(name: str, arguments: dict[str, Any], resample: bool) -> LoadedModel:
+def _open_pretrained(name: str, arguments: dict[str, Any], resample: bool, otherwise: Otherwise | None) -> LoadedModel:
     """With the weights that timm downloads, which the user asked for."""
     try:
         with quiet_logging(), tensors_only():
@@ -197,13 +205,14 @@ def _open_pretrained(name: str, arguments: dict[str, Any], resample: bool) -> Lo
             f"the pretrained weights of {name} could not be had: {first_line(error)}",
             f"download them elsewhere and give the file: {option('weights', 'FILE')}",
         ) from error
-    adapter = adapter_for(model, name)
+    adapter = adapter_for(model.eval(), name, otherwise)
     size, geometry = config.get("input_size"), adapter.geometry
-    if size and tuple(size[-2:]) != tuple(geometry.image_size) and model.pos_embed is not None:
+    resized = size and tuple(size[-2:]) != tuple(geometry.image_size)
+    if resized and getattr(model, "pos_embed", None) is not None:
         trained = patch or model.patch_embed.patch_size
         before = " x ".join(str(side // pixels) for side, pixels in zip(size[-2:], trained, strict=True))
         remark(positions_resampled(f"the pretrained weights of {name}", before, geometry.grid, "the model"))
-    return ready(adapter, timm_preprocessing(adapter), imagenet_classes(geometry))
+    return ready(adapter, timm_preprocessing(model, geometry.image_size), imagenet_classes(geometry))
 
 
 def _trained_patch(

@@ -18,7 +18,7 @@ BLIND = ("random", "centre")
 #: What the names of smaller models begin with, which one could deploy in place of a reduced one.
 SMALLER = "smaller: "
 #: Metrics that are compared, the strongest first -> whether more is better.
-QUALITIES = {"top1_difference": True, "kl": False, "cosine": True}
+QUALITIES = {"top1_difference": True, "kl": False, "cosine": True, "relative_error": False}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ METRICS = {
     "top1_difference": "change in top-1",
     "agreement": "agreement with dense",
     "cosine": "cosine to dense",
+    "relative_error": "relative squared error",
     "kl": "KL to dense (nats)",
     "accuracy": "accuracy",
     "accuracy_difference": "change in accuracy",

@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 #: What rows that were timed in the same way agree in.
 SETTING = ("runtime", "provider", "precision", "batch", "threads", "cuda_graph")
 #: Metrics of quality, the strongest first.
-QUALITY = tuple(metric for metric in METRICS if metric in ("top1", "agreement", "cosine", "kl"))
+QUALITY = tuple(metric for metric in METRICS if metric in ("top1", "agreement", "cosine", "relative_error", "kl"))
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

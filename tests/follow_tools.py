@@ -13,7 +13,7 @@ from store import stored
 
 from vpruner.export.files import load_model
 from vpruner.export.follow import Followed
-from vpruner.export.follow.layout import ENDED
+from vpruner.export.follow.layout import ENDED, Part
 from vpruner.export.follow.mask import along
 
 
@@ -87,8 +87,11 @@ def misplaced(followed: Followed, *feeds: np.ndarray, tokens: int = 3) -> list[s
     followed = followed.copy()
     model, layouts = followed.model, followed.tokens.layouts
     start = followed.stem.outputs[0]
-    sizes = [1, *followed.tokens.known.shapes[start][1:]]
-    moved = ir.Value(name="moved", shape=ir.Shape(sizes), type=ir.TensorType(ir.DataType.FLOAT))
+    axes = [
+        [f for f in axis if isinstance(f, Part) or not followed.tokens.known.is_open(f)] for axis in layouts[start].axes
+    ]
+    one_image = layouts[start].with_axes([[], *axes[1:]] if not layouts[start].groups_of(0) else axes)
+    moved = ir.Value(name="moved", shape=ir.Shape(one_image.shape), type=ir.TensorType(ir.DataType.FLOAT))
     readers = list(start.uses())
     node = ir.node("Add", [start, moved])
     node.outputs[0].name, node.outputs[0].dtype = "vpruner.moved", ir.DataType.FLOAT
@@ -114,7 +117,7 @@ def misplaced(followed: Followed, *feeds: np.ndarray, tokens: int = 3) -> list[s
     reached = np.zeros(len(values), bool)
     for token in np.linspace(0, followed.patches - 1, tokens).astype(int):
         delta = np.zeros(shape, np.float32)
-        place = along(layouts[start], 0, (np.arange(followed.tokens.count) == token).astype(np.float32))
+        place = along(one_image, 0, (np.arange(followed.tokens.count) == token).astype(np.float32))
         delta += np.broadcast_to(place, shape)
         assert delta.any(), grid
         for index, (value, before, after) in enumerate(zip(values, plain, run(model, *feeds, delta), strict=True)):

@@ -6,6 +6,7 @@ The reference is the model itself, as its authors wrote it: hooks multiply what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ class Kind:
         attends: Block -> the module inside of which attention is computed, if it is not ``attention``.
         prefix: Tokens ahead of the patches.
         size: Of the images.
+        shape: Of an input without its batch, where it is no image of three channels.
+        behind: Tokens behind the patches.
+        joins: Tokens that are put behind them ahead of the last block.
+        token_axis: Of what attention and MLP give.
         exporters: Which of PyTorch's exporters write a file that onnxruntime runs.
     """
 
@@ -42,7 +47,18 @@ class Kind:
     attends: Callable[[nn.Module], nn.Module] | None = None
     prefix: int = 1
     size: tuple[int, int] = SIZE
+    shape: tuple[int, ...] | None = None
+    behind: int = 0
+    joins: int = 0
+    token_axis: int = 1
     exporters: tuple[str, ...] = ("torchscript", "dynamo")
+
+    def images(self, count: int) -> tuple[int, ...]:
+        """The shape of a batch."""
+        return (count, *(self.shape or (3, *self.size)))
+
+    def behind_in(self, block: int, blocks: list) -> int:
+        return self.behind + self.joins * (block == len(blocks) - 1)
 
 
 # -- builders ---------------------------------------------------------------------------------------------------------
@@ -81,7 +97,7 @@ class Call(nn.Module):
         return self.function(self.module, pixels)
 
 
-def hf(model: str, config: str, output: str | tuple[str, ...], sizes: dict = HF, **more):
+def hf(model: str, config: str, output: str | tuple[str, ...], sizes: dict = HF, feed="pixel_values", **more):
     import transformers
 
     made = getattr(transformers, config)(**{**sizes, **more})
@@ -90,7 +106,7 @@ def hf(model: str, config: str, output: str | tuple[str, ...], sizes: dict = HF,
     names = (output,) if isinstance(output, str) else output
 
     def call(module, pixels):
-        given = module(pixel_values=pixels)
+        given = module(**{feed: pixels})
         values = tuple(getattr(given, name) for name in names)
         return values if len(values) > 1 else values[0]
 
@@ -316,11 +332,17 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 
 
+def kind_of(name: str) -> Kind:
+    from more_vits import MORE
+
+    return KINDS[name] if name in KINDS else MORE[name]
+
+
 @cache
 def model_of(name: str) -> nn.Module:
     """With every parameter moved off its start, so that no bias or scale is trivially 0 or 1."""
     torch.manual_seed(0)
-    module = KINDS[name].build()
+    module = kind_of(name).build()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -330,7 +352,7 @@ def model_of(name: str) -> nn.Module:
 def write_kind(folder: Path, name: str, exporter: str, opset: int, dynamic: bool) -> None:
     """``model.onnx`` of a kind, as PyTorch exports it."""
     torch.manual_seed(0)
-    images = torch.rand(2 if dynamic else 1, 3, *KINDS[name].size)
+    images = torch.rand(kind_of(name).images(2 if dynamic else 1))
     write_module(model_of(name), images, folder / "model.onnx", exporter, opset, dynamic)
 
 
@@ -339,18 +361,20 @@ def write_kind(folder: Path, name: str, exporter: str, opset: int, dynamic: bool
 
 def reference(name: str, plan, images: torch.Tensor) -> list:
     """What the model gives where ``plan``'s masks are applied: numpy arrays, one for each output."""
-    kind, module = KINDS[name], model_of(name)
+    kind, module = kind_of(name), model_of(name)
     handles, current = [], []
     layers = kind.layers(module)
 
-    def multiplied(patches):
+    def multiplied(index, patches):
         def hook(_module, _inputs, output):
             update = output[0] if isinstance(output, tuple) else output
-            rows = update.shape[1] if update.ndim == 3 else update.shape[1] * update.shape[2]
+            at = kind.token_axis
+            sizes = update.shape[at:-1] if at == 1 else update.shape[:1]  # a grid has two axes
+            rows = math.prod(sizes)
             keep = torch.zeros(rows, dtype=update.dtype)
-            keep[: kind.prefix] = 1
+            keep[: kind.prefix] = keep[rows - kind.behind_in(index, layers) :] = 1
             keep[kind.prefix + torch.tensor(patches, dtype=torch.long)] = 1
-            shape = (1, rows, 1) if update.ndim == 3 else (1, *update.shape[1:3], 1)
+            shape = (*(1,) * at, *sizes, *(1,) * (update.ndim - at - len(sizes)))
             update = update * keep.reshape(shape)
             return (update, *output[1:]) if isinstance(output, tuple) else update
 
@@ -364,13 +388,13 @@ def reference(name: str, plan, images: torch.Tensor) -> list:
 
     for index, block in enumerate(layers):
         if kind.attention is not None:
-            hook = multiplied(plan.queries[index])
+            hook = multiplied(index, plan.queries[index])
             handles += [part.register_forward_hook(hook) for part in every(kind.attention(block))]
             for part in every((kind.attends or kind.attention)(block)):
                 handles.append(part.register_forward_pre_hook(lambda *_, index=index: current.append(index)))
                 handles.append(part.register_forward_hook(left))
         if kind.mlp is not None:
-            hook = multiplied(plan.mlps[index])
+            hook = multiplied(index, plan.mlps[index])
             handles += [part.register_forward_hook(hook) for part in every(kind.mlp(block))]
     try:
         with torch.no_grad(), masked_attention(kind, plan, current):
@@ -389,7 +413,7 @@ def masked_attention(kind: Kind, plan, current: list[int]):
     def attention(query, key, value, attn_mask=None, *args, **kwargs):
         if current:
             closed = torch.full((key.shape[-2],), float("-inf"))
-            closed[: kind.prefix] = 0
+            closed[: kind.prefix] = closed[len(closed) - kind.behind_in(current[-1], plan.keys) :] = 0
             closed[kind.prefix + torch.tensor(plan.keys[current[-1]], dtype=torch.long)] = 0
             attn_mask = closed.expand(query.shape[-2], -1) if attn_mask is None else attn_mask + closed
         return plain(query, key, value, attn_mask, *args, **kwargs)

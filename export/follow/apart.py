@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from ..passes.edit import add_node
 from .followed import Branch, Followed
+from .known import above
 
 #: What may lie between the sum and the stream: it is done to either part.
 _LINEAR = frozenset(("Mul", "Div", "Cast", "Identity", "Dropout"))
@@ -25,7 +26,7 @@ def _add_apart(followed: Followed, branch: Branch) -> bool:
     if branch.reason is not None or found is None:
         return False
     inner, path = found
-    mixes = [any(node in branch.mixers for node in _behind(value, branch)) for value in inner.inputs]
+    mixes = [any(one.producer() in branch.mixers for one in above(value)) for value in inner.inputs]
     if mixes[0] == mixes[1]:
         return False
     add, known = branch.add, followed.tokens.known
@@ -56,15 +57,3 @@ def _sum_of_two(followed: Followed, branch: Branch) -> tuple[ir.Node, list[tuple
         path.append((node, carrying[0]))
         value = node.inputs[carrying[0]]
     return None
-
-
-def _behind(value: ir.Value, branch: Branch) -> set[ir.Node]:
-    """Nodes of the branch that a value is computed from."""
-    nodes: set[ir.Node] = set()
-    waiting = [value]
-    while waiting:
-        node = waiting.pop().producer()
-        if node in branch.nodes and node not in nodes:
-            nodes.add(node)
-            waiting.extend(used for used in node.inputs if used is not None)
-    return nodes

@@ -16,10 +16,10 @@ from ...core.errors import GraphError
 from ..nodes import called
 from .apart import add_apart
 from .followed import Block, Branch, Followed
-from .known import Known, check_open, used_by
+from .known import Known, above, check_open, used_by
 from .layout import ENDED, Lost, is_split
 from .prepare import prepare
-from .rules import RULES, Flow, Tokens, start
+from .rules import RULES, Flow, Tokens, grid_of, start
 
 #: What the stream may pass between two blocks: each token by itself, or other tokens put beside it or left out.
 _CARRIERS = frozenset(
@@ -71,9 +71,7 @@ def follow_tokens(
     """Where the tokens of all values are, what the nodes do to them, and behind which nodes they are lost."""
     tokens, flows, lost = Tokens(known, starts), {}, {}
     # Ids of patches come first; those of other tokens follow the largest grid that may begin.
-    sizes = [np.prod(shape[2:]) for node in model.graph for shape in [known.shapes.get(node.outputs[0])]
-             if node.op_type == "Conv" and shape is not None]  # fmt: skip
-    sizes += [shape[-2] for shape in known.shapes.values() if "MatMul" in starts and len(shape) == 3]
+    sizes = [np.prod(grid) for node in model.graph if (grid := grid_of(node, tokens)) is not None]
     tokens.count = int(max(sizes, default=0))
     for node in model.graph:
         follow_node(node, tokens, flows, lost)
@@ -178,7 +176,7 @@ def _described(model, tokens: Tokens, flows, lost, chain: list[tuple[ir.Node, in
     while (node := root.producer()) is not None and node not in tokens.grids:
         root = next(value for value in node.inputs if value is not None and value in tokens.layouts)
     stem = root.producer()
-    image = next((value for value in _above(root) if value in model.graph.inputs), None)
+    image = next((value for value in above(root) if value in model.graph.inputs), None)
     if image is not None:
         check_open(tokens.known, image)
     stops = {add.outputs[0] for add, _ in chain} | {stream}
@@ -198,17 +196,6 @@ def _described(model, tokens: Tokens, flows, lost, chain: list[tuple[ir.Node, in
     return Followed(
         model, tokens, flows, lost, stem, tokens.grids[stem], stream, tuple(_blocks(branches)), tuple(readers)
     )
-
-
-def _above(value: ir.Value) -> Iterator[ir.Value]:
-    waiting, seen = [value], set()
-    while waiting:
-        value = waiting.pop()
-        if value not in seen:
-            seen.add(value)
-            yield value
-            if value.producer() is not None:
-                waiting.extend(used_by(value.producer()))
 
 
 def _branch(add: ir.Node, update: int, stops: set[ir.Value], tokens: Tokens, flows, lost) -> Branch:

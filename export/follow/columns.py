@@ -11,11 +11,12 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from ...core.schedule import is_range
 from ..passes.edit import add_constant, add_node, add_tensor
 from .blocks import follow_node
 from .demand import Demand
 from .followed import Followed
-from .rules import attribute
+from .rules import attribute, picked
 
 _SELECTIONS = frozenset(("Slice", "Split", "Gather"))
 
@@ -47,8 +48,11 @@ def _project_apart(followed: Followed, wanted: Demand, value: ir.Value) -> bool:
     columns = _Columns(followed, selections[0])
     parts = []
     for node in selections:
-        axis, picked = _selected(followed, node)
-        for output, indices in zip(node.outputs, picked, strict=True):
+        cuts = picked(node, followed.tokens)
+        if len(cuts) != 1 or any(np.any(np.diff(indices) < 0) for indices in cuts[0][1]):
+            return False
+        ((axis, chosen),) = cuts
+        for output, indices in zip(node.outputs, chosen, strict=True):
             if output in wanted.needed:
                 part = columns.of(value, axis, indices)
                 if part is None:
@@ -61,28 +65,6 @@ def _project_apart(followed: Followed, wanted: Demand, value: ir.Value) -> bool:
             part = columns.add("Gather", [part, zero], {"axis": attribute(node, "axis", 0)})
         output.replace_all_uses_with(part)
     return True
-
-
-def _selected(followed: Followed, node: ir.Node) -> tuple[int, list[np.ndarray]]:
-    """The axis on which a node selects, and what each of its outputs has of it."""
-    tokens, value = followed.tokens, node.inputs[0]
-    shape = tokens.known.shapes[value]
-    if node.op_type == "Gather":
-        axis = attribute(node, "axis", 0) % len(shape)
-        return axis, [np.arange(shape[axis])[np.asarray(tokens.numbers(node, 1))]]
-    if node.op_type == "Split":
-        axis = attribute(node, "axis", 0) % len(shape)
-        ends = np.cumsum([tokens.known.shapes[output][axis] for output in node.outputs])
-        return axis, np.split(np.arange(shape[axis]), ends[:-1])
-    after = tokens.known.shapes[node.outputs[0]]
-    axes = [axis for axis in range(len(shape)) if shape[axis] != after[axis]] or [0]
-    starts, ends = tokens.numbers(node, 1), tokens.numbers(node, 2)
-    named = [axis % len(shape) for axis in tokens.numbers(node, 3, list(range(len(starts))))]
-    steps = tokens.numbers(node, 4, [1] * len(starts))
-    if len(axes) > 1 or any(step < 1 for step in steps):
-        return axes[0], [np.zeros(0, np.int64)]
-    place = named.index(axes[0]) if axes[0] in named else 0
-    return axes[0], [np.arange(shape[axes[0]])[starts[place] : ends[place] : steps[place]]]
 
 
 class _Columns:
@@ -168,9 +150,12 @@ class _Columns:
             stored = ir.tensor(array)
         shape = [len(indices) if at == axis else size for at, size in enumerate(stored.shape.numpy())]
         name = f"vpruner.{value.name}.columns.{len(self.graph.initializers)}"
+        first = int(indices[0])
+        picked = slice(first, first + len(indices)) if is_range(indices, first) else indices  # faster, where it can be
+        at = (*(slice(None),) * axis, picked)
         # Cut when it is written, so that no more than one is in memory.
         tensor = ir.LazyTensor(
-            lambda: ir.tensor(np.ascontiguousarray(np.take(stored.numpy(), indices, axis))),
+            lambda: ir.tensor(np.ascontiguousarray(stored.numpy()[at])),
             stored.dtype, ir.Shape(shape), name=name,
         )  # fmt: skip
         return add_tensor(self.graph, tensor)

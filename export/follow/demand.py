@@ -17,7 +17,7 @@ from ...core.errors import PlanError
 from ..nodes import called
 from .blocks import only_summed
 from .followed import Branch, Followed
-from .known import used_by
+from .known import above, used_by
 from .layout import ENDED, Layout, Part, is_split
 
 
@@ -79,6 +79,12 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
     # Where the head reads no patches, a plan's reads are empty and say nothing.
     if plan.reads and len(plan.reads) < followed.patches:
         sets.reads = mask(plan.reads)
+        end = [branch.add.outputs[0] for branch in (*followed.blocks[-1].attention, *followed.blocks[-1].mlp)][-1]
+        for node in followed.readers:
+            for value in used_by(node) if node in followed.lost else ():
+                ids = followed.tokens.layouts[value].ids if value in followed.tokens.layouts else ()
+                if any((own < followed.patches).any() for own in ids) and end in above(value):
+                    raise PlanError(f"{called(node)} reads all tokens, but the plan's reads leave some out")
         for node in _head(followed):
             sets.keys[node] = sets.reads
     return sets
@@ -119,9 +125,13 @@ class Demand:
     """Attributes:
     needed: Value that carries tokens -> bool [id] for each of its groups.
     live: Nodes whose result something reads.
+    masks: Node that carries tokens -> bool [id] for each of its groups: the tokens of it with which it is run.
+    whole: The same nodes -> groups of which they need all tokens as they stand.
     """
 
     needed: dict[ir.Value, list[np.ndarray]] = field(default_factory=dict)
+    masks: dict[ir.Node, list[np.ndarray]] = field(default_factory=dict)
+    whole: dict[ir.Node, set[int]] = field(default_factory=dict)
     live: set[ir.Node] = field(default_factory=set)
     _asked: set[ir.Value] = field(default_factory=set)
 
@@ -159,9 +169,7 @@ def demand(followed: Followed, sets: Sets, stop: Collection[ir.Node] = ()) -> De
             raise PlanError(f"output {value.name!r} holds all tokens, but the plan's reads leave some out")
         ask(value)
     for node in reversed(followed.model.graph):
-        if not result.is_asked(node):
-            continue
-        if node in stop:
+        if not result.is_asked(node) or node in stop:
             continue
         result.live.add(node)
         flow = followed.flows.get(node)
@@ -182,17 +190,17 @@ def demand(followed: Followed, sets: Sets, stop: Collection[ir.Node] = ()) -> De
             if updated.any():
                 ask(node.inputs[branch.update], [updated])
         else:
-            masks = node_masks(followed, sets, result, node)
+            result.whole[node] = whole_groups(followed, node, node in sets.keys)
+            masks = result.masks[node] = _masks(followed, sets, result, node)
             for value, links in zip(node.inputs, flow.links, strict=True):
                 if value is not None:
                     ask(value, [None if link == ENDED else masks[link] for link in links])
     return result
 
 
-def node_masks(followed: Followed, sets: Sets, wanted: Demand, node: ir.Node) -> list[np.ndarray]:
-    """bool [id] for each group of a node: the tokens of it with which it is run."""
+def _masks(followed: Followed, sets: Sets, wanted: Demand, node: ir.Node) -> list[np.ndarray]:
     flow, count = followed.flows[node], followed.tokens.count
-    masks, whole = [np.zeros(count, bool) for _ in range(flow.groups)], whole_groups(followed, node, node in sets.keys)
+    masks, whole = [np.zeros(count, bool) for _ in range(flow.groups)], wanted.whole[node]
     for value, layout in zip(node.outputs, flow.outputs, strict=False):
         for group in range(len(layout.ids) if layout is not None else 0):
             if group in whole:
@@ -269,7 +277,7 @@ def counts(followed: Followed, plan: Plan) -> tuple[BlockCounts, ...]:
         for node in (node for branch in block.attention for node in branch.keyed if node in wanted.live):
             flow = followed.flows[node]
             group = flow.groups if flow.normalises is None else flow.normalises
-            read |= node_masks(followed, sets, wanted, node)[group]
+            read |= wanted.masks[node][group]
         for branch in block.attention:
             if not branch.keyed and branch.add.inputs[branch.update].producer() in wanted.live:
                 read |= all_of(followed.tokens.layouts[branch.add.outputs[0]], 0, followed.tokens.count)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -107,36 +108,18 @@ class Followed:
         return tuple(f"block {block.index}: {reason}" for block in self.blocks for reason in block.reasons)
 
     def copy(self) -> Followed:
-        """One whose model may be changed in place. Tensors are shared."""
-        return _copied(self)
-
-
-def _copied(followed: Followed) -> Followed:
-    model = copy_model(followed.model)
-    old, new = followed.model.graph, model.graph
-    values = dict(zip(old.inputs, new.inputs, strict=True))
-    values.update(zip(old.initializers.values(), new.initializers.values(), strict=True))
-    nodes = dict(zip(old, new, strict=True))
-    for before, after in nodes.items():
-        values.update(zip(before.outputs, after.outputs, strict=True))
-
-    def branch(one: Branch) -> Branch:
-        return replace(one, add=nodes[one.add], nodes=frozenset(map(nodes.get, one.nodes)),
-                       mixers=tuple(map(nodes.get, one.mixers)), keyed=tuple(map(nodes.get, one.keyed)))  # fmt: skip
-
-    tokens = replace(
-        followed.tokens,
-        known=followed.tokens.known.renamed(values),
-        layouts={values[value]: layout for value, layout in followed.tokens.layouts.items()},
-        grids={nodes[node]: grid for node, grid in followed.tokens.grids.items()},
-        mixed={values[value] for value in followed.tokens.mixed},
-    )
-    blocks = tuple(
-        Block(block.index, tuple(map(branch, block.attention)), tuple(map(branch, block.mlp)))
-        for block in followed.blocks
-    )
-    return Followed(
-        model, tokens, {nodes[n]: flow for n, flow in followed.flows.items()},
-        {nodes[n]: reason for n, reason in followed.lost.items()}, nodes[followed.stem], followed.grid,
-        values[followed.stream], blocks, tuple(map(nodes.get, followed.readers)),
-    )  # fmt: skip
+        """One whose model may be changed in place. Tensors, layouts and flows are shared."""
+        model = copy_model(self.model)
+        before, after = self.model.graph, model.graph
+        twins: list[tuple] = [(self.model, model), *zip(before, after, strict=True)]
+        twins += zip(before.inputs, after.inputs, strict=True)
+        twins += zip(before.initializers.values(), after.initializers.values(), strict=True)
+        for old, new in zip(before, after, strict=True):
+            twins += zip(old.outputs, new.outputs, strict=True)
+        # What is in the memo is not copied, but taken from there: nodes and values of the copy. Those that are not in
+        # the graph any more stay what they are, with all that an exporter hung on them.
+        known, tokens = self.tokens.known, self.tokens
+        values = {*known.shapes, *known.from_inputs, *tokens.layouts, *tokens.mixed}
+        gone = {*values, *tokens.grids, *self.flows, *self.lost}
+        gone |= {value.producer() for value in values if value.producer() is not None}
+        return deepcopy(self, {**{id(one): one for one in gone}, **{id(old): new for old, new in twins}})

@@ -7,9 +7,7 @@ the batch that divides no other size, every shape is a number, and which of them
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from copy import copy
-from typing import Any
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import onnx
@@ -29,6 +27,13 @@ _SLOW = {"Resize", "Conv", "ConvTranspose", "GridSample", "Einsum"}
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 
 
+class _Shared(dict):
+    """Types of the outputs of nodes, by what they depend on: a copy of a graph adds to the same."""
+
+    def __deepcopy__(self, memo: dict) -> _Shared:
+        return self
+
+
 class Known:
     """What is known of the values of a model whose functions are inlined.
 
@@ -39,6 +44,7 @@ class Known:
         shapes: Value -> its sizes, where they are known.
         open_dims: Prime -> the graph's input and axis that it stands for.
         from_inputs: Values that depend on what an input holds, not only on its shape.
+        varying: Values that depend on a size that an input leaves open.
     """
 
     def __init__(self, model: ir.Model, skip: Collection[int] = ()):
@@ -47,7 +53,8 @@ class Known:
         self.from_inputs: set[ir.Value] = set()
         self._types: dict[ir.Value, onnx.TypeProto] = {}
         self._values: dict[ir.Value, np.ndarray | None] = {}
-        self._cache: dict[tuple, Any] = {}
+        self.varying: set[ir.Value] = set()
+        self._cache = _Shared()
         self._opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
         self._versions = dict(model.opset_imports)
         self._name_open_dims(model.graph, skip)
@@ -73,6 +80,7 @@ class Known:
                         names[name] = next(primes)
                         self.open_dims[names[name]] = (value, axis)
                     dim = names[name]
+                    self.varying.add(value)
                 dims.append(dim)
             self._set_type(value, value.dtype, tuple(dims))
 
@@ -118,6 +126,18 @@ class Known:
                 if array is not None:
                     value.dtype = ir.DataType.from_numpy(array.dtype)
                     self._set_type(value, value.dtype, array.shape)
+            if self._varies(value, used):
+                self.varying.add(value)
+
+    def _varies(self, value: ir.Value, used: list[ir.Value | None]) -> bool:
+        """Whether a value that is computed from others depends on an open size."""
+        if value not in self.shapes:
+            return True
+        if self.varying.isdisjoint(used):  # a number may be a multiple of a prime by chance
+            return False
+        array = self.small(value)
+        whole = array is not None and array.dtype.kind in "iu"
+        return not whole or any(self.is_open(int(number)) for number in (*array.flat, *array.shape))
 
     def _inferred(self, node: ir.Node) -> dict[str, onnx.TypeProto]:
         """Output -> its type; blocks repeat, and what is the same is inferred once."""
@@ -168,38 +188,9 @@ class Known:
         return array
 
     def constant(self, value: ir.Value) -> np.ndarray | None:
-        """:meth:`array` of what depends on no open size either."""
-        return None if self._depends_on_open(value) else self.array(value)
-
-    def _depends_on_open(self, value: ir.Value) -> bool:
-        waiting, seen = [value], set()
-        while waiting:
-            value = waiting.pop()
-            if value in seen or value.const_value is not None:
-                continue
-            seen.add(value)
-            shape = self.shapes.get(value)
-            if shape is None or any(map(self.is_open, shape)):
-                return True
-            array = self.small(value)
-            if array is not None and array.dtype.kind in "iu":
-                if any(self.is_open(int(number)) for number in array.ravel()):
-                    return True
-                continue
-            node = value.producer()
-            if node is not None:
-                waiting.extend(item for item in node.inputs if item is not None)
-        return False
-
-    def renamed(self, values: Mapping[ir.Value, ir.Value]) -> Known:
-        """The same of a copy of the graph; ``values``: value -> its copy."""
-        other = copy(self)
-        other.shapes = {values[value]: shape for value, shape in self.shapes.items() if value in values}
-        other._types = {values[value]: found for value, found in self._types.items() if value in values}
-        other._values = {values[value]: array for value, array in self._values.items() if value in values}
-        other.from_inputs = {values[value] for value in self.from_inputs if value in values}
-        other.open_dims = {prime: (values[value], axis) for prime, (value, axis) in self.open_dims.items()}
-        return other
+        """:meth:`array` of what depends on no open size either; None of what was made since."""
+        unknown = value.const_value is None and value not in self.shapes
+        return None if unknown or value in self.varying else self.array(value)
 
     def forget_floats(self) -> None:
         """Compute what is no whole number anew when it is asked for: constants of the graph were exchanged."""
@@ -268,6 +259,18 @@ def _captured(node: ir.Node) -> Iterator[ir.Value]:
 def used_by(node: ir.Node) -> list[ir.Value]:
     """All that a node reads, in subgraphs too."""
     return [value for value in (*node.inputs, *_captured(node)) if value is not None]
+
+
+def above(value: ir.Value) -> Iterator[ir.Value]:
+    """A value and all that it is computed from."""
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if value not in seen:
+            seen.add(value)
+            yield value
+            if value.producer() is not None:
+                waiting.extend(used_by(value.producer()))
 
 
 def check_open(known: Known, image: ir.Value) -> None:

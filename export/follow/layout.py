@@ -54,6 +54,9 @@ class Layout:
     axes: tuple[Axis, ...]
     ids: tuple[np.ndarray, ...]
 
+    def __deepcopy__(self, memo: dict) -> Layout:
+        return self
+
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(math.prod(map(size_of, axis)) for axis in self.axes)

@@ -43,7 +43,7 @@ def mask(followed: Followed, plan: Plan) -> ir.Model:
             ids = layout.ids[flow.normalises]
             if bias[ids].any() and np.isfinite(bias[ids]).any():
                 combine("Add", node, 0, along(layout, flow.normalises, bias), "keys")
-        elif len(flow.links[0]) and node.op_type.startswith("Reduce"):
+        elif len(flow.links[0]) and node.op_type.startswith(("Reduce", "Global")):
             _reduce_some(followed, node, keep)
     return followed.model
 

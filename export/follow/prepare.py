@@ -35,6 +35,8 @@ def prepare(model: ir.Model, skip: Collection[int] = ()) -> tuple[ir.Model, Know
     while _inline_known_branches(model.graph, known):
         known = Known(model, skip)
     write_shapes(model, known)
+    if model.opset_imports.get("", 0) >= 13:
+        write_softmaxes(model.graph, known)
     passes.RemoveUnusedNodesPass()(model)
     return model, known
 
@@ -60,6 +62,39 @@ def _inline_known_branches(graph: ir.Graph, known: Known) -> bool:
             output.replace_all_uses_with(result)
         graph.remove(node)
     return bool(found)
+
+
+def write_softmaxes(graph: ir.Graph, known: Known) -> None:
+    """Put a ``Softmax`` in the place of one that is written out, in place.
+
+    ``e / sum(e)`` with ``e = exp(x - m)`` is ``softmax(x)``, whatever is the same along the axis in m.
+    """
+    shapes = known.shapes
+    for node in list(graph):
+        power, total = _made_by(next(iter(node.inputs), None), "Exp"), None
+        if node.op_type == "Div":
+            total = _made_by(node.inputs[1], "ReduceSum")
+        elif node.op_type == "Mul" and (inverse := _made_by(node.inputs[1], "Reciprocal")) is not None:
+            total = _made_by(inverse.inputs[0], "ReduceSum")
+        if power is None or total is None or total.inputs[0] is not node.inputs[0]:
+            continue
+        whole, left = shapes.get(node.outputs[0], ()), shapes.get(total.outputs[0], ())
+        axes = [axis for axis, sizes in enumerate(zip(whole, left, strict=False)) if len(set(sizes)) > 1]
+        if len(axes) != 1 or len(whole) != len(left):
+            continue
+        value = power.inputs[0]
+        if (less := _made_by(value, "Sub")) is not None and shapes.get(less.inputs[0]) == whole:
+            subtracted = shapes.get(less.inputs[1], whole)
+            if ((1,) * len(whole) + subtracted)[axes[0] - len(whole)] == 1:
+                value = less.inputs[0]
+        node.op_type, node.attributes["axis"] = "Softmax", ir.AttrInt64("axis", axes[0])
+        node.replace_input_with(0, value)
+        node.resize_inputs(1)
+
+
+def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type else None
 
 
 def write_shapes(model: ir.Model, known: Known) -> None:
@@ -104,7 +139,9 @@ class _Written:
         array = self.known.small(value)
         if array is None or array.dtype != np.int64:
             return None
-        primes = [next((p for p in self.known.open_dims if size and size % p == 0), None) for size in array.flat]
+        primes: list[int | None] = []
+        if value in self.known.varying:
+            primes = [next((p for p in self.known.open_dims if size and size % p == 0), None) for size in array.flat]
         if not any(primes):
             text = "x".join(map(str, array.flat if array.size <= _LONGEST_SHAPE else array.shape))
             made = add_constant(self.graph, f"vpruner.integers.{text}", array)

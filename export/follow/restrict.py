@@ -25,10 +25,10 @@ from ...core.text import command, first_line
 from ..nodes import called
 from ..passes.edit import add_constant, add_node
 from .columns import project_apart
-from .demand import Demand, Plan, Sets, check_keys, demand, node_masks, sets_of, unlike, whole_groups
+from .demand import Demand, Plan, Sets, check_keys, demand, sets_of, unlike
 from .followed import Followed
 from .known import used_by
-from .layout import ENDED, Axis, Layout, Part, size_of
+from .layout import ENDED, Layout, Part, size_of, tidy
 from .mask import combine, mask_attention
 from .rules import Flow
 
@@ -49,11 +49,15 @@ class State:
     rows: list[np.ndarray | None]
 
 
-def fold(followed: Followed, plan: Plan) -> ir.Model:
+def fold(followed: Followed, plan: Plan, *, shapes: bool = True) -> ir.Model:
     """The graph that computes only what ``plan`` leaves.
 
     Every value has a shape that is known but for what the dense graph leaves open, and as many tokens as the plan
     leaves of it; outputs have the shapes that they had. Names of nodes that are added begin with ``vpruner.``.
+
+    Args:
+        shapes: False: leave the shapes out and have nothing checked, for a graph that is only run once or twice; that
+            takes half of the time.
 
     Raises:
         PlanError: The plan is for another shape, or leaves tokens out of what cannot be masked.
@@ -72,9 +76,9 @@ def fold(followed: Followed, plan: Plan) -> ir.Model:
     folding = _Fold(followed, sets, wanted)
     folding.run()
     passes.RemoveUnusedNodesPass()(followed.model)
-    folding.write_shapes()
-    passes.ShapeInferencePass()(followed.model)
-    check_result(followed.model, outputs)
+    if shapes:
+        folding.write_shapes()
+        check_result(followed.model, outputs)
     return followed.model
 
 
@@ -112,7 +116,7 @@ class _Fold:
         self.known = followed.tokens.known
         self.states: dict[ir.Value, State] = {}
         self.picked: dict[tuple, ir.Value] = {}
-        self.computed: dict[ir.Value, list[np.ndarray | None]] = {}  # the tokens for which the node itself is run
+        self.shapes: dict[ir.Value, list[int]] = {}  # of values whose tokens are fewer, and of new ones
 
     def run(self) -> None:
         for node in list(self.graph):
@@ -134,27 +138,34 @@ class _Fold:
                 self.put_output(index, value)
 
     def write_shapes(self) -> None:
-        """Of the values of which it is known how many tokens are left; the others are inferred from them."""
-        for node in self.graph:
-            for value in node.outputs:
-                shape = self.known.shapes.get(value)
-                if value in self.computed:
-                    shape = sizes(self.layouts[value], self.computed[value], self.known.is_open)
-                if not value.is_graph_output():
-                    value.shape = None if shape is None else ir.Shape(map(self.known.dim, shape))
+        """Of all values but the few that only help to make others, which are inferred."""
+        values = [value for node in self.graph for value in node.outputs]
+        for value in values:
+            given = value.shape if value.is_graph_output() else None
+            shape = self.shapes.get(value, self.known.shapes.get(value))
+            dims = given if shape is None else [self.known.dim(size) for size in shape]
+            if given is not None and dims is not given:  # an output keeps its names of sizes that are open
+                dims = [now if isinstance(now, int) else was for now, was in zip(dims, given, strict=True)]
+            value.shape = None if dims is None else ir.Shape(dims)
+        if any(value.shape is None for value in values):
+            passes.ShapeInferencePass()(self.followed.model)
+
+    def note(self, value: ir.Value, layout: Layout, rows: list[np.ndarray | None]) -> None:
+        """Remember which tokens a value of the new graph holds, for its shape."""
+        left = sizes(layout, rows, self.known.is_open)
+        self.shapes[value] = [dense if size < 0 else size for size, dense in zip(left, layout.shape, strict=True)]
 
     # -- operators ----------------------------------------------------------------------------------------------------
 
     def targets(self, node: ir.Node, flow: Flow) -> list[np.ndarray | None]:
         """For each group of the node, the tokens with which it is run, in the order of its first input."""
         result: list[np.ndarray | None] = []
-        whole = whole_groups(self.followed, node, node in self.sets.keys)
-        for group, mask in enumerate(node_masks(self.followed, self.sets, self.wanted, node)):
+        for group, mask in enumerate(self.wanted.masks[node]):
             source = next(
                 ((value, own) for value, links in zip(node.inputs, flow.links, strict=True)
                 for own, link in enumerate(links) if link == group), None
             )  # fmt: skip
-            if source is None or group in whole:
+            if source is None or group in self.wanted.whole[node]:
                 result.append(None)
                 continue
             value, own = source
@@ -171,8 +182,7 @@ class _Fold:
                 taken = self.take(node, value, [None if link == ENDED else targets[link] for link in links])
                 node.replace_input_with(position, taken)
         for position in {position for position, _, _ in flow.covers}:
-            axes = {axis: factors for own, axis, factors in flow.covers if own == position}
-            node.replace_input_with(position, self.cut(node, node.inputs[position], axes, targets, flow))
+            node.replace_input_with(position, self.cut(node, position, targets, flow))
         if node in self.sets.gates:
             self.add_gates(node, flow, targets)
         (layout, *_) = flow.outputs
@@ -180,7 +190,7 @@ class _Fold:
             return
         for value, own in zip(node.outputs, flow.outputs, strict=False):
             if own is not None:
-                self.computed[value] = targets[: flow.groups]
+                self.note(value, own, targets[: flow.groups])
                 self.states[value] = State([(value, None)], targets[: flow.groups])
         if flow.how == "reshape":
             node.replace_input_with(1, self.shape(sizes(layout, targets, self.known.is_open)))
@@ -195,7 +205,7 @@ class _Fold:
 
     def add_gates(self, node: ir.Node, flow: Flow, targets: list[np.ndarray | None]) -> None:
         """Add the logarithms of the plan's gates to the logits of a softmax or an ``Attention``."""
-        ids = _group_ids(self.followed, node, flow)
+        ids = _group_ids(flow)
         group = flow.groups if flow.normalises is None else flow.normalises
         counts = [len(own.ravel() if kept is None else kept) for own, kept in zip(ids, targets, strict=True)]
         bias = self.sets.gates[node][ids[group] if targets[group] is None else targets[group]]
@@ -241,12 +251,12 @@ class _Fold:
         node.replace_input_with(0, self.take(node, value, [targets[link] for link in flow.links[0]]))
         node.replace_input_with(1, add_constant(self.graph, "vpruner.first", np.asarray(0, np.int64)))
         if flow.outputs[0] is not None:
-            self.computed[node.outputs[0]] = targets[: flow.groups]
+            self.note(node.outputs[0], flow.outputs[0], targets[: flow.groups])
             self.states[node.outputs[0]] = State([(node.outputs[0], None)], targets[: flow.groups])
 
     def join(self, node: ir.Node, flow: Flow) -> None:
         output, layout = node.outputs[0], flow.outputs[0]
-        masks = node_masks(self.followed, self.sets, self.wanted, node)
+        masks = self.wanted.masks[node]
         (new,) = layout.groups_of(flow.axis)
         rest = [rows for group, rows in enumerate(self.targets(node, flow)) if group != new]
         values, order, start = [], [], 0
@@ -268,8 +278,7 @@ class _Fold:
                 rows = [(None if np.array_equal(kept, ids) else kept) if link == new else rest[link] for link in links]
                 values.append(self.take(node, value, rows))
             else:
-                axes = {axis: factors for own, axis, factors in flow.covers if own == position}
-                value = self.cut(node, value, axes, [*rest[:new], None, *rest[new:]], flow)
+                value = self.cut(node, position, [*rest[:new], None, *rest[new:]], flow)
                 rows = np.flatnonzero(np.isin(ids, kept))
                 values.append(self.pick_axis(node, value, flow.axis, size, rows))
         kept = np.concatenate(order)
@@ -279,8 +288,8 @@ class _Fold:
             joined = values[0]
         elif values != list(node.inputs):
             joined = add_node(node, "Concat", values, f"vpruner.{output.name}.left", {"axis": flow.axis}).outputs[0]
-        else:
-            self.computed[output] = rows
+        if joined is output or len(values) > 1:
+            self.note(joined, layout, rows)
         if joined is not output or any(one is not None for one in rows):
             self.states[output] = State([(joined, None)], rows)
 
@@ -306,7 +315,7 @@ class _Fold:
             taken = self.take(node, update, [rows])
             node.replace_input_with(branch.update, taken)
             pieces.append((output, rows))
-            self.computed[output] = [rows]
+            self.note(output, layout, [rows])
             if rows is None:
                 return
         for value, held in self.state(stream).pieces:
@@ -353,6 +362,7 @@ class _Fold:
             self.graph.remove(end, safe=True)
         name, value.name = value.name, f"{value.name}.tokens"
         whole.name, whole.dtype, whole.shape = name, value.dtype, value.shape
+        self.note(whole, self.layouts[value], [None] * len(self.layouts[value].ids))
         self.graph.outputs[index] = whole
 
     # -- tokens of values ---------------------------------------------------------------------------------------------
@@ -376,6 +386,7 @@ class _Fold:
             name = f"vpruner.{value.name}.joined"
             joined = add_node(before, "Concat", [piece for piece, _ in state.pieces], name, {"axis": axis})
             state.pieces = [(joined.outputs[0], None)]
+            self.note(joined.outputs[0], layout, state.rows)
         return self.pick_from(before, state, layout, wanted)
 
     def pick_from(self, before: ir.Node, state: State, layout: Layout, wanted: list[np.ndarray | None]) -> ir.Value:
@@ -384,11 +395,12 @@ class _Fold:
         for group, rows in enumerate(wanted):
             if _equal(have[group], rows):
                 continue
-            key = (value, group, None if rows is None else rows.tobytes())
+            key = (value, layout.axes, group, layout.ids[group].tobytes(), None if rows is None else rows.tobytes())
             if key not in self.picked:
                 self.picked[key] = self.pick_group(before, value, layout, have, group, rows)
             value = self.picked[key]
             have[group] = rows
+            self.note(value, layout, have)
         return value
 
     def pick_group(self, before, value: ir.Value, layout: Layout, have, group: int, rows) -> ir.Value:
@@ -415,6 +427,8 @@ class _Fold:
             return value
         first, name = int(rows[0]), f"vpruner.{value.name}.rows.{len(self.picked)}"
         self.picked[name,] = value
+        if (array := self.known.constant(value)) is not None:
+            return add_constant(self.graph, name, np.ascontiguousarray(np.take(array, rows, axis)))
         if is_range(rows, first):
             ends = [add_constant(self.graph, f"vpruner.integer.{number}", np.asarray([number], np.int64))
                     for number in (first, first + len(rows), axis)]  # fmt: skip
@@ -425,6 +439,8 @@ class _Fold:
     def reshaped(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
         name = f"vpruner.{value.name}.shaped.{len(self.picked)}"
         self.picked[name,] = value
+        if (array := self.known.constant(value)) is not None:
+            return add_constant(self.graph, name, array.reshape(dims))
         return add_node(before, "Reshape", [value, self.shape(dims)], name).outputs[0]
 
     def shape(self, dims: list[int]) -> ir.Value:
@@ -433,72 +449,28 @@ class _Fold:
         text = "x".join("batch" if dim == -1 else str(dim) for dim in dims)
         return add_constant(self.graph, f"vpruner.shape.{text}", np.asarray(dims, np.int64))
 
-    def cut(self, before: ir.Node, value: ir.Value, axes: dict[int, Axis], targets, flow: Flow) -> ir.Value:
-        """A value without tokens that lies along them, for those in ``targets``."""
-        groups = {f.group for factors in axes.values() for f in factors if isinstance(f, Part)}
-        if all(targets[group] is None for group in groups):
-            return value
-        key = (value, *((axis, group, targets[group].tobytes()) for axis, factors in sorted(axes.items())
-                        for group in sorted({f.group for f in factors if isinstance(f, Part)})
-                        if targets[group] is not None))  # fmt: skip
-        if key not in self.picked:
-            self.picked[key] = self.cut_anew(before, value, axes, targets, flow)
-        return self.picked[key]
-
-    def cut_anew(self, before: ir.Node, value: ir.Value, axes: dict[int, Axis], targets, flow: Flow) -> ir.Value:
-        array = self.known.constant(value)
-        ids = _group_ids(self.followed, before, flow)
-        if array is not None:
-            for group in sorted({f.group for factors in axes.values() for f in factors if isinstance(f, Part)}):
-                if targets[group] is not None:
-                    array, axes = _cut_array(array, axes, group, ids[group], targets[group])
-            name = f"vpruner.{value.name}.cut.{len(self.picked)}"
-            return add_constant(self.graph, name, np.ascontiguousarray(array))
-        for axis, factors in axes.items():
-            for factor in factors:
-                if isinstance(factor, Part) and targets[factor.group] is not None:
-                    if len(factors) > 1 or ids[factor.group].ndim > 1:
-                        raise GraphError(f"{value.name!r} lies along a part of the token axis, which cannot be folded")
-                    places = {token: place for place, token in enumerate(ids[factor.group].tolist())}
-                    rows = np.asarray([places[token] for token in targets[factor.group].tolist()], np.int64)
-                    value = self.pick_axis(before, value, axis, len(ids[factor.group]), rows)
-        return value
+    def cut(self, before: ir.Node, position: int, targets: list[np.ndarray | None], flow: Flow) -> ir.Value:
+        """An input without tokens that lies along them, for those in ``targets``."""
+        value, every = before.inputs[position], _group_ids(flow)
+        covers = {axis: factors for own, axis, factors in flow.covers if own == position}
+        parts = {f.group for factors in covers.values() for f in factors if isinstance(f, Part)}
+        groups = sorted(group for group in parts if targets[group] is not None)
+        axes = [
+            [Part(groups.index(f.group), f.size) if isinstance(f, Part) and f.group in groups else size_of(f)
+             for f in covers.get(axis, (size,))]
+            for axis, size in enumerate(self.known.shapes[value])
+        ]  # fmt: skip
+        try:
+            layout = tidy(axes, [every[group] for group in groups])
+        except ValueError:
+            raise GraphError(f"{value.name!r} lies along a part of the token axis, which cannot be folded") from None
+        state = State([(value, None)], [None] * len(groups))
+        return self.pick_from(before, state, layout, [targets[group] for group in groups])
 
 
-def _group_ids(followed: Followed, node: ir.Node, flow: Flow) -> list[np.ndarray]:
+def _group_ids(flow: Flow) -> list[np.ndarray]:
     layout = next((layout for layout in flow.outputs if layout is not None), None)
     return [*(layout.ids if layout is not None else ()), *flow.ends]
-
-
-def _cut_array(array: np.ndarray, axes: dict[int, Axis], group: int, ids: np.ndarray, rows: np.ndarray):
-    """``array`` for the tokens ``rows`` of a group, and its axes as they are then.
-
-    The parts that it lies along become 1, the last one of them holds the tokens.
-    """
-    factors = [list(axes.get(axis, (size,))) for axis, size in enumerate(array.shape)]
-    flat = [(axis, factor) for axis, own in enumerate(factors) for factor in own]
-    mine = [index for index, (_, f) in enumerate(flat) if isinstance(f, Part) and f.group == group]
-    if len(mine) != ids.ndim:
-        raise GraphError("a constant lies along a part of the token axis, which cannot be folded")
-    opened = array.reshape([size_of(f) for _, f in flat])
-    places = {token: place for place, token in enumerate(ids.ravel().tolist())}
-    flat_rows = [places[token] for token in rows.tolist()]
-    order = [*mine, *(index for index in range(opened.ndim) if index not in mine)]
-    moved = opened.transpose(order)
-    moved = moved.reshape(-1, *moved.shape[len(mine) :])[flat_rows]
-    back = np.moveaxis(moved, 0, mine[-1] - len(mine) + 1)
-    sizes_, at = [1] * array.ndim, 0
-    for index, (axis, _factor) in enumerate(flat):
-        if index in mine[:-1]:
-            continue
-        sizes_[axis] *= back.shape[at]
-        at += 1
-    done = {
-        axis: tuple(Part(f.group, len(rows) if (axis, f) == flat[mine[-1]] else 1)
-                    if isinstance(f, Part) and f.group == group else f for f in own)
-        for axis, own in axes.items()
-    }  # fmt: skip
-    return back.reshape(sizes_), done
 
 
 def sizes(layout: Layout, rows, is_open) -> list[int]:

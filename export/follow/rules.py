@@ -7,8 +7,9 @@ operator is to add a rule and its test.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -58,6 +59,9 @@ class Flow:
     normalises: int | None = None
     how: str = "along"
     axis: int = 0
+
+    def __deepcopy__(self, memo: dict) -> Flow:
+        return self
 
     @property
     def groups(self) -> int:
@@ -131,12 +135,12 @@ def _same(layout: Layout) -> tuple[int, ...]:
     return tuple(range(len(layout.ids)))
 
 
-def _own(node: ir.Node, layout: Layout, result: Layout | None, **more) -> Flow:
+def as_flow(node: ir.Node, layout: Layout, result: Layout | None, **more) -> Flow:
     """Of a node whose first input carries the tokens, each group of which is one of the result."""
     return Flow((result,), (_same(layout), *((),) * (len(node.inputs) - 1)), **more)
 
 
-def _first(node: ir.Node, tokens: Tokens) -> Layout:
+def sole_layout(node: ir.Node, tokens: Tokens) -> Layout:
     """The layout of the first input, where no other input carries tokens."""
     layout = tokens.layout(node)
     if layout is None or any(tokens.layout(node, position) for position in range(1, len(node.inputs))):
@@ -281,7 +285,7 @@ def attention(node: ir.Node, tokens: Tokens) -> Flow:
 
 
 def _axes(node: ir.Node, tokens: Tokens, rank: int, position: int = 1) -> list[int]:
-    axes = attribute(node, "axes")
+    axes = range(2, rank) if node.op_type.startswith("Global") else attribute(node, "axes")
     axes = tokens.numbers(node, position) if axes is None else axes
     if axes is None:
         axes = [] if attribute(node, "noop_with_empty_axes", 0) else range(rank)
@@ -289,9 +293,9 @@ def _axes(node: ir.Node, tokens: Tokens, rank: int, position: int = 1) -> list[i
 
 
 @rule("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceProd",
-      "ReduceLogSumExp")  # fmt: skip
+      "ReduceLogSumExp", "GlobalAveragePool", "GlobalMaxPool")  # fmt: skip
 def reduction(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     reduced = _axes(node, tokens, len(layout.axes))
     keep = attribute(node, "keepdims", 1)
     ended = sorted({group for axis in reduced for group in layout.groups_of(axis)})
@@ -312,21 +316,21 @@ def reduction(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Softmax", "LogSoftmax")
 def softmax(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     axis = attribute(node, "axis", -1) % len(layout.axes)
     groups = layout.groups_of(axis)
     if not groups:
-        return _own(node, layout, layout)
+        return as_flow(node, layout, layout)
     if node.op_type == "LogSoftmax":
         raise Lost("a logarithm of a softmax over tokens")
     if len(layout.axes[axis]) > 1 or layout.ids[groups[0]].ndim > 1:
         raise Lost("windows: a softmax over a part of the token axis")
-    return _own(node, layout, layout, normalises=groups[0])
+    return as_flow(node, layout, layout, normalises=groups[0])
 
 
 @rule("LayerNormalization", "RMSNormalization", "LpNormalization", "BatchNormalization", "SimplifiedLayerNormalization")
 def normalisation(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     rank = len(layout.axes)
     axis = 1 if node.op_type == "BatchNormalization" else attribute(node, "axis", -1) % rank
     last = rank if node.op_type.endswith("LayerNormalization") or node.op_type == "RMSNormalization" else axis + 1
@@ -340,20 +344,20 @@ def normalisation(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def reshape(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     result = regroup(layout, tokens.shape(node.outputs[0]))
-    return _own(node, layout, result, how="reshape" if node.op_type == "Reshape" else "along")
+    return as_flow(node, layout, result, how="reshape" if node.op_type == "Reshape" else "along")
 
 
 @rule("Transpose")
 def transpose(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
-    return _own(node, layout, permute(layout, attribute(node, "perm", range(len(layout.axes))[::-1])))
+    layout = sole_layout(node, tokens)
+    return as_flow(node, layout, permute(layout, attribute(node, "perm", range(len(layout.axes))[::-1])))
 
 
 @rule("Expand")
 def expand(node: ir.Node, tokens: Tokens) -> Flow:
-    _first(node, tokens)
+    sole_layout(node, tokens)
     rank = len(tokens.shape(node.outputs[0]))
     flow = contract(node, tokens, [range(rank - len(tokens.shape(node.inputs[0])), rank), None], range(rank))
     return Flow(flow.outputs, flow.links, how="expand")
@@ -361,75 +365,73 @@ def expand(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Tile")
 def tile(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+    layout = sole_layout(node, tokens)
     times = tokens.numbers(node, 1)
     if any(count != 1 and layout.groups_of(axis) for axis, count in enumerate(times)):
         raise Lost("tokens are repeated")
     axes = [axis if count == 1 else plain(size * count)
             for axis, count, size in zip(layout.axes, times, layout.shape, strict=True)]  # fmt: skip
-    return _own(node, layout, layout.with_axes(axes))
+    return as_flow(node, layout, layout.with_axes(axes))
 
 
 # -- picking and joining ----------------------------------------------------------------------------------------------
 
 
-@rule("Slice")
-def slice_(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+def picked(node: ir.Node, tokens: Tokens) -> list[tuple[int, list[np.ndarray]]]:
+    """Each axis on which a ``Slice``, ``Split`` or ``Gather`` leaves something out, and what its outputs have of it.
+
+    Raises:
+        Lost: By numbers that are not known.
+    """
+    shape = tokens.shape(node.inputs[0])
+    if node.op_type != "Slice":
+        axis = attribute(node, "axis", 0) % len(shape)
+        if node.op_type == "Gather":
+            indices = np.asarray(tokens.numbers(node, 1))
+            if indices.size and not -shape[axis] <= indices.min() <= indices.max() < shape[axis]:
+                raise Lost("it picks what is not there")
+            return [(axis, [np.arange(shape[axis])[indices]])]
+        ends = np.cumsum([tokens.shape(value)[axis] for value in node.outputs])
+        return [(axis, np.split(np.arange(shape[axis]), ends[:-1]))]
     starts, ends = tokens.numbers(node, 1), tokens.numbers(node, 2)
-    axes = tokens.numbers(node, 3, list(range(len(starts))))
-    steps = tokens.numbers(node, 4, [1] * len(starts))
-    result, picked, cut = layout, [], 0
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        axis %= len(layout.axes)
-        size = layout.shape[axis]
+    axes = [axis % len(shape) for axis in tokens.numbers(node, 3, list(range(len(starts))))]
+    found = []
+    for start, end, axis, step in zip(starts, ends, axes, tokens.numbers(node, 4, [1] * len(starts)), strict=True):
+        every = np.arange(shape[axis])
         # As ONNX clamps: a negative step may end ahead of the first one.
-        indices = np.arange(size)[slice(start, None if step < 0 and end < -size else end, step)]
-        if len(indices) == size and step == 1:
-            continue
-        result, cut = select(result, axis, indices), cut + 1
-        picked += [axis] if layout.groups_of(axis) else []
-    if picked and cut > 1:
-        raise Lost("a slice of tokens and of another axis at once")
-    return _own(node, layout, result, how="pick" if picked else "along", axis=picked[0] if picked else 0)
+        indices = every[slice(start, None if step < 0 and end < -len(every) else end, step)]
+        if not np.array_equal(indices, every):
+            found.append((axis, [indices]))
+    return found
 
 
-@rule("Gather")
-def gather(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
+@rule("Slice", "Split", "Gather")
+def pick(node: ir.Node, tokens: Tokens) -> Flow:
+    layout = sole_layout(node, tokens)
+    index_shape = tokens.shape(node.inputs[1]) if node.op_type == "Gather" else (1,)
     axis = attribute(node, "axis", 0) % len(layout.axes)
-    index_shape = tokens.shape(node.inputs[1])
-    groups = layout.groups_of(axis)
-    if not groups:
+    if len(index_shape) != 1 and not layout.groups_of(axis):
         axes = [*layout.axes[:axis], *plain_axes(index_shape), *layout.axes[axis + 1 :]]
-        return _own(node, layout, tidy(axes, layout.ids))
+        return as_flow(node, layout, tidy(axes, layout.ids))
     if len(index_shape) > 1:
         raise Lost("tokens are picked by a table of indices")
-    indices = np.asarray(tokens.numbers(node, 1))
-    result = select(layout, axis, indices)
+    cuts, results = picked(node, tokens), (layout,) * len(node.outputs)
+    for axis, parts in cuts:
+        results = tuple(select(result, axis, indices) for result, indices in zip(results, parts, strict=True))
+    along = [axis for axis, _ in cuts if layout.groups_of(axis)]
+    if along and len(cuts) > 1:
+        raise Lost("a slice of tokens and of another axis at once")
+    how = {"how": "pick", "axis": along[0]} if along else {}
     if index_shape:
-        return _own(node, layout, result, how="pick", axis=axis)
-    (group,) = groups
+        return replace(as_flow(node, layout, None, **how), outputs=results)
+    (group,) = layout.groups_of(axis)
     if layout.ids[group].ndim > 1:
         raise Lost("windows: a row of the grid is picked")
-    rest = result.without(group)
-    rest = None if rest is None else drop_axis(rest, axis)
+    rest = results[0].without(group)
     count = len(layout.ids) - 1
     links = tuple(count if one == group else one - (one > group) for one in _same(layout))
-    return Flow((rest,), (links, ()), (result.ids[group],), how="pick", axis=axis)
-
-
-@rule("Split")
-def split(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = _first(node, tokens)
-    axis = attribute(node, "axis", 0) % len(layout.axes)
-    results, start = [], 0
-    for value in node.outputs:
-        end = start + tokens.shape(value)[axis]
-        results.append(select(layout, axis, np.arange(start, end)))
-        start = end
-    how = "pick" if layout.groups_of(axis) else "along"
-    return Flow(tuple(results), (_same(layout), *((),) * (len(node.inputs) - 1)), how=how, axis=axis)
+    rest = None if rest is None else drop_axis(rest, axis)
+    return Flow((rest,), (links, ()), (results[0].ids[group],), **how)
 
 
 @rule("Concat")
@@ -439,12 +441,9 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
     layouts = [tokens.layout(node, position) for position in range(len(node.inputs))]
     joins = any(layout is not None and layout.groups_of(axis) for layout in layouts)
     if not joins:
-        names = [[("own", i) if a == axis else a for a in range(len(shape))] for i in range(len(node.inputs))]
-        flow = _beside(node, tokens, layouts, names, axis, shape)
-        (result,) = flow.outputs
-        axes = list(result.axes)
-        axes[axis] = plain(shape[axis])
-        return Flow((result.with_axes(axes),), flow.links, covers=flow.covers)
+        # What is put side by side along channels broadcasts but for that axis, which each has to itself.
+        names = [[("own", i) if a == axis else a for a in range(len(shape))] for i in range(len(layouts))]
+        return contract(node, tokens, names, range(len(shape)))
     joined, rests, owners = [], [], []
     for position, (value, layout) in enumerate(zip(node.inputs, layouts, strict=True)):
         if layout is None:
@@ -483,20 +482,6 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
     return Flow((result,), tuple(links), covers=covers, how="join", axis=axis)
 
 
-def _beside(node, tokens, layouts, names, axis, shape) -> Flow:
-    """A Concat along channels: as what broadcasts, but for that axis."""
-    blank = [1 if a == axis else size for a, size in enumerate(shape)]
-    given = [i for i, layout in enumerate(layouts) if layout is not None]
-    bare = [layouts[i].with_axes([() if a == axis else x for a, x in enumerate(layouts[i].axes)]) for i in given]
-    result, found = unify(bare, blank)
-    links = [()] * len(layouts)
-    for i, link in zip(given, found, strict=True):
-        links[i] = link
-    covers = tuple((i, a, result.axes[a]) for i, layout in enumerate(layouts) if layout is None
-                   for a in range(len(shape)) if a != axis and result.groups_of(a))  # fmt: skip
-    return Flow((result,), tuple(links), covers=covers)
-
-
 def _rolled(node: ir.Node, layouts: list[Layout], axis: int) -> Flow:
     """Rows or columns of one grid in another order."""
     group, dimension = layouts[0].axes[axis][0].group, dimension_of(layouts[0], axis)
@@ -519,24 +504,40 @@ def _rolled(node: ir.Node, layouts: list[Layout], axis: int) -> Flow:
 
 def start(node: ir.Node, tokens: Tokens) -> Flow | None:
     """Tokens that begin at a convolution over the image (or a product of its patches); None where none do."""
-    if node.op_type not in tokens.starts or any(value in tokens.mixed for value in node.inputs):
+    grid = grid_of(node, tokens)
+    if grid is None or any(value in tokens.mixed for value in node.inputs):
         return None
-    shape = tokens.known.shapes.get(node.outputs[0])
-    data, weight = (*node.inputs, None)[:2]
-    if shape is None or data not in tokens.known.from_inputs or weight in tokens.known.from_inputs:
-        return None
-    if node.op_type == "Conv":
-        axes = range(2, len(shape))
-    else:
-        if len(shape) < 3 or data in tokens.layouts or len(tokens.known.shapes.get(weight, ())) != 2:
-            return None
-        axes = [len(shape) - 2]
-    grid = tuple(shape[axis] for axis in axes)
-    if any(tokens.known.is_open(size) for size in grid):
+    known = tokens.layouts.get(node.inputs[0])
+    if known is not None and node.op_type != "Conv":
         return None
     tokens.grids[node] = grid
+    shape, parts = tokens.known.shapes[node.outputs[0]], [(Part(0, size),) for size in grid]
     ids = np.arange(np.prod(grid)).reshape(grid)
-    layout = tidy([[Part(0, size)] if axis in axes else plain(size) for axis, size in enumerate(shape)], [ids])
-    known = tokens.layouts.get(data)
+    if node.op_type == "Conv":
+        layout = tidy([plain(shape[0]), plain(shape[1]), *parts], [ids])
+    else:
+        images = np.prod(shape[:-1]) // ids.size
+        layout = regroup(tidy([plain(int(images)), *parts, plain(shape[-1])], [ids]), shape)
     return Flow((layout,), (() if known is None else (ENDED,) * len(known.ids), *((),) * (len(node.inputs) - 1)),
                 how="start")  # fmt: skip
+
+
+def grid_of(node: ir.Node, tokens: Tokens) -> tuple[int, ...] | None:
+    """Sizes of the grid of what a convolution, or a product with a matrix, gives of the image; None of other nodes."""
+    shapes, from_inputs = tokens.known.shapes, tokens.known.from_inputs
+    if node.op_type not in tokens.starts or node.outputs[0] not in shapes:
+        return None
+    shape, (data, weight) = shapes[node.outputs[0]], node.inputs[:2]
+    if data not in from_inputs or weight in from_inputs:
+        return None
+    grid: tuple[int, ...] = shape[2:] if node.op_type == "Conv" else ()
+    images = {shapes[value][0] for value in node.graph.inputs if shapes.get(value)}
+    while node.op_type != "Conv" and len(shapes.get(weight, ())) == 2 and data in shapes:
+        # Patches [image, *grid, ...] may have been reshaped to [image, patch, channel] or [image * patch, channel].
+        own = shapes[data]
+        for axis in range(2, len(own)):
+            if own[0] in images and math.prod(own[:axis]) == math.prod(shape[:-1]):
+                grid = own[1:axis]
+        before = data.producer()
+        data = before.inputs[0] if before is not None and before.op_type == "Reshape" else None
+    return None if not grid or any(map(tokens.known.is_open, grid)) else grid

@@ -140,9 +140,14 @@ def _pool(
         edges = _pads(auto_pad, pads, x, kernel_shape, strides, dilations)
         if site.node.op_type == "MaxPool":
             return run(_padded(x, edges, float("-inf")), kernel_shape, strides, ceil_mode=bool(ceil_mode))
-        if dilations != ones or (any(map(any, edges)) and (ceil_mode or not count_include_pad)):
-            raise site.refuse("it averages with holes, or less at the edges")
-        return run(_padded(x, edges), kernel_shape, strides, 0, bool(ceil_mode))
+        padded = any(map(any, edges))
+        if dilations != ones or (padded and ceil_mode):
+            raise site.refuse("it averages with holes, or beyond its padding")
+        found = run(_padded(x, edges), kernel_shape, strides, 0, bool(ceil_mode))
+        if not padded or count_include_pad:
+            return found
+        # Of what is at the edges, the mean of what lies inside.
+        return found / run(_padded(torch.ones_like(x[:1, :1]), edges), kernel_shape, strides)
 
     return pool
 

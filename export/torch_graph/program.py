@@ -56,8 +56,9 @@ class Program:
                     if call.site is None or isinstance(error, torch.OutOfMemoryError):
                         raise
                     raise call.site.refuse(first_line(error)) from error
-            values.update(zip(call.outputs, (result,) if len(call.outputs) == 1 else result, strict=True))
-            del arguments, result
+            results = result if isinstance(result, (tuple, list)) else (result,)
+            values.update(zip(call.outputs, results, strict=True))
+            del arguments, result, results
             for name in frees:
                 del values[name]
         return [values[name] for name in self.names]

@@ -144,6 +144,11 @@ def _batch_norm(site: Site, epsilon=1e-5, momentum=0.9, training_mode=0):
     return lambda x, scale, bias, mean, variance: F.batch_norm(x, mean, variance, scale, bias, eps=epsilon)
 
 
+@operator("InstanceNormalization")
+def _instance_norm(site: Site, epsilon=1e-5):
+    return lambda x, scale, bias: F.instance_norm(x, weight=scale, bias=bias, eps=epsilon)
+
+
 @operator("CumSum", host=(1,))
 def _cumulative(site: Site, exclusive=0, reverse=0):
     def cumulative(x, axis):

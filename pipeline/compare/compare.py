@@ -12,7 +12,7 @@ from ..folders import check_output
 from ..inputs import choose, open_prunable, role_of
 from ..options import CompareOptions
 from .comparison import Comparison
-from .contenders import chosen_contenders, smaller_models
+from .contenders import able, chosen_contenders, smaller_models
 from .files import files_of_earlier, rows_of_earlier
 from .timing import time_graphs, time_rules
 
@@ -49,7 +49,7 @@ def compare(
         loaded = open_prunable(options.model, loss=options.learn.loss)
         for target in options.targets:
             check_target(loaded.adapter.geometry, target)
-        taking_part += smaller_models(options, loaded)
+        taking_part = able(taking_part, options, loaded) + smaller_models(options, loaded)
         calibration, evaluations = choose(options.data, loaded, bundled_model=options.model.what is None)
     comparison = Comparison(options, loaded, calibration, evaluations, output, results, before)
     points = comparison.points(taking_part)

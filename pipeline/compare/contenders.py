@@ -53,6 +53,23 @@ def chosen_contenders(options: CompareOptions) -> list[Contender]:
     return [known[name] for name in dict.fromkeys(options.methods or known)]
 
 
+def able(taking_part: Sequence[Contender], options: CompareOptions, loaded: LoadedModel) -> list[Contender]:
+    """Those that work on the model: on an ONNX graph, not what works inside of timm blocks.
+
+    Raises:
+        UserError: The user named one that does not.
+    """
+    from ...prune.backbones.adapter import BlockAdapter, require_blocks
+
+    unable = [one.name for one in taking_part if one.needs_blocks]
+    if isinstance(loaded.adapter, BlockAdapter) or not unable:
+        return list(taking_part)
+    if options.methods:
+        require_blocks(loaded.adapter, unable[0])
+    progress.remark(f"{loaded.name} runs as an ONNX graph: {', '.join(unable)} need a timm model and were left out")
+    return [one for one in taking_part if not one.needs_blocks]
+
+
 def smaller_models(options: CompareOptions, loaded: LoadedModel) -> list[Contender]:
     """The models that one could deploy in place of a reduced one, each opened.
 
@@ -101,11 +118,6 @@ def _learned(name: str, spec: LearnSpec) -> Contender:
     def make(loaded: LoadedModel, images: ImageSet, calibration: Calibration, target: float, seed: int) -> Made:
         from ...prune.learn import learn
 
-        if spec.select == "content" and loaded.graph is not None:
-            raise UserError(
-                f"{loaded.graph.name} is an ONNX file: patches are chosen by content in PyTorch models alone",
-                "name the model instead of the file",
-            )
         with progress.reporting(progress.Sink()):  # A method that takes part is one line of progress.
             learned = learn(loaded, images, replace(spec, target=target, seed=seed))
         if any("interrupted" in stage.note for stage in learned.stages):
@@ -121,7 +133,7 @@ def _learned(name: str, spec: LearnSpec) -> Contender:
         how["select"] = spec.select
     if spec.rearrange == "ppo":
         how |= {"episodes": settings.episodes, "time_limit": settings.time_limit}
-    return Contender(name, how, True, True, make)
+    return Contender(name, how, True, True, make, needs_blocks=spec.select == "content" or "gates" in spec.tune)
 
 
 def _registered(method: Method) -> Contender:
@@ -137,7 +149,8 @@ def _registered(method: Method) -> Contender:
         return Made(reduction, None, time.perf_counter() - started)
 
     settings = {"class": type(method).__name__, **_plain_settings(method)}
-    return Contender(method.name, settings, method.needs_images, method.needs_images or method.seeded, make)
+    seeded = method.needs_images or method.seeded
+    return Contender(method.name, settings, method.needs_images, seeded, make, needs_blocks=method.needs_blocks)
 
 
 def _plain_settings(method: Method) -> dict[str, Any]:

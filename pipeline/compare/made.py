@@ -68,6 +68,7 @@ class Contender:
         seeded: Whether another seed gives another result.
         make: (model, calibration images, the same decoded, target, seed) -> what it makes; images are None where it
             needs none.
+        needs_blocks: Whether it works inside of timm blocks, which an ONNX graph has none of.
         macs_ratio: Of a smaller model: its MACs over those of the model. None of a method, which meets any budget.
     """
 
@@ -77,6 +78,7 @@ class Contender:
     seeded: bool
     make: Callable[[LoadedModel, ImageSet | None, Calibration | None, float, int], Made]
     macs_ratio: float | None = None
+    needs_blocks: bool = False
 
     def within(self, targets: Sequence[float]) -> Sequence[float]:
         """The budgets that it takes part at; a smaller model at the smallest that it meets."""

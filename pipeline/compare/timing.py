@@ -60,7 +60,11 @@ def time_graphs(comparison: Comparison, points: Sequence[Point]) -> None:
 
 
 def time_rules(comparison: Comparison, points: Sequence[Point]) -> None:
-    """What has no graph, in PyTorch, in turns with the dense model there."""
+    """What has no graph, in PyTorch, in turns with the dense model there; of an ONNX file everything has one."""
+    from ...prune.backbones.adapter import BlockAdapter
+
+    if not isinstance(comparison.loaded.adapter, BlockAdapter):
+        return
     for batch, target in itertools.product(comparison.options.batches, dict.fromkeys(comparison.options.targets)):
         waiting = {}
         for point in points:

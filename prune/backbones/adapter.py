@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor, nn
 
+from ...core.errors import UserError
 from ...core.geometry import Geometry
 from ...core.plan import TokenPlan
 from ..tune.store import RAM_BYTES
@@ -33,8 +34,10 @@ class Adapter(Protocol):
 
     name: str
     geometry: Geometry
-    model: nn.Module
     plans_together: ClassVar[bool]
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def gated(self, batch_size: int, plan: TokenPlan | None = None) -> AbstractContextManager[Tensor]:
         """The model with three differentiable gates on every patch of every block, separately for each image.
@@ -104,3 +107,17 @@ class BlockAdapter(Adapter, Protocol):
         Raises:
             RuntimeError: Another form is applied already.
         """
+
+
+def require_blocks(adapter: Adapter, what: str) -> BlockAdapter:
+    """The adapter, of which ``what`` asks for timm blocks.
+
+    Raises:
+        UserError: It has none.
+    """
+    if isinstance(adapter, BlockAdapter):
+        return adapter
+    raise UserError(
+        f"{adapter.name} runs as an ONNX graph, and {what} needs the blocks of a timm VisionTransformer",
+        "leave that out, or name such a model",
+    )

@@ -34,6 +34,7 @@ class Method(ABC):
         enough_images: More than this change nothing that matters; None: the more the better.
         seeded: Whether another seed gives another result on the same images.
         fixed_counts: Whether all images keep the same number of tokens, so that the result can be exported.
+        needs_blocks: Whether it works inside of timm blocks; otherwise any graph will do.
     """
 
     name: ClassVar[str]
@@ -42,6 +43,7 @@ class Method(ABC):
     enough_images: ClassVar[int | None] = None
     seeded: ClassVar[bool] = False
     fixed_counts: ClassVar[bool] = True
+    needs_blocks: ClassVar[bool] = True
 
     @abstractmethod
     def make(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...core.cost import plan_macs
 from ...core.plan import Geometry, TokenPlan
-from ..backbones.vit import ViTAdapter
+from ..backbones.adapter import Adapter
 from .method import Method, budget_macs, least_reduction, register
 
 
@@ -79,8 +79,9 @@ class _Positions(Method):
     """An order of the patches, on a schedule that meets the target."""
 
     schedule: TokenPlan | None = None
+    needs_blocks: ClassVar[bool] = False
 
-    def make(self, adapter: ViTAdapter, batches: Sequence[Tensor], target: float, *, seed: int = 0) -> TokenPlan:
+    def make(self, adapter: Adapter, batches: Sequence[Tensor], target: float, *, seed: int = 0) -> TokenPlan:
         plan = self.schedule
         if plan is None:
             geometry = adapter.geometry

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ...core.cost import block_macs, dense_macs
 from ...core.plan import Geometry
-from ..backbones.adapter import BlockAdapter
+from ..backbones.adapter import BlockAdapter, require_blocks
 from ..backbones.forms import attend, project_keys_values, project_queries
 
 
@@ -170,9 +170,11 @@ class TokenRule(ABC):
         """Make ``adapter.model`` follow the rule until the context is left.
 
         Raises:
+            UserError: The model is learned on its graph.
             ValueError: The rule is for a model of another shape.
             RuntimeError: The model has a plan or a rule applied already.
         """
+        adapter = require_blocks(adapter, f"the method {self.name}")
         if differences := self.geometry.differences(adapter.geometry):
             raise ValueError(f"the rule {self.name} is for another model: {', '.join(differences[:3])}")
         run = RuleRun(self, adapter.model)

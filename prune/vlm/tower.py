@@ -33,12 +33,14 @@ from torch import Tensor, nn
 from ...core.errors import UserError
 from ...core.extras import require
 from ...core.preprocess import Preprocessing
+from ...core.progress import remark
 from ...core.rounding import allowed
 from ...core.text import command, first_line, option
 from ...core.timing import random_images
+from ..backbones.registry import Otherwise
 from ..backbones.vit import ViTAdapter, weights_sha256
 from ..float64 import float32_error
-from ..loaded import LoadedModel
+from ..loaded import LoadedModel, ready
 from ..weights_file import check_finite, load_weights, tensors_only
 from .folder import check_files, check_settings, read_preprocessing, read_settings
 
@@ -94,12 +96,15 @@ class Tower:
         return self.module.config
 
 
-def open_tower(path: str | Path, *, weights: str | Path | None = None) -> LoadedModel:
+def open_tower(
+    path: str | Path, *, weights: str | Path | None = None, otherwise: Otherwise | None = None
+) -> LoadedModel:
     """Open the vision tower in a folder that ``save_pretrained`` wrote, ready for pruning and export.
 
     Args:
         path: Folder with config.json, the weights and preprocessor_config.json, of a tower or of a whole LLaVA.
         weights: Weights under timm's names that replace the tower's, such as a run's ``model.safetensors``.
+        otherwise: Makes an adapter of a model that is no such tower; None: others are refused.
 
     Returns:
         The model under the folder's name.
@@ -110,13 +115,62 @@ def open_tower(path: str | Path, *, weights: str | Path | None = None) -> Loaded
     """
     folder = Path(path)
     preprocessing_of_folder = partial(read_preprocessing, folder)
-    tower = load_tower(folder)
-    module, geometry = _checked(tower, str(folder), preprocessing_of_folder)
+    try:
+        tower = load_tower(folder)
+        module, geometry = _checked(tower, str(folder), preprocessing_of_folder)
+    except UserError as refused:
+        if otherwise is None or weights is not None or not (model := _whole_model(folder)):
+            raise
+        return _by_otherwise(folder, model, refused, otherwise)
     preprocessing = preprocessing_of_folder(geometry.image_size)
     name = folder.resolve().name
     if weights is not None:
         load_weights(module, weights, name)
     return LoadedModel(ViTAdapter(module, name, geometry), preprocessing, tower.classes, weights_sha256(module))
+
+
+def _whole_model(folder: Path) -> nn.Module | None:
+    """The model of transformers that the folder says it holds, as it is; None where it says none that can be loaded."""
+    transformers = require("transformers")
+    described = read_settings(folder / "config.json")
+    kind = getattr(transformers, str((described.get("architectures") or [""])[0]), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        return None
+    try:
+        return _loaded(folder, kind)
+    except UserError:
+        return None
+
+
+def _by_otherwise(folder: Path, model: nn.Module, refused: UserError, otherwise: Otherwise) -> LoadedModel:
+    name, config = folder.resolve().name, model.config
+    # What reads features of a backbone has the size of that.
+    parts = (config, getattr(config, "backbone_config", None), getattr(config, "vision_config", None))
+    size = next((part.image_size for part in parts if getattr(part, "image_size", None)), None)
+    if size is None:
+        raise refused
+    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        adapter = otherwise(Outputs(model), name, (3, height, width))
+    except UserError as error:
+        more = f"{refused.marked_problem}; nor by its ONNX graph: {error.marked_problem}"
+        raise UserError(more, refused.marked_hint) from error
+    remark(f"{name} is learned and pruned by the ONNX graph that PyTorch exports of it")
+    geometry = adapter.geometry
+    named = geometry.output == "logits" and getattr(config, "num_labels", 0) == geometry.outputs
+    return ready(adapter, read_preprocessing(folder, geometry.image_size), _class_names(config) if named else None)
+
+
+class Outputs(nn.Module):
+    """A model of transformers as a function of one image that gives a tensor, or a tuple of several."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found = [part for part in self.model(pixel_values=image).to_tuple() if isinstance(part, Tensor)]
+        return found[0] if len(found) == 1 else tuple(found)
 
 
 def _checked(tower: Tower, where: str, preprocessing_of: Callable[[tuple[int, int]], Preprocessing]):
@@ -172,17 +226,7 @@ def load_tower(folder: str | Path) -> Tower:
     architecture = (described.get("architectures") or [""])[0]
 
     def load(name: str, dtype: torch.dtype | str = torch.float32) -> nn.Module:
-        try:
-            with quiet_transformers(), tensors_only():
-                model = getattr(transformers, name).from_pretrained(
-                    folder, local_files_only=True, trust_remote_code=False, dtype=dtype
-                )
-            return model.eval()
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(
-                f"{folder} cannot be loaded as {name}: {first_line(error)}",
-                "expected a folder that save_pretrained wrote, with config.json and model.safetensors",
-            ) from None
+        return _loaded(folder, getattr(transformers, name), dtype)
 
     if kind in LLAVAS:
         try:
@@ -221,6 +265,18 @@ def load_tower(folder: str | Path) -> Tower:
     name = {"vit": "ViTModel", "dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}[kind]
     module = load(name)
     return Tower(module, family, module.config.num_hidden_layers, "token")
+
+
+def _loaded(folder: Path, kind: type, dtype: torch.dtype | str = torch.float32) -> nn.Module:
+    try:
+        with quiet_transformers(), tensors_only():
+            model = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype=dtype)
+        return model.eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"{folder} cannot be loaded as {kind.__name__}: {first_line(error)}",
+            "expected a folder that save_pretrained wrote, with config.json and model.safetensors",
+        ) from None
 
 
 def tower_of_llava(model: nn.Module, where: str) -> Tower:

@@ -53,6 +53,7 @@ def _quality_sentence(results: Results) -> str:
         "top1": f"its top-1 is {value}{on}",
         "agreement": f"it gives the dense model's class for {value} of {images or 'the images'}",
         "cosine": f"its features have a {value} cosine similarity to the dense model's{on}",
+        "relative_error": f"its outputs have a squared error of {value} relative to the dense model's{on}",
         "kl": f"its outputs diverge from the dense model's by {value} nats{on}",
     }[metric]
 

@@ -93,6 +93,8 @@ def _about_the_plan(plan: TokenPlan, results: Results) -> Iterator[str]:
         yield f"The plan was chosen to preserve the dense model's own predictions.{known}"
     elif run.get("loss") == "features":
         yield "The model has no classifier: the plan was chosen to preserve its features."
+    elif run.get("loss") == "output":
+        yield "The plan was chosen to keep the model's outputs as they are."
 
 
 def _about_the_images(results: Results) -> Iterator[str]:
@@ -105,6 +107,8 @@ def _about_the_images(results: Results) -> Iterator[str]:
         yield (
             "Similarity to the dense model's features is not accuracy: test the pruned model in the task they are for."
         )
+    elif results.metric == "relative_error":
+        yield "A small error of the outputs is not accuracy: test the pruned model in the task they are for."
     for name, part in mapping(results.run.get("data")).items():
         if skipped := number(part, "skipped"):
             were = "was" if skipped == 1 else "were"

@@ -135,7 +135,7 @@ def stages_table(stages: Sequence[Row], results: Results | None = None) -> Table
         results: Tells the quality after each stage; None where that was not measured.
     """
     results = results or Results(())
-    quality = [metric for metric in ("top1", "kl", "cosine") if results.accuracy("pruned", metric)]
+    quality = [metric for metric in ("top1", "kl", "cosine", "relative_error") if results.accuracy("pruned", metric)]
     lines = []
     if dense := results.accuracy("dense", "top1"):
         shown = (estimate(dense) if metric == "top1" else REFERENCE for metric in quality)

@@ -184,6 +184,23 @@ def test_without_labels_and_for_features():
     assert by_metric(features["pruned"])["cosine"].value == pytest.approx(1)
 
 
+def test_values_are_compared_by_their_relative_squared_error():
+    random = np.random.default_rng(0)
+    dense = random.standard_normal((40, 6, 4)).astype(np.float32)
+    noise = random.standard_normal(dense.shape).astype(np.float32)
+    outputs = Outputs({"dense": dense, "pruned": dense + 0.3 * noise}, None)
+    found = compare(outputs, baseline="dense", output="values")
+    assert found["dense"] == []
+    (error,) = found["pruned"]
+    expected = np.square(0.3 * noise).sum() / np.square(dense).sum()
+    assert error.metric == "relative_error" and error.value == pytest.approx(expected, rel=1e-5)
+    # Scores of 4 classes at 6 places, the classes on either side of the places.
+    for axis, values in ((2, outputs), (1, Outputs({k: v.swapaxes(1, 2) for k, v in outputs.of.items()}, None))):
+        agreement, _ = compare(values, baseline="dense", output="values", classes=4)["pruned"]
+        same = outputs.of["pruned"].argmax(2) == dense.argmax(2)
+        assert agreement.metric == "agreement" and agreement.value == pytest.approx(same.mean()), axis
+
+
 def test_collecting_reads_each_batch_once_for_all_models():
     seen = []
     outputs = collect_outputs(

@@ -85,6 +85,10 @@ def test_the_shape_of_a_plain_model_is_that_of_its_module(name):
         ("ViT, tokens", {"output": "values", "outputs": 25 * 32, "head_prefix": 1, "head_patches": True}),
         ("CLIP, two towers", {"output": "values", "prefix_tokens": 1, "head_patches": False}),
         ("prepared", {"image_size": (40, 40), "grid": (4, 6)}),
+        ("spectrogram", {"image_size": (32, 20), "in_chans": 1, "prefix_tokens": 2, "grid": (3, 5)}),
+        ("VideoMAE", {"image_size": (16, 16), "in_chans": 12, "grid": (4, 2), "output": "values"}),
+        ("YOLOS", {"prefix_tokens": 6, "head_patches": False}),
+        ("heads", {"output": "values", "head_patches": True, "head_prefix": 1}),
         ("parallel, one product", {"token_macs": ((2048, 10240, 64, 0),) * 2}),
     ],
 )

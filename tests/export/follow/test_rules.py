@@ -1,5 +1,6 @@
 """Each rule by itself: one token is moved, and only the places change that the rule says are that token's."""
 
+import documents
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -9,6 +10,7 @@ from follow_tools import misplaced
 from vpruner.export.follow.blocks import follow_tokens
 from vpruner.export.follow.followed import Followed
 from vpruner.export.follow.prepare import prepare
+from vpruner.export.follow.rules import RULES, elementwise, normalisation, reduction
 
 #: Six tokens in a grid of 2 x 3, of width 4: x [1, 6, 4], grid [1, 4, 2, 3]; m [4, 4] weights, v [6] along tokens.
 HEAD = """
@@ -49,6 +51,7 @@ FOLLOWED = {
     "y = Attention(q, q, q, table)": [ALL],
     "y = ReduceMean<keepdims=0>(x, two)": [ALL],
     "y = ReduceMax(x, one)": None,
+    "t = Transpose<perm=[0, 2, 1]>(x) y = GlobalAveragePool(t)": None,
     "y = Softmax<axis=2>(x)": [ALL],
     "s = Constant<value_ints=[2, 3, 2, 2]>() y = Reshape(x, s)": [GRID],
     "s = Constant<value_ints=[1, 2, 3, 4]>() r = Reshape(x, s) t = Transpose<perm=[0, 2, 1, 3]>(r) "
@@ -131,9 +134,24 @@ def test_what_cannot_be_followed_is_named(body, reason):
     assert not any(value in result.tokens.layouts for value in node.outputs)
 
 
-def test_every_operator_in_the_table_has_a_case():
-    from vpruner.export.follow.rules import RULES, elementwise, normalisation, reduction
+def test_the_operator_that_the_page_adds():
+    """The code of docs/extending.md runs as it stands there, and its lines of tests hold."""
+    before, names = dict(RULES), {}
+    try:
+        for block in documents.blocks("docs/extending.md"):
+            if block.language == "py":
+                exec(compile(block.text, "docs/extending.md", "exec"), names)
+        assert set(RULES) - set(before) == {"CumSum"}
+        for body, ids in names["FOLLOWED"].items():
+            test_tokens_stand_where_the_rule_says(body, ids)
+        for body, reason in names["LOST"].items():
+            test_what_cannot_be_followed_is_named(body, reason)
+    finally:
+        RULES.clear()
+        RULES.update(before)
 
+
+def test_every_operator_in_the_table_has_a_case():
     tested = {word.split("<")[0].split("(")[0] for body in (*FOLLOWED, *LOST) for word in body.split()}
     alike = {name for name, rule in RULES.items() if rule in (elementwise, normalisation, reduction)}
     assert set(RULES) - tested - alike - {"LogSoftmax"} == set()

@@ -15,9 +15,9 @@ from vpruner.export.torch_graph import GraphModule, logits_name
 from vpruner.export.torch_graph.program import compile_calls
 
 
-def residual(opset: int = 17) -> ir.Model:
+def residual(opset: int = 17, batch: int | str = "batch") -> ir.Model:
     """y = x + b with b = tanh(x W + c); z = 2 b reads the branch too."""
-    build = Builder(("x", ("batch", 3, 4)), opset=opset)
+    build = Builder(("x", (batch, 3, 4)), opset=opset)
     (x,) = build.inputs
     product = build("MatMul", x, build.weight("blocks.0/fc.weight", 4, 4), name="product")
     branch = build("Tanh", build("Add", product, build.weight("bias", 4), name="sum"), name="branch")
@@ -46,6 +46,49 @@ def test_a_function_stands_in_the_place_of_a_value_for_all_readers_or_one():
     with module.at("branch", torch.neg), module.at("branch", torch.exp):  # In turn.
         torch.testing.assert_close(module(X)[0], X + torch.exp(-branch))
     torch.testing.assert_close(module(X), (y, z))
+
+
+def test_given_values_are_not_computed_and_nothing_ahead_of_them_is():
+    module = GraphModule(residual())
+    y, _ = module(X)
+    branch = torch.randn(2, 3, 4)
+    found = module.compute(["y", "z"], X, given={"branch": branch})
+    torch.testing.assert_close((found["y"], found["z"]), (X + branch, 2 * branch))
+    assert torch.equal(module.compute(["branch"], X, given={"branch": branch})["branch"], branch)
+    # The input is not needed then, and may be given itself.
+    torch.testing.assert_close(module.compute(["z"], None, given={"branch": branch})["z"], 2 * branch)
+    torch.testing.assert_close(module.compute(["y"], None, given={"x": X})["y"], y)
+    with pytest.raises(UserError, match="was not given its input 'x', which 'y' needs"):
+        module.compute(["y"], None, given={"branch": branch})
+    with pytest.raises(UserError, match="no value 'brunch'.*similar ones are 'branch'"):
+        module.compute(["y"], X, given={"brunch": branch})
+    # What stands at a value for one reader acts on the given one; for all readers, it has acted already.
+    with module.at("branch", torch.neg, reader="y"), module.at("branch", torch.exp):
+        found = module.compute(["y", "z"], X, given={"branch": branch})
+    torch.testing.assert_close((found["y"], found["z"]), (X - branch, 2 * branch))
+    torch.testing.assert_close(module(X)[0], y)
+
+
+def test_one_output_of_a_node_may_be_given_and_another_computed():
+    build = Builder(("x", ("batch", 4)))
+    (x,) = build.inputs
+    first, second = build("Split", x, build.integers(2, 2), axis=1, outputs=2)
+    module = GraphModule(build.model(build("Mul", first, second, name="y")))
+    given, (name, other) = torch.ones(2, 2), (first.name, second.name)
+    x = torch.randn(2, 4)
+    assert torch.equal(module.compute(["y"], x, given={name: given})["y"], x[:, 2:])
+    assert torch.equal(module.compute(["y"], x, given={other: given})["y"], x[:, :2])
+
+
+def test_given_values_of_a_fixed_batch_are_those_of_all_its_passes():
+    module = GraphModule(residual(batch=2))
+    images = torch.randn(6, 3, 4)
+    whole = module.compute(["y", "branch"], images)
+    blank = torch.zeros(()).expand(6, 3, 4)
+    again = module.compute(["y"], images, given={"branch": whole["branch"]})
+    torch.testing.assert_close(again["y"], whole["y"])
+    again = module.compute(["y"], blank, given={"branch": whole["branch"], "x": images})
+    torch.testing.assert_close(again["y"], whole["y"])
 
 
 def test_a_function_stands_on_an_input_and_on_a_weight():

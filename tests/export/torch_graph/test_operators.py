@@ -116,6 +116,7 @@ OLD_FORMS = {
     "axes are attributes": ("ReduceMean", [X], 17, (), 1, {"axes": [-1], "keepdims": 0}),
     "all axes": ("ReduceMax", [X], 17, (), 1, {}),
     "parts of equal size": ("Split", [X], 17, (), 3, {"axis": 1}),
+    "one part": ("Split", [X], 17, (), 1, {"axis": 1}),
     "parts of given sizes": ("Split", [X, np.array([1, 5])], 17, (1,), 2, {"axis": 1}),
     "the last part is smaller": ("Split", [X], 18, (), 4, {"axis": 1, "num_outputs": 4}),
     "all axes are padded": ("Pad", [X, np.array([0, 1, 0, 2, 0, 1])], 17, (1,), 1, {}),
