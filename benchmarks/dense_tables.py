@@ -27,6 +27,8 @@ def newest(rows: list[dict]) -> list[dict]:
 
 def dense(rows: list[dict]) -> str:
     """Each graph: multiply-adds, time, and what it says of patches."""
+    if not rows:
+        return "Not measured yet."
     lines = tables.picture("Accuracy per patch over measured time", DENSE_PLOT)
     lines += [
         "| graph | MACs | time / dense (95 %) | accuracy per patch | change | same class as dense | relative error |",

@@ -388,6 +388,7 @@ def dense_rows():
 
 
 def test_answers_for_every_patch(script, tables, tmp_path):
+    assert script("dense_tables").dense([]) == "Not measured yet."
     text = script("dense_tables").dense(dense_rows())
     assert text.splitlines()[2:] == [
         "| dense | 1.000× | 10.0 ms | 80.00 % |  |  |  |",
