@@ -6,9 +6,11 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+import dense_tables
 from tables import (
     ACCURACY_PLOT,
     COMPARE_PLOT,
+    DENSE_PLOT,
     FORMS,
     METHODS,
     ROOT,
@@ -193,6 +195,48 @@ def plot_vlm_accuracy(rows: list[dict], path: Path) -> None:
         pyplot.close(figure)
 
 
+def plot_dense(rows: list[dict], path: Path) -> None:
+    """Accuracy per patch over measured time, a line per way, bars for the interval of the change to dense."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    # What looks at nothing grey, the smaller model blue, what is learned orange.
+    styles = {
+        "pruned": ("#c2500a", "s", "-"),
+        "pooled": ("#5a5a5a", "o", ":"),
+        "copies": ("#b4b4b4", "^", ":"),
+        "shallow": ("#17508c", "D", "none"),
+    }
+    found = dense_tables.newest(rows)
+    with pyplot.rc_context(LOOK):
+        figure, axis = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+        for way, (colour, marker, line) in styles.items():
+            points = sorted((row["ratio"], row) for row in found if row["way"] == way)
+            if not points:
+                continue
+            x = [ratio for ratio, _ in points]
+            y, below, above = (
+                [100 * value for value in values]
+                for values in zip(
+                    *((row["accuracy"], row["difference"] - row["difference_low"],
+                       row["difference_high"] - row["difference"]) for _, row in points),
+                    strict=True,
+                )
+            )  # fmt: skip
+            look = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1.2}
+            axis.errorbar(x, y, (below, above), **look, elinewidth=0.8, label=dense_tables.WAYS[way])
+        dense = next(row for row in found if row["way"] == "dense")
+        axis.axhline(100 * dense["accuracy"], color="black", linewidth=0.8, linestyle=(0, (4, 3)), label="dense")
+        axis.set(xlabel="time in onnxruntime, dense = 1", ylabel="accuracy per patch in %")
+        axis.grid(alpha=0.25, linewidth=0.5)
+        axis.legend(frameon=False)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
 def draw_all(results: Path) -> None:
     """Every picture whose rows lie in the folder ``results``."""
 
@@ -204,6 +248,7 @@ def draw_all(results: Path) -> None:
     drawn = {
         "accuracy": (plot_accuracy, ACCURACY_PLOT),
         "compare": (compared, COMPARE_PLOT),
+        "dense": (plot_dense, DENSE_PLOT),
         "search_forms": (plot_search_forms, SEARCH_FORMS_PLOT),
         "vlm_accuracy": (plot_vlm_accuracy, VLM_ACCURACY_PLOT),
     }

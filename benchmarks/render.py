@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import dense_tables
 import family_tables
 import pages as written
 import shifted_tables
@@ -31,6 +32,8 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "compare": (tables.compare, ("compare",)),
     "compare_speed": (tables.compare_speed, ("compare",)),
     "content_scores": (tables.content_scores, ("content_scores",)),
+    "dense": (dense_tables.dense, ("dense",)),
+    "dense_tokens": (dense_tables.dense_tokens, ("dense_tokens",)),
     "demo": (tables.demo, ("demo",)),
     "families": (family_tables.families, ("families",)),
     "fisher_rounds": (tables.fisher_rounds, ("fisher_rounds",)),
@@ -48,6 +51,8 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "vlm_accuracy": (tables.vlm_accuracy, ("vlm_accuracy",)),
     "vlm_prefill": (tables.vlm_prefill, ("vlm_prefill",)),
 }
+#: Tables that say that nothing was measured yet.
+EXPECTED = ("dense", "gpu")
 MARKED = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 #: A link from the repository's root, as the tables write them.
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)]+)\)")
@@ -64,10 +69,10 @@ def generated() -> dict[str, Callable[[], str]]:
 
 
 def table(name: str) -> str:
-    """The table of the rows that were measured; only ``gpu`` says so where there are none."""
+    """The table of the rows that were measured; those of :data:`EXPECTED` say so where there are none."""
     function, files = TABLES[name]
     rows = [read_rows(path) if (path := RESULTS / f"{file}.jsonl").exists() else [] for file in files]
-    return function(*rows) if any(rows) or name == "gpu" else ""
+    return function(*rows) if any(rows) or name in EXPECTED else ""
 
 
 def render(page: Path, text: str, texts: dict[str, Callable[[], str]]) -> str:

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ACCURACY_PLOT = "benchmarks/results/accuracy.svg"
 VLM_ACCURACY_PLOT = "benchmarks/results/vlm_accuracy.svg"
 COMPARE_PLOT = "benchmarks/results/compare.svg"
+DENSE_PLOT = "benchmarks/results/dense.svg"
 SEARCH_FORMS_PLOT = "benchmarks/results/search_forms.svg"
 #: Method of benchmarks/accuracy.py -> what the table calls it; in the order of the table.
 METHODS = {
@@ -170,15 +171,15 @@ Results = dict[tuple[str, float], dict[str, list[dict]]]
 
 def accuracy(rows: list[dict]) -> str:
     """A table for each model and its images: methods by budgets, means over the seeds."""
-    return "\n".join([*_picture("Accuracy over multiply-adds, by method", ACCURACY_PLOT), *_by_budget(rows, METHODS)])
+    return "\n".join([*picture("Accuracy over multiply-adds, by method", ACCURACY_PLOT), *_by_budget(rows, METHODS)])
 
 
 def search_forms(rows: list[dict]) -> str:
     """The same of the forms that a search may have, as it found them and with refitted weights."""
     names = {**FORMS, **{f"{form}, refit": f"{name}; refitted" for form, name in FORMS.items()}}
     methods = [{**row, "method": row["form"] + (", refit" if row["refit"] else "")} for row in rows]
-    picture = _picture("KL divergence over multiply-adds, by form of the masks", SEARCH_FORMS_PLOT)
-    return "\n".join([*picture, *_by_budget(methods, names)])
+    shown = picture("KL divergence over multiply-adds, by form of the masks", SEARCH_FORMS_PLOT)
+    return "\n".join([*shown, *_by_budget(methods, names)])
 
 
 def _by_budget(rows: list[dict], names: Mapping[str, str]) -> list[str]:
@@ -198,7 +199,7 @@ def _by_budget(rows: list[dict], names: Mapping[str, str]) -> list[str]:
     return lines[:-1]
 
 
-def _picture(title: str, path: str) -> list[str]:
+def picture(title: str, path: str) -> list[str]:
     return [f"![{title}]({path})", ""] if (ROOT / path).exists() else []
 
 
@@ -287,7 +288,7 @@ def _accuracy_caption(results: Results) -> str:
 def compare(rows: list[dict]) -> str:
     """All methods on the reference: the table, and ours against each of the others at equal time."""
     entries = entries_of(rows)
-    lines = _picture("Accuracy over latency and over multiply-adds, by method", COMPARE_PLOT)
+    lines = picture("Accuracy over latency and over multiply-adds, by method", COMPARE_PLOT)
     lines += _markdown_table(compare_tables.comparison_table(entries))
     lines += ["", _compare_caption(entries)]
     batches = batches_of(entries)
@@ -544,7 +545,7 @@ def vlm_accuracy(rows: list[dict]) -> str:
     seeds = len({row["seed"] for rows in found.values() for row in rows})
     heads = [*(f"{100 * keep:g} %" for keep in keeps), *(f"{kind}, {100 * least:g} %" for kind in kinds)]
     lines = [
-        *_picture("Accuracy lost over visual tokens kept, by method", VLM_ACCURACY_PLOT),
+        *picture("Accuracy lost over visual tokens kept, by method", VLM_ACCURACY_PLOT),
         f"| | {' | '.join(heads)} | tokens per layer |",
         f"| --- |{' ---: |' * (len(heads) + 1)}",
     ]

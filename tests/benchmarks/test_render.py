@@ -364,3 +364,73 @@ def test_gradients_and_budgets_of_time(tables):
         "",
         "toy, 2,000 evaluation images, batch 1, 2 thread(s); A processor, onnxruntime 1.2.",
     ]
+
+
+def dense_rows():
+    common = dict(eval_mosaics=1000, batch=1, threads=1, kind="x", p50_ms=10.0)
+    common["environment"] = {"cpu": "A processor", "packages": {"onnxruntime": "1.2"}}
+
+    def row(label, way, target, macs, time, accuracy, **changes):
+        lost = accuracy - 0.8
+        found = dict(common, label=label, way=way, target=target, macs_ratio=macs, accuracy=accuracy, difference=lost)
+        found |= dict(difference_low=lost - 0.01, difference_high=lost + 0.01, agreement=0.9, relative_error=0.05)
+        return {**found, "ratio": time, "ratio_low": time - 0.01, "ratio_high": time + 0.01, **changes}
+
+    learned = dict(search_mosaics=1024, fit_mosaics=512)
+    return [
+        row("dense", "dense", None, 1.0, 1.0, 0.8),
+        row("shallow", "shallow", None, 0.63, 0.64, 0.75, depth=5),
+        row("pruned 0.5", "pruned", 0.5, 0.499, 0.55, 0.77, **learned),
+        row("pruned 0.65", "pruned", 0.65, 0.649, 0.9, 0.1, **learned),  # Made again below: the newest counts.
+        row("pruned 0.65", "pruned", 0.65, 0.649, 0.7, 0.79, **learned),
+        row("pooled 0.65", "pooled", 0.65, 0.62, 0.63, 0.72, entry=4, added=True),
+    ]
+
+
+def test_answers_for_every_patch(script, tables, tmp_path):
+    assert script("dense_tables").dense([]) == "Not measured yet."
+    text = script("dense_tables").dense(dense_rows())
+    assert text.splitlines()[2:] == [
+        "| dense | 1.000× | 10.0 ms | 80.00 % |  |  |  |",
+        "| pruned, 0.65 | 0.649× | 0.700× (0.690 to 0.710) | 79.00 % | −1.00 pp (−2.00 to ±0.00) | 90.00 % | 0.0500 |",
+        "| pruned, 0.5 | 0.499× | 0.550× (0.540 to 0.560) | 77.00 % | −3.00 pp (−4.00 to −2.00) | 90.00 % | 0.0500 |",
+        "| 2 x 2 pooled, 0.65 from block 4 on, updates added | 0.620× | 0.630× (0.620 to 0.640) | 72.00 % "
+        "| −8.00 pp (−9.00 to −7.00) | 90.00 % | 0.0500 |",
+        "| smaller model, 5 blocks | 0.630× | 0.640× (0.630 to 0.650) | 75.00 % | −5.00 pp (−6.00 to −4.00) "
+        "| 90.00 % | 0.0500 |",
+        "",
+        "1,024 mosaics for the search and 512 for the refit; 1,000 evaluation mosaics; batch 1, 1 thread(s); "
+        "A processor, onnxruntime 1.2.",
+    ]
+    path = tmp_path / tables.DENSE_PLOT
+    plot = script("plots").plot_dense
+    plot(dense_rows(), path)
+    first = path.read_bytes()
+    assert first.startswith(b"<?xml") and b"</svg>" in first and b"<dc:date>" not in first
+    plot(dense_rows(), path)
+    assert path.read_bytes() == first
+    assert (
+        script("dense_tables")
+        .dense(dense_rows())
+        .startswith(f"![Accuracy per patch over measured time]({tables.DENSE_PLOT})")
+    )
+
+
+def test_errors_of_patch_tokens(script, tables):
+    def row(way, target, error, images=1024, seed=0, **changes):
+        common = dict(model="toy", search_images=images, fit_images=images, eval_images=2000, seed=seed)
+        return dict(common, way=way, target=target, relative_error=error, **changes)
+
+    found = [row("copies", 0.8, 0.3), row("pruned", 0.8, 0.05, before_refit=0.1), row("copies", 0.5, 0.6)]
+    found += [row("pruned", 0.8, 0.03, before_refit=0.12, seed=1), row("pruned", 0.5, 0.2, 2048, before_refit=0.4)]
+    assert script("dense_tables").dense_tokens(found).splitlines() == [
+        "| relative squared error at | 0.8 of the MACs | 0.5 of the MACs |",
+        "| --- | ---: | ---: |",
+        "| pruned, 1,024 images for the search, 1,024 for the refit | 0.0400 | – |",
+        "| before the refit, 1,024 images for the search, 1,024 for the refit | 0.1100 | – |",
+        "| pruned, 2,048 images for the search, 2,048 for the refit | – | 0.2000 |",
+        "| before the refit, 2,048 images for the search, 2,048 for the refit | – | 0.4000 |",
+        "| copies of the nearest | 0.3000 | 0.6000 |",
+        "",
+        "toy, 2,000 evaluation images; mean of 2 seeds.",
+    ]
