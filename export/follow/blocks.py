@@ -24,7 +24,8 @@ from .rules import RULES, Flow, Tokens, grid_of, start
 #: What the stream may pass between two blocks: each token by itself, or other tokens put beside it or left out.
 _CARRIERS = frozenset(
     ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast", "Identity", "Dropout", "Slice", "Concat", "Add",
-     "Mul", "Sub", "Div", "LayerNormalization", "RMSNormalization", "BatchNormalization", "Expand", "Split", "Gather")
+     "Mul", "Sub", "Div", "LayerNormalization", "RMSNormalization", "BatchNormalization", "Expand", "Split", "Gather",
+     "Pad")
 )  # fmt: skip
 #: What may lie between a softmax and the sum over keys: a weight of 0 stays 0.
 _KEEP_ZEROS = frozenset(
@@ -210,7 +211,7 @@ def _branch(add: ir.Node, update: int, stops: set[ir.Value], tokens: Tokens, flo
             nodes.add(node)
         waiting.extend(used_by(node))
     reason, mixers = None, []
-    for node in nodes:
+    for node in (node for node in add.graph if node in nodes):
         flow = flows.get(node)
         if node in lost:
             reason = reason or f"{lost[node]} at {called(node)}"
@@ -236,7 +237,7 @@ def _keyed(branch: Branch, flows: dict[ir.Node, Flow]) -> tuple[tuple[ir.Node, .
     A key is left out by leaving it out of a softmax, so every sum over tokens must have one ahead of it, and what the
     softmax gives must end in such sums only.
     """
-    softmaxes = [node for node in branch.nodes if node in flows and flows[node].normalises is not None]
+    softmaxes = [node for node, flow in flows.items() if node in branch.nodes and flow.normalises is not None]
     for node in branch.mixers:
         flow = flows[node]
         if node.op_type == "Attention":

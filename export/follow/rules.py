@@ -44,7 +44,7 @@ class Flow:
         links: One for each input: the node's group that each of its groups is, or :data:`~.layout.ENDED`: the node
             needs all of it, in its own order. Empty for inputs without tokens.
         ends: Ids of the groups that end in the node.
-        covers: (input, axis, factors): an axis of an input without tokens that lies along tokens; parts name groups of
+        covers: (input, axis, factors): an axis without tokens of an input that lies along tokens; parts name groups of
             the node.
         normalises: The group over which the node normalises (Softmax), so that leaving out a token changes the others.
         how: ``"along"``: the node can be run on fewer tokens as it is; ``"reshape"`` and ``"expand"``: with another
@@ -211,10 +211,12 @@ def contract(node: ir.Node, tokens: Tokens, letters: Sequence[Sequence | None], 
     groups = len(output.ids) if output is not None else 0
     covers = []
     for i, names in enumerate(letters):
-        if names is None or layouts[i] is not None:
+        if names is None:
             continue
         for axis, name in enumerate(names):
-            if name in summed_axes and shapes[i][axis] > 1:
+            if layouts[i] is not None and layouts[i].groups_of(axis):
+                continue
+            if layouts[i] is None and name in summed_axes and shapes[i][axis] > 1:
                 covers.append((i, axis, (Part(groups + summed_axes[name], shapes[i][axis]),)))
             elif output is not None and name in result:
                 target = list(result).index(name)
@@ -372,6 +374,18 @@ def tile(node: ir.Node, tokens: Tokens) -> Flow:
     axes = [axis if count == 1 else plain(size * count)
             for axis, count, size in zip(layout.axes, times, layout.shape, strict=True)]  # fmt: skip
     return as_flow(node, layout, layout.with_axes(axes))
+
+
+@rule("Pad")
+def pad(node: ir.Node, tokens: Tokens) -> Flow:
+    layout, sizes = sole_layout(node, tokens), tokens.shape(node.outputs[0])
+    amounts = attribute(node, "pads") or tokens.numbers(node, 1)
+    axes = tokens.numbers(node, 3, list(range(len(sizes))))
+    padded = {axes[at % len(axes)] % len(sizes) for at, amount in enumerate(amounts) if amount}
+    if any(layout.groups_of(axis) for axis in padded):
+        raise Lost("tokens are padded")
+    return as_flow(node, layout, layout.with_axes([plain(sizes[axis]) if axis in padded else factors
+                                                   for axis, factors in enumerate(layout.axes)]))  # fmt: skip
 
 
 # -- picking and joining ----------------------------------------------------------------------------------------------

@@ -74,6 +74,8 @@ FOLLOWED = {
     "y = Concat<axis=-1>(x, x)": [ALL],
     "a = Slice(grid, zero, one, two) b = Slice(grid, one, two, two) y = Concat<axis=2>(b, a)": [[[3, 4, 5], [0, 1, 2]]],
     "y = Cast<to=1>(x)": [ALL],
+    "n = Constant<value_ints=[0, 0, 0, 0, 0, 0]>() y = Pad(x, n)": [ALL],
+    "n = Constant<value_ints=[0, 0, 1, 0, 0, 2]>() y = Pad(x, n)": [ALL],
 }  # fmt: skip
 #: What is done to x -> a part of the reason why tokens cannot be followed behind it.
 LOST = {
@@ -89,6 +91,8 @@ LOST = {
     "s = Constant<value_ints=[1, 2, 1]>() y = Tile(x, s)": "repeated",
     "y = Attention<q_num_heads=2, kv_num_heads=2, is_causal=1>(x, x, x)": "causal",
     "y = CumSum(x, i)": "CumSum",
+    "n = Constant<value_ints=[0, 1, 0, 0, -1, 0]>() y = Pad(x, n)": "padded",
+    "t = Transpose<perm=[0, 1, 3, 2]>(grid) y = MatMul(grid, t)": "windows",
 }
 CONSTANTS = ("zero = Constant<value_ints=[0]>() one = Constant<value_ints=[1]>() two = Constant<value_ints=[2]>() "
              "four = Constant<value_ints=[4]>() back = Constant<value_ints=[1, 6, 4]>() "
