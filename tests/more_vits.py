@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from many_vits import HF, SIZE, Call, Kind, _hf, _vit, hf, timm_vit
+from many_vits import HF, SIZE, Call, Kind, _hf, _vit, hf, sam, timm_vit
 from torch import nn
 from torch.nn import functional as F
 
@@ -150,4 +150,9 @@ MORE: dict[str, Kind] = {
                               ("logits", "cls_logits", "distillation_logits")), prefix=2),
     "one channel": _vit(lambda: timm_vit(in_chans=1), shape=(1, *SIZE)),
     "queries": _inside(Queries, joins=4),
+    "SAM, global": _vit(lambda: sam(depth=2, img_size=SIZE, global_attn_indexes=(0, 1)), prefix=0,
+                        exporters=("torchscript",)),
+    "ViTDet": _hf("encoder.layer", "attention", "mlp",
+                  lambda: hf("VitDetModel", "VitDetConfig", "last_hidden_state", attention="eager",
+                             pretrain_image_size=32, use_relative_position_embeddings=True), prefix=0),
 }  # fmt: skip

@@ -50,6 +50,7 @@ class Flow:
         how: ``"along"``: the node can be run on fewer tokens as it is; ``"reshape"`` and ``"expand"``: with another
             shape; ``"pick"``: it selects tokens; ``"join"``: it puts tokens side by side; ``"start"``: they begin here.
         axis: Of the output, where tokens are picked or joined.
+        rank: How many axes each input has, where the node repeats its inputs along the axes that they lack.
     """
 
     outputs: tuple[Layout | None, ...]
@@ -59,6 +60,7 @@ class Flow:
     normalises: int | None = None
     how: str = "along"
     axis: int = 0
+    rank: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: dict) -> Flow:
         return self
@@ -236,7 +238,8 @@ def contract(node: ir.Node, tokens: Tokens, letters: Sequence[Sequence | None], 
 def elementwise(node: ir.Node, tokens: Tokens) -> Flow:
     rank = len(tokens.shape(node.outputs[0]))
     letters = [None if v is None else range(rank - len(tokens.shape(v)), rank) for v in node.inputs]
-    return contract(node, tokens, letters, range(rank))
+    flow = contract(node, tokens, letters, range(rank))
+    return replace(flow, rank=tuple(0 if own is None else len(own) for own in letters)) if flow.covers else flow
 
 
 @rule("MatMul")
@@ -488,8 +491,10 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
     if len(np.unique(ids)) < len(ids):
         raise Lost("a token is put beside itself")
     result = tidy(axes, [*rest.ids, ids])
-    covers = tuple((i, a, result.axes[a]) for i, layout in enumerate(layouts) if layout is None
-                   for a in range(len(shape)) if a != axis and result.groups_of(a))  # fmt: skip
+    covers = tuple((i, a, result.axes[a]) for i, layout in enumerate(layouts) for a, size in enumerate(shape)
+                   if a != axis and size > 1 and result.groups_of(a) and not (layout and layout.groups_of(a)))  # fmt: skip
+    if any(layouts[i] for i, _, _ in covers):
+        raise Lost("its inputs have tokens on other axes")
     return Flow((result,), tuple(links), covers=covers, how="join", axis=axis)
 
 

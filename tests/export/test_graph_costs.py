@@ -44,9 +44,12 @@ def test_branches_side_by_side_are_added_and_parts_left_whole_cost_nothing():
     assert windows == (BlockMacs(mlp=2 * 16 * 64),) * 2
 
 
-@pytest.mark.parametrize("name", ["ViT, average", "parallel, one residual", "relative positions"])
+@pytest.mark.parametrize(
+    "name", ["ViT, average", "parallel, one residual", "relative positions", "SAM, global", "ViTDet"]
+)
 def test_a_folded_graph_saves_what_its_tokens_cost(name):
     """Counted in the nodes of folded graphs whose plans differ in one set of the first block."""
+    pytest.importorskip("transformers" if name == "ViTDet" else "timm")
     followed = follow(written(name, "torchscript", 17, False))
     prefix, cost, patches = followed.prefix, costs(followed)[0], tuple(range(followed.patches))
     plan = identity_plan(followed)

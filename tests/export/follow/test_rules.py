@@ -32,6 +32,8 @@ GRID = [[0, 1, 2], [3, 4, 5]]
 FOLLOWED = {
     "y = Add(x, v)": [ALL],
     "y = Mul(x, x)": [ALL],
+    "a = MatMul(x, wide) b = Transpose<perm=[0, 2, 1]>(a) y = Add(a, b)": [ALL, ALL],
+    "a = MatMul(x, wide) l = MatMul(x, flat) y = Add(a, l)": [ALL, ALL],
     "y = Gelu(x)": [ALL],
     "c = Constant<value_float=0.1>() h = Greater(x, c) y = Where(h, x, v)": [ALL],
     "y = LayerNormalization<axis=-1>(x, w)": [ALL],
@@ -84,7 +86,8 @@ LOST = {
     "y = MatMul(grid, other)": "windows",
     "y = LayerNormalization<axis=1>(x, all)": "a normalisation over tokens",
     "s = Constant<value_ints=[1, 4, 6]>() y = Reshape(x, s)": "cut by a reshape",
-    "a = MatMul(x, wide) b = Transpose<perm=[0, 2, 1]>(a) y = Add(a, b)": "tokens on other axes",
+    "a = MatMul(x, wide) l = MatMul(x, flat) b = Slice(a, zero, two, one) c = Slice(l, two, four, one) "
+    "y = Concat<axis=1>(b, c)": "tokens on other axes",
     "i = Constant<value_ints=[1, 0, 2, 3, 4, 5]>() r = Gather<axis=1>(x, i) y = Add(r, x)": "other tokens",
     "i = Constant<value_ints=[1, 1]>() y = Gather<axis=1>(x, i)": "picked twice",
     "y = Concat<axis=1>(x, x)": "beside itself",
