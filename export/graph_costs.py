@@ -236,7 +236,8 @@ def roles_of(
 
     Returns:
         Node of a branch that can be masked -> (tokens, roles) of each of its groups, from the updates back to the
-        stream, without roles where all tokens are computed whatever the plan says; and value between the stream and such an update -> roles of each of its groups.
+        stream, without roles where all tokens are computed whatever the plan says; and value between the stream and
+        such an update -> roles of each of its groups.
     """
     graph, layouts, nodes = followed.model.graph, followed.tokens.layouts, {}
     stream, roles, fixed = {followed.stream}, {}, {}
@@ -258,7 +259,8 @@ def roles_of(
                 own[group] |= names
                 sizes[group] = layouts[value].ids[group].size
         for group in range(flow.groups, len(own)):
-            own[group] |= {(block, "key") for names in own[: flow.groups] for block, role in names if role == "query"}
+            own[group] |= {(block, "key") for names in own[: flow.groups] for block, role in names
+                           if role == "query" and followed.blocks[block].keys}  # fmt: skip
         for value, links in zip(node.inputs, flow.links, strict=True):
             if value is not None and links and value not in stream:
                 known = roles.setdefault(value, [set() for _ in links])

@@ -30,7 +30,8 @@ class Kind:
         layers: Module -> its blocks.
         attention, mlp: Block -> the module whose output is the update, or is scaled per channel to give it; None: the
             kind has none that can be masked.
-        attends: Block -> the module inside of which attention is computed, if it is not ``attention``.
+        attends: Block -> the module inside of which attention is computed, if it is not ``attention``; an empty list
+            where its keys cannot be masked.
         prefix: Tokens ahead of the patches.
         size: Of the images.
         shape: Of an input without its batch, where it is no image of three channels.
@@ -328,8 +329,9 @@ KINDS: dict[str, Kind] = {
     "CLIP, two towers": _hf("vision_model.encoder.layers", "self_attn", "mlp", two_towers),
     "Depth Anything": _hf("backbone.encoder.layer", "attention", "mlp", depth_anything, size=(56, 56)),
     "Swin": Kind(swin, lambda m: list(m.layers[0].blocks), None, lambda b: b.mlp, prefix=0, size=(32, 32)),
-    "CaiT": Kind(cait, _blocks, None, lambda b: b.mlp, prefix=0, size=(32, 32), exporters=("torchscript",)),
-    "SAM": Kind(sam, _blocks, lambda b: [] if b.window_size else b.attn, prefix=0, size=(32, 32), exporters=("torchscript",)),
+    "CaiT": Kind(cait, _blocks, lambda b: b.attn, lambda b: b.mlp, prefix=0, size=(32, 32), exporters=("torchscript",)),
+    "SAM": Kind(sam, _blocks, lambda b: [] if b.window_size else b.attn, prefix=0, size=(32, 32),
+                exporters=("torchscript",)),
 }  # fmt: skip
 
 

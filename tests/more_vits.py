@@ -41,6 +41,33 @@ class TokensFirst(nn.Module):
         return self.ln_post(x.permute(1, 0, 2)[:, 0]) @ self.proj
 
 
+class Reduced(nn.Module):
+    """As PVT and SegFormer do: keys and values are those of a smaller map, made by a convolution."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            from timm.models.pvt_v2 import Attention
+
+            super().__init__()
+            self.norm1, self.norm2, self.attn = nn.LayerNorm(32), nn.LayerNorm(32), Attention(32, 2, sr_ratio=2)
+            self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+        def forward(self, x):
+            x = x + self.attn(self.norm1(x), torch.Size((4, 6)))
+            return x + self.mlp(self.norm2(x))
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 32, 8, 8), nn.Linear(32, 5)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(2))
+
+    def forward(self, pixels):
+        x = self.stem(pixels).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
 class Queries(nn.Module):
     """As EoMT does: queries join ahead of a late block, and masks are their products with the patches."""
 
@@ -150,6 +177,7 @@ MORE: dict[str, Kind] = {
                               ("logits", "cls_logits", "distillation_logits")), prefix=2),
     "one channel": _vit(lambda: timm_vit(in_chans=1), shape=(1, *SIZE)),
     "queries": _inside(Queries, joins=4),
+    "reduced keys": Kind(Reduced, lambda m: list(m.blocks), attends=lambda b: [], prefix=0),
     "SAM, global": _vit(lambda: sam(depth=2, img_size=SIZE, global_attn_indexes=(0, 1)), prefix=0,
                         exporters=("torchscript",)),
     "ViTDet": _hf("encoder.layer", "attention", "mlp",

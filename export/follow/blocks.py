@@ -210,7 +210,7 @@ def _branch(add: ir.Node, update: int, stops: set[ir.Value], tokens: Tokens, flo
         if value in tokens.layouts or value in tokens.mixed or any(one in tokens.layouts for one in used_by(node)):
             nodes.add(node)
         waiting.extend(used_by(node))
-    reason, mixers = None, []
+    reason, mixers, layout = None, [], tokens.layouts[add.outputs[0]]
     for node in (node for node in add.graph if node in nodes):
         flow = flows.get(node)
         if node in lost:
@@ -219,15 +219,18 @@ def _branch(add: ir.Node, update: int, stops: set[ir.Value], tokens: Tokens, flo
             if flow.how == "pick":
                 reason = reason or f"one token is picked at {called(node)}"
             mixers.append(node)
-    if reason is None and add.inputs[update] not in tokens.layouts:
-        reason = f"what {called(add)} adds carries no tokens"
-    layout = tokens.layouts[add.outputs[0]]
-    if reason is None and (len(layout.ids) > 1 or is_split(layout)):
-        reason = f"windows: the token axis is split at {called(add)}"
-    branch = Branch(add, update, frozenset(nodes), tuple(mixers), (), reason)
+    branch = Branch(add, update, frozenset(nodes), tuple(mixers), (), None, reason)
+    added = tokens.layouts.get(add.inputs[update])
+    if added is None or len(added.ids) != len(layout.ids) or not all(map(np.array_equal, added.ids, layout.ids)):
+        reason = reason or f"what {called(add)} adds carries no tokens"
+        return replace(branch, reason=reason, keys_reason=reason)
+    if len(layout.ids) > 1 or is_split(layout):
+        reason = reason or f"windows: the token axis is split at {called(add)}"
+        return replace(branch, reason=reason, keys_reason=reason)
+    # An update of a token needs that token alone of what carries tokens up to it, whatever else the branch reads.
     if mixers and reason is None:
         keyed, reason = _keyed(branch, flows)
-        branch = replace(branch, keyed=keyed, reason=reason)
+        branch = replace(branch, keyed=keyed, keys_reason=reason)
     return branch
 
 

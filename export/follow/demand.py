@@ -311,4 +311,4 @@ def check_keys(followed: Followed, plan: Plan, wanted: Demand) -> None:
         for branch in block.attention:
             live = branch.add.inputs[branch.update].producer() in wanted.live
             if live and not branch.keyed and len(plan.keys[block.index]) < followed.patches:
-                raise PlanError(f"block {block.index} is left whole and reads every token: {branch.reason}")
+                raise PlanError(f"block {block.index} is left whole and reads every token: {branch.keys_reason}")

@@ -30,9 +30,9 @@ def mask(followed: Followed, plan: Plan) -> ir.Model:
             combine("Mul", node, branch.update, along(layout, 0, keep.astype(np.float64)), "update")
     whole = {node for block in followed.blocks for b in block.attention if not b.keyed for node in b.mixers}
     for node, keep in sets.keys.items():
-        flow = followed.flows[node]
         if node in whole:
             continue
+        flow = followed.flows[node]
         if node.op_type == "Attention":
             bias = _bias(sets, node, keep)[flow.ends[0]]
             if bias.any() and np.isfinite(bias).any():

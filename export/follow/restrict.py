@@ -333,7 +333,7 @@ class _Fold:
         blocks = self.followed.blocks
         if value not in self.wanted.needed or len(self.layouts[value].ids) > 1:
             return
-        if not all(b.reason is None for block in blocks for b in (*block.attention, *block.mlp)):
+        if self.followed.reasons:  # what is left whole needs all tokens as they stand
             return
         (needed,) = self.wanted.needed[value]
         (have,) = self.rows(value)

@@ -491,8 +491,10 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
     if len(np.unique(ids)) < len(ids):
         raise Lost("a token is put beside itself")
     result = tidy(axes, [*rest.ids, ids])
-    covers = tuple((i, a, result.axes[a]) for i, layout in enumerate(layouts) for a, size in enumerate(shape)
-                   if a != axis and size > 1 and result.groups_of(a) and not (layout and layout.groups_of(a)))  # fmt: skip
+    covers = tuple(
+        (i, a, result.axes[a]) for i, layout in enumerate(layouts) for a, size in enumerate(shape)
+        if a != axis and size > 1 and result.groups_of(a) and not (layout and layout.groups_of(a))
+    )  # fmt: skip
     if any(layouts[i] for i, _, _ in covers):
         raise Lost("its inputs have tokens on other axes")
     return Flow((result,), tuple(links), covers=covers, how="join", axis=axis)

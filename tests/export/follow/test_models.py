@@ -14,7 +14,8 @@ from vpruner.export.follow import counts, fold, follow, mask
 from vpruner.export.follow.restrict import check_result
 
 #: What is masked of each block of kinds of which not everything is; the others: keys, queries and MLPs.
-PARTS = {"parallel, one product": ["kq"] * 2, "Swin": ["m"] * 2, "SAM": ["m", "kqm", "m"], "CaiT": ["m"] * 2}
+PARTS = {"parallel, one product": ["kq"] * 2, "Swin": ["m"] * 2, "SAM": ["m", "kqm", "m"], "CaiT": ["qm"] * 2,
+         "reduced keys": ["qm"] * 2}  # fmt: skip
 MODULES = {"hf": "transformers", "CLIP": "transformers", "Depth": "transformers", "ViTDet": "transformers"}
 CASES = [
     (name, exporter, opset, dynamic)
