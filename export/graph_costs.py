@@ -127,9 +127,12 @@ def image_of(followed: Followed) -> ir.Value:
     Raises:
         GraphError: There is none.
     """
-    fed = above(followed.stem.outputs[0])
-    image = next((value for value in fed if value in followed.model.graph.inputs and value.const_value is None), None)
-    if image is None or len(followed.tokens.known.shapes.get(image, ())) < 3:
+    shapes = followed.tokens.known.shapes
+    inputs = [value for value in followed.model.graph.inputs if value.const_value is None]
+    fed = (value for value in above(followed.stem.outputs[0]) if value in inputs)
+    # What says which patches are hidden is fed there, too.
+    image = next((value for value in fed if len(shapes.get(value, ())) > 2), None)
+    if image is None:
         raise GraphError("the tokens do not begin at an image that is fed to the graph")
     return image
 

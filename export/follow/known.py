@@ -188,8 +188,9 @@ class Known:
         return array
 
     def constant(self, value: ir.Value) -> np.ndarray | None:
-        """:meth:`array` of what depends on no open size either."""
-        return None if value in self.varying else self.array(value)
+        """:meth:`array` of what depends on no open size either; None of what was made since."""
+        unknown = value.const_value is None and value not in self.shapes
+        return None if unknown or value in self.varying else self.array(value)
 
     def forget_floats(self) -> None:
         """Compute what is no whole number anew when it is asked for: constants of the graph were exchanged."""

@@ -404,7 +404,10 @@ def picked(node: ir.Node, tokens: Tokens) -> list[tuple[int, list[np.ndarray]]]:
     if node.op_type != "Slice":
         axis = attribute(node, "axis", 0) % len(shape)
         if node.op_type == "Gather":
-            return [(axis, [np.arange(shape[axis])[tokens.numbers(node, 1)]])]
+            indices = np.asarray(tokens.numbers(node, 1))
+            if indices.size and not -shape[axis] <= indices.min() <= indices.max() < shape[axis]:
+                raise Lost("it picks what is not there")
+            return [(axis, [np.arange(shape[axis])[indices]])]
         ends = np.cumsum([tokens.shape(value)[axis] for value in node.outputs])
         return [(axis, np.split(np.arange(shape[axis]), ends[:-1]))]
     starts, ends = tokens.numbers(node, 1), tokens.numbers(node, 2)

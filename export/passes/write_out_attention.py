@@ -10,11 +10,13 @@ from .edit import add_constant, add_node, add_shape
 
 
 class WriteOutAttention(ir.passes.InPlacePass):
-    """``Attention`` of opset 23, without a mask that masks, cache, causality or soft cap -> products and a softmax.
+    """``Attention`` of opset 23, without a cache, causality or soft cap -> products and a softmax.
 
     With s = sqrt(scale)::
 
-        Attention(Q, K, V) -> MatMul(Softmax(MatMul(s Q, Transpose(s K))), V)
+        Attention(Q, K, V, mask) -> MatMul(Softmax(MatMul(s Q, Transpose(s K)) + mask), V)
+
+    A mask of truth values becomes ``Where`` in place of the sum.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -27,7 +29,7 @@ class WriteOutAttention(ir.passes.InPlacePass):
     def _rewrite(self, graph: ir.Graph, node: ir.Node) -> bool:
         query, key, value = node.inputs[:3]
         extras = any(other is not None for other in node.inputs[4:])
-        extras |= len(node.inputs) > 3 and not _masks_nothing(node.inputs[3])
+        mask = node.inputs[3] if len(node.inputs) > 3 and not _masks_nothing(node.inputs[3]) else None
         read = any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
         softcap = node.attributes["softcap"].as_float() if "softcap" in node.attributes else 0.0
         precision = attribute_int(node, "softmax_precision", int(ir.DataType.FLOAT))
@@ -63,6 +65,12 @@ class WriteOutAttention(ir.passes.InPlacePass):
         key = add_node(node, "Transpose", [key], f"{name}.k.transposed", {"perm": [0, 1, 3, 2]})
         key = add_node(node, "Mul", [key.outputs[0], root], f"{name}.k.scaled")
         logits = add_node(node, "MatMul", [query.outputs[0], key.outputs[0]], f"{name}.logits")
+        if mask is not None and mask.dtype == ir.DataType.BOOL:
+            closed = add_constant(graph, "vpruner.closed", np.asarray(-np.inf, np.float32))
+            logits = add_node(node, "Where", [mask, logits.outputs[0], closed], f"{name}.masked")
+            logits.outputs[0].dtype = query.outputs[0].dtype
+        elif mask is not None:
+            logits = add_node(node, "Add", [logits.outputs[0], mask], f"{name}.masked")
         softmax = add_node(node, "Softmax", logits.outputs, f"{name}.softmax", {"axis": -1})
         output = add_node(node, "MatMul", [softmax.outputs[0], value], f"{name}.weighted").outputs[0]
         if packed:

@@ -23,7 +23,8 @@ from vpruner.export.fold import fold_file
 from vpruner.export.graph import open_graph
 from vpruner.export.parity import check_fold, run_all_outputs, run_onnx
 from vpruner.export.passes.edit import add_constant
-from vpruner.prune.backbones.vit import ViTAdapter, embed_images, read_geometry
+from vpruner.prune.backbones.forms import embed_images
+from vpruner.prune.backbones.vit import ViTAdapter, read_geometry
 
 DYNAMO = [
     Foreign(exporter="dynamo", opset=opset, dynamic=dynamic, fused=fused)

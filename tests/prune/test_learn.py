@@ -112,6 +112,7 @@ def test_garbage_gradients_are_refused(images, monkeypatch):
 
 def test_choice_of_loss():
     assert choose_loss("auto", "features", True) == "features"
+    assert choose_loss("auto", "values", True) == "output"
     assert choose_loss("auto", "logits", True) == "labels"
     assert choose_loss("auto", "logits", False) == "self"
     assert choose_loss("self", "logits", True) == "self"
@@ -119,6 +120,8 @@ def test_choice_of_loss():
         ("labels", "logits", False),
         ("features", "logits", True),
         ("self", "features", True),
+        ("self", "values", True),
+        ("output", "logits", True),
     ):
         with pytest.raises(UserError):
             choose_loss(loss, output, labelled)
