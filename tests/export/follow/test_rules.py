@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from follow_tools import misplaced
+from follow_tools import misplaced, run
 
 from vpruner.export.follow.blocks import follow_tokens
 from vpruner.export.follow.followed import Followed
@@ -162,3 +162,17 @@ def test_every_operator_in_the_table_has_a_case():
     tested = {word.split("<")[0].split("(")[0] for body in (*FOLLOWED, *LOST) for word in body.split()}
     alike = {name for name, rule in RULES.items() if rule in (elementwise, normalisation, reduction)}
     assert set(RULES) - tested - alike - {"LogSoftmax"} == set()
+
+
+def test_numbers_for_each_image_are_left_to_the_graph():
+    text = """<ir_version: 8, opset_import: ["": 18]> g (float[N, 4] x) => (float[N, 4] y) {
+        order = Constant<value_ints=[3, 2, 1, 0]>()
+        n = Shape<start=0, end=1>(x)
+        four = Constant<value_ints=[4]>()
+        sizes = Concat<axis=0>(n, four)
+        index = Expand(order, sizes)
+        y = GatherElements<axis=1>(x, index)
+    }"""
+    model, _ = prepare(ir.from_proto(onnx.parser.parse_model(text)))
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert np.array_equal(run(model, x)[0], x[:, ::-1])
