@@ -19,7 +19,7 @@ from ..core.errors import GraphError
 from ..core.geometry import Geometry
 from .follow import Block, Followed
 from .follow.columns import project_apart
-from .follow.demand import demand, sets_of, unlike
+from .follow.demand import demand, sets_of, unlike, whole_groups
 from .follow.known import above
 from .follow.layout import ENDED
 from .follow.rules import attribute
@@ -223,10 +223,8 @@ def costs(followed: Followed) -> tuple[BlockMacs, ...]:
     project_apart(followed, demand(followed, sets))
     found = [dict.fromkeys(("key", "query", "pair", "mlp"), 0) for _ in followed.blocks]
     for node, groups in roles_of(followed)[0].items():
-        sizes = [size for size, _ in groups]
-        macs = _macs(node, followed)
-        per_token = 0 if not macs or not sizes else macs // math.prod(sizes)
         roles = [names for _, names in groups if names]
+        per_token = _macs(node, followed) // math.prod(size for size, names in groups if names)
         for block in {block for names in roles for block, _ in names}:
             named = [{role for index, role in names if index == block} for names in roles]
             for role in ("pair",) if len(named) == 2 else set().union(*named):
@@ -241,10 +239,11 @@ def roles_of(
 
     Returns:
         Node of a branch that can be masked -> (tokens, roles) of each of its groups, from the updates back to the
-        stream; and value between the stream and such an update -> roles of each of its groups.
+        stream, without roles where all tokens are computed whatever the plan says; and value between the stream and
+        such an update -> roles of each of its groups.
     """
     graph, layouts, nodes = followed.model.graph, followed.tokens.layouts, {}
-    stream, roles = {followed.stream}, {}
+    stream, roles, fixed = {followed.stream}, {}, {}
     for block in followed.blocks:
         for role, branches in (("query", block.attention), ("mlp", block.mlp)):
             for branch in branches:
@@ -257,18 +256,22 @@ def roles_of(
             continue
         own: list[set] = [set() for _ in range(flow.groups + len(flow.ends))]
         sizes = [0] * flow.groups + [ids.size for ids in flow.ends]
+        whole = whole_groups(followed, node, keyed=True).union(*(fixed.get(value, ()) for value in node.outputs))
         for value in node.outputs:
             for group, names in enumerate(roles.get(value, ())):
                 own[group] |= names
                 sizes[group] = layouts[value].ids[group].size
         for group in range(flow.groups, len(own)):
-            own[group] |= {(block, "key") for names in own[: flow.groups] for block, role in names if role == "query"}
+            own[group] |= {(block, "key") for names in own[: flow.groups] for block, role in names
+                           if role == "query" and followed.blocks[block].keys}  # fmt: skip
         for value, links in zip(node.inputs, flow.links, strict=True):
             if value is not None and links and value not in stream:
                 known = roles.setdefault(value, [set() for _ in links])
                 for group, link in enumerate(links):
                     known[group] |= own[link] if link != ENDED else set()
-        nodes[node] = list(zip(sizes, own, strict=True))
+                fixed.setdefault(value, set()).update(own for own, link in enumerate(links) if link in {ENDED, *whole})
+        left = [set() if group in whole else names for group, names in enumerate(own)]
+        nodes[node] = list(zip(sizes, left, strict=True))
     return nodes, roles
 
 

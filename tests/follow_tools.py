@@ -103,7 +103,7 @@ def misplaced(followed: Followed, *feeds: np.ndarray, tokens: int = 3) -> list[s
     behind = {node.outputs[0]}
     for one in model.graph:
         flow = followed.flows.get(one)
-        ended = flow is not None and flow.how != "start" and ENDED in sum(flow.links, ())
+        ended = flow is not None and ENDED in sum(flow.links, ())
         mixes = one in followed.lost or ended or (flow is not None and (flow.ends or flow.normalises is not None))
         if any(value in behind for value in one.inputs):
             behind.update(one.outputs)

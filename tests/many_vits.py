@@ -30,7 +30,8 @@ class Kind:
         layers: Module -> its blocks.
         attention, mlp: Block -> the module whose output is the update, or is scaled per channel to give it; None: the
             kind has none that can be masked.
-        attends: Block -> the module inside of which attention is computed, if it is not ``attention``.
+        attends: Block -> the module inside of which attention is computed, if it is not ``attention``; an empty list
+            where its keys cannot be masked.
         prefix: Tokens ahead of the patches.
         size: Of the images.
         shape: Of an input without its batch, where it is no image of three channels.
@@ -97,11 +98,12 @@ class Call(nn.Module):
         return self.function(self.module, pixels)
 
 
-def hf(model: str, config: str, output: str | tuple[str, ...], sizes: dict = HF, feed="pixel_values", **more):
+def hf(model: str, config: str, output: str | tuple[str, ...], sizes: dict = HF, feed="pixel_values",
+       attention: str = "sdpa", **more):  # fmt: skip
     import transformers
 
     made = getattr(transformers, config)(**{**sizes, **more})
-    made._attn_implementation = "sdpa"
+    made._attn_implementation = attention
     module = getattr(transformers, model)(made)
     names = (output,) if isinstance(output, str) else output
 
@@ -201,11 +203,11 @@ def swin():
                            num_classes=5)  # fmt: skip
 
 
-def sam():
+def sam(**more):
     from timm.models.vision_transformer_sam import VisionTransformerSAM
 
-    return VisionTransformerSAM(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5,
-                                window_size=3, global_attn_indexes=(1,), use_rel_pos=True, neck_chans=8)  # fmt: skip
+    sizes = dict(img_size=32, depth=3, window_size=3, global_attn_indexes=(1,))
+    return VisionTransformerSAM(**{**BASE, **sizes, **more}, use_rel_pos=True, neck_chans=8)
 
 
 def cait():
@@ -327,8 +329,9 @@ KINDS: dict[str, Kind] = {
     "CLIP, two towers": _hf("vision_model.encoder.layers", "self_attn", "mlp", two_towers),
     "Depth Anything": _hf("backbone.encoder.layer", "attention", "mlp", depth_anything, size=(56, 56)),
     "Swin": Kind(swin, lambda m: list(m.layers[0].blocks), None, lambda b: b.mlp, prefix=0, size=(32, 32)),
-    "CaiT": Kind(cait, _blocks, None, lambda b: b.mlp, prefix=0, size=(32, 32), exporters=("torchscript",)),
-    "SAM": Kind(sam, _blocks, None, lambda b: b.mlp, prefix=0, size=(32, 32), exporters=("torchscript",)),
+    "CaiT": Kind(cait, _blocks, lambda b: b.attn, lambda b: b.mlp, prefix=0, size=(32, 32), exporters=("torchscript",)),
+    "SAM": Kind(sam, _blocks, lambda b: [] if b.window_size else b.attn, prefix=0, size=(32, 32),
+                exporters=("torchscript",)),
 }  # fmt: skip
 
 
@@ -418,8 +421,17 @@ def masked_attention(kind: Kind, plan, current: list[int]):
             attn_mask = closed.expand(query.shape[-2], -1) if attn_mask is None else attn_mask + closed
         return plain(query, key, value, attn_mask, *args, **kwargs)
 
-    F.scaled_dot_product_attention = attention
+    def softmax(logits, *args, **kwargs):
+        if current:
+            closed = torch.full((logits.shape[-1],), float("-inf"))
+            closed[: kind.prefix] = 0
+            closed[kind.prefix + torch.tensor(plan.keys[current[-1]], dtype=torch.long)] = 0
+            logits = logits + closed
+        return written(logits, *args, **kwargs)
+
+    # Attention with decomposed relative positions calls no function for all of it.
+    F.scaled_dot_product_attention, torch.Tensor.softmax, written = attention, softmax, torch.Tensor.softmax
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = plain
+        F.scaled_dot_product_attention, torch.Tensor.softmax = plain, written

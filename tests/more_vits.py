@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from many_vits import HF, SIZE, Call, Kind, _hf, _vit, hf, timm_vit
+from many_vits import HF, SIZE, Call, Kind, _hf, _vit, hf, sam, timm_vit
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,6 +39,33 @@ class TokensFirst(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.ln_post(x.permute(1, 0, 2)[:, 0]) @ self.proj
+
+
+class Reduced(nn.Module):
+    """As PVT and SegFormer do: keys and values are those of a smaller map, made by a convolution."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            from timm.models.pvt_v2 import Attention
+
+            super().__init__()
+            self.norm1, self.norm2, self.attn = nn.LayerNorm(32), nn.LayerNorm(32), Attention(32, 2, sr_ratio=2)
+            self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+        def forward(self, x):
+            x = x + self.attn(self.norm1(x), torch.Size((4, 6)))
+            return x + self.mlp(self.norm2(x))
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 32, 8, 8), nn.Linear(32, 5)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(2))
+
+    def forward(self, pixels):
+        x = self.stem(pixels).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
 
 
 class Queries(nn.Module):
@@ -150,4 +177,10 @@ MORE: dict[str, Kind] = {
                               ("logits", "cls_logits", "distillation_logits")), prefix=2),
     "one channel": _vit(lambda: timm_vit(in_chans=1), shape=(1, *SIZE)),
     "queries": _inside(Queries, joins=4),
+    "reduced keys": Kind(Reduced, lambda m: list(m.blocks), attends=lambda b: [], prefix=0),
+    "SAM, global": _vit(lambda: sam(depth=2, img_size=SIZE, global_attn_indexes=(0, 1)), prefix=0,
+                        exporters=("torchscript",)),
+    "ViTDet": _hf("encoder.layer", "attention", "mlp",
+                  lambda: hf("VitDetModel", "VitDetConfig", "last_hidden_state", attention="eager",
+                             pretrain_image_size=32, use_relative_position_embeddings=True), prefix=0),
 }  # fmt: skip

@@ -24,7 +24,8 @@ from .rules import RULES, Flow, Tokens, grid_of, start
 #: What the stream may pass between two blocks: each token by itself, or other tokens put beside it or left out.
 _CARRIERS = frozenset(
     ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast", "Identity", "Dropout", "Slice", "Concat", "Add",
-     "Mul", "Sub", "Div", "LayerNormalization", "RMSNormalization", "BatchNormalization", "Expand", "Split", "Gather")
+     "Mul", "Sub", "Div", "LayerNormalization", "RMSNormalization", "BatchNormalization", "Expand", "Split", "Gather",
+     "Pad")
 )  # fmt: skip
 #: What may lie between a softmax and the sum over keys: a weight of 0 stays 0.
 _KEEP_ZEROS = frozenset(
@@ -209,8 +210,8 @@ def _branch(add: ir.Node, update: int, stops: set[ir.Value], tokens: Tokens, flo
         if value in tokens.layouts or value in tokens.mixed or any(one in tokens.layouts for one in used_by(node)):
             nodes.add(node)
         waiting.extend(used_by(node))
-    reason, mixers = None, []
-    for node in nodes:
+    reason, mixers, layout = None, [], tokens.layouts[add.outputs[0]]
+    for node in (node for node in add.graph if node in nodes):
         flow = flows.get(node)
         if node in lost:
             reason = reason or f"{lost[node]} at {called(node)}"
@@ -218,15 +219,18 @@ def _branch(add: ir.Node, update: int, stops: set[ir.Value], tokens: Tokens, flo
             if flow.how == "pick":
                 reason = reason or f"one token is picked at {called(node)}"
             mixers.append(node)
-    if reason is None and add.inputs[update] not in tokens.layouts:
-        reason = f"what {called(add)} adds carries no tokens"
-    layout = tokens.layouts[add.outputs[0]]
-    if reason is None and (len(layout.ids) > 1 or is_split(layout)):
-        reason = f"windows: the token axis is split at {called(add)}"
-    branch = Branch(add, update, frozenset(nodes), tuple(mixers), (), reason)
+    branch = Branch(add, update, frozenset(nodes), tuple(mixers), (), None, reason)
+    added = tokens.layouts.get(add.inputs[update])
+    if added is None or len(added.ids) != len(layout.ids) or not all(map(np.array_equal, added.ids, layout.ids)):
+        reason = reason or f"what {called(add)} adds carries no tokens"
+        return replace(branch, reason=reason, keys_reason=reason)
+    if len(layout.ids) > 1 or is_split(layout):
+        reason = reason or f"windows: the token axis is split at {called(add)}"
+        return replace(branch, reason=reason, keys_reason=reason)
+    # An update of a token needs that token alone of what carries tokens up to it, whatever else the branch reads.
     if mixers and reason is None:
         keyed, reason = _keyed(branch, flows)
-        branch = replace(branch, keyed=keyed, reason=reason)
+        branch = replace(branch, keyed=keyed, keys_reason=reason)
     return branch
 
 
@@ -236,7 +240,7 @@ def _keyed(branch: Branch, flows: dict[ir.Node, Flow]) -> tuple[tuple[ir.Node, .
     A key is left out by leaving it out of a softmax, so every sum over tokens must have one ahead of it, and what the
     softmax gives must end in such sums only.
     """
-    softmaxes = [node for node in branch.nodes if node in flows and flows[node].normalises is not None]
+    softmaxes = [node for node, flow in flows.items() if node in branch.nodes and flow.normalises is not None]
     for node in branch.mixers:
         flow = flows[node]
         if node.op_type == "Attention":

@@ -19,6 +19,7 @@ from .blocks import only_summed
 from .followed import Branch, Followed
 from .known import above, used_by
 from .layout import ENDED, Layout, Part, is_split
+from .rules import Flow
 
 
 class Plan(Protocol):
@@ -240,8 +241,24 @@ def whole_groups(followed: Followed, node: ir.Node, keyed: bool) -> set[int]:
                 whole.add(link)
     for position in {position for position, _, _ in flow.covers}:
         parts = [f.group for own, _, factors in flow.covers if own == position for f in factors if isinstance(f, Part)]
-        whole |= {group for group in set(parts) if group < flow.groups and parts.count(group) != layout.ids[group].ndim}
+        for group in {group for group in parts if group < flow.groups and parts.count(group) != layout.ids[group].ndim}:
+            if len(missing_axes(flow, position, [group])) + parts.count(group) != layout.ids[group].ndim:
+                whole.add(group)
     return whole
+
+
+def missing_axes(flow: Flow, position: int, groups: Sequence[int]) -> list[int]:
+    """Axes of the output that an elementwise node repeats an input along, which lies along the other axes of a grid.
+
+    None where something else is on such an axis, or where the node does more than repeat its inputs.
+    """
+    (output, *_), rank = flow.outputs, flow.rank
+    if not rank or output is None:
+        return []
+    lies = {axis + len(output.axes) - rank[position] for own, axis, _ in flow.covers if own == position}
+    axes = [axis for axis, factors in enumerate(output.axes)
+            if axis not in lies and any(isinstance(f, Part) and f.group in groups for f in factors)]  # fmt: skip
+    return axes if all(len(output.axes[axis]) == 1 for axis in axes) else []
 
 
 @dataclass(frozen=True)
@@ -294,4 +311,4 @@ def check_keys(followed: Followed, plan: Plan, wanted: Demand) -> None:
         for branch in block.attention:
             live = branch.add.inputs[branch.update].producer() in wanted.live
             if live and not branch.keyed and len(plan.keys[block.index]) < followed.patches:
-                raise PlanError(f"block {block.index} is left whole and reads every token: {branch.reason}")
+                raise PlanError(f"block {block.index} is left whole and reads every token: {branch.keys_reason}")

@@ -22,7 +22,8 @@ class Branch:
         nodes: Between the stream and the update.
         mixers: Those of them that sum over tokens.
         keyed: Softmaxes over the keys of this branch; empty where keys cannot be masked.
-        reason: Why the branch is left whole; None where it can be masked.
+        reason: Why the branch is left whole; None where what it adds to a token can be left out.
+        keys_reason: Why it reads every token; None where keys can be masked, and of an MLP.
     """
 
     add: ir.Node
@@ -31,10 +32,11 @@ class Branch:
     mixers: tuple[ir.Node, ...]
     keyed: tuple[ir.Node, ...] = ()
     reason: str | None = None
+    keys_reason: str | None = None
 
     @property
     def is_attention(self) -> bool:
-        return bool(self.mixers) or self.reason is not None
+        return bool(self.mixers) or self.keys_reason is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,8 @@ class Block:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(b.reason for b in (*self.attention, *self.mlp) if b.reason is not None))
+        left = [branch for branch in (*self.attention, *self.mlp) if branch.keys_reason is not None]
+        return tuple(dict.fromkeys(branch.reason or f"keys: {branch.keys_reason}" for branch in left))
 
 
 @dataclass(frozen=True, eq=False)

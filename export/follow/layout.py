@@ -228,6 +228,8 @@ ENDED = -1
 def unify(inputs: Sequence[Layout], shape: Sequence[int]) -> tuple[Layout, list[tuple[int, ...]]]:
     """What an operation with broadcasting gives, of inputs that carry tokens and have as many axes as ``shape``.
 
+    An axis without tokens may lie along one with tokens, as a bias of each query does along keys.
+
     Returns:
         The layout, and for each input the group of the result that each of its own becomes, or :data:`ENDED`.
 
@@ -249,9 +251,9 @@ def unify(inputs: Sequence[Layout], shape: Sequence[int]) -> tuple[Layout, list[
             factors = layout.axes[axis]
             if math.prod(map(size_of, factors)) == 1 and size != 1:
                 continue
-            if not factors:
+            if not factors or (found and not layout.groups_of(axis) and any(isinstance(f, Part) for f, _ in found)):
                 continue
-            if found is None or not found:
+            if not found or not any(isinstance(f, Part) for f, _ in found):
                 found = [(factor, number) for factor in factors]
             elif [size_of(f) for f, _ in found] != [size_of(f) for f in factors] or any(
                 isinstance(a, Part) != isinstance(b, Part) for (a, _), b in zip(found, factors, strict=True)
@@ -277,7 +279,9 @@ def unify(inputs: Sequence[Layout], shape: Sequence[int]) -> tuple[Layout, list[
                 link.append(ENDED)
                 continue
             first = inputs[key[0]].ids[key[1]]
-            if sizes[key] != list(first.shape) or ids.shape != first.shape or not np.array_equal(ids, first):
+            if sizes[key] != list(first.shape):
+                raise Lost("windows: tokens are mixed along a part of the token axis")
+            if not np.array_equal(ids, first):
                 raise Lost("its inputs have other tokens at the same place")
             link.append(roots.index(key))
         links.append(tuple(link))

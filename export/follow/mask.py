@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..passes.edit import add_constant, add_node
+from ..passes.edit import add_constant, add_node, add_shape
 from .demand import Plan, Sets, sets_of
 from .followed import Followed
 from .layout import Layout, Part
@@ -27,12 +27,12 @@ def mask(followed: Followed, plan: Plan) -> ir.Model:
     for node, (branch, keep) in sets.updates.items():
         layout = followed.tokens.layouts[node.outputs[0]]
         if branch.reason is None and not keep[layout.ids[0]].all():
-            combine("Mul", node, branch.update, along(layout, 0, keep.astype(np.float64)), "update")
+            _combine(followed, "Mul", node, branch.update, layout, 0, keep.astype(np.float64), "update")
     whole = {node for block in followed.blocks for b in block.attention if not b.keyed for node in b.mixers}
     for node, keep in sets.keys.items():
-        flow = followed.flows[node]
         if node in whole:
             continue
+        flow = followed.flows[node]
         if node.op_type == "Attention":
             bias = _bias(sets, node, keep)[flow.ends[0]]
             if bias.any() and np.isfinite(bias).any():
@@ -42,7 +42,7 @@ def mask(followed: Followed, plan: Plan) -> ir.Model:
             bias = _bias(sets, node, keep)
             ids = layout.ids[flow.normalises]
             if bias[ids].any() and np.isfinite(bias[ids]).any():
-                combine("Add", node, 0, along(layout, flow.normalises, bias), "keys")
+                _combine(followed, "Add", node, 0, layout, flow.normalises, bias, "keys")
         elif len(flow.links[0]) and node.op_type.startswith(("Reduce", "Global")):
             _reduce_some(followed, node, keep)
     return followed.model
@@ -101,6 +101,30 @@ def _reduce_some(followed: Followed, node: ir.Node, keep: np.ndarray) -> None:
                 node, "Gather", [node.inputs[0], rows], f"vpruner.{node.outputs[0].name}.read", {"axis": axis}
             )
             node.replace_input_with(0, picked.outputs[0])
+
+
+def _combine(
+    followed: Followed, op_type: str, node: ir.Node, position: int, layout: Layout, group: int, values: np.ndarray,
+    what: str,
+) -> None:  # fmt: skip
+    """:func:`combine` with ``values`` [id]; an axis that holds tokens of the group beside an open batch, of which no
+    constant has the size, is taken apart for it."""
+    is_open = followed.tokens.known.is_open
+
+    def reshape(layout: Layout) -> None:
+        dims = [-1 if any(is_open(factor) for factor in axis if not isinstance(factor, Part)) else size
+                for axis, size in zip(layout.axes, layout.shape, strict=True)]  # fmt: skip
+        name = f"vpruner.{node.outputs[0].name}.{what}.{len(dims)}"
+        shaped = add_node(node, "Reshape", [node.inputs[position], add_shape(node.graph, dims)], name)
+        node.replace_input_with(position, shaped.outputs[0])
+
+    if not any(group in layout.groups_of(axis) and is_open(layout.shape[axis]) for axis in range(len(layout.axes))):
+        combine(op_type, node, position, along(layout, group, values), what)
+        return
+    apart = Layout(tuple((factor,) for axis in layout.axes for factor in axis), layout.ids)
+    reshape(apart)
+    combine(op_type, node, position, along(apart, group, values), what)
+    reshape(layout)
 
 
 def combine(op_type: str, node: ir.Node, position: int, array: np.ndarray, what: str) -> None:

@@ -139,6 +139,8 @@ class _Written:
         array = self.known.small(value)
         if array is None or array.dtype != np.int64:
             return None
+        if value in self.known.varying and any(map(self.known.is_open, array.shape)):  # numbers for each image
+            return None
         primes: list[int | None] = []
         if value in self.known.varying:
             primes = [next((p for p in self.known.open_dims if size and size % p == 0), None) for size in array.flat]

@@ -25,10 +25,10 @@ from ...core.text import command, first_line
 from ..nodes import called
 from ..passes.edit import add_constant, add_node
 from .columns import project_apart
-from .demand import Demand, Plan, Sets, check_keys, demand, sets_of, unlike
+from .demand import Demand, Plan, Sets, check_keys, demand, missing_axes, sets_of, unlike
 from .followed import Followed
 from .known import used_by
-from .layout import ENDED, Layout, Part, size_of, tidy
+from .layout import ENDED, Layout, Part, plain_axes, size_of, tidy
 from .mask import combine, mask_attention
 from .rules import Flow
 
@@ -177,12 +177,13 @@ class _Fold:
 
     def along(self, node: ir.Node, flow: Flow) -> None:
         targets = self.targets(node, flow)
+        lying = {position for position, _, _ in flow.covers}
         for position, (value, links) in enumerate(zip(node.inputs, flow.links, strict=True)):
             if links:
                 taken = self.take(node, value, [None if link == ENDED else targets[link] for link in links])
                 node.replace_input_with(position, taken)
-        for position in {position for position, _, _ in flow.covers}:
-            node.replace_input_with(position, self.cut(node, position, targets, flow))
+            if position in lying:
+                node.replace_input_with(position, self.cut(node, position, value, targets, flow))
         if node in self.sets.gates:
             self.add_gates(node, flow, targets)
         (layout, *_) = flow.outputs
@@ -278,7 +279,7 @@ class _Fold:
                 rows = [(None if np.array_equal(kept, ids) else kept) if link == new else rest[link] for link in links]
                 values.append(self.take(node, value, rows))
             else:
-                value = self.cut(node, position, [*rest[:new], None, *rest[new:]], flow)
+                value = self.cut(node, position, value, [*rest[:new], None, *rest[new:]], flow)
                 rows = np.flatnonzero(np.isin(ids, kept))
                 values.append(self.pick_axis(node, value, flow.axis, size, rows))
         kept = np.concatenate(order)
@@ -332,7 +333,7 @@ class _Fold:
         blocks = self.followed.blocks
         if value not in self.wanted.needed or len(self.layouts[value].ids) > 1:
             return
-        if not all(b.reason is None for block in blocks for b in (*block.attention, *block.mlp)):
+        if self.followed.reasons:  # what is left whole needs all tokens as they stand
             return
         (needed,) = self.wanted.needed[value]
         (have,) = self.rows(value)
@@ -449,23 +450,53 @@ class _Fold:
         text = "x".join("batch" if dim == -1 else str(dim) for dim in dims)
         return add_constant(self.graph, f"vpruner.shape.{text}", np.asarray(dims, np.int64))
 
-    def cut(self, before: ir.Node, position: int, targets: list[np.ndarray | None], flow: Flow) -> ir.Value:
-        """An input without tokens that lies along them, for those in ``targets``."""
-        value, every = before.inputs[position], _group_ids(flow)
-        covers = {axis: factors for own, axis, factors in flow.covers if own == position}
-        parts = {f.group for factors in covers.values() for f in factors if isinstance(f, Part)}
-        groups = sorted(group for group in parts if targets[group] is not None)
-        axes = [
-            [Part(groups.index(f.group), f.size) if isinstance(f, Part) and f.group in groups else size_of(f)
-             for f in covers.get(axis, (size,))]
-            for axis, size in enumerate(self.known.shapes[value])
-        ]  # fmt: skip
+    def cut(
+        self, before: ir.Node, position: int, dense: ir.Value, targets: list[np.ndarray | None], flow: Flow
+    ) -> ir.Value:
+        """An input of which axes without tokens lie along them, for the tokens in ``targets``.
+
+        Args:
+            dense: The input in the dense graph; what stands in its place has the ``targets`` of its own groups.
+        """
+        value, links, own = before.inputs[position], flow.links[position], self.layouts.get(dense)
+        axes = [[Part(links[f.group], f.size) if isinstance(f, Part) else f for f in factors]
+                for factors in (own.axes if links else plain_axes(self.known.shapes[dense]))]  # fmt: skip
+        for at, axis, factors in flow.covers:
+            if at == position:
+                axes[axis] = list(factors)
+        output = flow.outputs[0]
+        lying = {f.group for at, _, factors in flow.covers if at == position for f in factors if isinstance(f, Part)}
+        if output is not None and (
+            missing := missing_axes(flow, position, [g for g in lying if targets[g] is not None])
+        ):
+            # Of a grid the input lies along rows or columns alone: it is repeated along the other ones.
+            ahead = len(output.axes) - len(axes)
+            first = min(ahead, *missing)
+            axes = [[] for _ in range(ahead - first)] + axes
+            for axis in missing:
+                axes[axis - first] = list(output.axes[axis])
+            value = self.expanded(before, value, [output.shape[axis] if axis in missing else 1
+                                                  for axis in range(first, len(output.axes))])  # fmt: skip
+        present = {f.group for factors in axes for f in factors if isinstance(f, Part)}
+        groups = sorted(group for group in present - {ENDED} if targets[group] is not None)
+        axes = [[Part(groups.index(f.group), f.size) if isinstance(f, Part) and f.group in groups else size_of(f)
+                 for f in factors] for factors in axes]  # fmt: skip
+        every = _group_ids(flow)
         try:
-            layout = tidy(axes, [every[group] for group in groups])
+            layout = tidy(axes, [own.ids[links.index(g)] if g in links else every[g] for g in groups])
         except ValueError:
             raise GraphError(f"{value.name!r} lies along a part of the token axis, which cannot be folded") from None
-        state = State([(value, None)], [None] * len(groups))
-        return self.pick_from(before, state, layout, [targets[group] for group in groups])
+        wanted = [targets[group] for group in groups]
+        state = State([(value, None)], [None if group in lying else targets[group] for group in groups])
+        return self.pick_from(before, state, layout, wanted)
+
+    def expanded(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
+        name = f"vpruner.{value.name}.expanded.{len(self.picked)}"
+        self.picked[name,] = value
+        if (array := self.known.constant(value)) is not None:
+            shape = np.broadcast_shapes(array.shape, dims)
+            return add_constant(self.graph, name, np.ascontiguousarray(np.broadcast_to(array, shape)))
+        return add_node(before, "Expand", [value, self.shape(dims)], name).outputs[0]
 
 
 def _group_ids(flow: Flow) -> list[np.ndarray]:

@@ -44,12 +44,13 @@ class Flow:
         links: One for each input: the node's group that each of its groups is, or :data:`~.layout.ENDED`: the node
             needs all of it, in its own order. Empty for inputs without tokens.
         ends: Ids of the groups that end in the node.
-        covers: (input, axis, factors): an axis of an input without tokens that lies along tokens; parts name groups of
+        covers: (input, axis, factors): an axis without tokens of an input that lies along tokens; parts name groups of
             the node.
         normalises: The group over which the node normalises (Softmax), so that leaving out a token changes the others.
         how: ``"along"``: the node can be run on fewer tokens as it is; ``"reshape"`` and ``"expand"``: with another
             shape; ``"pick"``: it selects tokens; ``"join"``: it puts tokens side by side; ``"start"``: they begin here.
         axis: Of the output, where tokens are picked or joined.
+        rank: How many axes each input has, where the node repeats its inputs along the axes that they lack.
     """
 
     outputs: tuple[Layout | None, ...]
@@ -59,6 +60,7 @@ class Flow:
     normalises: int | None = None
     how: str = "along"
     axis: int = 0
+    rank: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: dict) -> Flow:
         return self
@@ -211,10 +213,12 @@ def contract(node: ir.Node, tokens: Tokens, letters: Sequence[Sequence | None], 
     groups = len(output.ids) if output is not None else 0
     covers = []
     for i, names in enumerate(letters):
-        if names is None or layouts[i] is not None:
+        if names is None:
             continue
         for axis, name in enumerate(names):
-            if name in summed_axes and shapes[i][axis] > 1:
+            if layouts[i] is not None and layouts[i].groups_of(axis):
+                continue
+            if layouts[i] is None and name in summed_axes and shapes[i][axis] > 1:
                 covers.append((i, axis, (Part(groups + summed_axes[name], shapes[i][axis]),)))
             elif output is not None and name in result:
                 target = list(result).index(name)
@@ -234,7 +238,8 @@ def contract(node: ir.Node, tokens: Tokens, letters: Sequence[Sequence | None], 
 def elementwise(node: ir.Node, tokens: Tokens) -> Flow:
     rank = len(tokens.shape(node.outputs[0]))
     letters = [None if v is None else range(rank - len(tokens.shape(v)), rank) for v in node.inputs]
-    return contract(node, tokens, letters, range(rank))
+    flow = contract(node, tokens, letters, range(rank))
+    return replace(flow, rank=tuple(0 if own is None else len(own) for own in letters)) if flow.covers else flow
 
 
 @rule("MatMul")
@@ -374,6 +379,18 @@ def tile(node: ir.Node, tokens: Tokens) -> Flow:
     return as_flow(node, layout, layout.with_axes(axes))
 
 
+@rule("Pad")
+def pad(node: ir.Node, tokens: Tokens) -> Flow:
+    layout, sizes = sole_layout(node, tokens), tokens.shape(node.outputs[0])
+    amounts = attribute(node, "pads") or tokens.numbers(node, 1)
+    axes = tokens.numbers(node, 3, list(range(len(sizes))))
+    padded = {axes[at % len(axes)] % len(sizes) for at, amount in enumerate(amounts) if amount}
+    if any(layout.groups_of(axis) for axis in padded):
+        raise Lost("tokens are padded")
+    return as_flow(node, layout, layout.with_axes([plain(sizes[axis]) if axis in padded else factors
+                                                   for axis, factors in enumerate(layout.axes)]))  # fmt: skip
+
+
 # -- picking and joining ----------------------------------------------------------------------------------------------
 
 
@@ -477,8 +494,12 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
     if len(np.unique(ids)) < len(ids):
         raise Lost("a token is put beside itself")
     result = tidy(axes, [*rest.ids, ids])
-    covers = tuple((i, a, result.axes[a]) for i, layout in enumerate(layouts) if layout is None
-                   for a in range(len(shape)) if a != axis and result.groups_of(a))  # fmt: skip
+    covers = tuple(
+        (i, a, result.axes[a]) for i, layout in enumerate(layouts) for a, size in enumerate(shape)
+        if a != axis and size > 1 and result.groups_of(a) and not (layout and layout.groups_of(a))
+    )  # fmt: skip
+    if any(layouts[i] for i, _, _ in covers):
+        raise Lost("its inputs have tokens on other axes")
     return Flow((result,), tuple(links), covers=covers, how="join", axis=axis)
 
 

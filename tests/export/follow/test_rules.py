@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from follow_tools import misplaced
+from follow_tools import misplaced, run
 
 from vpruner.export.follow.blocks import follow_tokens
 from vpruner.export.follow.followed import Followed
@@ -32,6 +32,8 @@ GRID = [[0, 1, 2], [3, 4, 5]]
 FOLLOWED = {
     "y = Add(x, v)": [ALL],
     "y = Mul(x, x)": [ALL],
+    "a = MatMul(x, wide) b = Transpose<perm=[0, 2, 1]>(a) y = Add(a, b)": [ALL, ALL],
+    "a = MatMul(x, wide) l = MatMul(x, flat) y = Add(a, l)": [ALL, ALL],
     "y = Gelu(x)": [ALL],
     "c = Constant<value_float=0.1>() h = Greater(x, c) y = Where(h, x, v)": [ALL],
     "y = LayerNormalization<axis=-1>(x, w)": [ALL],
@@ -74,6 +76,8 @@ FOLLOWED = {
     "y = Concat<axis=-1>(x, x)": [ALL],
     "a = Slice(grid, zero, one, two) b = Slice(grid, one, two, two) y = Concat<axis=2>(b, a)": [[[3, 4, 5], [0, 1, 2]]],
     "y = Cast<to=1>(x)": [ALL],
+    "n = Constant<value_ints=[0, 0, 0, 0, 0, 0]>() y = Pad(x, n)": [ALL],
+    "n = Constant<value_ints=[0, 0, 1, 0, 0, 2]>() y = Pad(x, n)": [ALL],
 }  # fmt: skip
 #: What is done to x -> a part of the reason why tokens cannot be followed behind it.
 LOST = {
@@ -82,13 +86,16 @@ LOST = {
     "y = MatMul(grid, other)": "windows",
     "y = LayerNormalization<axis=1>(x, all)": "a normalisation over tokens",
     "s = Constant<value_ints=[1, 4, 6]>() y = Reshape(x, s)": "cut by a reshape",
-    "a = MatMul(x, wide) b = Transpose<perm=[0, 2, 1]>(a) y = Add(a, b)": "tokens on other axes",
+    "a = MatMul(x, wide) l = MatMul(x, flat) b = Slice(a, zero, two, one) c = Slice(l, two, four, one) "
+    "y = Concat<axis=1>(b, c)": "tokens on other axes",
     "i = Constant<value_ints=[1, 0, 2, 3, 4, 5]>() r = Gather<axis=1>(x, i) y = Add(r, x)": "other tokens",
     "i = Constant<value_ints=[1, 1]>() y = Gather<axis=1>(x, i)": "picked twice",
     "y = Concat<axis=1>(x, x)": "beside itself",
     "s = Constant<value_ints=[1, 2, 1]>() y = Tile(x, s)": "repeated",
     "y = Attention<q_num_heads=2, kv_num_heads=2, is_causal=1>(x, x, x)": "causal",
     "y = CumSum(x, i)": "CumSum",
+    "n = Constant<value_ints=[0, 1, 0, 0, -1, 0]>() y = Pad(x, n)": "padded",
+    "t = Transpose<perm=[0, 1, 3, 2]>(grid) y = MatMul(grid, t)": "windows",
 }
 CONSTANTS = ("zero = Constant<value_ints=[0]>() one = Constant<value_ints=[1]>() two = Constant<value_ints=[2]>() "
              "four = Constant<value_ints=[4]>() back = Constant<value_ints=[1, 6, 4]>() "
@@ -155,3 +162,17 @@ def test_every_operator_in_the_table_has_a_case():
     tested = {word.split("<")[0].split("(")[0] for body in (*FOLLOWED, *LOST) for word in body.split()}
     alike = {name for name, rule in RULES.items() if rule in (elementwise, normalisation, reduction)}
     assert set(RULES) - tested - alike - {"LogSoftmax"} == set()
+
+
+def test_numbers_for_each_image_are_left_to_the_graph():
+    text = """<ir_version: 8, opset_import: ["": 18]> g (float[N, 4] x) => (float[N, 4] y) {
+        order = Constant<value_ints=[3, 2, 1, 0]>()
+        n = Shape<start=0, end=1>(x)
+        four = Constant<value_ints=[4]>()
+        sizes = Concat<axis=0>(n, four)
+        index = Expand(order, sizes)
+        y = GatherElements<axis=1>(x, index)
+    }"""
+    model, _ = prepare(ir.from_proto(onnx.parser.parse_model(text)))
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert np.array_equal(run(model, x)[0], x[:, ::-1])
