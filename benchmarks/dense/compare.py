@@ -31,7 +31,7 @@ from learned import export, learn, opened, relative_error
 from mosaics import SIDE, draw_mosaics, preprocessing_of, read_model, reported_mosaics
 from opponents import Setting, Shortened, settings
 from torch import Tensor
-from train import load_images
+from train_mosaics import load_images
 
 from vpruner.core.cost import cost_ratio, dense_macs
 from vpruner.core.files import write_text

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.layers import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 
 from vpruner.core.rows import read_rows
@@ -19,7 +20,8 @@ def dense_script(repository, monkeypatch):
     """Import a script of benchmarks/dense under a name of its own: compare.py is there twice."""
     folder = repository / "benchmarks" / "dense"
     monkeypatch.syspath_prepend(folder)
-    for name in ("train", "mosaics", "opponents", "learned", "tokens"):
+    threads = torch.get_num_threads()
+    for name in ("train_mosaics", "mosaics", "opponents", "learned", "tokens"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
     def load(name: str):
@@ -29,7 +31,10 @@ def dense_script(repository, monkeypatch):
         spec.loader.exec_module(module)
         return module
 
-    return load
+    yield load
+    # Training asks for explicit attention and for threads, in the whole process.
+    set_fused_attn(True)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,7 @@ def test_mosaics_are_labelled_by_the_image_that_a_patch_lies_in(dense_script):
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(dense_script, toy, monkeypatch):
-    script = dense_script("train")
+    script = dense_script("train_mosaics")
     whole = load_file(train(toy, script, "whole").with_suffix(".safetensors"))
     calls, clip = [], torch.nn.utils.clip_grad_norm_
 
@@ -101,7 +106,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(dense_script, toy, monkey
 
 
 def test_what_training_starts_from(dense_script, toy):
-    script, mosaics = dense_script("train"), dense_script("mosaics")
+    script, mosaics = dense_script("train_mosaics"), dense_script("mosaics")
     weights = load_file(toy / "tiny.safetensors")
     shape = {"embed_dim": 16, "num_heads": 2, "num_classes": 10}
     for class_token in (False, True):
@@ -141,7 +146,7 @@ def test_opponents(dense_script):
 
 
 def test_compare_writes_a_row_for_each_graph(dense_script, toy, tmp_path):
-    script = dense_script("train")
+    script = dense_script("train_mosaics")
     model, smaller = train(toy, script, "model"), train(toy, script, "smaller", "--depth", "1")
     compare, output = dense_script("compare"), tmp_path / "dense.jsonl"
     images = str(toy / "images")

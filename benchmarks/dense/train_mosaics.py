@@ -1,6 +1,6 @@
 """Train a small ViT that says for every patch of a mosaic of images which class lies there, and write its model card.
 
-    python benchmarks/dense/train.py --data cifar10_train.tar --eval-data cifar10_val.tar \
+    python benchmarks/dense/train_mosaics.py --data cifar10_train.tar --eval-data cifar10_val.tar \
         -o benchmarks/dense/model/dense
 
 writes ``dense.safetensors`` (float16) and ``dense.json`` (architecture, classes, preprocessing, recipe, accuracy per
@@ -8,7 +8,7 @@ patch). It starts from the weights of the bundled reference, whose position embe
 ten minutes on two CPU cores. The smaller model that one could train instead of pruning that, with the same recipe, has
 the first 5 of its 8 blocks::
 
-    python benchmarks/dense/train.py --data ... --eval-data ... -o benchmarks/dense/model/shallow --depth 5
+    python benchmarks/dense/train_mosaics.py --data ... --eval-data ... -o benchmarks/dense/model/shallow --depth 5
 
 A run that was interrupted goes on, with the same arguments, after the last step that it saved: ``dense.state.pt`` holds
 what it needs for that, and is removed at the end. The evaluation images choose nothing: they are reported on.
