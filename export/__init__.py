@@ -1,4 +1,4 @@
-"""ONNX graphs: read, recognised, pruned, converted and checked."""
+"""ONNX graphs: read, followed, pruned, converted and checked."""
 
 import logging
 

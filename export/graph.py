@@ -140,7 +140,7 @@ class OpenedGraph:
 
     @contextmanager
     def naming(self) -> Iterator[None]:
-        """Put the file's name before what is said of its graph, and names of the file for those of a rewritten one."""
+        """Put the file's name before what is said of its graph."""
         try:
             yield
         except GraphError as error:

@@ -56,7 +56,7 @@ def geometry_of(followed: Followed) -> Geometry:
     tokens, blocks, patches = followed.tokens, followed.blocks, followed.patches
     shapes = tokens.known.shapes
     # A class token may join between two blocks; it counts in all of them then.
-    prefix = max(_beside(followed, value) for value in (followed.stream, *_outputs_of(blocks)))
+    prefix = max(followed.beside(value) for value in (followed.stream, *_outputs_of(blocks)))
     ids = np.concatenate([one.ravel() for one in tokens.layouts[followed.stream].ids])
     if int((ids < patches).sum()) != patches:
         raise GraphError(
@@ -95,11 +95,6 @@ def geometry_of(followed: Followed) -> Geometry:
 
 def _outputs_of(blocks: Sequence[Block]) -> list[ir.Value]:
     return [branch.add.outputs[0] for block in blocks for branch in (*block.attention, *block.mlp)]
-
-
-def _beside(followed: Followed, value: ir.Value) -> int:
-    """Tokens of a value beside the patches."""
-    return sum(int((ids >= followed.patches).sum()) for ids in followed.tokens.layouts[value].ids)
 
 
 def reads(followed: Followed) -> tuple[dict[int, np.ndarray], set[ir.Node]]:

@@ -120,8 +120,9 @@ def _adapter(opened: OpenedGraph, name: str, geometry: Geometry) -> GraphAdapter
             raise GraphError(f"input {image.name!r} is {image.dtype}, expected FLOAT", "take the conversion off it")
         model = GraphOutputs(followed, image, values=geometry.output == "values")
         adapter = GraphAdapter(followed, model, name, geometry, opened)
-        _check_equal(model, opened, probe_images(geometry))
-        adapter.look_at(torch.from_numpy(probe_images(geometry)))
+        images = probe_images(geometry)
+        _check_equal(model, opened, images)
+        adapter.look_at(torch.from_numpy(images))
     return adapter
 
 

@@ -50,10 +50,6 @@ def attribute_ints(node: ir.Node, name: str) -> list[int] | None:
     return list(node.attributes[name].as_ints()) if name in node.attributes else None
 
 
-def readers_of(value: ir.Value) -> list[ir.Node]:
-    return [usage.node for usage in value.uses()]
-
-
 def copy_model(model: ir.Model) -> ir.Model:
     """Nodes and values are copied, tensors are shared.
 

@@ -183,7 +183,7 @@ def check_fold(
     """Check a fold without PyTorch: the pruned file against the dense file with masked attention.
 
     Args:
-        dense: As for :func:`~vpruner.export.fold.fold_file`; an opened one is not recognised again.
+        dense: As for :func:`~vpruner.export.fold.fold_file`; an opened one is not followed again.
         images: float32 [image, channel, height, width].
         yardstick: Of the dense file, on the same images; None: its own float32 error cannot be measured.
         name: Of the pruned file, where it will not stay at ``pruned_path``.

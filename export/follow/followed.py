@@ -104,7 +104,11 @@ class Followed:
     @property
     def prefix(self) -> int:
         """Tokens beside the patches in the stream that enters the first block."""
-        return sum(int((ids >= self.patches).sum()) for ids in self.tokens.layouts[self.stream].ids)
+        return self.beside(self.stream)
+
+    def beside(self, value: ir.Value) -> int:
+        """Tokens of a value beside the patches."""
+        return sum(int((ids >= self.patches).sum()) for ids in self.tokens.layouts[value].ids)
 
     @property
     def reasons(self) -> tuple[str, ...]:

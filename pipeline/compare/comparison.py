@@ -377,7 +377,7 @@ class Comparison:
         return path
 
     def _opened_dense(self, batch: int) -> OpenedGraph:
-        """Read and recognised once for all plans that are folded into it."""
+        """Read and followed once for all plans that are folded into it."""
         from ...export.graph import open_graph
 
         if batch not in self._opened:

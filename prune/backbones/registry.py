@@ -60,11 +60,22 @@ def adapter_for(module: nn.Module, name: str, otherwise: Otherwise | None = None
         sizes = image_sizes(module)
         if otherwise is None or sizes is None or not _has_attention(module):
             raise
-        try:
-            adapter = otherwise(module, name, sizes)
-        except UserError as error:
-            more = f"{refused.marked_problem}; nor by its ONNX graph: {error.marked_problem}"
-            raise UserError(more, refused.marked_hint) from error
+        return adapter_otherwise(module, name, sizes, refused, otherwise)
+
+
+def adapter_otherwise(
+    module: nn.Module, name: str, sizes: tuple[int, int, int], refused: UserError, otherwise: Otherwise
+) -> Adapter:
+    """What ``otherwise`` makes of a module that was ``refused``, said to the user.
+
+    Raises:
+        UserError: It cannot be done either; says both reasons.
+    """
+    try:
+        adapter = otherwise(module, name, sizes)
+    except UserError as error:
+        more = f"{refused.marked_problem}; nor by its ONNX graph: {error.marked_problem}"
+        raise UserError(more, refused.marked_hint) from error
     remark(f"{name} is learned and pruned by the ONNX graph that PyTorch exports of it")
     return adapter
 

@@ -33,11 +33,10 @@ from torch import Tensor, nn
 from ...core.errors import UserError
 from ...core.extras import require
 from ...core.preprocess import Preprocessing
-from ...core.progress import remark
 from ...core.rounding import allowed
 from ...core.text import command, first_line, option
 from ...core.timing import random_images
-from ..backbones.registry import Otherwise
+from ..backbones.registry import Otherwise, adapter_otherwise
 from ..backbones.vit import ViTAdapter, weights_sha256
 from ..float64 import float32_error
 from ..loaded import LoadedModel, ready
@@ -150,12 +149,7 @@ def _by_otherwise(folder: Path, model: nn.Module, refused: UserError, otherwise:
     if size is None:
         raise refused
     height, width = (size, size) if isinstance(size, int) else size
-    try:
-        adapter = otherwise(Outputs(model), name, (3, height, width))
-    except UserError as error:
-        more = f"{refused.marked_problem}; nor by its ONNX graph: {error.marked_problem}"
-        raise UserError(more, refused.marked_hint) from error
-    remark(f"{name} is learned and pruned by the ONNX graph that PyTorch exports of it")
+    adapter = adapter_otherwise(Outputs(model), name, (3, height, width), refused, otherwise)
     geometry = adapter.geometry
     named = geometry.output == "logits" and getattr(config, "num_labels", 0) == geometry.outputs
     return ready(adapter, read_preprocessing(folder, geometry.image_size), _class_names(config) if named else None)

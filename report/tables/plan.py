@@ -48,7 +48,7 @@ def costs_of(plan: TokenPlan) -> str:
 
 
 def inspection_table(described: Mapping[str, Any]) -> Table:
-    """Tokens of each block of a recognised graph, and which values of the residual stream it reads and writes."""
+    """Tokens of each block of a graph, and which values of the residual stream it reads and writes."""
     names = ["keys", "queries", "mlps", *(["enters", "after_attention", "leaves"] if described["head"] else [])]
     lines = tuple(tuple(str(block[name]) for name in ("block", *names)) for block in described["blocks"])
     title = "tokens of each block, prefix included" + (
