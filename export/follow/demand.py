@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from ...core.errors import PlanError
 from ..nodes import called
-from .blocks import only_summed
+from .blocks import Weights
 from .followed import Branch, Followed
 from .known import above, used_by
 from .layout import ENDED, Layout, Part, is_split
@@ -104,14 +104,11 @@ def unlike(followed: Followed) -> SimpleNamespace:
 def _head(followed: Followed) -> list[ir.Node]:
     """Nodes behind the blocks that sum over tokens, and the softmaxes ahead of those sums."""
     inside = {node for block in followed.blocks for b in (*block.attention, *block.mlp) for node in b.nodes}
-    outside = {node: flow for node, flow in followed.flows.items() if node not in inside}
+    outside = {node: followed.flows[node] for node in followed.model.graph
+               if node in followed.flows and node not in inside}  # fmt: skip
     sums = [node for node, flow in outside.items() if flow.ends and flow.how == "along"]
-    whole = Branch(followed.stem, 0, frozenset(outside), ())
-    softmaxes = [
-        node for node, flow in outside.items()
-        if flow.normalises is not None and only_summed(node.outputs[0], flow.normalises, whole, outside)
-    ]  # fmt: skip
-    return [*sums, *softmaxes]
+    weights = Weights(list(outside), outside)
+    return [*sums, *(node for node in weights.softmaxes if node not in weights.apart)]
 
 
 def all_of(layout: Layout, group: int, count: int) -> np.ndarray:

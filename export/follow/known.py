@@ -261,15 +261,15 @@ def used_by(node: ir.Node) -> list[ir.Value]:
     return [value for value in (*node.inputs, *_captured(node)) if value is not None]
 
 
-def above(value: ir.Value) -> Iterator[ir.Value]:
-    """A value and all that it is computed from."""
+def above(value: ir.Value, stops: Collection[ir.Value] = ()) -> Iterator[ir.Value]:
+    """A value and all that it is computed from, back to ``stops``."""
     waiting, seen = [value], set()
     while waiting:
         value = waiting.pop()
         if value not in seen:
             seen.add(value)
             yield value
-            if value.producer() is not None:
+            if value.producer() is not None and value not in stops:
                 waiting.extend(used_by(value.producer()))
 
 

@@ -70,6 +70,11 @@ class Flow:
         """How many groups of the node are groups of its outputs."""
         return max((len(layout.ids) for layout in self.outputs if layout is not None), default=0)
 
+    @property
+    def is_end(self) -> bool:
+        """Whether some of the tokens end in the node."""
+        return bool(self.ends) or any(ENDED in links for links in self.links)
+
 
 @dataclass(eq=False)
 class Tokens:
