@@ -264,7 +264,9 @@ class Weights:
                 own[flow.normalises] = {node}
             if any(softmaxes for link, softmaxes in own.items() if link >= flow.groups):
                 self.sums.add(node)
-            self.made_by |= {(value, group): own.get(group, set()) for value in node.outputs for group in range(flow.groups)}
+            self.made_by |= {
+                (value, group): own.get(group, set()) for value in node.outputs for group in range(flow.groups)
+            }
         apart = (made for (value, group), made in self.made_by.items() if made and not self._only_weighs(value, group))
         self.apart = set().union(*apart)
 
