@@ -36,16 +36,20 @@ class Sets:
     """A plan in the words of a graph. Sets are bool [id]; tokens that are no patches are in all of them.
 
     Attributes:
+        masks: bool [kind, block, id]: keys, queries, MLPs.
         updates: ``Add`` of the stream -> its branch, and the tokens that it updates.
         keys: Node that sums over tokens, or a softmax over them -> the tokens that it sums over.
         gates: The same nodes -> float64 [id], to be added to their logits; only where some are not 0.
         reads: The tokens that the head reads.
+        refused: ``Add`` whose branch must not be needed -> the reason.
     """
 
+    masks: np.ndarray
     updates: dict[ir.Node, tuple[Branch, np.ndarray]] = field(default_factory=dict)
     keys: dict[ir.Node, np.ndarray] = field(default_factory=dict)
     gates: dict[ir.Node, np.ndarray] = field(default_factory=dict)
     reads: np.ndarray | None = None
+    refused: dict[ir.Node, str] = field(default_factory=dict)
 
 
 def sets_of(followed: Followed, plan: Plan) -> Sets:
@@ -63,20 +67,20 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
         result[patches] = True
         return result
 
-    sets, gates = Sets(), getattr(plan, "gates", None)
-    for block in followed.blocks:
-        for branches, patches in ((block.attention, plan.queries), (block.mlp, plan.mlps)):
-            sets.updates.update({branch.add: (branch, mask(patches[block.index])) for branch in branches})
-        keys = mask(plan.keys[block.index])
-        logs = None
-        if gates is not None and any(gate != 1 for gate in gates[block.index]):
-            logs = np.zeros(followed.tokens.count)
+    kinds = np.asarray([[mask(patches) for patches in kind] for kind in (plan.keys, plan.queries, plan.mlps)])
+    sets, gates = Sets(kinds), getattr(plan, "gates", None)
+    for block, keys, queries, mlps in zip(followed.blocks, *kinds, strict=True):
+        for branches, updated in ((block.attention, queries), (block.mlp, mlps)):
+            sets.updates.update({branch.add: (branch, updated) for branch in branches})
+        logs = np.zeros(len(keys))
+        if gates is not None:
             logs[np.asarray(plan.keys[block.index], np.int64)] = np.log(gates[block.index])
         for branch in block.attention:
-            for node in (*branch.mixers, *branch.keyed):
-                sets.keys[node] = keys
-                if logs is not None and node in branch.keyed:
-                    sets.gates[node] = logs
+            sets.keys.update(dict.fromkeys((*branch.mixers, *branch.keyed), keys))
+            sets.gates.update(dict.fromkeys(branch.keyed if logs.any() else (), logs))
+            if not branch.keyed and not keys.all():
+                reason = f"block {block.index} is left whole and reads every token: {branch.keys_reason}"
+                sets.refused[branch.add] = reason
     # Where the head reads no patches, a plan's reads are empty and say nothing.
     if plan.reads and len(plan.reads) < followed.patches:
         sets.reads = mask(plan.reads)
@@ -123,6 +127,7 @@ class Demand:
     """Attributes:
     needed: Value that carries tokens -> bool [id] for each of its groups.
     live: Nodes whose result something reads.
+    updated: ``Add`` of the stream -> bool [id]: the tokens that it updates.
     masks: Node that carries tokens -> bool [id] for each of its groups: the tokens of it with which it is run.
     whole: The same nodes -> groups of which they need all tokens as they stand.
     """
@@ -131,6 +136,7 @@ class Demand:
     masks: dict[ir.Node, list[np.ndarray]] = field(default_factory=dict)
     whole: dict[ir.Node, set[int]] = field(default_factory=dict)
     live: set[ir.Node] = field(default_factory=set)
+    updated: dict[ir.Node, np.ndarray] = field(default_factory=dict)
     _asked: set[ir.Value] = field(default_factory=set)
 
     def ask(self, value: ir.Value, layout: Layout | None, masks: Sequence[np.ndarray | None], count: int) -> None:
@@ -180,13 +186,13 @@ def demand(followed: Followed, sets: Sets, stop: Collection[ir.Node] = ()) -> De
             updated = wanted & mask
             if branch.reason is not None and (updated != wanted).any():
                 raise PlanError(f"block parts that are left whole update every token: {branch.reason}")
-            if node.inputs[branch.update] not in tokens.layouts:
-                ask(node.inputs[0])
-                ask(node.inputs[1])
-                continue
-            ask(node.inputs[1 - branch.update], [wanted])
+            result.updated[node] = updated
+            if updated.any() and node in sets.refused:
+                raise PlanError(sets.refused[node])
+            carries = node.inputs[branch.update] in tokens.layouts
+            ask(node.inputs[1 - branch.update], [wanted] if carries else None)
             if updated.any():
-                ask(node.inputs[branch.update], [updated])
+                ask(node.inputs[branch.update], [updated] if carries else None)
         else:
             result.whole[node] = whole_groups(followed, node, node in sets.keys)
             masks = result.masks[node] = _masks(followed, sets, result, node)
@@ -283,29 +289,14 @@ def counts(followed: Followed, plan: Plan) -> tuple[BlockCounts, ...]:
     wanted = demand(followed, sets)
     found = []
     for block in followed.blocks:
-        read, attend, pass_mlp = (np.zeros(followed.tokens.count, bool) for _ in range(3))
-        for branches, updated in ((block.attention, attend), (block.mlp, pass_mlp)):
-            for branch in branches:
-                for needed in wanted.needed.get(branch.add.outputs[0], ()):
-                    updated |= needed & sets.updates[branch.add][1]
-        for node in (node for branch in block.attention for node in branch.keyed if node in wanted.live):
-            flow = followed.flows[node]
-            group = flow.groups if flow.normalises is None else flow.normalises
-            read |= wanted.masks[node][group]
+        read, attend, pass_mlp = [], *([wanted.updated[branch.add] for branch in branches if branch.add in wanted.live]
+                                       for branches in (block.attention, block.mlp))  # fmt: skip
         for branch in block.attention:
+            read += [wanted.masks[node][followed.flows[node].keys] for node in branch.keyed if node in wanted.live]
             if not branch.keyed and branch.add.inputs[branch.update].producer() in wanted.live:
-                read |= all_of(followed.tokens.layouts[branch.add.outputs[0]], 0, followed.tokens.count)
+                read.append(all_of(followed.tokens.layouts[branch.add.outputs[0]], 0, followed.tokens.count))
+        sizes = (int(np.logical_or.reduce([*masks, np.zeros(followed.tokens.count, bool)]).sum())
+                 for masks in (read, attend, pass_mlp))  # fmt: skip
         gated = any(node in sets.gates for branch in block.attention for node in branch.keyed)
-        found.append(BlockCounts(block.index, *(int(mask.sum()) for mask in (read, attend, pass_mlp)), gated))
+        found.append(BlockCounts(block.index, *sizes, gated))
     return tuple(found)
-
-
-def check_keys(followed: Followed, plan: Plan, wanted: Demand) -> None:
-    """Raises:
-    PlanError: The plan leaves keys out of a block that reads every token.
-    """
-    for block in followed.blocks:
-        for branch in block.attention:
-            live = branch.add.inputs[branch.update].producer() in wanted.live
-            if live and not branch.keyed and len(plan.keys[block.index]) < followed.patches:
-                raise PlanError(f"block {block.index} is left whole and reads every token: {branch.keys_reason}")

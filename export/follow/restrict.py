@@ -23,9 +23,9 @@ from ...core.errors import GraphError
 from ...core.schedule import is_range
 from ...core.text import command, first_line
 from ..nodes import called
-from ..passes.edit import add_constant, add_node
+from ..passes.edit import add_constant, add_node, add_shape
 from .columns import project_apart
-from .demand import Demand, Plan, Sets, check_keys, demand, missing_axes, sets_of, unlike
+from .demand import Demand, Plan, Sets, all_of, demand, missing_axes, sets_of, unlike
 from .followed import Followed
 from .known import used_by
 from .layout import ENDED, Layout, Part, plain_axes, size_of, tidy
@@ -67,7 +67,6 @@ def fold(followed: Followed, plan: Plan, *, shapes: bool = True) -> ir.Model:
     followed = followed.copy()
     sets = sets_of(followed, plan)
     wanted = demand(followed, sets)
-    check_keys(followed, plan, wanted)
     # Queries, keys and values by products of their own, even where all tokens attend: onnxruntime splits by a copy what
     # one product gives, and is slower with a wide matrix. All blocks of a dense model written so take 0.97 of its time
     # (384 channels), 0.94 (768 channels), and 0.91 (384 channels, 8 images; onnxruntime 1.31, one CPU thread).
@@ -168,11 +167,7 @@ class _Fold:
             if source is None or group in self.wanted.whole[node]:
                 result.append(None)
                 continue
-            value, own = source
-            rows, every = self.rows(value)[own], self.layouts[value].ids[own].ravel()
-            rows = every if rows is None else rows
-            kept = rows[mask[rows]]
-            result.append(None if np.array_equal(kept, every) else kept)
+            result.append(self.kept(*source, mask))
         return result
 
     def along(self, node: ir.Node, flow: Flow) -> None:
@@ -206,54 +201,38 @@ class _Fold:
 
     def add_gates(self, node: ir.Node, flow: Flow, targets: list[np.ndarray | None]) -> None:
         """Add the logarithms of the plan's gates to the logits of a softmax or an ``Attention``."""
-        ids = _group_ids(flow)
-        group = flow.groups if flow.normalises is None else flow.normalises
-        counts = [len(own.ravel() if kept is None else kept) for own, kept in zip(ids, targets, strict=True)]
-        bias = self.sets.gates[node][ids[group] if targets[group] is None else targets[group]]
+        layout, every = flow.outputs[0], _group_ids(flow)
+        ids = [own.ravel() if kept is None else kept for own, kept in zip(every, targets, strict=True)]
+        bias = self.sets.gates[node][every[flow.keys] if targets[flow.keys] is None else ids[flow.keys]]
         if not bias.any():
             return
         if node.op_type == "Attention":
-            (queries,) = (flow.links[0][own] for own in self.layouts[node.inputs[0]].groups_of(-2))
-            mask_attention(node, np.tile(bias, (counts[queries], 1)))
+            (queries,) = layout.groups_of(-2)
+            mask_attention(node, np.tile(bias, (len(ids[queries]), 1)))
         else:
-            layout = flow.outputs[0]
-            axis = last_axis(layout, group)
+            axis = last_axis(layout, flow.keys)
             combine("Add", node, 0, bias.reshape([-1 if at == axis else 1 for at in range(len(layout.axes))]), "gates")
 
     def pick(self, node: ir.Node, flow: Flow) -> None:
-        (value, *_) = node.inputs
+        value = node.inputs[0]
+        if flow.ends:  # a Gather of one token by a scalar
+            if value in self.states:
+                self.along(node, flow)
+                node.replace_input_with(1, add_constant(self.graph, "vpruner.first", np.asarray(0, np.int64)))
+            return
         for output, layout in zip(node.outputs, flow.outputs, strict=True):
-            if layout is None or flow.ends:
-                self.pick_one(node, flow)
-                return
             if output not in self.wanted.needed:
                 continue
             wanted = self.wanted.needed[output]
             if value not in self.states and all(mask[ids].all() for mask, ids in zip(wanted, layout.ids, strict=True)):
                 continue
-            rows = []
-            for group, mask in enumerate(wanted):
-                have, every = self.rows(value)[group], self.layouts[value].ids[group].ravel()
-                have = every if have is None else have
-                kept = have[mask[have] & np.isin(have, layout.ids[group])]
-                rows.append(None if np.array_equal(kept, every) else kept)
+            rows = [self.kept(value, group, all_of(layout, group, len(mask)) & mask)
+                    for group, mask in enumerate(wanted)]  # fmt: skip
             taken = self.take(node, value, rows)
             for group, ids in enumerate(layout.ids):
                 if ids.ndim == 1 and _equal(rows[group], ids):
                     rows[group] = None
             self.states[output] = State([(taken, None)], rows)
-
-    def pick_one(self, node: ir.Node, flow: Flow) -> None:
-        """``Gather`` of one token by a scalar."""
-        value = node.inputs[0]
-        if value not in self.states:
-            return
-        targets = self.targets(node, flow)
-        node.replace_input_with(0, self.take(node, value, [targets[link] for link in flow.links[0]]))
-        node.replace_input_with(1, add_constant(self.graph, "vpruner.first", np.asarray(0, np.int64)))
-        if flow.outputs[0] is not None:
-            self.note(node.outputs[0], flow.outputs[0], targets[: flow.groups])
-            self.states[node.outputs[0]] = State([(node.outputs[0], None)], targets[: flow.groups])
 
     def join(self, node: ir.Node, flow: Flow) -> None:
         output, layout = node.outputs[0], flow.outputs[0]
@@ -265,12 +244,7 @@ class _Fold:
             size = self.known.shapes[value][flow.axis] if not links else self.layouts[value].shape[flow.axis]
             ids = layout.ids[new][start : start + size]
             start += size
-            if links:
-                own = links.index(new)
-                have = self.rows(value)[own]
-                have = ids if have is None else have
-            else:
-                have = ids
+            have = self.held(value)[links.index(new)] if links else ids
             kept = have[masks[new][have]]
             order.append(kept)
             if not len(kept):
@@ -304,14 +278,8 @@ class _Fold:
         if update not in self.layouts:
             node.replace_input_with(1 - branch.update, self.take(node, stream, [None]))
             return
-        every = layout.ids[0].ravel()
-        (have,) = self.rows(stream)
-        have = every if have is None else have
-        kept = have[needed[have]]
-        updated, frozen = kept[mask[kept]], kept[~mask[kept]]
-        pieces = []
-        if len(updated):
-            rows = None if np.array_equal(updated, every) else updated
+        rows, pieces = self.kept(stream, 0, needed & mask), []
+        if rows is None or len(rows):
             node.replace_input_with(1 - branch.update, self.take(node, stream, [rows]))
             taken = self.take(node, update, [rows])
             node.replace_input_with(branch.update, taken)
@@ -319,33 +287,23 @@ class _Fold:
             self.note(output, layout, [rows])
             if rows is None:
                 return
+        (have,) = self.held(stream)
         for value, held in self.state(stream).pieces:
-            held = self.rows(stream)[0] if held is None else held
-            inside = frozen if held is None else frozen[np.isin(frozen, held)]
-            if len(inside):
-                own = State([(value, held)], [held])
-                pieces.append((self.pick_from(node, own, layout, [inside]), inside))
+            held = have if held is None else held
+            frozen = held[(needed & ~mask)[held]]
+            if len(frozen):
+                pieces.append((self.pick_from(node, State([(value, held)], [held]), layout, [frozen]), frozen))
         self.states[output] = State(pieces, [np.concatenate([rows for _, rows in pieces])])
 
     def enter(self, node: ir.Node) -> None:
         """Put the tokens that are updated longest first, which makes slices of gathers."""
         value = self.followed.stream
-        blocks = self.followed.blocks
-        if value not in self.wanted.needed or len(self.layouts[value].ids) > 1:
+        # What is left whole needs all tokens as they stand.
+        if value not in self.wanted.needed or len(self.layouts[value].ids) > 1 or self.followed.reasons:
             return
-        if self.followed.reasons:  # what is left whole needs all tokens as they stand
-            return
-        (needed,) = self.wanted.needed[value]
-        (have,) = self.rows(value)
-        have = self.layouts[value].ids[0].ravel() if have is None else have
-        kept = have[needed[have]]
-        counts = np.zeros((3, len(needed)), int)
-        for block in blocks:
-            for row, nodes in enumerate(([b.add for b in block.attention], [b.add for b in block.mlp], [])):
-                counts[row] += sum((self.sets.updates[add][1].astype(int) for add in nodes), np.zeros(len(needed), int))
-            for branch in block.attention[:1]:
-                counts[2] += self.sets.keys[branch.mixers[0]] if branch.mixers else 0
-        order = kept[np.lexsort((-counts[2][kept], -counts[1][kept], -counts[0][kept]))]
+        ((have,), (needed,)) = self.held(value), self.wanted.needed[value]
+        kept, (keys, queries, mlps) = have[needed[have]], self.sets.masks.sum(1)
+        order = kept[np.lexsort((-keys[kept], -mlps[kept], -queries[kept]))]
         if np.array_equal(order, have):
             return
         following = self.graph[list(self.graph).index(node) + 1]
@@ -371,8 +329,15 @@ class _Fold:
     def state(self, value: ir.Value) -> State:
         return self.states.get(value) or State([(value, None)], [None] * len(self.layouts[value].ids))
 
-    def rows(self, value: ir.Value) -> list[np.ndarray | None]:
-        return self.state(value).rows
+    def held(self, value: ir.Value) -> list[np.ndarray]:
+        """Ids of the tokens of each group that stand in the new graph, in their order."""
+        rows, every = self.state(value).rows, self.layouts[value].ids
+        return [ids.ravel() if own is None else own for own, ids in zip(rows, every, strict=True)]
+
+    def kept(self, value: ir.Value, group: int, mask: np.ndarray) -> np.ndarray | None:
+        """Those of them that are in ``mask`` [id]; None: all of the dense graph, as they stand there."""
+        have = self.held(value)[group]
+        return None if _equal(have[mask[have]], self.layouts[value].ids[group].ravel()) else have[mask[have]]
 
     def take(self, before: ir.Node, value: ir.Value, wanted: list[np.ndarray | None]) -> ir.Value:
         """The value with the tokens ``wanted`` of each of its groups, made ahead of the node ``before``."""
@@ -407,9 +372,8 @@ class _Fold:
     def pick_group(self, before, value: ir.Value, layout: Layout, have, group: int, rows) -> ir.Value:
         every, is_open = layout.ids[group].ravel(), self.known.is_open
         held = every if have[group] is None else have[group]
-        target = every if rows is None else rows
         places = {token: place for place, token in enumerate(held.tolist())}
-        positions = np.asarray([places[token] for token in target.tolist()], np.int64)
+        positions = np.asarray([places[token] for token in (every if rows is None else rows).tolist()], np.int64)
         after = [*have[:group], rows, *have[group + 1 :]]
         axis, split = last_axis(layout, group), layout.ids[group].ndim > 1
         if len(layout.axes[axis]) > 1:
@@ -426,29 +390,37 @@ class _Fold:
     def pick_axis(self, before: ir.Node, value: ir.Value, axis: int, count: int, rows: np.ndarray) -> ir.Value:
         if len(rows) == count and is_range(rows):
             return value
-        first, name = int(rows[0]), f"vpruner.{value.name}.rows.{len(self.picked)}"
-        self.picked[name,] = value
-        if (array := self.known.constant(value)) is not None:
-            return add_constant(self.graph, name, np.ascontiguousarray(np.take(array, rows, axis)))
+        first = int(rows[0])
         if is_range(rows, first):
-            ends = [add_constant(self.graph, f"vpruner.integer.{number}", np.asarray([number], np.int64))
-                    for number in (first, first + len(rows), axis)]  # fmt: skip
-            return add_node(before, "Slice", [value, *ends], name).outputs[0]
-        indices = add_constant(self.graph, f"{name}.indices", rows)
-        return add_node(before, "Gather", [value, indices], name, {"axis": axis}).outputs[0]
+            numbers = (first, first + len(rows), axis)
+            return self.made(before, "Slice", value, "rows", lambda array: np.take(array, rows, axis), lambda name: [
+                add_constant(self.graph, f"vpruner.integer.{number}", np.asarray([number], np.int64))
+                for number in numbers
+            ])  # fmt: skip
+        return self.made(before, "Gather", value, "rows", lambda array: np.take(array, rows, axis), lambda name: [
+            add_constant(self.graph, f"{name}.indices", rows)], {"axis": axis})  # fmt: skip
 
     def reshaped(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
-        name = f"vpruner.{value.name}.shaped.{len(self.picked)}"
+        return self.made(before, "Reshape", value, "shaped", lambda array: array.reshape(dims),
+                         lambda _: [self.shape(dims)])  # fmt: skip
+
+    def made(self, before: ir.Node, op_type: str, value: ir.Value, what: str, compute, others, attributes=None):
+        """A node that does something to ``value``, or its result where that is a constant.
+
+        Args:
+            compute: The same on an array.
+            others: Name of the node -> its further inputs.
+        """
+        name = f"vpruner.{value.name}.{what}.{len(self.picked)}"
         self.picked[name,] = value
         if (array := self.known.constant(value)) is not None:
-            return add_constant(self.graph, name, array.reshape(dims))
-        return add_node(before, "Reshape", [value, self.shape(dims)], name).outputs[0]
+            return add_constant(self.graph, name, np.ascontiguousarray(compute(array)))
+        return add_node(before, op_type, [value, *others(name)], name, attributes).outputs[0]
 
     def shape(self, dims: list[int]) -> ir.Value:
         if dims.count(-1) > 1:
             raise GraphError("two axes depend on the batch, which cannot be folded")
-        text = "x".join("batch" if dim == -1 else str(dim) for dim in dims)
-        return add_constant(self.graph, f"vpruner.shape.{text}", np.asarray(dims, np.int64))
+        return add_shape(self.graph, dims)
 
     def cut(
         self, before: ir.Node, position: int, dense: ir.Value, targets: list[np.ndarray | None], flow: Flow
@@ -491,12 +463,9 @@ class _Fold:
         return self.pick_from(before, state, layout, wanted)
 
     def expanded(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
-        name = f"vpruner.{value.name}.expanded.{len(self.picked)}"
-        self.picked[name,] = value
-        if (array := self.known.constant(value)) is not None:
-            shape = np.broadcast_shapes(array.shape, dims)
-            return add_constant(self.graph, name, np.ascontiguousarray(np.broadcast_to(array, shape)))
-        return add_node(before, "Expand", [value, self.shape(dims)], name).outputs[0]
+        return self.made(before, "Expand", value, "expanded",
+                         lambda array: np.broadcast_to(array, np.broadcast_shapes(array.shape, dims)),
+                         lambda _: [self.shape(dims)])  # fmt: skip
 
 
 def _group_ids(flow: Flow) -> list[np.ndarray]:

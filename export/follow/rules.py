@@ -71,6 +71,11 @@ class Flow:
         return max((len(layout.ids) for layout in self.outputs if layout is not None), default=0)
 
     @property
+    def keys(self) -> int:
+        """The group of the keys of a softmax or an ``Attention``."""
+        return self.groups if self.normalises is None else self.normalises
+
+    @property
     def is_end(self) -> bool:
         """Whether some of the tokens end in the node."""
         return bool(self.ends) or any(ENDED in links for links in self.links)
