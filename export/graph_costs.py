@@ -19,9 +19,8 @@ from ..core.errors import GraphError
 from ..core.geometry import Geometry
 from .follow import Block, Followed
 from .follow.columns import project_apart
-from .follow.demand import demand, sets_of, unlike, whole_groups
+from .follow.demand import Demand, Sets, sets_of, unlike
 from .follow.known import above
-from .follow.layout import ENDED
 from .follow.rules import attribute
 from .nodes import called
 
@@ -103,7 +102,7 @@ def reads(followed: Followed) -> tuple[dict[int, np.ndarray], set[ir.Node]]:
     blocks, every = followed.blocks, range(followed.patches)
     plan = SimpleNamespace(**dict.fromkeys(("keys", "queries", "mlps"), [every] * len(blocks)), reads=None)
     adds = {b.add: block.index for block in blocks for b in (*block.attention, *block.mlp)}
-    head = demand(followed, sets_of(followed, plan), adds)
+    head = Demand(followed, sets_of(followed, plan), adds)
     read: dict[int, np.ndarray] = {}
     for add, block in adds.items():
         for mask in head.needed.get(add.outputs[0], []):
@@ -214,60 +213,44 @@ def costs(followed: Followed) -> tuple[BlockMacs, ...]:
     """Of each block; 0 for what cannot be masked."""
     followed = followed.copy()
     # Products whose columns are needed of different tokens are computed apart, as they are in a folded graph.
-    sets = sets_of(followed, unlike(followed))
-    project_apart(followed, demand(followed, sets))
-    found = [dict.fromkeys(("key", "query", "pair", "mlp"), 0) for _ in followed.blocks]
-    for node, groups in roles_of(followed)[0].items():
-        roles = [names for _, names in groups if names]
-        per_token = _macs(node, followed) // math.prod(size for size, names in groups if names)
-        for block in {block for names in roles for block, _ in names}:
-            named = [{role for index, role in names if index == block} for names in roles]
-            for role in ("pair",) if len(named) == 2 else set().union(*named):
-                found[block][role] += per_token
+    project_apart(followed, Demand(followed, sets_of(followed, unlike(followed))))
+    block_of = {node: block.index for block in followed.blocks for branch in (*block.attention, *block.mlp)
+                for node in branch.nodes}  # fmt: skip
+    found, block = [dict.fromkeys(("key", "query", "pair", "mlp"), 0) for _ in followed.blocks], 0
+    nodes = roles_of(followed)[0]
+    for node in reversed(followed.model.graph):
+        block = block_of.get(node, block)  # What is computed apart lies ahead of what reads it.
+        groups = zip(followed.flows[node].ids, nodes[node], strict=True) if node in nodes else ()
+        masked = [(ids.size, roles) for ids, roles in groups if roles]
+        per_token = _macs(node, followed) // math.prod(size for size, _ in masked)
+        for role in ("pair",) if len(masked) == 2 else set().union(*(roles for _, roles in masked)):
+            found[block][role] += per_token
     return tuple(BlockMacs(**one) for one in found)
 
 
-def roles_of(
-    followed: Followed,
-) -> tuple[dict[ir.Node, list[tuple[int, set[tuple[int, str]]]]], dict[ir.Value, list[set[tuple[int, str]]]]]:
-    """What the tokens of nodes and values are for: ``(block, "key")``, ``"query"`` or ``"mlp"``.
+def roles_of(followed: Followed) -> tuple[dict[ir.Node, list[set[str]]], dict[ir.Value, set[str]]]:
+    """What tokens of the branches are needed for: ``"key"``, ``"query"``, ``"mlp"``; no role where all tokens are
+    needed, whatever a plan says.
 
     Returns:
-        Node of a branch that can be masked -> (tokens, roles) of each of its groups, from the updates back to the
-        stream, without roles where all tokens are computed whatever the plan says; and value between the stream and
-        such an update -> roles of each of its groups.
+        Node -> roles of each of its groups; value -> roles of any of its groups.
     """
-    graph, layouts, nodes = followed.model.graph, followed.tokens.layouts, {}
-    stream, roles, fixed = {followed.stream}, {}, {}
+    bits = {"key": 1, "query": 2, "mlp": 4}
+    every, key, query, mlp = (np.full(followed.tokens.count, bit, np.uint8) for bit in (255, *bits.values()))
+    sets = Sets(every)
     for block in followed.blocks:
-        for role, branches in (("query", block.attention), ("mlp", block.mlp)):
-            for branch in branches:
-                stream.add(branch.add.outputs[0])
-                if branch.reason is None:
-                    roles[branch.add.inputs[branch.update]] = [{(block.index, role)}]
-    for node in reversed(list(graph)):
-        flow = followed.flows.get(node)
-        if flow is None or stream.intersection(node.outputs) or not any(value in roles for value in node.outputs):
-            continue
-        own: list[set] = [set() for _ in range(flow.groups + len(flow.ends))]
-        sizes = [0] * flow.groups + [ids.size for ids in flow.ends]
-        whole = whole_groups(followed, node, keyed=True).union(*(fixed.get(value, ()) for value in node.outputs))
-        for value in node.outputs:
-            for group, names in enumerate(roles.get(value, ())):
-                own[group] |= names
-                sizes[group] = layouts[value].ids[group].size
-        for group in range(flow.groups, len(own)):
-            own[group] |= {(block, "key") for names in own[: flow.groups] for block, role in names
-                           if role == "query" and followed.blocks[block].keys}  # fmt: skip
-        for value, links in zip(node.inputs, flow.links, strict=True):
-            if value is not None and links and value not in stream:
-                known = roles.setdefault(value, [set() for _ in links])
-                for group, link in enumerate(links):
-                    known[group] |= own[link] if link != ENDED else set()
-                fixed.setdefault(value, set()).update(own for own, link in enumerate(links) if link in {ENDED, *whole})
-        left = [set() if group in whole else names for group, names in enumerate(own)]
-        nodes[node] = list(zip(sizes, left, strict=True))
-    return nodes, roles
+        for branch in (*block.attention, *block.mlp):
+            own = query if branch in block.attention else mlp
+            sets.updates[branch.add] = branch, every if branch.reason else own
+            sets.keys.update(dict.fromkeys((*branch.mixers, *branch.keyed) if branch.keyed else (), key))
+    needed = Demand(followed, sets, asked=_outputs_of(followed.blocks))
+
+    def roles(mask: np.ndarray) -> set[str]:
+        own = int(np.bitwise_or.reduce(mask))
+        return {role for role, bit in bits.items() if own & bit} if own != 255 else set()
+
+    nodes = {node: list(map(roles, masks)) for node, masks in needed.masks.items()}
+    return nodes, {value: set().union(*map(roles, masks)) for value, masks in needed.needed.items()}
 
 
 def _macs(node: ir.Node, followed: Followed) -> int:

@@ -286,7 +286,7 @@ class _Finder:
         for node in self.followed.model.graph:
             if node not in branch.nodes or node.op_type not in ("MatMul", "Gemm"):
                 continue
-            roles = {role for names in self.roles.get(node.outputs[0], ()) for _, role in names}
+            roles = self.roles.get(node.outputs[0], ())
             layer = self.layer(node) if "key" in roles else None
             if layer is None:
                 continue
@@ -313,7 +313,7 @@ class _Finder:
             readers = {node for node, _ in self.uses(value)}
             onward = {node for node in readers if node.op_type in _MOVES | _SELECTIONS}
             if readers - onward:
-                ends[value.name] = {role for names in self.roles.get(value, ()) for _, role in names}
+                ends[value.name] = self.roles.get(value, ())
             waiting += [output for node in onward for output in node.outputs]
         shape = shape_for(self.known, layer.output, self.model.batch, self.model.batch or 1)
         axis = self.channel_axis(layer.output, len(layer.columns))

@@ -18,7 +18,7 @@ from ..nodes import called
 from .blocks import Weights
 from .followed import Branch, Followed
 from .known import above, used_by
-from .layout import ENDED, Layout, Part, is_split
+from .layout import ENDED, Part, is_split
 from .rules import Flow
 
 
@@ -36,6 +36,7 @@ class Sets:
     """A plan in the words of a graph. Sets are bool [id]; tokens that are no patches are in all of them.
 
     Attributes:
+        every: All tokens.
         masks: bool [kind, block, id]: keys, queries, MLPs.
         updates: ``Add`` of the stream -> its branch, and the tokens that it updates.
         keys: Node that sums over tokens, or a softmax over them -> the tokens that it sums over.
@@ -44,7 +45,8 @@ class Sets:
         refused: ``Add`` whose branch must not be needed -> the reason.
     """
 
-    masks: np.ndarray
+    every: np.ndarray
+    masks: np.ndarray | None = None
     updates: dict[ir.Node, tuple[Branch, np.ndarray]] = field(default_factory=dict)
     keys: dict[ir.Node, np.ndarray] = field(default_factory=dict)
     gates: dict[ir.Node, np.ndarray] = field(default_factory=dict)
@@ -68,7 +70,7 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
         return result
 
     kinds = np.asarray([[mask(patches) for patches in kind] for kind in (plan.keys, plan.queries, plan.mlps)])
-    sets, gates = Sets(kinds), getattr(plan, "gates", None)
+    sets, gates = Sets(np.ones(followed.tokens.count, bool), kinds), getattr(plan, "gates", None)
     for block, keys, queries, mlps in zip(followed.blocks, *kinds, strict=True):
         for branches, updated in ((block.attention, queries), (block.mlp, mlps)):
             sets.updates.update({branch.add: (branch, updated) for branch in branches})
@@ -115,112 +117,99 @@ def _head(followed: Followed) -> list[ir.Node]:
     return [*sums, *(node for node in weights.softmaxes if node not in weights.apart)]
 
 
-def all_of(layout: Layout, group: int, count: int) -> np.ndarray:
-    """bool [id]: the tokens of a group."""
-    result = np.zeros(count, bool)
-    result[layout.ids[group].ravel()] = True
+def only(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """``mask`` [id] where the tokens are ``ids``, elsewhere 0."""
+    result = np.zeros_like(mask)
+    result[ids] = mask[ids]
     return result
 
 
-@dataclass(eq=False)
 class Demand:
-    """Attributes:
-    needed: Value that carries tokens -> bool [id] for each of its groups.
-    live: Nodes whose result something reads.
-    updated: ``Add`` of the stream -> bool [id]: the tokens that it updates.
-    masks: Node that carries tokens -> bool [id] for each of its groups: the tokens of it with which it is run.
-    whole: The same nodes -> groups of which they need all tokens as they stand.
-    """
+    """Which tokens a plan needs of each value.
 
-    needed: dict[ir.Value, list[np.ndarray]] = field(default_factory=dict)
-    masks: dict[ir.Node, list[np.ndarray]] = field(default_factory=dict)
-    whole: dict[ir.Node, set[int]] = field(default_factory=dict)
-    live: set[ir.Node] = field(default_factory=set)
-    updated: dict[ir.Node, np.ndarray] = field(default_factory=dict)
-    _asked: set[ir.Value] = field(default_factory=set)
-
-    def ask(self, value: ir.Value, layout: Layout | None, masks: Sequence[np.ndarray | None], count: int) -> None:
-        """Ask for tokens of a value; None: all of a group. No tokens of a group are no value."""
-        if layout is not None:
-            every = [all_of(layout, group, count) for group in range(len(layout.ids))]
-            wanted = [own if mask is None else own & mask for own, mask in zip(every, masks, strict=True)]
-            if not all(mask.any() for mask in wanted):
-                return
-            known = self.needed.setdefault(value, [np.zeros(count, bool)] * len(wanted))
-            self.needed[value] = [before | mask for before, mask in zip(known, wanted, strict=True)]
-        self._asked.add(value)
-
-    def is_asked(self, node: ir.Node) -> bool:
-        return any(value in self._asked for value in node.outputs)
-
-
-def demand(followed: Followed, sets: Sets, stop: Collection[ir.Node] = ()) -> Demand:
-    """Args:
+    Args:
         stop: Nodes of which nothing further back is asked.
+        asked: Values of which all tokens are needed; None: the outputs of the graph.
+
+    Attributes:
+        needed: Value that carries tokens -> bool [id] for each of its groups.
+        live: Nodes whose result something reads.
+        updated: ``Add`` of the stream -> bool [id]: the tokens that it updates.
+        masks: Other nodes that carry tokens -> bool [id] for each of their groups: tokens with which they are run.
+        whole: The same nodes -> groups of which they need all tokens as they stand.
 
     Raises:
         PlanError: The plan leaves tokens out of a part of the model that cannot be masked.
     """
-    tokens, count = followed.tokens, followed.tokens.count
-    result = Demand()
 
-    def ask(value: ir.Value, masks: Sequence[np.ndarray | None] | None = None) -> None:
-        layout = tokens.layouts.get(value)
-        result.ask(value, layout, masks or [None] * (len(layout.ids) if layout else 0), count)
+    def __init__(
+        self, followed: Followed, sets: Sets, stop: Collection[ir.Node] = (), asked: Sequence[ir.Value] | None = None
+    ):
+        self.followed, self.sets, self.layouts = followed, sets, followed.tokens.layouts
+        self.needed: dict[ir.Value, list[np.ndarray]] = {}
+        self.live: set[ir.Node] = set()
+        self.updated: dict[ir.Node, np.ndarray] = {}
+        self.masks: dict[ir.Node, list[np.ndarray]] = {}
+        self.whole: dict[ir.Node, set[int]] = {}
+        self._asked: set[ir.Value] = set()
+        for value in followed.model.graph.outputs if asked is None else asked:
+            if value in self.layouts and sets.reads is not None:
+                raise PlanError(f"output {value.name!r} holds all tokens, but the plan's reads leave some out")
+            self.ask(value)
+        for node in reversed(followed.model.graph):
+            if node not in stop and not self._asked.isdisjoint(node.outputs):
+                self.live.add(node)
+                self.ask_inputs(node)
 
-    for value in followed.model.graph.outputs:
-        if value in tokens.layouts and sets.reads is not None:
-            raise PlanError(f"output {value.name!r} holds all tokens, but the plan's reads leave some out")
-        ask(value)
-    for node in reversed(followed.model.graph):
-        if not result.is_asked(node) or node in stop:
-            continue
-        result.live.add(node)
-        flow = followed.flows.get(node)
+    def ask(self, value: ir.Value, masks: Sequence[np.ndarray | None] | None = None) -> None:
+        """Ask for tokens of a value; None: all, or all of a group. No tokens of a group are no value."""
+        if value in self.layouts:
+            ids = self.layouts[value].ids
+            wanted = [only(own, self.sets.every if mask is None else mask)
+                      for own, mask in zip(ids, masks or [None] * len(ids), strict=True)]  # fmt: skip
+            if not all(mask.any() for mask in wanted):
+                return
+            before = self.needed.get(value, wanted)
+            self.needed[value] = [mask | more for mask, more in zip(before, wanted, strict=True)]
+        self._asked.add(value)
+
+    def ask_inputs(self, node: ir.Node) -> None:
+        flow = self.followed.flows.get(node)
         if flow is None:
             for value in used_by(node):
-                ask(value)
-        elif node in sets.updates:
-            branch, mask = sets.updates[node]
-            (wanted,) = result.needed[node.outputs[0]]
-            updated = wanted & mask
+                self.ask(value)
+        elif node in self.sets.updates:
+            branch, mask = self.sets.updates[node]
+            (wanted,) = self.needed[node.outputs[0]]
+            updated = self.updated[node] = wanted & mask
             if branch.reason is not None and (updated != wanted).any():
                 raise PlanError(f"block parts that are left whole update every token: {branch.reason}")
-            result.updated[node] = updated
-            if updated.any() and node in sets.refused:
-                raise PlanError(sets.refused[node])
-            carries = node.inputs[branch.update] in tokens.layouts
-            ask(node.inputs[1 - branch.update], [wanted] if carries else None)
+            carries = node.inputs[branch.update] in self.layouts
+            self.ask(node.inputs[1 - branch.update], [wanted] if carries else None)
             if updated.any():
-                ask(node.inputs[branch.update], [updated] if carries else None)
+                if node in self.sets.refused:
+                    raise PlanError(self.sets.refused[node])
+                self.ask(node.inputs[branch.update], [updated] if carries else None)
         else:
-            result.whole[node] = whole_groups(followed, node, node in sets.keys)
-            masks = result.masks[node] = _masks(followed, sets, result, node)
+            self.whole[node] = whole_groups(self.followed, node, node in self.sets.keys)
+            masks = self.masks[node] = self.masks_of(node, flow)
             for value, links in zip(node.inputs, flow.links, strict=True):
                 if value is not None:
-                    ask(value, [None if link == ENDED else masks[link] for link in links])
-    return result
+                    self.ask(value, [None if link == ENDED else masks[link] for link in links])
 
-
-def _masks(followed: Followed, sets: Sets, wanted: Demand, node: ir.Node) -> list[np.ndarray]:
-    flow, count = followed.flows[node], followed.tokens.count
-    masks, whole = [np.zeros(count, bool) for _ in range(flow.groups)], wanted.whole[node]
-    for value, layout in zip(node.outputs, flow.outputs, strict=False):
-        for group in range(len(layout.ids) if layout is not None else 0):
-            if group in whole:
-                masks[group] |= all_of(layout, group, count)
-            elif value in wanted.needed:
-                masks[group] |= wanted.needed[value][group]
-    for ids in flow.ends:
-        mask = np.zeros(count, bool)
-        mask[ids] = True
-        keys = sets.keys.get(node) if flow.how == "along" else None
-        if keys is not None:
-            mask &= keys
-            if not mask.any():
+    def masks_of(self, node: ir.Node, flow: Flow) -> list[np.ndarray]:
+        every = self.sets.every
+        masks = [np.zeros_like(every) for _ in range(flow.groups)]
+        for value in node.outputs:
+            for group, mask in enumerate(self.needed.get(value, ())):
+                masks[group] |= mask
+        for group in self.whole[node]:
+            masks[group] = only(flow.ids[group], every)
+        for ids in flow.ends:
+            masks.append(only(ids, self.sets.keys.get(node, every) if flow.how == "along" else every))
+            if not masks[-1].any():
                 raise PlanError(f"nothing is left to read at {called(node)}")
-        masks.append(mask)
-    return masks
+        return masks
 
 
 def whole_groups(followed: Followed, node: ir.Node, keyed: bool) -> set[int]:
@@ -286,7 +275,7 @@ def counts(followed: Followed, plan: Plan) -> tuple[BlockCounts, ...]:
         PlanError: As :func:`~.restrict.fold`.
     """
     sets = sets_of(followed, plan)
-    wanted = demand(followed, sets)
+    wanted = Demand(followed, sets)
     found = []
     for block in followed.blocks:
         read, attend, pass_mlp = [], *([wanted.updated[branch.add] for branch in branches if branch.add in wanted.live]
@@ -294,8 +283,8 @@ def counts(followed: Followed, plan: Plan) -> tuple[BlockCounts, ...]:
         for branch in block.attention:
             read += [wanted.masks[node][followed.flows[node].keys] for node in branch.keyed if node in wanted.live]
             if not branch.keyed and branch.add.inputs[branch.update].producer() in wanted.live:
-                read.append(all_of(followed.tokens.layouts[branch.add.outputs[0]], 0, followed.tokens.count))
-        sizes = (int(np.logical_or.reduce([*masks, np.zeros(followed.tokens.count, bool)]).sum())
+                read.append(only(followed.tokens.layouts[branch.add.outputs[0]].ids[0], sets.every))
+        sizes = (int(np.logical_or.reduce([*masks, ~sets.every]).sum())
                  for masks in (read, attend, pass_mlp))  # fmt: skip
         gated = any(node in sets.gates for branch in block.attention for node in branch.keyed)
         found.append(BlockCounts(block.index, *sizes, gated))

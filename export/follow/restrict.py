@@ -25,7 +25,7 @@ from ...core.text import command, first_line
 from ..nodes import called
 from ..passes.edit import add_constant, add_node, add_shape
 from .columns import project_apart
-from .demand import Demand, Plan, Sets, all_of, demand, missing_axes, sets_of, unlike
+from .demand import Demand, Plan, Sets, missing_axes, only, sets_of, unlike
 from .followed import Followed
 from .known import used_by
 from .layout import ENDED, Layout, Part, plain_axes, size_of, tidy
@@ -66,12 +66,12 @@ def fold(followed: Followed, plan: Plan, *, shapes: bool = True) -> ir.Model:
     outputs = [value.shape for value in followed.model.graph.outputs]
     followed = followed.copy()
     sets = sets_of(followed, plan)
-    wanted = demand(followed, sets)
+    wanted = Demand(followed, sets)
     # Queries, keys and values by products of their own, even where all tokens attend: onnxruntime splits by a copy what
     # one product gives, and is slower with a wide matrix. All blocks of a dense model written so take 0.97 of its time
     # (384 channels), 0.94 (768 channels), and 0.91 (384 channels, 8 images; onnxruntime 1.31, one CPU thread).
-    if project_apart(followed, demand(followed, sets_of(followed, unlike(followed)))):
-        wanted = demand(followed, sets)
+    if project_apart(followed, Demand(followed, sets_of(followed, unlike(followed)))):
+        wanted = Demand(followed, sets)
     folding = _Fold(followed, sets, wanted)
     folding.run()
     passes.RemoveUnusedNodesPass()(followed.model)
@@ -201,7 +201,7 @@ class _Fold:
 
     def add_gates(self, node: ir.Node, flow: Flow, targets: list[np.ndarray | None]) -> None:
         """Add the logarithms of the plan's gates to the logits of a softmax or an ``Attention``."""
-        layout, every = flow.outputs[0], _group_ids(flow)
+        layout, every = flow.outputs[0], flow.ids
         ids = [own.ravel() if kept is None else kept for own, kept in zip(every, targets, strict=True)]
         bias = self.sets.gates[node][every[flow.keys] if targets[flow.keys] is None else ids[flow.keys]]
         if not bias.any():
@@ -226,8 +226,8 @@ class _Fold:
             wanted = self.wanted.needed[output]
             if value not in self.states and all(mask[ids].all() for mask, ids in zip(wanted, layout.ids, strict=True)):
                 continue
-            rows = [self.kept(value, group, all_of(layout, group, len(mask)) & mask)
-                    for group, mask in enumerate(wanted)]  # fmt: skip
+            rows = [self.kept(value, group, only(ids, mask))
+                    for group, (ids, mask) in enumerate(zip(layout.ids, wanted, strict=True))]  # fmt: skip
             taken = self.take(node, value, rows)
             for group, ids in enumerate(layout.ids):
                 if ids.ndim == 1 and _equal(rows[group], ids):
@@ -453,9 +453,8 @@ class _Fold:
         groups = sorted(group for group in present - {ENDED} if targets[group] is not None)
         axes = [[Part(groups.index(f.group), f.size) if isinstance(f, Part) and f.group in groups else size_of(f)
                  for f in factors] for factors in axes]  # fmt: skip
-        every = _group_ids(flow)
         try:
-            layout = tidy(axes, [own.ids[links.index(g)] if g in links else every[g] for g in groups])
+            layout = tidy(axes, [own.ids[links.index(g)] if g in links else flow.ids[g] for g in groups])
         except ValueError:
             raise GraphError(f"{value.name!r} lies along a part of the token axis, which cannot be folded") from None
         wanted = [targets[group] for group in groups]
@@ -466,11 +465,6 @@ class _Fold:
         return self.made(before, "Expand", value, "expanded",
                          lambda array: np.broadcast_to(array, np.broadcast_shapes(array.shape, dims)),
                          lambda _: [self.shape(dims)])  # fmt: skip
-
-
-def _group_ids(flow: Flow) -> list[np.ndarray]:
-    layout = next((layout for layout in flow.outputs if layout is not None), None)
-    return [*(layout.ids if layout is not None else ()), *flow.ends]
 
 
 def sizes(layout: Layout, rows, is_open) -> list[int]:

@@ -71,6 +71,12 @@ class Flow:
         return max((len(layout.ids) for layout in self.outputs if layout is not None), default=0)
 
     @property
+    def ids(self) -> tuple[np.ndarray, ...]:
+        """Of each group."""
+        layout = next((layout for layout in self.outputs if layout is not None), None)
+        return (*(layout.ids if layout is not None else ()), *self.ends)
+
+    @property
     def keys(self) -> int:
         """The group of the keys of a softmax or an ``Attention``."""
         return self.groups if self.normalises is None else self.normalises
