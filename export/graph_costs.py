@@ -235,22 +235,22 @@ def roles_of(followed: Followed) -> tuple[dict[ir.Node, list[set[str]]], dict[ir
     Returns:
         Node -> roles of each of its groups; value -> roles of any of its groups.
     """
-    bits = {"key": 1, "query": 2, "mlp": 4}
-    every, key, query, mlp = (np.full(followed.tokens.count, bit, np.uint8) for bit in (255, *bits.values()))
-    sets = Sets(every)
+    bits = {"key": 1, "query": 2, "mlp": 4, "whole": 8}
+    key, query, mlp, whole = (np.full(followed.tokens.count, bit, np.uint8) for bit in bits.values())
+    sets = Sets(key | query | mlp | whole, whole)
     for block in followed.blocks:
         for branch in (*block.attention, *block.mlp):
             own = query if branch in block.attention else mlp
-            sets.updates[branch.add] = branch, every if branch.reason else own
+            sets.updates[branch.add] = branch, whole if branch.reason else own
             sets.keys.update(dict.fromkeys((*branch.mixers, *branch.keyed) if branch.keyed else (), key))
     needed = Demand(followed, sets, asked=_outputs_of(followed.blocks))
 
     def roles(mask: np.ndarray) -> set[str]:
-        own = int(np.bitwise_or.reduce(mask))
-        return {role for role, bit in bits.items() if own & bit} if own != 255 else set()
+        return {role for role, bit in bits.items() if np.bitwise_or.reduce(mask) & bit}
 
-    nodes = {node: list(map(roles, masks)) for node, masks in needed.masks.items()}
-    return nodes, {value: set().union(*map(roles, masks)) for value, masks in needed.needed.items()}
+    nodes = {node: [own if "whole" not in own else set() for own in map(roles, masks)]
+             for node, masks in needed.masks.items()}  # fmt: skip
+    return nodes, {value: set().union(*map(roles, masks)) - {"whole"} for value, masks in needed.needed.items()}
 
 
 def _macs(node: ir.Node, followed: Followed) -> int:

@@ -37,6 +37,7 @@ class Sets:
 
     Attributes:
         every: All tokens.
+        whole: What stands for all tokens of a group that is needed as it is, whatever the plan says.
         masks: bool [kind, block, id]: keys, queries, MLPs.
         updates: ``Add`` of the stream -> its branch, and the tokens that it updates.
         keys: Node that sums over tokens, or a softmax over them -> the tokens that it sums over.
@@ -46,6 +47,7 @@ class Sets:
     """
 
     every: np.ndarray
+    whole: np.ndarray
     masks: np.ndarray | None = None
     updates: dict[ir.Node, tuple[Branch, np.ndarray]] = field(default_factory=dict)
     keys: dict[ir.Node, np.ndarray] = field(default_factory=dict)
@@ -70,7 +72,8 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
         return result
 
     kinds = np.asarray([[mask(patches) for patches in kind] for kind in (plan.keys, plan.queries, plan.mlps)])
-    sets, gates = Sets(np.ones(followed.tokens.count, bool), kinds), getattr(plan, "gates", None)
+    every = np.ones(followed.tokens.count, bool)
+    sets, gates = Sets(every, every, kinds), getattr(plan, "gates", None)
     for block, keys, queries, mlps in zip(followed.blocks, *kinds, strict=True):
         for branches, updated in ((block.attention, queries), (block.mlp, mlps)):
             sets.updates.update({branch.add: (branch, updated) for branch in branches})
@@ -155,7 +158,7 @@ class Demand:
         for value in followed.model.graph.outputs if asked is None else asked:
             if value in self.layouts and sets.reads is not None:
                 raise PlanError(f"output {value.name!r} holds all tokens, but the plan's reads leave some out")
-            self.ask(value)
+            self.ask(value, [sets.every] * len(self.layouts[value].ids) if value in self.layouts else None)
         for node in reversed(followed.model.graph):
             if node not in stop and not self._asked.isdisjoint(node.outputs):
                 self.live.add(node)
@@ -165,7 +168,7 @@ class Demand:
         """Ask for tokens of a value; None: all, or all of a group. No tokens of a group are no value."""
         if value in self.layouts:
             ids = self.layouts[value].ids
-            wanted = [only(own, self.sets.every if mask is None else mask)
+            wanted = [only(own, self.sets.whole if mask is None else mask)
                       for own, mask in zip(ids, masks or [None] * len(ids), strict=True)]  # fmt: skip
             if not all(mask.any() for mask in wanted):
                 return
@@ -182,7 +185,7 @@ class Demand:
             branch, mask = self.sets.updates[node]
             (wanted,) = self.needed[node.outputs[0]]
             updated = self.updated[node] = wanted & mask
-            if branch.reason is not None and (updated != wanted).any():
+            if branch.reason is not None and ((wanted & ~updated) & self.sets.whole).any():
                 raise PlanError(f"block parts that are left whole update every token: {branch.reason}")
             carries = node.inputs[branch.update] in self.layouts
             self.ask(node.inputs[1 - branch.update], [wanted] if carries else None)
@@ -198,15 +201,15 @@ class Demand:
                     self.ask(value, [None if link == ENDED else masks[link] for link in links])
 
     def masks_of(self, node: ir.Node, flow: Flow) -> list[np.ndarray]:
-        every = self.sets.every
-        masks = [np.zeros_like(every) for _ in range(flow.groups)]
+        whole = self.sets.whole
+        masks = [np.zeros_like(whole) for _ in range(flow.groups)]
         for value in node.outputs:
             for group, mask in enumerate(self.needed.get(value, ())):
                 masks[group] |= mask
         for group in self.whole[node]:
-            masks[group] = only(flow.ids[group], every)
+            masks[group] |= only(flow.ids[group], whole)
         for ids in flow.ends:
-            masks.append(only(ids, self.sets.keys.get(node, every) if flow.how == "along" else every))
+            masks.append(only(ids, self.sets.keys.get(node, whole) if flow.how == "along" else whole))
             if not masks[-1].any():
                 raise PlanError(f"nothing is left to read at {called(node)}")
         return masks

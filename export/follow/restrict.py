@@ -13,7 +13,6 @@ A group of tokens of which some are left has the size 1 in all of its parts but 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -32,21 +31,8 @@ from .layout import ENDED, Layout, Part, plain_axes, size_of, tidy
 from .mask import combine, mask_attention
 from .rules import Flow
 
-#: Ids of the tokens of a group, in their order; None: all of them, as they stand in the dense graph.
-Rows = "np.ndarray | None"
-
-
-@dataclass(eq=False)
-class State:
-    """What stands in the new graph for a value that carries tokens.
-
-    Attributes:
-        pieces: Values, and the tokens of the group that they hold; one, with None, where it is whole or has groups.
-        rows: For each group.
-    """
-
-    pieces: list[tuple[ir.Value, np.ndarray | None]]
-    rows: list[np.ndarray | None]
+#: For each group of a value: ids of the tokens that are left, in their order; None: all, as in the dense graph.
+Rows = list[np.ndarray | None]
 
 
 def fold(followed: Followed, plan: Plan, *, shapes: bool = True) -> ir.Model:
@@ -113,7 +99,7 @@ class _Fold:
         self.followed, self.sets, self.wanted = followed, sets, wanted
         self.graph, self.layouts = followed.model.graph, followed.tokens.layouts
         self.known = followed.tokens.known
-        self.states: dict[ir.Value, State] = {}
+        self.pieces: dict[ir.Value, list[tuple[ir.Value, Rows]]] = {}  # what is left of a value, piece by piece
         self.picked: dict[tuple, ir.Value] = {}
         self.shapes: dict[ir.Value, list[int]] = {}  # of values whose tokens are fewer, and of new ones
 
@@ -124,7 +110,7 @@ class _Fold:
             flow = self.followed.flows.get(node)
             if flow is None or flow.how == "start":
                 for value in dict.fromkeys(used_by(node)):
-                    if value in self.states:
+                    if value in self.pieces:
                         _replace(node, value, self.take(node, value, [None] * len(self.layouts[value].ids)))
             elif node in self.sets.updates:
                 self.update(node)
@@ -133,7 +119,7 @@ class _Fold:
             if self.followed.stream in node.outputs:
                 self.enter(node)
         for index, value in enumerate(self.graph.outputs):
-            if value in self.states:
+            if value in self.pieces:
                 self.put_output(index, value)
 
     def write_shapes(self) -> None:
@@ -149,26 +135,22 @@ class _Fold:
         if any(value.shape is None for value in values):
             passes.ShapeInferencePass()(self.followed.model)
 
-    def note(self, value: ir.Value, layout: Layout, rows: list[np.ndarray | None]) -> None:
-        """Remember which tokens a value of the new graph holds, for its shape."""
+    def put(self, value: ir.Value, layout: Layout, rows: Rows, dense: ir.Value | None = None) -> ir.Value:
+        """Remember which tokens a value of the new graph holds, for its shape, and if it stands there for ``dense``."""
         left = sizes(layout, rows, self.known.is_open)
-        self.shapes[value] = [dense if size < 0 else size for size, dense in zip(left, layout.shape, strict=True)]
+        self.shapes[value] = [whole if size < 0 else size for size, whole in zip(left, layout.shape, strict=True)]
+        if dense is not None:
+            self.pieces[dense] = [(value, rows)]
+        return value
 
     # -- operators ----------------------------------------------------------------------------------------------------
 
-    def targets(self, node: ir.Node, flow: Flow) -> list[np.ndarray | None]:
+    def targets(self, node: ir.Node, flow: Flow) -> Rows:
         """For each group of the node, the tokens with which it is run, in the order of its first input."""
-        result: list[np.ndarray | None] = []
-        for group, mask in enumerate(self.wanted.masks[node]):
-            source = next(
-                ((value, own) for value, links in zip(node.inputs, flow.links, strict=True)
-                for own, link in enumerate(links) if link == group), None
-            )  # fmt: skip
-            if source is None or group in self.wanted.whole[node]:
-                result.append(None)
-                continue
-            result.append(self.kept(*source, mask))
-        return result
+        sources = {link: (value, own) for value, links in reversed(list(zip(node.inputs, flow.links, strict=True)))
+                   for own, link in reversed(list(enumerate(links)))}  # fmt: skip
+        return [self.kept(*sources[group], mask) if group in sources and group not in self.wanted.whole[node] else None
+                for group, mask in enumerate(self.wanted.masks[node])]  # fmt: skip
 
     def along(self, node: ir.Node, flow: Flow) -> None:
         targets = self.targets(node, flow)
@@ -181,13 +163,12 @@ class _Fold:
                 node.replace_input_with(position, self.cut(node, position, value, targets, flow))
         if node in self.sets.gates:
             self.add_gates(node, flow, targets)
-        (layout, *_) = flow.outputs
-        if layout is None or all(rows is None for rows in targets[: flow.groups]):
+        layout, rows = flow.outputs[0], targets[: flow.groups]
+        if layout is None or all(own is None for own in rows):
             return
         for value, own in zip(node.outputs, flow.outputs, strict=False):
             if own is not None:
-                self.note(value, own, targets[: flow.groups])
-                self.states[value] = State([(value, None)], targets[: flow.groups])
+                self.put(value, own, rows, value)
         if flow.how == "reshape":
             node.replace_input_with(1, self.shape(sizes(layout, targets, self.known.is_open)))
         elif flow.how == "expand":
@@ -199,7 +180,7 @@ class _Fold:
                 raise GraphError(f"{called(node)} repeats tokens for each image, which cannot be folded")
             node.replace_input_with(1, self.shape(dims))
 
-    def add_gates(self, node: ir.Node, flow: Flow, targets: list[np.ndarray | None]) -> None:
+    def add_gates(self, node: ir.Node, flow: Flow, targets: Rows) -> None:
         """Add the logarithms of the plan's gates to the logits of a softmax or an ``Attention``."""
         layout, every = flow.outputs[0], flow.ids
         ids = [own.ravel() if kept is None else kept for own, kept in zip(every, targets, strict=True)]
@@ -216,7 +197,7 @@ class _Fold:
     def pick(self, node: ir.Node, flow: Flow) -> None:
         value = node.inputs[0]
         if flow.ends:  # a Gather of one token by a scalar
-            if value in self.states:
+            if value in self.pieces:
                 self.along(node, flow)
                 node.replace_input_with(1, add_constant(self.graph, "vpruner.first", np.asarray(0, np.int64)))
             return
@@ -224,7 +205,7 @@ class _Fold:
             if output not in self.wanted.needed:
                 continue
             wanted = self.wanted.needed[output]
-            if value not in self.states and all(mask[ids].all() for mask, ids in zip(wanted, layout.ids, strict=True)):
+            if value not in self.pieces and all(mask[ids].all() for mask, ids in zip(wanted, layout.ids, strict=True)):
                 continue
             rows = [self.kept(value, group, only(ids, mask))
                     for group, (ids, mask) in enumerate(zip(layout.ids, wanted, strict=True))]  # fmt: skip
@@ -232,7 +213,7 @@ class _Fold:
             for group, ids in enumerate(layout.ids):
                 if ids.ndim == 1 and _equal(rows[group], ids):
                     rows[group] = None
-            self.states[output] = State([(taken, None)], rows)
+            self.pieces[output] = [(taken, rows)]
 
     def join(self, node: ir.Node, flow: Flow) -> None:
         output, layout = node.outputs[0], flow.outputs[0]
@@ -258,15 +239,14 @@ class _Fold:
                 values.append(self.pick_axis(node, value, flow.axis, size, rows))
         kept = np.concatenate(order)
         rows = [*rest[:new], None if np.array_equal(kept, layout.ids[new]) else kept, *rest[new:]]
-        joined = output
         if len(values) == 1:
-            joined = values[0]
+            self.pieces[output] = [(values[0], rows)]
         elif values != list(node.inputs):
-            joined = add_node(node, "Concat", values, f"vpruner.{output.name}.left", {"axis": flow.axis}).outputs[0]
-        if joined is output or len(values) > 1:
-            self.note(joined, layout, rows)
-        if joined is not output or any(one is not None for one in rows):
-            self.states[output] = State([(joined, None)], rows)
+            name = f"vpruner.{output.name}.left"
+            joined = add_node(node, "Concat", values, name, {"axis": flow.axis}).outputs[0]
+            self.put(joined, layout, rows, output)
+        elif any(one is not None for one in rows):
+            self.put(output, layout, rows, output)
 
     def update(self, node: ir.Node) -> None:
         """An ``Add`` of the stream: some tokens are updated, the others put beside them as they are."""
@@ -280,20 +260,17 @@ class _Fold:
             return
         rows, pieces = self.kept(stream, 0, needed & mask), []
         if rows is None or len(rows):
-            node.replace_input_with(1 - branch.update, self.take(node, stream, [rows]))
-            taken = self.take(node, update, [rows])
-            node.replace_input_with(branch.update, taken)
-            pieces.append((output, rows))
-            self.note(output, layout, [rows])
+            for position, value in ((1 - branch.update, stream), (branch.update, update)):
+                node.replace_input_with(position, self.take(node, value, [rows]))
+            pieces.append((self.put(output, layout, [rows]), [rows]))
             if rows is None:
                 return
-        (have,) = self.held(stream)
-        for value, held in self.state(stream).pieces:
-            held = have if held is None else held
-            frozen = held[(needed & ~mask)[held]]
-            if len(frozen):
-                pieces.append((self.pick_from(node, State([(value, held)], [held]), layout, [frozen]), frozen))
-        self.states[output] = State(pieces, [np.concatenate([rows for _, rows in pieces])])
+        for value, own in self.pieces_of(stream):
+            (held,) = explicit(layout, own)
+            frozen = [held[(needed & ~mask)[held]]]
+            if len(frozen[0]):
+                pieces.append((self.pick_from(node, value, own, layout, frozen), frozen))
+        self.pieces[output] = pieces
 
     def enter(self, node: ir.Node) -> None:
         """Put the tokens that are updated longest first, which makes slices of gathers."""
@@ -307,7 +284,7 @@ class _Fold:
         if np.array_equal(order, have):
             return
         following = self.graph[list(self.graph).index(node) + 1]
-        self.states[value] = State([(self.take(following, value, [order]), None)], [order])
+        self.pieces[value] = [(self.take(following, value, [order]), [order])]
 
     def put_output(self, index: int, value: ir.Value) -> None:
         """An output of the graph keeps its name and has all tokens."""
@@ -321,110 +298,109 @@ class _Fold:
             self.graph.remove(end, safe=True)
         name, value.name = value.name, f"{value.name}.tokens"
         whole.name, whole.dtype, whole.shape = name, value.dtype, value.shape
-        self.note(whole, self.layouts[value], [None] * len(self.layouts[value].ids))
+        self.put(whole, self.layouts[value], [None] * len(self.layouts[value].ids))
         self.graph.outputs[index] = whole
 
     # -- tokens of values ---------------------------------------------------------------------------------------------
 
-    def state(self, value: ir.Value) -> State:
-        return self.states.get(value) or State([(value, None)], [None] * len(self.layouts[value].ids))
+    def pieces_of(self, value: ir.Value) -> list[tuple[ir.Value, Rows]]:
+        return self.pieces.get(value) or [(value, [None] * len(self.layouts[value].ids))]
 
     def held(self, value: ir.Value) -> list[np.ndarray]:
         """Ids of the tokens of each group that stand in the new graph, in their order."""
-        rows, every = self.state(value).rows, self.layouts[value].ids
-        return [ids.ravel() if own is None else own for own, ids in zip(rows, every, strict=True)]
+        pieces = [explicit(self.layouts[value], rows) for _, rows in self.pieces_of(value)]
+        return [np.concatenate(own) for own in zip(*pieces, strict=True)]
 
     def kept(self, value: ir.Value, group: int, mask: np.ndarray) -> np.ndarray | None:
         """Those of them that are in ``mask`` [id]; None: all of the dense graph, as they stand there."""
         have = self.held(value)[group]
         return None if _equal(have[mask[have]], self.layouts[value].ids[group].ravel()) else have[mask[have]]
 
-    def take(self, before: ir.Node, value: ir.Value, wanted: list[np.ndarray | None]) -> ir.Value:
+    def take(self, before: ir.Node, value: ir.Value, wanted: Rows) -> ir.Value:
         """The value with the tokens ``wanted`` of each of its groups, made ahead of the node ``before``."""
-        state, layout = self.state(value), self.layouts[value]
-        if len(state.pieces) > 1:
-            (rows,) = wanted
-            rows = layout.ids[0].ravel() if rows is None else rows
-            for piece, held in state.pieces:
-                if np.isin(rows, held).all():
-                    return self.pick_from(before, State([(piece, held)], [held]), layout, wanted)
-            axis = last_axis(layout, 0)
-            name = f"vpruner.{value.name}.joined"
-            joined = add_node(before, "Concat", [piece for piece, _ in state.pieces], name, {"axis": axis})
-            state.pieces = [(joined.outputs[0], None)]
-            self.note(joined.outputs[0], layout, state.rows)
-        return self.pick_from(before, state, layout, wanted)
+        pieces, layout = self.pieces_of(value), self.layouts[value]
+        if len(pieces) > 1:
+            (rows,) = explicit(layout, wanted)
+            for piece, held in pieces:
+                if np.isin(rows, held[0]).all():
+                    return self.pick_from(before, piece, held, layout, wanted)
+            name, axis = f"vpruner.{value.name}.joined", {"axis": last_axis(layout, 0)}
+            joined = add_node(before, "Concat", [piece for piece, _ in pieces], name, axis).outputs[0]
+            self.put(joined, layout, self.held(value), value)
+        ((piece, held),) = self.pieces_of(value)
+        return self.pick_from(before, piece, held, layout, wanted)
 
-    def pick_from(self, before: ir.Node, state: State, layout: Layout, wanted: list[np.ndarray | None]) -> ir.Value:
-        ((value, _),) = state.pieces
-        have = list(state.rows)
+    def pick_from(self, before: ir.Node, value: ir.Value, held: Rows, layout: Layout, wanted: Rows) -> ir.Value:
+        """The tokens ``wanted`` of a value of the new graph that has the tokens ``held``."""
+        have = list(held)
         for group, rows in enumerate(wanted):
             if _equal(have[group], rows):
                 continue
             key = (value, layout.axes, group, layout.ids[group].tobytes(), None if rows is None else rows.tobytes())
             if key not in self.picked:
                 self.picked[key] = self.pick_group(before, value, layout, have, group, rows)
-            value = self.picked[key]
             have[group] = rows
-            self.note(value, layout, have)
+            value = self.put(self.picked[key], layout, have)
         return value
 
-    def pick_group(self, before, value: ir.Value, layout: Layout, have, group: int, rows) -> ir.Value:
-        every, is_open = layout.ids[group].ravel(), self.known.is_open
-        held = every if have[group] is None else have[group]
+    def pick_group(self, before: ir.Node, value: ir.Value, layout: Layout, have: Rows, group: int, rows) -> ir.Value:
+        held, target = (explicit(layout, own)[group] for own in (have, [*have[:group], rows, *have[group + 1 :]]))
         places = {token: place for place, token in enumerate(held.tolist())}
-        positions = np.asarray([places[token] for token in (every if rows is None else rows).tolist()], np.int64)
-        after = [*have[:group], rows, *have[group + 1 :]]
+        positions = np.asarray([places[token] for token in target.tolist()], np.int64)
+
+        def dims(layout: Layout, own: np.ndarray | None) -> list[int]:
+            return sizes(layout, [*have[:group], own, *have[group + 1 :]], self.known.is_open)
+
         axis, split = last_axis(layout, group), layout.ids[group].ndim > 1
         if len(layout.axes[axis]) > 1:
             # Beside something else on its axis: the axis is taken apart, and put together again.
             apart = Layout(tuple((f,) for x in layout.axes for f in (x or (1,))), layout.ids)
-            value = self.reshaped(before, value, sizes(apart, [*have[:group], held, *have[group + 1 :]], is_open))
+            value = self.reshaped(before, value, dims(apart, held))
             value = self.pick_axis(before, value, last_axis(apart, group), len(held), positions)
-            return self.reshaped(before, value, sizes(layout, after, is_open))
+            return self.reshaped(before, value, dims(layout, rows))
         if split and have[group] is None:
-            value = self.reshaped(before, value, sizes(layout, [*have[:group], held, *have[group + 1 :]], is_open))
+            value = self.reshaped(before, value, dims(layout, held))
         value = self.pick_axis(before, value, axis, len(held), positions)
-        return self.reshaped(before, value, sizes(layout, after, is_open)) if split and rows is None else value
+        return self.reshaped(before, value, dims(layout, rows)) if split and rows is None else value
+
+    def named(self, value: ir.Value, what: str) -> tuple[str, np.ndarray | None]:
+        """A name for what is made of a value, and the numbers of the value if they are known."""
+        name = f"vpruner.{value.name}.{what}.{len(self.picked)}"
+        self.picked[name,] = value
+        return name, self.known.constant(value)
 
     def pick_axis(self, before: ir.Node, value: ir.Value, axis: int, count: int, rows: np.ndarray) -> ir.Value:
         if len(rows) == count and is_range(rows):
             return value
-        first = int(rows[0])
+        first, (name, array) = int(rows[0]), self.named(value, "rows")
+        if array is not None:
+            return add_constant(self.graph, name, np.ascontiguousarray(np.take(array, rows, axis)))
         if is_range(rows, first):
-            numbers = (first, first + len(rows), axis)
-            return self.made(before, "Slice", value, "rows", lambda array: np.take(array, rows, axis), lambda name: [
-                add_constant(self.graph, f"vpruner.integer.{number}", np.asarray([number], np.int64))
-                for number in numbers
-            ])  # fmt: skip
-        return self.made(before, "Gather", value, "rows", lambda array: np.take(array, rows, axis), lambda name: [
-            add_constant(self.graph, f"{name}.indices", rows)], {"axis": axis})  # fmt: skip
+            ends = [add_constant(self.graph, f"vpruner.integer.{number}", np.asarray([number], np.int64))
+                    for number in (first, first + len(rows), axis)]  # fmt: skip
+            return add_node(before, "Slice", [value, *ends], name).outputs[0]
+        indices = add_constant(self.graph, f"{name}.indices", rows)
+        return add_node(before, "Gather", [value, indices], name, {"axis": axis}).outputs[0]
 
     def reshaped(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
-        return self.made(before, "Reshape", value, "shaped", lambda array: array.reshape(dims),
-                         lambda _: [self.shape(dims)])  # fmt: skip
+        name, array = self.named(value, "shaped")
+        if array is not None:
+            return add_constant(self.graph, name, array.reshape(dims))
+        return add_node(before, "Reshape", [value, self.shape(dims)], name).outputs[0]
 
-    def made(self, before: ir.Node, op_type: str, value: ir.Value, what: str, compute, others, attributes=None):
-        """A node that does something to ``value``, or its result where that is a constant.
-
-        Args:
-            compute: The same on an array.
-            others: Name of the node -> its further inputs.
-        """
-        name = f"vpruner.{value.name}.{what}.{len(self.picked)}"
-        self.picked[name,] = value
-        if (array := self.known.constant(value)) is not None:
-            return add_constant(self.graph, name, np.ascontiguousarray(compute(array)))
-        return add_node(before, op_type, [value, *others(name)], name, attributes).outputs[0]
+    def expanded(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
+        name, array = self.named(value, "expanded")
+        if array is not None:
+            shape = np.broadcast_shapes(array.shape, dims)
+            return add_constant(self.graph, name, np.ascontiguousarray(np.broadcast_to(array, shape)))
+        return add_node(before, "Expand", [value, self.shape(dims)], name).outputs[0]
 
     def shape(self, dims: list[int]) -> ir.Value:
         if dims.count(-1) > 1:
             raise GraphError("two axes depend on the batch, which cannot be folded")
         return add_shape(self.graph, dims)
 
-    def cut(
-        self, before: ir.Node, position: int, dense: ir.Value, targets: list[np.ndarray | None], flow: Flow
-    ) -> ir.Value:
+    def cut(self, before: ir.Node, position: int, dense: ir.Value, targets: Rows, flow: Flow) -> ir.Value:
         """An input of which axes without tokens lie along them, for the tokens in ``targets``.
 
         Args:
@@ -457,14 +433,12 @@ class _Fold:
             layout = tidy(axes, [own.ids[links.index(g)] if g in links else flow.ids[g] for g in groups])
         except ValueError:
             raise GraphError(f"{value.name!r} lies along a part of the token axis, which cannot be folded") from None
-        wanted = [targets[group] for group in groups]
-        state = State([(value, None)], [None if group in lying else targets[group] for group in groups])
-        return self.pick_from(before, state, layout, wanted)
+        held = [None if group in lying else targets[group] for group in groups]
+        return self.pick_from(before, value, held, layout, [targets[group] for group in groups])
 
-    def expanded(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
-        return self.made(before, "Expand", value, "expanded",
-                         lambda array: np.broadcast_to(array, np.broadcast_shapes(array.shape, dims)),
-                         lambda _: [self.shape(dims)])  # fmt: skip
+
+def explicit(layout: Layout, rows: Rows) -> list[np.ndarray]:
+    return [ids.ravel() if own is None else own for ids, own in zip(layout.ids, rows, strict=True)]
 
 
 def sizes(layout: Layout, rows, is_open) -> list[int]:
