@@ -15,7 +15,7 @@ from ...core.errors import GraphError
 from ..nodes import called
 from .apart import add_apart
 from .followed import Block, Branch, Followed
-from .known import Known, above, check_open, used_by
+from .known import Known, above, used_by
 from .layout import ENDED, Lost, is_split
 from .prepare import prepare
 from .rules import RULES, Flow, Tokens, grid_of, start
@@ -177,8 +177,10 @@ def _described(model, tokens: Tokens, flows, lost, chain: list[tuple[ir.Node, in
         root = next(value for value in node.inputs if value is not None and value in tokens.layouts)
     stem = root.producer()
     image = next((value for value in above(root) if value in model.graph.inputs), None)
-    if image is not None:
-        check_open(tokens.known, image)
+    for value, axis in tokens.known.open_dims.values():
+        if value is image and axis > 0:
+            raise GraphError(f"input {value.name!r} leaves axis {axis} open, expected a fixed size",
+                             "fix it with onnxruntime.tools.make_dynamic_shape_fixed")  # fmt: skip
     stops = {add.outputs[0] for add, _ in chain} | {stream}
     branches = [_branch(add, position, stops, tokens, flows, lost) for add, position in chain]
     inside = {node for branch in branches for node in branch.nodes}

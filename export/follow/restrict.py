@@ -19,14 +19,14 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ...core.errors import GraphError
-from ...core.schedule import is_range
+from ...core.schedule import is_range, longest_first
 from ...core.text import command, first_line
 from ..nodes import called
 from ..passes.edit import add_constant, add_node, add_shape
 from .columns import project_apart
 from .demand import Demand, Plan, Sets, missing_axes, only, sets_of, unlike
 from .followed import Followed
-from .known import used_by
+from .known import graphs_of, used_by
 from .layout import ENDED, Layout, Part, plain_axes, size_of, tidy
 from .mask import combine, mask_attention
 from .rules import Flow
@@ -279,8 +279,8 @@ class _Fold:
         if value not in self.wanted.needed or len(self.layouts[value].ids) > 1 or self.followed.reasons:
             return
         ((have,), (needed,)) = self.held(value), self.wanted.needed[value]
-        kept, (keys, queries, mlps) = have[needed[have]], self.sets.masks.sum(1)
-        order = kept[np.lexsort((-keys[kept], -mlps[kept], -queries[kept]))]
+        kept = have[needed[have]]
+        order = kept[longest_first(self.sets.masks[..., kept])]
         if np.array_equal(order, have):
             return
         following = self.graph[list(self.graph).index(node) + 1]
@@ -470,10 +470,7 @@ def _equal(a, b) -> bool:
 
 def _replace(node: ir.Node, value: ir.Value, new: ir.Value) -> None:
     """Let ``node``, and the nodes of its subgraphs, read ``new`` in the place of ``value``."""
-    for position, used in enumerate(node.inputs):
-        if used is value:
-            node.replace_input_with(position, new)
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph():
-                _replace(inner, value, new)
+    for reader in (node, *(inner for graph in graphs_of(node) for inner in graph)):
+        for position, used in enumerate(reader.inputs):
+            if used is value:
+                reader.replace_input_with(position, new)
