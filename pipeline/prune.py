@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..core.specs import DataSpec, LearnSpec, ModelSpec
 from .folders import check_output
 from .inputs import calibration_set, open_cost, open_prunable
-from .learned import check_learn, check_tuned_output, replace_learned, tuned_beside
+from .learned import check_learn, check_tuned_output, replace_learned, saved_beside, tuned_beside
 
 if TYPE_CHECKING:
     from ..core.content_plan import ContentPlan
@@ -49,7 +49,8 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Sa
 
     check_output(output, ".json", *model.files)
     tuned = tuned_beside(output, model.what)
-    check_learn(spec, model, output, tuned)
+    check_learn(spec, model)
+    saved = saved_beside(output, spec)
     if spec.tune == "weights":
         check_output(tuned, tuned.suffix, *model.files, known=True)
         check_tuned_output(tuned)
@@ -57,8 +58,10 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Sa
     geometry = loaded.adapter.geometry
     cost = open_cost(spec.cost, loaded.name, geometry)
     calibration = calibration_set(loaded.classes, geometry, data)
-    learned = learn(loaded, calibration, spec, cost=cost)
-    return save_pruned(loaded, learned, output, (*model.files, spec.checkpoint))
+    learned = learn(loaded, calibration, spec, cost=cost, saved=saved)
+    pruned = save_pruned(loaded, learned, output, model.files)
+    saved.remove()
+    return pruned
 
 
 def save_pruned(loaded: LoadedModel, learned: Learned, output: Path, inputs: Sequence[str | Path | None]) -> Saved:
