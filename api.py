@@ -132,22 +132,14 @@ class Model:
             select=select,
             episodes=episodes,
             time_limit=time_limit,
+            resume=resume,
             seed=seed,
         )
         with job(progress):
-            from .pipeline.inputs import calibration_set, open_cost
-            from .pipeline.learned import check_learn
-            from .prune.learn import learn
-            from .prune.saved import SavedState
+            from .pipeline.prune import learn_in_memory
 
-            graph = self.loaded.graph
-            check_learn(spec, self.spec if graph is None else replace(self.spec, what=graph.path))
-            saved = None if state is None else SavedState(path_of(state, "state"), resume)
-            opened = open_cost(spec.cost, self.name, self.geometry)
-            calibration = calibration_set(self.classes, self.geometry, images_for(images)[1])
-            learned = learn(self.loaded, calibration, spec, cost=opened, saved=saved)
-            if saved is not None:
-                saved.remove()
+            place = None if state is None else path_of(state, "state")
+            learned = learn_in_memory(self.loaded, self.spec, images_for(images)[1], spec, place)
             return Pruned(self.loaded, self.spec.files, learned)
 
     def with_plan(

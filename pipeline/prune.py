@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,29 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Sa
     pruned = save_pruned(loaded, learned, output, model.files)
     saved.remove()
     return pruned
+
+
+def learn_in_memory(
+    loaded: LoadedModel, model: ModelSpec, data: DataSpec, spec: LearnSpec, state: Path | None
+) -> Learned:
+    """Learn a plan from calibration images, and write nothing but the state.
+
+    Args:
+        model: What is known of ``loaded``.
+        state: A folder that keeps what was learned until the learning has finished; None: nothing is kept.
+    """
+    from ..prune.learn import learn
+    from ..prune.saved import SavedState
+
+    check_learn(spec, model if loaded.graph is None else replace(model, what=loaded.graph.path))
+    saved = None if state is None else SavedState(state, spec.resume)
+    cost = open_cost(spec.cost, loaded.name, loaded.adapter.geometry)
+    learned = learn(
+        loaded, calibration_set(loaded.classes, loaded.adapter.geometry, data), spec, cost=cost, saved=saved
+    )
+    if saved is not None:
+        saved.remove()
+    return learned
 
 
 def save_pruned(loaded: LoadedModel, learned: Learned, output: Path, inputs: Sequence[str | Path | None]) -> Saved:
