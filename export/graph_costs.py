@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
@@ -73,7 +72,7 @@ def geometry_of(followed: Followed) -> Geometry:
     found = Geometry(
         depth=len(blocks),
         embed_dim=shapes[followed.stream][-1],
-        grid=_two(followed.grid),
+        grid=(math.prod(followed.grid[:-1]), followed.grid[-1]),  # it may have more than two axes
         prefix_tokens=prefix,
         image_size=(height, width),
         in_chans=channels,
@@ -99,20 +98,14 @@ def _outputs_of(blocks: Sequence[Block]) -> list[ir.Value]:
 def reads(followed: Followed) -> tuple[dict[int, np.ndarray], set[ir.Node]]:
     """What is read of the stream by anything but the blocks: block -> bool [id] of the tokens that are read behind it;
     and the nodes that read, and compute the outputs from it."""
-    blocks, every = followed.blocks, range(followed.patches)
-    plan = SimpleNamespace(**dict.fromkeys(("keys", "queries", "mlps"), [every] * len(blocks)), reads=None)
-    adds = {b.add: block.index for block in blocks for b in (*block.attention, *block.mlp)}
-    head = Demand(followed, sets_of(followed, plan), adds)
+    every = np.ones(followed.tokens.count, bool)
+    adds = {b.add: block.index for block in followed.blocks for b in (*block.attention, *block.mlp)}
+    head = Demand(followed, Sets(every, every), adds)
     read: dict[int, np.ndarray] = {}
     for add, block in adds.items():
         for mask in head.needed.get(add.outputs[0], []):
             read[block] = read.get(block, False) | mask
     return read, head.live
-
-
-def _two(sizes: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a grid of any number of axes."""
-    return (math.prod(sizes[:-1]), sizes[-1])
 
 
 def image_of(followed: Followed) -> ir.Value:
