@@ -236,7 +236,7 @@ def roles_of(followed: Followed) -> tuple[dict[ir.Node, list[set[str]]], dict[ir
             own = query if branch in block.attention else mlp
             sets.updates[branch.add] = branch, whole if branch.reason else own
             sets.keys.update(dict.fromkeys((*branch.mixers, *branch.keyed) if branch.keyed else (), key))
-    needed = Demand(followed, sets, asked=_outputs_of(followed.blocks))
+    needed = Demand(followed, sets, {followed.stream.producer()}, _outputs_of(followed.blocks))
 
     def roles(mask: np.ndarray) -> set[str]:
         return {role for role, bit in bits.items() if np.bitwise_or.reduce(mask) & bit}
