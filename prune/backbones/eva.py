@@ -24,6 +24,8 @@ SUPPORTED = f"{NAME} with pre-norm blocks, such as vit_small_patch16_dinov3"
 class EvaAdapter(ViTAdapter):
     """A timm ``Eva`` with the handles that pruning needs; arguments and attributes as of the adapter of a ViT."""
 
+    plain = False
+
     def __init__(self, model: nn.Module, name: str, geometry: Geometry | None = None):
         super().__init__(model, name, read_geometry(model, name) if geometry is None else geometry)
 

@@ -1,8 +1,8 @@
 """Pruned forms of one timm ``Block`` or ``EvaBlock``, as functions in place of its ``forward``, and their attention.
 
 A *rope* turns queries and keys by their position: [..., token, 2 * head_dim] of the whole unpruned sequence, sines
-before cosines, with an axis of heads where they differ; None where a model has none. It is gathered with the tokens that
-it belongs to. Prefix tokens are turned by nothing.
+before cosines, with an axis of heads where they differ; None where a model has none. It is gathered with its tokens.
+Prefix tokens are turned by nothing.
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ class ViTAdapter:
     """
 
     plans_together = True
+    plain = True
 
     def __init__(self, model: nn.Module, name: str, geometry: Geometry | None = None):
         self.model = model
