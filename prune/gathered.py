@@ -64,6 +64,6 @@ def gathered_module(adapter: BlockAdapter, plan: TokenPlan, weights: Mapping[str
     steps = schedule(plan)
     entries = [None if steps.keeps_order(plan.geometry.tokens) else steps.entry] + [None] * (plan.geometry.depth - 1)
     blocks = cast(nn.Sequential, model.blocks)
-    parts = zip(blocks, steps.steps, entries, ropes, strict=True)
-    model.blocks = type(blocks)([GatheredBlock(*part) for part in parts])
+    for index, part in enumerate(zip(tuple(blocks), steps.steps, entries, ropes, strict=True)):
+        blocks[index] = GatheredBlock(*part)
     return model.eval()

@@ -11,6 +11,7 @@ from store import stored
 from timm.models.vision_transformer import VisionTransformer
 from tiny_vits import calibration_for, frozen_plan, half_plan
 
+import vpruner as vp
 from vpruner.core.errors import UserError
 from vpruner.core.plan import TokenPlan
 from vpruner.core.specs import LearnSpec
@@ -66,6 +67,12 @@ def images_of(adapter, count: int = 3, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(random.random((count, 3, *adapter.geometry.image_size), np.float32))
 
 
+def pictures(count: int) -> list[Image.Image]:
+    random = np.random.default_rng(0)
+    colours = [Image.fromarray(random.integers(0, 255, (4, 6, 3), np.uint8)) for _ in range(count)]
+    return [colour.resize(SIZE[::-1], Image.Resampling.BILINEAR) for colour in colours]
+
+
 def apart(found, expected) -> float:
     return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
 
@@ -82,7 +89,9 @@ def test_all_forms_equal_masks_on_the_model_itself(adapter):
             with adapter.applied(plan, form) as model:
                 assert apart(model(images), expected) < 1e-5, form
         assert apart(adapter.evaluate_plans([plan], images)[0], expected) < 1e-5
-        assert apart(gathered_module(adapter, plan)(images), expected) < 1e-5
+        module = gathered_module(adapter, plan)
+        assert apart(module(images), expected) < 1e-5
+        assert module.state_dict().keys() == adapter.model.state_dict().keys()
     assert torch.equal(adapter.model(images), dense) and weights_sha256(adapter.model) == before
     for form in ("masked", "gathered", "dead"):
         with adapter.applied(TokenPlan.identity(adapter.name, adapter.geometry), form) as model:
@@ -134,13 +143,24 @@ def test_what_is_learned_is_what_the_graph_learns(name, tmp_path):
     images = images_of(own.adapter, 8)
     moments = [gate_gradients(one.adapter, [(images, None)], "self").moments for one in (own, graph)]
     assert apart(*moments) < 1e-4
-    random = np.random.default_rng(0)
-    for index in range(24):
-        colours = Image.fromarray(random.integers(0, 255, (4, 6, 3), np.uint8))
-        colours.resize(SIZE[::-1], Image.Resampling.BILINEAR).save(tmp_path / f"{index}.png")
+    for index, picture in enumerate(pictures(24)):
+        picture.save(tmp_path / f"{index}.png")
     pixels = ImageSet(ImageSource(str(tmp_path)), np.arange(24))
     plans = [learn_plan(one, pixels, LearnSpec(target=0.5, rounds=2, seed=3)) for one in (own, graph)]
     assert (plans[0].masks == plans[1].masks).mean() > 0.99 and not plans[0].is_identity
+
+
+def test_a_pruned_eva_is_written_with_its_refitted_weights(tmp_path):
+    """The file equals the gathered module, and every form before it the one before that: the checks of an export."""
+    model = vp.open_model(deeper("EVA-02, sub-norms").model, preprocessing={"mean": (0.5,) * 3, "std": (0.5,) * 3})
+    pruned = model.prune(vp.open_images(pictures(32)), target=0.6, rounds=2, rearrange="none")
+    assert pruned.weights and any(".v_proj." in name for name in pruned.weights)
+    pruned.export(tmp_path / "pruned.onnx", opset=17)
+    images = images_of(model.loaded.adapter, 1)
+    with torch.no_grad():
+        expected = pruned.module()(images).numpy()
+    with vp.open(tmp_path / "pruned.onnx") as session:
+        assert apart(session.run({"image": images.numpy()})["logits"], expected) < 1e-5
 
 
 @pytest.mark.parametrize("make", [half_plan, frozen_plan])

@@ -480,7 +480,7 @@ def test_a_module_that_states_no_preprocessing_is_asked_for_it():
 @pytest.mark.parametrize(
     "module, given, reason",
     [
-        (lambda: torch.nn.Linear(2, 3), {}, "it is a Linear, not a timm VisionTransformer; .*models that can"),
+        (lambda: torch.nn.Linear(2, 3), {}, "it is a Linear, not a timm VisionT.* or a timm Eva; .*models that can"),
         (lambda: timm.create_model("resnet18"), {}, "resnet18 cannot be pruned: it is a ResNet"),
         (lambda: bare(dynamic_img_size=True), {}, "dynamic_img_size lets the image size vary"),
         (lambda: bare(in_chans=1), {"preprocessing": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}, "takes 1 channels"),
@@ -506,6 +506,7 @@ def test_options_of_files_do_not_go_with_a_module(small_model):
         ("swin_tiny_patch4_window7_224", "SwinTransformer, not a .*its attention works in windows"),
         ("beit_base_patch16_224", "a bias by relative position"),
         ("vit_relpos_small_patch16_224", "a bias by relative position"),
+        ("deepseek_vit_412m_enc", "RoPE"),
         ("naflexvit_base_patch16_gap", "two inputs, patches and where they are"),
         ("mixer_s16_224", "no attention over tokens"),
         ("levit_128", "merges tokens from stage to stage"),
