@@ -100,7 +100,8 @@ def models() -> str:
     return "\n".join(
         [
             "- **timm**: every `VisionTransformer` with standard blocks, with any patch and image size. Tested: "
-            f"{_listed(covered.KINDS)}; and by name {_listed(_named(covered.TIMM_MODELS))}.",
+            f"{_listed(covered.KINDS)}; and by name {_listed(_named(covered.TIMM_MODELS))}. Every `Eva` with pre-norm "
+            f"blocks: by name {_listed(_named(covered.EVA_MODELS))}.",
             "- **Folders that `save_pretrained` of transformers writes**: the vision tower of "
             f"{_listed(_named(covered.FOLDERS.values()))}.",
             "- **Vision-language models**: SAINT ([vlm.md](docs/vlm.md)) runs in "

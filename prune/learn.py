@@ -82,7 +82,7 @@ def learn(
     check_selection(spec.select, spec.tune)
     for name, value in (("tune", spec.tune), ("select", spec.select)):
         if value in NEED_BLOCKS:
-            require_blocks(loaded.adapter, option(name, value))
+            require_blocks(loaded.adapter, option(name, value), plain=value == "content")
     cost = _opened(cost, spec, loaded)
     check_target(geometry, spec.target, cost)
     choose_loss(spec.loss, geometry.output, images.labelled)

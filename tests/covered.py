@@ -9,6 +9,15 @@ TIMM_MODELS = (
     "vit_medium_patch16_reg4_gap_256",
     "deit3_small_patch16_224",
     "deit_tiny_distilled_patch16_224",
+    "aimv2_large_patch14_224",
+)
+
+#: The same of timm's ``Eva``.
+EVA_MODELS = (
+    "vit_small_patch16_dinov3",
+    "eva02_tiny_patch14_224",
+    "vit_pe_core_tiny_patch16_384",
+    "vit_small_patch16_rope_mixed_224",
 )
 
 #: Kind of Vision Transformer -> arguments of timm's ``VisionTransformer``; None: ``VisionTransformerDistilled``.

@@ -54,19 +54,20 @@ def chosen_contenders(options: CompareOptions) -> list[Contender]:
 
 
 def able(taking_part: Sequence[Contender], options: CompareOptions, loaded: LoadedModel) -> list[Contender]:
-    """Those that work on the model: on an ONNX graph, not what works inside of timm blocks.
+    """Those that work on the model: only on a timm VisionTransformer what works inside of its blocks.
 
     Raises:
         UserError: The user named one that does not.
     """
-    from ...prune.backbones.adapter import BlockAdapter, require_blocks
+    from ...prune.backbones.adapter import has_blocks, require_blocks, what_runs
 
     unable = [one.name for one in taking_part if one.needs_blocks]
-    if isinstance(loaded.adapter, BlockAdapter) or not unable:
+    if has_blocks(loaded.adapter) or not unable:
         return list(taking_part)
     if options.methods:
         require_blocks(loaded.adapter, unable[0])
-    progress.remark(f"{loaded.name} runs as an ONNX graph: {', '.join(unable)} need a timm model and were left out")
+    left_out = f"{', '.join(unable)} need a timm VisionTransformer and were left out"
+    progress.remark(f"{loaded.name} {what_runs(loaded.adapter)}: {left_out}")
     return [one for one in taking_part if not one.needs_blocks]
 
 

@@ -61,9 +61,9 @@ def time_graphs(comparison: Comparison, points: Sequence[Point]) -> None:
 
 def time_rules(comparison: Comparison, points: Sequence[Point]) -> None:
     """What has no graph, in PyTorch, in turns with the dense model there; of an ONNX file everything has one."""
-    from ...prune.backbones.adapter import BlockAdapter
+    from ...prune.backbones.adapter import has_blocks
 
-    if not isinstance(comparison.loaded.adapter, BlockAdapter):
+    if not has_blocks(comparison.loaded.adapter, plain=False):
         return
     for batch, target in itertools.product(comparison.options.batches, dict.fromkeys(comparison.options.targets)):
         waiting = {}
@@ -150,13 +150,12 @@ def _time_in_torch(comparison: Comparison, made: Mapping[str, Made], batch: int)
 @contextmanager
 def _reduced_copy(loaded: LoadedModel, made: Made) -> Iterator[Callable[[Tensor], Tensor]]:
     """A copy of the model with the reduction applied: one model can follow one rule at a time."""
-    from ...prune.backbones.vit import ViTAdapter
     from ...prune.tune.weights import with_weights
 
     if made.instead is not None:
         yield made.instead.adapter.model
         return
-    adapter = ViTAdapter(copy.deepcopy(loaded.adapter.model), loaded.name)
+    adapter = type(loaded.adapter)(copy.deepcopy(loaded.adapter.model), loaded.name)
     with with_weights(adapter.model, made.weights):
         if isinstance(made.reduction, TokenPlan):
             with adapter.applied(made.reduction, "dead"):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ...core.cost import block_macs, dense_macs
 from ...core.plan import Geometry
 from ..backbones.adapter import BlockAdapter, require_blocks
-from ..backbones.forms import attend, project_keys_values, project_queries
+from ..backbones.forms import attend, mlp_update, project_keys_values, project_queries, scaled
 
 
 @dataclass(frozen=True)
@@ -380,12 +380,7 @@ def attention_update(block: Block, normed: Tensor, key: Tensor, value: Tensor, b
     """[batch, query, channel]: what attention adds to the tokens that are ``normed`` [batch, query, channel]."""
     query = project_queries(block.attn, normed)
     attended = block.attn.proj_drop(block.attn.proj(attend(block.attn, query, key, value, bias)))
-    return block.drop_path1(block.ls1(attended))
-
-
-def mlp_update(block: Block, x: Tensor) -> Tensor:
-    """What the MLP adds to ``x`` [batch, token, channel]."""
-    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return scaled(block, 1, attended)
 
 
 def with_first(x: Tensor, count: int, update: Callable[[Tensor], Tensor]) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..backbones.adapter import BlockAdapter
+from ..backbones.forms import attend, mlp_update, project_queries, projected, replace_forward, scaled, split_keys_values
 from ..fisher import direction_loss, frozen
 
 #: Images that squared gradients are averaged over. Those of each image apart, as weights of its own rows, fit worse.
@@ -32,43 +35,40 @@ def token_importance(adapter: BlockAdapter, batches: Iterable[Tensor], seed: int
         float64 [block L, token T], with mean 1 in each block where anything counts at all.
     """
     model, geometry, random = adapter.model, adapter.geometry, np.random.default_rng(seed)
-    sums = {name: torch.zeros(geometry.depth, geometry.tokens, dtype=torch.float64) for name in _PLACES}
-    seen: list[Tensor] = []
+    places = ("keys", "middle", "target")
+    sums = {name: torch.zeros(geometry.depth, geometry.tokens, dtype=torch.float64) for name in places}
+    seen: list[tuple[int, str, Tensor]] = []
 
-    def see(value: Tensor) -> None:
+    def see(block: int, place: str, value: Tensor) -> Tensor:
         # The first one has no history: gradients go no further back.
-        seen.append(value if value.requires_grad else value.requires_grad_())
+        value = value if value.requires_grad else value.requires_grad_()
+        seen.append((block, place, value))
+        return value
 
     parameter = next(model.parameters())
     with frozen(model), adapter.exclusive() as undo:
-        for block in model.blocks:
-            for watch in _PLACES.values():
-                undo.callback(watch(block, see).remove)
+        for index, (block, rope) in enumerate(zip(model.blocks, adapter.ropes(), strict=True)):
+            replace_forward(block, _watched(block, rope, partial(see, index)), undo)
         for images in batches:
             seen.clear()
             output = model(images.to(parameter)).float()
-            gradients = torch.autograd.grad(direction_loss(output, geometry.output, random), seen)
-            for place, gradient in enumerate(gradients):
-                block, which = divmod(place, len(sums))
-                name = list(sums)[which]
-                if name == "keys":
-                    gradient = gradient[..., model.blocks[block].attn.attn_dim :]
-                sums[name][block] += gradient.float().square().sum((0, 2)).double().cpu()
+            loss = direction_loss(output, geometry.output, random)
+            gradients = torch.autograd.grad(loss, [value for _, _, value in seen])
+            for (block, place, _), gradient in zip(seen, gradients, strict=True):
+                sums[place][block] += gradient.float().square().sum((0, 2)).double().cpu()
             seen.clear()
     return {name: value / value.mean(1, keepdim=True).clamp_min(1e-300) for name, value in sums.items()}
 
 
-def _projected(block: nn.Module, see: Callable[[Tensor], None]):
-    return block.attn.qkv.register_forward_hook(lambda module, inputs, output: see(output))
+def _watched(block: nn.Module, rope: Tensor | None, see: Callable[[str, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """``Block.forward`` that lets ``see`` have what stands at each place, in the order of the forward pass."""
+    attn = block.attn
 
+    def forward(x: Tensor, **given: Any) -> Tensor:
+        normed = block.norm1(x)
+        read = see("keys", projected(attn, normed, "kv"))
+        heads = attend(attn, project_queries(attn, normed, rope), *split_keys_values(attn, read, rope), None)
+        x = see("middle", x + scaled(block, 1, attn.proj(heads)))
+        return see("target", x + mlp_update(block, x))
 
-def _behind_attention(block: nn.Module, see: Callable[[Tensor], None]):
-    return block.norm2.register_forward_pre_hook(lambda module, inputs: see(inputs[0]))
-
-
-def _behind_block(block: nn.Module, see: Callable[[Tensor], None]):
-    return block.register_forward_hook(lambda module, inputs, output: see(output))
-
-
-#: In the order of the forward pass.
-_PLACES = {"keys": _projected, "middle": _behind_attention, "target": _behind_block}
+    return forward
