@@ -22,7 +22,7 @@ from .follow.columns import project_apart
 from .follow.demand import demand, sets_of, unlike, whole_groups
 from .follow.known import above
 from .follow.layout import ENDED
-from .follow.rules import attribute
+from .follow.rules import attribute, einsum_axes
 from .nodes import called
 
 #: What may stand behind a classifier: views, probabilities, constant factors and sums.
@@ -279,9 +279,10 @@ def _macs(node: ir.Node, followed: Followed) -> int:
         return 0
     first, second, output = (shapes[value] for value in (*node.inputs[:2], node.outputs[0]))
     if node.op_type == "Einsum":
-        terms = attribute(node, "equation").replace(" ", "").partition("->")[0].split(",")
-        named = (zip(term, shapes[value], strict=True) for term, value in zip(terms, node.inputs, strict=True))
-        sizes = dict(pair for pairs in named for pair in pairs)
+        letters, _ = einsum_axes(node, [len(shapes[value]) for value in node.inputs])
+        sizes: dict = {}
+        for names, value in zip(letters, node.inputs, strict=True):
+            sizes.update((name, max(size, sizes.get(name, 1))) for name, size in zip(names, shapes[value], strict=True))
         macs = math.prod(sizes.values())
     elif node.op_type == "Attention":
         widths = (shape[-1] * (shape[1] if len(shape) == 4 else 1) for shape in (first, output))
