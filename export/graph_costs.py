@@ -148,7 +148,9 @@ def _kind_of_output(followed: Followed) -> dict:
     outputs = followed.model.graph.outputs
     shape = followed.tokens.known.shapes.get(outputs[0]) or (1,)
     per_image = math.prod(shape) // (shape[0] or 1)
-    if len(outputs) > 1 or len(shape) != 2 or outputs[0] in followed.tokens.layouts:
+    # A class token that was picked may stand on the axis of one image.
+    layout = followed.tokens.layouts.get(outputs[0])
+    if len(outputs) > 1 or len(shape) != 2 or (layout is not None and any(ids.size > 1 for ids in layout.ids)):
         return {"outputs": per_image, "output": "values"}
     return {"outputs": per_image, "output": "logits" if _classifies(outputs[0], followed) else "features"}
 

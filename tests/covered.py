@@ -33,7 +33,7 @@ KINDS = {
 }
 
 #: ``dynamo`` argument of ``torch.onnx.export`` -> opsets that its files are folded in.
-EXPORTERS = {"dynamo": (18, 20, 22, 23), "torchscript": (17,)}
+EXPORTERS = {"dynamo": (18, 20, 22, 23), "torchscript": (13, 16, 17)}
 SIMPLIFIERS = ("onnxslim", "onnxsim")
 
 #: Classes of transformers whose ONNX files plans fold into.

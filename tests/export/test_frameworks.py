@@ -8,9 +8,18 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from follow_tools import difference, identity_plan, misplaced, run
+from tiny_vits import calibration_for
 
+from vpruner.core.plan import TokenPlan
 from vpruner.export.follow import fold, follow, mask
+from vpruner.export.graph_adapter import GraphAdapter
+from vpruner.export.graph_costs import geometry_of, image_of
+from vpruner.export.graph_layers import steps_of
+from vpruner.export.graph_outputs import GraphOutputs
+from vpruner.export.torch_graph import write_back
+from vpruner.prune.tune.weights import with_weights
 
 FRAMEWORKS = Path(__file__).parents[1] / "frameworks"
 FILES = sorted(path.name.removesuffix(".onnx.xz") for path in FRAMEWORKS.glob("*.onnx.xz"))
@@ -53,3 +62,39 @@ def test_masks_do_what_they_do_in_the_framework(name):
         assert difference([masked], [expected]) < 1e-5
         assert difference([folded], [masked]) < 1e-5
     assert misplaced(followed, images[:1]) == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_learning_runs_the_file_and_puts_weights_back(name):
+    """NHWC images are given as [image, channel, row, column], as to any model."""
+    model, known = model_of(name), recorded(name)
+    followed = follow(model)
+    geometry = geometry_of(followed)
+    assert (geometry.output, geometry.prefix_tokens, geometry.image_size) == ("logits", known.prefix, (32, 32))
+    assert geometry.head_patches == (known.prefix == 0) and geometry.mlp_macs == 2 * 32 * 64
+    adapter = GraphAdapter(followed, GraphOutputs(followed, image_of(followed), values=False), name, geometry)
+    images = torch.from_numpy(known.images.transpose(0, 3, 1, 2) / np.float32(256))
+    reads = range(geometry.patches) if geometry.head_patches else ()
+    for sets, expected in zip(known.plans, known.outputs[1:], strict=True):
+        found = plan_of(sets)
+        plan = TokenPlan(name, geometry, found.keys, found.queries, found.mlps, tuple(reads))
+        for form in ("masked", "dead"):
+            with torch.no_grad(), adapter.applied(plan, form):
+                assert difference([adapter.model(images).numpy()], [expected]) < 1e-5
+    with adapter.gated(len(images)) as gates:
+        (gradient,) = torch.autograd.grad(adapter.model(images).square().sum(), gates)
+    assert gradient.isfinite().all() and (gradient.abs().amax((0, 2, 3)) > 0).all(), gradient.shape
+    # Every layer that a refit changes is found: columns of keys and values, and what attention and MLPs end in.
+    for step in steps_of(adapter.gates):
+        columns = sum(len(layer.columns) for group in step.keyed for layer in group)
+        assert columns == (2 * geometry.num_heads * geometry.head_dim if step.branch.keyed else 0)
+        assert step.writer is not None
+    calibration = calibration_for(adapter)
+    weights, _ = adapter.refit(plan, calibration, calibration.fit, flip=False)
+    with torch.no_grad(), with_weights(adapter.model, weights):
+        changed = ir.from_proto(ir.to_proto(model))
+        assert len(write_back(adapter.model, changed)) == len(weights) > 0
+        with adapter.applied(plan):
+            after = adapter.model(images).numpy()
+    assert difference([after], [expected]) > 1e-3
+    assert difference([outputs_of(fold(follow(changed), plan), images.permute(0, 2, 3, 1).numpy())], [after]) < 1e-5
