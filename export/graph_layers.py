@@ -250,9 +250,11 @@ class _Finder:
         inputs, matrix, output = node.inputs[0], node.inputs[1], node.outputs[0]
         turned = bool(attribute(node, "transB", 0))
         if node.op_type == "Gemm":
-            if attribute(node, "transA", 0) or (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)) != (1, 1):
+            added = len(node.inputs) > 2 and node.inputs[2] is not None
+            factors = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0) if added else 1
+            if attribute(node, "transA", 0) or factors != (1, 1):
                 return None
-            if len(node.inputs) > 2 and node.inputs[2] is not None:
+            if added:
                 bias = (self.constant(output, node.inputs[2]) or bias[0], scale)
         rows = Rows.of(self.layouts.get(inputs), self.known, self.model.batch)
         while self.is_own(matrix) and (made := matrix.producer()) and made.op_type in _MOVES:
