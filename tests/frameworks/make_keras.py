@@ -143,6 +143,10 @@ def by_tf2onnx(model: keras.Model, name: str, opset: int) -> None:
 def main() -> None:
     for name, class_token in (("keras_flat", False), ("keras_class", True)):
         vit, model = made(class_token)
+        if keras.backend.backend() == "jax":
+            for batch, way in ((None, "jax"), (1, "jax.fixed")):
+                by_keras(model, f"{name}.{way}", batch)
+            continue
         record(name, lambda images, masks: ops.convert_to_numpy(vit(images, masks)), int(class_token))
         by_keras(model, f"{name}.export", None)
         by_keras(model, f"{name}.export.fixed", 1)
