@@ -206,7 +206,11 @@ def test_a_quantized_graph_is_refused_with_the_advice_to_fold_first(written, tmp
 
 def test_an_old_opset_is_refused(written, tmp_path):
     with pytest.raises(GraphError, match="opset 12, expected 13"):
-        fold_file(written(Foreign(opset=12, fused=False)), random_plan(tiny_model("class token")[1], 0), tmp_path / "pruned.onnx")
+        fold_file(
+            written(Foreign(opset=12, fused=False)),
+            random_plan(tiny_model("class token")[1], 0),
+            tmp_path / "pruned.onnx",
+        )
 
 
 def test_an_open_image_size_is_taken_from_the_plan(written, tmp_path):

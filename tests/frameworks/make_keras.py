@@ -85,9 +85,7 @@ class Vit:
             for _ in range(BLOCKS)
         ]
         self.norm = layers.LayerNormalization(epsilon=1e-6)
-        self.head = (
-            [] if class_token else [layers.Flatten(), layers.Dropout(0.5)]
-        ) + [layers.Dense(CLASSES)]
+        self.head = ([] if class_token else [layers.Flatten(), layers.Dropout(0.5)]) + [layers.Dense(CLASSES)]
 
     def __call__(self, x, masks=None):
         for layer in self.stem:
