@@ -1,4 +1,4 @@
-"""Files that exporters of Keras and JAX wrote, against what the model itself gives under masks: frameworks/README.md."""
+"""Files that exporters of Keras and JAX wrote, against what the models give under masks: frameworks/README.md."""
 
 import lzma
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tiny Vision Transformers as Keras users write them, and their files by the exporters that they use."""
+"""Tiny Vision Transformers as Keras users write them, and their files: ``KERAS_BACKEND`` is tensorflow or jax."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -90,7 +91,8 @@ class Vit:
     def __call__(self, x, masks=None):
         for layer in self.stem:
             x = layer(x)
-        for (norm1, attention, norm2, mlp), mask in zip(self.blocks, masks if masks is not None else [None] * BLOCKS):
+        masks = [None] * BLOCKS if masks is None else masks
+        for (norm1, attention, norm2, mlp), mask in zip(self.blocks, masks, strict=True):
             y = norm1(x)
             if mask is None:
                 y = attention(y, y)
@@ -119,6 +121,10 @@ def made(class_token: bool) -> tuple[Vit, keras.Model]:
     return vit, model
 
 
+def computed(vit: Vit, images: np.ndarray, masks) -> np.ndarray:
+    return ops.convert_to_numpy(vit(images, masks))
+
+
 def by_keras(model: keras.Model, name: str, batch: int | None) -> None:
     """As ``model.export`` writes it."""
     given = [keras.InputSpec(shape=(batch, IMAGE, IMAGE, 3), dtype="float32")]
@@ -139,16 +145,14 @@ def by_tf2onnx(model: keras.Model, name: str, opset: int) -> None:
 
 
 def main() -> None:
+    backend = keras.backend.backend()
     for name, class_token in (("keras_flat", False), ("keras_class", True)):
         vit, model = made(class_token)
-        if keras.backend.backend() == "jax":
-            for batch, way in ((None, "jax"), (1, "jax.fixed")):
-                by_keras(model, f"{name}.{way}", batch)
-            continue
-        record(name, lambda images, masks: ops.convert_to_numpy(vit(images, masks)), int(class_token))
-        by_keras(model, f"{name}.export", None)
-        by_keras(model, f"{name}.export.fixed", 1)
-        by_tf2onnx(model, f"{name}.tf2onnx", 18)
+        for batch, way in ((None, backend), (1, f"{backend}.fixed")):
+            by_keras(model, f"{name}.{way}", batch)
+        if backend == "tensorflow":
+            record(name, partial(computed, vit), int(class_token))
+            by_tf2onnx(model, f"{name}.tf2onnx", 18)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,4 @@ def keep(model: onnx.ModelProto | Path, name: str) -> None:
         del node.metadata_props[:]
     text = lzma.compress(model.SerializeToString(), preset=9)
     (HERE / f"{name}.onnx.xz").write_bytes(text)
-    kinds = {node.op_type for node in model.graph.node}
-    print(f"{name}: {len(text) // 1024} KiB, {model.producer_name} {model.producer_version}, {len(model.graph.node)} nodes, "
-          f"{len(model.functions)} functions: {' '.join(sorted(kinds))}")  # fmt: skip
+    print(f"{name}: {len(text) // 1024} KiB, {len(model.graph.node)} nodes")
