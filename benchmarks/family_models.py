@@ -498,7 +498,7 @@ FAMILIES: tuple[Family, ...] = (
               depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], masked_unit_size=[8, 8]), 5, IMAGE64),
     Family("ViT of Keras", "Keras", "as on keras.io: `MultiHeadAttention`, patches cut out, a head over all",
            none, recorded="keras_flat"),
-    Family("ViT of Keras, class token", "Keras", "with a class token and patches by `Conv2D`", none, recorded="keras_class"),
+    Family("ViT of Keras, class token", "Keras", "patches by `Conv2D`", none, recorded="keras_class"),
     Family("ViT of Keras", "keras_hub", "`ViTImageClassifier`", none, recorded="keras_hub"),
     Family("ViT of JAX", "Flax linen", "as in google-research/vision_transformer", none, recorded="linen"),
     Family("ViT of JAX", "Flax nnx", "`nnx.MultiHeadAttention`, average pooling", none, recorded="nnx"),
