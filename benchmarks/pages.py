@@ -107,7 +107,8 @@ def models() -> str:
             "- **Vision-language models**: SAINT ([vlm.md](docs/vlm.md)) runs in "
             f"{_listed(_named(covered.VISION_LANGUAGE_MODELS.values()))}.",
             f"- **ONNX files**: tested as `torch.onnx.export` writes them: opset {newer} with `dynamo=True`, "
-            f"{older} without, and after {_listed(covered.SIMPLIFIERS)}.",
+            f"{older} without, and after {_listed(covered.SIMPLIFIERS)}; and as {_listed(covered.FRAMEWORKS)} "
+            "write them.",
         ]
     )
 

@@ -20,7 +20,7 @@ from .follow import Block, Followed
 from .follow.columns import project_apart
 from .follow.demand import Demand, Sets, sets_of, unlike
 from .follow.known import above
-from .follow.rules import attribute
+from .follow.rules import attribute, einsum_axes
 from .nodes import called
 
 #: What may stand behind a classifier: views, probabilities, constant factors and sums.
@@ -140,7 +140,9 @@ def _kind_of_output(followed: Followed) -> dict:
     outputs = followed.model.graph.outputs
     shape = followed.tokens.known.shapes.get(outputs[0]) or (1,)
     per_image = math.prod(shape) // (shape[0] or 1)
-    if len(outputs) > 1 or len(shape) != 2 or outputs[0] in followed.tokens.layouts:
+    # A class token that was picked may stand on the axis of one image.
+    layout = followed.tokens.layouts.get(outputs[0])
+    if len(outputs) > 1 or len(shape) != 2 or (layout is not None and any(ids.size > 1 for ids in layout.ids)):
         return {"outputs": per_image, "output": "values"}
     return {"outputs": per_image, "output": "logits" if _classifies(outputs[0], followed) else "features"}
 
@@ -255,9 +257,10 @@ def _macs(node: ir.Node, followed: Followed) -> int:
         return 0
     first, second, output = (shapes[value] for value in (*node.inputs[:2], node.outputs[0]))
     if node.op_type == "Einsum":
-        terms = attribute(node, "equation").replace(" ", "").partition("->")[0].split(",")
-        named = (zip(term, shapes[value], strict=True) for term, value in zip(terms, node.inputs, strict=True))
-        sizes = dict(pair for pairs in named for pair in pairs)
+        letters, _ = einsum_axes(node, [len(shapes[value]) for value in node.inputs])
+        sizes: dict = {}
+        for names, value in zip(letters, node.inputs, strict=True):
+            sizes.update((name, max(size, sizes.get(name, 1))) for name, size in zip(names, shapes[value], strict=True))
         macs = math.prod(sizes.values())
     elif node.op_type == "Attention":
         widths = (shape[-1] * (shape[1] if len(shape) == 4 else 1) for shape in (first, output))

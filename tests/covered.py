@@ -42,8 +42,10 @@ KINDS = {
 }
 
 #: ``dynamo`` argument of ``torch.onnx.export`` -> opsets that its files are folded in.
-EXPORTERS = {"dynamo": (18, 20, 22, 23), "torchscript": (17,)}
+EXPORTERS = {"dynamo": (18, 20, 22, 23), "torchscript": (13, 16, 17)}
 SIMPLIFIERS = ("onnxslim", "onnxsim")
+#: Whose files there are in tests/frameworks.
+FRAMEWORKS = ("Keras", "keras_hub", "tf2onnx", "jax2onnx (Flax and Equinox)")
 
 #: Classes of transformers whose ONNX files plans fold into.
 EXPORTED_TOWERS = {

@@ -250,11 +250,26 @@ def gemm(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Einsum")
 def einsum(node: ir.Node, tokens: Tokens) -> Flow:
-    terms, arrow, result = attribute(node, "equation").replace(" ", "").partition("->")
-    letters = terms.split(",")
-    if not arrow or "." in terms or any(len(set(term)) < len(term) for term in letters):
+    letters, result = einsum_axes(node, [len(tokens.shape(value)) for value in node.inputs])
+    if not result or any(len(set(term)) < len(term) for term in letters):
         raise Lost("an Einsum whose axes are not all named once")
     return contract(node, tokens, letters, result)
+
+
+def einsum_axes(node: ir.Node, ranks: Sequence[int]) -> tuple[list[list], list]:
+    """Names of the axes of the inputs, which have so many, and of the output; those of an ellipsis are numbers.
+
+    No names of the output where the equation has none.
+    """
+
+    def named(term: str, rank: int) -> list:
+        before, dots, after = term.partition("...")
+        return [*before, *range(len(before) + len(after) - rank if dots else 0, 0), *after]
+
+    terms, _, result = attribute(node, "equation").replace(" ", "").partition("->")
+    letters = [named(term, rank) for term, rank in zip(terms.split(","), ranks, strict=True)]
+    dots = max(sum(isinstance(name, int) for name in names) for names in letters)
+    return letters, named(result, len(result.replace("...", "")) + dots)
 
 
 @rule("Attention")

@@ -48,7 +48,8 @@ TORCHSCRIPT = [
     for kind in KINDS
     for dynamic, fused in ((False, True), (True, "attention pooling" in kind))
 ]
-MATRIX = DYNAMO + DYNAMO_KINDS + TORCHSCRIPT
+OLD = [Foreign(opset=13, fused=False), Foreign("average pooling", opset=16, dynamic=True)]
+MATRIX = DYNAMO + DYNAMO_KINDS + TORCHSCRIPT + OLD
 #: Any two of opset, batch and attention meet in these four and DYNAMO_KINDS, whose batch is open and attention fused.
 PAIRS = [
     Foreign(exporter="dynamo", opset=opset, dynamic=dynamic, fused=fused)
@@ -56,7 +57,7 @@ PAIRS = [
 ]
 #: Each kind once, in turns with a fixed batch and with an open one.
 ONCE = [foreign for index, foreign in enumerate(TORCHSCRIPT) if index % 4 in (0, 3)]
-FAST = PAIRS + DYNAMO_KINDS + ONCE
+FAST = PAIRS + DYNAMO_KINDS + ONCE + OLD
 
 
 def test_the_matrix_holds_the_opsets_that_the_page_of_models_lists():
@@ -204,8 +205,12 @@ def test_a_quantized_graph_is_refused_with_the_advice_to_fold_first(written, tmp
 
 
 def test_an_old_opset_is_refused(written, tmp_path):
-    with pytest.raises(GraphError, match="opset 14, expected 17"):
-        fold_file(written(Foreign(opset=14)), random_plan(tiny_model("class token")[1], 0), tmp_path / "pruned.onnx")
+    with pytest.raises(GraphError, match="opset 12, expected 13"):
+        fold_file(
+            written(Foreign(opset=12, fused=False)),
+            random_plan(tiny_model("class token")[1], 0),
+            tmp_path / "pruned.onnx",
+        )
 
 
 def test_an_open_image_size_is_taken_from_the_plan(written, tmp_path):
