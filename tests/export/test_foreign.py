@@ -9,7 +9,7 @@ import pytest
 import torch
 from covered import EXPORTERS, SIMPLIFIERS
 from export_tools import FORM, exported_form, gathered_reference, random_plan, relative_difference
-from foreign_graphs import Foreign, tiny_model, write_module
+from foreign_graphs import DYNAMO_KINDS, FAST, MATRIX, ONCE, PAIRS, TORCHSCRIPT, Foreign, tiny_model, write_module
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from products import sampled
@@ -25,39 +25,6 @@ from vpruner.export.parity import check_fold, run_all_outputs, run_onnx
 from vpruner.export.passes.edit import add_constant
 from vpruner.prune.backbones.forms import embed_images
 from vpruner.prune.backbones.vit import ViTAdapter, read_geometry
-
-DYNAMO = [
-    Foreign(exporter="dynamo", opset=opset, dynamic=dynamic, fused=fused)
-    for opset in (18, 20, 23)
-    for dynamic in (False, True)
-    for fused in (False, True)
-]
-DYNAMO_KINDS = [
-    Foreign(kind, "dynamo", opset, dynamic=True)
-    for kind, opset in (
-        ("registers", 18),
-        ("average pooling", 20),
-        ("attention pooling over the class token too", 20),
-        ("qk-norm", 23),
-        ("distilled", 20),
-        ("layer scale", 22),
-    )
-]
-TORCHSCRIPT = [
-    Foreign(kind, "torchscript", 17, dynamic=dynamic, fused=fused)
-    for kind in KINDS
-    for dynamic, fused in ((False, True), (True, "attention pooling" in kind))
-]
-OLD = [Foreign(opset=13, fused=False), Foreign("average pooling", opset=16, dynamic=True)]
-MATRIX = DYNAMO + DYNAMO_KINDS + TORCHSCRIPT + OLD
-#: Any two of opset, batch and attention meet in these four and DYNAMO_KINDS, whose batch is open and attention fused.
-PAIRS = [
-    Foreign(exporter="dynamo", opset=opset, dynamic=dynamic, fused=fused)
-    for opset, dynamic, fused in ((18, False, False), (20, False, True), (20, True, False), (23, False, False))
-]
-#: Each kind once, in turns with a fixed batch and with an open one.
-ONCE = [foreign for index, foreign in enumerate(TORCHSCRIPT) if index % 4 in (0, 3)]
-FAST = PAIRS + DYNAMO_KINDS + ONCE + OLD
 
 
 def test_the_matrix_holds_the_opsets_that_the_page_of_models_lists():

@@ -179,11 +179,14 @@ def test_a_plan_is_learned_folds_and_is_what_was_judged(name, exporter, opset, d
     source = ImageSource(str(stored(_write_images, KINDS[name].size)))
     images = ImageSet(source, np.arange(24), None)
     target = 0.85 if name == "Depth Anything" else 0.7
-    learned = learn(loaded, images, LearnSpec(target=target, rounds=2, episodes=16, seed=3))
+    # Swaps take most of the time, and know of a graph no more than the search and the refit do.
+    rearrange = "ppo" if name == "ViT, tokens" else "none"
+    learned = learn(loaded, images, LearnSpec(target=target, rounds=2, rearrange=rearrange, episodes=8, seed=3))
     plan = learned.plan
     assert not plan.is_identity and plan.provenance["ratio"] <= target + 1e-6
     assert plan.provenance["loss"] == {"values": "output", "features": "features"}.get(geometry.output, "self")
-    assert [stage.name for stage in learned.stages] == ["search", "rearrange", "tune"]
+    stages = ["search", *["rearrange"] * (rearrange != "none"), "tune"]
+    assert [stage.name for stage in learned.stages] == stages
     # What cannot be masked is left whole.
     assert plan.masks.all(2)[~geometry.maskable].all()
     pixels = images_for(name, 2 if dynamic else 1)
