@@ -106,6 +106,11 @@ class GraphAdapter:
         options = dict(start=start, flip=flip, ram_bytes=ram_bytes, on_step=on_step)
         return refit_graph(self, plans, calibration, indices, **options)
 
+    def moved(self, where: Mapping[int, Tensor]) -> None:
+        """Know the weights of the graph again, and fold anew, where they are now."""
+        self._own = {name: where.get(weight.data_ptr(), weight) for name, weight in self._own.items()}
+        self._folded = self._exchanged = None
+
     def look_at(self, images: Tensor) -> None:
         """Scale values by what the graph gives for these images."""
         self.model.look_at(images)

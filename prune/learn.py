@@ -31,6 +31,7 @@ from ..core.text import option
 from .backbones.adapter import require_blocks
 from .calibration import Calibration
 from .data import ImageSet
+from .device import computing
 from .learned import Learned
 from .loaded import LoadedModel
 from .methods.content import counts_target
@@ -84,13 +85,14 @@ def learn(
     with progress.stage("Reading calibration images", len(images.indices)) as advance:
         calibration = Calibration.load(images, loaded.preprocessing, on_batch=advance)
 
-    loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
     task = Task(loaded, images, calibration, spec, cost, target, settings)
     state = State(TokenPlan.identity(loaded.name, geometry))
-    for stage in stages_of(task):
-        state = judge_and_keep(stage, state)
-        if state.plan.is_identity:
-            break  # Nothing is dropped, so there is nothing to move or to make up for.
+    with computing(loaded.adapter.model):
+        loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
+        for stage in stages_of(task):
+            state = judge_and_keep(stage, state)
+            if state.plan.is_identity:
+                break  # Nothing is dropped, so there is nothing to move or to make up for.
     if not len(calibration.held_out) and not state.plan.is_identity:
         left_out = "rearrangement and tuning" if spec.select == "static" else "rearrangement, tuning and selection"
         progress.remark(
@@ -137,7 +139,7 @@ def learn_plan(
         images: Calibration images, all of which the plan may be fitted to.
         spec: Of it ``target``, ``loss``, ``rounds`` and ``seed``.
         cost: What the budget is of; None: MACs.
-        batch_size: Images per backward pass; None picks one that keeps activations within 1.5 GiB.
+        batch_size: Images per backward pass; None: as many as fit, on the CPU within 1.5 GiB.
 
     Raises:
         UserError: The budget cannot be reached, no image can be read, or the loss does not fit model and data.
@@ -147,8 +149,9 @@ def learn_plan(
     check_target(loaded.adapter.geometry, spec.target, cost)
     choose_loss(spec.loss, loaded.adapter.geometry.output, images.labelled)
     calibration = Calibration.load(images, loaded.preprocessing, held_out=0)
-    loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
-    plan, _ = search_plan(Task(loaded, images, calibration, spec, cost, spec.target), batch_size)
+    with computing(loaded.adapter.model):
+        loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
+        plan, _ = search_plan(Task(loaded, images, calibration, spec, cost, spec.target), batch_size)
     progress.remark(plan.provenance["note"])
     return plan
 

@@ -16,8 +16,10 @@ from ...core.plan import TokenPlan
 from ...core.schedule import schedule
 from ..backbones.adapter import BlockAdapter
 from ..backbones.forms import Step, embed_images
+from ..batches import batch_size_for
 from ..calibration import Calibration, divergence
-from ..fisher import batch_size_for, frozen
+from ..device import same_gradients
+from ..fisher import frozen
 from .ridge import FIRST_RIDGE, NormalEquations
 from .store import RAM_BYTES
 from .streams import Streams
@@ -139,7 +141,7 @@ def tune_gates_by_distillation(
                 chosen = order[start : start + size]
                 with torch.no_grad():
                     x = embed_images(model, calibration.images(chosen).to(parameter)).index_select(1, entry)
-                with torch.enable_grad():
+                with torch.enable_grad(), same_gradients(parameter.device):
                     for block, form, gates in zip(model.blocks, forms, log_gates, strict=True):
                         x = form(block, x, _KeyGates(gates, geometry.prefix_tokens))
                     output = model.forward_head(model.norm(x))
@@ -192,5 +194,5 @@ def _with_log_gates(plan: TokenPlan, log_gates: Sequence[Tensor]) -> TokenPlan:
     prefix, gates = plan.geometry.prefix_tokens, []
     for step, values in zip(schedule(plan).steps, log_gates, strict=True):
         order = np.argsort(step.entering[step.keys][prefix:])
-        gates.append(tuple(values.double().exp().cpu().numpy()[order].tolist()))
+        gates.append(tuple(values.cpu().double().exp().numpy()[order].tolist()))
     return replace(plan, gates=tuple(gates))

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.adapter import BlockAdapter
-from ..fisher import direction_loss, frozen
+from ..batches import in_batches
+from ..device import same_gradients
+from ..fisher import direction_loss, frozen, redrawing
 
 #: Images that squared gradients are averaged over. Those of each image apart, as weights of its own rows, fit worse.
 IMPORTANCE_IMAGES = 128
@@ -44,17 +46,24 @@ def token_importance(adapter: BlockAdapter, batches: Iterable[Tensor], seed: int
         for block in model.blocks:
             for watch in _PLACES.values():
                 undo.callback(watch(block, see).remove)
-        for images in batches:
+
+        def step(images: Tensor) -> tuple[Tensor, ...]:
             seen.clear()
-            output = model(images.to(parameter)).float()
-            gradients = torch.autograd.grad(direction_loss(output, geometry.output, random), seen)
+            try:
+                with same_gradients(parameter.device):
+                    output = model(images.to(parameter)).float()
+                return torch.autograd.grad(direction_loss(output, geometry.output, random), seen)
+            finally:
+                seen.clear()
+
+        for gradients in in_batches(model, batches, redrawing(random, step), backward=True):
             for place, gradient in enumerate(gradients):
                 block, which = divmod(place, len(sums))
                 name = list(sums)[which]
                 if name == "keys":
                     gradient = gradient[..., model.blocks[block].attn.attn_dim :]
-                sums[name][block] += gradient.float().square().sum((0, 2)).double().cpu()
-            seen.clear()
+                # Apple's GPUs have no float64.
+                sums[name][block] += gradient.float().square().sum((0, 2)).cpu().double()
     return {name: value / value.mean(1, keepdim=True).clamp_min(1e-300) for name, value in sums.items()}
 
 
