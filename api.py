@@ -239,8 +239,8 @@ def open_model(
         model_args: Arguments of the model's architecture.
         resample: Load weights of another patch size, with a resampled patch kernel, in place of refusing them.
         preprocessing: Of an ONNX file or a module: how an image becomes the input, where that is not stated.
-        device: Where PyTorch computes: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``. None: on a GPU that works, else
-            on the CPU; a module stays where it is.
+        device: Where PyTorch computes: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``. None: on a GPU that works,
+            else on the CPU; a module stays where it is.
         name, classes: Of a module: what to call it, and its outputs.
         loss: Of an ONNX file: ``"features"`` if it returns an embedding, ``"self"`` or ``"labels"`` if logits.
 
@@ -256,7 +256,7 @@ def open_model(
 
         stated = (weights, pretrained, model_args, resample, preprocessing, device)
         loaded, spec, scratch = open_any(model, *stated, name=name, classes=classes, loss=loss)
-        return Model(loaded, spec, "auto" if spec.what is loaded else loss, scratch)
+        return Model(loaded, spec, loss, scratch)
 
 
 # -- jobs -------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class ModelSpec:
             :func:`~vpruner.core.preprocess.resolve_preprocessing`.
         resample: Whether weights of another patch size are loaded, with a resampled patch kernel.
         device: Where PyTorch computes: one of :data:`~vpruner.core.choices.DEVICES`, or one GPU of several,
-            ``"cuda:1"``. An opened model stays where it is.
+            ``"cuda:1"``. With ``"auto"`` an opened model stays where it is.
     """
 
     what: Any = None

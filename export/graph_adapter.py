@@ -125,7 +125,8 @@ class GraphAdapter:
         if self._folded is None or self._folded[0] != plan.digest or not _same(self._folded[1], present):
             self._folded = None
             followed = self._with_present(present)
-            module = GraphModule(fold(followed, plan, shapes=False)).to(next(self.model.parameters()))
+            like = next(self.model.parameters())
+            module = GraphModule(fold(followed, plan, shapes=False)).to(like.device, like.dtype)
             module.share(weights)
             self._folded = (plan.digest, present, module)
         return self._folded[2]

@@ -123,9 +123,10 @@ def _adapter(opened: OpenedGraph, name: str, geometry: Geometry) -> GraphAdapter
         if image.dtype is not None and not image.dtype.is_floating_point():
             raise GraphError(f"input {image.name!r} is {image.dtype}, expected FLOAT", "take the conversion off it")
         model = GraphOutputs(followed, image, values=geometry.output == "values")
-        adapter = GraphAdapter(followed, model, name, geometry, opened)
         images = probe_images(geometry)
         _check_equal(model, opened, images)
+        # Behind the check, which leaves the same weights in other tensors: the adapter knows its own by their address.
+        adapter = GraphAdapter(followed, model, name, geometry, opened)
         adapter.look_at(torch.from_numpy(images))
     return adapter
 

@@ -93,6 +93,8 @@ def open_prunable(model: ModelSpec, *, loss: str = "auto", softmax: bool = False
     if isinstance(model.what, LoadedModel):
         if not softmax:
             refuse_softmax(model.what)
+        if model.device != "auto":
+            move(model.what.adapter, resolve(model.device))
         return model.what
     if not model.is_onnx:
         refuse_preprocessing(model.preprocessing)
@@ -138,6 +140,8 @@ def open_torch(model: ModelSpec) -> LoadedModel:
     from ..prune.models import open_model
 
     if isinstance(model.what, LoadedModel):
+        if model.device != "auto":
+            move(model.what.adapter, resolve(model.device))
         return model.what
     device = resolve(model.device)  # What is wrong with it is said before anything is read.
     loaded = open_model(

@@ -138,8 +138,8 @@ class Calibration:
         plan = TokenPlan.identity(adapter.name, adapter.geometry) if plan is None else plan
         rows = []
         form = plan.applied(adapter) if isinstance(plan, TokenRule) else adapter.applied(plan, "dead")
-        batches = (images for images, _ in self.batches(indices, images_at_once(adapter)))
         with form, torch.inference_mode():
+            batches = (images for images, _ in self.batches(indices, images_at_once(adapter)))
             for found in in_batches(adapter.model, batches, lambda part: adapter.model(part.to(device)).float().cpu()):
                 rows.append(found)
                 on_batch(len(found))

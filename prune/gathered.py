@@ -46,7 +46,7 @@ class GatheredBlock(nn.Module):
             self.add_module(name, part)
         device = next(block.parameters()).device
         self.entry = None if entry is None else Rows(entry).to(device)
-        self.step = Step(step).to(device)
+        self.step = Step.at(step, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, token, channel] -> [batch, token, channel], as the step has it."""

@@ -145,6 +145,12 @@ class Step(nn.Module):
 
     bias: Tensor | None
 
+    @classmethod
+    def at(cls, step: BlockStep, device: torch.device) -> Step:
+        """On a device; Apple's GPUs have no float64."""
+        made = cls(step)
+        return (made.float() if device.type == "mps" else made).to(device)
+
     def __init__(self, step: BlockStep):
         super().__init__()
         entering, middle = len(step.entering), len(step.queries) + len(step.passed)
@@ -215,7 +221,7 @@ class Rows(nn.Module):
 
 def step_forward(block: nn.Module, step: BlockStep, gates: StepGates | None = None) -> Callable[..., Tensor]:
     """``Block.forward`` for one step: [batch, token, channel] as it enters -> as it leaves."""
-    form = Step(step).to(next(block.parameters()).device)
+    form = Step.at(step, next(block.parameters()).device)
 
     def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         return form(block, x, gates)

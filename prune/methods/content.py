@@ -216,7 +216,9 @@ def fit_channels(
                 x = block(x)
     solved = [part.solve().coefficients for part in equations]
     found = [np.zeros(geometry.embed_dim) if each is None else each[:, 0].cpu().numpy() for each in solved]
-    return np.array([[float(f"{value:.{DIGITS}g}") for value in row] for row in found]).reshape(len(chosen), -1)
+    return np.array([[float(f"{value:.{DIGITS}g}") for value in row] for row in found]).reshape(
+        len(chosen), geometry.embed_dim
+    )
 
 
 def _size_of_fold(geometry: Geometry) -> int:

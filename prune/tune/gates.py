@@ -131,7 +131,7 @@ def tune_gates_by_distillation(
     best = plan
     history = [float(calibration.divergence(adapter, plan, calibration.held_out).mean())]
     steps = schedule(replace(plan, gates=None))
-    forms = [Step(step).to(parameter.device) for step in steps.steps]
+    forms = [Step.at(step, parameter.device) for step in steps.steps]
     entry = torch.from_numpy(steps.entry).to(parameter.device)
     size = min(DISTILL_BATCH, batch_size_for(geometry, backward=True))
     with frozen(model):
