@@ -238,8 +238,8 @@ def same_gradients(device: torch.device) -> AbstractContextManager[None]:
 def half_statistics(device: torch.device) -> AbstractContextManager[None]:
     """bfloat16 for the products of a forward pass whose gradients are summed up over many images.
 
-    Only where a GPU computes it itself. What it changes of a plan is a fifth of what another choice of images does
-    (``benchmarks/half_statistics.py``, in docs/scale.md).
+    Only where a GPU computes it itself. What it changes of a plan is at most a quarter of what another choice of images
+    does (``benchmarks/half_statistics.py``, in docs/scale.md).
     """
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.autocast("cuda", torch.bfloat16)
