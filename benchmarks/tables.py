@@ -442,9 +442,8 @@ def half_statistics(rows: list[dict]) -> str:
         changed = [1 - row["same"] for row in half], [1 - share for row in full for share in row["same_seeds"]]
         shares = [f"{min(some):.1%} to {max(some):.1%}" for some in changed]
         lines.append(f"| {target:g} | {' | '.join((*kl, *shares))} |")
-    some = rows[-1]
-    return "\n".join([*lines, "", f"{some['model']}, {some['images']} images, the search alone; on the CPU, which rounds"
-                      " to bfloat16 as a GPU does."])  # fmt: skip
+    of = f"{rows[-1]['model']}, {rows[-1]['images']} images"
+    return "\n".join([*lines, "", f"{of}, the search alone; on the CPU, which rounds to bfloat16 as a GPU does."])
 
 
 def fold_memory(rows: list[dict]) -> str:
