@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves, tree_map
 
 _CPU = torch.device("cpu")
@@ -65,6 +65,17 @@ class OtherDevice(TorchFunctionMode):
             return run
 
         return marked
+
+    def exporting(self, export):
+        """PyTorch's exporter, which looks through what is between; models are exported on the CPU."""
+
+        def exported(model, *arguments, **options):
+            if any(map(self.is_there, (*model.parameters(), *model.buffers()))):
+                raise RuntimeError(f"a model on {self.device} is exported")
+            with _pop_mode_temporarily():
+                return export(model, *arguments, **options)
+
+        return exported
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -126,5 +137,6 @@ def other_device(monkeypatch, name: str) -> Iterator[OtherDevice]:
         mode = OtherDevice(name)
         for module in (torch, torch.func):
             patched.setattr(module, "vmap", mode.marked_vmap(module.vmap))
+        patched.setattr(torch.onnx, "export", mode.exporting(torch.onnx.export))
         with mode:
             yield mode
