@@ -41,6 +41,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "fold_order": (tables.fold_order, ("fold_order",)),
     "gpu": (tables.gpu, ("gpu",)),
     "graph_gradients": (tables.graph_gradients, ("graph_gradients",)),
+    "half_statistics": (tables.half_statistics, ("half_statistics",)),
     "latency_budget": (tables.latency_budget, ("latency_budget",)),
     "latency_ort": (tables.latency_ort, ("latency_ort",)),
     "precision": (tables.precision, ("precision",)),

@@ -427,6 +427,25 @@ def stage_costs(rows: list[dict]) -> str:
     return "\n".join([*lines, "", f"{versions}{limit}."])
 
 
+def half_statistics(rows: list[dict]) -> str:
+    """What bfloat16 changes of a plan, beside what another seed does; a row a budget."""
+    lines = [
+        "| MACs | KL, float32, by seed | KL, bfloat16, by seed | entries of the sets that differ | between two seeds |",
+        "| ---: | --- | --- | ---: | ---: |",
+    ]
+    for target in dict.fromkeys(row["target"] for row in rows):
+        full, half = (
+            [row for row in rows if row["target"] == target and row["statistics"] == kind]
+            for kind in ("float32", "bfloat16")
+        )
+        kl = [", ".join(f"{row['divergence']:.4f}" for row in some) for some in (full, half)]
+        changed = [1 - row["same"] for row in half], [1 - share for row in full for share in row["same_seeds"]]
+        shares = [f"{min(some):.1%} to {max(some):.1%}" for some in changed]
+        lines.append(f"| {target:g} | {' | '.join((*kl, *shares))} |")
+    of = f"{rows[-1]['model']}, {rows[-1]['images']} images"
+    return "\n".join([*lines, "", f"{of}, the search alone; on the CPU, which rounds to bfloat16 as a GPU does."])
+
+
 def fold_memory(rows: list[dict]) -> str:
     """What folding a large file takes; the median of each way's repeats."""
     found: dict[str, list[dict]] = {}

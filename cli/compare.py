@@ -14,6 +14,7 @@ from ..core.specs import DataSpec, LearnSpec, ModelSpec, TimingSpec
 from .catalogue import command
 from .console import print_json, print_table, report_progress
 from .options import (
+    device_option,
     eval_data_option,
     eval_images_option,
     json_option,
@@ -27,6 +28,7 @@ from .types import Seconds, names, numbers
 
 @command
 @model_options
+@device_option
 @click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...).")
 @click.option(
     "--images",

@@ -10,6 +10,7 @@ from ..core.specs import DataSpec, ModelSpec
 from .catalogue import command
 from .console import emit_rows, print_table, report_progress
 from .options import (
+    device_option,
     eval_data_option,
     eval_images_option,
     json_option,
@@ -22,6 +23,7 @@ from .options import (
 
 @command
 @model_options
+@device_option
 @click.option(
     "--plan",
     "plan_path",

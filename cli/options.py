@@ -11,6 +11,7 @@ import click
 
 from ..core.choices import (
     CROP_MODES,
+    DEVICES,
     EPISODES,
     EPISODES_UNTUNED,
     EVAL_IMAGES,
@@ -83,6 +84,13 @@ model_options = stacked(
         is_flag=True,
         help="Load weights of another patch size, with a resampled patch kernel; such a model has to be trained again.",
     ),
+)
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="|".join((*DEVICES[:3], "cuda:1", *DEVICES[3:])),
+    help="Where PyTorch computes; auto takes a GPU that works, else the CPU.",
 )
 calibration_options = stacked(
     click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...)."),

@@ -11,6 +11,9 @@ TUNINGS = ("weights", "gates", "gates-distill", "none")
 #: Whether every image keeps the same patches, or each chooses as many of its own.
 SELECTIONS = ("static", "content")
 
+#: Where PyTorch computes; of several GPUs ``cuda:1`` names one. ``"auto"`` takes a GPU that works, else the CPU.
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
 TARGET = 0.65
 #: Calibration and evaluation images that are used at most.
 IMAGES, EVAL_IMAGES = 4096, 2000

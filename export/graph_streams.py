@@ -15,8 +15,10 @@ from torch import Tensor
 from ..core.errors import GraphError
 from ..core.geometry import Geometry
 from ..core.plan import TokenPlan
+from ..prune.batches import in_batches
 from ..prune.calibration import Calibration
-from ..prune.fisher import direction_loss, frozen
+from ..prune.device import same_gradients
+from ..prune.fisher import direction_loss, frozen, redrawing
 from ..prune.tune.chunks import Chunks
 from ..prune.tune.weights import with_weights
 from .follow.demand import Demand, Sets, demand, sets_of
@@ -56,7 +58,8 @@ def token_importance(
     sums = {value: np.zeros(gates.followed.tokens.count) for value in parts}
     with frozen(adapter.model):
         like = next(module.parameters())
-        for images in batches:
+
+        def step(images: Tensor) -> tuple[Tensor | None, ...]:
             # Nothing is added, but to each value of each image by itself: its gradient is that of the value.
             zeros = [
                 like.new_zeros(shape_for(known, value, module.batch, len(images))).requires_grad_() for value in values
@@ -64,16 +67,19 @@ def token_importance(
             with ExitStack() as placed:
                 for value, zero in zip(values, zeros, strict=True):
                     placed.enter_context(module.at(value.name, torch.add, zero))
-                outputs = adapter.model(images.to(like)).float()
-                gradients = torch.autograd.grad(
+                with same_gradients(like.device):
+                    outputs = adapter.model(images.to(like)).float()
+                return torch.autograd.grad(
                     direction_loss(outputs, adapter.geometry.output, random), zeros, allow_unused=True
                 )
+
+        for gradients in in_batches(module, batches, redrawing(random, step), backward=True):
             found = dict(zip(values, gradients, strict=True))
             for value, part in parts.items():
                 for one, columns in part:
                     if found[one] is not None:
                         squares = rows[one](found[one])[..., columns].float().square().sum((0, 2))
-                        sums[value][rows[one].ids] += squares.double().cpu().numpy()
+                        sums[value][rows[one].ids] += squares.cpu().double().numpy()
     return {
         value.name: total / max(total[rows[value].ids].mean(), 1e-300) for value, total in sums.items()
     }  # fmt: skip
@@ -109,7 +115,7 @@ class GraphStreams(Chunks):
         layers = [layer for step in steps for layer in (step.writer, *sum(step.keyed, ())) if layer is not None]
         widest = max((layer.width for layer in layers), default=1)
         super().__init__(adapter, plans, calibration, indices, flip, ram_bytes, widest)
-        self._adapter, self.gates, self.steps = adapter, adapter.gates, steps
+        self.gates, self.steps = adapter.gates, steps
         self.followed, self.batch = self.gates.followed, self.model.batch or 1
         for value in (self.followed.stream, *(step.stream for step in steps)):
             if rows_of(self.gates, value) is None:

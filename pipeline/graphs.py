@@ -121,6 +121,23 @@ def write_graphs(
         UserError: The target does not take the graph, or a rule leaves the number of tokens to each image.
         ParityError: A graph does not compute what the model does.
     """
+    from ..prune.device import on_cpu
+
+    with on_cpu(reduced.loaded.adapter):  # Graphs are compared with PyTorch where onnxruntime runs them.
+        return _write_graphs(reduced, spec, folder, scratch, images, with_dense, plain_dense, tokens, name)
+
+
+def _write_graphs(
+    reduced: Reduced,
+    spec: ExportSpec,
+    folder: Path,
+    scratch: Path,
+    images: Tensor,
+    with_dense: bool,
+    plain_dense: Graph | None,
+    tokens: bool,
+    name: str,
+) -> Written:
     from ..export.graph import open_graph
 
     plain = plain_form(spec)
@@ -168,19 +185,21 @@ def write_dense(loaded: LoadedModel, path: Path, spec: ExportSpec) -> None:
         return
     from ..export.dense import export_dense
     from ..export.deploy import plain_opset
+    from ..prune.device import on_cpu
 
-    export_dense(
-        loaded.adapter.model,
-        path,
-        name=loaded.name,
-        geometry=loaded.adapter.geometry,
-        preprocessing=loaded.preprocessing,
-        classes=loaded.classes,
-        weights_sha256=loaded.sha256,
-        opset=plain_opset(None, spec.opset),
-        dynamic_batch=spec.dynamic_batch,
-        batch_size=spec.batch_size,
-    )
+    with on_cpu(loaded.adapter):
+        export_dense(
+            loaded.adapter.model,
+            path,
+            name=loaded.name,
+            geometry=loaded.adapter.geometry,
+            preprocessing=loaded.preprocessing,
+            classes=loaded.classes,
+            weights_sha256=loaded.sha256,
+            opset=plain_opset(None, spec.opset),
+            dynamic_batch=spec.dynamic_batch,
+            batch_size=spec.batch_size,
+        )
 
 
 def _fold(reduced: Reduced, plain: ExportSpec, place: Path, scratch: Path, done: _Writing) -> None:

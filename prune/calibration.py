@@ -18,8 +18,9 @@ from ..core.finite import check_finite
 from ..core.plan import TokenPlan
 from ..core.preprocess import Preprocessing
 from .backbones.adapter import Adapter
+from .batches import images_at_once, in_batches
 from .data import ImageSet
-from .fisher import batch_size_for
+from .device import device_of
 from .methods.rule import TokenRule
 
 #: Share of the calibration images that no stage fits to, and the most of them: 512 tell apart plans whose divergence
@@ -133,14 +134,15 @@ class Calibration:
         on_batch: Callable[[int], None] = lambda count: None,
     ) -> Tensor:
         """float32 [image, output] on the CPU: the model under ``plan`` (None: dense) on those images."""
-        device = next(adapter.model.parameters()).device
+        device = device_of(adapter.model)
         plan = TokenPlan.identity(adapter.name, adapter.geometry) if plan is None else plan
         rows = []
         form = plan.applied(adapter) if isinstance(plan, TokenRule) else adapter.applied(plan, "dead")
         with form, torch.inference_mode():
-            for images, _ in self.batches(indices, batch_size_for(adapter.geometry)):
-                rows.append(adapter.model(images.to(device)).float().cpu())
-                on_batch(len(images))
+            batches = (images for images, _ in self.batches(indices, images_at_once(adapter)))
+            for found in in_batches(adapter.model, batches, lambda part: adapter.model(part.to(device)).float().cpu()):
+                rows.append(found)
+                on_batch(len(found))
         return torch.cat(rows).clone()
 
     def divergence(

@@ -9,8 +9,9 @@ own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.choices import LOSSES
-from ..core.geometry import Geometry
 from ..core.plan import KINDS, TokenPlan
-from .backbones.adapter import Adapter
+from .backbones.adapter import Adapter, BlockAdapter
+from .batches import in_batches
+from .device import device_of, half_statistics, same_gradients
 
 #: Loss that draws random directions -> the kind of output that it is for.
 _KINDS = {"self": "logits", "features": "features", "output": "values"}
@@ -111,18 +113,40 @@ def gradients_of_images(
         raise ValueError(f"loss is {loss!r}, expected one of {', '.join(LOSSES)}")
     # numpy's stream of normals does not depend on how it is cut into batches; torch's does.
     random = np.random.default_rng(seed)
-    with frozen(adapter.model):
-        for images, labels in batches:
-            if loss == "labels" and labels is None:
-                raise ValueError("loss 'labels' needs labels")
-            with adapter.gated(len(images), plan) as gates, torch.enable_grad():
+    device = device_of(adapter.model)
+    # Of a graph that is no timm model, nobody has looked at what half precision does.
+    half = half_statistics(device) if isinstance(adapter, BlockAdapter) else nullcontext()
+
+    def step(batch: tuple[Tensor, Tensor | None]) -> np.ndarray:
+        images, labels = batch
+        if loss == "labels" and labels is None:
+            raise ValueError("loss 'labels' needs labels")
+        with adapter.gated(len(images), plan) as gates, torch.enable_grad():
+            with same_gradients(device), half:
                 output = adapter.model(images.to(gates.device, gates.dtype)).float()
-                if loss == "labels":
-                    value = F.cross_entropy(output, labels.to(output.device), reduction="sum")
-                else:
-                    value = direction_loss(output, _KINDS[loss], random)
-                (gradient,) = torch.autograd.grad(value, gates)
-            yield gradient[: len(images)].float().cpu().numpy()
+            if loss == "labels":
+                value = F.cross_entropy(output, labels.to(output.device), reduction="sum")
+            else:
+                value = direction_loss(output, _KINDS[loss], random)
+            (gradient,) = torch.autograd.grad(value, gates)
+        return gradient[: len(images)].float().cpu().numpy()
+
+    with frozen(adapter.model):
+        yield from in_batches(adapter.model, batches, redrawing(random, step), backward=True)
+
+
+def redrawing(random: np.random.Generator, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``step``, which draws from ``random``: what a call that fails has drawn is drawn again by the next."""
+
+    def again(batch: Any) -> Any:
+        before = random.bit_generator.state
+        try:
+            return step(batch)
+        except BaseException:
+            random.bit_generator.state = before
+            raise
+
+    return again
 
 
 @contextmanager
@@ -172,15 +196,3 @@ def _output_loss(values: Tensor, random: np.random.Generator) -> Tensor:
 
 def _normal(like: Tensor, random: np.random.Generator) -> Tensor:
     return torch.from_numpy(random.standard_normal(like.shape, dtype=np.float32)).to(like)
-
-
-def activation_bytes(geometry: Geometry, *, backward: bool = False) -> int:
-    """Rough upper bound of the memory one image takes on its way through the model, in bytes (float32)."""
-    tokens, hidden = geometry.tokens, geometry.mlp_macs // (2 * geometry.embed_dim)
-    block = 4 * (tokens * (8 * geometry.embed_dim + 2 * hidden) + 3 * geometry.num_heads * tokens**2)
-    return block * (geometry.depth if backward else 1)
-
-
-def batch_size_for(geometry: Geometry, *, backward: bool = False, memory_bytes: int = 3 << 29, most: int = 128) -> int:
-    """Images per batch such that activations stay within ``memory_bytes`` (1.5 GiB): larger ones only cost memory."""
-    return max(1, min(most, memory_bytes // activation_bytes(geometry, backward=backward)))

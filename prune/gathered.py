@@ -39,7 +39,7 @@ class GatheredBlock(nn.Module):
             self.register_parameter(name, parameter)
         device = next(block.parameters()).device
         self.entry = None if entry is None else Rows(entry).to(device)
-        self.step = Step(step, rope).to(device)
+        self.step = Step.at(step, device, rope)
 
     def forward(self, x: Tensor, **given: Any) -> Tensor:
         """[batch, token, channel] -> [batch, token, channel], as the step has it."""

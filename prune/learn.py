@@ -37,6 +37,7 @@ from ..core.text import option
 from .backbones.adapter import require_blocks
 from .calibration import Calibration
 from .data import ImageSet
+from .device import computing
 from .learned import Learned
 from .loaded import LoadedModel
 from .methods.content import counts_target
@@ -93,10 +94,11 @@ def learn(
     with progress.stage("Reading calibration images", len(images.indices)) as advance:
         calibration = Calibration.load(images, loaded.preprocessing, on_batch=advance)
 
-    loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
     progress.remark(images.remark("calibration"))
     task = Task(loaded, images, calibration, spec, cost, target, settings, saved and saved.rearrangement)
-    state = _stages_played(task, saved)
+    with computing(loaded.adapter.model):
+        loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
+        state = _stages_played(task, saved)
     if not len(calibration.held_out) and not state.plan.is_identity:
         left_out = "rearrangement and tuning" if spec.select == "static" else "rearrangement, tuning and selection"
         progress.remark(
@@ -197,7 +199,7 @@ def learn_plan(
         images: Calibration images, all of which the plan may be fitted to.
         spec: Of it ``target``, ``loss``, ``rounds`` and ``seed``.
         cost: What the budget is of; None: MACs.
-        batch_size: Images per backward pass; None picks one that keeps activations within 1.5 GiB.
+        batch_size: Images per backward pass; None: as many as fit, on the CPU within 1.5 GiB.
 
     Raises:
         UserError: The budget cannot be reached, no image can be read, or the loss does not fit model and data.
@@ -208,8 +210,9 @@ def learn_plan(
     choose_loss(spec.loss, loaded.adapter.geometry.output, images.labelled)
     calibration = Calibration.load(images, loaded.preprocessing, held_out=0)
     progress.remark(images.remark("calibration"))
-    loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
-    plan, _ = search_plan(Task(loaded, images, calibration, spec, cost, spec.target), batch_size)
+    with computing(loaded.adapter.model):
+        loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
+        plan, _ = search_plan(Task(loaded, images, calibration, spec, cost, spec.target), batch_size)
     progress.remark(plan.provenance["note"])
     return plan
 

@@ -42,7 +42,7 @@ def evaluate_plans(adapter: BlockAdapter, plans: Sequence[TokenPlan], images: Te
                 outputs[member] = result
             return
         for branch in _alike(members, lambda member: _identity(schedules[member].steps[block])):
-            step = Step(schedules[branch[0]].steps[block], ropes[block]).to(parameter.device)
+            step = Step.at(schedules[branch[0]].steps[block], parameter.device, ropes[block])
             walk(block + 1, branch, step(model.blocks[block], stream))
 
     stream = embed_images(model, images.to(parameter.device, parameter.dtype))

@@ -18,9 +18,10 @@ from ..core.content_plan import ContentPlan
 from ..core.cost import Cost, dense_macs, plan_macs
 from ..core.plan import TokenPlan
 from ..core.specs import LearnSpec
+from .batches import images_at_once
 from .calibration import Calibration, Judgement
 from .data import ImageSet
-from .fisher import batch_size_for
+from .device import described, device_of
 from .learned import Stage
 from .loaded import LoadedModel
 from .methods.content import choose_by_content, choosing_steps
@@ -187,13 +188,13 @@ def search_plan(task: Task, batch_size: int | None = None, form: str | None = No
     """The plan, and the Fisher moments [kind 3, kind 3, block L, patch N] that it was found from.
 
     Args:
-        batch_size: Images per backward pass; None picks one that keeps activations within 1.5 GiB.
+        batch_size: Images per backward pass; None: as many as fit, on the CPU within 1.5 GiB.
         form: One of :data:`~vpruner.prune.search.FORMS`; None: what suits the model.
     """
     loaded, images, calibration, cost = task.loaded, task.images, task.calibration, task.cost
     geometry, seed = loaded.adapter.geometry, task.spec.seed
     loss = choose_loss(task.spec.loss, geometry.output, images.labelled)
-    batch_size = batch_size or batch_size_for(geometry, backward=True)
+    batch_size = batch_size or images_at_once(loaded.adapter, backward=True)
     fit = calibration.fit
     sizes = round_sizes(len(fit), task.spec.rounds)
     parts = np.split(fit, np.cumsum(sizes)[:-1])
@@ -228,6 +229,7 @@ def search_plan(task: Task, batch_size: int | None = None, form: str | None = No
         },
         weights_sha256=loaded.sha256,
         preprocessing=loaded.preprocessing.to_json(),
+        device=described(device_of(loaded.adapter.model)),
         note=found.note,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={name: version(name) for name in ("torch", "timm", "numpy")},

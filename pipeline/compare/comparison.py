@@ -88,6 +88,12 @@ class Comparison:
         return environment()
 
     @cached_property
+    def device(self) -> str:
+        from ...prune.device import described, device_of
+
+        return described(device_of(self.loaded.adapter.model))
+
+    @cached_property
     def model_key(self) -> str:
         """Identity of what is compared: weights alone do not say what a model computes."""
         model, preprocessing = self.loaded.adapter.model, self.loaded.preprocessing
@@ -336,6 +342,7 @@ class Comparison:
             **_named(evaluation.name),
             "model": self.loaded.name,
             "weights_sha256": self.loaded.sha256,
+            "device": self.device,
             "settings": dict(contender.settings),
             "data": described(self.images(point.seed)) if contender.needs_images else None,
             "eval_data": described(evaluation),

@@ -77,7 +77,8 @@ def smaller_models(options: CompareOptions, loaded: LoadedModel) -> list[Contend
     Raises:
         UserError: One cannot be opened, does not do what the model does, or is no smaller.
     """
-    found = [_smaller(open_prunable(ModelSpec(what)), loaded, options) for what in options.smaller]
+    opened = (open_prunable(ModelSpec(what, device=loaded.device)) for what in options.smaller)
+    found = [_smaller(small, loaded, options) for small in opened]
     names = [contender.name for contender in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(
@@ -139,14 +140,16 @@ def _learned(name: str, spec: LearnSpec) -> Contender:
 
 def _registered(method: Method) -> Contender:
     def make(loaded: LoadedModel, images: ImageSet | None, calibration: Calibration | None, target: float, seed: int):
-        from ...prune.fisher import batch_size_for
+        from ...prune.batches import images_at_once
+        from ...prune.device import computing
 
         batches: Sequence[Tensor] = ()
         if calibration is not None:
             used = calibration.fit[: method.enough_images]
-            batches = Batches(calibration, used, batch_size_for(loaded.adapter.geometry))
+            batches = Batches(calibration, used, images_at_once(loaded.adapter))
         started = time.perf_counter()
-        reduction = method.make(loaded.adapter, batches, target, seed=seed)
+        with computing(loaded.adapter.model):
+            reduction = method.make(loaded.adapter, batches, target, seed=seed)
         return Made(reduction, None, time.perf_counter() - started)
 
     settings = {"class": type(method).__name__, **_plain_settings(method)}

@@ -104,6 +104,7 @@ def _time_in_torch(comparison: Comparison, made: Mapping[str, Made], batch: int)
 
     from ...core.environment import environment
     from ...core.timing import measure
+    from ...prune.device import on_cpu
 
     threads, here = comparison.options.timing.threads, environment()
     images = comparison.judge.images
@@ -114,6 +115,10 @@ def _time_in_torch(comparison: Comparison, made: Mapping[str, Made], batch: int)
     try:
         torch.set_num_threads(threads)
         with ExitStack() as stack, torch.inference_mode():
+            # Beside graphs that onnxruntime runs on the CPU.
+            opened = (comparison.loaded, *(one.instead for one in made.values() if one.instead is not None))
+            for loaded in opened:
+                stack.enter_context(on_cpu(loaded.adapter))
             candidates = {"dense": _caller(comparison.loaded.adapter.model, inputs)}
             for name, one in made.items():
                 candidates[name] = _caller(stack.enter_context(_reduced_copy(comparison.loaded, one)), inputs)

@@ -85,6 +85,13 @@ class Adapter(Protocol):
             (weights, details): name of a parameter of :attr:`model` -> tensor, of what changed; and JSON values.
         """
 
+    def moved(self, where: Mapping[int, Tensor]) -> None:
+        """Hear that tensors of :attr:`model` are elsewhere.
+
+        Args:
+            where: Address of what they held -> what they hold instead.
+        """
+
     def look_at(self, images: Tensor) -> None:
         """See a few of the images that will be learned from, before anything is learned.
 

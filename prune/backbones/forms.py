@@ -184,6 +184,12 @@ class Step(nn.Module):
     query_rope: Tensor | None
     key_rope: Tensor | None
 
+    @classmethod
+    def at(cls, step: BlockStep, device: torch.device, rope: Tensor | None = None) -> Step:
+        """On a device; Apple's GPUs have no float64."""
+        made = cls(step, rope)
+        return (made.float() if device.type == "mps" else made).to(device)
+
     def __init__(self, step: BlockStep, rope: Tensor | None = None):
         super().__init__()
         entering, middle = len(step.entering), len(step.queries) + len(step.passed)
@@ -259,7 +265,7 @@ def step_forward(
     block: nn.Module, step: BlockStep, gates: StepGates | None = None, rope: Tensor | None = None
 ) -> Callable[..., Tensor]:
     """``Block.forward`` for one step: [batch, token, channel] as it enters -> as it leaves."""
-    form = Step(step, rope).to(next(block.parameters()).device)
+    form = Step.at(step, next(block.parameters()).device, rope)
 
     def forward(x: Tensor, **given: Any) -> Tensor:
         return form(block, x, gates)

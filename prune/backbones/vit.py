@@ -190,6 +190,9 @@ class ViTAdapter:
         options = dict(start=start, flip=flip, ram_bytes=ram_bytes, on_step=on_step)
         return refit_weights(self, plans, calibration, indices, **options)
 
+    def moved(self, where: Mapping[int, Tensor]) -> None:
+        """Nothing: a form is made for where the model is when it is applied."""
+
     def look_at(self, images: Tensor) -> None:
         """Nothing: logits and features are compared as they are."""
 

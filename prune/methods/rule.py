@@ -33,6 +33,7 @@ from ...core.cost import block_macs, dense_macs
 from ...core.plan import Geometry
 from ..backbones.adapter import BlockAdapter, require_blocks
 from ..backbones.forms import attend, mlp_update, project_keys_values, project_queries, scaled
+from ..batches import in_batches
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,12 @@ class RuleRun:
     _recorded: list[list[tuple]] = field(default_factory=list, repr=False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return self.model(images)
+        before = len(self._recorded)
+        try:
+            return self.model(images)
+        except BaseException:
+            del self._recorded[before:]  # The images may come again, fewer at once.
+            raise
 
     @property
     def key_counts(self) -> np.ndarray:
@@ -468,8 +474,8 @@ def run_batches(rule: TokenRule, adapter: BlockAdapter, batches: Iterable[Tensor
     """
     parameter = next(adapter.model.parameters())
     with rule.applied(adapter) as run:
-        for images in batches:
-            run(images.to(parameter))
+        for _ in in_batches(adapter.model, batches, lambda images: run(images.to(parameter))):
+            pass
     return run
 
 

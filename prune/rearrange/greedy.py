@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from ...core.plan import TokenPlan
+from ..batches import images_at_once
 from ..calibration import Judgement
-from ..fisher import batch_size_for, gradients_of_images
+from ..fisher import gradients_of_images
 from ..methods.positions import exchanged
 from ..rounds import choose_loss
 from .settings import Rearranged
@@ -33,7 +34,7 @@ def greedy_exchanges(
     """
     chosen = np.sort(np.random.default_rng([seed, 4]).permutation(world.images)[:images])
     loss = choose_loss("auto", world.geometry.output, labelled=False)
-    size = batch_size_for(world.geometry, backward=True)
+    size = images_at_once(world.adapter, backward=True)
     batches = gradients_of_images(world.adapter, world.calibration.batches(chosen, size), loss, seed=seed)
     closed = (~plan.masks).reshape(-1, world.geometry.patches).astype(np.float32)
     # sums[image, patch i, patch j]: gradient of what would be closed for i if it had j's place in the plan.

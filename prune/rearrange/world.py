@@ -11,8 +11,8 @@ from torch import Tensor
 from ...core.plan import TokenPlan
 from ..backbones.adapter import Adapter
 from ..backbones.vit import weights_sha256
+from ..batches import images_at_once, in_batches
 from ..calibration import Calibration, Judgement, distance, divergence
-from ..fisher import batch_size_for
 from ..tune.weights import with_weights
 
 #: Images that plans are judged on, mirror images included: with fewer, plans fit them; more cost time.
@@ -47,7 +47,7 @@ class World:
         self.images = calibration.mirrored(calibration.fit)[:REWARD_IMAGES]
         self.held_out = calibration.held_out
         # One chain of activations per level of the tree is alive at a time.
-        self._chunk = max(1, batch_size_for(self.geometry, backward=True))
+        self._chunk = images_at_once(adapter, backward=True)
 
     def foresee_tuning(self, plans: Sequence[TokenPlan], on_step: Callable[[int], None] = lambda count: None) -> bool:
         """Judge plans with weights refitted to ``plans`` together from now on.
@@ -90,13 +90,19 @@ class World:
         self.calibration.dense_outputs(self.adapter, indices)
         with with_weights(self.adapter.model, self.stand_in if foresee else None):
             for first in range(0, len(plans), count):
-                for start in range(0, len(indices), self._chunk):
-                    some, places = slice(first, first + count), slice(start, start + self._chunk)
+                some = slice(first, first + count)
+
+                def step(places: np.ndarray, some: slice = some) -> None:
                     images = self.calibration.images(indices[places])
                     outputs = self.adapter.evaluate_plans(plans[some], images, len(indices))
                     dense = self.calibration.dense_outputs(self.adapter, indices[places]).expand_as(outputs)
                     distances[some, places] = distance(dense, outputs, self.geometry.output).numpy()
                     divergences[some, places] = divergence(dense, outputs, self.geometry.output).numpy()
+
+                every = np.arange(len(indices))
+                parts = (every[start : start + self._chunk] for start in range(0, len(indices), self._chunk))
+                for _ in in_batches(self.adapter.model, parts, step):
+                    pass
         return distances, divergences
 
     @property

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..batches import batch_size_for, images_at_once
 from ..calibration import Calibration
-from ..fisher import batch_size_for
 from .importance import IMPORTANCE_IMAGES
 from .ridge import FOLDS, WIDE, WIDE_FOLDS
 from .store import ActivationStore
@@ -50,10 +50,12 @@ class Chunks:
         self.model, self.plans, self.geometry = adapter.model, tuple(plans), adapter.geometry
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self._adapter = adapter
         self._calibration, self._indices = calibration, np.asarray(indices)
         self.images = len(self._indices)
         self.flip = self.images < FLIP_BELOW if flip is None else flip
         self.folds = min(self.images, WIDE_FOLDS if widest > WIDE else FOLDS)
+        # Of the model alone, not of the memory here: folds are made of chunks.
         size = batch_size_for(self.geometry, memory_bytes=1 << 29) // (1 + self.flip)
         self._size = max(1, min(size, math.ceil(self.images / max(1, self.folds * len(self.plans)))))
         self.chunks = range(math.ceil(self.images / self._size))
@@ -96,5 +98,5 @@ class Chunks:
         """
         few = self._indices[:IMPORTANCE_IMAGES]
         few = np.resize(few, math.ceil(len(few) / multiple) * multiple)
-        size = math.ceil(batch_size_for(self.geometry, backward=True) / multiple) * multiple
+        size = math.ceil(images_at_once(self._adapter, backward=True) / multiple) * multiple
         return (self._calibration.images(few[start : start + size]) for start in range(0, len(few), size))

@@ -16,8 +16,10 @@ from ...core.plan import TokenPlan
 from ...core.schedule import schedule
 from ..backbones.adapter import BlockAdapter
 from ..backbones.forms import Step, embed_images
+from ..batches import batch_size_for
 from ..calibration import Calibration, divergence
-from ..fisher import batch_size_for, frozen
+from ..device import same_gradients
+from ..fisher import frozen
 from .ridge import FIRST_RIDGE, NormalEquations
 from .store import RAM_BYTES
 from .streams import Streams
@@ -130,7 +132,7 @@ def tune_gates_by_distillation(
     history = [float(calibration.divergence(adapter, plan, calibration.held_out).mean())]
     steps = schedule(replace(plan, gates=None))
     pairs = zip(steps.steps, adapter.ropes(), strict=True)
-    forms = [Step(step, rope).to(parameter.device) for step, rope in pairs]
+    forms = [Step.at(step, parameter.device, rope) for step, rope in pairs]
     entry = torch.from_numpy(steps.entry).to(parameter.device)
     size = min(DISTILL_BATCH, batch_size_for(geometry, backward=True))
     with frozen(model):
@@ -140,7 +142,7 @@ def tune_gates_by_distillation(
                 chosen = order[start : start + size]
                 with torch.no_grad():
                     x = embed_images(model, calibration.images(chosen).to(parameter)).index_select(1, entry)
-                with torch.enable_grad():
+                with torch.enable_grad(), same_gradients(parameter.device):
                     for block, form, gates in zip(model.blocks, forms, log_gates, strict=True):
                         x = form(block, x, _KeyGates(gates, geometry.prefix_tokens))
                     output = model.forward_head(model.norm(x))
@@ -193,5 +195,5 @@ def _with_log_gates(plan: TokenPlan, log_gates: Sequence[Tensor]) -> TokenPlan:
     prefix, gates = plan.geometry.prefix_tokens, []
     for step, values in zip(schedule(plan).steps, log_gates, strict=True):
         order = np.argsort(step.entering[step.keys][prefix:])
-        gates.append(tuple(values.double().exp().cpu().numpy()[order].tolist()))
+        gates.append(tuple(values.cpu().double().exp().numpy()[order].tolist()))
     return replace(plan, gates=tuple(gates))

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ..backbones.adapter import BlockAdapter
 from ..backbones.forms import attend, mlp_update, project_queries, projected, replace_forward, scaled, split_keys_values
-from ..fisher import direction_loss, frozen
+from ..batches import in_batches
+from ..device import same_gradients
+from ..fisher import direction_loss, frozen, redrawing
 
 #: Images that squared gradients are averaged over. Those of each image apart, as weights of its own rows, fit worse.
 IMPORTANCE_IMAGES = 128
@@ -49,14 +51,23 @@ def token_importance(adapter: BlockAdapter, batches: Iterable[Tensor], seed: int
     with frozen(model), adapter.exclusive() as undo:
         for index, (block, rope) in enumerate(zip(model.blocks, adapter.ropes(), strict=True)):
             replace_forward(block, _watched(block, rope, partial(see, index)), undo)
-        for images in batches:
+        order: list[tuple[int, str]] = []
+
+        def step(images: Tensor) -> tuple[Tensor, ...]:
             seen.clear()
-            output = model(images.to(parameter)).float()
-            loss = direction_loss(output, geometry.output, random)
-            gradients = torch.autograd.grad(loss, [value for _, _, value in seen])
-            for (block, place, _), gradient in zip(seen, gradients, strict=True):
-                sums[place][block] += gradient.float().square().sum((0, 2)).double().cpu()
-            seen.clear()
+            try:
+                with same_gradients(parameter.device):
+                    output = model(images.to(parameter)).float()
+                order[:] = [(block, place) for block, place, _ in seen]
+                loss = direction_loss(output, geometry.output, random)
+                return torch.autograd.grad(loss, [value for _, _, value in seen])
+            finally:
+                seen.clear()
+
+        for gradients in in_batches(model, batches, redrawing(random, step), backward=True):
+            for (block, place), gradient in zip(order, gradients, strict=True):
+                # Apple's GPUs have no float64.
+                sums[place][block] += gradient.float().square().sum((0, 2)).cpu().double()
     return {name: value / value.mean(1, keepdim=True).clamp_min(1e-300) for name, value in sums.items()}
 
 

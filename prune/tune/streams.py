@@ -105,7 +105,8 @@ class Streams(Chunks):
                 raise ValueError(f"the rule {plan.name} does not keep a fixed number of tokens in every block")
         widest = max(m.in_features for m in adapter.model.blocks.modules() if isinstance(m, nn.Linear))
         super().__init__(adapter, plans, calibration, indices, flip, ram_bytes, widest)
-        self._adapter, self._importance, self._ropes = adapter, {}, adapter.ropes()
+        self._adapter, self._ropes = adapter, adapter.ropes()
+        self._importance: dict[str, Tensor] = {}
         self.diverged = False
         self._pooled = False
         # The block that was last chosen for, its rows by chunk, and of rules where the tokens that enter it lie.
@@ -285,7 +286,7 @@ class Streams(Chunks):
 
     def advance_pruned(self, block: int, log_gates: Tensor) -> None:
         """Take the pruned stream through the block with its own weights and these gates [patch] of its keys."""
-        gates = F.pad(log_gates.double().cpu(), (self.geometry.prefix_tokens, 0)).exp().numpy()
+        gates = F.pad(log_gates.cpu().double(), (self.geometry.prefix_tokens, 0)).exp().numpy()
         for chunk in self.chunks:
             step = replace(self._steps[id(self.plan(chunk))].steps[block], gates=gates)
             form = step_forward(self.model.blocks[block], step, rope=self._ropes[block])
