@@ -228,7 +228,7 @@ def test_hashes_come_with_the_first_pass(tmp_path, monkeypatch):
     stream = images.images()
     for _ in range(8):  # as the rounds of the search do: exactly as many as there are
         next(stream)
-    monkeypatch.setattr(images, "_raw", lambda: pytest.fail("a second pass"))
+    monkeypatch.setattr(images, "_read", lambda *_: pytest.fail("a second pass"))
     assert len(images.image_hashes) == 8 and images.sha256
 
 
