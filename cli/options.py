@@ -85,6 +85,14 @@ model_options = stacked(
         help="Load weights of another patch size, with a resampled patch kernel; such a model has to be trained again.",
     ),
 )
+reading_options = stacked(
+    click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
+    click.option(
+        "--workers",
+        type=click.IntRange(0),
+        help="Threads that read images while the model computes  [default: the cores but one]",
+    ),
+)
 calibration_options = stacked(
     click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...)."),
     click.option(
@@ -114,7 +122,7 @@ calibration_options = stacked(
         type=click.IntRange(0, 2**63 - 1),
         help="Seed of everything random: the choice of images, and the search.",
     ),
-    click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
+    reading_options,
 )
 
 

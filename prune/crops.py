@@ -40,7 +40,8 @@ class CropFile:
                 "use fewer images, or set TMPDIR to a folder on another disk",
             )
         # Read, not mapped: pages of a mapped file count as memory of the process.
-        self._file, self._lock = tempfile.TemporaryFile(dir=place), threading.Lock()
+        self._file = tempfile.TemporaryFile(dir=place)  # noqa: SIM115 - open for as long as this is
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._written
