@@ -134,10 +134,11 @@ def map_labels(
 ) -> dict[int, int] | None:
     """Translate the source's labels to the model's outputs, or None when they cannot be.
 
-    By class name where the folder names are class names or ImageNet synsets of the model; by position where the numbers
-    of classes agree and there are no names to compare. Anything else would count right answers as wrong ones, so such
-    data counts as unlabelled, and the user is told. That goes for a name that two outputs bear, too (in ImageNet
-    "crane" is a bird and a machine).
+    By class name where the folder names are class names of the model, or synsets of ImageNet that are called so, or
+    where the model has a thousand outputs, as ImageNet has classes; by position where the numbers of classes agree and
+    there are no names to compare. Anything else would count right answers as wrong ones, so such data counts as
+    unlabelled, and the user is told. That goes for a name that two outputs bear, too (in ImageNet "crane" is a bird and
+    a machine).
     """
     if outputs is None:
         return None
@@ -147,11 +148,16 @@ def map_labels(
             return {index: index for index in range(outputs)}
         return None
     synsets = timm.data.ImageNetInfo().label_names() if outputs == 1000 else None
-    for outputs_named in (classes, synsets):
-        if outputs_named is None or not set(names) <= set(outputs_named):
+    words = source.class_words or ()
+    # A model may call a class of ImageNet by the first of the words for it alone.
+    first = tuple(one.partition(",")[0] for one in words)
+    for called, outputs_named in ((names, classes), (words, classes), (first, classes), (names, synsets)):
+        if not called or outputs_named is None or not set(called) <= set(outputs_named):
             continue
         bearers = Counter(outputs_named)
-        ambiguous = [name for name in names if bearers[name] > 1]
+        ambiguous = [name for name in called if bearers[name] > 1]
+        if ambiguous and called is not names:
+            continue
         if ambiguous:
             remarks.append(
                 f"{bearers[ambiguous[0]]} classes of the model are called {ambiguous[0]!r}, like a folder of "
@@ -159,7 +165,7 @@ def map_labels(
             )
             return None
         position = {name: index for index, name in enumerate(outputs_named)}
-        return {label: position[name] for label, name in enumerate(names)}
+        return {label: position[name] for label, name in enumerate(called)}
     if classes is None and len(names) == outputs:
         return {label: label for label in range(outputs)}
     known = set(classes or synsets or ())

@@ -61,7 +61,7 @@ class CropFile:
         found = np.empty((len(indices), *self._shape), np.uint8)
         # Neighbours are read at once.
         starts = np.flatnonzero(np.diff(indices, prepend=-2) != 1)
-        for start, end in zip(starts, [*starts[1:], len(indices)], strict=True):
+        for start, end in zip(starts, np.append(starts[1:], len(indices)), strict=False):
             with self._lock:
                 self._file.seek(int(indices[start]) * self._bytes)
                 read = self._file.readinto(found[start:end].data)

@@ -25,6 +25,7 @@ from ..core.errors import UserError
 from ..core.files import open_regular, what_is_there
 from ..core.preprocess import Preprocessing, decode, is_turned, turned_remark
 from ..core.text import counted, first_line, option
+from . import imagenet
 from .image_files import ImageFiles
 
 #: Prefixes of ``create_dataset`` names that are not paths -> module and distribution that read them.
@@ -58,6 +59,7 @@ class ImageSource:
         folder: The folder or tar file that is read (of ``imagenet/`` the one of the split); None for other data sets.
         cut_off: Why the rest of a tar file cannot be read; empty where all of it could be.
         class_names: Class of each label, None when the source has no classes (a flat folder).
+        class_words: What those are called that are synsets of ImageNet; None for others.
         numbered: Whether labels without names are numbers of classes.
         shared: Whether several threads may read from it at once.
 
@@ -82,6 +84,7 @@ class ImageSource:
             raise UserError(f"{root} is neither a folder nor a .tar file", "give a folder of images")
         self.folder: Path | None = None
         self.class_names: tuple[str, ...] | None = None
+        self.class_words: tuple[str, ...] | None = None
         self.cut_off = ""
         if root is not None:
             self._open_files(root, split)
@@ -97,9 +100,10 @@ class ImageSource:
         if not (place.is_file() or place.is_dir()):
             raise UserError(f"{root} is {what_is_there(place)}", "give a folder of images, or a .tar")
         if place.is_dir():
+            place = imagenet.images_below(place)
             # Right for imagenet/{train,val}, and wrong for a folder of classes one of which happens to be "train".
-            folders = {entry.name for entry in place.iterdir() if entry.is_dir()}
-            if folders and folders <= {name for names in _SPLITS.values() for name in names} | {"test"}:
+            folders = {entry.name for entry in place.iterdir() if entry.is_dir() and not imagenet.is_beside(entry.name)}
+            if folders and folders <= {name for names in _SPLITS.values() for name in names}:
                 place = next((place / name for name in _SPLITS.get(split, ()) if name in folders), place)
         try:
             files = ImageFiles(place)
@@ -113,9 +117,16 @@ class ImageSource:
             raise UserError(f"no images found in {root}{why}", "give a folder or tar with images")
         for note in files.found.notes(source_name(self)):
             progress.remark(note)
+        if tuple(files.class_to_idx) == ("",):
+            synsets, note = imagenet.validation_synsets(place, [name for (name, *_), _ in files.samples])
+            if synsets is not None:
+                files.relabel(synsets)
+            elif note:
+                progress.remark(f"{source_name(self)}: {note}")
         names = tuple(files.class_to_idx)
         # A flat folder reads as one class without a name: that is no label.
         self.class_names = names if names != ("",) else None
+        self.class_words = imagenet.class_words(place, names)
 
     def _open_by_name(self, name: str, split: str) -> Any:
         # Data sets on hubs call their held-out split by one of these names.
