@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -88,7 +89,7 @@ def in_order(
                     threads += 1
             if not waiting:
                 break
-            result = waiting.popleft().result()
+            result = _result_of(waiting.popleft())
             largest = max(largest, size(result))
             room = min(2 * room + 1, ahead, max(workers, WAITING_BYTES // largest))
             # One is taken while another is asked for: the threads are to be at work meanwhile.
@@ -101,3 +102,13 @@ def in_order(
             jobs.put(None)
     if not isinstance(failed, StopIteration):
         raise failed
+
+
+def _result_of(future: Future[Result]) -> Result:
+    """Waits in parts: Ctrl-C is not heard during a wait on Windows, and elsewhere not if it comes just before one."""
+    while True:
+        try:
+            return future.result(0.5)
+        except NotYet:
+            if future.done():  # Or it is the error of the work.
+                return future.result()
