@@ -45,6 +45,7 @@ class Task:
         cost: What the budget is of.
         target: Budget of the plan; lower than that of ``spec`` where choosing patches costs something too.
         settings: How much the rearrangement plays.
+        checkpoint: Where it keeps its state, and goes on from what is there; None: nowhere.
     """
 
     loaded: LoadedModel
@@ -54,6 +55,7 @@ class Task:
     cost: Cost
     target: float
     settings: RearrangeSettings = field(default_factory=RearrangeSettings)
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,6 @@ def search_plan(task: Task, batch_size: int | None = None, form: str | None = No
             seed=seed,
             on_batch=advance,
         )
-    progress.remark(images.remark("calibration"))
     plan = found.plan.with_provenance(
         method="fisher",
         loss=loss,
@@ -277,7 +278,7 @@ class Rearrange:
                 game,
                 settings=task.settings,
                 seed=seed,
-                checkpoint=task.spec.checkpoint,
+                checkpoint=task.checkpoint,
                 on_batch=lambda count, gain: advance(count, f"divergence {-gain:+.0%}"),
             )
 
