@@ -19,7 +19,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +79,7 @@ def batches(way: str, images: ImageSet, size: int) -> Iterator[Tensor]:
         yield from (batch for batch, _ in again.batches(PREPROCESSING, size))
 
 
-def waiting(args: argparse.Namespace) -> list[dict]:
+def waiting(args: argparse.Namespace, write: Callable[[dict], None]) -> None:
     torch.set_num_threads(1)
     model = open_dense(args.model, None, 0).adapter.model
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
@@ -99,10 +99,9 @@ def waiting(args: argparse.Namespace) -> list[dict]:
                 had = time.perf_counter()
                 model(batch)
                 found[way].append((had - before, time.perf_counter() - had, time.process_time() - cpu))
-    rows = []
     for way, times in found.items():
         waits, runs, cpus = map(sum, zip(*times, strict=True))
-        rows.append(
+        write(
             {
                 "measured": "waiting",
                 "way": way,
@@ -117,33 +116,33 @@ def waiting(args: argparse.Namespace) -> list[dict]:
                 "first_batch_seconds": round(started[way], 2),
             }
         )
-    return rows
 
 
-def memory(args: argparse.Namespace) -> list[dict]:
+class Rows(Watch):
+    """Gives a row when a stage is finished: a whole run takes long."""
+
+    def __init__(self, write: Callable[[dict], None], **common: object):
+        super().__init__()
+        self._write, self._common = write, common
+
+    def finished(self, title: str, seconds: float, done: int | None, unit: str) -> None:
+        super().finished(title, seconds, done, unit)
+        measured = {"step": title.replace(" of vit", ""), "seconds": round(seconds, 1), "peak_bytes": self.peaks[title]}
+        self._write({"measured": "memory", **self._common, **measured})
+
+
+def memory(args: argparse.Namespace, write: Callable[[dict], None]) -> None:
     torch.manual_seed(0)
     model = timm.models.VisionTransformer(224, 16, num_classes=10, depth=2, embed_dim=args.width, num_heads=2)
     loaded = from_module(model.eval(), name="vit", preprocessing=PREPROCESSING)
-    watch = Watch()
+    crops = args.images * 224 * 224 * 3
+    watch = Rows(write, images=args.images, width=args.width, crop_bytes=crops, workers=args.workers)
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder), 400, (256, 256))
         source = ImageSource(folder)
         images = ImageSet(source, np.arange(args.images) % len(source), workers=args.workers)
-        with progress.reporting(watch) as record:
+        with progress.reporting(watch):
             learn(loaded, images, LearnSpec(rearrange="none", tune=args.tune, rounds=1, seed=0))
-    return [
-        {
-            "measured": "memory",
-            "images": args.images,
-            "width": args.width,
-            "step": title.replace(f" of {loaded.name}", ""),
-            "seconds": round(seconds, 1),
-            "peak_bytes": watch.peaks[title],
-            "crop_bytes": args.images * 224 * 224 * 3,
-            "workers": args.workers,
-        }
-        for title, seconds in record.seconds.items()
-    ]
 
 
 def main() -> None:
@@ -163,10 +162,12 @@ def main() -> None:
     kind.set_defaults(measure=memory)
     args = parser.parse_args()
     here = environment()
-    rows = [{"benchmark": "data_loading", **row, "environment": here} for row in args.measure(args)]
-    append_rows(args.output, rows)
-    for row in rows:
-        print({key: value for key, value in row.items() if key != "environment"}, flush=True)
+
+    def write(row: dict) -> None:
+        append_rows(args.output, [{"benchmark": "data_loading", **row, "environment": here}])
+        print(row, flush=True)
+
+    args.measure(args, write)
 
 
 if __name__ == "__main__":
