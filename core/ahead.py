@@ -1,9 +1,10 @@
 """Work in threads, ahead of who asks for its results.
 
 Threads and not processes: of the time that an image takes to be read and prepared, nine tenths pass in Pillow, numpy
-and hashlib, which let other threads run meanwhile. Threads start at once where a process first imports torch, work on
-a data set that the program holds, raise the very error, and need no guard around the main module of a user's program.
-Of several processes that learn together each has its own. Measured in ``benchmarks/data_loading.py``.
+and hashlib, which let other threads run meanwhile, and the model waits little enough (``benchmarks/data_loading.py``).
+Threads start at once where a process first imports torch, work on a data set that the program holds, raise the very
+error, and need no guard around the main module of a user's program. Of several processes that learn together each has
+its own.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ RAM_BYTES = 1 << 30
 class CropFile:
     """uint8 [image, height, width, channel] in a temporary file, written in order and read by position.
 
-    Crops are read some twenty times, and decoding an image again takes fifty times as long as reading its crop. The
-    file has no name where the system allows that: nothing is left of it when the process is killed.
+    The stages read a crop many times, and decoding a photo again takes ten times as long as reading its crop. The file
+    has no name where the system allows that: nothing is left of it when the process is killed.
 
     Raises:
         UserError: There is no room for ``count`` crops.
