@@ -8,6 +8,7 @@ import io
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -245,21 +246,21 @@ class ImageSet:
         """
         gather = self._sha256 is None
         digest, hashes = hashlib.sha256(), set()
-        read = self._read(prepare, gather, ahead)
-        following = next(read, None)
-        while following is not None:
-            one, following = following, next(read, None)
-            label = label_number(one.label)
-            if gather:
-                digest.update(f"{one.size} {label}\n".encode())
-                digest.update(one.pixels)
-                hashes.add(one.sha256)
-                # With the last image, not after it: who asks for exactly as many as there are never gets further.
-                if following is None:
-                    self._sha256, self._image_hashes = digest.hexdigest(), hashes
-            value = one.value
-            del one
-            yield value, None if self.label_map is None else self._output_of(label)
+        with closing(self._read(prepare, gather, ahead)) as read:
+            following = next(read, None)
+            while following is not None:
+                one, following = following, next(read, None)
+                label = label_number(one.label)
+                if gather:
+                    digest.update(f"{one.size} {label}\n".encode())
+                    digest.update(one.pixels)
+                    hashes.add(one.sha256)
+                    # With the last image, not after it: who asks for exactly as many as there are never gets further.
+                    if following is None:
+                        self._sha256, self._image_hashes = digest.hexdigest(), hashes
+                value = one.value
+                del one
+                yield value, None if self.label_map is None else self._output_of(label)
         if gather and not hashes:
             self._sha256, self._image_hashes = digest.hexdigest(), hashes
 
@@ -276,9 +277,8 @@ class ImageSet:
 
         # Hashes of one pass after the other, and the copy into a batch, take 4 % of the time of a small model.
         collectors = min(self._threads, 1) if self.source.shared or self.workers else 0
-        yield from itertools.takewhile(
-            lambda batch: batch is not None, in_order(following, itertools.count(), collectors, ahead=1)
-        )
+        with closing(in_order(following, itertools.count(), collectors, ahead=1)) as collected:
+            yield from itertools.takewhile(lambda batch: batch is not None, collected)
 
     @property
     def _threads(self) -> int:
@@ -355,8 +355,11 @@ class ImageSet:
             steps = (partial(_found, source), *steps)
         else:
             items = (_found(source, index) for index in positions)
-        results = in_order(partial(_through, steps), items, workers, ahead=ahead, size=_bytes_of)
-        failed: Exception | None = None
+        with closing(in_order(partial(_through, steps), items, workers, ahead=ahead, size=_bytes_of)) as results:
+            yield from self._noted(positions, results)
+
+    def _noted(self, positions: Sequence[int], results: Iterable[Any]) -> Iterator[_Read]:
+        source, failed = self.source, None
         for position, one in zip(positions, results, strict=False):
             if isinstance(one, _Read):
                 failed = None

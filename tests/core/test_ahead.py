@@ -1,5 +1,6 @@
 """Work in threads, ahead of the caller and in order."""
 
+import gc
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ def threads() -> list[threading.Thread]:
 
 
 def gone() -> bool:
+    gc.collect()
     for thread in threads():
         thread.join(5)
     return not threads()
