@@ -42,6 +42,8 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "gpu": (tables.gpu, ("gpu",)),
     "graph_gradients": (tables.graph_gradients, ("graph_gradients",)),
     "half_statistics": (tables.half_statistics, ("half_statistics",)),
+    "image_memory": (tables.image_memory, ("data_loading",)),
+    "image_waiting": (tables.image_waiting, ("data_loading",)),
     "latency_budget": (tables.latency_budget, ("latency_budget",)),
     "latency_ort": (tables.latency_ort, ("latency_ort",)),
     "precision": (tables.precision, ("precision",)),

@@ -465,6 +465,45 @@ def fold_memory(rows: list[dict]) -> str:
     return "\n".join([*lines, "", f"{some['model']}, a file of {some['file_bytes'] / 2**30:.2f} GiB; {environment}."])
 
 
+def image_waiting(rows: list[dict]) -> str:
+    """What a model waits for its images; the newest measurement of each way and model."""
+    newest = {(row["model"], row["way"]): row for row in rows if row["measured"] == "waiting"}
+    lines = [
+        "| images are read by | the model waits | CPU time per image, with the model's | until the first batch |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for (_, way), row in newest.items():
+        share, start = percent(row["waiting_share"]), f"{row['first_batch_seconds']:.1f} s"
+        lines.append(f"| {way} | {share} of the time | {row['cpu_ms']:.1f} ms | {start} |")
+    some = rows[-1] if not newest else [*newest.values()][-1]
+    width, height = some["photo"]
+    about = f"{some['model']} on one thread, batch {some['batch']}, photos of {width} × {height} pixels"
+    return "\n".join([*lines, "", f"{about}; {_machine(some)}."])
+
+
+def image_memory(rows: list[dict]) -> str:
+    """The most memory of each stage, by the number of images; the newest measurement of each number."""
+    newest: dict[int, dict[str, dict]] = {}
+    for row in rows:
+        if row["measured"] == "memory":
+            newest.setdefault(row["images"], {})[row["step"]] = row
+    steps = list(dict.fromkeys(step for found in newest.values() for step in found))
+    counts = sorted(newest)
+    lines = [f"| step | {' | '.join(f'{count:,} images' for count in counts)} |", f"| --- |{' ---: |' * len(counts)}"]
+    for step in steps:
+        found = (newest[count].get(step) for count in counts)
+        cells = (NOT_MEASURED if row is None else f"{row['peak_bytes'] / 2**30:.1f} GiB" for row in found)
+        lines.append(f"| {step} | {' | '.join(cells)} |")
+    some = [row for row in rows if row["measured"] == "memory"][-1]
+    about = f"224 pixels, a ViT of two blocks, {some['width']} wide, with patches of 16 pixels"
+    return "\n".join([*lines, "", f"{about}; {_machine(some)}."])
+
+
+def _machine(row: dict) -> str:
+    environment = row["environment"]
+    return f"{environment['cpu']}, {environment['cores_usable']} cores, PyTorch {environment['packages']['torch']}"
+
+
 def precision(rows: list[dict]) -> str:
     """Each precision of the dense and the pruned graph; the newest measurement of each."""
     newest = {(row["model"], row["graph"], row["precision"], row["calibration"]): row for row in rows}

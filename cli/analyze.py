@@ -10,7 +10,15 @@ import click
 from ..core.specs import DataSpec, ModelSpec
 from .catalogue import command
 from .console import emit_rows, print_table, report_progress
-from .options import device_option, json_option, model_options, preprocessing_options, quiet_option, specs
+from .options import (
+    device_option,
+    json_option,
+    model_options,
+    preprocessing_options,
+    quiet_option,
+    reading_options,
+    specs,
+)
 
 
 @command
@@ -21,7 +29,7 @@ from .options import device_option, json_option, model_options, preprocessing_op
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of the choice of images."
 )
-@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@reading_options
 @click.option(
     "--output",
     "-o",

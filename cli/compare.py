@@ -21,6 +21,7 @@ from .options import (
     model_options,
     preprocessing_options,
     quiet_option,
+    reading_options,
     specs,
 )
 from .types import Seconds, names, numbers
@@ -118,7 +119,7 @@ from .types import Seconds, names, numbers
 @click.option(
     "--opset", default=OPSET, show_default=True, type=click.IntRange(17, 23), help="ONNX opset of the graphs."
 )
-@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@reading_options
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write  [default: runs/compare-MODEL]")
 @click.option(
     "--results",

@@ -92,6 +92,14 @@ device_option = click.option(
     metavar="|".join((*DEVICES[:3], "cuda:1", *DEVICES[3:])),
     help="Where PyTorch computes; auto takes a GPU that works, else the CPU.",
 )
+reading_options = stacked(
+    click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
+    click.option(
+        "--workers",
+        type=click.IntRange(0),
+        help="Threads that read images while the model computes  [default: the cores but one]",
+    ),
+)
 calibration_options = stacked(
     click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...)."),
     click.option(
@@ -121,7 +129,7 @@ calibration_options = stacked(
         type=click.IntRange(0, 2**63 - 1),
         help="Seed of everything random: the choice of images, and the search.",
     ),
-    click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
+    reading_options,
 )
 
 

@@ -161,6 +161,7 @@ class DataSpec:
         images, eval_images: How many are used at most, of each set.
         seed: Of the choice.
         strict: Whether an unreadable image is an error; otherwise it is skipped and counted.
+        workers: Threads that read images; 0: none beside the caller's; None: as many as suit images and cores.
     """
 
     data: Any = None
@@ -169,11 +170,12 @@ class DataSpec:
     eval_images: int = EVAL_IMAGES
     seed: int = 0
     strict: bool = False
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eval_data", eval_sets(self.eval_data))
         _check_at_least(1, images=self.images, eval_images=self.eval_images)
-        _check_at_least(0, seed=self.seed)
+        _check_at_least(0, seed=self.seed, workers=self.workers)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def choose(data: DataSpec, loaded: LoadedModel, *, bundled_model: bool) -> tuple
         outputs=loaded.adapter.geometry.class_count,
         seed=data.seed,
         strict=data.strict,
+        workers=data.workers,
     )
     if data.data is None and not data.eval_data and not bundled_model:
         progress.remark(
@@ -238,7 +239,8 @@ def _chosen(
     label_map = map_labels(source, classes, outputs, remarks)
     for remark in remarks:
         progress.remark(remark)
-    return ImageSet(source, choose_indices(source, count, data.seed), label_map, data.strict, name=one.name)
+    indices = choose_indices(source, count, data.seed)
+    return ImageSet(source, indices, label_map, data.strict, name=one.name, workers=data.workers)
 
 
 def refuse_preprocessing(given: Mapping[str, Any]) -> None:

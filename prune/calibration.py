@@ -6,6 +6,7 @@ everywhere: a lower :func:`divergence` from the dense model, which needs no labe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from ..core.plan import TokenPlan
 from ..core.preprocess import Preprocessing
 from .backbones.adapter import Adapter
 from .batches import images_at_once, in_batches
+from .crops import RAM_BYTES, CropFile
 from .data import ImageSet
 from .device import device_of
 from .methods.rule import TokenRule
@@ -30,7 +32,7 @@ HELD_OUT_SHARE, MOST_HELD_OUT = 0.25, 512
 
 @dataclass(eq=False)
 class Calibration:
-    """Preprocessed images in memory, 3 bytes per pixel.
+    """Preprocessed images, 3 bytes per pixel, in memory or in a file.
 
     Attributes:
         pixels: uint8 [image, height, width, channel], cropped and resized for the model, not normalised.
@@ -39,7 +41,7 @@ class Calibration:
         held_out_count: How many of the last images are held out.
     """
 
-    pixels: np.ndarray
+    pixels: np.ndarray | CropFile
     labels: Tensor | None
     preprocessing: Preprocessing
     held_out_count: int = 0
@@ -59,14 +61,23 @@ class Calibration:
         Raises:
             UserError: No image can be read.
         """
-        crops, labels = [], []
-        for image, label in images.images():
-            crops.append(np.asarray(preprocessing.crop(image), np.uint8))
+        shape, labels = (*preprocessing.size, 3), []
+        count = len(images.indices)
+        in_memory = count * math.prod(shape) <= RAM_BYTES
+        crops = (
+            np.empty((count, *shape), np.uint8) if in_memory else CropFile(0 if images.source.streams else count, shape)
+        )
+        for crop, label in images.prepared(lambda image: np.asarray(preprocessing.crop(image), np.uint8)):
+            if in_memory:
+                crops[len(labels)] = crop
+            else:
+                crops.append(crop)
             labels.append(label)
             on_batch(1)
         images.require_any()
+        pixels = crops[: len(labels)] if in_memory else crops
         labels = torch.tensor(labels) if images.labelled else None
-        return cls(np.stack(crops), labels, preprocessing, held_out_of(len(crops), held_out))
+        return cls(pixels, labels, preprocessing, held_out_of(len(pixels), held_out))
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -119,7 +119,7 @@ class Comparison:
                 aside = set(self.evaluations[0].indices)
                 every = choose_indices(first.source, len(first.source), seed)
                 indices = [index for index in every if index not in aside][: self.options.data.images]
-            self._sets[seed] = ImageSet(first.source, indices, first.label_map, first.strict)
+            self._sets[seed] = ImageSet(first.source, indices, first.label_map, first.strict, workers=first.workers)
         return self._sets[seed]
 
     def calibration(self, seed: int) -> Calibration:
