@@ -15,8 +15,9 @@ from torch import Tensor
 from ..core.errors import GraphError
 from ..core.geometry import Geometry
 from ..core.plan import TokenPlan
+from ..prune import ranks
 from ..prune.calibration import Calibration
-from ..prune.fisher import direction_loss, frozen
+from ..prune.fisher import direction_loss, frozen, pass_over
 from ..prune.tune.chunks import Chunks
 from ..prune.tune.weights import with_weights
 from .follow.demand import Demand, Sets, demand, sets_of
@@ -35,7 +36,7 @@ class Refittable(Protocol):
 
 @torch.enable_grad()
 def token_importance(
-    adapter: Refittable, steps: Sequence[Step], batches: Iterable[Tensor], seed: int = 0
+    adapter: Refittable, steps: Sequence[Step], batches: Iterable[Tensor], seed: int = 0, before: int = 0
 ) -> dict[str, np.ndarray]:
     """Mean squared gradient of the unpruned model's outputs at each token, as
     :func:`vpruner.prune.tune.importance.token_importance` has it of a model in PyTorch.
@@ -65,6 +66,8 @@ def token_importance(
                 for value, zero in zip(values, zeros, strict=True):
                     placed.enter_context(module.at(value.name, torch.add, zero))
                 outputs = adapter.model(images.to(like)).float()
+                pass_over(random, before * outputs.shape[1])
+                before = 0
                 gradients = torch.autograd.grad(
                     direction_loss(outputs, adapter.geometry.output, random), zeros, allow_unused=True
                 )
@@ -74,9 +77,8 @@ def token_importance(
                     if found[one] is not None:
                         squares = rows[one](found[one])[..., columns].float().square().sum((0, 2))
                         sums[value][rows[one].ids] += squares.double().cpu().numpy()
-    return {
-        value.name: total / max(total[rows[value].ids].mean(), 1e-300) for value, total in sums.items()
-    }  # fmt: skip
+    totals = zip(sums, (one.numpy() for one in ranks.summed(*map(torch.from_numpy, sums.values()))), strict=True)
+    return {value.name: total / max(total[rows[value].ids].mean(), 1e-300) for value, total in totals}
 
 
 def rows_of(gates: GraphGates, value: ir.Value) -> Rows | None:
@@ -126,7 +128,8 @@ class GraphStreams(Chunks):
         self.names = {name: names[id(parameter)] for name, parameter in self.model.weights().items()}
 
     def __enter__(self) -> GraphStreams:
-        self.importance = token_importance(self._adapter, self.steps, self.few(self.batch))
+        few, before = self.few(self.batch), self.before_few(self.batch)
+        self.importance = token_importance(self._adapter, self.steps, few, before=before)
         first = dict.fromkeys((self.followed.stream, *(value for step in self.steps for value in step.sides)))
         try:
             for chunk in self.chunks:

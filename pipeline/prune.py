@@ -46,6 +46,7 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Sa
         UserError: Something the user gave cannot be used; nothing is written then.
     """
     from ..prune.learn import learn
+    from ..prune.ranks import leave_to_first
 
     check_output(output, ".json", *model.files)
     tuned = tuned_beside(output, model.what)
@@ -58,6 +59,7 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Sa
     cost = open_cost(spec.cost, loaded.name, geometry)
     calibration = calibration_set(loaded.classes, geometry, data)
     learned = learn(loaded, calibration, spec, cost=cost)
+    leave_to_first()
     return save_pruned(loaded, learned, output, (*model.files, spec.checkpoint))
 
 

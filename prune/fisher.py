@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..core.choices import LOSSES
 from ..core.geometry import Geometry
 from ..core.plan import KINDS, TokenPlan
+from . import ranks
 from .backbones.adapter import Adapter
 
 #: Loss that draws random directions -> the kind of output that it is for.
@@ -66,22 +67,26 @@ def gate_gradients(
     *,
     plan: TokenPlan | None = None,
     seed: int = 0,
+    before: int = 0,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> GateGradients:
     """One backward pass over the calibration images; arguments as of :func:`gradients_of_images`.
 
-    Memory does not grow with the number of images.
+    Memory does not grow with the number of images. Of several processes each has the batches of its share, and the
+    moments are those of all.
 
     Args:
         on_batch: Called with the number of images after each batch.
     """
-    sums, count = 0.0, 0
-    for gradients in gradients_of_images(adapter, batches, loss, plan=plan, seed=seed):
+    geometry = adapter.geometry
+    sums, count = np.zeros((len(KINDS), len(KINDS), geometry.depth, geometry.patches)), 0
+    for gradients in gradients_of_images(adapter, batches, loss, plan=plan, seed=seed, before=before):
         values = gradients.astype(np.float64)
         sums = sums + np.einsum("xalp,xblp->ablp", values, values)
         count += len(values)
         on_batch(len(values))
-    return GateGradients(sums / count, count, loss)
+    total, images = ranks.summed(torch.from_numpy(sums), torch.tensor(count))
+    return GateGradients(total.numpy() / int(images), int(images), loss)
 
 
 def gradients_of_images(
@@ -91,6 +96,7 @@ def gradients_of_images(
     *,
     plan: TokenPlan | None = None,
     seed: int = 0,
+    before: int = 0,
 ) -> Iterator[np.ndarray]:
     """Per batch float32 [image, kind 3, block L, patch N]: dLoss/dgate of each image.
 
@@ -103,6 +109,7 @@ def gradients_of_images(
         plan: What has been closed already; the gradients are those of the model pruned by it, and zero for its closed
             gates. None: of the dense model.
         seed: For the random directions of the last two losses.
+        before: So many images of other processes come first: their directions are passed over.
 
     Raises:
         ValueError: An unknown loss, or ``"labels"`` without labels.
@@ -120,6 +127,8 @@ def gradients_of_images(
                 if loss == "labels":
                     value = F.cross_entropy(output, labels.to(output.device), reduction="sum")
                 else:
+                    pass_over(random, before * output.shape[1])
+                    before = 0
                     value = direction_loss(output, _KINDS[loss], random)
                 (gradient,) = torch.autograd.grad(value, gates)
             yield gradient[: len(images)].float().cpu().numpy()
@@ -168,6 +177,12 @@ def _feature_loss(features: Tensor, random: np.random.Generator) -> Tensor:
 def _output_loss(values: Tensor, random: np.random.Generator) -> Tensor:
     """A random direction per image; squared gradients estimate the curvature of the squared distance."""
     return (values * _normal(values, random)).sum()
+
+
+def pass_over(random: np.random.Generator, count: int) -> None:
+    """Draw so many normals for nobody."""
+    for start in range(0, count, most := 1 << 20):
+        random.standard_normal(min(most, count - start), dtype=np.float32)
 
 
 def _normal(like: Tensor, random: np.random.Generator) -> Tensor:

@@ -28,6 +28,7 @@ from ..core.errors import UserError
 from ..core.plan import TokenPlan
 from ..core.specs import LearnSpec
 from ..core.text import option
+from . import ranks
 from .backbones.adapter import require_blocks
 from .calibration import Calibration
 from .data import ImageSet
@@ -46,6 +47,7 @@ NEED_BLOCKS = ("gates", "gates-distill", "content")
 LOOKED_AT = 32
 
 
+@ranks.joined()
 def learn(
     loaded: LoadedModel,
     images: ImageSet,
@@ -55,6 +57,8 @@ def learn(
     settings: RearrangeSettings | None = None,
 ) -> Learned:
     """The whole method: search, rearrangement, tuning, and selection where it is asked for.
+
+    Processes that were started together (:mod:`vpruner.prune.ranks`) learn together, and each of them returns the same.
 
     Args:
         loaded: The trained model; its weights are as before when this returns.
@@ -84,6 +88,7 @@ def learn(
     with progress.stage("Reading calibration images", len(images.indices)) as advance:
         calibration = Calibration.load(images, loaded.preprocessing, on_batch=advance)
 
+    ranks.require_same(models=loaded.sha256, images=images.sha256, options=replace(spec, checkpoint=None))
     loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
     task = Task(loaded, images, calibration, spec, cost, target, settings)
     state = State(TokenPlan.identity(loaded.name, geometry))

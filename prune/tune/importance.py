@@ -8,15 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..backbones.adapter import BlockAdapter
-from ..fisher import direction_loss, frozen
+from ..fisher import direction_loss, frozen, pass_over
 
 #: Images that squared gradients are averaged over. Those of each image apart, as weights of its own rows, fit worse.
 IMPORTANCE_IMAGES = 128
 
 
 @torch.enable_grad()
-def token_importance(adapter: BlockAdapter, batches: Iterable[Tensor], seed: int = 0) -> dict[str, Tensor]:
+def token_importance(
+    adapter: BlockAdapter, batches: Iterable[Tensor], seed: int = 0, before: int = 0
+) -> dict[str, Tensor]:
     """Mean squared gradient of the unpruned model's output at each token, in each block.
 
     To second order, an error e of a token changes the output by a divergence of e^T F e, where F is the Fisher
@@ -26,6 +29,7 @@ def token_importance(adapter: BlockAdapter, batches: Iterable[Tensor], seed: int
     Args:
         batches: Float [batch, channel, height, width]; a few hundred images are enough.
         seed: Of the random directions of the output.
+        before: How many images other processes have before these.
 
     Returns:
         ``"keys"`` (at keys and values), ``"middle"`` (behind the attention) and ``"target"`` (behind the block):
@@ -47,6 +51,8 @@ def token_importance(adapter: BlockAdapter, batches: Iterable[Tensor], seed: int
         for images in batches:
             seen.clear()
             output = model(images.to(parameter)).float()
+            pass_over(random, before * output.shape[1])
+            before = 0
             gradients = torch.autograd.grad(direction_loss(output, geometry.output, random), seen)
             for place, gradient in enumerate(gradients):
                 block, which = divmod(place, len(sums))
@@ -55,7 +61,8 @@ def token_importance(adapter: BlockAdapter, batches: Iterable[Tensor], seed: int
                     gradient = gradient[..., model.blocks[block].attn.attn_dim :]
                 sums[name][block] += gradient.float().square().sum((0, 2)).double().cpu()
             seen.clear()
-    return {name: value / value.mean(1, keepdim=True).clamp_min(1e-300) for name, value in sums.items()}
+    totals = zip(sums, ranks.summed(*sums.values()), strict=True)
+    return {name: value / value.mean(1, keepdim=True).clamp_min(1e-300) for name, value in totals}
 
 
 def _projected(block: nn.Module, see: Callable[[Tensor], None]):

@@ -198,7 +198,7 @@ class _Refit:
             streams.put("pruned", chunk, torch.cat([entering + block.ls2(output), passed], 1))
 
     def _solve(self, index: int, name: str, linear: nn.Linear, scale: nn.Module, equations: NormalEquations) -> None:
-        solution = equations.solve(self._ridges[name])
+        solution = equations.sum_up().solve(self._ridges[name])
         self.blocks[-1][name] = solution.to_json()
         if solution.coefficients is None:
             return
