@@ -123,7 +123,7 @@ def leave_to_first() -> None:
 
 
 def speaks() -> bool:
-    """Whether this process is the first of those started together to say why they end; asked once, before it is said."""
+    """Whether this process is the first of those started together to say why they end; ask once."""
     try:
         if launched().size == 1:
             return True

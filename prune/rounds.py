@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import repeat
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +71,8 @@ def search_in_rounds(
     plan = TokenPlan.identity(adapter.name, geometry)
     start = cost.ratio(plan)
     moments, steps = None, []
-    for number, (batches, passed) in enumerate(zip(rounds, before or repeat(0)), 1):
+    before = before or [0] * len(rounds)
+    for number, (batches, passed) in enumerate(zip(rounds, before, strict=True), 1):
         gradients = gate_gradients(
             adapter, batches, loss, plan=plan, seed=seed + number, before=passed, on_batch=on_batch
         )
