@@ -100,7 +100,8 @@ class Model:
         select: str = "static",
         episodes: int | None = None,
         time_limit: float | None = None,
-        checkpoint: Path_ | None = None,
+        state: Path_ | None = None,
+        resume: bool = False,
         seed: int = 0,
         progress: Sink | None = None,
     ) -> Pruned:
@@ -112,8 +113,10 @@ class Model:
             target: Budget as a fraction of the dense model's cost.
             cost: What the budget is of: ``"macs"``, or ``"latency:TABLE.json"``.
             loss: What gradients are of: ``"labels"``, ``"self"`` or ``"features"``; None picks one.
-            rounds, rearrange, tune, select, episodes, time_limit, checkpoint, seed: See
+            rounds, rearrange, tune, select, episodes, time_limit, seed: See
                 :class:`~vpruner.core.specs.LearnSpec`.
+            state: A folder that keeps what was learned until the learning has finished. None: nothing is kept.
+            resume: Whether to go on from what is there.
             progress: Who hears of the progress; None: Python's logging.
 
         Raises:
@@ -129,19 +132,14 @@ class Model:
             select=select,
             episodes=episodes,
             time_limit=time_limit,
-            checkpoint=None if checkpoint is None else path_of(checkpoint, "checkpoint"),
+            resume=resume,
             seed=seed,
         )
         with job(progress):
-            from .pipeline.inputs import calibration_set, open_cost
-            from .pipeline.learned import check_learn
-            from .prune.learn import learn
+            from .pipeline.prune import learn_in_memory
 
-            graph = self.loaded.graph
-            check_learn(spec, self.spec if graph is None else replace(self.spec, what=graph.path))
-            opened = open_cost(spec.cost, self.name, self.geometry)
-            calibration = calibration_set(self.classes, self.geometry, images_for(images)[1])
-            learned = learn(self.loaded, calibration, spec, cost=opened)
+            place = None if state is None else path_of(state, "state")
+            learned = learn_in_memory(self.loaded, self.spec, images_for(images)[1], spec, place)
             return Pruned(self.loaded, self.spec.files, learned)
 
     def with_plan(

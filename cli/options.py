@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import click
@@ -224,10 +223,9 @@ stage_options = stacked(
         help="Most time for --rearrange ppo, which ends by itself when more episodes are not worth it.",
     ),
     click.option(
-        "--checkpoint",
-        metavar="FILE",
-        type=click.Path(path_type=Path),
-        help="Save the state of --rearrange ppo in this file, and continue from it if it exists.",
+        "--resume",
+        is_flag=True,
+        help="Continue a run that was stopped. Its state lies next to the output until a run finishes.",
     ),
 )
 io_option = click.option(

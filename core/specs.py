@@ -169,7 +169,7 @@ class LearnSpec:
         rounds: Rounds of scoring and searching; None: as many as the images allow, up to eight.
         rearrange, tune, select: See :mod:`vpruner.core.choices`.
         episodes, time_limit: Of the rearrangement by reinforcement learning; None: its defaults for ``tune``.
-        checkpoint: Where its state is saved, and read from where the file exists.
+        resume: Whether to go on where an earlier run of the same kind was stopped.
         seed: Of everything that depends on chance, but for the choice of images.
     """
 
@@ -182,7 +182,7 @@ class LearnSpec:
     select: str = "static"
     episodes: int | None = None
     time_limit: float | None = None
-    checkpoint: Path | None = None
+    resume: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -15,7 +15,6 @@ from ..core.files import is_onnx
 from ..core.plan import TokenPlan, updated_prefix
 from ..core.specs import LearnSpec, ModelSpec
 from ..core.text import command, option
-from .folders import check_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,18 +23,15 @@ if TYPE_CHECKING:
     from ..prune.learned import Learned
     from ..prune.loaded import LoadedModel
     from ..prune.methods.rule import TokenRule
+    from ..prune.saved import SavedState
 
 
-def check_learn(spec: LearnSpec, model: ModelSpec, *others: str | Path | None) -> None:
+def check_learn(spec: LearnSpec, model: ModelSpec) -> None:
     """Refuse, before any work, what cannot be learned by these options or not of this model.
-
-    Args:
-        others: Files that the command writes besides.
 
     Raises:
         UserError: Says what to give instead.
     """
-    check_checkpoint(spec, *model.files, *others)
     if model.is_onnx and spec.tune.startswith("gates"):
         raise UserError(
             f"{model.what} is an ONNX file, and {option('tune', spec.tune)} needs a PyTorch model",
@@ -54,22 +50,15 @@ def check_learn(spec: LearnSpec, model: ModelSpec, *others: str | Path | None) -
     check_selection(spec.select, spec.tune)
 
 
-def check_checkpoint(spec: LearnSpec, *others: str | Path | None) -> None:
-    """Refuse, before any work, a checkpoint that cannot be written or would not be.
+def saved_beside(output: Path, spec: LearnSpec) -> SavedState:
+    """Where a job that writes ``output`` keeps its state until it has finished.
 
-    Args:
-        others: Files that the command reads or writes besides.
+    Raises:
+        UserError: Something else lies there.
     """
-    if spec.checkpoint is None:
-        return
-    if spec.rearrange != "ppo":
-        goes = f"{option('checkpoint')} goes with {option('rearrange', 'ppo')}"
-        raise UserError(f"{goes}, not with {spec.rearrange}", "leave it out")
-    check_output(spec.checkpoint, "", *others, name="checkpoint", known=True)
-    if any(other is not None and Path(other).resolve() == spec.checkpoint.resolve() for other in others):
-        raise UserError(
-            f"{spec.checkpoint} is written by this command", f"choose another name with {option('checkpoint')}"
-        )
+    from ..prune.saved import SavedState
+
+    return SavedState(output.with_name(f"{output.name}.state"), spec.resume)
 
 
 def rule_of(plan: TokenPlan | ContentPlan) -> TokenRule | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.specs import DataSpec, LearnSpec, ModelSpec
 from .folders import check_output
 from .inputs import calibration_set, open_cost, open_prunable
-from .learned import check_learn, check_tuned_output, replace_learned, tuned_beside
+from .learned import check_learn, check_tuned_output, replace_learned, saved_beside, tuned_beside
 
 if TYPE_CHECKING:
     from ..core.content_plan import ContentPlan
@@ -50,7 +50,8 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Sa
 
     check_output(output, ".json", *model.files)
     tuned = tuned_beside(output, model.what)
-    check_learn(spec, model, output, tuned)
+    check_learn(spec, model)
+    saved = saved_beside(output, spec)
     if spec.tune == "weights":
         check_output(tuned, tuned.suffix, *model.files, known=True)
         check_tuned_output(tuned)
@@ -58,9 +59,35 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Sa
     geometry = loaded.adapter.geometry
     cost = open_cost(spec.cost, loaded.name, geometry)
     calibration = calibration_set(loaded.classes, geometry, data)
-    learned = learn(loaded, calibration, spec, cost=cost)
+    learned = learn(loaded, calibration, spec, cost=cost, saved=saved)
     leave_to_first()
-    return save_pruned(loaded, learned, output, (*model.files, spec.checkpoint))
+    pruned = save_pruned(loaded, learned, output, model.files)
+    saved.remove()
+    return pruned
+
+
+def learn_in_memory(
+    loaded: LoadedModel, model: ModelSpec, data: DataSpec, spec: LearnSpec, state: Path | None
+) -> Learned:
+    """Learn a plan from calibration images, and write nothing but the state.
+
+    Args:
+        model: What is known of ``loaded``.
+        state: A folder that keeps what was learned until the learning has finished; None: nothing is kept.
+    """
+    from ..prune.learn import learn
+    from ..prune.ranks import launched
+    from ..prune.saved import SavedState
+
+    check_learn(spec, model if loaded.graph is None else replace(model, what=loaded.graph.path))
+    saved = None if state is None else SavedState(state, spec.resume)
+    cost = open_cost(spec.cost, loaded.name, loaded.adapter.geometry)
+    learned = learn(
+        loaded, calibration_set(loaded.classes, loaded.adapter.geometry, data), spec, cost=cost, saved=saved
+    )
+    if saved is not None and launched().first:
+        saved.remove()
+    return learned
 
 
 def save_pruned(loaded: LoadedModel, learned: Learned, output: Path, inputs: Sequence[str | Path | None]) -> Saved:

@@ -28,7 +28,7 @@ from .evaluate import collect_graphs, evaluate_graphs, open_graphs
 from .folders import finished_folder
 from .graphs import Reduced, Written, plain_form, write_graphs
 from .inputs import choose, first_images, open_cost, open_prunable, role_of
-from .learned import check_learn, chosen_plans, rule_of, save_learned
+from .learned import check_learn, chosen_plans, rule_of, save_learned, saved_beside
 from .options import EXAMPLE_IMAGES, PARITY_IMAGES, RULE_PARITY_IMAGES, RunOptions
 from .precisions import Converted, convert_beside, judge_precisions, precision_rows
 from .results import accuracy_rows, cost_rows, gate_rows, parity_row, prediction_rows, run_row, stage_rows
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ..prune.learned import Learned
     from ..prune.loaded import LoadedModel
     from ..prune.methods.rule import TokenRule
+    from ..prune.saved import SavedState
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,14 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
         ParityError: Two forms of the pruned model disagree.
     """
     require_all(RUN_PACKAGES)  # Missing extras are said now, not after ten minutes.
-    check(options, output)
+    check(options)
+    saved_state = saved_beside(output, options.learn)
     if not ranks.launched().first:
-        learn(options, open_inputs(options))
+        learn(options, open_inputs(options), saved_state)
         ranks.leave_to_first()
     with finished_folder(output, force=force) as folder, scratch_beside(folder / "graphs", folder=True) as scratch:
         inputs = open_inputs(options)
-        learned = learn(options, inputs)
+        learned = learn(options, inputs, saved_state)
         saved = save(inputs.loaded, learned, folder)
         reduced = Reduced(inputs.loaded, saved.rule or saved.plan, learned.weights, saved.tuned_sha256)
         count = PARITY_IMAGES if saved.rule is None else RULE_PARITY_IMAGES
@@ -156,14 +158,15 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
         ]
         append_rows(folder / "results.jsonl", rows)
         write_run_report(folder, subject, saved, judged, rows)
+    saved_state.remove()
     files = {path.name: str(path) for path in sorted(output.iterdir()) if path.is_file()}
     failed = [item.path.name for item in judged.converted if item.failure is not None]
     return {"rows": rows, "files": files, "remarks": progress.current().remarks, "left_out": failed}
 
 
-def check(options: RunOptions, output: Path) -> None:
+def check(options: RunOptions) -> None:
     """Refuse, before any work, options that do not go together."""
-    model, export, checkpoint = options.model, options.export, options.learn.checkpoint
+    model, export = options.model, options.export
     plain_form(export)
     if model.is_onnx and (export.opset is not None or export.dynamic_batch):
         raise UserError(
@@ -171,10 +174,6 @@ def check(options: RunOptions, output: Path) -> None:
             f"leave out {option('opset')} and {option('dynamic_batch')}",
         )
     check_learn(options.learn, model)
-    if checkpoint is not None and checkpoint.resolve().is_relative_to(output.resolve()):
-        raise UserError(
-            f"{checkpoint} lies in the folder that the run makes", f"choose another place with {option('checkpoint')}"
-        )
 
 
 def open_inputs(options: RunOptions) -> Inputs:
@@ -196,10 +195,10 @@ def open_inputs(options: RunOptions) -> Inputs:
     return Inputs(loaded, calibration, evaluations, cost)
 
 
-def learn(options: RunOptions, inputs: Inputs) -> Learned:
+def learn(options: RunOptions, inputs: Inputs, saved: SavedState) -> Learned:
     from ..prune.learn import learn
 
-    return learn(inputs.loaded, inputs.calibration, options.learn, cost=inputs.cost)
+    return learn(inputs.loaded, inputs.calibration, options.learn, cost=inputs.cost, saved=saved)
 
 
 def save(loaded: LoadedModel, learned: Learned, folder: Path) -> Saved:

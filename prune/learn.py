@@ -19,12 +19,18 @@ model, on images kept out, by 20 to 30 % at budgets of 0.65 and less (``benchmar
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from .. import __version__
 from ..core import progress
 from ..core.cost import Cost, MacsCost, plan_macs
 from ..core.errors import UserError
+from ..core.json_file import json_sha256, json_text, parse_json
 from ..core.plan import TokenPlan
 from ..core.specs import LearnSpec
 from ..core.text import option
@@ -36,13 +42,15 @@ from .learned import Learned
 from .loaded import LoadedModel
 from .methods.content import counts_target
 from .rearrange.settings import RearrangeSettings
-from .rearrange.stage import read_checkpoint
 from .rounds import choose_loss
+from .saved import SavedState
 from .search import check_target
 from .stages import State, Task, judge_and_keep, search_plan, stages_of
 
 #: Ways to tune and to select that work inside of timm blocks.
 NEED_BLOCKS = ("gates", "gates-distill", "content")
+#: What must be asked for again to go on with a learning. Its limit of time may be another.
+SAME = ("target", "loss", "rounds", "rearrange", "tune", "select", "episodes", "seed")
 #: Images that a model may scale its outputs by.
 LOOKED_AT = 32
 
@@ -55,6 +63,7 @@ def learn(
     *,
     cost: Cost | None = None,
     settings: RearrangeSettings | None = None,
+    saved: SavedState | None = None,
 ) -> Learned:
     """The whole method: search, rearrangement, tuning, and selection where it is asked for.
 
@@ -66,9 +75,11 @@ def learn(
         spec: What to reach and how. With selection by content, gates cannot be tuned.
         cost: What ``spec.cost`` names, opened; None: MACs.
         settings: How much the rearrangement plays; None: what goes with ``spec``.
+        saved: Where the state is kept after every stage, and whether to go on from what is there; None: nowhere.
 
     Raises:
-        UserError: The budget cannot be reached, no image can be read, or options do not fit.
+        UserError: The budget cannot be reached, no image can be read, options do not fit, or the state is of another
+            learning.
     """
     spec = spec or LearnSpec()
     geometry = loaded.adapter.geometry
@@ -79,8 +90,6 @@ def learn(
     cost = _opened(cost, spec, loaded)
     check_target(geometry, spec.target, cost)
     choose_loss(spec.loss, geometry.output, images.labelled)
-    if spec.checkpoint is not None and Path(spec.checkpoint).exists():
-        read_checkpoint(spec.checkpoint)  # Refused now, not after the search.
     if settings is None:
         settings = RearrangeSettings.for_tuning(spec.tune, episodes=spec.episodes, time_limit=spec.time_limit)
     by_content = spec.select == "content" and cost.kind == "macs"
@@ -88,14 +97,11 @@ def learn(
     with progress.stage("Reading calibration images", len(images.indices)) as advance:
         calibration = Calibration.load(images, loaded.preprocessing, on_batch=advance)
 
-    ranks.require_same(models=loaded.sha256, images=images.sha256, options=replace(spec, checkpoint=None))
     loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
-    task = Task(loaded, images, calibration, spec, cost, target, settings)
-    state = State(TokenPlan.identity(loaded.name, geometry))
-    for stage in stages_of(task):
-        state = judge_and_keep(stage, state)
-        if state.plan.is_identity:
-            break  # Nothing is dropped, so there is nothing to move or to make up for.
+    progress.remark(images.remark("calibration"))
+    task = Task(loaded, images, calibration, spec, cost, target, settings, saved and saved.rearrangement)
+    ranks.require_same(_identity(task))
+    state = _stages_played(task, saved)
     if not len(calibration.held_out) and not state.plan.is_identity:
         left_out = "rearrangement and tuning" if spec.select == "static" else "rearrangement, tuning and selection"
         progress.remark(
@@ -111,6 +117,61 @@ def learn(
     )
     content = None if state.content is None else replace(state.content, plan=plan)
     return Learned(plan, state.weights, state.stages, content)
+
+
+def _stages_played(task: Task, saved: SavedState | None) -> State:
+    """What the stages come to, begun anew or after the last one that was finished."""
+    loaded, identity = task.loaded, {}
+    state = State(TokenPlan.identity(loaded.name, loaded.adapter.geometry))
+    if saved is not None:
+        identity = _identity(task)
+        begun = _begun(saved, identity, loaded.adapter.model.state_dict()) if ranks.world().first else None
+        state = ranks.from_first(begun) or state
+    try:
+        for stage in itertools.islice(stages_of(task), len(state.stages), None):
+            if state.stages and state.plan.is_identity:
+                break  # Nothing is dropped, so there is nothing to move or to make up for.
+            state = judge_and_keep(stage, state)
+            if saved is not None and ranks.world().first:
+                saved.save(state, identity)
+    except BaseException:
+        if saved is not None and saved.files():
+            on = option("resume", True)
+            progress.remark(f"what was learned so far is kept in {saved.folder}; to go on, run the same with {on}")
+        raise
+    return state
+
+
+def _begun(saved: SavedState, identity: Mapping[str, Any], like: Mapping[str, Tensor]) -> State | None:
+    """The state to go on from; None to begin anew."""
+    if not saved.resume:
+        if saved.files():
+            found = f"{saved.folder} holds the state of a run that was not finished, and will be replaced"
+            progress.remark(f"{found}: to go on with that run, use {option('resume', True)}")
+        saved.begin()
+        return None
+    state = saved.read(identity, like)
+    if state is None and not saved.rearrangement.exists():
+        progress.remark(f"there is no state in {saved.folder}: the run begins anew")
+    for stage in () if state is None else state.stages:
+        progress.remark(f"{stage.name} was finished before")
+        progress.remark(stage.note)
+    return state
+
+
+def _identity(task: Task) -> dict[str, Any]:
+    """What the state of a learning goes with: as JSON gives it back."""
+    loaded, spec = task.loaded, task.spec
+    identity = {
+        "version": __version__,
+        "model": loaded.name,
+        "weights": loaded.sha256,
+        "preprocessing": loaded.preprocessing.to_json(),
+        "images": task.images.sha256,
+        "cost": json_sha256(task.cost.to_json(TokenPlan.identity(loaded.name, loaded.adapter.geometry))),
+        **{name: getattr(spec, name) for name in SAME},
+    }
+    return parse_json(json_text(identity), "the identity")
 
 
 def check_selection(selection: str, tuning: str) -> None:
@@ -152,6 +213,7 @@ def learn_plan(
     check_target(loaded.adapter.geometry, spec.target, cost)
     choose_loss(spec.loss, loaded.adapter.geometry.output, images.labelled)
     calibration = Calibration.load(images, loaded.preprocessing, held_out=0)
+    progress.remark(images.remark("calibration"))
     loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
     plan, _ = search_plan(Task(loaded, images, calibration, spec, cost, spec.target), batch_size)
     progress.remark(plan.provenance["note"])

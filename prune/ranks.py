@@ -9,7 +9,7 @@ not imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -218,16 +218,20 @@ def from_first(thing: T) -> T:
     return found[0]
 
 
-def require_same(**facts: Any) -> None:
+def require_same(facts: Mapping[str, Any]) -> None:
     """Refuse to learn together from different things.
 
     Args:
-        facts: Name of what must be the same in every process -> something of it that can be compared.
+        facts: Name of what must be the same in every process -> something small that tells it from others.
+
+    Raises:
+        UserError: In every process: what differs.
     """
-    for name, fact in facts.items():
-        if any(other != fact for other in collected([fact])):
+    first, *others = collected([facts])
+    for name, fact in first.items():
+        if any(other[name] != fact for other in others):
             raise UserError(
-                f"the processes that learn together were given different {name}",
+                f"processes that were started together learn from different things: {name}",
                 "give every one of them the same files and options",
             )
 

@@ -46,6 +46,7 @@ class Task:
         cost: What the budget is of.
         target: Budget of the plan; lower than that of ``spec`` where choosing patches costs something too.
         settings: How much the rearrangement plays.
+        checkpoint: Where it keeps its state, and goes on from what is there; None: nowhere.
     """
 
     loaded: LoadedModel
@@ -55,6 +56,7 @@ class Task:
     cost: Cost
     target: float
     settings: RearrangeSettings = field(default_factory=RearrangeSettings)
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,6 @@ def search_plan(task: Task, batch_size: int | None = None, form: str | None = No
             before=[ranks.bounds(len(part))[0] for part in parts],
             on_batch=advance,
         )
-    progress.remark(images.remark("calibration"))
     plan = found.plan.with_provenance(
         method="fisher",
         loss=loss,
@@ -282,7 +283,7 @@ class Rearrange:
                 game,
                 settings=task.settings,
                 seed=seed,
-                checkpoint=task.spec.checkpoint,
+                checkpoint=task.checkpoint,
                 on_batch=lambda count, gain: advance(count, f"divergence {-gain:+.0%}"),
             )
 

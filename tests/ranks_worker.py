@@ -21,8 +21,10 @@ from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
 from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.fisher import gate_gradients
 from vpruner.prune.learn import learn
+from vpruner.prune.learned import Learned
 from vpruner.prune.loaded import LoadedModel
 from vpruner.prune.rearrange.settings import RearrangeSettings
+from vpruner.prune.saved import SavedState
 from vpruner.prune.tune.ridge import NormalEquations
 from vpruner.prune.tune.weights import refit_weights
 
@@ -31,7 +33,7 @@ SIZES = (2, 3)
 DIES = 7
 #: 17 to fit to: neither two nor three processes have equal shares of them.
 IMAGES = 22
-#: How each model is learned; the first goes on from a checkpoint.
+#: How each model is learned; the first goes on from a state that one process began.
 WAYS = {
     "ppo, weights": dict(rearrange="ppo", tune="weights"),
     "greedy, gates": dict(rearrange="greedy", tune="gates"),
@@ -39,11 +41,8 @@ WAYS = {
     "by content": dict(rearrange="none", tune="weights", select="content"),
     "graph": dict(rearrange="ppo", tune="weights"),
 }
+EPISODES = RearrangeSettings(episodes=10, batch=5, images=8, worth=0.0)
 PREPROCESSING = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, size=(32, 48))
-
-
-def episodes(count: int) -> RearrangeSettings:
-    return RearrangeSettings(episodes=count, batch=5, images=8, worth=0.0)
 
 
 def found(folder: Path, graph: Path) -> dict[str, np.ndarray]:
@@ -51,7 +50,7 @@ def found(folder: Path, graph: Path) -> dict[str, np.ndarray]:
     with ranks.joined():
         results = {**_sums(), **_exchanged()}
     for way in WAYS:
-        learned = learned_by(way, folder, graph, 10)
+        learned = learned_by(way, folder, graph)
         results[f"{way}: masks"] = learned.plan.masks
         results[f"{way}: divergences"] = np.array(
             [(s.judgement.before, s.judgement.after) for s in learned.stages if s.judgement is not None]
@@ -67,17 +66,17 @@ def found(folder: Path, graph: Path) -> dict[str, np.ndarray]:
     return results
 
 
-def learned_by(way: str, folder: Path, graph: Path, count: int):
+def learned_by(way: str, folder: Path, graph: Path, *, resume: bool = True) -> Learned:
     torch.manual_seed(0)
     if way == "graph":
         loaded = open_graph_model(graph, preprocessing={"mean": (0.5,) * 3, "std": (0.25,) * 3})
     else:
         model = tiny("class token", depth=3)
         loaded = LoadedModel(ViTAdapter(model, "tiny"), PREPROCESSING, None, weights_sha256(model))
-    checkpoint = folder / "checkpoint.pt" if way == "ppo, weights" else None
-    spec = LearnSpec(target=0.6, rounds=2, checkpoint=checkpoint, **WAYS[way])
+    saved = SavedState(folder / "state", resume=resume) if way == "ppo, weights" else None
+    spec = LearnSpec(target=0.6, rounds=2, **WAYS[way])
     source = ImageSource(str(folder / f"images{loaded.preprocessing.size[0]}"))
-    return learn(loaded, ImageSet(source, range(IMAGES)), spec, settings=episodes(count))
+    return learn(loaded, ImageSet(source, range(IMAGES)), spec, settings=EPISODES, saved=saved)
 
 
 def _sums() -> dict[str, np.ndarray]:
@@ -127,13 +126,13 @@ def main(folder: Path, graph: Path) -> None:
     """Of one of the processes; leaves ``found`` and ``facts`` in the folder."""
     place = ranks.launched()
     if place.first:
-        shutil.copy(folder / "alone.pt", folder / "checkpoint.pt")
+        shutil.copytree(folder / "begun", folder / "state", dirs_exist_ok=True)
     name = f"{place.rank} of {place.size}"
     np.savez(folder / f"found {name}.npz", **found(folder, graph))
     facts = {"speaks": ranks.speaks(), "different": "", "lost": ""}
     try:
         with ranks.joined():
-            ranks.require_same(models=1, images=place.rank)
+            ranks.require_same({"weights": 1, "images": place.rank})
     except UserError as error:
         facts["different"] = str(error)
     try:

@@ -437,7 +437,7 @@ def test_what_messages_call_exists():
         vp.compare: "data eval_data output weights results force",
         vp.evaluate: "against plan weights", vp.fold_plan: "plan output identity deploy_for",
         vp.build_engine: "output", vp.profile: "layers cuda_graph provider against",
-        vp.Model.prune: "target cost loss rounds rearrange tune select episodes time_limit checkpoint seed",
+        vp.Model.prune: "target cost loss rounds rearrange tune select episodes time_limit state resume seed",
         vp.Model.export: "output plan method opset dynamic_batch batch_size deploy_for precisions io data images "
         "tokens",
         vp.open_model: "weights pretrained model_args loss", vp.open_images: "strict limit",

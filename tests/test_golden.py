@@ -229,7 +229,6 @@ run theirs.onnx --mean 0.5 --std 0.5 --data train --opset 18
 run tiny.json --data train --precision fp12
 run tiny.json --data train --no-such-option
 prune tiny.json --data train -o tiny.json
-prune tiny.json --data train --rearrange greedy --checkpoint state.pt
 prune tiny.json --data train --cost latency:absent.json
 prune tiny.json --data train --select content --tune gates
 prune tiny.json --data train --weights broken.onnx

@@ -52,8 +52,8 @@ def read_model(card: Path) -> tuple[PatchViT, dict]:
 
 def preprocessing_of(about: dict) -> Preprocessing:
     said = about["preprocessing"]
-    mean, std = tuple(said["mean"]), tuple(said["std"])
-    return Preprocessing(mean=mean, std=std, size=tuple(said["size"]), interpolation=said["interpolation"])
+    # Nothing is resized: mosaics are drawn in the model's size.
+    return Preprocessing(mean=tuple(said["mean"]), std=tuple(said["std"]), size=tuple(said["size"]))
 
 
 def draw_mosaics(

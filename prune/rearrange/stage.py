@@ -84,7 +84,7 @@ def rearrange(
     Args:
         world: The model and the images.
         plan: Where to start: the plan of the search.
-        checkpoint: A file to resume from, where it exists, and to write after every few batches of episodes.
+        checkpoint: A file to resume from, where it exists, and to write after every batch of episodes.
         on_batch: Called with the number of episodes just played and the relative gain of the incumbent so far.
 
     Returns:
@@ -108,18 +108,14 @@ def rearrange(
                 break
             run.batch()
             on_batch(run.played - before, run.improvement)
-            if checkpoint is not None and run.batches % 5 == 0:
+            if checkpoint is not None:
                 run.save(Path(checkpoint))
             took = time.monotonic() - begun
             ended = run.ended
     except KeyboardInterrupt:
         if ranks.world().size > 1:  # One process cannot end the stage early for all.
-            if checkpoint is not None:
-                run.save(Path(checkpoint))
             raise
         ended = "it was interrupted"
-    if checkpoint is not None:
-        run.save(Path(checkpoint))
     judgement = Judgement.of(run.held_out_start[1], run.held_out_best[1])
     if world.stand_in is not None:  # What is reported is of the model with its own weights.
         judgement = Judgement.of(*world.judge([plan, run.best], world.held_out, foresee=False)[1])
@@ -168,7 +164,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     except Exception as error:
         raise UserError(
             f"{path} is not a checkpoint of a rearrangement: {first_line(error, 120)}",
-            f"name another file with {option('checkpoint')}, or delete this one",
+            f"delete it, or leave out {option('resume')} to begin anew",
         ) from None
 
 
@@ -329,7 +325,7 @@ class _Run:
             raise UserError(
                 f"{path} is the checkpoint of another run: its {different[0]} is "
                 f"{state['identity'].get(different[0])}, here it is {self.identity[different[0]]}",
-                f"name another file with {option('checkpoint')}, or delete this one",
+                f"delete it, or leave out {option('resume')} to begin anew",
             )
         for name in ("played", "batches", "incumbents", "history"):
             setattr(self, name, state[name])

@@ -518,17 +518,12 @@ def test_ctrl_c_keeps_the_best_plan_and_goes_on(card, images, tmp_path, monkeypa
             raise KeyboardInterrupt  # As from the terminal: in the middle of a batch.
 
     monkeypatch.setattr(rearrange._Run, "batch", interrupted)
-    files = ("-o", tmp_path / "plan.json", "--checkpoint", tmp_path / "state.pt")
-    command = ("prune", card, "--data", images, "--target", 0.6, "--tune", "none", *files)
+    command = ("prune", card, "--data", images, "--target", 0.6, "--tune", "none", "-o", tmp_path / "plan.json")
     result = call(*command)
     said = " ".join(result.stderr.split())
     assert "Rearrangement ended after" in said and "it was interrupted." in said
     assert TokenPlan.load(tmp_path / "plan.json").digest == found[0].digest
-    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "state.pt"}
-    # The checkpoint goes on from there: what has been played already is all that is asked for.
-    (tmp_path / "plan.json").unlink()
-    said = " ".join(call(*command, "--episodes", 1).stderr.split())
-    assert "interrupted" not in said and TokenPlan.load(tmp_path / "plan.json").digest == found[0].digest
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json"}
 
 
 def test_ctrl_c_elsewhere_ends_the_program(card, images, tmp_path, monkeypatch):
@@ -540,7 +535,12 @@ def test_ctrl_c_elsewhere_ends_the_program(card, images, tmp_path, monkeypatch):
         main, ["run", str(card), "--data", str(images), "--rearrange", "none", "-o", str(tmp_path / "out")]
     )
     assert result.exit_code == 1 and "Aborted" in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    said = " ".join(result.stderr.split())
+    assert "out.state; to go on, run the same with --resume" in said.replace(f"{tmp_path}/", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.state"]
+    monkeypatch.undo()
+    call("run", card, "--data", images, "--rearrange", "none", "-o", tmp_path / "out", "--seconds", 0.1, "--resume")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_unreadable_evaluation_images_are_refused_before_anything_is_learned(card, images, tmp_path, monkeypatch):
@@ -575,25 +575,17 @@ def test_an_output_of_another_ending_is_told_all_that_fit(card, images, tmp_path
     fails(*start, says="curves.foo does not end in .svg or .png; name a .svg or .png file with -o")
 
 
-def test_bad_checkpoints(finished, card, images, tmp_path, monkeypatch):
-    here = tmp_path / "untouched"
-    here.mkdir()
-    for command, output in (("run", here / "out"), ("prune", here / "plan.json")):
-        start = (command, card, "--data", images, "-q", "-o", output, "--checkpoint")
-        fails(*start, here, says="is a folder; name a file with --checkpoint")
-        fails(*start, card, says="tiny.json is read by this command")
-        fails(*start, "/proc/nothing/state.pt", says="cannot write to /proc; choose another place with --checkpoint")
-        fails(*start, here / "a.pt", "--rearrange", "greedy", says="--checkpoint goes with --rearrange ppo")
-    fails(
-        "run", card, "-o", here / "out", "--checkpoint", here / "out" / "state.pt", says="the folder that the run makes"
-    )
-    for name in ("plan.json", "plan.safetensors"):
-        fails("prune", card, "-o", here / "plan.json", "--checkpoint", here / name, says="is written by this command")
-    (tmp_path / "broken.pt").write_bytes(b"oops")
-    monkeypatch.setattr("vpruner.prune.stages.search_plan", None)  # Refused before anything is searched.
-    fails("prune", card, "--data", images, "-q", "-o", here / "plan.json", "--checkpoint", tmp_path / "broken.pt",
-          says="broken.pt is not a checkpoint of a rearrangement")  # fmt: skip
-    assert list(here.iterdir()) == [] and (tmp_path / "broken.pt").read_bytes() == b"oops"
+def test_a_state_that_cannot_be_used(card, images, tmp_path):
+    for command, output in (("run", tmp_path / "out"), ("prune", tmp_path / "plan.json")):
+        state = output.with_name(f"{output.name}.state")
+        state.mkdir()
+        start = (command, card, "--data", images, "-q", "-o", output, "--resume")
+        (state / "stages.safetensors").write_bytes(b"oops")
+        fails(*start, says="stages.safetensors is not the state of a run")
+        (state / "mine.txt").write_text("mine")
+        fails(*start, says="holds mine.txt; move that away")
+        assert sorted(path.name for path in state.iterdir()) == ["mine.txt", "stages.safetensors"]
+        assert not output.exists()
 
 
 def test_what_help_says_of_the_stages_is_what_they_take():

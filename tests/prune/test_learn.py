@@ -1,3 +1,4 @@
+import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from vpruner.prune.rearrange.settings import RearrangeSettings
 from vpruner.prune.rearrange.stage import STAND_IN_PLANS
 from vpruner.prune.rearrange.world import World
 from vpruner.prune.rounds import choose_loss, round_sizes
+from vpruner.prune.saved import SavedState
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +134,9 @@ def test_choice_of_loss():
 QUICK = RearrangeSettings(episodes=16, batch=4, images=8)
 
 
-def learn_all(images, model=None, count=24, **options):
+def learn_all(images, model=None, count=24, saved=None, **options):
     spec = LearnSpec(**{"target": 0.6, "rounds": 2, **options})
-    return learn(model or loaded(), calibration(images, count), spec, settings=QUICK)
+    return learn(model or loaded(), calibration(images, count), spec, settings=QUICK, saved=saved)
 
 
 @pytest.mark.parametrize("rearrangement", ["ppo", "greedy", "none"])
@@ -278,15 +280,91 @@ def test_a_budget_of_another_kind_needs_its_table_opened(images):
         learn_all(images, cost="latency:table.json")
 
 
-def test_learning_repeats_itself_and_goes_on_from_a_checkpoint(images, tmp_path):
-    path = tmp_path / "run.pt"
-    first, again = learn_all(images, checkpoint=path), learn_all(images)
-    assert path.exists() and first.plan.digest == again.plan.digest
-    resumed = learn_all(images, checkpoint=path)
-    assert resumed.plan.digest == first.plan.digest
-    assert resumed.stages[1].details["history"] == first.stages[1].details["history"]
-    with pytest.raises(UserError, match="another run"):
-        learn_all(images, checkpoint=path, seed=1)
+class Killed(BaseException):
+    """What no code of ours catches."""
+
+
+#: Where a learning dies: the module, and the name of what is called there, for the so many-th time.
+DEATHS = [("stages", "search_plan", 1), ("rearrange.stage", "update", 1), ("rearrange.stage", "update", 2),
+          ("stages", "tune", 1), ("stages", "choose_by_content", 1)]  # fmt: skip
+
+
+def learn_with_all_stages(images, folder=None, resume=False, **options):
+    saved = None if folder is None else SavedState(folder, resume)
+    return learn_all(images, saved=saved, **{"select": "content", **options})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images):
+    return learn_with_all_stages(images)
+
+
+@pytest.mark.parametrize(("module", "name", "times"), DEATHS)
+def test_a_learning_that_died_comes_to_the_same_when_it_goes_on(
+    module, name, times, images, undisturbed, tmp_path, monkeypatch
+):
+    owner = importlib.import_module(f"vpruner.prune.{module}")
+    real, calls = getattr(owner, name), []
+
+    def dying(*arguments, **options):
+        calls.append(name)
+        if len(calls) == times:
+            raise Killed
+        return real(*arguments, **options)
+
+    folder = tmp_path / "out.state"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dying)
+        with pytest.raises(Killed):
+            learn_with_all_stages(images, folder)
+    assert folder.exists() == (name != "search_plan")
+    ran = []
+    for stage in (stages.Search, stages.Rearrange, stages.Tune, stages.Select):
+        before = stage.run
+        monkeypatch.setattr(stage, "run", lambda self, state, run=before: ran.append(self.name) or run(self, state))
+    resumed = learn_with_all_stages(images, folder, resume=True)
+    all_stages = ["search", "rearrange", "tune", "select"]
+    first = {"search_plan": 0, "update": 1, "tune": 2, "choose_by_content": 3}[name]
+    assert ran == all_stages[first:]
+    assert resumed.plan.digest == undisturbed.plan.digest
+    assert (resumed.content and resumed.content.digest) == (undisturbed.content and undisturbed.content.digest)
+    found, wanted = resumed.weights or {}, undisturbed.weights or {}
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+    def told(learned):
+        return [{**stage.to_json(), "seconds": 0} for stage in learned.stages]
+
+    assert told(resumed) == told(undisturbed)
+
+
+def test_a_state_goes_with_its_run_alone(images, tmp_path, reported):
+    folder = tmp_path / "out.state"
+    quick = {"rearrange": "none", "tune": "none", "select": "static"}
+    learn_with_all_stages(images, folder, **quick)
+    with pytest.raises(UserError, match=r"state of another run: its seed is 0, here it is 1; leave out"):
+        learn_with_all_stages(images, folder, resume=True, **quick, seed=1)
+    with pytest.raises(UserError, match=r"its images is "):
+        learn_with_all_stages(images, folder, resume=True, **quick, count=20)
+    assert not reported.remarks
+    learn_with_all_stages(images, folder, **quick, seed=1)
+    assert "holds the state of a run that was not finished, and will be replaced" in reported.remarks[0]
+    learn_with_all_stages(images, folder, resume=True, **quick, seed=1)
+    file = folder / "stages.safetensors"
+    whole = file.read_bytes()
+    for broken in (b"oops", whole[: len(whole) // 2], whole.replace(b'"schema', b'"schemb')):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match="is not the state of a run"):
+            learn_with_all_stages(images, folder, resume=True, **quick, seed=1)
+
+
+def test_a_place_that_something_else_has_is_no_place_for_a_state(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("mine")
+    for name in ("file", "folder"):
+        with pytest.raises(UserError, match="move that away"):
+            SavedState(tmp_path / name)
+    assert (tmp_path / "folder" / "thesis.txt").exists()
 
 
 @pytest.mark.parametrize("kept", [True, False])

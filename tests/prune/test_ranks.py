@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,27 @@ from PIL import Image
 from store import stored
 
 from vpruner.cli import main
+from vpruner.core import progress
 from vpruner.core.errors import UserError
 from vpruner.prune import ranks
 
 STARTED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+class Stopped(Exception):
+    pass
+
+
+class Stopping(progress.Sink):
+    """Ends a learning in its second batch of episodes."""
+
+    def __init__(self):
+        self.batches = 0
+
+    def advanced(self, title: str, count: int, best: str) -> None:
+        self.batches += "(PPO)" in title
+        if self.batches == 2:
+            raise Stopped
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +46,7 @@ def graph() -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, graph) -> Path:
-    """Images, and the checkpoint of a rearrangement that one process began."""
+    """Images, and the state of a learning that one process began."""
     folder = tmp_path_factory.mktemp("ranks")
     random = np.random.default_rng(0)
     for height, width in ((32, 48), KINDS["ViT, tokens"].size):
@@ -38,14 +56,15 @@ def folder(tmp_path_factory, graph) -> Path:
             coarse.resize((width, height), Image.Resampling.NEAREST).save(
                 folder / f"images{height}" / f"{index:02}.png"
             )
-    ranks_worker.learned_by("ppo, weights", folder, graph, 5)
-    (folder / "checkpoint.pt").replace(folder / "alone.pt")
+    with pytest.raises(Stopped), progress.reporting(Stopping()):
+        ranks_worker.learned_by("ppo, weights", folder, graph, resume=False)
+    (folder / "state").replace(folder / "begun")
     return folder
 
 
 @pytest.fixture(scope="module")
 def alone(folder, graph) -> dict[str, np.ndarray]:
-    (folder / "checkpoint.pt").write_bytes((folder / "alone.pt").read_bytes())
+    shutil.copytree(folder / "begun", folder / "state", dirs_exist_ok=True)
     return ranks_worker.found(folder, graph)
 
 
@@ -105,7 +124,7 @@ def test_processes_find_what_one_finds(alone, together):
 def test_they_end_together_and_one_says_why(together):
     facts = [facts for _, facts in together]
     assert sum(one["speaks"] for one in facts) == 1
-    assert all("different images" in one["different"] for one in facts)
+    assert all("things: images" in one["different"] for one in facts)
     assert all("has ended" in one["lost"] for one in facts[:-1])
 
 
