@@ -50,7 +50,7 @@ class Commands(Group):
             return self._invoke(ctx)
         except (click.ClickException, click.Abort, KeyboardInterrupt, SystemExit) as error:
             code = getattr(error, "exit_code", getattr(error, "code", 1))
-            if code == 0 or speaks():
+            if not code or speaks():
                 raise
             # Processes that were started together end together, and one of them says why.
             raise click.exceptions.Exit(code) from None
