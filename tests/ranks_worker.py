@@ -6,6 +6,7 @@ import shutil
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,6 @@ from vpruner.prune.saved import SavedState
 from vpruner.prune.tune.ridge import NormalEquations
 from vpruner.prune.tune.weights import refit_weights
 
-SIZES = (2, 3)
 #: Exit code of the process that ends too early.
 DIES = 7
 #: 17 to fit to: neither two nor three processes have equal shares of them.
@@ -42,14 +42,16 @@ WAYS = {
     "graph": dict(rearrange="ppo", tune="weights"),
 }
 EPISODES = RearrangeSettings(episodes=10, batch=5, images=8, worth=0.0)
+#: How many processes there are, and in which ways they learn.
+SIZES = {2: tuple(WAYS), 3: ("ppo, weights", "graph")}
 PREPROCESSING = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, size=(32, 48))
 
 
-def found(folder: Path, graph: Path) -> dict[str, np.ndarray]:
+def found(folder: Path, graph: Path, ways: Sequence[str]) -> dict[str, np.ndarray]:
     """Name -> what was found, by the process alone or by those that it has joined."""
     with ranks.joined():
         results = {**_sums(), **_exchanged()}
-    for way in WAYS:
+    for way in ways:
         learned = learned_by(way, folder, graph)
         results[f"{way}: masks"] = learned.plan.masks
         results[f"{way}: divergences"] = np.array(
@@ -104,7 +106,7 @@ def _sums() -> dict[str, np.ndarray]:
             [equations.grams.flatten(), equations.crosses.flatten(), equations.squares]
         ).numpy(),
         "sum: solution": np.array([solution.ridge or 0, solution.explained]),
-        "one: divergences": calibration.divergence(single, half_plan(single), calibration.held_out),
+        "two: divergences": calibration.divergence(single, half_plan(single), calibration.held_out[:2]),
     }
 
 
@@ -128,7 +130,7 @@ def main(folder: Path, graph: Path) -> None:
     if place.first:
         shutil.copytree(folder / "begun", folder / "state", dirs_exist_ok=True)
     name = f"{place.rank} of {place.size}"
-    np.savez(folder / f"found {name}.npz", **found(folder, graph))
+    np.savez(folder / f"found {name}.npz", **found(folder, graph, SIZES[place.size]))
     facts = {"speaks": ranks.speaks(), "different": "", "lost": ""}
     try:
         with ranks.joined():

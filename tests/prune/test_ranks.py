@@ -18,6 +18,7 @@ from store import stored
 from vpruner.cli import main
 from vpruner.core import progress
 from vpruner.core.errors import UserError
+from vpruner.pipeline import run as job
 from vpruner.prune import ranks
 
 STARTED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -65,7 +66,7 @@ def folder(tmp_path_factory, graph) -> Path:
 @pytest.fixture(scope="module")
 def alone(folder, graph) -> dict[str, np.ndarray]:
     shutil.copytree(folder / "begun", folder / "state", dirs_exist_ok=True)
-    return ranks_worker.found(folder, graph)
+    return ranks_worker.found(folder, graph, tuple(ranks_worker.WAYS))
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +104,8 @@ def test_every_process_finds_the_same_bits(together):
 
 def test_processes_find_what_one_finds(alone, together):
     found = together[0][0]
-    assert found.keys() == alone.keys()
-    for name, value in alone.items():
+    assert found.keys() <= alone.keys() and len(found) > 20
+    for name, value in ((name, alone[name]) for name in found):
         kind, _, what = name.partition(": ")
         if what == "masks":
             assert (found[name] == value).mean() >= 0.99, name
@@ -128,7 +129,7 @@ def test_they_end_together_and_one_says_why(together):
     assert all("has ended" in one["lost"] for one in facts[:-1])
 
 
-def test_what_is_no_learning_is_refused(monkeypatch):
+def test_what_is_no_learning_is_refused():
     result = CliRunner().invoke(main, ["show", "plan.json"], env=STARTED)
     assert result.exit_code == 2
     assert result.output == (
@@ -137,15 +138,22 @@ def test_what_is_no_learning_is_refused(monkeypatch):
     )
 
 
-def test_others_than_the_first_end_silently(monkeypatch):
+def test_one_line_is_enough(monkeypatch):
+    monkeypatch.setattr("vpruner.cli.group.speaks", lambda: False)
+    result = CliRunner().invoke(main, ["show", "plan.json"], env=STARTED)
+    assert (result.exit_code, result.output) == (2, "")
+
+
+def test_others_than_the_first_only_learn(monkeypatch, tmp_path):
     for name, value in STARTED.items():
         monkeypatch.setenv(name, value)
     assert ranks.launched() == ranks.World(1, 2, 1) and ranks.world() == ranks.World()
-    with pytest.raises(SystemExit) as ended:
-        ranks.leave_to_first()
-    assert not ended.value.code
-    monkeypatch.setenv("RANK", "0")
-    ranks.leave_to_first()
+    learned = []
+    monkeypatch.setattr(job, "open_inputs", lambda options: "inputs")
+    monkeypatch.setattr(job, "learn", lambda options, inputs, saved: learned.append(inputs))
+    result = CliRunner().invoke(main, ["run", "-o", str(tmp_path / "run")])
+    assert (result.exit_code, result.output, learned) == (0, "", ["inputs"])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("changed", [{"RANK": "2"}, {"WORLD_SIZE": "two"}, {"LOCAL_RANK": "-1"}])
