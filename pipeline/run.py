@@ -25,7 +25,7 @@ from ..core.statistics import compare
 from ..core.text import counted, option
 from ..prune import ranks
 from .evaluate import collect_graphs, evaluate_graphs, open_graphs
-from .folders import finished_folder
+from .folders import check_free, finished_folder
 from .graphs import Reduced, Written, plain_form, write_graphs
 from .inputs import choose, first_images, open_cost, open_prunable, role_of
 from .learned import check_learn, chosen_plans, rule_of, save_learned, saved_beside
@@ -132,6 +132,7 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
     check(options)
     saved_state = saved_beside(output, options.learn)
     if not ranks.launched().first:
+        check_free(output.resolve(), force=force)
         learn(options, open_inputs(options), saved_state)
         ranks.leave_to_first()
     with finished_folder(output, force=force) as folder, scratch_beside(folder / "graphs", folder=True) as scratch:

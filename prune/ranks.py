@@ -9,6 +9,8 @@ not imported.
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,7 +30,6 @@ PATIENCE = timedelta(hours=1)
 #: How long the store is asked, at most, who has said already why the processes end.
 ASKING = timedelta(seconds=5)
 _STARTED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_SAID = "vpruner/said"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def joined() -> Iterator[World]:
     Raises:
         LostProcess: Not all of them come, or one ends meanwhile.
     """
-    global _world, _groups
+    global _world, _store, _groups
     place = launched()
     if place.size == 1 or _world.size > 1 or _has_groups():
         yield _world
@@ -100,9 +101,11 @@ def joined() -> Iterator[World]:
     import torch.distributed as dist
 
     with _talking():
-        store = dist.PrefixStore(f"vpruner/{_groups}", _joined_store(place))
+        _store = _store or _open_store(PATIENCE)
+        _groups += 1
+        _await_all(_store, f"group {_groups}", place.size)
+        store = dist.PrefixStore(f"group {_groups}", _store)
         dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=PATIENCE)
-    _groups += 1
     _world = place
     try:
         with ExitStack() as quiet:
@@ -127,8 +130,9 @@ def speaks() -> bool:
     try:
         if launched().size == 1:
             return True
-        store = _store or _agents_store()
-        return store is None or store.add(_SAID, 1) == 1
+        if _store is None and not _held_outside():
+            return True  # There is no store before the processes have joined.
+        return (_store or _open_store(ASKING)).add("said", 1) == 1
     except (RuntimeError, UserError):  # The process that held it has ended: whoever notices may say so.
         return True
 
@@ -240,30 +244,33 @@ def require_same(facts: Mapping[str, Any]) -> None:
 
 
 def _has_groups() -> bool:
-    import sys
-
     dist = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_available() and dist.is_initialized()
 
 
-def _joined_store(place: World) -> Any:
-    """The store of all; kept, so that :func:`speaks` can ask it and processes can join again."""
-    global _store
-    if _store is None:
-        from torch.distributed.rendezvous import rendezvous
-
-        _store = next(rendezvous("env://", place.rank, place.size, timeout=PATIENCE))[0]
-    return _store
+def _held_outside() -> bool:
+    """Whether whoever started the processes holds a store for them; else the first process does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _agents_store() -> Any:
-    """The store that whoever started the processes holds, before they have joined; None: nobody does."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    from torch.distributed import TCPStore
+def _open_store(timeout: timedelta) -> Any:
+    from torch.distributed import PrefixStore, TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, is_master=False, timeout=ASKING, wait_for_workers=False)
+    holds = launched().first and not _held_outside()
+    store = TCPStore(address, port, is_master=holds, timeout=timeout, wait_for_workers=False)
+    # It outlives processes that are started again.
+    return PrefixStore(f"vpruner {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _await_all(store: Any, name: str, count: int) -> None:
+    """Wait for so many processes; here and not in PyTorch, which would not hear of a signal to end meanwhile."""
+    store.add(name, 1)
+    until = time.monotonic() + PATIENCE.total_seconds()
+    while store.add(name, 0) < count:
+        if time.monotonic() > until:
+            raise TimeoutError
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -271,7 +278,7 @@ def _talking() -> Iterator[None]:
     """Around everything that waits for other processes."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:  # What gloo raises has no class of its own.
+    except (RuntimeError, ValueError, TimeoutError) as error:  # What gloo raises has no class of its own.
         raise LostProcess(
             "a process that was started with this one has ended or does not answer",
             "see what it said, and start all of them again",

@@ -7,6 +7,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,8 @@ WAYS = {
     "graph": dict(rearrange="ppo", tune="weights"),
 }
 EPISODES = RearrangeSettings(episodes=10, batch=5, images=8, worth=0.0)
+#: A graph is folded anew for each.
+FEW_EPISODES = replace(EPISODES, episodes=5)
 #: How many processes there are, and in which ways they learn.
 SIZES = {2: tuple(WAYS), 3: ("ppo, weights", "graph")}
 PREPROCESSING = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, size=(32, 48))
@@ -78,7 +81,13 @@ def learned_by(way: str, folder: Path, graph: Path, *, resume: bool = True) -> L
     saved = SavedState(folder / "state", resume=resume) if way == "ppo, weights" else None
     spec = LearnSpec(target=0.6, rounds=2, **WAYS[way])
     source = ImageSource(str(folder / f"images{loaded.preprocessing.size[0]}"))
-    return learn(loaded, ImageSet(source, range(IMAGES)), spec, settings=EPISODES, saved=saved)
+    return learn(
+        loaded,
+        ImageSet(source, range(IMAGES)),
+        spec,
+        settings=FEW_EPISODES if way == "graph" else EPISODES,
+        saved=saved,
+    )
 
 
 def _sums() -> dict[str, np.ndarray]:

@@ -79,7 +79,7 @@ def ended(folder, graph) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search},
         stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
 
@@ -116,7 +116,7 @@ def test_processes_find_what_one_finds(alone, together):
         else:
             np.testing.assert_array_equal(found[name], value, err_msg=name)
     # There is something to agree on.
-    assert alone["ppo, weights: episodes"] == alone["graph: episodes"] == 10
+    assert (alone["ppo, weights: episodes"], alone["graph: episodes"]) == (10, 5)
     for way in ranks_worker.WAYS:
         assert 0.2 < alone[f"{way}: masks"].mean() < 0.95
     assert alone["ppo, weights: weights"].size and alone["graph: weights"].size and "greedy, gates: gates" in alone
