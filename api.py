@@ -492,6 +492,7 @@ def run(
     Raises:
         UserError: Something that was given cannot be used.
         ParityError: A graph does not compute what the model does.
+        SystemExit: All have learned, and this is not the first of the processes that torchrun started.
     """
     with job(progress, model, weights):
         require_all(RUN_PACKAGES)

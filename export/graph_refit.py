@@ -157,7 +157,7 @@ class _Refit:
 
     def _solve(self, kind: str, layers: Sequence[Layer], equations: NormalEquations) -> bool:
         """Whether anything changed."""
-        solution = equations.solve(self._ridges.get(kind, FIRST_RIDGE))
+        solution = equations.sum_up().solve(self._ridges.get(kind, FIRST_RIDGE))
         self.blocks[-1].update({layer.weight: solution.to_json() for layer in layers})
         if solution.coefficients is None:
             return False

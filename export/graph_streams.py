@@ -15,10 +15,11 @@ from torch import Tensor
 from ..core.errors import GraphError
 from ..core.geometry import Geometry
 from ..core.plan import TokenPlan
+from ..prune import ranks
 from ..prune.batches import in_batches
 from ..prune.calibration import Calibration
 from ..prune.device import same_gradients
-from ..prune.fisher import direction_loss, frozen, redrawing
+from ..prune.fisher import Directions, frozen
 from ..prune.tune.chunks import Chunks
 from ..prune.tune.weights import with_weights
 from .follow.demand import Demand, Sets, demand, sets_of
@@ -37,7 +38,7 @@ class Refittable(Protocol):
 
 @torch.enable_grad()
 def token_importance(
-    adapter: Refittable, steps: Sequence[Step], batches: Iterable[Tensor], seed: int = 0
+    adapter: Refittable, steps: Sequence[Step], batches: Iterable[Tensor], seed: int = 0, before: int = 0
 ) -> dict[str, np.ndarray]:
     """Mean squared gradient of the unpruned model's outputs at each token, as
     :func:`vpruner.prune.tune.importance.token_importance` has it of a model in PyTorch.
@@ -46,7 +47,7 @@ def token_importance(
         Name of a value of the stream behind a step, or of the first output of layers that make keys and values (there
         of their keys and values together) -> float64 [id], with mean 1 over its tokens where anything counts at all.
     """
-    gates, random = adapter.gates, np.random.default_rng(seed)
+    gates, directions = adapter.gates, Directions(seed, before)
     known, module = gates.followed.tokens.known, gates.model
     parts = {step.stream: ((step.stream, slice(None)),) for step in steps}
     parts |= {
@@ -69,20 +70,17 @@ def token_importance(
                     placed.enter_context(module.at(value.name, torch.add, zero))
                 with same_gradients(like.device):
                     outputs = adapter.model(images.to(like)).float()
-                return torch.autograd.grad(
-                    direction_loss(outputs, adapter.geometry.output, random), zeros, allow_unused=True
-                )
+                return torch.autograd.grad(directions.loss(outputs, adapter.geometry.output), zeros, allow_unused=True)
 
-        for gradients in in_batches(module, batches, redrawing(random, step), backward=True):
+        for gradients in in_batches(module, batches, directions.redrawn(step), backward=True):
             found = dict(zip(values, gradients, strict=True))
             for value, part in parts.items():
                 for one, columns in part:
                     if found[one] is not None:
                         squares = rows[one](found[one])[..., columns].float().square().sum((0, 2))
                         sums[value][rows[one].ids] += squares.cpu().double().numpy()
-    return {
-        value.name: total / max(total[rows[value].ids].mean(), 1e-300) for value, total in sums.items()
-    }  # fmt: skip
+    totals = zip(sums, (one.numpy() for one in ranks.summed(*map(torch.from_numpy, sums.values()))), strict=True)
+    return {value.name: total / max(total[rows[value].ids].mean(), 1e-300) for value, total in totals}
 
 
 def rows_of(gates: GraphGates, value: ir.Value) -> Rows | None:
@@ -132,7 +130,8 @@ class GraphStreams(Chunks):
         self.names = {name: names[id(parameter)] for name, parameter in self.model.weights().items()}
 
     def __enter__(self) -> GraphStreams:
-        self.importance = token_importance(self._adapter, self.steps, self.few(self.batch))
+        few, before = self.few(self.batch), self.before_few(self.batch)
+        self.importance = token_importance(self._adapter, self.steps, few, before=before)
         first = dict.fromkeys((self.followed.stream, *(value for step in self.steps for value in step.sides)))
         try:
             for chunk in self.chunks:

@@ -46,6 +46,7 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Sa
         UserError: Something the user gave cannot be used; nothing is written then.
     """
     from ..prune.learn import learn
+    from ..prune.ranks import leave_to_first
 
     check_output(output, ".json", *model.files)
     tuned = tuned_beside(output, model.what)
@@ -59,6 +60,7 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Sa
     cost = open_cost(spec.cost, loaded.name, geometry)
     calibration = calibration_set(loaded.classes, geometry, data)
     learned = learn(loaded, calibration, spec, cost=cost, saved=saved)
+    leave_to_first()
     pruned = save_pruned(loaded, learned, output, model.files)
     saved.remove()
     return pruned
@@ -74,6 +76,7 @@ def learn_in_memory(
         state: A folder that keeps what was learned until the learning has finished; None: nothing is kept.
     """
     from ..prune.learn import learn
+    from ..prune.ranks import launched
     from ..prune.saved import SavedState
 
     check_learn(spec, model if loaded.graph is None else replace(model, what=loaded.graph.path))
@@ -82,7 +85,7 @@ def learn_in_memory(
     learned = learn(
         loaded, calibration_set(loaded.classes, loaded.adapter.geometry, data), spec, cost=cost, saved=saved
     )
-    if saved is not None:
+    if saved is not None and launched().first:
         saved.remove()
     return learned
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..core.finite import check_finite
 from ..core.plan import TokenPlan
 from ..core.preprocess import Preprocessing
+from . import ranks
 from .backbones.adapter import Adapter
 from .batches import images_at_once, in_batches
 from .crops import RAM_BYTES, CropFile
@@ -132,10 +133,10 @@ class Calibration:
         indices = np.asarray(indices)
         missing = np.unique(np.array([index for index in indices.tolist() if index not in self._dense], np.int64))
         if len(missing):
-            outputs = self.outputs(adapter, None, missing, on_batch)
+            outputs = ranks.gathered(self.outputs(adapter, None, ranks.share(missing), on_batch))
             check_finite(outputs.numpy(), adapter.name)
             self._dense.update(zip(missing.tolist(), outputs, strict=True))
-        return torch.stack([self._dense[index] for index in indices.tolist()])
+        return torch.stack([self._dense[index] for index in indices.tolist()]) if len(indices) else torch.empty(0, 0)
 
     def outputs(
         self,
@@ -154,14 +155,16 @@ class Calibration:
             for found in in_batches(adapter.model, batches, lambda part: adapter.model(part.to(device)).float().cpu()):
                 rows.append(found)
                 on_batch(len(found))
-        return torch.cat(rows).clone()
+        return torch.cat(rows).clone() if rows else torch.empty(0, 0)
 
     def divergence(
         self, adapter: Adapter, plan: TokenPlan | TokenRule, indices: Sequence[int] | np.ndarray
     ) -> np.ndarray:
         """float64 [image]: :func:`divergence` of the pruned model from the dense one on those images."""
-        dense = self.dense_outputs(adapter, indices)
-        return divergence(dense, self.outputs(adapter, plan, indices), adapter.geometry.output).double().numpy()
+        self.dense_outputs(adapter, indices)
+        share = ranks.share(indices)
+        dense, pruned = self.dense_outputs(adapter, share), self.outputs(adapter, plan, share)
+        return ranks.gathered(divergence(dense, pruned, adapter.geometry.output).double()).numpy()
 
 
 def held_out_of(count: int, share: float = HELD_OUT_SHARE) -> int:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..core.choices import LOSSES
 from ..core.plan import KINDS, TokenPlan
+from . import ranks
 from .backbones.adapter import Adapter, BlockAdapter
 from .batches import in_batches
 from .device import device_of, half_statistics, same_gradients
@@ -68,22 +69,26 @@ def gate_gradients(
     *,
     plan: TokenPlan | None = None,
     seed: int = 0,
+    before: int = 0,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> GateGradients:
     """One backward pass over the calibration images; arguments as of :func:`gradients_of_images`.
 
-    Memory does not grow with the number of images.
+    Memory does not grow with the number of images. Of several processes each has the batches of its share, and the
+    moments are those of all.
 
     Args:
         on_batch: Called with the number of images after each batch.
     """
-    sums, count = 0.0, 0
-    for gradients in gradients_of_images(adapter, batches, loss, plan=plan, seed=seed):
+    geometry = adapter.geometry
+    sums, count = np.zeros((len(KINDS), len(KINDS), geometry.depth, geometry.patches)), 0
+    for gradients in gradients_of_images(adapter, batches, loss, plan=plan, seed=seed, before=before):
         values = gradients.astype(np.float64)
         sums = sums + np.einsum("xalp,xblp->ablp", values, values)
         count += len(values)
         on_batch(len(values))
-    return GateGradients(sums / count, count, loss)
+    total, images = ranks.summed(torch.from_numpy(sums), torch.tensor(count))
+    return GateGradients(total.numpy() / int(images), int(images), loss)
 
 
 def gradients_of_images(
@@ -93,6 +98,7 @@ def gradients_of_images(
     *,
     plan: TokenPlan | None = None,
     seed: int = 0,
+    before: int = 0,
 ) -> Iterator[np.ndarray]:
     """Per batch float32 [image, kind 3, block L, patch N]: dLoss/dgate of each image.
 
@@ -105,14 +111,14 @@ def gradients_of_images(
         plan: What has been closed already; the gradients are those of the model pruned by it, and zero for its closed
             gates. None: of the dense model.
         seed: For the random directions of the last two losses.
+        before: So many images of other processes come first: their directions are passed over.
 
     Raises:
         ValueError: An unknown loss, or ``"labels"`` without labels.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}, expected one of {', '.join(LOSSES)}")
-    # numpy's stream of normals does not depend on how it is cut into batches; torch's does.
-    random = np.random.default_rng(seed)
+    directions = Directions(seed, before)
     device = device_of(adapter.model)
     # Of a graph that is no timm model, nobody has looked at what half precision does.
     half = half_statistics(device) if isinstance(adapter, BlockAdapter) else nullcontext()
@@ -127,26 +133,45 @@ def gradients_of_images(
             if loss == "labels":
                 value = F.cross_entropy(output, labels.to(output.device), reduction="sum")
             else:
-                value = direction_loss(output, _KINDS[loss], random)
+                value = directions.loss(output, _KINDS[loss])
             (gradient,) = torch.autograd.grad(value, gates)
         return gradient[: len(images)].float().cpu().numpy()
 
     with frozen(adapter.model):
-        yield from in_batches(adapter.model, batches, redrawing(random, step), backward=True)
+        yield from in_batches(adapter.model, batches, directions.redrawn(step), backward=True)
 
 
-def redrawing(random: np.random.Generator, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """``step``, which draws from ``random``: what a call that fails has drawn is drawn again by the next."""
+class Directions:
+    """Random directions of outputs, image by image in order.
 
-    def again(batch: Any) -> Any:
-        before = random.bit_generator.state
-        try:
-            return step(batch)
-        except BaseException:
-            random.bit_generator.state = before
-            raise
+    numpy's stream of normals does not depend on how it is cut into batches; torch's does.
 
-    return again
+    Args:
+        before: So many images of other processes come first: their directions are passed over.
+    """
+
+    def __init__(self, seed: int, before: int = 0):
+        self._random, self._before = np.random.default_rng(seed), before
+
+    def loss(self, output: Tensor, kind: str) -> Tensor:
+        """See :func:`direction_loss`."""
+        count, self._before = self._before * output.shape[1], 0
+        for start in range(0, count, most := 1 << 20):
+            self._random.standard_normal(min(most, count - start), dtype=np.float32)
+        return direction_loss(output, kind, self._random)
+
+    def redrawn(self, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """``step``, which draws from here: what a call that fails has drawn is drawn again by the next."""
+
+        def again(batch: Any) -> Any:
+            state, before = self._random.bit_generator.state, self._before
+            try:
+                return step(batch)
+            except BaseException:
+                self._random.bit_generator.state, self._before = state, before
+                raise
+
+        return again
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from ..core.json_file import json_sha256, json_text, parse_json
 from ..core.plan import TokenPlan
 from ..core.specs import LearnSpec
 from ..core.text import option
+from . import ranks
 from .backbones.adapter import require_blocks
 from .calibration import Calibration
 from .data import ImageSet
@@ -55,6 +56,7 @@ SAME = ("target", "loss", "rounds", "rearrange", "tune", "select", "episodes", "
 LOOKED_AT = 32
 
 
+@ranks.joined()
 def learn(
     loaded: LoadedModel,
     images: ImageSet,
@@ -65,6 +67,8 @@ def learn(
     saved: SavedState | None = None,
 ) -> Learned:
     """The whole method: search, rearrangement, tuning, and selection where it is asked for.
+
+    Processes that were started together (:mod:`vpruner.prune.ranks`) learn together, and each of them returns the same.
 
     Args:
         loaded: The trained model; its weights are as before when this returns.
@@ -96,6 +100,7 @@ def learn(
 
     progress.remark(images.remark("calibration"))
     task = Task(loaded, images, calibration, spec, cost, target, settings, saved and saved.rearrangement)
+    ranks.require_same(_identity(task))
     with computing(loaded.adapter.model):
         loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
         state = _stages_played(task, saved)
@@ -122,13 +127,14 @@ def _stages_played(task: Task, saved: SavedState | None) -> State:
     state = State(TokenPlan.identity(loaded.name, loaded.adapter.geometry))
     if saved is not None:
         identity = _identity(task)
-        state = _begun(saved, identity, loaded.adapter.model.state_dict()) or state
+        begun = _begun(saved, identity, loaded.adapter.model.state_dict()) if ranks.world().first else None
+        state = ranks.from_first(begun) or state
     try:
         for stage in itertools.islice(stages_of(task), len(state.stages), None):
             if state.stages and state.plan.is_identity:
                 break  # Nothing is dropped, so there is nothing to move or to make up for.
             state = judge_and_keep(stage, state)
-            if saved is not None:
+            if saved is not None and ranks.world().first:
                 saved.save(state, identity)
     except BaseException:
         if saved is not None and saved.files():

@@ -18,6 +18,7 @@ from ..core.content_plan import ContentPlan
 from ..core.cost import Cost, dense_macs, plan_macs
 from ..core.plan import TokenPlan
 from ..core.specs import LearnSpec
+from . import ranks
 from .batches import images_at_once
 from .calibration import Calibration, Judgement
 from .data import ImageSet
@@ -160,7 +161,7 @@ def _judged_against_dense(task: Task, plan: TokenPlan) -> Judgement | None:
         return None
     if task.spec.rearrange != "none":
         compared = np.concatenate([World(adapter, calibration).images, compared])
-    with progress.stage("Running the dense model for comparison", len(compared)) as advance:
+    with progress.stage("Running the dense model for comparison", len(ranks.share(compared))) as advance:
         calibration.dense_outputs(adapter, compared, advance)
     after = calibration.divergence(adapter, plan, calibration.held_out)
     return Judgement.of(np.zeros_like(after), after)
@@ -198,15 +199,17 @@ def search_plan(task: Task, batch_size: int | None = None, form: str | None = No
     fit = calibration.fit
     sizes = round_sizes(len(fit), task.spec.rounds)
     parts = np.split(fit, np.cumsum(sizes)[:-1])
-    with progress.stage(f"Fisher token mask search of {loaded.name}", len(fit)) as advance:
+    shares = [ranks.share(part) for part in parts]
+    with progress.stage(f"Fisher token mask search of {loaded.name}", sum(map(len, shares))) as advance:
         found = search_in_rounds(
             loaded.adapter,
-            [calibration.batches(part, batch_size) for part in parts],
+            [calibration.batches(share, batch_size) for share in shares],
             loss,
             task.target,
             cost=cost,
             form=form or form_for(geometry),
             seed=seed,
+            before=[ranks.bounds(len(part))[0] for part in parts],
             on_batch=advance,
         )
     plan = found.plan.with_provenance(
@@ -261,6 +264,8 @@ class Rearrange:
             try:
                 found = self._play(world, state)
             except KeyboardInterrupt:  # Between episodes it is the stage's own affair.
+                if ranks.world().size > 1:
+                    raise
                 note = "Rearrangement was interrupted before its first episode; the plan of the search was kept."
                 found = Rearranged(state.plan, state.judgement.unchanged, False, note, {"episodes": 0})
         plan = found.plan.with_provenance(**state.plan.provenance)

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch import Tensor
 from ...core.content_plan import ContentPlan, Ranking, is_chain, rankings
 from ...core.cost import MacsCost, dense_macs, plan_macs
 from ...core.plan import KINDS, Geometry, TokenPlan
+from .. import ranks
 from ..backbones.forms import embed_images
 from ..backbones.vit import ViTAdapter
 from ..batches import batch_size_for, images_at_once, in_batches
@@ -197,7 +199,8 @@ def fit_channels(
     geometry, model, chosen = adapter.geometry, adapter.model, rankings(plan)
     parameter = next(model.parameters())
     equations = [NormalEquations(geometry.embed_dim, 1, FOLDS, bias=False, device=parameter.device) for _ in chosen]
-    for number, images in enumerate(batches if chosen else ()):
+    world = ranks.world()
+    for number, images in islice(enumerate(batches if chosen else ()), world.rank, None, world.size):
         gradients = np.concatenate(list(gradients_of_images(adapter, [(images, None)], loss, seed=seed + number)))
         # [image, kind, block, patch]; a patch that is not read does nothing any more.
         effects = np.square(np.stack([gradients.sum(1), gradients[:, 1], gradients[:, 2]], 1))
@@ -214,7 +217,7 @@ def fit_channels(
                         values = (closed + TINY * closed.mean() + TINIEST).log()
                         part.add(number % FOLDS, patches, (values - values.mean(1, keepdim=True)).flatten()[:, None])
                 x = block(x)
-    solved = [part.solve().coefficients for part in equations]
+    solved = [part.sum_up().solve().coefficients for part in equations]
     found = [np.zeros(geometry.embed_dim) if each is None else each[:, 0].cpu().numpy() for each in solved]
     return np.array([[float(f"{value:.{DIGITS}g}") for value in row] for row in found]).reshape(
         len(chosen), geometry.embed_dim

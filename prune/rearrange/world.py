@@ -6,9 +6,11 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ...core.plan import TokenPlan
+from .. import ranks
 from ..backbones.adapter import Adapter
 from ..backbones.vit import weights_sha256
 from ..batches import images_at_once, in_batches
@@ -83,11 +85,15 @@ class World:
         Args:
             foresee: False: with the model's own weights, whatever :attr:`stand_in` is.
         """
-        distances = np.empty((len(plans), len(indices)))
-        divergences = np.empty_like(distances)
-        count = len(plans) if self.adapter.plans_together else 1
+        together = self.adapter.plans_together
         # Before any weights are exchanged: the target is what the model as trained says.
         self.calibration.dense_outputs(self.adapter, indices)
+        # Processes share the images, or the plans where each costs something of its own.
+        axis = 2 if together or len(plans) < ranks.world().size else 1
+        plans, indices = (plans, ranks.share(indices)) if axis == 2 else (ranks.share(plans), indices)
+        # [distance and divergence, plan, image]
+        found = np.empty((2, len(plans), len(indices)))
+        count = len(plans) if together else 1
         with with_weights(self.adapter.model, self.stand_in if foresee else None):
             for first in range(0, len(plans), count):
                 some = slice(first, first + count)
@@ -96,13 +102,15 @@ class World:
                     images = self.calibration.images(indices[places])
                     outputs = self.adapter.evaluate_plans(plans[some], images, len(indices))
                     dense = self.calibration.dense_outputs(self.adapter, indices[places]).expand_as(outputs)
-                    distances[some, places] = distance(dense, outputs, self.geometry.output).numpy()
-                    divergences[some, places] = divergence(dense, outputs, self.geometry.output).numpy()
+                    for kind, measure in enumerate((distance, divergence)):
+                        found[kind, some, places] = measure(dense, outputs, self.geometry.output).numpy()
 
-                every = np.arange(len(indices))
-                parts = (every[start : start + self._chunk] for start in range(0, len(indices), self._chunk))
+                places = np.arange(len(indices))
+                parts = (places[start : start + self._chunk] for start in range(0, len(indices), self._chunk))
                 for _ in in_batches(self.adapter.model, parts, step):
                     pass
+        every = ranks.gathered(torch.from_numpy(found).transpose(0, axis)).transpose(0, axis)
+        distances, divergences = every.contiguous().numpy()
         return distances, divergences
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..batches import batch_size_for, images_at_once
 from ..calibration import Calibration
 from .importance import IMPORTANCE_IMAGES
@@ -23,7 +24,8 @@ FLIP_BELOW = 4096
 class Chunks:
     """Images in chunks, dealt to folds and plans. A context manager.
 
-    Memory does not grow with the number of images: a chunk of them is read, advanced and written back.
+    Memory does not grow with the number of images: a chunk of them is read, advanced and written back. Of several
+    processes each has its share of the images; an image is in the same chunk, fold and plan however many there are.
 
     Args:
         adapter: The model, and its geometry.
@@ -32,7 +34,7 @@ class Chunks:
     Attributes:
         images: How many.
         flip: Whether each chunk holds the mirror images too; they share the fold of the originals.
-        chunks: int [chunk].
+        chunks: int [chunk]: those of which this process has images.
         plans: Chunks take them in turns; each plan (or rule) meets all folds.
         folds: How many folds the chunks are dealt to.
     """
@@ -58,8 +60,10 @@ class Chunks:
         # Of the model alone, not of the memory here: folds are made of chunks.
         size = batch_size_for(self.geometry, memory_bytes=1 << 29) // (1 + self.flip)
         self._size = max(1, min(size, math.ceil(self.images / max(1, self.folds * len(self.plans)))))
-        self.chunks = range(math.ceil(self.images / self._size))
-        self.folds = min(self.folds, len(self.chunks))
+        self.folds = min(self.folds, math.ceil(self.images / self._size))
+        self._start, self._stop = ranks.bounds(self.images)
+        ends = math.ceil(self._stop / self._size) if self._start < self._stop else 0
+        self.chunks = range(self._start // self._size, ends)
         self._store = ActivationStore(ram_bytes)
 
     def __exit__(self, *error: object) -> None:
@@ -86,7 +90,8 @@ class Chunks:
 
     def pixels(self, chunk: int) -> Tensor:
         """[image, channel, height, width]: the model's inputs, mirror images last."""
-        chosen = self._indices[chunk * self._size : (chunk + 1) * self._size]
+        first = chunk * self._size
+        chosen = self._indices[max(self._start, first) : min(self._stop, first + self._size)]
         images = self._calibration.images(chosen).to(self.device, self.dtype)
         return torch.cat([images, images.flip(-1)]) if self.flip else images
 
@@ -97,6 +102,12 @@ class Chunks:
             multiple: Of which the size of each batch is one; images come again to fill the last.
         """
         few = self._indices[:IMPORTANCE_IMAGES]
-        few = np.resize(few, math.ceil(len(few) / multiple) * multiple)
-        size = math.ceil(images_at_once(self._adapter, backward=True) / multiple) * multiple
-        return (self._calibration.images(few[start : start + size]) for start in range(0, len(few), size))
+        groups = ranks.share(np.resize(few, (math.ceil(len(few) / multiple), multiple)))
+        size = math.ceil(images_at_once(self._adapter, backward=True) / multiple)
+        return (
+            self._calibration.images(groups[start : start + size].flatten()) for start in range(0, len(groups), size)
+        )
+
+    def before_few(self, multiple: int = 1) -> int:
+        """How many of the images of :meth:`few` other processes have before this one."""
+        return ranks.bounds(math.ceil(min(self.images, IMPORTANCE_IMAGES) / multiple))[0] * multiple

@@ -6,22 +6,24 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..backbones.adapter import BlockAdapter
 from ..backbones.forms import attend, mlp_update, project_queries, projected, replace_forward, scaled, split_keys_values
 from ..batches import in_batches
 from ..device import same_gradients
-from ..fisher import direction_loss, frozen, redrawing
+from ..fisher import Directions, frozen
 
 #: Images that squared gradients are averaged over. Those of each image apart, as weights of its own rows, fit worse.
 IMPORTANCE_IMAGES = 128
 
 
 @torch.enable_grad()
-def token_importance(adapter: BlockAdapter, batches: Iterable[Tensor], seed: int = 0) -> dict[str, Tensor]:
+def token_importance(
+    adapter: BlockAdapter, batches: Iterable[Tensor], seed: int = 0, before: int = 0
+) -> dict[str, Tensor]:
     """Mean squared gradient of the unpruned model's output at each token, in each block.
 
     To second order, an error e of a token changes the output by a divergence of e^T F e, where F is the Fisher
@@ -31,12 +33,13 @@ def token_importance(adapter: BlockAdapter, batches: Iterable[Tensor], seed: int
     Args:
         batches: Float [batch, channel, height, width]; a few hundred images are enough.
         seed: Of the random directions of the output.
+        before: How many images other processes have before these.
 
     Returns:
         ``"keys"`` (at keys and values), ``"middle"`` (behind the attention) and ``"target"`` (behind the block):
         float64 [block L, token T], with mean 1 in each block where anything counts at all.
     """
-    model, geometry, random = adapter.model, adapter.geometry, np.random.default_rng(seed)
+    model, geometry, directions = adapter.model, adapter.geometry, Directions(seed, before)
     places = ("keys", "middle", "target")
     sums = {name: torch.zeros(geometry.depth, geometry.tokens, dtype=torch.float64) for name in places}
     seen: list[tuple[int, str, Tensor]] = []
@@ -59,16 +62,16 @@ def token_importance(adapter: BlockAdapter, batches: Iterable[Tensor], seed: int
                 with same_gradients(parameter.device):
                     output = model(images.to(parameter)).float()
                 order[:] = [(block, place) for block, place, _ in seen]
-                loss = direction_loss(output, geometry.output, random)
-                return torch.autograd.grad(loss, [value for _, _, value in seen])
+                return torch.autograd.grad(directions.loss(output, geometry.output), [value for _, _, value in seen])
             finally:
                 seen.clear()
 
-        for gradients in in_batches(model, batches, redrawing(random, step), backward=True):
+        for gradients in in_batches(model, batches, directions.redrawn(step), backward=True):
             for (block, place), gradient in zip(order, gradients, strict=True):
                 # Apple's GPUs have no float64.
                 sums[place][block] += gradient.float().square().sum((0, 2)).cpu().double()
-    return {name: value / value.mean(1, keepdim=True).clamp_min(1e-300) for name, value in sums.items()}
+    totals = zip(sums, ranks.summed(*sums.values()), strict=True)
+    return {name: value / value.mean(1, keepdim=True).clamp_min(1e-300) for name, value in totals}
 
 
 def _watched(block: nn.Module, rope: Tensor | None, see: Callable[[str, Tensor], Tensor]) -> Callable[..., Tensor]:

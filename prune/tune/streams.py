@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ...core.plan import TokenPlan
 from ...core.schedule import BlockStep, schedule
+from .. import ranks
 from ..backbones.adapter import BlockAdapter
 from ..backbones.forms import (
     Ropes,
@@ -115,7 +116,7 @@ class Streams(Chunks):
         self._steps = {id(plan): schedule(plan) for plan in self.plans if not isinstance(plan, TokenRule)}
 
     def __enter__(self) -> Streams:
-        importance = token_importance(self._adapter, self.few())
+        importance = token_importance(self._adapter, self.few(), before=self.before_few())
         # Apple's GPUs have no float64.
         self._importance = {name: value.float().to(self.device) for name, value in importance.items()}
         try:
@@ -198,7 +199,8 @@ class Streams(Chunks):
 
     def exact_so_far(self, block: int) -> bool:
         """Whether the pruned stream after ``block`` equals the dense one at its positions, up to rounding."""
-        return not self.diverged and all(self.rows(chunk).exact(self.geometry.tokens) for chunk in self.chunks)
+        exact = all(self.rows(chunk).exact(self.geometry.tokens) for chunk in self.chunks)
+        return not self.diverged and ranks.everywhere(exact)
 
     def advance_dense(self, block: int) -> None:
         """Take the dense stream through the block.

@@ -247,7 +247,7 @@ class _Refit:
     def _solve(
         self, index: int, block: nn.Module, layer: Layer, scale: Tensor | None, equations: NormalEquations
     ) -> None:
-        solution = equations.solve(self._ridges.get(layer.name, FIRST_RIDGE))
+        solution = equations.sum_up().solve(self._ridges.get(layer.name, FIRST_RIDGE))
         self.blocks[-1][layer.name] = solution.to_json()
         if solution.coefficients is None:
             return
