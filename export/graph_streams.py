@@ -22,7 +22,7 @@ from ..prune.device import same_gradients
 from ..prune.fisher import Directions, frozen
 from ..prune.tune.chunks import Chunks
 from ..prune.tune.weights import with_weights
-from .follow.demand import Demand, Sets, demand, sets_of
+from .follow.demand import Demand, Sets, sets_of
 from .graph_gates import GraphGates
 from .graph_layers import Rows, Step, shape_for
 from .graph_outputs import GraphOutputs
@@ -119,7 +119,7 @@ class GraphStreams(Chunks):
             if rows_of(self.gates, value) is None:
                 raise GraphError(f"the images of {value.name!r} are on no axis of it", "export it for one image")
         self.sets: list[Sets] = [sets_of(self.followed, plan) for plan in self.plans]
-        self.wanted: list[Demand] = [demand(self.followed, sets) for sets in self.sets]
+        self.wanted: list[Demand] = [Demand(self.followed, sets) for sets in self.sets]
         self.importance: dict[str, np.ndarray] = {}
         self.diverged = False
         self._counts: dict[int, int] = {}

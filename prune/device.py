@@ -21,6 +21,7 @@ from ..core.errors import UserError
 from ..core.progress import remark
 from ..core.specs import check_device
 from ..core.text import first_line, option
+from .ranks import launched
 
 #: What cuBLAS needs to give the same bits each time; it is read when cuBLAS is used for the first time.
 _CUBLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -61,8 +62,12 @@ def _automatic() -> torch.device:
 
 
 def _numbered(device: torch.device) -> torch.device:
-    """As tensors that lie there have it."""
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+    """As tensors that lie there have it. Processes that were started together have GPUs of their own, if there are."""
+    if device != torch.device("cuda"):
+        return device
+    together = launched()
+    number = together.local % torch.cuda.device_count() if together.size > 1 else torch.cuda.current_device()
+    return torch.device("cuda", number)
 
 
 def described(device: torch.device) -> str:

@@ -103,7 +103,7 @@ class World:
                     outputs = self.adapter.evaluate_plans(plans[some], images, len(indices))
                     dense = self.calibration.dense_outputs(self.adapter, indices[places]).expand_as(outputs)
                     for kind, measure in enumerate((distance, divergence)):
-                        found[kind, some, places] = measure(dense, outputs, self.geometry.output).numpy()
+                        found[kind][some, places] = measure(dense, outputs, self.geometry.output).numpy()
 
                 places = np.arange(len(indices))
                 parts = (places[start : start + self._chunk] for start in range(0, len(indices), self._chunk))
