@@ -58,7 +58,8 @@ def saved_beside(output: Path, spec: LearnSpec) -> SavedState:
     """
     from ..prune.saved import SavedState
 
-    return SavedState(output.with_name(f"{output.name}.state"), spec.resume)
+    # "." has no name of its own, and is refused as an output elsewhere.
+    return SavedState(output.parent / f"{output.name or 'run'}.state", spec.resume)
 
 
 def rule_of(plan: TokenPlan | ContentPlan) -> TokenRule | None:

@@ -135,7 +135,11 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
         check_free(output.resolve(), force=force)
         learn(options, open_inputs(options), saved_state)
         ranks.leave_to_first()
-    with finished_folder(output, force=force) as folder, scratch_beside(folder / "graphs", folder=True) as scratch:
+    with (
+        saved_state,
+        finished_folder(output, force=force) as folder,
+        scratch_beside(folder / "graphs", folder=True) as scratch,
+    ):
         inputs = open_inputs(options)
         learned = learn(options, inputs, saved_state)
         saved = save(inputs.loaded, learned, folder)
@@ -159,7 +163,6 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
         ]
         append_rows(folder / "results.jsonl", rows)
         write_run_report(folder, subject, saved, judged, rows)
-    saved_state.remove()
     files = {path.name: str(path) for path in sorted(output.iterdir()) if path.is_file()}
     failed = [item.path.name for item in judged.converted if item.failure is not None]
     return {"rows": rows, "files": files, "remarks": progress.current().remarks, "left_out": failed}

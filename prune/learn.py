@@ -129,18 +129,12 @@ def _stages_played(task: Task, saved: SavedState | None) -> State:
         identity = _identity(task)
         begun = _begun(saved, identity, loaded.adapter.model.state_dict()) if ranks.world().first else None
         state = ranks.from_first(begun) or state
-    try:
-        for stage in itertools.islice(stages_of(task), len(state.stages), None):
-            if state.stages and state.plan.is_identity:
-                break  # Nothing is dropped, so there is nothing to move or to make up for.
-            state = judge_and_keep(stage, state)
-            if saved is not None and ranks.world().first:
-                saved.save(state, identity)
-    except BaseException:
-        if saved is not None and saved.files():
-            on = option("resume", True)
-            progress.remark(f"what was learned so far is kept in {saved.folder}; to go on, run the same with {on}")
-        raise
+    for stage in itertools.islice(stages_of(task), len(state.stages), None):
+        if state.stages and state.plan.is_identity:
+            break  # Nothing is dropped, so there is nothing to move or to make up for.
+        state = judge_and_keep(stage, state)
+        if saved is not None and ranks.world().first:
+            saved.save(state, identity)
     return state
 
 

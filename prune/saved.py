@@ -23,9 +23,11 @@ from ..core.files import atomic_path
 from ..core.json_file import json_text, parse_json
 from ..core.metadata import PREFIX
 from ..core.plan import TokenPlan
+from ..core.progress import remark
 from ..core.text import first_line, option
 from .calibration import Judgement
 from .learned import Stage
+from .ranks import launched
 from .stages import State
 
 #: Version of the state, and under what name it stands in the metadata of its file.
@@ -37,6 +39,9 @@ STAGES, REARRANGEMENT = "stages.safetensors", "rearrange.pt"
 @dataclass(frozen=True)
 class SavedState:
     """Where a learning keeps its state, and whether it goes on from what is there.
+
+    As a context around the learning and what is made of it: the state is removed at its end, and kept if it does not
+    get there, which is said.
 
     Raises:
         UserError: ``folder`` is something else than such a state.
@@ -69,10 +74,17 @@ class SavedState:
         """Forget what an earlier learning left of a rearrangement, which would be taken for this one's."""
         self.rearrangement.unlink(missing_ok=True)
 
-    def remove(self) -> None:
-        """Once what was learned has been written elsewhere."""
-        if self.folder.is_dir():
+    def __enter__(self) -> SavedState:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not launched().first or not self.folder.is_dir():
+            return
+        if error is None:
             shutil.rmtree(self.folder)
+        elif self.files():
+            on = option("resume", True)
+            remark(f"what was learned so far is kept in {self.folder}; to go on, run the same with {on}")
 
     def save(self, state: State, identity: Mapping[str, Any]) -> None:
         """Replace what is there.
