@@ -52,7 +52,7 @@ def open_any(
         loaded = loaded_module(model, weights, pretrained, model_args, preprocessing, name, classes, device)
         return loaded, ModelSpec(loaded), None
     if name is not None or classes is not None:
-        raise UserError(f"{option('name')} and {option('classes')} go with a torch module", "leave them out")
+        raise UserError("'name' and 'classes' go with a torch module", "leave them out")
     scratch = None
     if onnx is not None and isinstance(model, onnx.ModelProto):
         scratch = temporary_folder()
