@@ -75,7 +75,9 @@ FORM = {form[0]: form for form in reversed(FORMS)}
 
 
 #: Kinds of which other tests ask for the usual form, of four blocks; two say as much of the others, and export sooner.
-DEEP = ("class token", "registers", "average pooling", "attention pooling", "layer scale", "qk-norm", "distilled")
+#: Of a pooling head that leaves out prefix tokens more than one block must be left in which they are read.
+DEEP = ("class token", "registers", "average pooling", "attention pooling", "layer scale", "qk-norm", "distilled",
+        "average pooling beside a class token", "average pooling before the norm")  # fmt: skip
 
 
 def exported_form(form: tuple[str, int, int]) -> "Exported":

@@ -22,7 +22,11 @@ EVERY = [
 ]
 #: Each model once, in turns with an open batch and a fixed one. Files of dynamo, which is slow, are of other tests.
 SAMPLE = [
-    *((f"timm {one.kind}", one.exporter, one.opset, one.dynamic, one.fused) for one in FAST),
+    *(
+        (f"timm {one.kind}", one.exporter, one.opset, one.dynamic, one.fused)
+        for one in FAST
+        if (one.opset, one.dynamic) in WAYS[one.exporter]
+    ),
     *(
         (name, "torchscript", 17, index % 2 == 0, True)
         if "torchscript" in ZOO[name].exporters
