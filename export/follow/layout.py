@@ -236,8 +236,9 @@ def unify(inputs: Sequence[Layout | None], shape: Sequence[int]) -> tuple[Layout
     for axis, size in enumerate(shape):
         found: list[tuple[Factor, int]] = []
         for number, layout in enumerate(inputs):
-            factors = () if layout is None else layout.axes[axis]
-            of_tokens = any(isinstance(factor, Part) for factor, _ in found)
+            if layout is None:
+                continue
+            factors, of_tokens = layout.axes[axis], any(isinstance(factor, Part) for factor, _ in found)
             if math.prod(map(size_of, factors)) == 1 != size or (of_tokens and not layout.groups_of(axis)):
                 continue
             if not of_tokens:
