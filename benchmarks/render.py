@@ -18,6 +18,7 @@ from pathlib import Path
 import dense_tables
 import family_tables
 import pages as written
+import scaling_tables
 import shifted_tables
 import tables
 
@@ -50,6 +51,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "search_forms": (tables.search_forms, ("search_forms",)),
     "shifted": (shifted_tables.shifted, ("shifted",)),
     "stage_costs": (tables.stage_costs, ("stage_costs",)),
+    "stage_scaling": (scaling_tables.stage_scaling, ("stage_scaling",)),
     "summary": (tables.summary, ("compare", "fold_order")),
     "vlm_accuracy": (tables.vlm_accuracy, ("vlm_accuracy",)),
     "vlm_prefill": (tables.vlm_prefill, ("vlm_prefill",)),
