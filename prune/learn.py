@@ -159,13 +159,14 @@ def _identity(task: Task) -> dict[str, Any]:
     """What the state of a learning goes with: as JSON gives it back."""
     loaded, spec = task.loaded, task.spec
     identity = {
+        # What a user may have typed comes first: another seed chooses other images, too.
+        **{name: getattr(spec, name) for name in SAME},
         "version": __version__,
         "model": loaded.name,
         "weights": loaded.sha256,
         "preprocessing": loaded.preprocessing.to_json(),
         "images": task.images.sha256,
         "cost": json_sha256(task.cost.to_json(TokenPlan.identity(loaded.name, loaded.adapter.geometry))),
-        **{name: getattr(spec, name) for name in SAME},
     }
     return parse_json(json_text(identity), "the identity")
 

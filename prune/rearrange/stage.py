@@ -163,7 +163,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
         return {**state, "identity": dict(state["identity"])}
     except Exception as error:
         raise UserError(
-            f"{path} is not a checkpoint of a rearrangement: {first_line(error, 120)}",
+            f"{path} is not a checkpoint of a rearrangement: {first_line(error, 120).partition('. ')[0]}",
             f"delete it, or leave out {option('resume')} to begin anew",
         ) from None
 
