@@ -434,21 +434,16 @@ def build_engine(onnx: Any, output: Path_, *, progress: Sink | None = None, **op
         return build(source, target, BuildOptions(**options))
 
 
-def _model_spec(
-    model: Any,
-    weights: Any,
-    pretrained: bool,
-    model_args: Any,
-    resample: bool,
-    preprocessing: Any,
-    device: str | None,
-) -> ModelSpec:
-    """What :func:`run` and :func:`compare` open themselves, or a model that is open already."""
+def _model_spec(model: Any, preprocessing: Any, **given: Any) -> ModelSpec:
+    """What :func:`run` and :func:`compare` open themselves, or a model that is open already.
+
+    Args:
+        given: Of :func:`open_model`.
+    """
     if model is None or isinstance(model, (str, os.PathLike)):
         what = None if model is None else os.fspath(model)
-        return model_spec(what, weights, pretrained, model_args, resample, fields_of(preprocessing), device)
-    given: dict[str, Any] = dict(weights=weights, pretrained=pretrained, model_args=model_args, resample=resample)
-    return ModelSpec(open_model(model, **given, preprocessing=preprocessing, device=device).loaded)
+        return model_spec(what, preprocessing=fields_of(preprocessing), **given)
+    return ModelSpec(open_model(model, preprocessing=preprocessing, **given).loaded)
 
 
 def run(
@@ -501,7 +496,8 @@ def run(
         from .report.results import Results
         from .report.tables.run import run_tables
 
-        spec = _model_spec(model, weights, pretrained, model_args, resample, preprocessing, device)
+        given = dict(weights=weights, pretrained=pretrained, model_args=model_args, resample=resample, device=device)
+        spec = _model_spec(model, preprocessing, **given)
         learn = replace(spec_of(learn, LearnSpec, "learn"), seed=seed, **({} if target is None else {"target": target}))
         chosen = data_of(data, eval_data, images, eval_images, seed, IMAGES)
         form, others = spec_of(export, ExportSpec, "export"), spec_of(precision, PrecisionSpec, "precision")
@@ -560,7 +556,8 @@ def compare(
         from .report.entries import entries_of
         from .report.tables.compare import comparison_table
 
-        spec = _model_spec(model, weights, pretrained, model_args, resample, preprocessing, device)
+        given = dict(weights=weights, pretrained=pretrained, model_args=model_args, resample=resample, device=device)
+        spec = _model_spec(model, preprocessing, **given)
         options = CompareOptions(
             spec,
             data_of(data, eval_data, images, eval_images, seed, COMPARE_IMAGES),

@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 
 from vpruner.cli.console import ConsoleSink, print_table
+from vpruner.cli.types import numbers
 from vpruner.core import progress
 from vpruner.core.choices import COMPARE_IMAGES, COMPARE_TARGETS
 from vpruner.core.errors import UserError
@@ -86,13 +87,6 @@ def one_table(found: dict[str, Sequence[dict]]) -> Table:
 def markdown(table: Table) -> str:
     ruled = ["---"] * table.words + ["---:"] * (len(table.header) - table.words)
     return "\n".join(f"| {' | '.join(row)} |" for row in (table.header, ruled, *table.rows)) + "\n"
-
-
-def numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
-    try:
-        return tuple(map(float, value.split(",")))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of numbers such as 0.65,0.5") from None
 
 
 @click.command(help=__doc__.partition("\n\n")[0])

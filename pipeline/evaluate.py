@@ -272,12 +272,12 @@ def _evaluate_torch(
 
     from ..core.finite import check_finite
     from ..core.statistics import collect_outputs, compare
-    from ..prune.batches import images_at_once, in_batches
-    from ..prune.device import computing, device_of
+    from ..prune.batches import images_at_once, outputs_of
+    from ..prune.device import computing
     from ..prune.tune.weights import with_weights
 
     loaded = open_torch(model)
-    adapter, device = loaded.adapter, device_of(loaded.adapter.model)
+    adapter = loaded.adapter
     rule = None if plan is None else rule_of(plan)
     tuned = False
     if plan is not None:
@@ -292,8 +292,7 @@ def _evaluate_torch(
 
     def dense(batch):
         with torch.inference_mode():
-            parts = in_batches(adapter.model, [batch], lambda part: adapter.model(part.to(device)).float().cpu())
-            return torch.cat(list(parts)).numpy()
+            return torch.cat(list(outputs_of(adapter.model, [batch]))).numpy()
 
     def pruned(batch):
         applied = adapter.applied(plan, "dead") if rule is None else rule.applied(adapter)

@@ -121,44 +121,29 @@ def write_graphs(
         UserError: The target does not take the graph, or a rule leaves the number of tokens to each image.
         ParityError: A graph does not compute what the model does.
     """
-    from ..prune.device import on_cpu
-
-    with on_cpu(reduced.loaded.adapter):  # Graphs are compared with PyTorch where onnxruntime runs them.
-        return _write_graphs(reduced, spec, folder, scratch, images, with_dense, plain_dense, tokens, name)
-
-
-def _write_graphs(
-    reduced: Reduced,
-    spec: ExportSpec,
-    folder: Path,
-    scratch: Path,
-    images: Tensor,
-    with_dense: bool,
-    plain_dense: Graph | None,
-    tokens: bool,
-    name: str,
-) -> Written:
     from ..export.graph import open_graph
+    from ..prune.device import on_cpu
 
     plain = plain_form(spec)
     done = _Writing()
     wanted = ["dense"] if with_dense or reduced.reduction is None else []
-    if reduced.rule is None or wanted:
-        place = folder if wanted and spec.deploy_for is None else scratch
-        if plain_dense is None:
-            plain_dense = place / "dense.onnx"
-            with progress.stage(f"Exporting {reduced.loaded.name}"):
-                write_dense(reduced.loaded, plain_dense, plain)
-        done.plain["dense"] = open_graph(plain_dense)
-    if reduced.plan is not None:
-        _fold(reduced, plain, folder if spec.deploy_for is None else scratch, scratch, done)
-        wanted.append("pruned")
-    _check(reduced, images, done)
-    if tokens:
-        _return_tokens(reduced, images, wanted[-1], scratch, done)
-    _finish(reduced, spec, folder, wanted, images, done)
-    if reduced.rule is not None:
-        _write_rule(reduced, spec, plain, folder / name, scratch, images, done)
+    with on_cpu(reduced.loaded.adapter):  # Graphs are compared with PyTorch where onnxruntime runs them.
+        if reduced.rule is None or wanted:
+            place = folder if wanted and spec.deploy_for is None else scratch
+            if plain_dense is None:
+                plain_dense = place / "dense.onnx"
+                with progress.stage(f"Exporting {reduced.loaded.name}"):
+                    write_dense(reduced.loaded, plain_dense, plain)
+            done.plain["dense"] = open_graph(plain_dense)
+        if reduced.plan is not None:
+            _fold(reduced, plain, folder if spec.deploy_for is None else scratch, scratch, done)
+            wanted.append("pruned")
+        _check(reduced, images, done)
+        if tokens:
+            _return_tokens(reduced, images, wanted[-1], scratch, done)
+        _finish(reduced, spec, folder, wanted, images, done)
+        if reduced.rule is not None:
+            _write_rule(reduced, spec, plain, folder / name, scratch, images, done)
     return Written(done.files, done.plain, tuple(done.checks), done.deployment)
 
 

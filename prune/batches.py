@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.environment import available_memory
 from ..core.geometry import Geometry
@@ -98,6 +98,18 @@ def in_batches(
                 continue
             # Out of the handler: the error holds the frames that hold the memory.
             _halve(model, size, backward)
+
+
+def outputs_of(
+    model: nn.Module, batches: Iterable[Tensor], run: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[Tensor]:
+    """float32 [image, ...] on the CPU, of each batch [image, channel, height, width], which may lie anywhere.
+
+    Args:
+        run: A form of ``model``; None: the model as it is.
+    """
+    device, form = device_of(model), model if run is None else run
+    return in_batches(model, batches, lambda images: form(images.to(device)).float().cpu())
 
 
 def _part(batch: Any, part: slice) -> Any:

@@ -20,10 +20,9 @@ from ..core.plan import TokenPlan
 from ..core.preprocess import Preprocessing
 from . import ranks
 from .backbones.adapter import Adapter
-from .batches import images_at_once, in_batches
+from .batches import images_at_once, outputs_of
 from .crops import RAM_BYTES, CropFile
 from .data import ImageSet
-from .device import device_of
 from .methods.rule import TokenRule
 
 #: Share of the calibration images that no stage fits to, and the most of them: 512 tell apart plans whose divergence
@@ -146,13 +145,12 @@ class Calibration:
         on_batch: Callable[[int], None] = lambda count: None,
     ) -> Tensor:
         """float32 [image, output] on the CPU: the model under ``plan`` (None: dense) on those images."""
-        device = device_of(adapter.model)
         plan = TokenPlan.identity(adapter.name, adapter.geometry) if plan is None else plan
         rows = []
         form = plan.applied(adapter) if isinstance(plan, TokenRule) else adapter.applied(plan, "dead")
         with form, torch.inference_mode():
             batches = (images for images, _ in self.batches(indices, images_at_once(adapter)))
-            for found in in_batches(adapter.model, batches, lambda part: adapter.model(part.to(device)).float().cpu()):
+            for found in outputs_of(adapter.model, batches):
                 rows.append(found)
                 on_batch(len(found))
         return torch.cat(rows).clone() if rows else torch.empty(0, 0)

@@ -100,10 +100,11 @@ def learn(
 
     progress.remark(images.remark("calibration"))
     task = Task(loaded, images, calibration, spec, cost, target, settings, saved and saved.rearrangement)
-    ranks.require_same(_identity(task))
+    identity = _identity(task)
+    ranks.require_same(identity)
     with computing(loaded.adapter.model):
         loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
-        state = _stages_played(task, saved)
+        state = _stages_played(task, saved, identity)
     if not len(calibration.held_out) and not state.plan.is_identity:
         left_out = "rearrangement and tuning" if spec.select == "static" else "rearrangement, tuning and selection"
         progress.remark(
@@ -121,12 +122,11 @@ def learn(
     return Learned(plan, state.weights, state.stages, content)
 
 
-def _stages_played(task: Task, saved: SavedState | None) -> State:
+def _stages_played(task: Task, saved: SavedState | None, identity: Mapping[str, Any]) -> State:
     """What the stages come to, begun anew or after the last one that was finished."""
-    loaded, identity = task.loaded, {}
+    loaded = task.loaded
     state = State(TokenPlan.identity(loaded.name, loaded.adapter.geometry))
     if saved is not None:
-        identity = _identity(task)
         begun = _begun(saved, identity, loaded.adapter.model.state_dict()) if ranks.world().first else None
         state = ranks.from_first(begun) or state
     for stage in itertools.islice(stages_of(task), len(state.stages), None):

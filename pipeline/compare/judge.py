@@ -73,11 +73,8 @@ class Judge:
     def _run(self, model: Callable[[Tensor], Tensor]):
         import torch
 
-        from ...prune.batches import images_at_once, in_batches
-        from ...prune.device import device_of
+        from ...prune.batches import images_at_once, outputs_of
 
-        device = device_of(self.adapter.model)
         batches = (images for images, _ in self.images.batches(self.images.fit, images_at_once(self.adapter)))
         with torch.inference_mode():
-            found = in_batches(self.adapter.model, batches, lambda part: model(part.to(device)).float().cpu())
-            return torch.cat(list(found)).numpy()
+            return torch.cat(list(outputs_of(self.adapter.model, batches, model))).numpy()
