@@ -50,7 +50,7 @@ KINDS = ("keys", "queries", "mlps")
 BATCH = 3
 #: Largest difference to the model or the masked graph, relative to the largest number of an output.
 TOLERANCE = 1e-4
-SECONDS = 120
+SECONDS = 300
 
 
 @dataclass(frozen=True)
