@@ -42,6 +42,8 @@ MODELS = {
     "vit_small_patch14_dinov2": {"img_size": 224},
     "vit_base_patch16_siglip_224": {},
 }
+#: The budgets of a comparison, and one below them.
+TARGETS = (*COMPARE_TARGETS, 0.35)
 #: Images of 50,000 that top-1 is measured on; all of them by default.
 VALIDATION = 50_000
 
@@ -93,7 +95,7 @@ def markdown(table: Table) -> str:
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--models", multiple=True, default=tuple(MODELS), show_default=True, help="timm name; may be repeated.")
 @click.option("--weights", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of weights.")
-@click.option("--targets", default=",".join(map(str, COMPARE_TARGETS)), show_default=True, callback=numbers)
+@click.option("--targets", default=",".join(map(str, TARGETS)), show_default=True, callback=numbers)
 @click.option("--methods", multiple=True, help="May be repeated  [default: all]")
 @click.option("--images", default=COMPARE_IMAGES, show_default=True, help="Calibration images.")
 @click.option("--eval-images", default=VALIDATION, show_default=True, help="Validation images.")
