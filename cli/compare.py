@@ -19,6 +19,7 @@ from .options import (
     eval_images_option,
     json_option,
     model_options,
+    onnx_runtime_option,
     preprocessing_options,
     quiet_option,
     reading_options,
@@ -105,6 +106,7 @@ from .types import Seconds, names, numbers
     type=click.IntRange(1),
     help="Batch size to time; may be repeated.",
 )
+@onnx_runtime_option
 @click.option(
     "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement."
 )
@@ -143,7 +145,7 @@ def compare(model, output, results, force, as_json, quiet, **options) -> None:
       vpruner compare --methods v-pruner,saint-frozen,tome --targets 0.65,0.5 -o runs/compare
       vpruner compare deit_small_patch16_224 --pretrained --data train/ --eval-data val/ --batch-size 1 --batch-size 8
     """
-    require_all(RUN_PACKAGES)
+    require_all((*RUN_PACKAGES, *(["openvino"] if options["timing"].runtime == "openvino" else [])))
     from ..pipeline.compare.compare import compare as compare_methods
     from ..pipeline.options import CompareOptions
 
