@@ -145,7 +145,7 @@ def compare(model, output, results, force, as_json, quiet, **options) -> None:
       vpruner compare --methods v-pruner,saint-frozen,tome --targets 0.65,0.5 -o runs/compare
       vpruner compare deit_small_patch16_224 --pretrained --data train/ --eval-data val/ --batch-size 1 --batch-size 8
     """
-    require_all((*RUN_PACKAGES, *(["openvino"] if options["timing"].runtime == "openvino" else [])))
+    require_all(RUN_PACKAGES)
     from ..pipeline.compare.compare import compare as compare_methods
     from ..pipeline.options import CompareOptions
 

@@ -138,4 +138,5 @@ def openvino_says(error: BaseException) -> str:
     text = re.sub(r"(?m)^Exception from \S+:\d+:$|\bCheck '.*' failed at \S+:\d+:", "", str(error))
     # "FrontEnd API failed with OpConversionFailure:\nModel wasn't fully converted.\nSummary:\n-- No conversion ..."
     text = text.rpartition("\nSummary:\n-- ")[2]
+    text = re.sub(r'"/\S*/([^/"]+)"', r"\1", text)  # Its own libraries.
     return " ".join(text.split())[:300].rstrip(".") or type(error).__name__

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..core import progress
 from ..core.choices import INT8_IMAGES, RUNTIMES
 from ..core.errors import UserError
-from ..core.extras import RUN_PACKAGES, require_all
+from ..core.extras import RUN_PACKAGES, RUNTIME_PACKAGES, require_all
 from ..core.files import scratch_beside
 from ..core.plan import Geometry, TokenPlan
 from ..core.rows import append_rows
@@ -131,7 +131,7 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
         ParityError: Two forms of the pruned model disagree.
     """
     require_all(
-        (*RUN_PACKAGES, *(["openvino"] if options.timing.runtime == "openvino" else []))
+        (*RUN_PACKAGES, *RUNTIME_PACKAGES[options.timing.runtime])
     )  # Missing extras are said now, not after ten minutes.
     check(options)
     saved_state = saved_beside(output, options.learn)

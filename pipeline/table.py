@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..core import progress
 from ..core.choices import OPSET
 from ..core.errors import UserError
-from ..core.extras import require_all
+from ..core.extras import RUNTIME_PACKAGES, require_all
 from ..core.files import scratch_beside
 from ..core.specs import ExportSpec, ModelSpec
 from ..core.text import option
@@ -20,9 +20,6 @@ from .inputs import open_torch, refuse_torch_options
 if TYPE_CHECKING:
     from ..core.latency_table import LatencyTable
     from ..runtime.table.graphs import Graphs
-
-
-_PACKAGES = {"ort": ("onnxruntime",), "openvino": ("openvino",), "trt": ("tensorrt", "polygraphy")}
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def make_table(output: Path, model: ModelSpec, export: ExportSpec, spec: TableSp
     Raises:
         UserError: The model or file cannot be used; nothing is written then.
     """
-    require_all(("onnx", "onnx_ir", *_PACKAGES[spec.runtime]))
+    require_all(("onnx", "onnx_ir", *RUNTIME_PACKAGES[spec.runtime]))
     if spec.engines:
         from ..runtime import cuda
 

@@ -19,7 +19,7 @@ from ..core.errors import UserError
 from ..core.external import check_data
 from ..core.extras import require
 from ..core.metadata import ModelMetadata
-from ..core.text import command, openvino_says, option
+from ..core.text import command, openvino_says
 from .onnx_file import OnnxFile, read_onnx
 from .session import Session, TensorSpec, check_threads
 
@@ -126,7 +126,7 @@ class OvSession(Session):
             known = ", ".join(name.lower() for name in core.available_devices)
             raise UserError(
                 f"OpenVINO has no device {self.device!r} here, only {known}: {openvino_says(error)}",
-                f"install its driver, or pass {option('device', 'cpu')}",
+                "install its driver, or run it on the cpu",
             ) from None
         if self._asked is None:
             return file.rest if file.rest.upper() in able else "fp32"

@@ -78,6 +78,8 @@ def profile_files(
             "an engine and an ONNX file are not compared: their times are taken by different clocks",
             f"build the other one too: {command('build', 'DENSE.onnx', output='DENSE.engine')}",
         )
+    if engines and precision is not None:
+        raise UserError(f"{option('precision')} is no option of engines", "they compute in what they were built for")
     name = {runtime_of(path, runtime) for path in paths.values()}.pop()
     how = dict(runtime=name, provider=provider, precision=precision)
     rows = []
@@ -103,9 +105,10 @@ def _profile_onnx(
     """``how`` is runtime, provider and precision."""
     cuda = how["runtime"] == "ort" and how["provider"].lower() in ("cuda", PROVIDERS["cuda"].lower())
     if cuda_graph and not cuda:
+        instead = f", or: {option('provider', 'cuda')}" if how["runtime"] == "ort" else ""
         raise UserError(
             f"{RUNTIMES[how['runtime']]}'s {how['provider']} has no CUDA graphs",
-            f"leave out {option('cuda_graph')}, or: {option('provider', 'cuda')}",
+            f"leave out {option('cuda_graph')}{instead}",
         )
     rows = profile_onnx(paths, batch=batch, threads=threads, seconds=seconds, **how)
     threads = rows[0]["threads"]
