@@ -184,8 +184,8 @@ class OnnxGraphs(_FoldedGraphs):
                 "opset": self.opset,
             }
             self.protocol: dict[str, Any] = {
-                "input": f"smooth random images, seed {seed}, the same for all",
                 **session.protocol,
+                "input": f"smooth random images, seed {seed}, the same for all",
             }
 
     @contextmanager

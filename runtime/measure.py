@@ -107,8 +107,8 @@ def time_sessions(
         batch=batch,
         seed=seed,
         settle=SETTLE_SECONDS,
-        protocol={"input": f"smooth random images, seed {seed}, the same for all"},
     )
+    same = {"input": f"smooth random images, seed {seed}, the same for all"}
     return [
         {
             "schema": ROW_SCHEMA,
@@ -123,7 +123,7 @@ def time_sessions(
             "batch": batch,
             "threads": session.threads,
             **comparison.row(label),
-            "protocol": {**comparison.protocol, **session.protocol},
+            "protocol": {**comparison.protocol, **session.protocol, **same},
             "environment": before,
         }
         for label, session in sessions.items()
