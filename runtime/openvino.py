@@ -245,13 +245,14 @@ class OvSession(Session):
     # -- layers -------------------------------------------------------------------------------------------------------
 
     def layer_times(self) -> list[tuple[str, float]]:
-        """[(layer, ms)] in the order of execution: the mean of all runs so far. Needs ``counters``.
+        """[(layer, ms)] of those that ran, in their order: the mean of all runs so far. Needs ``counters``.
 
         OpenVINO counts whole microseconds, and rounds the mean down.
         """
         with self._lock:
             self._check_open()
-            return [(one.node_name, 1e3 * one.real_time.total_seconds()) for one in self._request.profiling_info]
+            ran = (one for one in self._request.profiling_info if one.status.name == "EXECUTED")
+            return [(one.node_name, 1e3 * one.real_time.total_seconds()) for one in ran]
 
     def layer_nodes(self) -> dict[str, tuple[str, ...]]:
         """Layer -> names of the ONNX nodes that it computes; empty for what OpenVINO adds, such as a reordering."""

@@ -291,7 +291,10 @@ class _OvLayers:
     def times(self) -> tuple[list[tuple[str, float]], LayerInformation]:
         with self._session as session:
             runs, nodes = self._runs - _LAYER_TURN, session.layer_nodes()
-            times = [(name, max(0.0, ms * self._runs - self._warm[name]) / runs) for name, ms in session.layer_times()]
+            times = [
+                (name, max(0.0, ms * self._runs - self._warm.get(name, 0.0)) / runs)
+                for name, ms in session.layer_times()
+            ]
         return times, LayerInformation(tuple(Layer(name, nodes.get(name, ())) for name, _ in times))
 
 
