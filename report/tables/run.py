@@ -102,7 +102,7 @@ def _summary_title(results: Results) -> str:
     parts = [] if target is None else [f"{run.get('model')} at {target:g} of its {of}"]
     if counts := results.evaluated_on:
         parts.append(f"accuracy on {' and '.join(f'{n:,}' for n in counts[:-1])}{' and ' if counts[1:] else ''}"
-                     f"{counted(counts[-1], 'image')}{_ran_in(results.all('accuracy'))}")  # fmt: skip
+                     f"{counted(counts[-1], 'image')}{_ran_in(results.all('accuracy', label='pruned'))}")  # fmt: skip
     return "; ".join(parts)
 
 
