@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from openvino_kernels import ATTENTION, PRODUCTS, REST
+import math
+
 from tables import ratio, ratio_of
+
+#: What nodes do: products by how many tokens they compute, at most; and what else there is.
+PRODUCTS = {"one token": 1, "2 to 99 tokens": 99, "100 tokens or more": math.inf}
+ATTENTION, REST = "attention", "everything else"
 
 #: Form of a graph -> what the table calls it.
 FORMS = {
@@ -17,6 +22,8 @@ FORMS = {
 
 def openvino_kernels(rows: list[dict]) -> str:
     """The newest measurement of each model and budget. A share is of the time, or the MACs, of the dense graph."""
+    if not rows:
+        return "Not measured yet."
     newest: dict[tuple[str, float], dict[str, dict]] = {}
     for row in rows:
         newest.setdefault((row["model"], row["target"]), {})[row["label"]] = row

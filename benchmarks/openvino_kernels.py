@@ -30,6 +30,7 @@ import click
 import numpy as np
 import onnx_ir as ir
 from fold_order import KINDS, MODELS, STORED, chain, open_dense, openvino_runner, stretch
+from kernel_tables import ATTENTION, PRODUCTS, REST
 from rich.console import Console
 from rich.table import Table
 
@@ -46,9 +47,6 @@ from vpruner.export.graph import open_graph
 from vpruner.export.passes.edit import add_node, number_like
 
 RESULTS = Path("benchmarks/results/openvino_kernels.jsonl")
-#: Products by how many tokens they compute, at most; and what else there is.
-PRODUCTS = {"one token": 1, "2 to 99 tokens": 99, "100 tokens or more": math.inf}
-ATTENTION, REST = "attention", "everything else"
 #: Rounds in which counters are read; the median of each node counts.
 COUNTED = 60
 

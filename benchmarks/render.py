@@ -17,6 +17,7 @@ from pathlib import Path
 
 import dense_tables
 import family_tables
+import kernel_tables
 import pages as written
 import scaling_tables
 import shifted_tables
@@ -47,6 +48,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "image_waiting": (tables.image_waiting, ("data_loading",)),
     "latency_budget": (tables.latency_budget, ("latency_budget",)),
     "latency_ort": (tables.latency_ort, ("latency_ort",)),
+    "openvino_kernels": (kernel_tables.openvino_kernels, ("openvino_kernels",)),
     "precision": (tables.precision, ("precision",)),
     "runtimes": (tables.runtimes, ("runtimes",)),
     "search_forms": (tables.search_forms, ("search_forms",)),
@@ -58,7 +60,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "vlm_prefill": (tables.vlm_prefill, ("vlm_prefill",)),
 }
 #: Tables that say that nothing was measured yet.
-EXPECTED = ("gpu", "runtimes")
+EXPECTED = ("gpu", "openvino_kernels", "runtimes")
 MARKED = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 #: A link from the repository's root, as the tables write them.
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)]+)\)")
