@@ -332,7 +332,7 @@ def profile(
     *,
     against: Any = None,
     batches: int | Sequence[int] = (1,),
-    provider: str = "cpu",
+    provider: str | tuple[str, Mapping[str, Any]] = "cpu",
     threads: int | None = None,
     cuda_graph: bool | None = None,
     layers: bool = False,
@@ -364,8 +364,6 @@ def profile(
             check_baseline(path, paths["dense"])
         TimingSpec(threads, seconds)
         sizes = numbers_of(batches, "batches", int)
-        if not isinstance(provider, str):
-            raise UserError(f"{option('provider')} is {provider!r}", "expected a name, such as cpu or cuda")
         how: dict[str, Any] = dict(provider=provider, threads=threads, cuda_graph=cuda_graph, layers=layers)
         rows = measure(paths, batches=sizes, power=power, trust=trust, seconds=seconds, **how)
         return Measurements(rows, profile_tables(rows))

@@ -27,7 +27,7 @@ from ..core.choices import (
     TUNINGS,
 )
 from ..export.targets import TARGETS
-from .types import PerChannel, Seconds, evaluation_sets, key_values, precision_names
+from .types import PerChannel, Seconds, evaluation_sets, key_values, precision_names, provider_options
 
 
 def specs(**kinds: type) -> Callable:
@@ -284,15 +284,37 @@ export_options = stacked(
     click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open."),
     click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Batch size of the graph."),
 )
+
+
+def _gathered_provider(command: Callable) -> Callable:
+    """Hand the options of a provider on with its name, as the pair ``(name, options)``, where there are any."""
+
+    @functools.wraps(command)
+    def gathering(*arguments: Any, provider: str, provider_options: dict[str, str], **options: Any) -> Any:
+        return command(*arguments, provider=(provider, provider_options) if provider_options else provider, **options)
+
+    return gathering
+
+
 runtime_options = stacked(
     click.option(
         "--provider",
         default="cpu",
         show_default=True,
-        metavar="NAME",
-        help=f"onnxruntime provider: {', '.join(PROVIDERS)}, or the name that onnxruntime gives it.",
+        metavar="NAME[=LIBRARY]",
+        help=f"onnxruntime provider: {', '.join(PROVIDERS)}, or the name that onnxruntime gives it. LIBRARY brings one "
+        "that is not built in: a shared library, or the Python package that carries it.",
+    ),
+    click.option(
+        "--provider-option",
+        "provider_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=provider_options,
+        help="Option of the provider, as its documentation names it; may be repeated.",
     ),
     click.option("--threads", type=click.IntRange(1), help="Threads  [default: one per core]"),
+    _gathered_provider,
 )
 trust_option = click.option(
     "--trust",

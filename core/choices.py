@@ -51,6 +51,14 @@ PROVIDERS = {
     "openvino": "OpenVINOExecutionProvider",
     "coreml": "CoreMLExecutionProvider",
     "directml": "DmlExecutionProvider",
+    "trt-rtx": "NvTensorRTRTXExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
+}
+#: Those that come as a package of their own, which onnxruntime loads -> what to import for it.
+PLUGINS = {
+    "openvino": "onnxruntime_ep_openvino",
+    "trt-rtx": "onnxruntime_ep_nv_tensorrt_rtx",
+    "webgpu": "onnxruntime_ep_webgpu",
 }
 ENGINE_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 #: Name -> TensorRT's level of hardware compatibility.

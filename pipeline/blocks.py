@@ -9,7 +9,7 @@ them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ from ..export.passes.edit import add_constant
 from ..runtime import cuda
 from ..runtime.build import BuildOptions
 from ..runtime.onnx_file import read_onnx
-from ..runtime.ort import OrtSession, short_provider
+from ..runtime.ort import OrtSession
 from ..runtime.profile_trt import EngineRun
 from ..runtime.session import Session
 from ..runtime.table.graphs import Chain, Graphs
@@ -166,18 +166,18 @@ class OrtGraphs(_FoldedGraphs):
         *,
         threads: int,
         batch: int = 1,
-        provider: str = "cpu",
+        provider: str | tuple[str, Mapping[str, Any]] = "cpu",
         seed: int = 0,
     ):
         super().__init__(dense, folder, batch=batch, seed=seed)
         self.threads, self.provider = threads, provider
-        with OrtSession(self.dense, provider, threads, spinning=False) as session:
+        with OrtSession(self.dense, [provider], threads, spinning=False) as session:
             spec = session.inputs[0]
             self._feeds = session.check_feeds({spec.name: self._images(session)})
             precision = session.metadata.precision or {"float32": "fp32", "float16": "fp16"}.get(spec.dtype, spec.dtype)
             self.about: dict[str, Any] = {
                 "runtime": "onnxruntime",
-                "provider": short_provider(session.providers[0]),
+                "provider": session.provider,
                 "precision": precision,
                 "threads": threads,
                 "batch": batch,
@@ -193,7 +193,7 @@ class OrtGraphs(_FoldedGraphs):
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[Callable[[], object]]:
-        with OrtSession(path, self.provider, self.threads, spinning=False) as session:
+        with OrtSession(path, [self.provider], self.threads, spinning=False) as session:
             self._remove(path)
             feeds = self._feeds
             yield lambda: session._run(feeds)

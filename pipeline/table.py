@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core import progress
 from ..core.choices import OPSET
@@ -29,13 +30,13 @@ class TableSpec:
     Attributes:
         runtime: ``"ort"``, or ``"trt"`` for TensorRT engines; then ``precision`` and ``step`` are as in
             :class:`~vpruner.pipeline.blocks.TrtGraphs`, by default fp16 and 8.
-        provider: Of onnxruntime.
+        provider: Of onnxruntime, as :class:`~vpruner.runtime.ort.OrtSession` takes one.
         threads: Of onnxruntime; None: every core that this process may use.
         seconds: Time to measure for, about; with TensorRT building counts too.
     """
 
     runtime: str = "ort"
-    provider: str = "cpu"
+    provider: str | tuple[str, Mapping[str, Any]] = "cpu"
     threads: int | None = None
     seconds: float = 60.0
     precision: str | None = None

@@ -112,13 +112,11 @@ _PRECISION = {"float32": "fp32", "float16": "fp16", "float64": "fp64"}
 
 def _about(session: Any) -> dict[str, Any]:
     """What a row says of the file and of what runs it."""
-    from .ort import short_provider
-
     return {
         "model": session.metadata.model,
         "plan": session.metadata.plan,
         "runtime": "onnxruntime",
-        "provider": short_provider(session.providers[0]),
+        "provider": session.provider,
         "precision": session.metadata.precision or _PRECISION[session.inputs[0].dtype],
     }
 

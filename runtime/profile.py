@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.choices import PROVIDERS
 from ..core.environment import usable_cores
 from ..core.errors import UserError
 from ..core.external import check_data
@@ -19,9 +20,10 @@ from ..core.text import command, option
 from ..core.timing import SETTLE_SECONDS, measure, random_images
 from .layers import block_map, blocks_row, fold_layers, parse_ort_profile
 from .measure import common_image_shape, profile_onnx
-from .ort import PROVIDERS, OrtSession, short_provider
+from .ort import OrtSession
 from .power import Source
 from .profile_trt import prepare_times, profile_engines, steady_power
+from .providers import short_name
 from .session import ENGINE_SUFFIXES
 
 #: Runs of each file under onnxruntime's profiler, a turn at a time; the first turn warms up and does not count.
@@ -39,7 +41,7 @@ def profile_files(
     paths: Mapping[str, str | PathLike],
     *,
     batches: Sequence[int] = (1,),
-    provider: str = "cpu",
+    provider: str | tuple[str, Mapping[str, Any]] = "cpu",
     threads: int | None = None,
     cuda_graph: bool | None = None,
     trust: bool = False,
@@ -52,7 +54,7 @@ def profile_files(
     Args:
         paths: ONNX files, or engines, by label; the first is the baseline.
         batches: Images per run.
-        provider, threads: Of onnxruntime.
+        provider, threads: Of onnxruntime, one of the providers that :class:`~vpruner.runtime.ort.OrtSession` takes.
         cuda_graph: Of engines, see :func:`~vpruner.runtime.profile_trt.profile_engines`; of ONNX files on the CUDA
             provider whether to measure with a graph too.
         trust: Of engines.
@@ -85,17 +87,18 @@ def profile_files(
 def _profile_ort(
     paths: Mapping[str, str | PathLike],
     batch: int,
-    provider: str,
+    provider: str | tuple[str, Mapping[str, Any]],
     threads: int | None,
     cuda_graph: bool | None,
     layers: bool,
     power: Source | None,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    cuda = provider.lower() == "cuda" or provider == PROVIDERS["cuda"]
+    name = short_name(provider)
+    cuda = name == "cuda"
     if cuda_graph and not cuda:
         raise UserError(
-            f"onnxruntime's {provider} has no CUDA graphs",
+            f"onnxruntime's {name} has no CUDA graphs",
             f"leave out {option('cuda_graph')}, or: {option('provider', 'cuda')}",
         )
     rows = profile_onnx(paths, batch=batch, threads=threads, providers=[provider], seconds=seconds)
@@ -188,7 +191,7 @@ def ort_blocks(
     paths: Mapping[str, str | PathLike],
     *,
     batch: int = 1,
-    provider: str = "cpu",
+    provider: str | tuple[str, Mapping[str, Any]] = "cpu",
     threads: int | None = None,
     whole_ms: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
@@ -206,9 +209,9 @@ def ort_blocks(
         UserError: The provider is another: onnxruntime's profiler sees there when a kernel is launched, not how long it
             runs.
     """
-    if short_provider(provider).lower() != "cpu":
+    if (name := short_name(provider)) != "cpu":
         raise UserError(
-            f"onnxruntime does not tell how long single nodes take on {provider}",
+            f"onnxruntime does not tell how long single nodes take on {name}",
             f"leave out {option('layers')}, or measure an engine: {command('build')}, then "
             f"{command('profile', 'MODEL.engine', layers=True)}",
         )
