@@ -61,6 +61,8 @@ PLUGINS = {
     "webgpu": "onnxruntime_ep_webgpu",
 }
 ENGINE_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+#: Target of a file that is measured with ``trtexec`` -> releases of TensorRT that read it.
+BUNDLE_TARGETS = {"trt8.5": ("8", "10", "11"), "trt10": ("10", "11"), "trt11": ("11",)}
 #: Name -> TensorRT's level of hardware compatibility.
 HARDWARE_COMPATIBILITY = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
 
