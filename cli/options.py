@@ -20,12 +20,15 @@ from ..core.choices import (
     INTERPOLATIONS,
     IO,
     LOSSES,
+    ONNX_RUNTIMES,
     PROVIDERS,
     REARRANGEMENTS,
+    RUNTIMES,
     SELECTIONS,
     TARGET,
     TUNINGS,
 )
+from ..core.errors import UserError
 from ..export.targets import TARGETS
 from .types import PerChannel, Seconds, evaluation_sets, key_values, precision_names, provider_options
 
@@ -284,6 +287,21 @@ export_options = stacked(
     click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open."),
     click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Batch size of the graph."),
 )
+runtime_option = click.option(
+    "--runtime",
+    default="auto",
+    show_default=True,
+    type=click.Choice(("auto", *RUNTIMES)),
+    help="What runs the file: onnxruntime, OpenVINO or TensorRT. auto takes onnxruntime for an ONNX file, TensorRT for "
+    "an engine.",
+)
+onnx_runtime_option = click.option(
+    "--runtime",
+    default="ort",
+    show_default=True,
+    type=click.Choice(ONNX_RUNTIMES),
+    help="What runs ONNX files: onnxruntime or OpenVINO.",
+)
 
 
 def _gathered_provider(command: Callable) -> Callable:
@@ -291,6 +309,8 @@ def _gathered_provider(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def gathering(*arguments: Any, provider: str, provider_options: dict[str, str], **options: Any) -> Any:
+        if provider_options and options.get("runtime") not in (None, "auto", "ort"):
+            raise UserError(f"--provider-option goes with onnxruntime, not with --runtime {options['runtime']}")
         return command(*arguments, provider=(provider, provider_options) if provider_options else provider, **options)
 
     return gathering
@@ -303,7 +323,8 @@ runtime_options = stacked(
         show_default=True,
         metavar="NAME[=LIBRARY]",
         help=f"onnxruntime provider: {', '.join(PROVIDERS)}, or the name that onnxruntime gives it. LIBRARY brings one "
-        "that is not built in: a shared library, or the Python package that carries it.",
+        "that is not built in: a shared library, or the Python package that carries it. With --runtime openvino: the "
+        "device, cpu, gpu or npu.",
     ),
     click.option(
         "--provider-option",
@@ -311,7 +332,7 @@ runtime_options = stacked(
         multiple=True,
         metavar="KEY=VALUE",
         callback=provider_options,
-        help="Option of the provider, as its documentation names it; may be repeated.",
+        help="Option of the onnxruntime provider, as its documentation names it; may be repeated.",
     ),
     click.option("--threads", type=click.IntRange(1), help="Threads  [default: one per core]"),
     _gathered_provider,

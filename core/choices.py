@@ -43,6 +43,13 @@ DEFAULT_CALIBRATION = "minmax"
 
 #: ONNX opset of plain graphs.
 OPSET = 20
+#: What runs a file: the name that an option takes -> what rows, tables and pages call it. ``"auto"`` goes by the file:
+#: an engine is TensorRT's, an ONNX file onnxruntime's.
+RUNTIMES = {"ort": "onnxruntime", "openvino": "openvino", "trt": "tensorrt"}
+#: What rows call it where a model runs in PyTorch.
+PYTORCH = "pytorch"
+#: Those that run ONNX files as they are.
+ONNX_RUNTIMES = ("ort", "openvino")
 #: Short name -> onnxruntime's execution provider.
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -60,6 +67,8 @@ PLUGINS = {
     "trt-rtx": "onnxruntime_ep_nv_tensorrt_rtx",
     "webgpu": "onnxruntime_ep_webgpu",
 }
+#: What OpenVINO computes in -> its own name of it.
+OV_PRECISIONS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 ENGINE_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 #: Target of a file that is measured with ``trtexec`` -> releases of TensorRT that read it.
 BUNDLE_TARGETS = {"trt8.5": ("8", "10", "11"), "trt10": ("10", "11"), "trt11": ("11",)}

@@ -227,7 +227,7 @@ def test_openvino_computes_the_same(make_onnx):
         (expected,), (found,) = cpu.run(feeds).values(), session.run(feeds).values()
         assert session.providers[0] == "OpenVINOExecutionProvider"
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
-    (row,) = profile_onnx({"it": file}, providers=asked, threads=1, rounds=2, seconds=None)
+    (row,) = profile_onnx({"it": file}, provider=asked, threads=1, rounds=2, seconds=None)
     assert row["provider"] == "openvino"
 
 
