@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import onnx
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from vpruner.cli.hints import as_typed
 from vpruner.core.errors import UserError
 from vpruner.core.text import as_python
+from vpruner.export.check import check
 from vpruner.export.targets import TARGETS, find_target
 from vpruner.export.targets.rules import SEVERITIES, Bound, Rule, Target
 from vpruner.export.targets.tensorrt import REDUCTIONS
@@ -145,11 +147,30 @@ print(len(TARGETS))
     assert done.stdout == "8\n", done.stderr
 
 
-def test_the_parser_of_tensorrt_rtx_knows_what_the_table_does_not_name():
-    rtx = pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx, and no GPU")
-    logger = rtx.Logger(rtx.Logger.INTERNAL_ERROR)
-    builder = rtx.Builder(logger)
-    network = builder.create_network(0)
-    parser = rtx.OnnxParser(network, logger)
+@pytest.fixture
+def rtx():
+    """A function that gives a network, its parser and their builder; TensorRT-RTX needs no GPU for that."""
+    package = pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx, and no GPU")
+    logger = package.Logger(package.Logger.INTERNAL_ERROR)
+    builder = package.Builder(logger)
+
+    def make():
+        network = builder.create_network(0)
+        return network, package.OnnxParser(network, logger), builder
+
+    return make
+
+
+def test_the_parser_of_tensorrt_rtx_knows_what_the_table_does_not_name(rtx):
+    _network, parser, _builder = rtx()
     known = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain}
     assert {name for name in known if not parser.supports_operator(name)} == set(NOT_IN_RTX.split())
+
+
+@pytest.mark.parametrize("name", ["static/pruned.onnx", "content/pruned.onnx"])
+def test_tensorrt_rtx_builds_what_has_no_errors_for_it(rtx, name):
+    path = Path(__file__).parents[1] / "recorded" / name
+    assert not [finding for finding in check(path, "trt-rtx") if finding.severity == "error"]
+    network, parser, builder = rtx()
+    assert parser.parse(path.read_bytes())
+    assert builder.build_serialized_network(network, builder.create_builder_config()) is not None
