@@ -314,7 +314,10 @@ def _plugin_options(provider: Provider, threads: int | None) -> dict[str, str]:
     options = dict(provider.options)
     openvino = provider.full.partition(".")[0] == PROVIDERS["openvino"] and _kind(provider.device) == "cpu"
     if openvino and "load_config" not in options:
-        config = {"INFERENCE_PRECISION_HINT": "f32", **({} if threads is None else {"INFERENCE_NUM_THREADS": threads})}
+        # As a session of OpenVINO itself has it.
+        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None:
+            config.update(INFERENCE_NUM_THREADS=threads, ENABLE_CPU_PINNING=False)
         chooser = provider.full.partition(".")[2]  # "AUTO", which hands its devices' options on.
         options["load_config"] = json_text(
             {chooser: {"DEVICE_PROPERTIES": {"CPU": config}}} if chooser else {"CPU": config}

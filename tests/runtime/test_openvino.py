@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -203,12 +205,13 @@ def test_every_failure_is_one_line(make_onnx, pixels, tmp_path, capfd):
     for path, says in (
         (broken, "is not an ONNX model, or is truncated"),
         (tmp_path / "nothing.onnx", "no such file"),
-        (missing, "OpenVINO cannot open it: No conversion rule found for operations: Det-20; see what is wrong with "
-         f'it, with: vpruner.export.check.check("{missing}", target="openvino")'),
+        (missing, f'see what is wrong with it, with: vpruner.export.check.check("{missing}", target="openvino")'),
     ):  # fmt: skip
         with pytest.raises(UserError) as error:
             OvSession(path)
         assert says in str(error.value) and "\n" not in str(error.value)
+        # "No conversion rule found for" or "OpenVINO does not support", by its release.
+        assert path != missing or re.search(r"OpenVINO cannot open it: [\w ]+ operations: Det", str(error.value))
     with OvSession(make_onnx()) as session:
         with pytest.raises(UserError, match=r"image has shape \[1, 3, 8, 7\], expected image float32 \[1, 3, 8, 6\]"):
             session.run(feeds_of(np.zeros((1, 3, 8, 7))))
@@ -282,8 +285,6 @@ ov = require("openvino")
 assert ov.Core().available_devices and callable(ov.convert_model)
 print(sorted(name for name in sys.modules if name.startswith("openvino_telemetry")))
 """
-    import os
-
     clean = {name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL")}
     done = subprocess.run(
         [sys.executable, "-c", code], env={**clean, "HOME": str(tmp_path)}, capture_output=True, text=True, timeout=120,

@@ -131,7 +131,8 @@ def test_a_package_is_registered_once_and_its_device_used(ort, make_onnx, tmp_pa
     # It computes in float32 and on as many threads as were asked for, of which onnxruntime tells it neither.
     (names, options), config = ort.used[-1], json.loads(ort.used[-1][1]["load_config"])
     assert names == ["OpenVINOExecutionProvider"] and list(options) == ["load_config"]
-    assert config == {"CPU": {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}}
+    threads = {"INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": False}
+    assert config == {"CPU": {"INFERENCE_PRECISION_HINT": "f32", **threads}}
     # The same again, alone, by another name, by its library, and with options of the caller's own.
     for again in (
         "openvino=ep_openvino",
