@@ -335,7 +335,7 @@ def profile(
     against: Any = None,
     batches: int | Sequence[int] = (1,),
     runtime: str = "auto",
-    provider: str = "cpu",
+    provider: str | tuple[str, Mapping[str, Any]] = "cpu",
     threads: int | None = None,
     precision: str | None = None,
     cuda_graph: bool | None = None,
@@ -369,8 +369,6 @@ def profile(
             check_baseline(path, paths["dense"])
         TimingSpec(threads, seconds)
         sizes = numbers_of(batches, "batches", int)
-        if not isinstance(provider, str):
-            raise UserError(f"{option('provider')} is {provider!r}", "expected a name, such as cpu or cuda")
         how: dict[str, Any] = dict(runtime=runtime, provider=provider, threads=threads, precision=precision)
         how.update(cuda_graph=cuda_graph, layers=layers, trust=trust, seconds=seconds)
         rows = measure(paths, batches=sizes, power=power, **how)

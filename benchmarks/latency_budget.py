@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from vpruner.core import bundled
+from vpruner.core.choices import RUNTIMES
 from vpruner.core.cost import LatencyCost, MacsCost, cost_ratio
 from vpruner.core.environment import environment
 from vpruner.core.latency_table import LatencyTable
@@ -44,12 +45,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--episodes", type=int, default=0, help="of PPO, for both plans; 0: the search alone")
     parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--provider", help="as the table was measured with, if its library has to be named")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/latency_budget.jsonl"))
     args = parser.parse_args()
 
     loaded = open_model(args.model)
     geometry = loaded.adapter.geometry
     table = LatencyTable.load(args.table)
+    args.runtime = next(short for short, name in RUNTIMES.items() if name == table.runtime)
     source, eval_source = ImageSource(args.data, split="train"), ImageSource(args.eval_data)
     label_map, eval_map = (map_labels(s, loaded.classes, geometry.outputs, []) for s in (source, eval_source))
     evaluation = ImageSet(eval_source, choose_indices(eval_source, args.eval_images, 0), eval_map)
@@ -80,7 +83,8 @@ def main() -> None:
             for label, plan in plans.items():
                 paths[label] = Path(folder) / f"{label.replace(' ', '_')}.onnx"
                 fold_file(paths["dense"], plan, paths[label])
-            latency = profile_onnx(paths, batch=table.batch, threads=table.threads, seconds=args.seconds)
+            how = dict(runtime=args.runtime, provider=args.provider or table.provider)
+            latency = profile_onnx(paths, batch=table.batch, threads=table.threads, seconds=args.seconds, **how)
             with open_graphs(paths) as sessions:
                 estimates, _ = evaluate_graphs(sessions, evaluation, geometry)
         for label, plan in plans.items():
@@ -92,6 +96,8 @@ def main() -> None:
                 "target": target,
                 "seed": args.seed,
                 "episodes": args.episodes,
+                "runtime": table.runtime,
+                "provider": table.provider,
                 "macs_ratio": round(cost_ratio(plan), 6),
                 "predicted_ratio": round(table.predict_plan(plan) / table.dense_ms, 6),
                 **{name: measured[name] for name in ("ratio", "ratio_low", "ratio_high", "p50_ms")},

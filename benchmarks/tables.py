@@ -410,21 +410,24 @@ def graph_gradients(rows: list[dict]) -> str:
 
 def latency_budget(rows: list[dict]) -> str:
     """At equal predicted time: the plan searched by milliseconds, and the one searched by multiply-adds."""
-    found: dict[tuple[float, str], dict[str, dict]] = {}
+    found: dict[tuple[str, float, str], dict[str, dict]] = {}
     for row in rows:
-        found.setdefault((row["target"], row["searched"]), {})[row["metric"]] = row
+        runtime = row.get("runtime", "onnxruntime")
+        found.setdefault((runtime, row["target"], row["searched"]), {})[row["metric"]] = row
+    columns = f"MACs / dense | time, predicted | time, measured | {METRICS['top1_difference']} | KL"
     lines = [
-        f"| target | searched | MACs / dense | time, predicted | time, measured | {METRICS['top1_difference']} | KL |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| runtime | target | searched | {columns} |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for (target, searched), metrics in found.items():
+    for (runtime, target, searched), metrics in found.items():
         row = metrics["kl"]
         lines.append(
-            f"| {target:g} | {searched} | {ratio(row['macs_ratio'])} | {ratio(row['predicted_ratio'])} | "
+            f"| {runtime} | {target:g} | {searched} | {ratio(row['macs_ratio'])} | {ratio(row['predicted_ratio'])} | "
             f"{ratio_of(row)} | {estimate(metrics['top1_difference'])} | {estimate(row)} |"
         )
     some = rows[-1]
-    environment = f"{some['environment']['cpu']}, onnxruntime {some['environment']['packages']['onnxruntime']}"
+    versions = [f"{name} {some['environment']['packages'][name]}" for name in dict.fromkeys(key[0] for key in found)]
+    environment = ", ".join([some["environment"]["cpu"], *versions])
     setting = f"batch {some['batch']}, {some['threads']} thread(s)"
     about = f"{some['model']}, {some['count']:,} evaluation images, {setting}; {environment}."
     return "\n".join([*lines, "", about])

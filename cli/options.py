@@ -28,8 +28,9 @@ from ..core.choices import (
     TARGET,
     TUNINGS,
 )
+from ..core.errors import UserError
 from ..export.targets import TARGETS
-from .types import PerChannel, Seconds, evaluation_sets, key_values, precision_names
+from .types import PerChannel, Seconds, evaluation_sets, key_values, precision_names, provider_options
 
 
 def specs(**kinds: type) -> Callable:
@@ -301,16 +302,40 @@ onnx_runtime_option = click.option(
     type=click.Choice(ONNX_RUNTIMES),
     help="What runs ONNX files: onnxruntime or OpenVINO.",
 )
+
+
+def _gathered_provider(command: Callable) -> Callable:
+    """Hand the options of a provider on with its name, as the pair ``(name, options)``, where there are any."""
+
+    @functools.wraps(command)
+    def gathering(*arguments: Any, provider: str, provider_options: dict[str, str], **options: Any) -> Any:
+        if provider_options and options.get("runtime") not in (None, "auto", "ort"):
+            raise UserError(f"--provider-option goes with onnxruntime, not with --runtime {options['runtime']}")
+        return command(*arguments, provider=(provider, provider_options) if provider_options else provider, **options)
+
+    return gathering
+
+
 runtime_options = stacked(
     click.option(
         "--provider",
         default="cpu",
         show_default=True,
-        metavar="NAME",
-        help=f"onnxruntime provider: {', '.join(PROVIDERS)}, or the name that onnxruntime gives it. With --runtime "
-        "openvino: the device, cpu, gpu or npu.",
+        metavar="NAME[=LIBRARY]",
+        help=f"onnxruntime provider: {', '.join(PROVIDERS)}, or the name that onnxruntime gives it. LIBRARY brings one "
+        "that is not built in: a shared library, or the Python package that carries it. With --runtime openvino: the "
+        "device, cpu, gpu or npu.",
+    ),
+    click.option(
+        "--provider-option",
+        "provider_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=provider_options,
+        help="Option of the onnxruntime provider, as its documentation names it; may be repeated.",
     ),
     click.option("--threads", type=click.IntRange(1), help="Threads  [default: one per core]"),
+    _gathered_provider,
 )
 trust_option = click.option(
     "--trust",

@@ -61,7 +61,8 @@ def profile(
     model, against, batches, power, results, as_json, quiet, print_trtexec, precision, from_trtexec, **options
 ) -> None:
     """MODEL and the baseline are measured in turns. Of an engine, vpruner also measures the GPU time, the time with
-    copies and the throughput, with a CUDA graph and without.
+    copies and the throughput, with a CUDA graph and without. Of a folder that vpruner bundle wrote, the results of the
+    device are read.
 
     \b
     Example:
@@ -90,6 +91,12 @@ def profile(
         if len(batches) > 1:
             raise UserError("--from-trtexec takes one --batch-size", "read the files of each batch size by themselves")
         rows = rows_from_trtexec(model, files, batch=batches[0])
+    elif model.is_dir():
+        if against:
+            raise UserError(f"{model} is a folder, --against goes with a file", "a bundle holds its baseline")
+        from ..pipeline.bundle import rows_from_bundle
+
+        rows = rows_from_bundle(model)
     else:
         if against:
             check_baseline(model, against)

@@ -70,6 +70,15 @@ def key_values(ctx: click.Context, parameter: click.Parameter, values: tuple[str
     return result
 
 
+def provider_options(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """``("device_id=1",)`` -> {"device_id": "1"}: providers take text."""
+    pairs = [value.partition("=") for value in values]
+    for value, (key, equals, _) in zip(values, pairs, strict=True):
+        if not (key and equals):
+            raise click.BadParameter(f"{value!r} is not key=value, as in --provider-option device_id=1")
+    return {key: text for key, _, text in pairs}
+
+
 def evaluation_sets(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[EvalSet, ...]:
     """``("clean=val/", "noise=noise.tar")`` -> the sets ``clean`` and ``noise``; ``("val/",)`` -> one without a name.
 

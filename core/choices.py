@@ -58,10 +58,20 @@ PROVIDERS = {
     "openvino": "OpenVINOExecutionProvider",
     "coreml": "CoreMLExecutionProvider",
     "directml": "DmlExecutionProvider",
+    "trt-rtx": "NvTensorRTRTXExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
+}
+#: Those that come as a package of their own, which onnxruntime loads -> what to import for it.
+PLUGINS = {
+    "openvino": "onnxruntime_ep_openvino",
+    "trt-rtx": "onnxruntime_ep_nv_tensorrt_rtx",
+    "webgpu": "onnxruntime_ep_webgpu",
 }
 #: What OpenVINO computes in -> its own name of it.
 OV_PRECISIONS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 ENGINE_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+#: Target of a file that is measured with ``trtexec`` -> releases of TensorRT that read it.
+BUNDLE_TARGETS = {"trt8.5": ("8", "10", "11"), "trt10": ("10", "11"), "trt11": ("11",)}
 #: Name -> TensorRT's level of hardware compatibility.
 HARDWARE_COMPATIBILITY = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from .. import __version__
 from . import progress
-from .environment import environment
+from .choices import PLUGINS
+from .environment import PACKAGES, environment
 from .errors import PlanError, UserError
 from .geometry import Geometry
 from .json_file import json_sha256, read_json, write_json
@@ -247,7 +248,11 @@ class LatencyTable:
             threads, batch, model, runtime: What the table is used for; None where that does not matter.
         """
         here = environment()
-        packages = ("onnxruntime", "onnxruntime-gpu") if self.runtime == "onnxruntime" else (self.runtime,)
+        packages = [self.runtime]
+        if self.runtime == "onnxruntime":
+            # What its provider comes with, of which there may be a package for each CUDA.
+            plugin = PLUGINS.get(self.provider.partition(":")[0], "onnxruntime-gpu").replace("_", "-")
+            packages += [name for name in PACKAGES if name.startswith(plugin)]
         versions, found = (
             {name: _packages_of(value).get(name) for name in packages} for value in (self.environment, here)
         )

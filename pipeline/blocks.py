@@ -9,7 +9,7 @@ them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,7 +167,7 @@ class OnnxGraphs(_FoldedGraphs):
         threads: int,
         batch: int = 1,
         runtime: str = "ort",
-        provider: str = "cpu",
+        provider: str | tuple[str, Mapping[str, Any]] = "cpu",
         precision: str | None = None,
         seed: int = 0,
     ):

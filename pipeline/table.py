@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core import progress
 from ..core.choices import OPSET
@@ -36,7 +37,7 @@ class TableSpec:
     """
 
     runtime: str = "ort"
-    provider: str = "cpu"
+    provider: str | tuple[str, Mapping[str, Any]] = "cpu"
     threads: int | None = None
     seconds: float = 60.0
     precision: str | None = None

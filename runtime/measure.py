@@ -26,7 +26,7 @@ def profile_onnx(
     *,
     batch: int = 1,
     runtime: str = "ort",
-    provider: str = "cpu",
+    provider: str | tuple[str, Mapping[str, Any]] = "cpu",
     threads: int | None = None,
     precision: str | None = None,
     spinning: bool | str = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def runtime_of(path: str | PathLike, runtime: str = "auto") -> str:
 def open_timed(
     path: str | PathLike,
     runtime: str = "auto",
-    provider: str = "cpu",
+    provider: str | tuple[str, Mapping[str, Any]] = "cpu",
     threads: int | None = None,
     *,
     precision: str | None = None,

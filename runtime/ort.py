@@ -7,11 +7,9 @@ with vpruner.runtime.ort.OrtSession("pruned.onnx") as session:
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from os import PathLike
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,16 +21,19 @@ from ..core.extras import require
 from ..core.metadata import ModelMetadata
 from ..core.text import command, onnxruntime_says, option
 from .opening import open
+from .providers import (
+    add_plugins,
+    found_providers,
+    missing_libraries,
+    provider_name,
+    refuse_unused,
+    short_provider,
+    wanted_providers,
+)
 from .session import Prediction, Score, Session, TensorSpec, check_threads
 
 __all__ = ["OrtSession", "Prediction", "Score", "open", "provider_name", "short_provider"]
 
-#: What brings a provider that is missing.
-_INSTALL = {
-    "cpu": "pip install 'vpruner[cpu]'",
-    "cuda": "pip uninstall onnxruntime && pip install 'vpruner[gpu]', on a machine with an NVIDIA GPU",
-    "tensorrt": "pip uninstall onnxruntime && pip install 'vpruner[gpu]' and the TensorRT that it was built for",
-}
 #: Providers that run on an NVIDIA GPU, and their option for CUDA graphs.
 _CUDA_GRAPH = {PROVIDERS["cuda"]: "enable_cuda_graph", PROVIDERS["tensorrt"]: "trt_cuda_graph_enable"}
 _DTYPES = {
@@ -58,7 +59,10 @@ class OrtSession(Session):
         path: The ONNX file; weights in external files are found beside it.
         providers: Where to run, most wanted first: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, onnxruntime's own names, or
             ``(name, options)`` pairs; one name or a list. None is the CPU. The CPU is always added at the end, for the
-            nodes that a GPU provider does not take.
+            nodes that a GPU provider does not take. ``"NAME=LIBRARY"`` loads a provider of another package: LIBRARY is
+            its shared library or an installed package that carries one, as in ``"openvino=onnxruntime_ep_openvino"``.
+            It is loaded once in a process; later sessions may name it alone. Of several devices the first is taken, or
+            the one that ``"NAME:gpu=LIBRARY"`` names (cpu, gpu, npu).
         threads: Threads inside one operator (intra-op); operators run one after another (inter-op 1). None leaves it to
             onnxruntime: one thread per physical core, pinned. At most
             :data:`~vpruner.runtime.session.THREADS_PER_CORE` per usable core.
@@ -76,7 +80,8 @@ class OrtSession(Session):
 
     Raises:
         UserError: No such file, not an ONNX model, an unknown or unavailable provider, one that was asked for and not
-            obtained (onnxruntime would go on silently on the CPU), ``cuda_graph`` without a GPU or with open
+            obtained (onnxruntime would go on silently on the CPU), a library that cannot be loaded, offers no device
+            or takes no node, ``cuda_graph`` without a GPU or with open
             dimensions, or onnxruntime is not installed.
     """
 
@@ -99,22 +104,21 @@ class OrtSession(Session):
         self.threads, self.spinning, self.optimized = threads, spinning, optimized
         self._session = None
         self._bound: _Binding | None = None
-        self._asked = _provider_list(providers)
+        self._asked = wanted_providers(providers)
         self.cuda_graph = cuda_graph
         if cuda_graph:
-            name, settings = self._asked[0]
-            if name not in _CUDA_GRAPH:
-                raise UserError(
-                    f"cuda_graph on {short_provider(name)}", "expected providers='cuda' or providers='tensorrt'"
-                )
-            settings[_CUDA_GRAPH[name]] = "1"
+            first = self._asked[0]
+            if first.full not in _CUDA_GRAPH:
+                raise UserError(f"cuda_graph on {first.name}", "expected providers='cuda' or providers='tensorrt'")
+            first.options[_CUDA_GRAPH[first.full]] = "1"
         super().__init__(path, **options)
 
     def _open(self) -> None:
         ort = require("onnxruntime")
-        _check_available(ort, [name for name, _ in self._asked])
+        asked = found_providers(ort, self._asked)
+        first = asked[0]
         settings = ort.SessionOptions()
-        settings.log_severity_level = _LOG_FATAL if self._asked[0][0] == PROVIDERS["cpu"] else _LOG_ERROR
+        settings.log_severity_level = _LOG_FATAL if first.full == PROVIDERS["cpu"] else _LOG_ERROR
         if self.threads is not None:
             settings.intra_op_num_threads = self.threads
             settings.inter_op_num_threads = 1
@@ -125,36 +129,39 @@ class OrtSession(Session):
         if not self.optimized:
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         path = check_data(self.path)
+        if plugins := [provider for provider in asked if provider.device is not None]:
+            add_plugins(settings, asked, self.threads)
+            names = {}
+        else:
+            names = dict(
+                providers=[provider.full for provider in asked],
+                provider_options=[provider.options for provider in asked],
+            )
         # enable_fallback=0: onnxruntime's Python layer would print, drop the provider and try again.
         try:
-            session = ort.InferenceSession(
-                str(path),
-                settings,
-                providers=[name for name, _ in self._asked],
-                provider_options=[options for _, options in self._asked],
-                enable_fallback=0,
-            )
+            session = ort.InferenceSession(str(path), settings, enable_fallback=0, **names)
         except Exception as error:
             raise UserError(
                 f"{self.path}: onnxruntime cannot open it: {onnxruntime_says(error)}",
                 f"see what is wrong with it, with: {command('check', self.path)}",
             ) from None
         obtained = session.get_providers()
-        lost = [name for name, _ in self._asked if name not in obtained]
-        if lost:
+        if lost := [provider for provider in asked if provider.full not in obtained]:
             raise UserError(
-                f"{short_provider(lost[0])} was asked for, onnxruntime runs on {_listed(obtained)}",
-                f"check the driver and libraries; {_INSTALL.get(short_provider(lost[0]), 'install its libraries')}; or "
-                "pass providers='cpu'",
+                f"{lost[0].name} was asked for, onnxruntime runs on {', '.join(map(short_provider, obtained))}",
+                missing_libraries(lost[0]),
             )
+        for provider in plugins:
+            refuse_unused(session, provider, self.path)
+        #: What results call the first of them.
+        self.provider: str = first.name
         self.providers: tuple[str, ...] = tuple(obtained)
         self.inputs = tuple(map(_spec, session.get_inputs()))
         self.outputs = tuple(map(_spec, session.get_outputs()))
         self.metadata = ModelMetadata.from_props(session.get_modelmeta().custom_metadata_map, str(self.path))
-        name, options = self._asked[0]
-        gpu = name in _CUDA_GRAPH
+        gpu = first.full in _CUDA_GRAPH
         #: Where tensors live: ("cuda", index of the GPU) or ("cpu", 0).
-        self.placement: tuple[str, int] = ("cuda", int(options.get("device_id", 0))) if gpu else ("cpu", 0)
+        self.placement: tuple[str, int] = ("cuda", int(first.options.get("device_id", 0))) if gpu else ("cpu", 0)
         if self.cuda_graph:
             loose = [spec for spec in (*self.inputs, *self.outputs) if not all(isinstance(n, int) for n in spec.shape)]
             if loose:
@@ -163,10 +170,6 @@ class OrtSession(Session):
                     f"export it with {option('batch_size', 'N')}, or leave out cuda_graph",
                 )
         self._session = session
-
-    @property
-    def provider(self) -> str:
-        return short_provider(self.providers[0])
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -282,56 +285,6 @@ class _Binding:
         arrays = {name: value.numpy() for name, value in values.items()}
         # From the GPU it is a copy; on the CPU it is the memory that the next run writes to.
         return {name: array if array.flags.owndata else array.copy() for name, array in arrays.items()}
-
-
-def provider_name(name: str) -> str:
-    """onnxruntime's name of a provider: ``"cuda"`` -> ``"CUDAExecutionProvider"``; full names stay."""
-    if name.lower() in PROVIDERS:
-        return PROVIDERS[name.lower()]
-    if name.endswith("ExecutionProvider"):
-        return name
-    raise UserError(f"there is no provider {name!r}", f"known are {', '.join(PROVIDERS)} and onnxruntime's own names")
-
-
-def short_provider(name: str) -> str:
-    """``"CUDAExecutionProvider"`` -> ``"cuda"``; unknown names stay."""
-    return next((short for short, full in PROVIDERS.items() if full == name), name)
-
-
-def _provider_list(providers: Any) -> list[tuple[str, dict[str, Any]]]:
-    """[(full name, options)] with the CPU last."""
-    if providers is None:
-        providers = ["cpu"]
-    elif isinstance(providers, str):
-        providers = [providers]
-    result: dict[str, dict[str, Any]] = {}
-    for item in providers:
-        name, options = item if isinstance(item, tuple) and len(item) == 2 else (item, {})
-        if not isinstance(name, str) or not isinstance(options, Mapping):
-            raise UserError(f"a provider is {item!r}", "expected a name such as 'cpu', or (name, options)")
-        result[provider_name(name)] = dict(options)
-    result.setdefault(PROVIDERS["cpu"], {})
-    return list(result.items())
-
-
-def _check_available(ort: ModuleType, names: Sequence[str]) -> None:
-    available = ort.get_available_providers()
-    for name in names:
-        if name not in available:
-            short = short_provider(name)
-            raise UserError(
-                f"the installed onnxruntime has no provider {short!r}, only {_listed(available)}",
-                _INSTALL.get(short, f"install an onnxruntime that was built with {name}"),
-            )
-    if PROVIDERS["cuda"] in names and hasattr(ort, "preload_dlls"):
-        # Finds the CUDA and cuDNN libraries that pip installed, which are on no library path. It prints what it does
-        # not find instead of raising; whether the provider came up is asked afterwards.
-        with redirect_stdout(io.StringIO()):
-            ort.preload_dlls()
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(short_provider(name) for name in names)
 
 
 def _spec(argument: Any) -> TensorSpec:

@@ -21,9 +21,10 @@ from ..core.timing import SETTLE_SECONDS, measure, random_images
 from .layers import Layer, LayerInformation, block_map, blocks_row, fold_layers, parse_ort_profile
 from .measure import common_image_shape, image_feeds, profile_onnx
 from .opening import open_timed, runtime_of
-from .ort import OrtSession, short_provider
+from .ort import OrtSession
 from .power import Source
 from .profile_trt import prepare_times, profile_engines, steady_power
+from .providers import short_name
 from .session import ENGINE_SUFFIXES, Session
 
 #: Runs of each file under onnxruntime's profiler, a turn at a time; the first turn warms up and does not count.
@@ -42,7 +43,7 @@ def profile_files(
     *,
     batches: Sequence[int] = (1,),
     runtime: str = "auto",
-    provider: str = "cpu",
+    provider: str | tuple[str, Mapping[str, Any]] = "cpu",
     threads: int | None = None,
     precision: str | None = None,
     cuda_graph: bool | None = None,
@@ -57,7 +58,7 @@ def profile_files(
         paths: ONNX files, or engines, by label; the first is the baseline.
         batches: Images per run.
         runtime: As in :func:`~vpruner.runtime.opening.open`, the same for all files.
-        provider, threads: Of onnxruntime, or device and threads of OpenVINO.
+        provider, threads: Of onnxruntime, as OrtSession takes one, or device and threads of OpenVINO.
         precision: What OpenVINO computes in; None: what the file has.
         cuda_graph: Of engines, see :func:`~vpruner.runtime.profile_trt.profile_engines`; of ONNX files on the CUDA
             provider whether to measure with a graph too.
@@ -103,11 +104,12 @@ def _profile_onnx(
     seconds: float,
 ) -> list[dict[str, Any]]:
     """``how`` is runtime, provider and precision."""
-    cuda = how["runtime"] == "ort" and how["provider"].lower() in ("cuda", PROVIDERS["cuda"].lower())
+    provider = short_name(how["provider"]) if how["runtime"] == "ort" else how["provider"]
+    cuda = provider == "cuda"
     if cuda_graph and not cuda:
         instead = f", or: {option('provider', 'cuda')}" if how["runtime"] == "ort" else ""
         raise UserError(
-            f"{RUNTIMES[how['runtime']]}'s {how['provider']} has no CUDA graphs",
+            f"{RUNTIMES[how['runtime']]}'s {provider} has no CUDA graphs",
             f"leave out {option('cuda_graph')}{instead}",
         )
     rows = profile_onnx(paths, batch=batch, threads=threads, seconds=seconds, **how)
@@ -219,9 +221,10 @@ def onnx_blocks(
         UserError: The provider is another: the profiler sees there when a kernel is launched, not how long it runs.
     """
     name = RUNTIMES[runtime]
-    if short_provider(provider).lower() != "cpu":
+    where = short_name(provider) if runtime == "ort" else provider
+    if where != "cpu":
         raise UserError(
-            f"{name} does not tell how long single nodes take on {provider}",
+            f"{name} does not tell how long single nodes take on {where}",
             f"leave out {option('layers')}, or measure an engine: {command('build')}, then "
             f"{command('profile', 'MODEL.engine', layers=True)}",
         )

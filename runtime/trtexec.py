@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ def trtexec_commands(
     cuda_graph: bool = True,
     tf32: bool = False,
     seconds: float = 10.0,
+    named: str | None = None,
+    turns: int = 1,
 ) -> list[Command]:
     """What to type to build (from an ONNX file) and measure with ``trtexec``.
 
@@ -78,6 +80,8 @@ def trtexec_commands(
         cuda_graph: Record the run as a graph and launch that.
         tf32: Let FP32 products be rounded to TF32.
         seconds: To measure for.
+        named: What the ONNX file is called where the commands are typed; None: as here.
+        turns: How often times are measured; the second writes its own file, as in :func:`times_name`.
 
     Raises:
         UserError: No such file, a precision that does not go with it, or a batch that the graph does not have.
@@ -96,7 +100,7 @@ def trtexec_commands(
     shape = _open_shape(path, batch)
     commands = []
     for release in RELEASES:
-        onnx, flags = path, []
+        onnx, flags = path if named is None else Path(named), []
         if release == "11" and wanted != file.precision:
             # The precision is the file's there, and nothing else can say it.
             onnx = path.with_name(f"{path.stem}.{wanted}.onnx")
@@ -115,7 +119,7 @@ def trtexec_commands(
             "--profilingVerbosity=detailed", "--warmUp=0", "--duration=0", "--iterations=1",
         )  # fmt: skip
         commands.append(Command(release, "build", words))
-        commands += _measuring(release, engine, shape, cuda_graph, seconds)
+        commands += _measuring(release, engine, shape, cuda_graph, seconds, turns)
     return commands
 
 
@@ -133,17 +137,25 @@ def _engine_commands(path: Path, batch: int, cuda_graph: bool, seconds: float) -
     return [one for release in releases for one in _measuring(release, str(path), shape, cuda_graph, seconds)]
 
 
-def _measuring(release: str, engine: str, shape: str | None, cuda_graph: bool, seconds: float) -> list[Command]:
+def times_name(stem: object, turn: int = 1) -> str:
+    """Of the file with the times of an engine."""
+    return f"{stem}.{FILES[0]}{'' if turn == 1 else turn}.json"
+
+
+def _measuring(
+    release: str, engine: str, shape: str | None, cuda_graph: bool, seconds: float, turns: int = 1
+) -> list[Command]:
     """One run for times, and one for layers: layers are measured without a graph, and slow the run down."""
     stem = Path(engine).with_suffix("")
-    times, profile, layers = (f"{stem}.{name}.json" for name in FILES)
+    profile, layers = (f"{stem}.{name}.json" for name in FILES[1:])
     load = ("trtexec", f"--loadEngine={engine}", *([f"--shapes={shape}"] if shape else []))
     # In 8 and 10 copies are on unless switched off; 11 has to be told.
     copies = ["--includeDataTransfers"] if release == "11" else []
     graph = ["--useCudaGraph"] if cuda_graph else ["--noCudaGraph"] if release == "11" else []
     timed = ("--warmUp=1000", f"--duration={seconds:g}", "--iterations=100", "--streams=1")
+    how = (*load, *timed, *graph, "--useSpinWait", *copies)
     return [
-        Command(release, "times", (*load, *timed, *graph, "--useSpinWait", *copies, f"--exportTimes={times}")),
+        *(Command(release, "times", (*how, f"--exportTimes={times_name(stem, 1 + turn)}")) for turn in range(turns)),
         Command(
             release,
             "layers",
@@ -198,6 +210,16 @@ class Times:
     enqueue: np.ndarray
     span_ms: float
 
+    @classmethod
+    def joined(cls, turns: Sequence[Times]) -> Times:
+        """Of several turns, one after the other."""
+        lists = {
+            one.name: np.concatenate([getattr(turn, one.name) for turn in turns])
+            for one in fields(cls)
+            if one.name != "span_ms"
+        }
+        return cls(**lists, span_ms=sum(turn.span_ms for turn in turns))
+
     @property
     def copies(self) -> bool:
         return bool((self.to_device + self.to_host > 0).any())
@@ -244,6 +266,9 @@ def rows_from_trtexec(
     *,
     batch: int = 1,
     label: str | None = None,
+    precision: str | None = None,
+    more_times: Sequence[str | PathLike] = (),
+    environment: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """The rows that our own measurement of a model would have been, from the files of ``trtexec``.
 
@@ -251,6 +276,9 @@ def rows_from_trtexec(
         model: The ONNX file that was built, or the engine: for its name, plan and blocks.
         files: Times, profile and layers, None for those that there are not.
         batch: Images per run, which no file says.
+        precision: Of the engine, where it is known; None: of the file.
+        more_times: Times of further turns.
+        environment: What is known of the device.
 
     Raises:
         UserError: A file cannot be read or is something else; there are no times and no profile.
@@ -259,17 +287,19 @@ def rows_from_trtexec(
     texts = dict(zip(FILES, [None if path is None else _text(path) for path in files], strict=True))
     if texts["times"] is None and texts["profile"] is None:
         raise UserError("neither times nor a profile is given", "pass what --exportTimes or --exportProfile wrote")
-    metadata, precision, onnx, version, engine = _about(model)
+    metadata, own, onnx, version, engine = _about(model)
     about = {
         "label": label or ("pruned" if metadata.plan else model.stem),
         "runtime": "tensorrt",
         "provider": "cuda",
-        "precision": precision,
+        "precision": precision or own,
         "batch": batch,
     }
     rows = []
     if texts["times"] is not None:
-        times = parse_times(texts["times"], str(files[0]))
+        turns = [parse_times(texts["times"], str(files[0]))]
+        turns += [parse_times(_text(path), str(path)) for path in more_times]
+        times = Times.joined(turns)
         rows.append(
             {
                 "schema": ROW_SCHEMA,
@@ -287,9 +317,10 @@ def rows_from_trtexec(
                     "percentiles": "nearest rank",
                     "rounds": len(times.compute),
                     "batch": batch,
+                    **({"turns_p50_ms": [float(np.median(one.compute)) for one in turns]} if more_times else {}),
                 },
                 # Where trtexec ran is not said anywhere in what it writes.
-                "environment": {"tensorrt": version} if engine else {},
+                "environment": dict(environment or ({"tensorrt": version} if engine else {})),
             }
         )
     if texts["profile"] is not None:

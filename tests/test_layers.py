@@ -22,7 +22,7 @@ TYPED = re.compile(
 #: Options of other programs, and variables of style sheets.
 NOT_OURS = re.compile(r"\b(?:trtexec|jetson_clocks|polygraphy|pip)\b[^;:()]*|var\(--[\w-]+|--[\w-]+(?=:)")
 #: These run other programs, or write what to type for them.
-OTHER_PROGRAMS = {"runtime/power.py", "runtime/trtexec.py"}
+OTHER_PROGRAMS = {"runtime/device_script.py", "runtime/power.py", "runtime/trtexec.py"}
 
 
 def files() -> dict[str, Path]:

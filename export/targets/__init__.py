@@ -12,9 +12,10 @@ from .onnxruntime import ORT_CPU, ORT_CUDA
 from .openvino import OPENVINO
 from .rules import Target
 from .tensorrt import TRT10, TRT11, TRT85
+from .tensorrt_rtx import TRT_RTX
 
 TARGETS: dict[str, Target] = {
-    target.name: target for target in (ORT_CPU, ORT_CUDA, TRT10, TRT11, TRT85, OPENVINO, GENERIC)
+    target.name: target for target in (ORT_CPU, ORT_CUDA, TRT10, TRT11, TRT85, TRT_RTX, OPENVINO, GENERIC)
 }
 
 

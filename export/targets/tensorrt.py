@@ -49,7 +49,7 @@ _TRT_FOREIGN = Rule(
     "start from the graph before onnxruntime's optimizer fused it",
     f"{CONTRIB}; {OPERATORS_1015}",
 )
-_TRT_COMMON = dict(
+TRT_COMMON = dict(
     foreign=_TRT_FOREIGN,
     unknown=Rule(
         "warning",
@@ -113,7 +113,7 @@ _TRT_SCATTER = dict(
 TRT_IF = "both branches of If must give outputs of equal rank, and a Loop's carried shapes must not change"
 #: Restrictions that operators.md 10.15 writes beside operators that do run.
 _TRT_NEW = dict(
-    **_TRT_COMMON,
+    **TRT_COMMON,
     **_TRT_SCATTER,
     scatter_reduction=Rule(
         "error",
@@ -202,7 +202,7 @@ TRT85 = Target(
             OPERATORS_85,
         ),
     },
-    **_TRT_COMMON,
+    **TRT_COMMON,
     **_TRT_SCATTER,
     topk_k=Rule("error", "TensorRT 8.5 takes K only as an initializer", FOLD_CONSTANTS, OPERATORS_85),
     control_flow=Rule(

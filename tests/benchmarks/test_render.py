@@ -360,7 +360,8 @@ def test_gradients_and_budgets_of_time(tables):
         dict(common, metric="kl", value=0.149),
     ]
     assert tables.latency_budget(rows).splitlines()[2:] == [
-        "| 0.5 | by latency | 0.420× | 0.500× | 0.520× (0.510 to 0.530) | −5.00 pp (−7.00 to −4.00) | 0.1490 |",
+        "| onnxruntime | 0.5 | by latency | 0.420× | 0.500× | 0.520× (0.510 to 0.530) | −5.00 pp (−7.00 to −4.00) | "
+        "0.1490 |",
         "",
         "toy, 2,000 evaluation images, batch 1, 2 thread(s); A processor, onnxruntime 1.2.",
     ]

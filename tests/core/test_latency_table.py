@@ -248,6 +248,11 @@ def test_another_machine_is_remarked_on(monkeypatch):
     (remark,) = some_table(environment={**here, "packages": {"onnxruntime": "1.9"}}).remarks(batch=1)
     assert "onnxruntime 1.9, here it is 1.20.0" in remark
     assert len(table.remarks(threads=2, batch=8, model="other")) == 3
+    here["packages"]["onnxruntime-ep-openvino"] = "1.8.1"
+    old = {**here, "packages": {"onnxruntime-ep-openvino": "1.7"}}
+    assert some_table(environment=old).remarks() == []
+    (remark,) = some_table(provider="openvino:cpu", environment=old).remarks()
+    assert "onnxruntime-ep-openvino 1.7, here it is 1.8.1" in remark
     assert some_table(environment={}).remarks() == []
 
 

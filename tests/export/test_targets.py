@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import onnx
 import pytest
@@ -10,9 +11,11 @@ import pytest
 from vpruner.cli.hints import as_typed
 from vpruner.core.errors import UserError
 from vpruner.core.text import as_python
+from vpruner.export.check import check
 from vpruner.export.targets import TARGETS, find_target
 from vpruner.export.targets.rules import SEVERITIES, Bound, Rule, Target
 from vpruner.export.targets.tensorrt import REDUCTIONS
+from vpruner.export.targets.tensorrt_rtx import NOT_IN_RTX
 
 
 def rules_of(target: Target) -> list[Rule]:
@@ -52,7 +55,7 @@ def test_what_the_form_of_a_graph_decides_is_mended_by_writing_it_for_the_target
 
 
 def test_targets_are_found_by_their_own_name():
-    assert list(TARGETS) == ["ort-cpu", "ort-cuda", "trt10", "trt11", "trt8.5", "openvino", "generic"]
+    assert list(TARGETS) == ["ort-cpu", "ort-cuda", "trt10", "trt11", "trt8.5", "trt-rtx", "openvino", "generic"]
     for name in TARGETS:
         assert find_target(name).name == name
 
@@ -111,6 +114,7 @@ def test_opset_limits_are_the_documented_ones():
         "trt10": (9, 20),
         "trt11": (9, 25),
         "trt8.5": (None, 17),
+        "trt-rtx": (7, 25),
         "openvino": (None, None),
         "generic": (None, 20),
     }
@@ -140,4 +144,33 @@ from vpruner.export.targets import TARGETS
 print(len(TARGETS))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "7\n", done.stderr
+    assert done.stdout == "8\n", done.stderr
+
+
+@pytest.fixture
+def rtx():
+    """A function that gives a network, its parser and their builder; TensorRT-RTX needs no GPU for that."""
+    package = pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx, and no GPU")
+    logger = package.Logger(package.Logger.INTERNAL_ERROR)
+    builder = package.Builder(logger)
+
+    def make():
+        network = builder.create_network(0)
+        return network, package.OnnxParser(network, logger), builder
+
+    return make
+
+
+def test_the_parser_of_tensorrt_rtx_knows_what_the_table_does_not_name(rtx):
+    _network, parser, _builder = rtx()
+    known = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain}
+    assert {name for name in known if not parser.supports_operator(name)} == set(NOT_IN_RTX.split())
+
+
+@pytest.mark.parametrize("name", ["static/pruned.onnx", "content/pruned.onnx"])
+def test_tensorrt_rtx_builds_what_has_no_errors_for_it(rtx, name):
+    path = Path(__file__).parents[1] / "recorded" / name
+    assert not [finding for finding in check(path, "trt-rtx") if finding.severity == "error"]
+    network, parser, builder = rtx()
+    assert parser.parse(path.read_bytes())
+    assert builder.build_serialized_network(network, builder.create_builder_config()) is not None
