@@ -28,6 +28,7 @@ from ..core.scratch import temporary_folder
 from ..core.statistics import Estimate, paired_difference, proportion
 from ..core.text import command, first_line, option
 from . import half, quantize
+from .emulate import emulate
 from .files import data_beside, into_memory, move_model, save_model
 from .graph import Graph, open_graph
 from .nodes import copy_model
@@ -168,7 +169,7 @@ def convert(
         _check_float32(opened.model, opened.source)
     model = copy_model(opened.model)
     props = {**model.metadata_props, **(props or {})}
-    _regularise(model)
+    regularise(model)
     details: dict[str, Any] = {}
     if precision in HALF_PRECISIONS:
         _check_finite(model, opened.source, precision)
@@ -238,7 +239,7 @@ def _check_finite(model: ir.Model, source: str, precision: str) -> None:
             )
 
 
-def _regularise(model: ir.Model) -> None:
+def regularise(model: ir.Model) -> None:
     """One form for the converters: constants are initializers, every node has a name, every shape is right.
 
     The ``value_info`` of PyTorch's dynamo exporter contradicts what ONNX infers, and stops the quantizer.
@@ -296,12 +297,12 @@ def agreement(reference: Graph, converted: Graph, images: np.ndarray, labels: np
 def cpu_form(graph: Graph, folder: str | os.PathLike) -> Path:
     """What onnxruntime's CPU provider runs in place of a graph: its file, but for a BF16 graph.
 
-    That one is rewritten to :func:`~vpruner.export.half.emulate_bfloat16` in ``folder``, and is to be run with
+    That one is rewritten by :func:`~vpruner.export.emulate.emulate` into ``folder``, and is to be run with
     optimizations off. A model in memory is written there too.
     """
     opened = open_graph(graph)
     if _is_bfloat16(opened.model):
-        return save_model(half.emulate_bfloat16(copy_model(opened.model)), Path(folder) / f"{opened.stem}.onnx")
+        return save_model(emulate(copy_model(opened.model)), Path(folder) / f"{opened.stem}.onnx")
     return opened.path or save_model(opened.model, Path(folder) / f"{opened.stem}.onnx")
 
 
