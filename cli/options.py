@@ -20,8 +20,10 @@ from ..core.choices import (
     INTERPOLATIONS,
     IO,
     LOSSES,
+    ONNX_RUNTIMES,
     PROVIDERS,
     REARRANGEMENTS,
+    RUNTIMES,
     SELECTIONS,
     TARGET,
     TUNINGS,
@@ -284,13 +286,29 @@ export_options = stacked(
     click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open."),
     click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Batch size of the graph."),
 )
+runtime_option = click.option(
+    "--runtime",
+    default="auto",
+    show_default=True,
+    type=click.Choice(("auto", *RUNTIMES)),
+    help="What runs the file: onnxruntime, OpenVINO or TensorRT. auto takes onnxruntime for an ONNX file, TensorRT for "
+    "an engine.",
+)
+onnx_runtime_option = click.option(
+    "--runtime",
+    default="ort",
+    show_default=True,
+    type=click.Choice(ONNX_RUNTIMES),
+    help="What runs ONNX files: onnxruntime or OpenVINO.",
+)
 runtime_options = stacked(
     click.option(
         "--provider",
         default="cpu",
         show_default=True,
         metavar="NAME",
-        help=f"onnxruntime provider: {', '.join(PROVIDERS)}, or the name that onnxruntime gives it.",
+        help=f"onnxruntime provider: {', '.join(PROVIDERS)}, or the name that onnxruntime gives it. With --runtime "
+        "openvino: the device, cpu, gpu or npu.",
     ),
     click.option("--threads", type=click.IntRange(1), help="Threads  [default: one per core]"),
 )

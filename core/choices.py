@@ -43,6 +43,11 @@ DEFAULT_CALIBRATION = "minmax"
 
 #: ONNX opset of plain graphs.
 OPSET = 20
+#: What runs a file: the name that an option takes -> what rows, tables and pages call it. ``"auto"`` goes by the file:
+#: an engine is TensorRT's, an ONNX file onnxruntime's.
+RUNTIMES = {"ort": "onnxruntime", "openvino": "openvino", "trt": "tensorrt"}
+#: Those that run ONNX files as they are.
+ONNX_RUNTIMES = ("ort", "openvino")
 #: Short name -> onnxruntime's execution provider.
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -52,6 +57,8 @@ PROVIDERS = {
     "coreml": "CoreMLExecutionProvider",
     "directml": "DmlExecutionProvider",
 }
+#: What OpenVINO computes in -> its own name of it.
+OV_PRECISIONS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 ENGINE_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 #: Name -> TensorRT's level of hardware compatibility.
 HARDWARE_COMPATIBILITY = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}

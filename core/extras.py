@@ -21,6 +21,7 @@ EXTRA_OF = {
     "onnx_ir": "export",
     "onnxscript": "export",
     "onnxruntime": "cpu",
+    "openvino": "openvino",
     "transformers": "vlm",
     "tensorrt": "trt",
     "polygraphy": "trt",
@@ -32,14 +33,18 @@ RUN_PACKAGES = ("torch", "timm", "safetensors", "onnx", "onnx_ir", "onnxscript",
 #: onnxruntime reads it once, while it loads: from 1.29 on, its packages for Linux and macOS else write a device id and
 #: a store of events into the user's cache folder, and send them to Microsoft.
 NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
+#: What openvino imports to send an event each time that it is imported itself; without it, it sends none.
+_OPENVINO_TELEMETRY = "openvino_telemetry"
 
 
 def require(name: str) -> ModuleType:
     """Import the module ``name`` or raise :class:`UserError` naming the extra that brings it.
 
-    onnxruntime is imported with its telemetry off, unless the user has set :data:`NO_TELEMETRY` to 0. A program that
-    imported onnxruntime before has decided for itself.
+    onnxruntime is imported with its telemetry off, unless the user has set :data:`NO_TELEMETRY` to 0, and openvino with
+    its own. A program that imported them before has decided for itself.
     """
+    if name == "openvino" and not {name, _OPENVINO_TELEMETRY} & sys.modules.keys():
+        return _import_silently(name)
     decide = name.partition(".")[0] == "onnxruntime" and "onnxruntime" not in sys.modules
     if decide:
         os.environ.setdefault(NO_TELEMETRY, "1")
@@ -50,6 +55,17 @@ def require(name: str) -> ModuleType:
     if decide and os.environ[NO_TELEMETRY] != "0":
         sys.modules["onnxruntime"].disable_telemetry_events()  # Windows has no variable for it.
     return module
+
+
+def _import_silently(name: str) -> ModuleType:
+    """Import openvino as if the package that reports for it were not installed, which openvino is prepared for."""
+    sys.modules[_OPENVINO_TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise missing_extra(error) or error from None
+    finally:
+        del sys.modules[_OPENVINO_TELEMETRY]
 
 
 def require_all(names: Iterable[str]) -> None:

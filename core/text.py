@@ -130,3 +130,12 @@ def onnxruntime_says(error: BaseException) -> str:
     text = re.sub("^Load model from .*? failed:(?:Fatal error: )?", "", text)
     # "/onnxruntime_src/.../model_load_utils.h:46 void onnxruntime::...(...) ONNX Runtime only *guarantees* ..."
     return re.sub(r"^/\S+\.(?:h|cc|cpp):\d+ .*?\) (?=[A-Z])", "", text)[:300].rstrip(".")
+
+
+def openvino_says(error: BaseException) -> str:
+    """OpenVINO's message in one line, without the places in its source."""
+    # "Exception from src/inference/src/cpp/core.cpp:84:\nCheck 'false' failed at src/frontends/...cpp:151:\n..."
+    text = re.sub(r"(?m)^Exception from \S+:\d+:$|\bCheck '.*' failed at \S+:\d+:", "", str(error))
+    # "FrontEnd API failed with OpConversionFailure:\nModel wasn't fully converted.\nSummary:\n-- No conversion ..."
+    text = text.rpartition("\nSummary:\n-- ")[2]
+    return " ".join(text.split())[:300].rstrip(".") or type(error).__name__

@@ -27,8 +27,9 @@ _FLOAT, _FLOAT16, _BFLOAT16 = 1, 10, 16
 
 
 @dataclass(frozen=True)
-class GraphInput:
-    """``shape`` holds a number for a static dimension, else the name of the open one ("" where it has none)."""
+class GraphValue:
+    """An input or output. ``shape`` holds a number for a static dimension, else the name of the open one ("" where it
+    has none)."""
 
     name: str
     shape: tuple[int | str, ...]
@@ -43,6 +44,7 @@ class OnnxFile:
     operators: How often each operator occurs at the top level of the graph.
     weights: How many constants there are of each data type, by the numbers of ``TensorProto.DataType``.
     inputs: Of the graph, weights aside.
+    outputs: Of the graph.
     external: Names of the files that hold weights.
     """
 
@@ -51,8 +53,9 @@ class OnnxFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
     operators: Counter[str] = field(default_factory=Counter)
     weights: Counter[int] = field(default_factory=Counter)
-    inputs: tuple[GraphInput, ...] = ()
+    inputs: tuple[GraphValue, ...] = ()
     external: tuple[str, ...] = ()
+    outputs: tuple[GraphValue, ...] = ()
 
     @property
     def precision(self) -> str:
@@ -153,15 +156,16 @@ def _model(path: Path, data: memoryview) -> OnnxFile:
         raise ValueError("it holds no graph")
     operators: Counter[str] = Counter()
     weights: Counter[int] = Counter()
-    inputs, constants, external = [], set(), set()
+    ends: dict[int, list[GraphValue]] = {11: [], 12: []}
+    constants, external = set(), set()
     for number, value in fields(graph):
         if number == 1:
             operator, tensors = _node(_message(value))
             operators[operator] += 1
         elif number == 5:
             tensors = [_message(value)]
-        elif number == 11:
-            inputs.append(_input(_message(value)))
+        elif number in ends:
+            ends[number].append(_value(_message(value)))
             continue
         else:
             continue
@@ -174,8 +178,8 @@ def _model(path: Path, data: memoryview) -> OnnxFile:
     if not operators:
         raise ValueError("its graph is empty")
     # Files from before IR version 4 list their weights as inputs too.
-    inputs = [one for one in inputs if one.name not in constants]
-    return OnnxFile(path, opset, metadata, operators, weights, tuple(inputs), tuple(sorted(external)))
+    inputs = tuple(one for one in ends[11] if one.name not in constants)
+    return OnnxFile(path, opset, metadata, operators, weights, inputs, tuple(sorted(external)), tuple(ends[12]))
 
 
 def _node(data: memoryview) -> tuple[str, list[memoryview]]:
@@ -206,7 +210,7 @@ def _tensor(data: memoryview) -> tuple[str, int, set[str]]:
     return name, kind, external
 
 
-def _input(data: memoryview) -> GraphInput:
+def _value(data: memoryview) -> GraphValue:
     name, shape = "", []
     for number, value in fields(data):
         if number == 1:
@@ -215,7 +219,7 @@ def _input(data: memoryview) -> GraphInput:
             for dimension in _nested(_message(value), 1, 2, 1):
                 entry = dict(fields(dimension))
                 shape.append(int(entry[1]) if 1 in entry else _text(entry.get(2, b"")))
-    return GraphInput(name, tuple(shape))
+    return GraphValue(name, tuple(shape))
 
 
 def _nested(data: memoryview, *path: int) -> Iterator[memoryview]:

@@ -1,4 +1,4 @@
-"""Open a file in the runtime that its ending names."""
+"""Open a file in the runtime that is asked for, or in the one that its ending names."""
 
 from __future__ import annotations
 
@@ -9,42 +9,71 @@ from pathlib import Path
 from typing import Any
 
 from ..core.boundary import boundary
+from ..core.choices import ONNX_RUNTIMES, RUNTIMES
 from ..core.errors import UserError
+from ..core.text import option
 from .session import ENGINE_SUFFIXES, Session
 
-#: Suffix -> module and class of the session that runs such files. Named and not imported: each needs a runtime of its
-#: own, and their modules offer :func:`open` themselves.
-BACKENDS = {".onnx": (".ort", "OrtSession"), **dict.fromkeys(ENGINE_SUFFIXES, (".trt", "TrtSession"))}
+#: Runtime -> module and class of its session. Named and not imported: each needs a package of its own, and their
+#: modules offer :func:`open` themselves.
+BACKENDS = {"ort": (".ort", "OrtSession"), "openvino": (".openvino", "OvSession"), "trt": (".trt", "TrtSession")}
 
 
-def open(path: str | PathLike, **options: Any) -> Session:
-    """Open a model file with the backend its suffix asks for.
+def open(path: str | PathLike, *, runtime: str = "auto", **options: Any) -> Session:
+    """Open a model file.
 
     Args:
         path: ``*.onnx``, or an engine of TensorRT: ``*.engine``, ``*.plan``, ``*.trt``.
-        options: Arguments of the backend's session: of :class:`vpruner.runtime.ort.OrtSession` or
-            :class:`vpruner.runtime.trt.TrtSession`.
+        runtime: One of :data:`~vpruner.core.choices.RUNTIMES`: ONNX files run in ``"ort"`` and ``"openvino"``, engines
+            in ``"trt"``. ``"auto"``: onnxruntime, or TensorRT for an engine.
+        options: Arguments of the session: of :class:`vpruner.runtime.ort.OrtSession`,
+            :class:`vpruner.runtime.openvino.OvSession` or :class:`vpruner.runtime.trt.TrtSession`.
 
     Raises:
-        UserError: No backend for the suffix, or the backend refuses the file or an option.
+        UserError: No runtime for the suffix, or the one asked for does not run such files, or refuses the file or an
+            option.
     """
-    if not isinstance(path, (str, PathLike)):
-        raise UserError(f"the model is of type {type(path).__name__}", "expected the path of an .onnx or .engine file")
-    suffix = Path(path).suffix.lower()
-    if suffix not in BACKENDS:
-        raise UserError(
-            f"{path}: the suffix {suffix or '(none)'} is not a model that can be run", "expected .onnx or .engine"
-        )
-    module, name = BACKENDS[suffix]
-    backend = getattr(importlib.import_module(module, __package__), name)
+    backend = session_class(runtime_of(path, runtime))
     unknown = [name for name in options if name not in _options_of(backend)]
     if unknown:
+        by_suffix = runtime == "auto" or backend.__name__ == BACKENDS["trt"][1]
+        goes_by = f"{Path(path).suffix.lower()} files" if by_suffix else option("runtime", runtime)
         raise UserError(
-            f"{path}: {', '.join(unknown)} is no option for {suffix} files",
+            f"{path}: {', '.join(unknown)} is no option for {goes_by}",
             f"expected some of {', '.join(_options_of(backend))}",
         )
     with boundary((path,)):
         return backend(path, **options)
+
+
+def runtime_of(path: str | PathLike, runtime: str = "auto") -> str:
+    """Which of :data:`~vpruner.core.choices.RUNTIMES` runs a file; ``"auto"`` goes by its suffix.
+
+    Raises:
+        UserError: No runtime for the suffix, no such runtime, or one that does not run such files.
+    """
+    if not isinstance(path, (str, PathLike)):
+        raise UserError(f"the model is of type {type(path).__name__}", "expected the path of an .onnx or .engine file")
+    suffix = Path(path).suffix.lower()
+    if suffix != ".onnx" and suffix not in ENGINE_SUFFIXES:
+        raise UserError(
+            f"{path}: the suffix {suffix or '(none)'} is not a model that can be run", "expected .onnx or .engine"
+        )
+    able = ONNX_RUNTIMES if suffix == ".onnx" else ("trt",)
+    if runtime not in ("auto", *RUNTIMES):
+        raise UserError(f"{option('runtime')} is {runtime!r}", f"expected one of auto, {', '.join(RUNTIMES)}")
+    if runtime != "auto" and runtime not in able:
+        raise UserError(
+            f"{path}: {option('runtime', runtime)} does not run {suffix} files",
+            f"expected {' or '.join(option('runtime', name) for name in able)}",
+        )
+    return able[0] if runtime == "auto" else runtime
+
+
+def session_class(runtime: str) -> type[Session]:
+    """The session of one of :data:`~vpruner.core.choices.RUNTIMES`."""
+    module, name = BACKENDS[runtime]
+    return getattr(importlib.import_module(module, __package__), name)
 
 
 def _options_of(backend: type[Session]) -> list[str]:

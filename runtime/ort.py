@@ -8,7 +8,7 @@ with vpruner.runtime.ort.OrtSession("pruned.onnx") as session:
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from os import PathLike
 from types import ModuleType
@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 
 from ..core.choices import PROVIDERS
-from ..core.environment import usable_cores
 from ..core.errors import UserError
 from ..core.external import check_data
 from ..core.extras import require
 from ..core.metadata import ModelMetadata
 from ..core.text import command, onnxruntime_says, option
 from .opening import open
-from .session import Prediction, Score, Session, TensorSpec
+from .session import Prediction, Score, Session, TensorSpec, check_threads
 
 __all__ = ["OrtSession", "Prediction", "Score", "open", "provider_name", "short_provider"]
 
@@ -50,8 +49,6 @@ _DTYPES = {
 # becomes one line; on a CPU the log would say it a second time. For the other providers the log is the only place
 # that says why a library did not load, so there errors stay.
 _LOG_FATAL, _LOG_ERROR = 4, 3
-#: More threads than this per usable core are a slip of the keyboard: idle ones spin, and thousands hang the machine.
-THREADS_PER_CORE = 4
 
 
 class OrtSession(Session):
@@ -63,7 +60,8 @@ class OrtSession(Session):
             ``(name, options)`` pairs; one name or a list. None is the CPU. The CPU is always added at the end, for the
             nodes that a GPU provider does not take.
         threads: Threads inside one operator (intra-op); operators run one after another (inter-op 1). None leaves it to
-            onnxruntime: one thread per physical core, pinned. At most :data:`THREADS_PER_CORE` per usable core.
+            onnxruntime: one thread per physical core, pinned. At most
+            :data:`~vpruner.runtime.session.THREADS_PER_CORE` per usable core.
         spinning: Whether idle threads wait actively, as onnxruntime does by default. True: lowest latency. False: they
             sleep; right for a process that shares its cores. ``"run"``: active inside a run, asleep between runs; what
             several sessions that take turns need. Without effect on one thread.
@@ -82,6 +80,8 @@ class OrtSession(Session):
             dimensions, or onnxruntime is not installed.
     """
 
+    runtime = "onnxruntime"
+
     def __init__(
         self,
         path: str | PathLike,
@@ -93,13 +93,7 @@ class OrtSession(Session):
         cuda_graph: bool = False,
         **options: Any,
     ):
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise UserError(f"threads is {threads!r}, expected a whole number of at least 1, or None for the default")
-        if threads is not None and threads > THREADS_PER_CORE * (cores := usable_cores()):
-            raise UserError(
-                f"threads is {threads}, this machine has {cores} usable cores",
-                f"expected 1 to {THREADS_PER_CORE * cores}; the default is right for most models",
-            )
+        check_threads(threads)
         if spinning not in (True, False, "run"):
             raise UserError(f"spinning is {spinning!r}, expected True, False or 'run'")
         self.threads, self.spinning, self.optimized = threads, spinning, optimized
@@ -169,6 +163,24 @@ class OrtSession(Session):
                     f"export it with {option('batch_size', 'N')}, or leave out cuda_graph",
                 )
         self._session = session
+
+    @property
+    def provider(self) -> str:
+        return short_provider(self.providers[0])
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        return {
+            "clock": "time.perf_counter around InferenceSession.run; host arrays in and out, no preprocessing",
+            "intra_op_threads": self.threads,
+            "inter_op_threads": 1,
+            "spinning": {False: "off", True: "on", "run": "within a run only"}[self.spinning],
+            "graph_optimization": "all" if self.optimized else "none",
+        }
+
+    def caller(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]:
+        run, checked = self._session.run, self.check_feeds(feeds)
+        return lambda: run(None, checked)
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         if self.placement[0] == "cpu":

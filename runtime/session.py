@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..core.environment import usable_cores
 from ..core.errors import UserError
 from ..core.finite import check_finite
 from ..core.metadata import ModelMetadata
@@ -25,6 +26,10 @@ from ..core.text import command
 
 #: Images per run of a graph whose batch is dynamic. On a CPU larger batches gain nothing and cost memory.
 DEFAULT_BATCH_SIZE = 16
+#: More threads than this per usable core are a slip of the keyboard: idle ones spin, and thousands hang the machine.
+THREADS_PER_CORE = 4
+#: dtype of an input -> what rows call a file of that precision.
+FLOATS = {"float32": "fp32", "float16": "fp16", "float64": "fp64"}
 #: Engines of TensorRT.
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 
@@ -94,10 +99,13 @@ class Session(ABC):
         classes: Names of the outputs; overrides what the file says.
 
     Attributes:
+        runtime, provider: What rows call what runs it: ``"onnxruntime"`` and ``"cpu"``.
         inputs, outputs: The graph's tensors.
         metadata: What the file says about itself.
     """
 
+    runtime: str
+    provider: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     metadata: ModelMetadata
@@ -141,6 +149,21 @@ class Session(ABC):
     @abstractmethod
     def _run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Run checked inputs; the outputs in the order of :attr:`outputs`."""
+
+    def caller(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]:
+        """What a clock is put around: each call is one run on ``feeds``, which are checked here, once."""
+        checked = self.check_feeds(feeds)
+        return lambda: self._run(checked)
+
+    @property
+    def precision(self) -> str:
+        """What rows say of the file: its own precision, or what its input tells."""
+        return self.metadata.precision or FLOATS.get(self.inputs[0].dtype, self.inputs[0].dtype)
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What rows say of how :meth:`caller` runs; JSON values."""
+        return {}
 
     @abstractmethod
     def close(self) -> None:
@@ -328,6 +351,19 @@ class Session(ABC):
         if any(isinstance(have, int) and have != want for have, want in zip(spec.shape[1:], wanted, strict=True)):
             raise UserError(f"{self.path}: preprocessing gives {list(wanted)} per image, the graph takes {spec}")
         return spec, preprocessing
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse what is no number of threads for this machine; None leaves it to the runtime."""
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise UserError(f"threads is {threads!r}, expected a whole number of at least 1, or None for the default")
+    if threads > THREADS_PER_CORE * (cores := usable_cores()):
+        raise UserError(
+            f"threads is {threads}, this machine has {cores} usable cores",
+            f"expected 1 to {THREADS_PER_CORE * cores}; the default is right for most models",
+        )
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -95,6 +95,8 @@ class TrtSession(Session):
             is missing, or its memory is full.
     """
 
+    runtime, provider = "tensorrt", "cuda"
+
     def __init__(
         self,
         path: str | PathLike,

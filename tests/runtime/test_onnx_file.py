@@ -5,7 +5,7 @@ from contextlib import suppress
 import pytest
 
 from vpruner.core.errors import UserError
-from vpruner.runtime.onnx_file import GraphInput, read_onnx
+from vpruner.runtime.onnx_file import GraphValue, read_onnx
 
 onnx = pytest.importorskip("onnx")
 
@@ -17,7 +17,7 @@ def test_what_a_file_says_is_what_the_onnx_package_says(make_onnx):
     assert dict(found.metadata) == {entry.key: entry.value for entry in model.metadata_props}
     assert found.own_metadata().keys() == {key for key in found.metadata if key.startswith("vpruner.")}
     assert found.operators == {"Flatten": 1, "MatMul": 1} and found.weights == {1: 1}
-    assert found.inputs == (GraphInput("image", ("batch", 3, 8, 6)),)
+    assert found.inputs == (GraphValue("image", ("batch", 3, 8, 6)),)
     assert found.precision == found.rest == "fp32"
 
 

@@ -261,7 +261,7 @@ def test_malformed_metadata_names_the_file(make_onnx, key, text):
 
 
 def test_threads_far_beyond_the_cores_are_refused(make_onnx, monkeypatch):
-    monkeypatch.setattr("vpruner.runtime.ort.usable_cores", lambda: 2)
+    monkeypatch.setattr("vpruner.runtime.session.usable_cores", lambda: 2)
     with pytest.raises(UserError, match="threads is 9, this machine has 2 usable cores; expected 1 to 8"):
         OrtSession(make_onnx(), threads=9)
     OrtSession(make_onnx(), threads=8).close()
