@@ -30,17 +30,18 @@ def emulate(model: ir.Model, precision: str | None = None, *, rounded: bool = Tr
             graph so. None: only what is half in the file.
         rounded: False widens what is half, and rounds nothing.
     """
-    passes.ShapeInferencePass()(model)
+    if any(value.dtype is None for node in model.graph for value in node.outputs):
+        passes.ShapeInferencePass()(model)
     lows = {low: low for low in HALF.values()}
     if precision is not None:
         lows[_FULL] = HALF[precision]
-    scales = {
-        value for node in model.graph if node.op_type.endswith("QuantizeLinear") for value in node.inputs[1:2]
-    }
+    scales = {value for node in model.graph if node.op_type.endswith("QuantizeLinear") for value in node.inputs[1:2]}
     for name, value in model.graph.initializers.items():
         if value.dtype in lows and value not in scales:
             array = value.const_value.numpy()
-            value.const_value = ir.tensor(_rounded(array, lows[value.dtype]) if rounded else array.astype("f4"), name=name)
+            value.const_value = ir.tensor(
+                _rounded(array, lows[value.dtype]) if rounded else array.astype("f4"), name=name
+            )
             value.dtype = _FULL
     added = {value for value in model.graph.inputs if value.dtype in lows and value.const_value is None}
     for node in list(model.graph):

@@ -19,25 +19,33 @@ from .files import proto_for_converters
 FLOAT32_OPS = ("Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Sqrt")
 
 
-def to_half(model: ir.Model, precision: str, io: str, keep_float32: Sequence[str]) -> tuple[ir.Model, int]:
+def to_half(
+    model: ir.Model, precision: str, io: str, keep_float32: Sequence[str], keep_nodes: Sequence[str] = ()
+) -> tuple[ir.Model, int]:
     """``model`` in FP16 or BF16, and how many of its nodes go on computing in float32, Casts aside.
 
     Args:
         precision: ``"fp16"`` or ``"bf16"``.
         io: ``"float32"`` leaves inputs and outputs as they are, ``"same"`` changes them too.
         keep_float32: Op types that are left in float32, besides those that have no other form.
+        keep_nodes: Names of further nodes that are.
     """
     float16 = require("onnxruntime.transformers.float16")
 
     kept = sorted({*float16.DEFAULT_OP_BLOCK_LIST, *keep_float32, *_without_form(model, precision)})
-    computed = sum(node.op_type in kept and node.op_type != "Cast" for node in model.graph)
+    named = set(keep_nodes)
+    computed = sum((node.op_type in kept or node.name in named) and node.op_type != "Cast" for node in model.graph)
     originals = {
         name: value.const_value.numpy()
         for name, value in model.graph.initializers.items()
         if value.dtype == ir.DataType.FLOAT
     }
     proto = float16.convert_float_to_float16(
-        proto_for_converters(model), keep_io_types=io == "float32", disable_shape_infer=True, op_block_list=kept
+        proto_for_converters(model),
+        keep_io_types=io == "float32",
+        disable_shape_infer=True,
+        op_block_list=kept,
+        node_block_list=sorted(named),
     )
     # A value that two float32 nodes read gets the same Cast twice, which is no valid graph.
     once = {output: node for node in reversed(proto.graph.node) for output in node.output}

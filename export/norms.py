@@ -63,8 +63,8 @@ def _norm_of(root: ir.Node) -> Norm | None:
     centred = _above(square)
     if centred is not None and centred.op_type in ("Sub", "Cast"):
         inner.append(centred)
-        inner += [value.producer() for value in centred.inputs
-                  if value is not None and value.producer() is not None and value.producer().op_type in _MEANS]  # fmt: skip
+        makers = [value.producer() for value in centred.inputs if value is not None]
+        inner += [maker for maker in makers if maker is not None and maker.op_type in _MEANS]
     for reader in (usage.node for usage in root.outputs[0].uses()):
         if reader.op_type in ("Div", "Reciprocal", "Mul"):
             inner.append(reader)

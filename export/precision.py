@@ -133,6 +133,7 @@ def convert(
     io: str = "float32",
     images: np.ndarray | None = None,
     keep_float32: Sequence[str] = half.FLOAT32_OPS,
+    keep_nodes: Sequence[str] = (),
     calibration: str = DEFAULT_CALIBRATION,
     first_and_last: bool = False,
     op_types: Sequence[str] = QUANTIZED,
@@ -148,6 +149,7 @@ def convert(
         io: FP16 and BF16: whether inputs and outputs stay float32 or change too.
         images: Static INT8: float32 [image, channel, height, width] to calibrate on, preprocessed.
         keep_float32: FP16 and BF16: op types that go on computing in float32.
+        keep_nodes: FP16 and BF16: names of further nodes that do.
         calibration: Static INT8, one of :data:`CALIBRATIONS`: how an activation's range comes from what was seen.
         first_and_last: INT8: quantize the patch embedding and the classifier too; both are sensitive and cheap.
         op_types: Static INT8: what is quantized.
@@ -173,7 +175,7 @@ def convert(
     details: dict[str, Any] = {}
     if precision in HALF_PRECISIONS:
         _check_finite(model, opened.source, precision)
-        model, details["float32"] = half.to_half(model, precision, io, keep_float32)
+        model, details["float32"] = half.to_half(model, precision, io, keep_float32, keep_nodes)
     else:
         excluded = [] if first_and_last else [node.name for node in quantize.first_and_last_layers(model)]
         if precision == "int8":

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
 
 from ..core.errors import GraphError
 from .emulate import HALF
@@ -94,10 +95,13 @@ def trace(opened: OpenedGraph) -> Traced:
         UserError: It has no input of images, or one whose size is open.
     """
     model = copy_model(opened.model)
+    model.metadata_props.clear()  # What is made of it gives other outputs than it says there.
     regularise(model)
     image = next((value for value in model.graph.inputs if value.shape is not None and len(value.shape) == 4), None)
     if image is None or not all(isinstance(size, int) for size in image.shape[1:]):
-        raise GraphError(f"{opened.source} has no input of images of a fixed size", "expected [batch, 3, height, width]")
+        raise GraphError(
+            f"{opened.source} has no input of images of a fixed size", "expected [batch, 3, height, width]"
+        )
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):
             value.shape = ir.Shape([1, *value.shape[1:]])
@@ -153,33 +157,61 @@ def _per_image(point: Point, traced: Traced) -> float:
     return point.numbers / traced.batch
 
 
-def cut(model: ir.Model, points: Sequence[str], inner: Sequence[str] = (), *, sections: bool = True) -> ir.Model:
+def cut(model: ir.Model, points: Sequence[str], inner: Sequence[str] = ()) -> ir.Model:
     """A copy that also gives values inside it, in float32, each under its name with :data:`SEEN`.
 
     Args:
-        points: Values of the stream. With ``sections`` their readers read inputs, float32, named with :data:`GIVEN`.
-        inner: Further values.
+        points: Values of the stream. Their readers read inputs instead, float32, named with :data:`GIVEN`.
+        inner: Further values: then they are all that is given, and what they do not need is left out.
     """
     model = copy_model(model)
     graph, values = model.graph, {value.name: value for node in model.graph for value in node.outputs}
-    first = graph[0]
+    first, ends = graph[0], list(graph.outputs)
     for name in dict.fromkeys((*points, *inner)):
         value = values[name]
-        node, uses = value.producer(), list(value.uses())
-        seen = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=f"{name}{SEEN}")
-        graph.insert_after(node, seen)
-        seen.outputs[0].name = seen.name
-        seen.outputs[0].shape, seen.outputs[0].dtype = value.shape, ir.DataType.FLOAT
-        graph.outputs.append(seen.outputs[0])
-        if not sections or name not in points:
-            continue
-        given = ir.Value(name=f"{name}{GIVEN}", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
-        graph.inputs.append(given)
-        if value.dtype in HALF.values():
-            cast = ir.node("Cast", [given], {"to": int(value.dtype)}, name=f"{name}.narrow")
-            graph.insert_before(first, cast)
-            cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = cast.name, value.dtype, value.shape
-            given = cast.outputs[0]
-        for usage in uses:
-            usage.node.replace_input_with(usage.idx, given)
+        uses = list(value.uses())
+        if name in inner or not inner:
+            ends.append(_cast_after(value, ir.DataType.FLOAT, f"{name}{SEEN}"))
+        if name in points:
+            given = ir.Value(name=f"{name}{GIVEN}", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+            graph.inputs.append(given)
+            if value.dtype in HALF.values():
+                cast = ir.node("Cast", [given], {"to": int(value.dtype)}, name=f"{name}.narrow")
+                graph.insert_before(first, cast)
+                given = _named(cast, value.dtype, value.shape)
+            for usage in uses:
+                usage.node.replace_input_with(usage.idx, given)
+    return ending_in(model, [value for value in ends if not inner or value not in graph.outputs])
+
+
+def show(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy that also gives values inside it, in float32, each under its name with :data:`SEEN`."""
+    model = copy_model(model)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs.extend(_cast_after(values[name], ir.DataType.FLOAT, f"{name}{SEEN}") for name in names)
     return model
+
+
+def ending_in(model: ir.Model, outputs: Sequence[ir.Value]) -> ir.Model:
+    """The model with other outputs, in place, without what these do not need."""
+    graph = model.graph
+    graph.outputs.clear()
+    graph.outputs.extend(outputs)
+    passes.RemoveUnusedNodesPass()(model)
+    used = [value for value in graph.inputs if value.uses()]
+    graph.inputs.clear()
+    graph.inputs.extend(used)
+    return model
+
+
+def _cast_after(value: ir.Value, kind: ir.DataType, name: str) -> ir.Value:
+    node = ir.node("Cast", [value], {"to": int(kind)}, name=name)
+    value.graph.insert_after(value.producer(), node)
+    return _named(node, kind, value.shape)
+
+
+def _named(node: ir.Node, kind: ir.DataType, shape: ir.Shape | None) -> ir.Value:
+    """The result of a node, called as the node is."""
+    (value,) = node.outputs
+    value.name, value.dtype, value.shape = node.name, kind, shape
+    return value

@@ -29,6 +29,9 @@ class Twin:
     rounded: bool = False
 
 
+NO_TWIN = Twin()
+
+
 def twin_of(node: ir.Node, nodes: Sequence[ir.Node], references: Sequence[ir.Node]) -> ir.Node | None:
     """The counterpart of a node: what makes the value of its name, or the one of its type that stands as far along.
 

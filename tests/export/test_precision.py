@@ -12,10 +12,10 @@ from vpruner.core.choices import CALIBRATIONS
 from vpruner.core.errors import UserError
 from vpruner.export import files
 from vpruner.export import precision as precisions
+from vpruner.export.emulate import emulate
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold_file
 from vpruner.export.graph import open_graph
-from vpruner.export.emulate import emulate
 from vpruner.export.precision import BOUNDS, agreement, convert, cpu_form
 from vpruner.export.quantize import first_and_last_layers
 from vpruner.runtime.measure import profile_onnx
