@@ -25,6 +25,8 @@ SMALLEST = {"fp16": 2.0**-25}
 #: Share of INT8 codes at an end of the range from which on a scale is too small; ranges are chosen so that 0 to 0.1 %
 #: are there.
 _SATURATED = 0.01
+#: Share of numbers that are lost where that is the cause.
+_MANY = 0.2
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,14 @@ class Cause:
     found: What shows it in the evidence, one clause; None where it is something else.
     cure: What helps.
     keep: Nodes that are to compute in float32 then.
+    back: Whether a node ahead may show it too, whose other numbers hide that.
     """
 
     kind: str
     found: Callable[[Evidence], str | None]
     cure: str
     keep: Callable[[Evidence], Iterable[ir.Node]] = lambda evidence: ()
+    back: bool = False
 
 
 def _spill(evidence: Evidence) -> str | None:
@@ -169,15 +173,17 @@ def _vanished(evidence: Evidence) -> str | None:
         return None
     for value in evidence.node.inputs:
         array = None if value is None or value.const_value is None else value.const_value.numpy()
-        number = np.asarray(array, np.float64).reshape(-1) if array is not None and array.dtype.kind == "f" else None
-        if number is not None and number.size == 1 and 0 < abs(number[0]) <= smallest:
-            return f"its constant {number[0]:.3g} is 0 in {evidence.precision.upper()}"
+        array = array if array is not None and array.dtype.kind == "f" else np.zeros(0)
+        tiny = (array != 0) & (np.abs(array) <= smallest)
+        if array.size == 1 and tiny.any():
+            return f"its constant {array.item():.3g} is 0 in {evidence.precision.upper()}"
+        if tiny.sum() > _MANY * np.count_nonzero(array):
+            return f"{tiny.mean():.0%} of the numbers of {value.name!r} are 0 in {evidence.precision.upper()}"
     there = (evidence.right != 0) & np.isfinite(evidence.right)
-    gone = there & (evidence.found == 0)
-    if gone.sum() < 0.2 * max(there.sum(), 1):
+    gone = (there & (evidence.found == 0)).sum() / max(there.sum(), 1)
+    if gone < _MANY:
         return None
-    share = gone.sum() / there.sum()
-    return f"{share:.0%} of its numbers are below {smallest:.1g}, which {evidence.precision.upper()} rounds to 0"
+    return f"{gone:.0%} of its numbers are below {smallest:.1g}, which {evidence.precision.upper()} rounds to 0"
 
 
 def _cancelled(evidence: Evidence) -> str | None:
@@ -219,12 +225,14 @@ CAUSES = (
         _spill,
         "keep it in float32 with what reads it, or use BF16, which has the range of float32",
         lambda evidence: carrying(evidence.node),
+        back=True,
     ),
     Cause(
         "lost precision",
         _vanished,
         "keep it in float32 with what reads it, or use BF16, which has the range of float32",
         lambda evidence: evidence.norm.nodes if evidence.norm else carrying(evidence.node),
+        back=True,
     ),
     Cause(
         "lost precision",

@@ -174,7 +174,7 @@ def convert(
     regularise(model)
     details: dict[str, Any] = {}
     if precision in HALF_PRECISIONS:
-        _check_finite(model, opened.source, precision)
+        _check_finite(model, opened.source, precision, keep_nodes)
         model, details["float32"] = half.to_half(model, precision, io, keep_float32, keep_nodes)
     else:
         excluded = [] if first_and_last else [node.name for node in quantize.first_and_last_layers(model)]
@@ -224,10 +224,11 @@ def _check_float32(model: ir.Model, source: str) -> None:
             raise UserError(f"{source} is not float32: {value.name!r} is {value.dtype.name}", hint)
 
 
-def _check_finite(model: ir.Model, source: str, precision: str) -> None:
+def _check_finite(model: ir.Model, source: str, precision: str, keep_nodes: Sequence[str]) -> None:
     """Refuse weights that the converter would clip to the largest number without a word."""
+    kept = set(keep_nodes)
     for name, value in model.graph.initializers.items():
-        if value.dtype != ir.DataType.FLOAT:
+        if value.dtype != ir.DataType.FLOAT or all(usage.node.name in kept for usage in value.uses()):
             continue
         array = value.const_value.numpy()
         if np.isnan(array).any():

@@ -30,6 +30,8 @@ class Twin:
 
 
 NO_TWIN = Twin()
+#: How far weights may be off that are rounded to half precision, and to INT8; relative to the largest.
+_CLOSE, _CLOSE_INT8 = 1e-3, 1e-2
 
 
 def twin_of(node: ir.Node, nodes: Sequence[ir.Node], references: Sequence[ir.Node]) -> ir.Node | None:
@@ -69,7 +71,8 @@ def compare_nodes(
             if same != right.name:
                 found["form"] = found["form"] or f"it reads what {same!r} is, the reference {_made(right)}"
         elif own is not None and theirs is not None:
-            how = _difference(own, theirs, right.name, weights)
+            close = _CLOSE if _dequantizer(value) is None else _CLOSE_INT8
+            how = _difference(own, theirs, right.name, weights, close)
             kind = "weights" if theirs.dtype.kind == "f" else "form"
             if how and not found[kind]:
                 found[kind] = f"{value.name!r} {how}"
@@ -108,8 +111,10 @@ def _attribute(node: ir.Node, name: str) -> object:
     return float(f"{value:.6g}") if isinstance(value, float) else list(value) if isinstance(value, tuple) else value
 
 
-def _difference(own: np.ndarray, right: np.ndarray, name: str, weights: Mapping[str, np.ndarray]) -> str | None:
-    """How one array differs from another, or None where it does not, but for rounding."""
+def _difference(
+    own: np.ndarray, right: np.ndarray, name: str, weights: Mapping[str, np.ndarray], close: float
+) -> str | None:
+    """How one array differs from another, or None where it does not by more than ``close``, relative to the largest."""
     scale = float(np.abs(right.astype(np.float64)).max(initial=0)) or 1.0
 
     def far(one: np.ndarray, other: np.ndarray) -> float:
@@ -119,21 +124,21 @@ def _difference(own: np.ndarray, right: np.ndarray, name: str, weights: Mapping[
         gap = far(own.reshape(right.shape), right)
         if right.dtype.kind != "f":
             return None if gap == 0 else "holds other numbers than in the reference"
-        if gap <= 1e-3:
+        if gap <= close:
             return None
         if right.size == 1:
             return f"is {own.item():.4g}, the reference has {right.item():.4g}"
         if not own.any():
             return "is all zeros"
-    if own.ndim > 1 and own.shape == right.shape[::-1] and far(own.T, right) <= 1e-3:
+    if own.ndim > 1 and own.shape == right.shape[::-1] and far(own.T, right) <= close:
         return "is transposed"
     if own.shape != right.shape:
         return f"is {list(own.shape)}, the reference has {list(right.shape)}"
     whose = [other for other, array in weights.items() if other != name and array.shape == own.shape and array.size > 1]
-    same = next((other for other in whose if far(own, weights[other]) <= 1e-3), None)
+    same = next((other for other in whose if far(own, weights[other]) <= close), None)
     if same is not None:
         return f"holds the numbers of {same!r}"
-    part = np.abs(own.astype(np.float64) - right) > 1e-3 * scale
+    part = np.abs(own.astype(np.float64) - right) > close * scale
     return f"differs in {part.mean():.0%} of its numbers, by up to {gap:.2g} of the largest"
 
 
@@ -159,10 +164,8 @@ def numbers(value: ir.Value | None) -> np.ndarray | None:
 
 def _saturation(value: ir.Value | None) -> str | None:
     """Of INT8 weights: more than a few codes at an end show that the scale is too small."""
-    node = None if value is None else value.producer()
-    while node is not None and node.op_type in ("Transpose", "Identity"):
-        node = node.inputs[0].producer()
-    codes = constant_of(node.inputs[0]) if node is not None and node.op_type == "DequantizeLinear" else None
+    node = _dequantizer(value)
+    codes = None if node is None else constant_of(node.inputs[0])
     if codes is None or codes.dtype.kind not in "iu":
         return None
     ends = np.isin(codes, (-128, -127, 127, 255)).mean()
@@ -170,3 +173,11 @@ def _saturation(value: ir.Value | None) -> str | None:
     if ends <= max(0.05, 2 * codes.ndim / max(min(codes.shape, default=1), 1)):
         return None
     return f"{ends:.0%} of the codes of {node.inputs[0].name!r} are at an end of the range: the scale is too small"
+
+
+def _dequantizer(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that a value comes from."""
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in ("Transpose", "Identity"):
+        node = node.inputs[0].producer()
+    return node if node is not None and node.op_type == "DequantizeLinear" else None

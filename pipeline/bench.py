@@ -18,7 +18,7 @@ from ..core import progress
 from ..core.choices import HALF_PRECISIONS
 from ..core.metadata import PRECISION
 from ..core.scratch import temporary_folder
-from ..export.emulate import MOVERS, emulate
+from ..export.emulate import emulate
 from ..export.faults import (
     TOLERANCES,
     Deviation,
@@ -26,6 +26,7 @@ from ..export.faults import (
     deviation,
     explain,
     first_wrong,
+    makers,
     norm_around,
 )
 from ..export.files import save_model
@@ -302,18 +303,24 @@ class Bench:
         node = first_wrong(nodes, deviations, TOLERANCES[self.computes])
         if node is None:
             return _unseen(section)
-        inside = [value for value in node.outputs if value.name in deviations]
-        output = max(inside, key=lambda value: deviations[value.name].error)
-        if deviations[output.name].error == 0:
+        if max(deviations[value.name].error for value in node.outputs if value.name in deviations) == 0:
             return _unseen(section)
-        shape = output.shape
-        while node.op_type in MOVERS and node.inputs[0].producer() in nodes:  # What moves numbers has not made them.
-            node = node.inputs[0].producer()
-        evidence = Evidence(
-            node, self.computes, shape, wide[output.name], found[output.name],
-            tuple(wide[value.name] for value in node.inputs if value is not None and value.name in wide),
-            rounded=program is self.emulated, graph=False, norm=norm_around(node),
-        )  # fmt: skip
+
+        def evidence_of(node: ir.Node) -> Evidence:
+            inside = [value for value in node.outputs if value.name in deviations]
+            output = max(inside, key=lambda value: deviations[value.name].error)
+            inputs = tuple(wide[value.name] for value in node.inputs if value is not None and value.name in wide)
+            return Evidence(node, self.computes, output.shape, wide[output.name], found[output.name], inputs,
+                            rounded=program is self.emulated, graph=False, norm=norm_around(node))  # fmt: skip
+
+        evidence = evidence_of(node)
+        cause, _ = explain(evidence)
+        while cause.back:  # The error shows here; what it comes from may be there ahead, among larger numbers.
+            ahead = [one for one in makers(evidence.node) if one in nodes and one.outputs[0].name in deviations]
+            shown = [one for one in map(evidence_of, ahead) if one.node.op_type != "Cast" and cause.found(one)]
+            if not shown:
+                break
+            evidence = shown[0]
         return _fault(section, evidence)
 
     def _graph_fault(self, section: Section) -> Fault:
@@ -403,7 +410,8 @@ def _suspect(nodes: Sequence[ir.Node], end: str, equals: Mapping[str, str], name
     """Back from the end through values that have no equal, the first node whose inputs all have one.
 
     Args:
-        named: Values of the reference: a node that makes one of them goes before those that only the candidate has.
+        named: Values of the reference: a node that makes one of them goes before others that only the candidate has,
+            but for those that quantize.
     """
     makers = {value.name: node for node in nodes for value in node.outputs}
     seen, waiting = set(), [makers[end]]
@@ -414,6 +422,8 @@ def _suspect(nodes: Sequence[ir.Node], end: str, equals: Mapping[str, str], name
             waiting += [makers[value.name] for value in node.inputs
                         if value is not None and value.name in makers and value.name not in equals]  # fmt: skip
     suspects = [node for node in nodes if node in seen]
+    if suspects[0].op_type.endswith("QuantizeLinear"):
+        return suspects[0]
     return next((node for node in suspects if any(value.name in named for value in node.outputs)), suspects[0])
 
 
