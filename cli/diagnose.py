@@ -17,7 +17,6 @@ from .options import json_option, preprocessing_options, quiet_option, runtime_o
 @click.argument("candidate", type=click.Path(path_type=Path))
 @click.option(
     "--against",
-    "reference",
     required=True,
     metavar="REFERENCE.ONNX",
     type=click.Path(path_type=Path),
@@ -45,7 +44,7 @@ from .options import json_option, preprocessing_options, quiet_option, runtime_o
 )
 @json_option
 @quiet_option
-def diagnose(candidate, reference, fix, as_json, quiet, **options) -> None:
+def diagnose(candidate, against, fix, as_json, quiet, **options) -> None:
     """CANDIDATE is an ONNX file in any precision, or a TensorRT engine. It is compared with the float32 file tensor by
     tensor along the residual stream: each section is run on right inputs, and those that are wrong are looked into
     operator by operator. onnxruntime computes FP16 in float32 on a CPU, so there each result is rounded as a GPU leaves
@@ -63,8 +62,8 @@ def diagnose(candidate, reference, fix, as_json, quiet, **options) -> None:
 
     report_progress(quiet)
     if fix is not None:
-        check_output(fix, ".onnx", candidate, reference)
-    done = diagnose_file(candidate, reference, fix=fix, **options)
+        check_output(fix, ".onnx", candidate, against)
+    done = diagnose_file(candidate, against, fix=fix, **options)
     if as_json:
         print_json(done.to_json())
     else:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from .emulate import HALF, MOVERS
 from .norms import Norm, written_norms
 from .twins import NO_TWIN, Twin
+from .unfit import constant_of
 
 #: How far a section may be off that is computed from right inputs, as a share of what it adds to the stream. float32:
 #: GELU by tanh is 1e-3 off, by a sigmoid 4e-2. The others: six times what healthy models showed or more (FP16 up to
@@ -58,15 +59,17 @@ def deviation(right: np.ndarray, found: np.ndarray, precision: str, before: np.n
             rounding costs each number of the sum, of which some channels may hold far larger ones.
     """
     right, found = right.astype(np.float64), found.reshape(right.shape).astype(np.float64)
-    lost = np.isfinite(right) & ~np.isfinite(found)
-    with np.errstate(invalid="ignore"):
-        gap = np.abs(np.where(right == found, 0, found - right))
-    scale = right
+    # What is not finite in the reference says nothing.
+    known = np.isfinite(right)
+    lost = known & ~np.isfinite(found)
+    gap = np.abs(np.subtract(found, right, out=np.zeros_like(right), where=known & ~lost))
+    scale = np.where(known, right, 0)
     if before is not None and before.shape == right.shape:
-        scale, gap = right - before, np.maximum(gap - EPSILON[precision] * np.abs(right), 0)
+        scale = np.subtract(right, before, out=np.zeros_like(right), where=known)
+        gap = np.maximum(gap - EPSILON[precision] * np.abs(np.where(known, right, 0)), 0)
     scale, gap = _rms(scale), _rms(gap)
     errors = np.where(gap == 0, 0, gap / np.where(scale == 0, np.finfo(np.float32).tiny, scale))
-    errors = np.where(lost.any(1), np.inf, np.nan_to_num(errors, nan=np.inf))
+    errors = np.where(lost.any(1), np.inf, errors)
     finite = right[np.isfinite(right)]
     return Deviation(float(errors.max()), int(lost.sum()), float(np.abs(finite).max(initial=0)), int(errors.argmax()))
 
@@ -125,6 +128,7 @@ class Cause:
     cure: What helps.
     keep: Nodes that are to compute in float32 then.
     back: Whether a node ahead may show it too, whose other numbers hide that.
+    start: Node that is to be named, where it is not that of the evidence.
     """
 
     kind: str
@@ -132,6 +136,7 @@ class Cause:
     cure: str
     keep: Callable[[Evidence], Iterable[ir.Node]] = lambda evidence: ()
     back: bool = False
+    start: Callable[[Evidence], ir.Node | None] = lambda evidence: evidence.node
 
 
 def _spill(evidence: Evidence) -> str | None:
@@ -186,6 +191,24 @@ def _vanished(evidence: Evidence) -> str | None:
     return f"{gone:.0%} of its numbers are below {smallest:.1g}, which {evidence.precision.upper()} rounds to 0"
 
 
+def _lost_epsilon(evidence: Evidence) -> ir.Node | None:
+    """Of a quotient that is not finite: the node ahead of the root that adds a constant which is 0 in the precision."""
+    smallest = SMALLEST.get(evidence.precision)
+    if smallest is None or evidence.norm is None or evidence.graph or np.isfinite(evidence.found).all():
+        return None
+    for node in evidence.norm.nodes:
+        for array in map(constant_of, node.inputs if node.op_type in ("Add", "Max", "Clip") else ()):
+            if array is not None and array.size == 1 and 0 < abs(array.item()) <= smallest:
+                return node
+    return None
+
+
+def _epsilon(evidence: Evidence) -> str | None:
+    if _lost_epsilon(evidence) is None:
+        return None
+    return f"its constant is 0 in {evidence.precision.upper()}, so numbers without variance are divided by 0"
+
+
 def _cancelled(evidence: Evidence) -> str | None:
     if not evidence.rounded or evidence.node.op_type not in ("Add", "Sub", "ReduceMean", "ReduceSum"):
         return None
@@ -226,6 +249,14 @@ CAUSES = (
         "keep it in float32 with what reads it, or use BF16, which has the range of float32",
         lambda evidence: carrying(evidence.node),
         back=True,
+    ),
+    Cause(
+        "lost precision",
+        _epsilon,
+        "keep this norm in float32, or write it as the operator LayerNormalization (opset 17 and newer), which is "
+        "computed in float32",
+        lambda evidence: evidence.norm.nodes if evidence.norm else (),
+        start=_lost_epsilon,
     ),
     Cause(
         "lost precision",

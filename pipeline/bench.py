@@ -335,9 +335,9 @@ class Bench:
         found.update({name: array[images] for name, array in self.given.items() if name not in names})
         right = WIDE.run(self.reference, show(self.reference.model, others), self.images[images], {})
         right.update({one.name: self.right[one.name][images] for one, _ in self.pairs if one.name not in others})
-        equals = _equals(found, right, self.stored, {other.name: one.name for one, other in self.pairs})
+        equals, named = _equals(found, right, self.stored, {other.name: one.name for one, other in self.pairs})
         equals.pop(section.value, None)
-        node = _suspect(nodes, section.value, equals, right)
+        node = _suspect(nodes, section.value, equals, named)
         values = [value.name for value in node.outputs if value.name in found]
         other = twin_of(node, nodes, theirs)
         weights = {name: value.const_value.numpy() for name, value in self.reference.model.graph.initializers.items()
@@ -380,11 +380,10 @@ def _only(image: int) -> slice:
 
 def _equals(
     found: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray], precision: str, known: Mapping[str, str]
-) -> dict[str, str]:
-    """Value of the candidate -> value of the reference that holds the same: the one of its name, or any.
+) -> tuple[dict[str, str], Collection[str]]:
+    """Value of the candidate -> value of the reference that holds the same; and names that mean the same in both.
 
-    Where most values of one name are equal, a name means the same in both files: what has it is compared with nothing
-    else.
+    Names do where most values of one name are equal: then what has one is compared with nothing else.
     """
     tolerance = TOLERANCES[precision]
 
@@ -392,7 +391,7 @@ def _equals(
         return deviation(right[other], found[name], precision).error <= tolerance
 
     shared = {name: same(name, name) for name in found if name in right and right[name].size == found[name].size}
-    trusted = sum(shared.values()) * 2 >= len(shared)
+    named = set(shared) if sum(shared.values()) * 2 >= len(shared) else set()
     by_size: dict[int, list[str]] = {}
     for name, array in right.items():
         by_size.setdefault(array.size, []).append(name)
@@ -400,18 +399,18 @@ def _equals(
     for name, array in found.items():
         if shared.get(name):
             equal[name] = name
-        elif name not in equal and not (trusted and name in shared):
+        elif name not in equal and name not in named:
             other = next((one for one in by_size.get(array.size, ()) if same(name, one)), None)
             equal.update({name: other} if other is not None else {})
-    return equal
+    return equal, named
 
 
 def _suspect(nodes: Sequence[ir.Node], end: str, equals: Mapping[str, str], named: Collection[str]) -> ir.Node:
     """Back from the end through values that have no equal, the first node whose inputs all have one.
 
     Args:
-        named: Values of the reference: a node that makes one of them goes before others that only the candidate has,
-            but for those that quantize.
+        named: Values of both graphs: a node that makes one of them goes before others that only the candidate has, but
+            for those that quantize.
     """
     makers = {value.name: node for node in nodes for value in node.outputs}
     seen, waiting = set(), [makers[end]]
@@ -429,7 +428,7 @@ def _suspect(nodes: Sequence[ir.Node], end: str, equals: Mapping[str, str], name
 
 def _fault(section: Section, evidence: Evidence, place: tuple[int | None, str] | None = None) -> Fault:
     cause, found = explain(evidence)
-    node = evidence.node
+    node = cause.start(evidence) or evidence.node
     block, part = place or (section.block, section.part)
     kept = set(cause.keep(evidence))
     keep = tuple(one.name for one in node.graph if one in kept)

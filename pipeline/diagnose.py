@@ -76,7 +76,7 @@ class Diagnosis:
 
 def diagnose(
     candidate: str | os.PathLike,
-    reference: str | os.PathLike,
+    against: str | os.PathLike,
     *,
     data: Any,
     runtime: str = "auto",
@@ -90,7 +90,7 @@ def diagnose(
 
     Args:
         candidate: An ONNX file of any precision, or a TensorRT engine, of which only the outputs can be compared.
-        reference: A float32 ONNX file.
+        against: A float32 ONNX file, the reference.
         data: Images, as :func:`~vpruner.core.specs.DataSpec` takes them.
         runtime: One of :data:`~vpruner.core.choices.RUNTIMES`; ``"auto"``: onnxruntime, or TensorRT for an engine. A
             CPU computes FP16 in float32, so for ``"ort"`` every result is rounded as a GPU would leave it.
@@ -104,9 +104,9 @@ def diagnose(
         UserError: A file cannot be read or run; the two are not of one model; the reference is not float32; nothing
             that can be written helps.
     """
-    opened = open_graph(reference)
+    opened = open_graph(against)
     if precision_of(opened.model) != "fp32":
-        raise UserError(f"{reference} is {precision_of(opened.model)}", "expected the float32 file as the reference")
+        raise UserError(f"{against} is {precision_of(opened.model)}", "expected the float32 file as the reference")
     runtime = runtime if Path(candidate).suffix == ".onnx" and runtime != "auto" else runtime_of(candidate, runtime)
     traced = trace(opened)
     read = _read_images(opened, traced, data, images, seed, preprocessing or {})

@@ -212,9 +212,36 @@ def to_int8(model: ir.Model, images: np.ndarray) -> ir.Model:
         return into_memory(load_model(f"{folder}/int8.onnx"))
 
 
-@fault(0, "mlp", "node_add_2", "overflow", "fp16")
+@fault(0, "mlp", "node_mul_2", "overflow", "fp16")
 def massive_activation_in_the_stream(reference, candidate):
     channel = np.abs(weights(reference, "node_mul_2")).argmax()
     both(reference, candidate, "node_linear_3", lambda array: np.where(np.arange(32) == channel, 3e4, array))
     both(reference, candidate, "node_mul_2", lambda array: np.where(np.arange(32) == channel, 4, array))
     return candidate
+
+
+@fault(0, "attention", "node_layer_norm.variance_epsilon", "lost precision", "fp16")
+def epsilon_that_is_0_in_half(reference, candidate):
+    """One token is 0 in every channel: the epsilon alone keeps its norm from dividing 0 by 0."""
+    for model in (reference, candidate):
+        for name in ("node_layer_norm", "node_layer_norm_1"):
+            node(model, name).attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-12)
+        class_token = model.graph.initializers["pos_embed"]
+        put(model, "node_add", np.where(np.arange(25)[:, None] == 0, -token(model), class_token.const_value.numpy()))
+        LowerOpset(16)(model)
+    return candidate
+
+
+def token(model: ir.Model) -> np.ndarray:
+    """The class token, [1, 1, channel]."""
+    return node(model, "node_cat").inputs[0].const_value.numpy()
+
+
+def renamed(model: ir.Model) -> ir.Model:
+    """Other names for all nodes and values but the graph's ends, as another exporter gives them."""
+    for index, one in enumerate(model.graph):
+        one.name = f"op.{index}"
+        for value in one.outputs:
+            if not value.is_graph_output():
+                value.name = f"t{1000 - index}.{value.index()}"
+    return model
