@@ -269,6 +269,7 @@ def evaluate(
     weights: Path_ | None = None,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     device: str | None = None,
+    runtime: str = "auto",
     progress: Sink | None = None,
 ) -> Measurements:
     """Accuracy with confidence intervals.
@@ -282,6 +283,7 @@ def evaluate(
         weights: A file with weights of a model.
         preprocessing: Of an ONNX file that does not state it: how an image becomes its input.
         device: Of a model: as for :func:`open_model`.
+        runtime: Of an ONNX file: what runs it, as for :func:`~vpruner.runtime.opening.open`.
 
     Raises:
         UserError: Options do not go together, or there is nothing to measure.
@@ -296,10 +298,10 @@ def evaluate(
             if weights is not None or plan is not None:
                 refused = f"{option('weights')} and {option('plan')} go with a PyTorch model, {model} is a file"
                 raise UserError(refused, f"compare it with the dense model: {option('against')}")
-            require_all(("onnxruntime",))
             dense, said = _baseline(against)
             stated = mapping_of(fields_of(preprocessing or said), "preprocessing")
-            rows = measure(ModelSpec(model, preprocessing=stated, device=device or "auto"), data, against=dense)
+            spec = ModelSpec(model, preprocessing=stated, device=device or "auto")
+            rows = measure(spec, data, against=dense, runtime=runtime)
             return Measurements(rows, [evaluation_table(rows)])
         if against is not None:
             raise UserError(f"{option('against')} goes with an ONNX file", f"for a model give {option('plan')}")
@@ -313,7 +315,7 @@ def evaluate(
         else:
             opened = open_model(model, weights=weights, preprocessing=preprocessing, device=device)
             loaded, pruned = opened.loaded, None if plan is None else opened.with_plan(plan)
-        rows = measure(ModelSpec(loaded), data, **({} if pruned is None else pruned.reduction))
+        rows = measure(ModelSpec(loaded), data, runtime=runtime, **({} if pruned is None else pruned.reduction))
         return Measurements(rows, [evaluation_table(rows)])
 
 
@@ -332,8 +334,10 @@ def profile(
     *,
     against: Any = None,
     batches: int | Sequence[int] = (1,),
+    runtime: str = "auto",
     provider: str = "cpu",
     threads: int | None = None,
+    precision: str | None = None,
     cuda_graph: bool | None = None,
     layers: bool = False,
     power: bool = False,
@@ -344,10 +348,11 @@ def profile(
     """Time a file on this machine, in turns with a baseline.
 
     Args:
-        model, against: ONNX files in onnxruntime, or engines in TensorRT.
+        model, against: ONNX files in onnxruntime or OpenVINO, or engines in TensorRT.
         batches: Images per run.
         power: Whether to read power, clocks and temperature.
-        provider, threads, cuda_graph, layers, trust, seconds: See :func:`~vpruner.runtime.profile.profile_files`.
+        runtime, provider, threads, precision, cuda_graph, layers, trust, seconds: See
+            :func:`~vpruner.runtime.profile.profile_files`.
 
     Raises:
         UserError: A file cannot be opened, does not take a batch, or the two cannot be compared.
@@ -366,8 +371,9 @@ def profile(
         sizes = numbers_of(batches, "batches", int)
         if not isinstance(provider, str):
             raise UserError(f"{option('provider')} is {provider!r}", "expected a name, such as cpu or cuda")
-        how: dict[str, Any] = dict(provider=provider, threads=threads, cuda_graph=cuda_graph, layers=layers)
-        rows = measure(paths, batches=sizes, power=power, trust=trust, seconds=seconds, **how)
+        how: dict[str, Any] = dict(runtime=runtime, provider=provider, threads=threads, precision=precision)
+        how.update(cuda_graph=cuda_graph, layers=layers, trust=trust, seconds=seconds)
+        rows = measure(paths, batches=sizes, power=power, **how)
         return Measurements(rows, profile_tables(rows))
 
 

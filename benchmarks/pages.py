@@ -125,7 +125,7 @@ def _listed(names) -> str:
 # -- versions ---------------------------------------------------------------------------------------------------------
 
 #: Packages that the sentence names: those whose versions change what vpruner does.
-NAMED = ("torch", "timm", "onnx", "onnxruntime", "transformers")
+NAMED = ("torch", "timm", "onnx", "onnxruntime", "openvino", "transformers")
 
 
 def versions() -> str:

@@ -48,6 +48,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "latency_budget": (tables.latency_budget, ("latency_budget",)),
     "latency_ort": (tables.latency_ort, ("latency_ort",)),
     "precision": (tables.precision, ("precision",)),
+    "runtimes": (tables.runtimes, ("runtimes",)),
     "search_forms": (tables.search_forms, ("search_forms",)),
     "shifted": (shifted_tables.shifted, ("shifted",)),
     "stage_costs": (tables.stage_costs, ("stage_costs",)),
@@ -57,7 +58,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "vlm_prefill": (tables.vlm_prefill, ("vlm_prefill",)),
 }
 #: Tables that say that nothing was measured yet.
-EXPECTED = ("gpu",)
+EXPECTED = ("gpu", "runtimes")
 MARKED = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 #: A link from the repository's root, as the tables write them.
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)]+)\)")

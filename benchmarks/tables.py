@@ -121,6 +121,37 @@ def fold_order(rows: list[dict]) -> str:
     return "\n".join([*lines, "", *about])
 
 
+def runtimes(rows: list[dict]) -> str:
+    """The newest measurement of each model, batch and file in each runtime; ratios to dense are within a runtime."""
+    if not rows:
+        return "Not measured yet."
+    newest: dict[tuple[str, int], dict[tuple[str, str], dict[str, dict]]] = {}
+    for row in rows:
+        of_file = newest.setdefault((row["model"], row["batch"]), {}).setdefault((row["precision"], row["label"]), {})
+        of_file[row["runtime"]] = row
+    names = list(dict.fromkeys(row["runtime"] for row in rows))
+    heads = ["model", "batch", "graph", "MACs"]
+    for name in names:
+        heads += [f"{name}, p50", "time / dense fp32"]
+    heads += [f"{name} / {names[0]}" for name in names[1:]]
+    lines = [f"| {' | '.join(heads)} |", f"| --- | ---: | --- |{' ---: |' * (len(heads) - 3)}"]
+    for (model, batch), files in newest.items():
+        for (precision, label), found in files.items():
+            first = next(iter(found.values()))
+            cells = [model, str(batch), f"{label} {precision}", ratio(first["macs_ratio"])]
+            for name in names:
+                cells += [milliseconds(found[name]["p50_ms"]), ratio_of(found[name])] if name in found else ["", ""]
+            cells += [ratio(found[name]["to_runtime_ratio"]["ratio"]) if name in found else "" for name in names[1:]]
+            lines.append(f"| {' | '.join(cells)} |")
+    every = [row for files in newest.values() for found in files.values() for row in found.values()]
+    about = {
+        f"{row['environment']['cpu']}, {row['runtime']} {row['environment']['packages'][row['runtime']]}, "
+        f"{row['threads']} thread."
+        for row in every
+    }
+    return "\n".join([*lines, "", *sorted(about)])
+
+
 def demo(rows: list[dict]) -> str:
     """The table that the bundled run ends with."""
     cost = {row["label"]: row for row in rows if row["kind"] == "cost"}

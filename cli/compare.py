@@ -19,6 +19,7 @@ from .options import (
     eval_images_option,
     json_option,
     model_options,
+    onnx_runtime_option,
     preprocessing_options,
     quiet_option,
     reading_options,
@@ -105,6 +106,7 @@ from .types import Seconds, names, numbers
     type=click.IntRange(1),
     help="Batch size to time; may be repeated.",
 )
+@onnx_runtime_option
 @click.option(
     "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement."
 )

@@ -18,6 +18,7 @@ from .options import (
     preprocessing_options,
     quiet_option,
     reading_options,
+    runtime_option,
     specs,
 )
 
@@ -32,6 +33,7 @@ from .options import (
     help="For a PyTorch model: the plan that prunes it. It is compared with the dense model.",
 )
 @click.option("--against", metavar="DENSE.ONNX", help="For an ONNX file: the dense file to compare it with.")
+@runtime_option
 @preprocessing_options
 @eval_data_option
 @eval_images_option
@@ -43,7 +45,7 @@ from .options import (
 @json_option
 @quiet_option
 @specs(model=ModelSpec, data=DataSpec)
-def evaluate(model, data, plan_path, against, as_json, quiet, results) -> None:
+def evaluate(model, data, plan_path, against, runtime, as_json, quiet, results) -> None:
     """MODEL is an ONNX file, or a PyTorch model that vpruner prune takes, with --plan. Models without classes are
     compared by the cosine of their features. Other outputs are compared by their
     relative squared error.
@@ -60,7 +62,7 @@ def evaluate(model, data, plan_path, against, as_json, quiet, results) -> None:
     report_progress(quiet)
     if results:
         check_output(results, ".jsonl", name="results", known=True)
-    rows = evaluate_model(model, data, plan_path=plan_path, against=against)
+    rows = evaluate_model(model, data, plan_path=plan_path, against=against, runtime=runtime)
     if emit_rows(rows, results, as_json):
         return
     print_table(evaluation_table(rows))

@@ -10,7 +10,7 @@ from ..core import progress
 from ..core.errors import UserError
 from .catalogue import command
 from .console import emit_rows, print_json, print_table, report_progress
-from .options import json_option, quiet_option, runtime_options, trust_option
+from .options import json_option, quiet_option, runtime_option, runtime_options, trust_option
 from .types import Seconds
 
 
@@ -26,6 +26,7 @@ from .types import Seconds
     type=click.IntRange(1),
     help="Images per run; may be repeated.",
 )
+@runtime_option
 @runtime_options
 @click.option(
     "--cuda-graph/--no-cuda-graph",
@@ -44,7 +45,8 @@ from .types import Seconds
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
-    help="With --print-trtexec: precision of the engine  [default: the file's]",
+    help="With --print-trtexec: precision of the engine. With --runtime openvino: what it computes in  [default: the "
+    "file's]",
 )
 @click.option(
     "--from-trtexec",
@@ -64,6 +66,7 @@ def profile(
     \b
     Example:
       vpruner profile runs/demo/pruned.onnx --against runs/demo/dense.onnx --threads 1 --layers
+      vpruner profile runs/demo/pruned.onnx --against runs/demo/dense.onnx --threads 1 --runtime openvino
       vpruner profile pruned.engine --against dense.engine --batch-size 1 --batch-size 8 --power --results results.jsonl
       vpruner profile pruned.onnx --print-trtexec --precision fp16
       vpruner profile pruned.onnx --from-trtexec pruned.times.json pruned.profile.json pruned.layers.json
@@ -77,8 +80,9 @@ def profile(
     if print_trtexec:
         _print_trtexec(model, against, batches, precision, options["cuda_graph"], options["seconds"], as_json)
         return
-    if precision:
-        raise UserError("--precision goes with --print-trtexec", "build the engine in it: vpruner build --precision")
+    if precision and options["runtime"] != "openvino":
+        hint = "build the engine in it: vpruner build --precision"
+        raise UserError("--precision goes with --print-trtexec and --runtime openvino", hint)
     if results:
         check_output(results, ".jsonl", model, against, name="results", known=True)
     if from_trtexec:
@@ -90,7 +94,7 @@ def profile(
         if against:
             check_baseline(model, against)
         paths = {"dense": against, "pruned": model} if against else {model.stem: model}
-        rows = profile_model(paths, batches=batches, power=power, **options)
+        rows = profile_model(paths, batches=batches, power=power, precision=precision, **options)
     if emit_rows(rows, results, as_json):
         return
     _print_profile(rows)

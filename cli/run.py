@@ -21,6 +21,7 @@ from .options import (
     export_options,
     json_option,
     model_options,
+    onnx_runtime_option,
     precision_options,
     preprocessing_options,
     quiet_option,
@@ -41,6 +42,7 @@ from .types import Seconds
 @stage_options
 @export_options
 @precision_options
+@onnx_runtime_option
 @click.option(
     "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of the latency measurement."
 )

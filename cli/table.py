@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..core.choices import RUNTIMES
 from ..core.specs import ExportSpec, ModelSpec
 from .catalogue import command
 from .console import print_json, print_table, report_progress
@@ -21,14 +22,15 @@ from .types import Seconds
     "--runtime",
     default="ort",
     show_default=True,
-    type=click.Choice(["ort", "trt"]),
-    help="onnxruntime or TensorRT; TensorRT builds an engine for every graph that is measured.",
+    type=click.Choice(tuple(RUNTIMES)),
+    help="onnxruntime, OpenVINO or TensorRT; TensorRT builds an engine for every graph that is measured.",
 )
 @runtime_options
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="With --runtime trt: precision of the engines  [default: fp16]",
+    help="With --runtime trt: precision of the engines  [default: fp16]. With --runtime openvino: what it computes in  "
+    "[default: as the graph]",
 )
 @click.option(
     "--step",
@@ -56,6 +58,7 @@ def table(model, export, output, as_json, quiet, **options) -> None:
     Example:
       vpruner table --threads 1 -o table.json
       vpruner table dense.onnx --threads 4 --batch-size 8 --seconds 120 -o table.json
+      vpruner table dense.onnx --runtime openvino --threads 1 -o table.json
       vpruner table dense.onnx --runtime trt --precision fp16 --seconds 600 -o table.json
     """
     from ..pipeline.folders import check_output

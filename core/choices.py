@@ -48,6 +48,8 @@ OPSET = 20
 #: What runs a file: the name that an option takes -> what rows, tables and pages call it. ``"auto"`` goes by the file:
 #: an engine is TensorRT's, an ONNX file onnxruntime's.
 RUNTIMES = {"ort": "onnxruntime", "openvino": "openvino", "trt": "tensorrt"}
+#: What rows call it where a model runs in PyTorch.
+PYTORCH = "pytorch"
 #: Those that run ONNX files as they are.
 ONNX_RUNTIMES = ("ort", "openvino")
 #: Short name -> onnxruntime's execution provider.

@@ -29,6 +29,9 @@ EXTRA_OF = {
 #: What a whole run imports at one point or another, in the order in which extras are asked for.
 RUN_PACKAGES = ("torch", "timm", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "matplotlib")
 
+#: Name of a runtime, as :data:`~vpruner.core.choices.RUNTIMES` has it -> what has to be there to run a file in it.
+RUNTIME_PACKAGES = {"ort": ("onnxruntime",), "openvino": ("openvino",), "trt": ("tensorrt", "polygraphy")}
+
 
 #: onnxruntime reads it once, while it loads: from 1.29 on, its packages for Linux and macOS else write a device id and
 #: a store of events into the user's cache folder, and send them to Microsoft.

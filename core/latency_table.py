@@ -41,7 +41,7 @@ class LatencyTable:
     Attributes:
         model: Name of the model that was measured.
         geometry: Its shape.
-        runtime: ``"onnxruntime"`` or ``"tensorrt"``.
+        runtime: A value of :data:`~vpruner.core.choices.RUNTIMES`.
         provider: Where it ran: ``"cpu"``, ``"cuda"``.
         precision: ``"fp32"``.
         threads: Threads inside one operator.
@@ -231,22 +231,29 @@ class LatencyTable:
                 f"measure this model with: {command('table', 'MODEL', output='table.json')}",
             )
 
-    def remarks(self, *, threads: int | None = None, batch: int | None = None, model: str | None = None) -> list[str]:
+    def remarks(
+        self,
+        *,
+        threads: int | None = None,
+        batch: int | None = None,
+        model: str | None = None,
+        runtime: str | None = None,
+    ) -> list[str]:
         """What a user should know before trusting this table here: one sentence for each thing.
 
         These are how far it is off, and what differs from where it was measured.
 
         Args:
-            threads, batch, model: What the table is used for; None where that does not matter.
+            threads, batch, model, runtime: What the table is used for; None where that does not matter.
         """
         here = environment()
-        packages = ("onnxruntime", "onnxruntime-gpu") if self.runtime == "onnxruntime" else ("tensorrt",)
+        packages = ("onnxruntime", "onnxruntime-gpu") if self.runtime == "onnxruntime" else (self.runtime,)
         versions, found = (
             {name: _packages_of(value).get(name) for name in packages} for value in (self.environment, here)
         )
         pairs = [("model", self.model, model), ("batch", self.batch, batch)]
-        if self.runtime == "onnxruntime":
-            pairs.insert(1, ("threads", self.threads, threads))
+        if self.runtime != "tensorrt":
+            pairs[1:1] = [("runtime", self.runtime, runtime), ("threads", self.threads, threads)]
         pairs.append(("cpu", self.environment.get("cpu"), here["cpu"]))
         if self.provider != "cpu":
             pairs.append(("gpus", self.environment.get("gpus"), here["gpus"]))

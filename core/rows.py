@@ -101,9 +101,11 @@ class _Accuracy(_Row):
 
 class AccuracyRow(_Accuracy, total=False):
     """An estimate with its 95 % interval; None where one image has none. ``eval_set`` is the name of the evaluation
-    set, if it has one; of several sets the first is the one that summaries go by."""
+    set, if it has one; of several sets the first is the one that summaries go by. ``runtime`` is what ran the model;
+    older rows do not say it."""
 
     eval_set: str
+    runtime: str
 
 
 class LatencyRow(_Row):

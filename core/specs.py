@@ -18,6 +18,7 @@ from .choices import (
     IMAGES,
     IO,
     LOSSES,
+    ONNX_RUNTIMES,
     PRECISIONS,
     REARRANGEMENTS,
     SELECTIONS,
@@ -269,12 +270,15 @@ class TimingSpec:
         threads: Of each session; None: every core that this process may use.
         seconds: Time to measure for; a few rounds are made in any case.
         timed_rounds: Rounds to measure at most; None: as many as fit into the time.
+        runtime: What runs the graphs, for times and accuracy: one of :data:`~vpruner.core.choices.ONNX_RUNTIMES`.
     """
 
     threads: int | None = 1
     seconds: float = 10.0
     timed_rounds: int | None = None
+    runtime: str = "ort"
 
     def __post_init__(self) -> None:
         _check_at_least(1, threads=self.threads, timed_rounds=self.timed_rounds)
+        _check_choice("runtime", self.runtime, ONNX_RUNTIMES)
         _check_positive(seconds=self.seconds)

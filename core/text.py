@@ -136,7 +136,8 @@ def onnxruntime_says(error: BaseException) -> str:
 def openvino_says(error: BaseException) -> str:
     """OpenVINO's message in one line, without the places in its source."""
     # "Exception from src/inference/src/cpp/core.cpp:84:\nCheck 'false' failed at src/frontends/...cpp:151:\n..."
-    text = re.sub(r"(?m)^Exception from \S+:\d+:$|\bCheck '.*' failed at \S+:\d+:", "", str(error))
+    text = re.sub(r"Exception from \S+:\d+:|\bCheck '.*' failed at \S+:\d+:", "", str(error))
     # "FrontEnd API failed with OpConversionFailure:\nModel wasn't fully converted.\nSummary:\n-- No conversion ..."
-    text = text.rpartition("\nSummary:\n-- ")[2]
+    text = re.split(r"FrontEnd API failed with \w+:|\nSummary:|\n-- ", text)[-1]
+    text = re.sub(r'"/\S*/([^/"]+)"', r"\1", text)  # Its own libraries.
     return " ".join(text.split())[:300].rstrip(".") or type(error).__name__

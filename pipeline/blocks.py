@@ -32,7 +32,7 @@ from ..export.passes.edit import add_constant
 from ..runtime import cuda
 from ..runtime.build import BuildOptions
 from ..runtime.onnx_file import read_onnx
-from ..runtime.ort import OrtSession, short_provider
+from ..runtime.opening import open_timed
 from ..runtime.profile_trt import EngineRun
 from ..runtime.session import Session
 from ..runtime.table.graphs import Chain, Graphs
@@ -148,12 +148,12 @@ class _FoldedGraphs(Graphs):
                 part.unlink()
 
 
-class OrtGraphs(_FoldedGraphs):
-    """Graphs opened in onnxruntime: :class:`~vpruner.runtime.table.graphs.Graphs`.
+class OnnxGraphs(_FoldedGraphs):
+    """Graphs opened in onnxruntime or OpenVINO: :class:`~vpruner.runtime.table.graphs.Graphs`.
 
     Args:
         dense, folder, batch, seed: The file, a scratch folder, images per run, and of the images.
-        threads, provider: As in :class:`~vpruner.runtime.ort.OrtSession`.
+        runtime, provider, threads, precision: As in :func:`~vpruner.runtime.opening.open_timed`.
 
     Raises:
         UserError: The file cannot be read, is pruned already, or has another batch.
@@ -166,37 +166,33 @@ class OrtGraphs(_FoldedGraphs):
         *,
         threads: int,
         batch: int = 1,
+        runtime: str = "ort",
         provider: str = "cpu",
+        precision: str | None = None,
         seed: int = 0,
     ):
         super().__init__(dense, folder, batch=batch, seed=seed)
-        self.threads, self.provider = threads, provider
-        with OrtSession(self.dense, provider, threads, spinning=False) as session:
-            spec = session.inputs[0]
-            self._feeds = session.check_feeds({spec.name: self._images(session)})
-            precision = session.metadata.precision or {"float32": "fp32", "float16": "fp16"}.get(spec.dtype, spec.dtype)
+        self._how = dict(runtime=runtime, provider=provider, threads=threads, precision=precision)
+        with open_timed(self.dense, **self._how) as session:
+            self._feeds = session.check_feeds({session.inputs[0].name: self._images(session)})
             self.about: dict[str, Any] = {
-                "runtime": "onnxruntime",
-                "provider": short_provider(session.providers[0]),
-                "precision": precision,
+                "runtime": session.runtime,
+                "provider": session.provider,
+                "precision": session.precision,
                 "threads": threads,
                 "batch": batch,
                 "opset": self.opset,
             }
-        self.protocol: dict[str, Any] = {
-            "clock": "time.perf_counter around InferenceSession.run; host arrays in and out, no preprocessing",
-            "input": f"smooth random images, seed {seed}, the same for all",
-            "inter_op_threads": 1,
-            "spinning": "off",
-            "graph_optimization": "all",
-        }
+            self.protocol: dict[str, Any] = {
+                **session.protocol,
+                "input": f"smooth random images, seed {seed}, the same for all",
+            }
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[Callable[[], object]]:
-        with OrtSession(path, self.provider, self.threads, spinning=False) as session:
+        with open_timed(path, **self._how) as session:
             self._remove(path)
-            feeds = self._feeds
-            yield lambda: session._run(feeds)
+            yield session.caller(self._feeds)
 
 
 class TrtGraphs(_FoldedGraphs):
@@ -205,7 +201,7 @@ class TrtGraphs(_FoldedGraphs):
     An engine is built for every graph, with the device's timing cache, so that only the first few builds take long.
 
     Args:
-        dense, folder, batch, seed: As for :class:`OrtGraphs`.
+        dense, folder, batch, seed: As for :class:`OnnxGraphs`.
         precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
         step: Multiples that kernels like: both edges of such steps are measured.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import progress
+from ..core.choices import PYTORCH
 from ..core.content_plan import ContentPlan, load_plan
 from ..core.errors import UserError
 from ..core.plan import Geometry, TokenPlan
@@ -30,31 +31,40 @@ if TYPE_CHECKING:
     from ..core.statistics import Estimate, Outputs
     from ..prune.data import ImageSet
     from ..prune.loaded import LoadedModel
-    from ..runtime.ort import OrtSession
+    from ..runtime.session import Session
 
     #: Name of the evaluation set -> label of the model -> estimates.
     _Estimates = dict[str | None, dict[str, list[Estimate]]]
 
 
 @contextmanager
-def open_graphs(paths: Mapping[str, Path], as_they_are: Sequence[str] = ()) -> Iterator[dict[str, OrtSession]]:
+def open_graphs(
+    paths: Mapping[str, Path], as_they_are: Sequence[str] = (), runtime: str = "auto", **how: Any
+) -> Iterator[dict[str, Session]]:
     """The application's session of each file, by label, open until the context is left.
 
     Args:
-        as_they_are: Labels of graphs that onnxruntime must not optimize.
+        as_they_are: Labels of graphs whose casts are there to round: onnxruntime runs them, and must not optimize them.
+        runtime: Of the others, as for :func:`~vpruner.runtime.opening.open`.
+        how: Others of :func:`~vpruner.runtime.opening.open_timed`.
     """
+    from ..runtime.opening import open_timed
     from ..runtime.ort import OrtSession
 
     with ExitStack() as stack:
         # The sessions take turns, and the threads of an idle one must not burn the cores the other runs on.
         yield {
-            label: stack.enter_context(OrtSession(path, spinning=False, optimized=label not in as_they_are))
+            label: stack.enter_context(
+                OrtSession(path, spinning=False, optimized=False)
+                if label in as_they_are
+                else open_timed(path, runtime, **how)
+            )
             for label, path in paths.items()
         }
 
 
 def evaluate_graphs(
-    sessions: Mapping[str, OrtSession],
+    sessions: Mapping[str, Session],
     images: ImageSet,
     geometry: Geometry,
     on_batch=lambda count: None,
@@ -85,7 +95,7 @@ def evaluate_graphs(
 
 
 def collect_graphs(
-    sessions: Mapping[str, OrtSession],
+    sessions: Mapping[str, Session],
     images: ImageSet,
     on_batch=lambda count: None,
     not_finite=lambda label, values: None,
@@ -122,6 +132,7 @@ def evaluate(
     plan_path: str | Path | None = None,
     weights: Mapping[str, Tensor] | None = None,
     against: str | Path | LoadedModel | None = None,
+    runtime: str = "auto",
 ) -> list[dict[str, Any]]:
     """Accuracy rows of ONNX files through the application's session, or of a PyTorch model.
 
@@ -132,6 +143,7 @@ def evaluate(
         plan_path: Where to read that plan, or where it was read.
         weights: State-dict name -> tensor, where the pruned model has other weights.
         against: Of an ONNX file: the dense file, or the dense model in memory, to compare it with.
+        runtime: Of ONNX files: as for :func:`~vpruner.runtime.opening.open`.
 
     Raises:
         UserError: Options do not go together, a file cannot be used, or there is nothing to measure.
@@ -142,17 +154,21 @@ def evaluate(
             raise UserError(
                 f"{model.what} is an ONNX file: {named} and such go with a PyTorch model", f"use {option('against')}"
             )
-        estimates, sets = _evaluate_onnx(model, data, Path(against) if isinstance(against, str) else against)
+        dense = Path(against) if isinstance(against, str) else against
+        estimates, sets, runtimes = _evaluate_onnx(model, data, dense, runtime)
     else:
         if against is not None:
             raise UserError(f"{option('against')} goes with an ONNX file", f"for a PyTorch model give {option('plan')}")
+        if runtime != "auto":
+            raise UserError(f"{option('runtime', runtime)} goes with an ONNX file", "a PyTorch model runs in PyTorch")
         refuse_preprocessing(model.preprocessing)
         if plan is None and plan_path:
             plan = load_plan(plan_path)
         estimates, sets = _evaluate_torch(model, data, plan, plan_path, weights)
+        runtimes = dict.fromkeys(("dense", "pruned"), PYTORCH)
     for images in sets:
         progress.remark(images.remark(role_of(images)))
-    return estimate_rows(estimates)
+    return estimate_rows(estimates, runtimes)
 
 
 def _sets_for(
@@ -172,8 +188,9 @@ def _sets_for(
 
 
 def _evaluate_onnx(
-    model: ModelSpec, data: DataSpec, against: Path | LoadedModel | None
-) -> tuple[_Estimates, tuple[ImageSet, ...]]:
+    model: ModelSpec, data: DataSpec, against: Path | LoadedModel | None, runtime: str
+) -> tuple[_Estimates, tuple[ImageSet, ...], dict[str, str]]:
+    """Estimates, sets, and what ran each of the models."""
     from ..core.preprocess import resolve_preprocessing
 
     path = Path(model.what)
@@ -181,7 +198,7 @@ def _evaluate_onnx(
     if isinstance(against, Path):
         refuse_same(path, against)
         paths = {"dense": against, "pruned": path}
-    with open_graphs(paths) as opened:
+    with open_graphs(paths, runtime=runtime) as opened:
         sessions: dict[str, Any] = dict(opened)
         if against is not None and not isinstance(against, Path):
             sessions = {"dense": InPyTorch(against), "pruned": opened["model"]}
@@ -208,7 +225,7 @@ def _evaluate_onnx(
                 images.name: evaluate_graphs(sessions, images, metadata.geometry, advance, metadata.classes)[0]
                 for images in sets
             }
-    return estimates, sets
+        return estimates, sets, {label: session.runtime for label, session in sessions.items()}
 
 
 class InPyTorch:
@@ -219,6 +236,8 @@ class InPyTorch:
         preprocessing: How images become its input.
         metadata: What its dense file would say.
     """
+
+    runtime = PYTORCH
 
     def __init__(self, loaded: LoadedModel):
         from ..core.metadata import ModelMetadata
@@ -322,13 +341,13 @@ def check_against(model: Path, against: Path) -> None:
     """Refuse a baseline that is none: the same file, or one that is pruned itself.
 
     Raises:
-        UserError: Also when the baseline cannot be opened.
+        UserError: Also when the baseline cannot be read.
     """
-    from ..runtime.ort import OrtSession
+    from ..core.metadata import ModelMetadata
+    from ..runtime.onnx_file import read_onnx
 
     refuse_same(model, against)
-    with OrtSession(against) as session:
-        refuse_pruned(against, session.metadata)
+    refuse_pruned(against, ModelMetadata.from_props(read_onnx(against).metadata, str(against)))
 
 
 def refuse_same(model: Path, against: Path) -> None:

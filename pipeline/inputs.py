@@ -174,11 +174,13 @@ def open_cost(
     *,
     threads: int | None = None,
     batch: int | None = None,
+    runtime: str | None = None,
 ) -> Cost:
     """What a budget is of: ``"macs"``, or ``"latency:TABLE.json"`` for milliseconds by a table of this model.
 
     Args:
-        threads, batch: What the plan is made for, where that is known; a table measured with others is remarked on.
+        threads, batch, runtime: What the plan is made for, where that is known; a table measured with others is
+            remarked on.
 
     Raises:
         UserError: Neither of the two, or a table that cannot be read or is of another model.
@@ -196,7 +198,7 @@ def open_cost(
         )
     table = LatencyTable.load(path)
     cost = LatencyCost(table, geometry)
-    for remark in table.remarks(threads=threads, batch=batch, model=name):
+    for remark in table.remarks(threads=threads, batch=batch, model=name, runtime=runtime):
         progress.remark(remark)
     return cost
 

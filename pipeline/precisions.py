@@ -178,6 +178,7 @@ def precision_rows(
         row.update(calibrated_on=item.calibrated_on, beyond=list(cost.beyond))
         if times := timed.get(item.label):
             row.update(p50_ms=times["p50_ms"], ratio_to="pruned", ratio=paired_ratio(timed, item.label, "pruned"))
-        row["latency_note"] = LATENCY_NOTES.get(item.precision)
+        ran = latency[0]["runtime"] if latency else "onnxruntime"
+        row["latency_note"] = LATENCY_NOTES.get(item.precision) if ran == "onnxruntime" or item.emulated else None
         rows.append(row)
     return rows

@@ -23,14 +23,17 @@ if TYPE_CHECKING:
     from ..prune.learned import Learned
 
 
-def estimate_rows(estimates: Mapping[str | None, Mapping[str, Sequence[Estimate]]]) -> list[dict[str, Any]]:
+def estimate_rows(
+    estimates: Mapping[str | None, Mapping[str, Sequence[Estimate]]], runtimes: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """One row per estimate.
 
     Args:
         estimates: Name of the evaluation set -> label of the model -> estimates.
+        runtimes: Label of the model -> what ran it.
     """
     return [
-        estimate.row(label, name)
+        {**estimate.row(label, name), "runtime": runtimes[label]}
         for name, of_set in estimates.items()
         for label, values in of_set.items()
         for estimate in values
@@ -38,10 +41,12 @@ def estimate_rows(estimates: Mapping[str | None, Mapping[str, Sequence[Estimate]
 
 
 def accuracy_rows(
-    estimates: Mapping[str | None, Mapping[str, Sequence[Estimate]]], precisions: Mapping[str, str]
+    estimates: Mapping[str | None, Mapping[str, Sequence[Estimate]]],
+    precisions: Mapping[str, str],
+    runtimes: Mapping[str, str],
 ) -> list[dict[str, Any]]:
     """The same rows with their precision: ``fp32`` where ``precisions`` has none for the label."""
-    return [{**row, "precision": precisions.get(row["label"], "fp32")} for row in estimate_rows(estimates)]
+    return [{**row, "precision": precisions.get(row["label"], "fp32")} for row in estimate_rows(estimates, runtimes)]
 
 
 def run_row(

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import progress
-from ..core.choices import INT8_IMAGES
+from ..core.choices import INT8_IMAGES, RUNTIMES
 from ..core.errors import UserError
-from ..core.extras import RUN_PACKAGES, require_all
+from ..core.extras import RUN_PACKAGES, RUNTIME_PACKAGES, require_all
 from ..core.files import scratch_beside
 from ..core.plan import Geometry, TokenPlan
 from ..core.rows import append_rows
@@ -105,12 +105,14 @@ class Judged:
         converted: Files of other precisions, with failures that showed here.
         costs: Label of a converted file -> what it costs against the float32 one.
         examples: A few evaluation images, for the report.
+        runtimes: Label -> what ran it.
     """
 
     estimates: Mapping[str | None, Mapping[str, Sequence[Estimate]]]
     converted: tuple[Converted, ...]
     costs: Mapping[str, Agreement]
     examples: tuple[Image.Image, ...]
+    runtimes: Mapping[str, str]
 
 
 @progress.reporting()
@@ -128,7 +130,9 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
         UserError: Something the user gave cannot be used.
         ParityError: Two forms of the pruned model disagree.
     """
-    require_all(RUN_PACKAGES)  # Missing extras are said now, not after ten minutes.
+    require_all(
+        (*RUN_PACKAGES, *RUNTIME_PACKAGES[options.timing.runtime])
+    )  # Missing extras are said now, not after ten minutes.
     check(options)
     saved_state = saved_beside(output, options.learn)
     if not ranks.launched().first:
@@ -154,7 +158,7 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
         # From here on the graphs speak for themselves; a large model's weights need not lie in memory twice.
         del inputs, learned, reduced, images
         gc.collect()
-        judged = judge(variants, converted, evaluations, subject.geometry)
+        judged = judge(variants, converted, evaluations, subject.geometry, options.timing.runtime)
         remark_on_images(calibration, evaluations)
         latency = time_graphs(variants, judged, options.export, options.timing)
         rows = [
@@ -178,6 +182,10 @@ def check(options: RunOptions) -> None:
             f"leave out {option('opset')} and {option('dynamic_batch')}",
         )
     check_learn(options.learn, model)
+    if model.is_onnx and options.timing.runtime != "ort":
+        from ..runtime.opening import open_timed
+
+        open_timed(model.what, options.timing.runtime).close()
 
 
 def open_inputs(options: RunOptions) -> Inputs:
@@ -188,7 +196,9 @@ def open_inputs(options: RunOptions) -> Inputs:
     with progress.stage("Opening model and images"):
         loaded = open_prunable(options.model, loss=options.learn.loss)
         geometry = loaded.adapter.geometry
-        cost = open_cost(options.learn.cost, loaded.name, geometry, threads=options.timing.threads, batch=batch)
+        timing = options.timing
+        used = dict(threads=timing.threads, batch=batch, runtime=RUNTIMES[timing.runtime])
+        cost = open_cost(options.learn.cost, loaded.name, geometry, **used)
         check_target(geometry, options.learn.target, cost)
         calibration, evaluations = choose(options.data, loaded, bundled_model=options.model.what is None)
         if "int8" in options.precision.precisions and calibration.count < batch:
@@ -236,7 +246,11 @@ def describe(inputs: Inputs, learned: Learned, saved: Saved, variants: Variants)
 
 
 def judge(
-    variants: Variants, converted: Sequence[Converted], evaluations: Sequence[ImageSet], geometry: Geometry
+    variants: Variants,
+    converted: Sequence[Converted],
+    evaluations: Sequence[ImageSet],
+    geometry: Geometry,
+    runtime: str = "ort",
 ) -> Judged:
     """Accuracy of every graph on the first evaluation set, and of the dense and the pruned one on the others."""
     first, *others = evaluations
@@ -244,14 +258,15 @@ def judge(
     emulated = [item.label for item in converted if item.emulated]
     with (
         progress.stage("Evaluating the graphs", sum(len(images.indices) for images in evaluations)) as advance,
-        open_graphs(graphs, as_they_are=emulated) as sessions,
+        open_graphs(graphs, as_they_are=emulated, runtime=runtime) as sessions,
     ):
         outputs, examples = collect_graphs(sessions, first, advance)
         pair = {label: sessions[label] for label in ("dense", "pruned")}
         further = {images.name: evaluate_graphs(pair, images, geometry, advance)[0] for images in others}
     converted, costs = judge_precisions(converted, outputs, geometry.output)
     estimates = {first.name: compare(outputs, baseline="dense", output=geometry.output), **further}
-    return Judged(estimates, tuple(converted), costs, tuple(examples))
+    runtimes = {label: session.runtime for label, session in sessions.items()}
+    return Judged(estimates, tuple(converted), costs, tuple(examples), runtimes)
 
 
 def remark_on_images(calibration: ImageSet, evaluations: Sequence[ImageSet]) -> None:
@@ -274,9 +289,8 @@ def time_graphs(variants: Variants, judged: Judged, export: ExportSpec, timing: 
 
     timed = {**variants.timed, **{item.label: item.path for item in judged.converted if item.runs == item.path}}
     with progress.stage("Measuring latency"):
-        return profile_onnx(
-            timed, batch=export.batch_size, threads=timing.threads, seconds=timing.seconds, rounds=timing.timed_rounds
-        )
+        how = dict(runtime=timing.runtime, threads=timing.threads, seconds=timing.seconds, rounds=timing.timed_rounds)
+        return profile_onnx(timed, batch=export.batch_size, **how)
 
 
 def collect_rows(
@@ -289,7 +303,7 @@ def collect_rows(
         *cost_rows(saved.plan, subject.parameters, written.files, macs),
         *subject.stages,
         *map(parity_row, written.checks),
-        *accuracy_rows(judged.estimates, precisions),
+        *accuracy_rows(judged.estimates, precisions, judged.runtimes),
         *latency,
         *precision_rows(judged.converted, judged.costs, latency),
         *gate_rows(latency),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..core import progress
 from ..core.choices import OPSET
 from ..core.errors import UserError
-from ..core.extras import require_all
+from ..core.extras import RUNTIME_PACKAGES, require_all
 from ..core.files import scratch_beside
 from ..core.specs import ExportSpec, ModelSpec
 from ..core.text import option
@@ -27,11 +27,12 @@ class TableSpec:
     """How a latency table is measured.
 
     Attributes:
-        runtime: ``"ort"``, or ``"trt"`` for TensorRT engines; then ``precision`` and ``step`` are as in
-            :class:`~vpruner.pipeline.blocks.TrtGraphs`, by default fp16 and 8.
-        provider: Of onnxruntime.
-        threads: Of onnxruntime; None: every core that this process may use.
+        runtime: One of :data:`~vpruner.core.choices.RUNTIMES`; ``"trt"`` is TensorRT engines.
+        provider: Of onnxruntime, or a device of OpenVINO.
+        threads: Of both; None: every core that this process may use.
         seconds: Time to measure for, about; with TensorRT building counts too.
+        precision: Of engines, by default fp16; or what OpenVINO computes in, by default what the graph has.
+        step: As in :class:`~vpruner.pipeline.blocks.TrtGraphs`, by default 8.
     """
 
     runtime: str = "ort"
@@ -43,13 +44,14 @@ class TableSpec:
 
     def __post_init__(self) -> None:
         engines = option("runtime", "trt")
-        if not self.engines and (self.precision or self.step):
+        if not self.engines and (self.step or (self.precision and self.runtime == "ort")):
             raise UserError(
                 f"{option('precision')} and {option('step')} go with {engines}", f"leave them out, or add {engines}"
             )
         if self.engines and (self.provider != "cpu" or self.threads):
             raise UserError(
-                f"{option('provider')} and {option('threads')} go with onnxruntime", f"leave them out with {engines}"
+                f"{option('provider')} and {option('threads')} go with onnxruntime and OpenVINO",
+                f"leave them out with {engines}",
             )
 
     @property
@@ -66,24 +68,25 @@ def make_table(output: Path, model: ModelSpec, export: ExportSpec, spec: TableSp
     Raises:
         UserError: The model or file cannot be used; nothing is written then.
     """
-    require_all(("onnx", "onnx_ir", *(("tensorrt", "polygraphy") if spec.engines else ("onnxruntime",))))
+    require_all(("onnx", "onnx_ir", *RUNTIME_PACKAGES[spec.runtime]))
     if spec.engines:
         from ..runtime import cuda
 
         cuda.device_properties()  # What is missing is said before a model is exported.
     from ..core.environment import usable_cores
     from ..runtime.table.measure import measure_table
-    from .blocks import OrtGraphs, TrtGraphs
+    from .blocks import OnnxGraphs, TrtGraphs
 
     batch = export.batch_size
     with scratch_beside(output) as scratch:
         dense = _dense_file(model, export, spec, scratch)
         if spec.engines:
-            how = dict(precision=spec.precision or "fp16", step=spec.step or 8)
-            graphs: Graphs = TrtGraphs(dense, scratch, batch=batch, **how)
+            built = dict(precision=spec.precision or "fp16", step=spec.step or 8)
+            graphs: Graphs = TrtGraphs(dense, scratch, batch=batch, **built)
         else:
             threads = usable_cores() if spec.threads is None else spec.threads
-            graphs = OrtGraphs(dense, scratch, threads=threads, batch=batch, provider=spec.provider)
+            how = dict(runtime=spec.runtime, provider=spec.provider, precision=spec.precision)
+            graphs = OnnxGraphs(dense, scratch, threads=threads, batch=batch, **how)
         with progress.stage(f"Measuring blocks of {graphs.name}") as advance:
             table = measure_table(
                 graphs, graphs.name, graphs.geometry, seconds=spec.seconds, on_group=lambda done, groups: advance(1)

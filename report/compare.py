@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import extras
+from ..core.choices import PYTORCH
 from ..core.files import atomic_path
 from ..core.ours import PICTURE_MARKS
 from ..core.text import counted
@@ -31,7 +32,7 @@ def protocol_sentence(entries: Sequence[Entry]) -> str:
     every = [row for entry in entries for row in entry.latencies.values()]
     if not every:
         return "Latency was not measured."
-    rows = [row for row in every if row["runtime"] == "onnxruntime"]
+    rows = [row for row in every if row["runtime"] != PYTORCH]
     what, dense = ("Graphs", "graph") if rows else ("Methods", "model")
     # Without any graph it is PyTorch alone that was timed; else † says what was timed there.
     rows = rows or every
@@ -39,7 +40,7 @@ def protocol_sentence(entries: Sequence[Entry]) -> str:
     rounds = sorted({row["count"] for row in rows})
     threads = " or ".join(counted(number, "thread") for number in sorted({row["threads"] for row in rows}))
     cpus = ", ".join(sorted({str(row["environment"].get("cpu")) for row in rows}))
-    package = "onnxruntime" if first["runtime"] == "onnxruntime" else "torch"
+    package = "torch" if first["runtime"] == PYTORCH else first["runtime"]
     version = first["environment"].get("packages", {}).get(package)
     settled = " and up to 15 ms of untimed runs before each timed one" if _settled(rows) else ""
     return (
@@ -148,7 +149,7 @@ def _draw_method(axis, entries: Sequence[Entry], batch: int | None) -> dict[str,
                 x = None if hollow else entry.macs_ratio
             else:
                 runtime = entry.latencies[batch]["runtime"] if batch in entry.latencies else None
-                x = entry.latencies[batch]["ratio"] if runtime and (runtime != "onnxruntime") == hollow else None
+                x = entry.latencies[batch]["ratio"] if runtime and (runtime == PYTORCH) == hollow else None
             if x is not None:
                 values = [factor * value for value in entry.values(entry.metric)]
                 middle = statistics.fmean(values)

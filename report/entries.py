@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..core.choices import PYTORCH
 from .results import Row
 
 #: Costs that differ by less are equal: budgets are met to whole tokens.
@@ -76,10 +77,10 @@ class Entry:
             return None
         return self.mean(self.metric) * (1 if QUALITIES[self.metric] else -1)
 
-    def latency_ratio(self, batch: int, runtime: str | None = "onnxruntime") -> float | None:
-        """Time over the dense model's in the same runtime; None where not measured, or in another runtime only."""
+    def latency_ratio(self, batch: int) -> float | None:
+        """Time of the graph over the dense graph's; None where there is none, or PyTorch alone was timed."""
         row = self.latencies.get(batch)
-        return None if row is None or (runtime and row["runtime"] != runtime) else row["ratio"]
+        return None if row is None or row["runtime"] == PYTORCH else row["ratio"]
 
 
 def entries_of(rows: Iterable[Row]) -> list[Entry]:
@@ -176,7 +177,7 @@ class AtEqualTime:
 def at_equal_time(entries: Sequence[Entry], batch: int, peers: Sequence[str] | None = None) -> list[AtEqualTime]:
     """At each budget, and the time of our best static plan and of our best by content, ours against each peer.
 
-    The accuracy of a method over time, in onnxruntime, is the broken line through its budgets and the dense model
+    The accuracy of a method over the time of its graphs is the broken line through its budgets and the dense model
     (ratio 1, nothing lost). Ours at a time is the better of what was measured and of the lines of our other methods:
     somebody with so much time would take that.
     """

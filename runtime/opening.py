@@ -70,6 +70,39 @@ def runtime_of(path: str | PathLike, runtime: str = "auto") -> str:
     return able[0] if runtime == "auto" else runtime
 
 
+def open_timed(
+    path: str | PathLike,
+    runtime: str = "auto",
+    provider: str = "cpu",
+    threads: int | None = None,
+    *,
+    precision: str | None = None,
+    spinning: bool | str = False,
+    **options: Any,
+) -> Session:
+    """An ONNX file for a clock, or beside other sessions: idle threads do not take the cores of the one that runs.
+
+    Args:
+        runtime: As for :func:`open`.
+        provider: Of onnxruntime, or a device of OpenVINO.
+        precision: What OpenVINO computes in.
+        spinning: Of onnxruntime.
+        options: Others that both sessions take.
+
+    Raises:
+        UserError: As for :func:`open`; ``precision`` goes with OpenVINO.
+    """
+    name = runtime_of(path, runtime)
+    if name == "openvino":
+        return session_class(name)(path, provider, threads, precision=precision, **options)
+    if precision is not None:
+        raise UserError(
+            f"{option('precision', precision)} is for OpenVINO: onnxruntime computes in what the file has",
+            f"leave it out, or add {option('runtime', 'openvino')}",
+        )
+    return session_class(name)(path, [provider], threads, spinning=spinning, **options)
+
+
 def session_class(runtime: str) -> type[Session]:
     """The session of one of :data:`~vpruner.core.choices.RUNTIMES`."""
     module, name = BACKENDS[runtime]

@@ -19,7 +19,7 @@ from ..core.errors import UserError
 from ..core.external import check_data
 from ..core.extras import require
 from ..core.metadata import ModelMetadata
-from ..core.text import command, openvino_says, option
+from ..core.text import command, openvino_says
 from .onnx_file import OnnxFile, read_onnx
 from .session import Session, TensorSpec, check_threads
 
@@ -126,7 +126,7 @@ class OvSession(Session):
             known = ", ".join(name.lower() for name in core.available_devices)
             raise UserError(
                 f"OpenVINO has no device {self.device!r} here, only {known}: {openvino_says(error)}",
-                f"install its driver, or pass {option('device', 'cpu')}",
+                "install its driver, or run it on the cpu",
             ) from None
         if self._asked is None:
             return file.rest if file.rest.upper() in able else "fp32"
@@ -245,13 +245,14 @@ class OvSession(Session):
     # -- layers -------------------------------------------------------------------------------------------------------
 
     def layer_times(self) -> list[tuple[str, float]]:
-        """[(layer, ms)] in the order of execution: the mean of all runs so far. Needs ``counters``.
+        """[(layer, ms)] of those that ran, in their order: the mean of all runs so far. Needs ``counters``.
 
         OpenVINO counts whole microseconds, and rounds the mean down.
         """
         with self._lock:
             self._check_open()
-            return [(one.node_name, 1e3 * one.real_time.total_seconds()) for one in self._request.profiling_info]
+            ran = (one for one in self._request.profiling_info if one.status.name == "EXECUTED")
+            return [(one.node_name, 1e3 * one.real_time.total_seconds()) for one in ran]
 
     def layer_nodes(self) -> dict[str, tuple[str, ...]]:
         """Layer -> names of the ONNX nodes that it computes; empty for what OpenVINO adds, such as a reordering."""

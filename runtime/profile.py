@@ -1,4 +1,4 @@
-"""One measurement for whatever can be run: ONNX files in onnxruntime or engines in TensorRT, at several batch sizes."""
+"""One measurement for whatever can be run: ONNX files in onnxruntime or OpenVINO, or engines in TensorRT."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.choices import PROVIDERS, RUNTIMES
 from ..core.environment import usable_cores
 from ..core.errors import UserError
 from ..core.external import check_data
@@ -17,12 +18,13 @@ from ..core.extras import require
 from ..core.scratch import temporary_folder
 from ..core.text import command, option
 from ..core.timing import SETTLE_SECONDS, measure, random_images
-from .layers import block_map, blocks_row, fold_layers, parse_ort_profile
-from .measure import common_image_shape, profile_onnx
-from .ort import PROVIDERS, OrtSession, short_provider
+from .layers import Layer, LayerInformation, block_map, blocks_row, fold_layers, parse_ort_profile
+from .measure import common_image_shape, image_feeds, profile_onnx
+from .opening import open_timed, runtime_of
+from .ort import OrtSession, short_provider
 from .power import Source
 from .profile_trt import prepare_times, profile_engines, steady_power
-from .session import ENGINE_SUFFIXES
+from .session import ENGINE_SUFFIXES, Session
 
 #: Runs of each file under onnxruntime's profiler, a turn at a time; the first turn warms up and does not count.
 _LAYER_TURN, _LAYER_TURNS = 5, 5
@@ -39,8 +41,10 @@ def profile_files(
     paths: Mapping[str, str | PathLike],
     *,
     batches: Sequence[int] = (1,),
+    runtime: str = "auto",
     provider: str = "cpu",
     threads: int | None = None,
+    precision: str | None = None,
     cuda_graph: bool | None = None,
     trust: bool = False,
     layers: bool = False,
@@ -52,7 +56,9 @@ def profile_files(
     Args:
         paths: ONNX files, or engines, by label; the first is the baseline.
         batches: Images per run.
-        provider, threads: Of onnxruntime.
+        runtime: As in :func:`~vpruner.runtime.opening.open`, the same for all files.
+        provider, threads: Of onnxruntime, or device and threads of OpenVINO.
+        precision: What OpenVINO computes in; None: what the file has.
         cuda_graph: Of engines, see :func:`~vpruner.runtime.profile_trt.profile_engines`; of ONNX files on the CUDA
             provider whether to measure with a graph too.
         trust: Of engines.
@@ -72,55 +78,59 @@ def profile_files(
             "an engine and an ONNX file are not compared: their times are taken by different clocks",
             f"build the other one too: {command('build', 'DENSE.onnx', output='DENSE.engine')}",
         )
+    if engines and precision is not None:
+        raise UserError(f"{option('precision')} is no option of engines", "they compute in what they were built for")
+    name = {runtime_of(path, runtime) for path in paths.values()}.pop()
+    how = dict(runtime=name, provider=provider, precision=precision)
     rows = []
     for batch in batches:
         if engines:
             options = dict(cuda_graph=cuda_graph, trust=trust, layers=layers, power=power)
             rows += profile_engines(paths, batch=batch, seconds=seconds, **options)
         else:
-            rows += _profile_ort(paths, batch, provider, threads, cuda_graph, layers, power, seconds)
+            rows += _profile_onnx(paths, batch, how, threads, cuda_graph, layers, power, seconds)
     return rows
 
 
-def _profile_ort(
+def _profile_onnx(
     paths: Mapping[str, str | PathLike],
     batch: int,
-    provider: str,
+    how: Mapping[str, Any],
     threads: int | None,
     cuda_graph: bool | None,
     layers: bool,
     power: Source | None,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    cuda = provider.lower() == "cuda" or provider == PROVIDERS["cuda"]
+    """``how`` is runtime, provider and precision."""
+    cuda = how["runtime"] == "ort" and how["provider"].lower() in ("cuda", PROVIDERS["cuda"].lower())
     if cuda_graph and not cuda:
+        instead = f", or: {option('provider', 'cuda')}" if how["runtime"] == "ort" else ""
         raise UserError(
-            f"onnxruntime's {provider} has no CUDA graphs",
-            f"leave out {option('cuda_graph')}, or: {option('provider', 'cuda')}",
+            f"{RUNTIMES[how['runtime']]}'s {how['provider']} has no CUDA graphs",
+            f"leave out {option('cuda_graph')}{instead}",
         )
-    rows = profile_onnx(paths, batch=batch, threads=threads, providers=[provider], seconds=seconds)
+    rows = profile_onnx(paths, batch=batch, threads=threads, seconds=seconds, **how)
     threads = rows[0]["threads"]
     if cuda:
         resident = profile_resident(paths, batch=batch, threads=threads, graph=cuda_graph is not False, seconds=seconds)
         for row in rows:
             row.update(resident[row["label"]])
     for row in rows:
-        with OrtSession(paths[row["label"]], [provider], threads, spinning=False) as session:
+        with open_timed(paths[row["label"]], threads=threads, **how) as session:
             row["preprocessing"] = prepare_times(session.preprocessing, seconds=min(0.5, seconds / 10))
             if power is not None:
-                run = _random_run(session, batch)
+                run = session.caller(_random_feeds(session, batch))
                 row["power"] = steady_power(power, run, batch, seconds=max(2.0, seconds / 4))
     if layers:
         whole = {row["label"]: row["p50_ms"] for row in rows}
-        rows += ort_blocks(paths, batch=batch, provider=provider, threads=threads, whole_ms=whole)
+        rows += onnx_blocks(paths, batch=batch, threads=threads, whole_ms=whole, **how)
     return rows
 
 
-def _random_run(session: OrtSession, batch: int) -> Callable[[], object]:
-    shape, spec = common_image_shape({"it": session}, batch), session.inputs[0]
-    images = random_images(batch, shape, session.preprocessing).astype(spec.dtype, copy=False)
-    feeds = session.check_feeds({spec.name: images})
-    return lambda: session._run(feeds)
+def _random_feeds(session: Session, batch: int) -> dict[str, np.ndarray]:
+    shape = common_image_shape({"it": session}, batch)
+    return image_feeds(session, random_images(batch, shape, session.preprocessing))
 
 
 # -- on the device ----------------------------------------------------------------------------------------------------
@@ -184,18 +194,21 @@ def bound_call(
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
-def ort_blocks(
+def onnx_blocks(
     paths: Mapping[str, str | PathLike],
     *,
     batch: int = 1,
+    runtime: str = "ort",
     provider: str = "cpu",
     threads: int | None = None,
+    precision: str | None = None,
     whole_ms: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Times of ONNX files' nodes on the CPU, by block. The files run in turns: load on the machine meets all of them.
+    """Times of ONNX files' layers on the CPU, by block. The files run in turns: load on the machine meets all of them.
 
     Args:
         paths: Files by label.
+        runtime, provider, precision: As in :func:`~vpruner.runtime.opening.open_timed`.
         whole_ms: ms of a run of each without the profiler; a row's times are scaled to add up to that. None: as the
             profiler has them, slower.
 
@@ -203,51 +216,86 @@ def ort_blocks(
         A row of kind ``"blocks"`` for each, in order; of scaled times ``profiler_total_ms`` is the sum before.
 
     Raises:
-        UserError: The provider is another: onnxruntime's profiler sees there when a kernel is launched, not how long it
-            runs.
+        UserError: The provider is another: the profiler sees there when a kernel is launched, not how long it runs.
     """
+    name = RUNTIMES[runtime]
     if short_provider(provider).lower() != "cpu":
         raise UserError(
-            f"onnxruntime does not tell how long single nodes take on {provider}",
+            f"{name} does not tell how long single nodes take on {provider}",
             f"leave out {option('layers')}, or measure an engine: {command('build')}, then "
             f"{command('profile', 'MODEL.engine', layers=True)}",
         )
     threads = usable_cores() if threads is None else threads
-    known, calls = {}, {}
+    known, counted = {}, {}
     with temporary_folder() as folder:
         for number, (label, path) in enumerate(paths.items()):
             # Closed again before anything is timed: a model need not lie in memory twice.
-            with OrtSession(path, [provider], threads, spinning=False) as session:
-                shape, spec = common_image_shape({label: session}, batch), session.inputs[0]
-                images = random_images(batch, shape, session.preprocessing).astype(spec.dtype, copy=False)
-                known[label] = session.metadata, spec.dtype
-            calls[label] = _profiled(path, threads, Path(folder, f"run{number}")), {spec.name: images}
+            with open_timed(path, runtime, provider, threads, precision=precision) as session:
+                feeds = _random_feeds(session, batch)
+                known[label] = session.metadata, session.precision
+            if runtime == "openvino":
+                counted[label] = _OvLayers(path, threads, precision, feeds)
+            else:
+                counted[label] = _OrtLayers(path, threads, Path(folder, f"run{number}"), feeds)
         for _ in range(_LAYER_TURNS):
-            for profiled, feeds in calls.values():
+            for layers in counted.values():
                 for _ in range(_LAYER_TURN):
-                    profiled.run(None, feeds)
-        texts = {
-            label: Path(profiled.end_profiling()).read_text(encoding="utf-8") for label, (profiled, _) in calls.items()
-        }
+                    layers.run()
+        times = {label: layers.times() for label, layers in counted.items()}
     rows = []
-    for label, (metadata, dtype) in known.items():
-        times = fold_layers(parse_ort_profile(texts[label], skip=_LAYER_TURN), block_map(paths[label], metadata))
-        about = dict(
-            label=label,
-            runtime="onnxruntime",
-            provider="cpu",
-            precision=metadata.precision or {"float32": "fp32", "float16": "fp16"}.get(dtype, dtype),
-            batch=batch,
-            threads=threads,
-        )
+    for label, (metadata, shown) in known.items():
+        folded = fold_layers(times[label][0], block_map(paths[label], metadata), times[label][1])
+        about = dict(label=label, runtime=name, provider="cpu", precision=shown, batch=batch, threads=threads)
+        source = counted[label].source
         if whole_ms is None:
-            rows.append(blocks_row(times, metadata, "onnxruntime's profiler", **about))
+            rows.append(blocks_row(folded, metadata, source, **about))
             continue
-        row = blocks_row(times.scaled(whole_ms[label]), metadata, "onnxruntime's profiler", **about)
-        row["profiler_total_ms"] = times.total_ms
+        row = blocks_row(folded.scaled(whole_ms[label]), metadata, source, **about)
+        row["profiler_total_ms"] = folded.total_ms
         row["remarks"].append(_SCALED)
         rows.append(row)
     return rows
+
+
+class _OrtLayers:
+    """A file under onnxruntime's profiler, which notes every run."""
+
+    source = "onnxruntime's profiler"
+
+    def __init__(self, path: str | PathLike, threads: int, prefix: Path, feeds: Mapping[str, np.ndarray]):
+        self._session, self._feeds = _profiled(path, threads, prefix), feeds
+
+    def run(self) -> None:
+        self._session.run(None, self._feeds)
+
+    def times(self) -> tuple[list[tuple[str, float]], None]:
+        text = Path(self._session.end_profiling()).read_text(encoding="utf-8")
+        return parse_ort_profile(text, skip=_LAYER_TURN), None
+
+
+class _OvLayers:
+    """A file under OpenVINO's counters, which hold the mean of all runs: those that warm up are taken out again."""
+
+    source = "OpenVINO's performance counters"
+
+    def __init__(self, path: str | PathLike, threads: int, precision: str | None, feeds: Mapping[str, np.ndarray]):
+        self._session = open_timed(path, "openvino", threads=threads, precision=precision, counters=True)
+        self._call, self._runs, self._warm = self._session.caller(feeds), 0, {}
+
+    def run(self) -> None:
+        self._call()
+        self._runs += 1
+        if self._runs == _LAYER_TURN:
+            self._warm = {name: ms * self._runs for name, ms in self._session.layer_times()}
+
+    def times(self) -> tuple[list[tuple[str, float]], LayerInformation]:
+        with self._session as session:
+            runs, nodes = self._runs - _LAYER_TURN, session.layer_nodes()
+            times = [
+                (name, max(0.0, ms * self._runs - self._warm.get(name, 0.0)) / runs)
+                for name, ms in session.layer_times()
+            ]
+        return times, LayerInformation(tuple(Layer(name, nodes.get(name, ())) for name, _ in times))
 
 
 def _profiled(path: str | PathLike, threads: int, prefix: Path) -> Any:

@@ -140,9 +140,9 @@ print(os.environ["{NO_TELEMETRY}"])
     assert kept.stdout == "0\n"
 
 
-def test_onnxruntime_is_imported_in_one_place(repository):
-    """Where its telemetry is switched off."""
-    importing = re.compile(r"^\s*(import|from) onnxruntime\b", re.MULTILINE)
+def test_what_has_telemetry_is_imported_in_one_place(repository):
+    """Where it is switched off."""
+    importing = re.compile(r"^\s*(import|from) (onnxruntime|openvino)\b", re.MULTILINE)
     rooms = ("core", "prune", "runtime", "report", "export", "pipeline", "cli")
     files = [*repository.glob("*.py"), *(path for room in rooms for path in (repository / room).rglob("*.py"))]
     assert not [path for path in files if importing.search(path.read_text())]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core import progress
-from ...core.extras import RUN_PACKAGES, require_all
+from ...core.extras import RUN_PACKAGES, RUNTIME_PACKAGES, require_all
 from ..folders import check_output
 from ..inputs import choose, open_prunable, role_of
 from ..options import CompareOptions
@@ -34,7 +34,9 @@ def compare(
     Raises:
         UserError: Something the user gave cannot be used.
     """
-    require_all(RUN_PACKAGES)  # Missing extras are said now, not after an hour.
+    require_all(
+        (*RUN_PACKAGES, *RUNTIME_PACKAGES[options.timing.runtime])
+    )  # Missing extras are said now, not after an hour.
     from ...prune.choose_images import overlap
     from ...prune.search import check_target
     from ...report.compare import write_comparison

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core import progress
+from ...core.choices import PYTORCH, RUNTIMES
 from ...core.errors import ParityError, UserError
 from ...core.files import file_sha256, scratch_beside
 from ...core.json_file import json_sha256, write_json_lines
@@ -192,8 +193,8 @@ class Comparison:
             return True
         if row["threads"] != self.options.timing.threads:
             return False
-        if row["runtime"] == "onnxruntime":
-            return row.get("opset") == self.options.opset
+        if row["runtime"] != PYTORCH:
+            return row["runtime"] == self.runtime and row.get("opset") == self.options.opset
         graph = self.find("graph", row["key"], batch=row["batch"], opset=self.options.opset)
         return graph is None or graph["failure"] is not None
 
@@ -352,6 +353,11 @@ class Comparison:
     # -- graphs -------------------------------------------------------------------------------------------------------
 
     @property
+    def runtime(self) -> str:
+        """What rows call the runtime that graphs are timed in."""
+        return RUNTIMES[self.options.timing.runtime]
+
+    @property
     def dense_key(self) -> str:
         return f"dense-{self.model_key[:12]}-o{self.options.opset}"
 
@@ -359,7 +365,7 @@ class Comparison:
         return self.find("graph", point.key, batch=batch, opset=self.options.opset)
 
     def latency(self, point: Point, batch: int, runtime: str) -> dict[str, Any] | None:
-        of_graph = {"opset": self.options.opset} if runtime == "onnxruntime" else {}
+        of_graph = {} if runtime == PYTORCH else {"opset": self.options.opset}
         return self.find(
             "latency", point.key, batch=batch, threads=self.options.timing.threads, runtime=runtime, **of_graph
         )
@@ -371,7 +377,7 @@ class Comparison:
             return False
         if row["failure"] is not None or (self.output / "graphs" / row["file"]).exists():
             return True
-        return self.latency(point, batch, "onnxruntime") is not None
+        return self.latency(point, batch, self.runtime) is not None
 
     def dense_graph(self, batch: int) -> Path:
         from ...export.files import move_model

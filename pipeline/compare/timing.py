@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core import progress
+from ...core.choices import PYTORCH
 from ...core.errors import UserError
 from ...core.plan import TokenPlan
 from ..graphs import model_bytes
@@ -40,7 +41,7 @@ def time_graphs(comparison: Comparison, points: Sequence[Point]) -> None:
             row = comparison.graph(point, batch) if point.target == target else None
             if row is None or row["failure"] is not None or point.seed != comparison.options.learn.seed:
                 continue
-            if comparison.latency(point, batch, "onnxruntime") is None:
+            if comparison.latency(point, batch, comparison.runtime) is None:
                 waiting[point.contender.name] = point, comparison.output / "graphs" / row["file"]
         for number, group in enumerate(_groups(waiting)):
             again = f", group {number + 1}" if number else ""
@@ -50,6 +51,7 @@ def time_graphs(comparison: Comparison, points: Sequence[Point]) -> None:
                     timed = profile_onnx(
                         {"dense": comparison.dense_graph(batch), **{name: path for name, (_, path) in group.items()}},
                         batch=batch,
+                        runtime=comparison.options.timing.runtime,
                         threads=comparison.options.timing.threads,
                         seconds=comparison.options.timing.seconds,
                     )
@@ -76,7 +78,7 @@ def time_rules(comparison: Comparison, points: Sequence[Point]) -> None:
                 or row["failure"] is None
             ):
                 continue
-            if comparison.latency(point, batch, "pytorch") is None:
+            if comparison.latency(point, batch, PYTORCH) is None:
                 waiting[point.contender.name] = point
         if waiting:
             with progress.stage(f"Timing {len(waiting)} methods in PyTorch at {target:g}, batch {batch}"):
@@ -93,7 +95,7 @@ def _add_latencies(
     rows = []
     for row in timed:
         about = points[row["label"]].row("latency") if row["label"] in points else {**common, "seed": None}
-        opset = comparison.options.opset if row["runtime"] == "onnxruntime" else None
+        opset = None if row["runtime"] == PYTORCH else comparison.options.opset
         rows.append({**row, **about, "opset": opset, "dense_p50_ms": timed[0]["p50_ms"]})
     comparison.add(*rows)
 
@@ -139,7 +141,7 @@ def _time_in_torch(comparison: Comparison, made: Mapping[str, Made], batch: int)
         {
             "label": label,
             "model": comparison.loaded.name,
-            "runtime": "pytorch",
+            "runtime": PYTORCH,
             "provider": compared.protocol["device"],
             "precision": "fp32",
             "batch": batch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from ...core.choices import PYTORCH
 from ..blocks import Table
 from ..entries import QUALITIES, AtEqualTime, Entry, batches_of, pareto
 from ..numbers import METRICS, decimal, estimate, milliseconds, points, ratio, ratio_of, seconds
@@ -66,7 +67,7 @@ def latency_cells(entry: Entry, batch: int) -> tuple[str, str, str]:
     row = entry.latencies.get(batch)
     if row is None:
         return "", "", ""
-    mark = "" if row["runtime"] == "onnxruntime" else " †"
+    mark = " †" if row["runtime"] == PYTORCH else ""
     return f"{milliseconds(row['p50_ms'])}{mark}", ratio_of(row), ratio(row["ratio"] / entry.macs_ratio)
 
 
@@ -85,7 +86,7 @@ def comparison_remarks(entries: Sequence[Entry]) -> list[str]:
             reasons.setdefault((entry.method, entry.no_graph), []).append(entry.target)
     for (method, reason), targets in reasons.items():
         lines.append(f"{method} ({', '.join(f'{t:g}' for t in targets)}): no ONNX graph: {reason}")
-    if any(row["runtime"] != "onnxruntime" for entry in entries for row in entry.latencies.values()):
+    if any(row["runtime"] == PYTORCH for entry in entries for row in entry.latencies.values()):
         lines.append("†: timed in PyTorch, ratio to the dense model in PyTorch; not to be compared with the others")
     batches = batches_of(entries)
     front = f"latency at batch {batches[0]}" if batches else "MACs"

@@ -102,7 +102,7 @@ def _summary_title(results: Results) -> str:
     parts = [] if target is None else [f"{run.get('model')} at {target:g} of its {of}"]
     if counts := results.evaluated_on:
         parts.append(f"accuracy on {' and '.join(f'{n:,}' for n in counts[:-1])}{' and ' if counts[1:] else ''}"
-                     f"{counted(counts[-1], 'image')}")  # fmt: skip
+                     f"{counted(counts[-1], 'image')}{_ran_in(results.all('accuracy', label='pruned'))}")  # fmt: skip
     return "; ".join(parts)
 
 
@@ -276,10 +276,16 @@ def evaluation_table(rows: Sequence[Row]) -> Table:
     lines = [(str(row["label"]), METRICS[row["metric"]], estimate(row)) for row in rows]
     header = ("model", "metric", "value (95 % interval)")
     if len(counts) == 1:
-        return Table(header, tuple(lines), counted(rows[0]["count"], "image"))
+        return Table(header, tuple(lines), counted(rows[0]["count"], "image") + _ran_in(rows))
     lines = [(str(row.get("eval_set", "the first")), *line) for row, line in zip(rows, lines, strict=True)]
-    title = "; ".join(f"{name}: {counted(count, 'image')}" for name, count in counts.items())
+    title = "; ".join(f"{name}: {counted(count, 'image')}" for name, count in counts.items()) + _ran_in(rows)
     return Table(("set", *header), tuple(lines), title, words=2)
+
+
+def _ran_in(rows: Iterable[Row]) -> str:
+    """``", in onnxruntime"``; empty where the rows do not tell."""
+    names = dict.fromkeys(str(row["runtime"]) for row in rows if row.get("runtime"))
+    return f", in {' and '.join(names)}" if names else ""
 
 
 def timings_table(run: Row) -> Table | None:

@@ -11,7 +11,7 @@ from vpruner.core.plan import TokenPlan
 from vpruner.export.fold import fold_file
 from vpruner.export.graph import open_graph
 from vpruner.export.graph_costs import geometry_of
-from vpruner.pipeline.blocks import OrtGraphs, cut_to_blocks, make_chain
+from vpruner.pipeline.blocks import OnnxGraphs, cut_to_blocks, make_chain
 from vpruner.runtime.table.graphs import Chain, Graphs
 from vpruner.runtime.table.measure import measure_table
 
@@ -95,7 +95,7 @@ def test_impossible_chains(exported):
 
 def test_graphs_run_and_leave_nothing_behind(exported, tmp_path):
     dense = exported()
-    graphs: Graphs = OrtGraphs(dense.path, tmp_path, threads=1)
+    graphs: Graphs = OnnxGraphs(dense.path, tmp_path, threads=1)
     assert graphs.about == {"runtime": "onnxruntime", "provider": "cpu", "precision": "fp32", "threads": 1, "batch": 1,
                             "opset": 20}  # fmt: skip
     assert graphs.weight_bytes > 4 * 4 * 12 * 32 * 32
@@ -113,24 +113,24 @@ def test_graphs_run_and_leave_nothing_behind(exported, tmp_path):
 
 
 def test_batches(exported, tmp_path):
-    with OrtGraphs(exported(dynamic_batch=True).path, tmp_path, threads=1, batch=3).model(None) as call:
+    with OnnxGraphs(exported(dynamic_batch=True).path, tmp_path, threads=1, batch=3).model(None) as call:
         assert call()[0].shape == (3, 5)
     with pytest.raises(UserError, match="its own batch size 1, asked for 2; measure with batch_size=1"):
-        OrtGraphs(exported().path, tmp_path, threads=1, batch=2)
+        OnnxGraphs(exported().path, tmp_path, threads=1, batch=2)
 
 
 def test_only_dense_files(exported, tmp_path):
     dense = exported()
     fold_file(dense.path, TokenPlan.identity("tiny", dense.geometry), tmp_path / "pruned.onnx")
     with pytest.raises(UserError, match=r"pruned.onnx holds plan .* already"):
-        OrtGraphs(tmp_path / "pruned.onnx", tmp_path, threads=1)
+        OnnxGraphs(tmp_path / "pruned.onnx", tmp_path, threads=1)
     with pytest.raises(UserError, match="cannot read"):
-        OrtGraphs(tmp_path / "nothing.onnx", tmp_path, threads=1)
+        OnnxGraphs(tmp_path / "nothing.onnx", tmp_path, threads=1)
 
 
 def test_a_table_of_real_graphs(exported, tmp_path):
     """Of a model whose head reads patches; tests/cli measures one whose head does not."""
     dense = exported("attention pooling")
-    table = measure_table(OrtGraphs(dense.path, tmp_path, threads=1), "tiny", dense.geometry, seconds=0.05)
+    table = measure_table(OnnxGraphs(dense.path, tmp_path, threads=1), "tiny", dense.geometry, seconds=0.05)
     assert table.tokens[-1] == dense.geometry.tokens and table.dense_ms > 0 and len(table.validation) == 4
     assert table.head_token_ms > 0

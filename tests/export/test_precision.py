@@ -62,7 +62,7 @@ def test_a_converted_file_is_profiled_under_its_precision(dense, tmp_path):
     convert(dense.path, tmp_path / "int8.onnx", "int8-dynamic")
     with OrtSession(tmp_path / "int8.onnx") as session:
         assert session.metadata.precision == "int8-dynamic"
-    rows = profile_onnx({"model": tmp_path / "int8.onnx"}, batch=1, threads=1, providers=["cpu"], seconds=0.1)
+    rows = profile_onnx({"model": tmp_path / "int8.onnx"}, batch=1, threads=1, provider="cpu", seconds=0.1)
     assert {row["precision"] for row in rows} == {"int8-dynamic"}
 
 

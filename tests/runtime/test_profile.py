@@ -12,7 +12,7 @@ from vpruner.pipeline.engines import build_engine
 from vpruner.runtime import profile_trt
 from vpruner.runtime.build import BuildOptions
 from vpruner.runtime.power import Sample, Source
-from vpruner.runtime.profile import is_engine, ort_blocks, profile_files, profile_resident
+from vpruner.runtime.profile import is_engine, onnx_blocks, profile_files, profile_resident
 from vpruner.runtime.profile_trt import EngineRun, prepare_times, profile_engines, steady_power
 from vpruner.runtime.trt import TrtSession
 
@@ -176,13 +176,13 @@ def test_power_on_a_cpu(make_onnx, monkeypatch):
 
 
 def test_nodes_of_onnxruntime_are_timed(make_onnx):
-    (row,) = ort_blocks({"it": make_onnx(repeat=3)}, threads=1)
+    (row,) = onnx_blocks({"it": make_onnx(repeat=3)}, threads=1)
     # This graph has no blocks; its whole time is on the books all the same.
     assert row["kind"] == "blocks" and row["total_ms"] > 0 and row["layers"] >= 4
     rows = profile_files({"it": make_onnx()}, threads=1, seconds=0.1, layers=True)
     assert [one["kind"] for one in rows] == ["latency", "blocks"] and rows[1]["threads"] == 1
     with pytest.raises(UserError, match="single nodes take on CUDAExecutionProvider"):
-        ort_blocks({"it": make_onnx()}, provider="CUDAExecutionProvider")
+        onnx_blocks({"it": make_onnx()}, provider="CUDAExecutionProvider")
 
 
 def test_layers_of_two_files_run_in_turns_and_add_up_to_the_time_of_a_run(make_onnx, monkeypatch):
@@ -232,12 +232,9 @@ def test_the_cuda_provider_gets_times_without_copies(make_onnx, monkeypatch):
 
     monkeypatch.setattr(profile, "profile_resident", resident)
     real = profile.profile_onnx
-    monkeypatch.setattr(profile, "profile_onnx", lambda paths, **o: real(paths, **{**o, "providers": ["cpu"]}))
-    monkeypatch.setattr(profile, "OrtSession", lambda path, providers, *a, **k: profile_session(path, *a, **k))
-    from vpruner.runtime.ort import OrtSession
-
-    def profile_session(path, *arguments, **options):
-        return OrtSession(path, ["cpu"], *arguments, **options)
+    monkeypatch.setattr(profile, "profile_onnx", lambda paths, **o: real(paths, **{**o, "provider": "cpu"}))
+    opened = profile.open_timed
+    monkeypatch.setattr(profile, "open_timed", lambda path, **o: opened(path, **{**o, "provider": "cpu"}))
 
     (row,) = profile_files({"it": make_onnx()}, provider="cuda", cuda_graph=False, threads=1, seconds=0.1)
     assert row["resident"] == {"p50_ms": 1.0} and asked["graph"] is False

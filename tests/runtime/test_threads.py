@@ -11,11 +11,12 @@ import pytest
 from vpruner.core.errors import UserError
 from vpruner.pipeline.engines import build_engine
 from vpruner.runtime.build import BuildOptions
+from vpruner.runtime.openvino import OvSession
 from vpruner.runtime.ort import OrtSession
 from vpruner.runtime.trt import TrtSession
 
 THREADS = 16
-KINDS = ["cpu", "gpu", "engine"]
+KINDS = ["cpu", "openvino", "gpu", "engine"]
 
 
 @pytest.fixture
@@ -27,6 +28,9 @@ def shared(make_onnx, request, tmp_path):
             request.getfixturevalue("machine")()
             build_engine(make_onnx(), tmp_path / "model.engine", BuildOptions(check=False))
             return TrtSession(tmp_path / "model.engine")
+        if kind == "openvino":
+            pytest.importorskip("openvino")
+            return OvSession(make_onnx(), threads=1)
         if kind == "gpu":
             request.getfixturevalue("pretended_gpu")
         return OrtSession(make_onnx(), "cuda" if kind == "gpu" else "cpu", threads=1)
