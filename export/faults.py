@@ -277,6 +277,16 @@ CAUSES = (
         "keep it in float32 with what reads it",
         lambda evidence: evidence.norm.nodes if evidence.norm else carrying(evidence.node),
     ),
+    Cause(
+        "lost precision",
+        lambda evidence: (
+            f"its weights are right, and {evidence.precision.upper()} has too few digits for them"
+            if evidence.graph and evidence.twin.rounded
+            else None
+        ),
+        "keep it in float32: numbers below 6e-5 have fewer digits in FP16",
+        lambda evidence: (evidence.node,),
+    ),
     Cause("INT8 scale", _saturated, "calibrate on images like those that are used, or leave this layer in float32"),
     Cause(
         "different weights",

@@ -14,8 +14,11 @@ import onnx_ir as ir
 
 from .unfit import constant_of
 
-_BETWEEN = ("Add", "Cast", "Identity", "Max", "Clip")
-_MEANS = ("ReduceMean", "ReduceSum", "ReduceSumSquare")
+#: What may lie between a root and the means below it, and between a mean and the squares that it is of.
+_ABOVE = frozenset(("Add", "Sub", "Mul", "Div", "Max", "Clip", "Where", "Cast", "Identity", "Reshape", "Squeeze",
+                    "Unsqueeze", "Expand"))  # fmt: skip
+_WITHIN = frozenset(("Cast", "Identity"))
+_MEANS = frozenset(("ReduceMean", "ReduceSum", "ReduceSumSquare", "GlobalAveragePool"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,30 +44,23 @@ def written_norms(graph: ir.Graph) -> Iterator[Norm]:
 
 
 def _norm_of(root: ir.Node) -> Norm | None:
-    inner, node = [root], _above(root)
-    while node is not None and node.op_type in _BETWEEN:
-        inner.append(node)
-        node = _above(node)
-    if node is not None and node.op_type in ("Div", "Mul") and any(_number(node, at) is not None for at in (0, 1)):
-        inner.append(node)  # A sum of squares over a number of channels.
-        node = _above(node)
-    if node is None or node.op_type not in _MEANS:
+    inner, square, waiting = [root], None, [(maker, False) for maker in _makers(root)]
+    while waiting:
+        node, averaged = waiting.pop(0)
+        if node in inner:
+            continue
+        if node.op_type == "ReduceSumSquare" or (averaged and _squares(node)):
+            square = square or node
+            inner.append(node)
+        elif node.op_type in (_WITHIN if averaged else _ABOVE | _MEANS):
+            inner.append(node)
+            waiting += [(maker, averaged or node.op_type in _MEANS) for maker in _makers(node)]
+    if square is None:
         return None
-    inner.append(node)
-    square = node
-    if node.op_type != "ReduceSumSquare":
-        square = _above(node)
-        while square is not None and square.op_type in ("Cast", "Identity"):
-            inner.append(square)
-            square = _above(square)
-        if square is None or not _squares(square):
-            return None
-        inner.append(square)
-    centred = _above(square)
+    centred = next(iter(_makers(square)), None)
     if centred is not None and centred.op_type in ("Sub", "Cast"):
         inner.append(centred)
-        makers = [value.producer() for value in centred.inputs if value is not None]
-        inner += [maker for maker in makers if maker is not None and maker.op_type in _MEANS]
+        inner += [maker for maker in _makers(centred) if maker.op_type in _MEANS]
     for reader in (usage.node for usage in root.outputs[0].uses()):
         if reader.op_type in ("Div", "Reciprocal", "Mul"):
             inner.append(reader)
@@ -78,10 +74,10 @@ def _squares(node: ir.Node) -> bool:
     return node.op_type == "Pow" and _number(node, 1) == 2
 
 
-def _above(node: ir.Node) -> ir.Node | None:
-    """What makes the first computed input."""
-    made = [value.producer() for value in node.inputs if value is not None and value.producer() is not None]
-    return next((one for one in made if one.op_type != "Constant"), None)
+def _makers(node: ir.Node) -> list[ir.Node]:
+    """What makes the computed inputs."""
+    made = [value.producer() for value in node.inputs if value is not None]
+    return [one for one in made if one is not None and one.op_type != "Constant"]
 
 
 def _number(node: ir.Node, position: int) -> float | None:

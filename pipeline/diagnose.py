@@ -18,6 +18,7 @@ from ..core import progress
 from ..core.choices import DIAGNOSE_IMAGES, HALF_PRECISIONS
 from ..core.errors import UserError
 from ..core.files import scratch_beside
+from ..core.finite import check_finite
 from ..core.metadata import PLAN, ModelMetadata
 from ..core.preprocess import resolve_preprocessing
 from ..core.text import command, counted, option
@@ -107,7 +108,8 @@ def diagnose(
     opened = open_graph(against)
     if precision_of(opened.model) != "fp32":
         raise UserError(f"{against} is {precision_of(opened.model)}", "expected the float32 file as the reference")
-    runtime = runtime if Path(candidate).suffix == ".onnx" and runtime != "auto" else runtime_of(candidate, runtime)
+    if runtime != "trt" or Path(candidate).suffix.lower() != ".onnx":  # Of an ONNX file, an engine is built.
+        runtime = runtime_of(candidate, runtime)
     traced = trace(opened)
     read = _read_images(opened, traced, data, images, seed, preprocessing or {})
     if Path(candidate).suffix.lower() in ENGINE_SUFFIXES:
@@ -136,6 +138,7 @@ def _diagnose(
         raise UserError(f"{opened.source} is {stored}, {precision} was asked for", f"leave out {option('precision')}")
     real, emulated, computes, computed = programs(runtime, stored, precision)
     bench = Bench(traced, candidate, images, stored, computes, real, emulated)
+    check_finite(bench.right[traced.outputs[0]], reference.source, file=reference.path)
     sections, remarks = bench.sections(), []
     for name, one in ((opened.source, candidate), (reference.source, traced)):
         if one.problem is not None:
@@ -162,7 +165,7 @@ def _diagnose_engine(path: Path, reference: OpenedGraph, traced: Traced, images:
     """An engine gives its outputs alone."""
     right = WIDE.run(traced, traced.model, images, {})[traced.outputs[0]]
     with open_session(path) as session:
-        precision = session.precision
+        precision = session.precision if session.precision in TOLERANCES else "fp32"
         found = run_images(session, images)
     output, tolerance = deviation(right, found, precision), TOLERANCES[precision]
     remark = "an engine gives its outputs alone: to see inside, give the ONNX file that it is built from"
@@ -239,4 +242,5 @@ def _read_images(
     images = ImageSet(source, choose_indices(source, count, seed))
     found = [image for image, _ in images.prepared(prepared)]
     images.require_any()
+    progress.remark(images.remark("comparison"))
     return np.stack(found)
