@@ -37,15 +37,24 @@ def diagnosis_table(row: Row) -> Table | None:
 
 
 def faults_of(row: Row) -> Iterator[str]:
-    """One paragraph for each fault, and one line for each remark."""
+    """One paragraph for each kind of fault, at the first of its places, and one line for each remark."""
+    alike: dict[tuple, list[Row]] = {}
     for fault in row["faults"]:
-        place = fault["part"] if fault["block"] is None else f"block {fault['block']}, {fault['part']}"
-        at = "" if fault["node"] is None else f", at {fault['node']} ({fault['op_type']})"
-        yield f"{place}{at}: {fault['kind']}: {fault['found']}.\n   To mend it: {fault['cure']}."
+        alike.setdefault((fault["kind"], fault["op_type"], fault["cure"]), []).append(fault)
+    for first, *others in alike.values():
+        yield f"{_place(first)}: {first['kind']}: {first['found']}."
+        if others:
+            yield f"   The same in {'; '.join(map(_place, others))}."
+        yield f"   To mend it: {first['cure']}."
     if not row["faults"]:
         yield "No fault was found."
     for remark in row["remarks"]:
         yield f"Note: {remark}."
+
+
+def _place(fault: Row) -> str:
+    section = fault["part"] if fault["block"] is None else f"block {fault['block']}, {fault['part']}"
+    return section if fault["node"] is None else f"{section}, at {fault['node']} ({fault['op_type']})"
 
 
 def _error(deviation: dict[str, Any]) -> str:
