@@ -36,6 +36,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "build": "Build a TensorRT engine from an ONNX file, for the GPU and the TensorRT of this machine.",
         "convert": "Convert a float32 ONNX file to FP16, BF16 or INT8, and say what that costs.",
         "bundle": "Write a folder that measures ONNX files on a device with TensorRT and without Python.",
+        "diagnose": "Say where an ONNX file or an engine goes wrong: block, operator, cause, and what helps.",
         "predict": "Classify image files with an ONNX file or a TensorRT engine. Needs no PyTorch.",
     },
     "Vision-language models": {

@@ -27,6 +27,8 @@ EPISODES, EPISODES_UNTUNED = 384, 640
 COMPARE_IMAGES, COMPARE_TARGETS = 1024, (0.8, 0.65, 0.5)
 #: Images that methods are calibrated on when a model is exported with one, and static INT8.
 METHOD_IMAGES, INT8_IMAGES = 512, 128
+#: Images that a file is compared with its reference on, tensor by tensor: all of them are held.
+DIAGNOSE_IMAGES = 8
 
 #: Precisions a graph is converted to. fp16 and bf16 are half, int8 is static (Q/DQ nodes), int8-dynamic is for CPUs.
 HALF_PRECISIONS = ("fp16", "bf16")

@@ -36,6 +36,7 @@ IN_PYTHON = {
     "predict": "vpruner.open(...).predict",
     "inspect": "vpruner.export.inspect.inspect_file",
     "check": "vpruner.export.check.check",
+    "diagnose": "vpruner.pipeline.diagnose.diagnose",
     "convert": "vpruner.pipeline.convert.convert_checked",
 }
 #: Options that are no arguments by name of those calls: images come first, and results have a method to save them.

@@ -15,8 +15,9 @@ import onnx_ir as ir
 from ..core.errors import UserError
 from ..core.metadata import ModelMetadata
 from ..core.progress import words
-from ..core.text import command
+from ..core.text import command, counted
 from .files import check_tensors, external_problem, reading
+from .norms import written_norms
 from .streaming import ReadModel, read_message
 from .structure import NO_MODEL, Problem, find_problems
 from .targets import find_target
@@ -24,6 +25,7 @@ from .targets.rules import (
     METADATA,
     MISSING_WEIGHTS,
     NO_PRODUCER,
+    NORM_IN_HALF,
     SEVERITIES,
     STRUCTURE,
     UNKNOWN_DOMAIN,
@@ -184,8 +186,10 @@ class _Check:
         for value in self.model.graph.inputs:
             if value.const_value is None:
                 self._check_input(value)
-        for place in self._places():
+        places = list(self._places())
+        for place in places:
             self._check_node(place)
+        self._check_norms({place.node: place for place in places})
         return self.findings
 
     def _add(self, rule: Rule | None, name: str, found: str, place: _Place | None = None, severity: str = "") -> None:
@@ -426,6 +430,17 @@ class _Check:
         if any(value.uses() or value.is_graph_output() for value in place.node.outputs[1:]):
             self._add(self.target.second_norm_output, "norm-outputs", "its mean or deviation is read", place)
 
+    def _check_norms(self, places: dict[ir.Node, _Place]) -> None:
+        """Those that are written out: one finding for all of a kind, at the first of them."""
+        types = _types(self.model.graph)
+        found: dict[bool, list[ir.Node]] = {}
+        for norm in written_norms(self.model.graph):
+            half = types.get(norm.square.inputs[0]) == ir.DataType.FLOAT16
+            found.setdefault(half, []).append(norm.square)
+        for half, squares in sorted(found.items(), reverse=True):
+            what = f"{counted(len(squares), 'norm')} written out, squared in {'FP16' if half else 'float32'}"
+            self._add(NORM_IN_HALF if half else self.target.written_norm, "written-norm", what, places[squares[0]])
+
     def _check_attention(self, place: _Place) -> None:
         node, target = place.node, self.target
         problems = []
@@ -449,6 +464,17 @@ class _Check:
     def _check_cast(self, place: _Place) -> None:
         if _integer(place.node, "to") == ir.DataType.DOUBLE:
             self._add(self.target.float64, "float64", "a cast to float64", place)
+
+
+def _types(graph: ir.Graph) -> dict[ir.Value, ir.DataType | None]:
+    """What values are, also where the file does not say it: as what they are made of, or as a Cast says."""
+    found = {value: value.dtype for value in (*graph.inputs, *graph.initializers.values())}
+    for node in graph:
+        to = _integer(node, "to") if node.op_type == "Cast" else None
+        inputs = [found.get(value) for value in node.inputs if value is not None]
+        guess = ir.DataType(to) if to is not None else next((one for one in inputs if one is not None), None)
+        found.update({value: value.dtype or guess for value in node.outputs})
+    return found
 
 
 def _expected(bound: Bound) -> str:

@@ -19,25 +19,33 @@ from .files import proto_for_converters
 FLOAT32_OPS = ("Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Sqrt")
 
 
-def to_half(model: ir.Model, precision: str, io: str, keep_float32: Sequence[str]) -> tuple[ir.Model, int]:
+def to_half(
+    model: ir.Model, precision: str, io: str, keep_float32: Sequence[str], keep_nodes: Sequence[str] = ()
+) -> tuple[ir.Model, int]:
     """``model`` in FP16 or BF16, and how many of its nodes go on computing in float32, Casts aside.
 
     Args:
         precision: ``"fp16"`` or ``"bf16"``.
         io: ``"float32"`` leaves inputs and outputs as they are, ``"same"`` changes them too.
         keep_float32: Op types that are left in float32, besides those that have no other form.
+        keep_nodes: Names of further nodes that are.
     """
     float16 = require("onnxruntime.transformers.float16")
 
     kept = sorted({*float16.DEFAULT_OP_BLOCK_LIST, *keep_float32, *_without_form(model, precision)})
-    computed = sum(node.op_type in kept and node.op_type != "Cast" for node in model.graph)
+    named = set(keep_nodes)
+    computed = sum((node.op_type in kept or node.name in named) and node.op_type != "Cast" for node in model.graph)
     originals = {
         name: value.const_value.numpy()
         for name, value in model.graph.initializers.items()
         if value.dtype == ir.DataType.FLOAT
     }
     proto = float16.convert_float_to_float16(
-        proto_for_converters(model), keep_io_types=io == "float32", disable_shape_infer=True, op_block_list=kept
+        proto_for_converters(model),
+        keep_io_types=io == "float32",
+        disable_shape_infer=True,
+        op_block_list=kept,
+        node_block_list=sorted(named),
     )
     # A value that two float32 nodes read gets the same Cast twice, which is no valid graph.
     once = {output: node for node in reversed(proto.graph.node) for output in node.output}
@@ -107,51 +115,3 @@ def _drop_cast_pairs(model: ir.Model) -> None:
             ir.convenience.replace_all_uses_with(node.outputs[0], inner.inputs[0])
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
-
-
-def emulate_bfloat16(model: ir.Model) -> ir.Model:
-    """Rewrite a BF16 graph in place to float32 operators whose every BF16 result is rounded to BF16.
-
-    The rounding is a pair of Casts after each such node, so it is to be run with onnxruntime's optimizations off. Sums
-    inside an operator are float32, as on GPUs with BF16 units.
-    """
-    low, full = ir.DataType.BFLOAT16, ir.DataType.FLOAT
-    passes.ShapeInferencePass()(model)
-    for value in model.graph.initializers.values():
-        if value.dtype == low:
-            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
-            value.dtype = full
-    for node in list(model.graph):
-        if node.op_type == "Cast" and node.attributes["to"].value == low:
-            node.attributes["to"] = ir.AttrInt64("to", int(full))
-        for attribute in list(node.attributes.values()):
-            if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == low:
-                widened = ir.tensor(attribute.value.numpy().astype(np.float32))
-                node.attributes[attribute.name] = ir.AttrTensor(attribute.name, widened)
-        for value in node.outputs:
-            if value.dtype == low:
-                _round(model.graph, value, after=node)
-    for value in list(model.graph.inputs):
-        if value.dtype == low:
-            _round(model.graph, value, after=None)
-    return model
-
-
-def _round(graph: ir.Graph, value: ir.Value, after: ir.Node | None) -> None:
-    users = list(value.uses())
-    value.dtype = ir.DataType.FLOAT
-    down = ir.node("Cast", [value], {"to": int(ir.DataType.BFLOAT16)}, name=f"{value.name}.down")
-    up = ir.node("Cast", down.outputs, {"to": int(ir.DataType.FLOAT)}, name=f"{value.name}.up")
-    for node, kind in ((down, ir.DataType.BFLOAT16), (up, ir.DataType.FLOAT)):
-        node.outputs[0].name = node.name
-        node.outputs[0].dtype = kind
-        node.outputs[0].shape = value.shape
-    if after is None:
-        graph.insert_before(graph[0], [down, up])
-    else:
-        graph.insert_after(after, [down, up])
-    for usage in users:
-        usage.node.replace_input_with(usage.idx, up.outputs[0])
-    for index, output in enumerate(graph.outputs):
-        if output is value:
-            graph.outputs[index] = up.outputs[0]

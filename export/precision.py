@@ -28,6 +28,7 @@ from ..core.scratch import temporary_folder
 from ..core.statistics import Estimate, paired_difference, proportion
 from ..core.text import command, first_line, option
 from . import half, quantize
+from .emulate import emulate
 from .files import data_beside, into_memory, move_model, save_model
 from .graph import Graph, open_graph
 from .nodes import copy_model
@@ -132,6 +133,7 @@ def convert(
     io: str = "float32",
     images: np.ndarray | None = None,
     keep_float32: Sequence[str] = half.FLOAT32_OPS,
+    keep_nodes: Sequence[str] = (),
     calibration: str = DEFAULT_CALIBRATION,
     first_and_last: bool = False,
     op_types: Sequence[str] = QUANTIZED,
@@ -147,6 +149,7 @@ def convert(
         io: FP16 and BF16: whether inputs and outputs stay float32 or change too.
         images: Static INT8: float32 [image, channel, height, width] to calibrate on, preprocessed.
         keep_float32: FP16 and BF16: op types that go on computing in float32.
+        keep_nodes: FP16 and BF16: names of further nodes that do.
         calibration: Static INT8, one of :data:`CALIBRATIONS`: how an activation's range comes from what was seen.
         first_and_last: INT8: quantize the patch embedding and the classifier too; both are sensitive and cheap.
         op_types: Static INT8: what is quantized.
@@ -168,11 +171,11 @@ def convert(
         _check_float32(opened.model, opened.source)
     model = copy_model(opened.model)
     props = {**model.metadata_props, **(props or {})}
-    _regularise(model)
+    regularise(model)
     details: dict[str, Any] = {}
     if precision in HALF_PRECISIONS:
-        _check_finite(model, opened.source, precision)
-        model, details["float32"] = half.to_half(model, precision, io, keep_float32)
+        _check_finite(model, opened.source, precision, keep_nodes)
+        model, details["float32"] = half.to_half(model, precision, io, keep_float32, keep_nodes)
     else:
         excluded = [] if first_and_last else [node.name for node in quantize.first_and_last_layers(model)]
         if precision == "int8":
@@ -221,10 +224,11 @@ def _check_float32(model: ir.Model, source: str) -> None:
             raise UserError(f"{source} is not float32: {value.name!r} is {value.dtype.name}", hint)
 
 
-def _check_finite(model: ir.Model, source: str, precision: str) -> None:
+def _check_finite(model: ir.Model, source: str, precision: str, keep_nodes: Sequence[str]) -> None:
     """Refuse weights that the converter would clip to the largest number without a word."""
+    kept = set(keep_nodes)
     for name, value in model.graph.initializers.items():
-        if value.dtype != ir.DataType.FLOAT:
+        if value.dtype != ir.DataType.FLOAT or all(usage.node.name in kept for usage in value.uses()):
             continue
         array = value.const_value.numpy()
         if np.isnan(array).any():
@@ -238,7 +242,7 @@ def _check_finite(model: ir.Model, source: str, precision: str) -> None:
             )
 
 
-def _regularise(model: ir.Model) -> None:
+def regularise(model: ir.Model) -> None:
     """One form for the converters: constants are initializers, every node has a name, every shape is right.
 
     The ``value_info`` of PyTorch's dynamo exporter contradicts what ONNX infers, and stops the quantizer.
@@ -296,12 +300,12 @@ def agreement(reference: Graph, converted: Graph, images: np.ndarray, labels: np
 def cpu_form(graph: Graph, folder: str | os.PathLike) -> Path:
     """What onnxruntime's CPU provider runs in place of a graph: its file, but for a BF16 graph.
 
-    That one is rewritten to :func:`~vpruner.export.half.emulate_bfloat16` in ``folder``, and is to be run with
+    That one is rewritten by :func:`~vpruner.export.emulate.emulate` into ``folder``, and is to be run with
     optimizations off. A model in memory is written there too.
     """
     opened = open_graph(graph)
     if _is_bfloat16(opened.model):
-        return save_model(half.emulate_bfloat16(copy_model(opened.model)), Path(folder) / f"{opened.stem}.onnx")
+        return save_model(emulate(copy_model(opened.model)), Path(folder) / f"{opened.stem}.onnx")
     return opened.path or save_model(opened.model, Path(folder) / f"{opened.stem}.onnx")
 
 

@@ -36,6 +36,7 @@ SLOW = {
 RUNS = {
     "README.md": "inspect prune fold fold",
     "docs/compare.md": "export run export analyze",
+    "docs/diagnose.md": "diagnose diagnose",
     "docs/jetson.md": "export export export check bundle profile profile profile profile report",
     "docs/onnx.md": "inspect prune fold fold convert convert convert check check fold",
     "docs/openvino.md": "fold check",

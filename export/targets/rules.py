@@ -118,6 +118,16 @@ METADATA = Rule(
     f"write the file again, with: {command('export', 'MODEL')}, or remove its vpruner.* keys",
     "vpruner's own metadata_props",
 )
+#: Said of squares in half precision, whatever the target: :mod:`vpruner.export.norms` says of which.
+NORM_IN_HALF = Rule(
+    "warning",
+    "FP16 ends at 65504, so the square of what is 256 from the mean is infinite and the result 0; ViTs with massive "
+    "activations give wrong classes then",
+    f"convert the float32 file with {command('convert', 'MODEL', precision='fp16')}, which keeps these nodes in "
+    "float32, or write the operator LayerNormalization (opset 17 and newer), which squares in float32; see where it "
+    f"goes wrong with {command('diagnose', 'MODEL', against='DENSE')}",
+    "onnxsim issue 1742: ViT-B in raw FP16 on TensorRT 10.3, 19 % top-1",
+)
 #: Said of an operand that is neither an input of the graph, nor a weight, nor another node's output.
 NO_PRODUCER = Rule(
     "error",
@@ -197,6 +207,7 @@ class Target:
         int32: For int64 numbers outside int32, ``int64`` for int64 at all.
         float64: For double precision.
         second_norm_output: For LayerNormalization whose mean or variance is read.
+        written_norm: For float32 norms that are written out.
         attention: For the Attention operator's forms that do not run, ``attention_fused`` for one that must fuse,
             ``attention_in_if`` for one inside of If.
     """
@@ -230,6 +241,7 @@ class Target:
     int64: Rule | None = None
     float64: Rule | None = None
     second_norm_output: Rule | None = None
+    written_norm: Rule | None = None
     attention: Rule | None = None
     attention_fused: Rule | None = None
     attention_in_if: Rule | None = None

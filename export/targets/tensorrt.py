@@ -110,6 +110,16 @@ _TRT_SCATTER = dict(
         "microsoft/onnxruntime issue 17434; onnx/onnx-tensorrt issue 957",
     ),
 )
+#: Releases that take FP16 from a flag: it holds for every layer, Casts of the file included.
+_NORM_UNDER_A_FLAG = Rule(
+    "warning",
+    "an engine that is built with the flag FP16 may square in FP16, which ends at 65504: what is 256 from the mean "
+    "makes the result 0",
+    "build in float32 where activations are large, or use TensorRT 8.6 or newer and write the operator "
+    f"LayerNormalization: {WRITERS.format('trt10')}; see whether it happens with "
+    f"{command('diagnose', 'MODEL', against='MODEL', precision='fp16')}",
+    "onnxsim issue 1742; NVIDIA/TensorRT issue 4723",
+)
 TRT_IF = "both branches of If must give outputs of equal rank, and a Loop's carried shapes must not change"
 #: Restrictions that operators.md 10.15 writes beside operators that do run.
 _TRT_NEW = dict(
@@ -181,6 +191,7 @@ TRT85 = Target(
     "trt8.5",
     "TensorRT 8.5 (JetPack 5)",
     writes=16,
+    written_norm=_NORM_UNDER_A_FLAG,
     opset=(
         Bound(
             "error",

@@ -9,6 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vpruner.core.errors import UserError
 from vpruner.export.check import check, summarize
+from vpruner.export.deploy import prepare_for
+from vpruner.export.files import load_model
 from vpruner.export.fold import fold_file
 from vpruner.export.graph import open_graph
 from vpruner.export.targets import TARGETS, find_target
@@ -667,3 +669,44 @@ def test_our_graphs_with_an_open_batch_get_the_remark_and_nothing_worse(graphs):
             findings = check(path, target)
             assert "dynamic-batch" in [finding.rule for finding in findings], (path.name, target)
             assert {finding.severity for finding in findings} == {"remark"}
+
+
+# -- norms that are written out ---------------------------------------------------------------------------------------
+
+
+def written_norm(dtype, widened=False):
+    """x (as float32 where it is widened) -> (x - mean) / sqrt(mean((x - mean)^2) + epsilon)."""
+    numbers = np.float16 if dtype == TensorProto.FLOAT16 and not widened else np.float32
+    cast = [node("Cast", ["x"], ["wide"], "wide", to=FLOAT)] if widened else []
+    x = "wide" if widened else "x"
+    nodes = [
+        *cast,
+        node("ReduceMean", [x], ["m"], "mean", axes=[-1]),
+        node("Sub", [x, "m"], ["c"], "centred"),
+        node("Pow", ["c", "two"], ["s"], "squares"),
+        node("ReduceMean", ["s"], ["v"], "variance", axes=[-1]),
+        node("Add", ["v", "eps"], ["e"], "shifted"),
+        node("Sqrt", ["e"], ["d"], "deviation"),
+        node("Div", ["c", "d"], ["y"], "normalised"),
+    ]
+    ends = {"inputs": {"x": (dtype, [1, 4, 8])}, "outputs": {"y": (FLOAT if widened else dtype, None)}}
+    return model(nodes, constants={"two": numbers(2), "eps": numbers(1e-3)}, **ends)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_norm_that_squares_in_fp16_is_warned_of(target):
+    half = written_norm(TensorProto.FLOAT16)
+    assert ("warning", "written-norm", "squares") in found(half, target)
+    (finding,) = (one for one in check(half, target) if one.rule == "written-norm")
+    assert finding.found == "1 norm written out, squared in FP16" and "LayerNormalization" in finding.todo
+
+
+def test_a_norm_in_float32_is_warned_of_where_a_flag_makes_it_fp16():
+    for graph in (written_norm(FLOAT), written_norm(TensorProto.FLOAT16, widened=True)):
+        told = {target: [one.found for one in check(graph, target) if one.rule == "written-norm"] for target in TRT}
+        assert told == {"trt8.5": ["1 norm written out, squared in float32"], "trt10": [], "trt11": []}
+
+
+def test_what_is_written_for_tensorrt_8_5_is_warned_of_too(exported):
+    written = prepare_for(load_model(exported(depth=2).path), "trt8.5")
+    assert [one.severity for one in written.findings if one.rule == "written-norm"] == ["warning"]

@@ -12,10 +12,10 @@ from vpruner.core.choices import CALIBRATIONS
 from vpruner.core.errors import UserError
 from vpruner.export import files
 from vpruner.export import precision as precisions
+from vpruner.export.emulate import emulate
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold_file
 from vpruner.export.graph import open_graph
-from vpruner.export.half import emulate_bfloat16
 from vpruner.export.precision import BOUNDS, agreement, convert, cpu_form
 from vpruner.export.quantize import first_and_last_layers
 from vpruner.runtime.measure import profile_onnx
@@ -137,7 +137,7 @@ def test_bf16_is_emulated_as_pytorch_computes_it(dense, images, tmp_path):
             low = dense.model(torch.from_numpy(images)).float().numpy()
     theirs = (np.abs(low - wide).max(1) / np.abs(wide).max(1)).mean()
     assert theirs / 4 < cost.mean_relative_error < theirs * 4
-    emulated = emulate_bfloat16(model)
+    emulated = emulate(model)
     assert not [value for node in emulated.graph if node.op_type != "Cast" for value in node.inputs if value is not None
                 and value.dtype == ir.DataType.BFLOAT16]  # fmt: skip
 
