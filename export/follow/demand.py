@@ -5,9 +5,8 @@ Work whose result nothing reads is asked for by nothing, and so is left out with
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np
@@ -100,16 +99,6 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
     return sets
 
 
-def unlike(followed: Followed) -> SimpleNamespace:
-    """A plan with other tokens of each kind in each block."""
-    every = tuple(range(followed.patches))
-    parts = {"keys": every[::2], "queries": every[1::2], "mlps": every[: len(every) // 2]}
-    kinds = {
-        kind: [part if getattr(block, kind) else every for block in followed.blocks] for kind, part in parts.items()
-    }
-    return SimpleNamespace(**kinds, reads=None)
-
-
 def _head(followed: Followed) -> list[ir.Node]:
     """Nodes behind the blocks that sum over tokens, and the softmaxes ahead of those sums."""
     inside = {node for block in followed.blocks for b in (*block.attention, *block.mlp) for node in b.nodes}
@@ -131,8 +120,9 @@ class Demand:
     """Which tokens a plan needs of each value.
 
     Args:
-        stop: Nodes of which nothing further back is asked.
-        asked: Values of which all tokens are needed; None: the outputs of the graph.
+        nodes: Those that may ask for something, in order; None: all.
+        asked: Value that is needed -> bool [id] for each of its groups, None: all tokens; without it, the outputs of
+            the graph are.
 
     Attributes:
         needed: Value that carries tokens -> bool [id] for each of its groups.
@@ -146,7 +136,11 @@ class Demand:
     """
 
     def __init__(
-        self, followed: Followed, sets: Sets, stop: Collection[ir.Node] = (), asked: Sequence[ir.Value] | None = None
+        self,
+        followed: Followed,
+        sets: Sets,
+        nodes: Iterable[ir.Node] | None = None,
+        asked: Mapping[ir.Value, Sequence[np.ndarray] | None] | None = None,
     ):
         self.followed, self.sets, self.layouts = followed, sets, followed.tokens.layouts
         self.needed: dict[ir.Value, list[np.ndarray]] = {}
@@ -155,12 +149,12 @@ class Demand:
         self.masks: dict[ir.Node, list[np.ndarray]] = {}
         self.whole: dict[ir.Node, set[int]] = {}
         self._asked: set[ir.Value] = set()
-        for value in followed.model.graph.outputs if asked is None else asked:
+        for value, masks in (dict.fromkeys(followed.model.graph.outputs) if asked is None else asked).items():
             if value in self.layouts and sets.reads is not None:
                 raise PlanError(f"output {value.name!r} holds all tokens, but the plan's reads leave some out")
-            self.ask(value, [sets.every] * len(self.layouts[value].ids) if value in self.layouts else None)
-        for node in reversed(followed.model.graph):
-            if node not in stop and not self._asked.isdisjoint(node.outputs):
+            self.ask(value, masks or ([sets.every] * len(self.layouts[value].ids) if value in self.layouts else None))
+        for node in reversed(followed.model.graph if nodes is None else list(nodes)):
+            if not self._asked.isdisjoint(node.outputs):
                 self.live.add(node)
                 self.ask_inputs(node)
 
@@ -254,6 +248,28 @@ def missing_axes(flow: Flow, position: int, groups: Sequence[int]) -> list[int]:
     axes = [axis for axis, factors in enumerate(output.axes)
             if axis not in lies and any(isinstance(f, Part) and f.group in groups for f in factors)]  # fmt: skip
     return axes if all(len(output.axes[axis]) == 1 for axis in axes) else []
+
+
+#: What a token of a branch is needed for, as bits; "whole": all are needed, whatever a plan says.
+ROLES = {"key": 1, "query": 2, "mlp": 4, "whole": 8}
+
+
+def by_role(followed: Followed) -> Demand:
+    """What the blocks need, whatever the plan; masks are uint8 [id], sums of :data:`ROLES`."""
+    key, query, mlp, whole = (np.full(followed.tokens.count, bit, np.uint8) for bit in ROLES.values())
+    sets = Sets(key | query | mlp | whole, whole)
+    for block in followed.blocks:
+        for branch in block.branches:
+            own = query if branch in block.attention else mlp
+            sets.updates[branch.add] = branch, whole if branch.reason else own
+            sets.keys.update(dict.fromkeys((*branch.mixers, *branch.keyed) if branch.keyed else (), key))
+    nodes = (node for node in followed.model.graph if node is not followed.stream.producer())
+    return Demand(followed, sets, nodes, dict.fromkeys(branch.add.outputs[0] for branch in followed.branches))
+
+
+def roles(mask: np.ndarray) -> set[str]:
+    """Those of a mask of :func:`by_role`."""
+    return {role for role, bit in ROLES.items() if np.bitwise_or.reduce(mask) & bit}
 
 
 @dataclass(frozen=True)

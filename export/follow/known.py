@@ -190,6 +190,11 @@ class Known:
         unknown = value.const_value is None and value not in self.shapes
         return None if unknown or value in self.varying else self.array(value)
 
+    def tensor(self, value: ir.Value) -> ir.TensorProtocol | None:
+        """:meth:`constant` as a tensor: one that is stored is not read."""
+        array = None if value.const_value is not None else self.constant(value)
+        return value.const_value if array is None else ir.tensor(array)
+
     def forget_floats(self) -> None:
         """Compute what is no whole number anew when it is asked for: constants of the graph were exchanged."""
         self._values = {v: array for v, array in self._values.items() if array is None or array.dtype.kind != "f"}

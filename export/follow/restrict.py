@@ -1,4 +1,4 @@
-"""Fold a plan: every value is computed for the tokens that are needed of it, and for no others.
+"""Every value is computed for the tokens that are needed of it, and for no others.
 
 The nodes of the graph stay what they are. Where a node needs fewer tokens of an input than there are, they are picked
 (``Slice`` where they follow each other, else ``Gather``, with constant indices); constants that lie along tokens are
@@ -12,19 +12,15 @@ A group of tokens of which some are left has the size 1 in all of its parts but 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ...core.errors import GraphError
 from ...core.schedule import is_range, longest_first
-from ...core.text import command, first_line
 from ..nodes import called
-from ..passes.edit import add_constant, add_node, add_shape
-from .columns import project_apart
-from .demand import Demand, Plan, Sets, missing_axes, only, sets_of, unlike
+from ..passes.edit import add_constant, add_node, add_shape, add_tensor
+from .demand import Demand, Sets, missing_axes, only
 from .followed import Followed
 from .known import graphs_of, used_by
 from .layout import ENDED, Layout, Part, plain_axes, size_of, tidy
@@ -35,66 +31,7 @@ from .rules import Flow
 Rows = list[np.ndarray | None]
 
 
-def fold(followed: Followed, plan: Plan, *, shapes: bool = True) -> ir.Model:
-    """The graph that computes only what ``plan`` leaves.
-
-    Every value has a shape that is known but for what the dense graph leaves open, and as many tokens as the plan
-    leaves of it; outputs have the shapes that they had. Names of nodes that are added begin with ``vpruner.``.
-
-    Args:
-        shapes: False: leave the shapes out and have nothing checked, for a graph that is only run once or twice; that
-            takes half of the time.
-
-    Raises:
-        PlanError: The plan is for another shape, or leaves tokens out of what cannot be masked.
-        GraphError: ONNX does not accept the result.
-    """
-    outputs = [value.shape for value in followed.model.graph.outputs]
-    followed = followed.copy()
-    sets = sets_of(followed, plan)
-    wanted = Demand(followed, sets)
-    # Queries, keys and values by products of their own, even where all tokens attend: onnxruntime splits by a copy what
-    # one product gives, and is slower with a wide matrix. All blocks of a dense model written so take 0.97 of its time
-    # (384 channels), 0.94 (768 channels), and 0.91 (384 channels, 8 images; onnxruntime 1.31, one CPU thread).
-    if project_apart(followed, Demand(followed, sets_of(followed, unlike(followed)))):
-        wanted = Demand(followed, sets)
-    folding = _Fold(followed, sets, wanted)
-    folding.run()
-    passes.RemoveUnusedNodesPass()(followed.model)
-    if shapes:
-        folding.write_shapes()
-        check_result(followed.model, outputs)
-    return followed.model
-
-
-def check_result(model: ir.Model, outputs: Sequence[ir.Shape | None]) -> None:
-    """Have ONNX check a folded graph and its shapes; ``outputs``: shapes of the dense graph's.
-
-    Raises:
-        GraphError: ONNX does not accept it.
-    """
-    try:
-        passes.CheckerPass(full_check=True)(model)
-    except Exception as error:  # onnx's checker and shape inference raise different types
-        found = first_line(error.__cause__ or error)
-        hint = f"see what is wrong with the dense graph, with: {command('check', 'FILE')}"
-        raise GraphError(f"the graph is not valid ONNX once the plan is folded in: {found}", hint) from error
-    for value, before in zip(model.graph.outputs, outputs, strict=True):
-        changed = before is not None and (
-            value.shape is None
-            or len(before) != len(value.shape)
-            or any(isinstance(was, int) and was != now for was, now in zip(before, value.shape, strict=True))
-        )
-        if changed:
-            raise AssertionError(f"folding changed output {value.name!r} from {before} to {value.shape}")
-    for node in model.graph:
-        if all(value is None or value.shape is not None for value in node.inputs):
-            for value in node.outputs:
-                if value.shape is None and value.name.startswith("vpruner."):
-                    raise AssertionError(f"folding left value {value.name!r} without a shape")
-
-
-class _Fold:
+class Restriction:
     def __init__(self, followed: Followed, sets: Sets, wanted: Demand):
         self.followed, self.sets, self.wanted = followed, sets, wanted
         self.graph, self.layouts = followed.model.graph, followed.tokens.layouts
@@ -363,18 +300,22 @@ class _Fold:
         value = self.pick_axis(before, value, axis, len(held), positions)
         return self.reshaped(before, value, dims(layout, rows)) if split and rows is None else value
 
-    def named(self, value: ir.Value, what: str) -> tuple[str, np.ndarray | None]:
+    def named(self, value: ir.Value, what: str) -> tuple[str, ir.TensorProtocol | None]:
         """A name for what is made of a value, and the numbers of the value if they are known."""
         name = f"vpruner.{value.name}.{what}.{len(self.picked)}"
         self.picked[name,] = value
-        return name, self.known.constant(value)
+        return name, self.known.tensor(value)
 
     def pick_axis(self, before: ir.Node, value: ir.Value, axis: int, count: int, rows: np.ndarray) -> ir.Value:
         if len(rows) == count and is_range(rows):
             return value
-        first, (name, array) = int(rows[0]), self.named(value, "rows")
-        if array is not None:
-            return add_constant(self.graph, name, np.ascontiguousarray(np.take(array, rows, axis)))
+        first, (name, tensor) = int(rows[0]), self.named(value, "rows")
+        if tensor is not None:  # cut when it is written, so that no more than one is in memory
+            shape = [*tensor.shape[:axis], len(rows), *tensor.shape[axis + 1 :]]
+            at = (slice(None),) * axis + (slice(first, first + len(rows)) if is_range(rows, first) else rows,)
+            part = ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(tensor.numpy()[at])), tensor.dtype,
+                                 ir.Shape(shape), name=f"{name}.{len(self.graph.initializers)}")  # fmt: skip
+            return add_tensor(self.graph, part)
         if is_range(rows, first):
             ends = [add_constant(self.graph, f"vpruner.integer.{number}", np.asarray([number], np.int64))
                     for number in (first, first + len(rows), axis)]  # fmt: skip
@@ -383,16 +324,16 @@ class _Fold:
         return add_node(before, "Gather", [value, indices], name, {"axis": axis}).outputs[0]
 
     def reshaped(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
-        name, array = self.named(value, "shaped")
-        if array is not None:
-            return add_constant(self.graph, name, array.reshape(dims))
+        name, tensor = self.named(value, "shaped")
+        if tensor is not None:
+            return add_constant(self.graph, name, tensor.numpy().reshape(dims))
         return add_node(before, "Reshape", [value, self.shape(dims)], name).outputs[0]
 
     def expanded(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
-        name, array = self.named(value, "expanded")
-        if array is not None:
-            shape = np.broadcast_shapes(array.shape, dims)
-            return add_constant(self.graph, name, np.ascontiguousarray(np.broadcast_to(array, shape)))
+        name, tensor = self.named(value, "expanded")
+        if tensor is not None:
+            shape = np.broadcast_shapes(tensor.shape.numpy(), dims)
+            return add_constant(self.graph, name, np.ascontiguousarray(np.broadcast_to(tensor.numpy(), shape)))
         return add_node(before, "Expand", [value, self.shape(dims)], name).outputs[0]
 
     def shape(self, dims: list[int]) -> ir.Value:

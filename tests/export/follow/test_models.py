@@ -13,7 +13,7 @@ from more_vits import MORE
 from vpruner.core.errors import GraphError, PlanError
 from vpruner.export.files import load_model
 from vpruner.export.follow import counts, fold, follow, mask
-from vpruner.export.follow.restrict import check_result
+from vpruner.export.follow.fold import check_result
 
 #: What is masked of each block of kinds of which not everything is; the others: keys, queries and MLPs.
 PARTS = {"parallel, one product": ["kq"] * 2, "Swin": ["m"] * 2, "SAM": ["m", "kqm", "m"], "CaiT": ["qm"] * 2,
