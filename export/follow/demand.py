@@ -228,26 +228,11 @@ def whole_groups(followed: Followed, node: ir.Node, keyed: bool) -> set[int]:
             before = followed.tokens.layouts[value].ids[own].ravel()
             if ENDED < link < flow.groups and not np.array_equal(before, layout.ids[link].ravel()):
                 whole.add(link)
-    for position in {position for position, _, _ in flow.covers}:
-        parts = [f.group for own, _, factors in flow.covers if own == position for f in factors if isinstance(f, Part)]
-        for group in {group for group in parts if group < flow.groups and parts.count(group) != layout.ids[group].ndim}:
-            if len(missing_axes(flow, position, [group])) + parts.count(group) != layout.ids[group].ndim:
-                whole.add(group)
+    for axes in flow.lies.values():
+        parts = [factor.group for axis in axes for factor in axis if isinstance(factor, Part)]
+        whole |= {group for group in parts if ENDED < group < flow.groups
+                  and parts.count(group) != layout.ids[group].ndim}  # fmt: skip
     return whole
-
-
-def missing_axes(flow: Flow, position: int, groups: Sequence[int]) -> list[int]:
-    """Axes of the output that an elementwise node repeats an input along, which lies along the other axes of a grid.
-
-    None where something else is on such an axis, or where the node does more than repeat its inputs.
-    """
-    (output, *_), rank = flow.outputs, flow.rank
-    if not rank or output is None:
-        return []
-    lies = {axis + len(output.axes) - rank[position] for own, axis, _ in flow.covers if own == position}
-    axes = [axis for axis, factors in enumerate(output.axes)
-            if axis not in lies and any(isinstance(f, Part) and f.group in groups for f in factors)]  # fmt: skip
-    return axes if all(len(output.axes[axis]) == 1 for axis in axes) else []
 
 
 #: What a token of a branch is needed for, as bits; "whole": all are needed, whatever a plan says.

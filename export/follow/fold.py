@@ -184,7 +184,7 @@ def _follow_columns(
             if used in layouts:
                 chain += _follow_columns(followed, columns, used, sizes)
     flow = columns.flows[node] = RULES[node.op_type](node, tokens)
-    if any(tokens.known.tensor(node.inputs[position]) is None for position, _, _ in flow.covers):
+    if any(tokens.known.tensor(node.inputs[position]) is None for position in flow.lies):
         raise Lost("what lies along the columns is no constant")
     tokens.layouts[value] = flow.outputs[0]
     return [*chain, node]

@@ -89,6 +89,16 @@ def plain_axes(shape: Sequence[int]) -> tuple[Axis, ...]:
     return tuple(map(plain, shape))
 
 
+def groups_in(axes: Sequence[Axis]) -> set[int]:
+    """Groups that have parts on any of these axes."""
+    return {factor.group for axis in axes for factor in axis if isinstance(factor, Part)}
+
+
+def renamed(axes: Sequence[Axis], groups: Sequence[int]) -> list[Axis]:
+    """Axes with ``groups[g]`` in the place of the group g."""
+    return [tuple(Part(groups[f.group], f.size) if isinstance(f, Part) else f for f in axis) for axis in axes]
+
+
 def tidy(axes: Sequence[Sequence[Factor]], ids: Sequence[np.ndarray]) -> Layout:
     """Join neighbours of one kind on an axis, and give ``ids`` the dimensions of the parts that are left."""
     joined: list[Axis] = []

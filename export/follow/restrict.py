@@ -12,6 +12,8 @@ A group of tokens of which some are left has the size 1 in all of its parts but 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
@@ -20,10 +22,10 @@ from ...core.errors import GraphError
 from ...core.schedule import is_range, longest_first
 from ..nodes import called
 from ..passes.edit import add_constant, add_node, add_shape, add_tensor
-from .demand import Demand, Sets, missing_axes, only
+from .demand import Demand, Sets, only
 from .followed import Followed
 from .known import graphs_of, used_by
-from .layout import ENDED, Layout, Part, plain_axes, size_of, tidy
+from .layout import ENDED, Layout, Part, groups_in, size_of, tidy
 from .mask import combine, mask_attention
 from .rules import Flow
 
@@ -91,12 +93,11 @@ class Restriction:
 
     def along(self, node: ir.Node, flow: Flow) -> None:
         targets = self.targets(node, flow)
-        lying = {position for position, _, _ in flow.covers}
         for position, (value, links) in enumerate(zip(node.inputs, flow.links, strict=True)):
             if links:
                 taken = self.take(node, value, [None if link == ENDED else targets[link] for link in links])
                 node.replace_input_with(position, taken)
-            if position in lying:
+            if position in flow.lies:
                 node.replace_input_with(position, self.cut(node, position, value, targets, flow))
         if node in self.sets.gates:
             self.add_gates(node, flow, targets)
@@ -171,7 +172,8 @@ class Restriction:
                 rows = [(None if np.array_equal(kept, ids) else kept) if link == new else rest[link] for link in links]
                 values.append(self.take(node, value, rows))
             else:
-                value = self.cut(node, position, value, [*rest[:new], None, *rest[new:]], flow)
+                if position in flow.lies:
+                    value = self.cut(node, position, value, [*rest[:new], None, *rest[new:]], flow)
                 rows = np.flatnonzero(np.isin(ids, kept))
                 values.append(self.pick_axis(node, value, flow.axis, size, rows))
         kept = np.concatenate(order)
@@ -347,34 +349,24 @@ class Restriction:
         Args:
             dense: The input in the dense graph; what stands in its place has the ``targets`` of its own groups.
         """
-        value, links, own = before.inputs[position], flow.links[position], self.layouts.get(dense)
-        axes = [[Part(links[f.group], f.size) if isinstance(f, Part) else f for f in factors]
-                for factors in (own.axes if links else plain_axes(self.known.shapes[dense]))]  # fmt: skip
-        for at, axis, factors in flow.covers:
-            if at == position:
-                axes[axis] = list(factors)
-        output = flow.outputs[0]
-        lying = {f.group for at, _, factors in flow.covers if at == position for f in factors if isinstance(f, Part)}
-        if output is not None and (
-            missing := missing_axes(flow, position, [g for g in lying if targets[g] is not None])
-        ):
-            # Of a grid the input lies along rows or columns alone: it is repeated along the other ones.
-            ahead = len(output.axes) - len(axes)
-            first = min(ahead, *missing)
-            axes = [[] for _ in range(ahead - first)] + axes
-            for axis in missing:
-                axes[axis - first] = list(output.axes[axis])
-            value = self.expanded(before, value, [output.shape[axis] if axis in missing else 1
-                                                  for axis in range(first, len(output.axes))])  # fmt: skip
-        present = {f.group for factors in axes for f in factors if isinstance(f, Part)}
-        groups = sorted(group for group in present - {ENDED} if targets[group] is not None)
+        value, axes, own = before.inputs[position], flow.lies[position], set(flow.links[position])
+        groups = sorted(group for group in groups_in(axes) - {ENDED} if targets[group] is not None)
+        if own.issuperset(groups):
+            return value
+        shape, sizes = self.known.shapes[dense], [math.prod(map(size_of, axis)) for axis in axes]
+        shape = (1,) * (len(sizes) - len(shape)) + shape
+        if sizes != list(shape):
+            # Of a grid the input lies along rows or columns alone.
+            value = self.expanded(
+                before, value, [size if was == 1 else 1 for was, size in zip(shape, sizes, strict=True)]
+            )
         axes = [[Part(groups.index(f.group), f.size) if isinstance(f, Part) and f.group in groups else size_of(f)
                  for f in factors] for factors in axes]  # fmt: skip
         try:
-            layout = tidy(axes, [own.ids[links.index(g)] if g in links else flow.ids[g] for g in groups])
+            layout = tidy(axes, [flow.ids[group] for group in groups])
         except ValueError:
             raise GraphError(f"{value.name!r} lies along a part of the token axis, which cannot be folded") from None
-        held = [None if group in lying else targets[group] for group in groups]
+        held = [targets[group] if group in own else None for group in groups]
         return self.pick_from(before, value, held, layout, [targets[group] for group in groups])
 
 

@@ -23,11 +23,14 @@ from .layout import (
     Part,
     arrange,
     dimension_of,
+    groups_in,
     permute,
     plain,
     plain_axes,
     regroup,
+    renamed,
     select,
+    size_of,
     tidy,
     unify,
 )  # fmt: skip
@@ -44,23 +47,21 @@ class Flow:
         links: One for each input: the node's group that each of its groups is, or :data:`~.layout.ENDED`: the node
             needs all of it, in its own order. Empty for inputs without tokens.
         ends: Ids of the groups that end in the node.
-        covers: (input, axis, factors): an axis without tokens of an input that lies along tokens; parts name groups of
-            the node.
+        lies: Input of which axes without tokens lie along them -> its axes, with parts that name groups of the node.
+            Along an axis on which it has the size 1, and more here, it is repeated once tokens are left out.
         normalises: The group over which the node normalises (Softmax), so that leaving out a token changes the others.
         how: ``"along"``: the node can be run on fewer tokens as it is; ``"reshape"`` and ``"expand"``: with another
             shape; ``"pick"``: it selects tokens; ``"join"``: it puts tokens side by side; ``"start"``: they begin here.
         axis: Of the output, where tokens are picked or joined.
-        rank: How many axes each input has, where the node repeats its inputs along the axes that they lack.
     """
 
     outputs: tuple[Layout | None, ...]
     links: tuple[tuple[int, ...], ...]
     ends: tuple[np.ndarray, ...] = ()
-    covers: tuple[tuple[int, int, Axis], ...] = ()
+    lies: dict[int, list[Axis]] = field(default_factory=dict)
     normalises: int | None = None
     how: str = "along"
     axis: int = 0
-    rank: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: dict) -> Flow:
         return self
@@ -201,19 +202,19 @@ def contract(node: ir.Node, tokens: Tokens, letters: Sequence[Sequence | None], 
     groups = 0 if output is None else len(output.ids)
     links = [[groups + summed[i, group] if summed.get((i, group), ENDED) != ENDED else link
               for group, link in enumerate(own)] for i, own in enumerate(found)]  # fmt: skip
-    covers = []
+    lies: dict[int, list[Axis]] = {}
     for i, (names, layout) in enumerate(zip(named, layouts, strict=True)):
         sizes = tokens.shape(node.inputs[i]) if names else ()
+        axes = list(plain_axes(sizes) if layout is None else renamed(layout.axes, links[i]))
         for axis, (name, size) in enumerate(zip(names, sizes, strict=True)):
-            if size == 1 or (layout is not None and layout.groups_of(axis)):
-                continue
+            along: Axis = ()
             if layout is None and name in ends:
-                covers.append((i, axis, (Part(groups + list(ends).index(name), size),)))
+                along = (Part(groups + list(ends).index(name), size),)
             elif output is not None and name in result and output.groups_of(list(result).index(name)):
-                target = list(result).index(name)
-                if size == output.shape[target]:
-                    covers.append((i, axis, output.axes[target]))
-    return Flow((output,) * len(node.outputs), tuple(map(tuple, links)), tuple(ends.values()), tuple(covers))
+                along = output.axes[list(result).index(name)]
+            if size > 1 and math.prod(map(size_of, along)) == size and (layout is None or not layout.groups_of(axis)):
+                lies.setdefault(i, axes)[axis] = along
+    return Flow((output,) * len(node.outputs), tuple(map(tuple, links)), tuple(ends.values()), lies)
 
 
 @rule(
@@ -227,7 +228,17 @@ def elementwise(node: ir.Node, tokens: Tokens) -> Flow:
     rank = len(tokens.shape(node.outputs[0]))
     letters = [None if v is None else range(rank - len(tokens.shape(v)), rank) for v in node.inputs]
     flow = contract(node, tokens, letters, range(rank))
-    return replace(flow, rank=tuple(0 if own is None else len(own) for own in letters)) if flow.covers else flow
+    for axes in flow.lies.values():
+        # Of a grid an input may lie along rows or columns alone.
+        groups, ahead = groups_in(axes), rank - len(axes)
+        missing = [axis for axis, factors in enumerate(flow.outputs[0].axes)
+                   if (axis < ahead or not axes[axis - ahead]) and groups_in([factors]) & groups]  # fmt: skip
+        if missing and all(len(flow.outputs[0].axes[axis]) == 1 for axis in missing):
+            first = min(ahead, *missing)
+            axes[:0] = [()] * (ahead - first)
+            for axis in missing:
+                axes[axis - first] = flow.outputs[0].axes[axis]
+    return flow
 
 
 @rule("MatMul")
@@ -315,13 +326,11 @@ def end_along(node: ir.Node, layout: Layout, along: Sequence[int], keep: bool) -
         raise Lost("windows: tokens are reduced along a part of the token axis")
     kept = [group for group in range(len(layout.ids)) if group not in ended]
     order = [*kept, *ended]
-    axes = [
-        () if axis in along else [Part(order.index(f.group), f.size) if isinstance(f, Part) else f for f in factors]
-        for axis, factors in enumerate(layout.axes)
-        if keep or axis not in along
-    ]
+    links = tuple(map(order.index, _same(layout)))
+    axes = [() if axis in along else factors for axis, factors in enumerate(renamed(layout.axes, links))
+            if keep or axis not in along]  # fmt: skip
     result = tidy(axes, [layout.ids[group] for group in kept]) if kept else None
-    links = (tuple(map(order.index, _same(layout))), *((),) * (len(node.inputs) - 1))
+    links = (links, *((),) * (len(node.inputs) - 1))
     return Flow((result,), links, tuple(layout.ids[group].ravel() for group in ended))
 
 
@@ -475,13 +484,13 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
     flow, ids = contract(node, tokens, names, range(len(shape))), np.concatenate(joined)
     if len(np.unique(ids)) < len(ids):
         raise Lost("a token is put beside itself")
-    if any(layouts[i] for i, _, _ in flow.covers):
+    if any(layouts[i] for i in flow.lies):
         raise Lost("its inputs have tokens on other axes")
     rest, new = flow.outputs[0] or Layout(plain_axes(shape), ()), flow.groups
     result = tidy([*rest.axes[:axis], [Part(new, len(ids))], *rest.axes[axis + 1 :]], [*rest.ids, ids])
     links = tuple(tuple(new if group == mine else link for group, link in enumerate(row))
                   for row, mine in zip(flow.links, own, strict=True))  # fmt: skip
-    return Flow((result,), links, covers=flow.covers, how="join", axis=axis)
+    return Flow((result,), links, lies=flow.lies, how="join", axis=axis)
 
 
 def _rolled(node: ir.Node, layouts: list[Layout], axis: int) -> Flow:
