@@ -95,9 +95,9 @@ def geometry_of(followed: Followed) -> Geometry:
 def reads(followed: Followed) -> tuple[dict[int, np.ndarray], set[ir.Node]]:
     """What is read of the stream by anything but the blocks: block -> bool [id] of the tokens that are read behind it;
     and the nodes that read, and compute the outputs from it."""
-    every = np.ones(followed.tokens.count, bool)
     adds = {branch.add: block.index for block in followed.blocks for branch in block.branches}
-    head = Demand(followed, Sets(every, every), (node for node in followed.model.graph if node not in adds))
+    every = Sets(np.ones(followed.tokens.count, bool))
+    head = Demand(followed, every, (node for node in followed.model.graph if node not in adds))
     read: dict[int, np.ndarray] = {}
     for add, block in adds.items():
         for mask in head.needed.get(add.outputs[0], []):

@@ -164,11 +164,10 @@ def _described(model, tokens: Tokens, flows, lost, chain: Sequence[tuple[ir.Node
         if node not in inside and any(value in tokens.layouts for value in used_by(node))
         and (node in lost or flows[node].ends or (flows[node].is_end and flows[node].how != "start"))
     ]  # fmt: skip
-    mixing = [index for index, branch in enumerate(branches) if branch.mixers]
     # What a convolution adds to the patches ahead of the first attention belongs to the stem.
-    ahead = [
-        index for index, one in enumerate(branches) if one.reason and not one.mixers and index < min(mixing, default=0)
-    ]
+    mixing = (index for index, one in enumerate(branches)
+              if one.mixers or any(node.op_type == "Softmax" for node in one.nodes))  # fmt: skip
+    ahead = [index for index, one in enumerate(branches[: next(mixing, 0)]) if one.reason]
     branches = branches[max(ahead, default=-1) + 1 :]
     return Followed(
         model, tokens, flows, lost, stem, tokens.grids[stem], stream, tuple(_blocks(branches)), tuple(readers)

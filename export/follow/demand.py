@@ -35,7 +35,6 @@ class Sets:
     """A plan in the words of a graph. Sets are bool [id]; tokens that are no patches are in all of them.
 
     Attributes:
-        every: All tokens.
         whole: What stands for all tokens of a group that is needed as it is, whatever the plan says.
         masks: bool [kind, block, id]: keys, queries, MLPs.
         updates: ``Add`` of the stream -> its branch, and the tokens that it updates.
@@ -45,7 +44,6 @@ class Sets:
         refused: ``Add`` whose branch must not be needed -> the reason.
     """
 
-    every: np.ndarray
     whole: np.ndarray
     masks: np.ndarray | None = None
     updates: dict[ir.Node, tuple[Branch, np.ndarray]] = field(default_factory=dict)
@@ -71,8 +69,7 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
         return result
 
     kinds = np.asarray([[mask(patches) for patches in kind] for kind in (plan.keys, plan.queries, plan.mlps)])
-    every = np.ones(followed.tokens.count, bool)
-    sets, gates = Sets(every, every, kinds), getattr(plan, "gates", None)
+    sets, gates = Sets(np.ones(followed.tokens.count, bool), kinds), getattr(plan, "gates", None)
     for block, keys, queries, mlps in zip(followed.blocks, *kinds, strict=True):
         for branches, updated in ((block.attention, queries), (block.mlp, mlps)):
             sets.updates.update({branch.add: (branch, updated) for branch in branches})
@@ -152,7 +149,7 @@ class Demand:
         for value, masks in (dict.fromkeys(followed.model.graph.outputs) if asked is None else asked).items():
             if value in self.layouts and sets.reads is not None:
                 raise PlanError(f"output {value.name!r} holds all tokens, but the plan's reads leave some out")
-            self.ask(value, masks or ([sets.every] * len(self.layouts[value].ids) if value in self.layouts else None))
+            self.ask(value, masks)
         for node in reversed(followed.model.graph if nodes is None else list(nodes)):
             if not self._asked.isdisjoint(node.outputs):
                 self.live.add(node)
@@ -242,14 +239,15 @@ ROLES = {"key": 1, "query": 2, "mlp": 4, "whole": 8}
 def by_role(followed: Followed) -> Demand:
     """What the blocks need, whatever the plan; masks are uint8 [id], sums of :data:`ROLES`."""
     key, query, mlp, whole = (np.full(followed.tokens.count, bit, np.uint8) for bit in ROLES.values())
-    sets = Sets(key | query | mlp | whole, whole)
+    sets, every = Sets(whole), [key | query | mlp | whole]
     for block in followed.blocks:
         for branch in block.branches:
             own = query if branch in block.attention else mlp
             sets.updates[branch.add] = branch, whole if branch.reason else own
             sets.keys.update(dict.fromkeys((*branch.mixers, *branch.keyed) if branch.keyed else (), key))
-    nodes = (node for node in followed.model.graph if node is not followed.stream.producer())
-    return Demand(followed, sets, nodes, dict.fromkeys(branch.add.outputs[0] for branch in followed.branches))
+    ends = [branch.add.outputs[0] for branch in followed.branches]
+    asked = {value: every * len(followed.tokens.layouts[value].ids) for value in ends}
+    return Demand(followed, sets, (n for n in followed.model.graph if n is not followed.stream.producer()), asked)
 
 
 def roles(mask: np.ndarray) -> set[str]:
@@ -287,8 +285,8 @@ def counts(followed: Followed, plan: Plan) -> tuple[BlockCounts, ...]:
         for branch in block.attention:
             read += [wanted.masks[node][followed.flows[node].keys] for node in branch.keyed if node in wanted.live]
             if not branch.keyed and branch.add.inputs[branch.update].producer() in wanted.live:
-                read.append(only(followed.tokens.layouts[branch.add.outputs[0]].ids[0], sets.every))
-        sizes = (int(np.logical_or.reduce([*masks, ~sets.every]).sum())
+                read.append(only(followed.tokens.layouts[branch.add.outputs[0]].ids[0], sets.whole))
+        sizes = (int(np.logical_or.reduce([*masks, ~sets.whole]).sum())
                  for masks in (read, attend, pass_mlp))  # fmt: skip
         gated = any(node in sets.gates for branch in block.attention for node in branch.keyed)
         found.append(BlockCounts(block.index, *sizes, gated))

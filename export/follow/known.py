@@ -49,15 +49,12 @@ class Known:
         self.shapes: dict[ir.Value, tuple[int, ...]] = {}
         self.open_dims: dict[int, tuple[ir.Value, int]] = {}
         self.from_inputs: set[ir.Value] = set()
-        self._types: dict[ir.Value, onnx.TypeProto] = {}
         self._values: dict[ir.Value, np.ndarray | None] = {}
         self.varying: set[ir.Value] = set()
         self._cache = _Shared()
         self._opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
         self._versions = dict(model.opset_imports)
         self._name_open_dims(model.graph, skip)
-        for value in model.graph.initializers.values():
-            self.add_constant(value)
         for node in model.graph:
             self.add(node)
 
@@ -80,15 +77,7 @@ class Known:
                     dim = names[name]
                     self.varying.add(value)
                 dims.append(dim)
-            self._set_type(value, value.dtype, tuple(dims))
-
-    def _set_type(self, value: ir.Value, dtype: ir.DataType | None, shape: tuple[int, ...]) -> None:
-        self.shapes[value] = shape
-        self._types[value] = helper.make_tensor_type_proto((dtype or ir.DataType.FLOAT).value, shape)
-
-    def add_constant(self, value: ir.Value) -> None:
-        """Learn the shape of a new initializer."""
-        self._set_type(value, value.dtype, value.shape.numpy())
+            self.shapes[value] = tuple(dims)
 
     def is_open(self, size: int) -> bool:
         """Whether a size depends on a size that the graph leaves open."""
@@ -105,7 +94,7 @@ class Known:
         """Learn the shapes of the outputs of ``node``."""
         for value in node.inputs:
             if value is not None and value not in self.shapes and value.is_initializer():
-                self.add_constant(value)
+                self.shapes[value] = value.shape.numpy()
         used = [*node.inputs, *_captured(node)]
         if node.op_type in _RANDOM or any(
             value in self.from_inputs for value in used if value is not None and node.op_type not in ("Shape", "Size")
@@ -114,16 +103,12 @@ class Known:
         found = self._inferred(node)
         for index, value in enumerate(node.outputs):
             tensor = found[f"o{index}"].tensor_type if f"o{index}" in found else onnx.TypeProto.Tensor()
-            if value.dtype is None and tensor.elem_type:
+            if tensor.elem_type:
                 value.dtype = ir.DataType(tensor.elem_type)
             if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
                 self.shapes[value] = tuple(dim.dim_value for dim in tensor.shape.dim)
-                self._types[value] = found[f"o{index}"]
-            elif value not in self.from_inputs:
-                array = self.array(value)
-                if array is not None:
-                    value.dtype = ir.DataType.from_numpy(array.dtype)
-                    self._set_type(value, value.dtype, array.shape)
+            elif value not in self.from_inputs and (array := self.array(value)) is not None:
+                value.dtype, self.shapes[value] = ir.DataType.from_numpy(array.dtype), array.shape
             if self._varies(value, used):
                 self.varying.add(value)
 
@@ -140,11 +125,12 @@ class Known:
     def _inferred(self, node: ir.Node) -> dict[str, onnx.TypeProto]:
         """Output -> its type; blocks repeat, and what is the same is inferred once."""
         names, proto = self._named(node)
-        if any(value not in self._types for value in names):
+        if any(value not in self.shapes for value in names):
             return {}
         arrays = {name: self.small(value) for value, name in names.items()}
         data = {name: numpy_helper.from_array(array, name) for name, array in arrays.items() if array is not None}
-        types = {name: self._types[value] for value, name in names.items()}
+        types = {name: helper.make_tensor_type_proto(value.dtype or ir.DataType.FLOAT, self.shapes[value])
+                 for value, name in names.items()}  # fmt: skip
         key = (
             proto.SerializeToString(deterministic=True),
             *(one.SerializeToString() for one in (*types.values(), *data.values())),
@@ -163,8 +149,7 @@ class Known:
         shape = self.shapes.get(value)
         if shape is None or math.prod(shape) > _MOST_SHAPE_DATA or value in self.from_inputs:
             return None
-        dtype = self._types[value].tensor_type.elem_type
-        whole = dtype in (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
+        whole = value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
         # A shape may pass through floats (Floor of a Div, Range).
         return self.array(value) if whole or math.prod(shape) <= _MOST_FLOATS else None
 

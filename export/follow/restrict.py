@@ -34,11 +34,17 @@ Rows = list[np.ndarray | None]
 
 
 class Restriction:
+    """A graph whose values are computed for the tokens that are wanted of them; it is changed in place.
+
+    Attributes:
+        pieces: Value of the dense graph -> what is left of it; without an entry it stands as it was.
+    """
+
     def __init__(self, followed: Followed, sets: Sets, wanted: Demand):
         self.followed, self.sets, self.wanted = followed, sets, wanted
         self.graph, self.layouts = followed.model.graph, followed.tokens.layouts
         self.known = followed.tokens.known
-        self.pieces: dict[ir.Value, list[tuple[ir.Value, Rows]]] = {}  # what is left of a value, piece by piece
+        self.pieces: dict[ir.Value, list[tuple[ir.Value, Rows]]] = {}
         self.picked: dict[tuple, ir.Value] = {}
         self.shapes: dict[ir.Value, list[int]] = {}  # of values whose tokens are fewer, and of new ones
 
@@ -294,13 +300,13 @@ class Restriction:
         if len(layout.axes[axis]) > 1:
             # Beside something else on its axis: the axis is taken apart, and put together again.
             apart = Layout(tuple((f,) for x in layout.axes for f in (x or (1,))), layout.ids)
-            value = self.reshaped(before, value, dims(apart, held))
+            value = self.sized(before, "Reshape", value, dims(apart, held))
             value = self.pick_axis(before, value, last_axis(apart, group), len(held), positions)
-            return self.reshaped(before, value, dims(layout, rows))
+            return self.sized(before, "Reshape", value, dims(layout, rows))
         if split and have[group] is None:
-            value = self.reshaped(before, value, dims(layout, held))
+            value = self.sized(before, "Reshape", value, dims(layout, held))
         value = self.pick_axis(before, value, axis, len(held), positions)
-        return self.reshaped(before, value, dims(layout, rows)) if split and rows is None else value
+        return self.sized(before, "Reshape", value, dims(layout, rows)) if split and rows is None else value
 
     def named(self, value: ir.Value, what: str) -> tuple[str, ir.TensorProtocol | None]:
         """A name for what is made of a value, and the numbers of the value if they are known."""
@@ -325,18 +331,17 @@ class Restriction:
         indices = add_constant(self.graph, f"{name}.indices", rows)
         return add_node(before, "Gather", [value, indices], name, {"axis": axis}).outputs[0]
 
-    def reshaped(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
-        name, tensor = self.named(value, "shaped")
-        if tensor is not None:
-            return add_constant(self.graph, name, tensor.numpy().reshape(dims))
-        return add_node(before, "Reshape", [value, self.shape(dims)], name).outputs[0]
-
-    def expanded(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
-        name, tensor = self.named(value, "expanded")
-        if tensor is not None:
-            shape = np.broadcast_shapes(tensor.shape.numpy(), dims)
-            return add_constant(self.graph, name, np.ascontiguousarray(np.broadcast_to(tensor.numpy(), shape)))
-        return add_node(before, "Expand", [value, self.shape(dims)], name).outputs[0]
+    def sized(self, before: ir.Node, op_type: str, value: ir.Value, dims: list[int]) -> ir.Value:
+        """What ``Reshape`` or ``Expand`` makes of a value; of a constant it is computed."""
+        name, tensor = self.named(value, op_type.lower())
+        if tensor is None:
+            return add_node(before, op_type, [value, self.shape(dims)], name).outputs[0]
+        array = tensor.numpy()
+        if op_type == "Expand":
+            array = np.broadcast_to(array, np.broadcast_shapes(array.shape, dims))
+        else:
+            array = array.reshape(dims)
+        return add_constant(self.graph, name, np.ascontiguousarray(array))
 
     def shape(self, dims: list[int]) -> ir.Value:
         if dims.count(-1) > 1:
