@@ -188,16 +188,11 @@ def _head_macs(followed: Followed, live: set[ir.Node]) -> tuple[int, int]:
         macs, flow = _macs(node, followed), followed.flows.get(node)
         if not macs:
             continue
-        groups = [] if flow is None else [layout.ids for layout in flow.outputs if layout is not None][:1]
-        ids = [*(groups[0] if groups else ()), *(flow.ends if flow is not None else ())]
-        of_patches = [one for one in ids if (one < followed.patches).any()]
-        if len(of_patches) != 1:
-            fixed += macs
-            continue
-        (one,) = of_patches
-        each = macs // one.size
-        per_patch += each
-        fixed += macs - each * int((one < followed.patches).sum())
+        of_patches = [ids for ids in (() if flow is None else flow.ids) if (ids < followed.patches).any()]
+        (ids,) = of_patches if len(of_patches) == 1 else (np.empty(0, int),)
+        each = macs // max(1, ids.size)
+        per_patch += each * bool(ids.size)
+        fixed += macs - each * int((ids < followed.patches).sum())
     return fixed, per_patch
 
 

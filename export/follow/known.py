@@ -15,6 +15,8 @@ import onnx_ir as ir
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from .layout import Layout, Part
+
 _PRIMES = (89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 199)
 #: Data that shapes may be computed from; larger constants are never needed to know a shape.
 _MOST_SHAPE_DATA, _MOST_FLOATS = 4096, 8
@@ -82,6 +84,11 @@ class Known:
     def is_open(self, size: int) -> bool:
         """Whether a size depends on a size that the graph leaves open."""
         return any(size % prime == 0 for prime in self.open_dims) and size != 0
+
+    def dims(self, layout: Layout) -> list[int]:
+        """Sizes of a value; -1 for what depends on an open one. Numbers of tokens do not, whatever they are."""
+        return [-1 if any(self.is_open(factor) for factor in axis if not isinstance(factor, Part)) else size
+                for axis, size in zip(layout.axes, layout.shape, strict=True)]  # fmt: skip
 
     def dim(self, size: int) -> int | str | None:
         """A size as a graph says it: the name of an open one, None for what depends on it."""

@@ -206,6 +206,20 @@ def select(layout: Layout, axis: int, indices: np.ndarray) -> Layout:
     return Layout(tuple(axes), tuple(ids))
 
 
+def left(layout: Layout, rows: Sequence[np.ndarray | None]) -> Layout:
+    """With the tokens ``rows`` of each group, None: all; of all of its parts but the last, one is left."""
+    parts, axes = [ids.ndim for ids in layout.ids], []
+    for axis in layout.axes:
+        factors = []
+        for factor in axis:
+            if isinstance(factor, Part) and rows[factor.group] is not None:
+                parts[factor.group] -= 1
+                factor = Part(factor.group, 1 if parts[factor.group] else len(rows[factor.group]))
+            factors.append(factor)
+        axes.append(factors)
+    return tidy(axes, [ids if own is None else own for ids, own in zip(layout.ids, rows, strict=True)])
+
+
 def dimension_of(layout: Layout, axis: int) -> int:
     """Dimension of the ids of its group that the part on ``axis``, which holds nothing else, is."""
     ((group, _),) = layout.axes[axis]

@@ -27,7 +27,7 @@ def mask(followed: Followed, plan: Plan) -> ir.Model:
     for node, (branch, keep) in sets.updates.items():
         layout = followed.tokens.layouts[node.outputs[0]]
         if branch.reason is None and not keep[layout.ids[0]].all():
-            _combine(followed, "Mul", node, branch.update, layout, 0, keep.astype(np.float64), "update")
+            combine(followed, "Mul", node, branch.update, layout, 0, keep.astype(np.float64), "update")
     whole = {node for block in followed.blocks for b in block.attention if not b.keyed for node in b.mixers}
     for node, keep in sets.keys.items():
         flow = followed.flows[node]
@@ -38,12 +38,8 @@ def mask(followed: Followed, plan: Plan) -> ir.Model:
                 _reduce_some(followed, node, keep)
             continue
         bias, ids = np.where(keep, sets.gates.get(node, 0.0), -np.inf), flow.ids[flow.keys]
-        if not bias[ids].any() or not np.isfinite(bias[ids]).any():
-            continue
-        if node.op_type == "Attention":
-            mask_attention(node, np.tile(bias[ids], (followed.tokens.known.shapes[node.inputs[0]][-2], 1)))
-        else:
-            _combine(followed, "Add", node, 0, flow.outputs[0], flow.normalises, bias, "keys")
+        if bias[ids].any() and np.isfinite(bias[ids]).any():
+            weigh_keys(followed, node, flow.outputs[0], ids, bias, "keys")
     return followed.model
 
 
@@ -67,11 +63,22 @@ def along(layout: Layout, group: int, values: np.ndarray) -> np.ndarray:
     return array.reshape(shape)
 
 
-def mask_attention(node: ir.Node, bias: np.ndarray) -> None:
-    """Add ``bias`` [query, key] to the logits of an ``Attention``."""
+def weigh_keys(
+    followed: Followed, node: ir.Node, layout: Layout | None, keys: np.ndarray, bias: np.ndarray, what: str
+) -> None:
+    """Add ``bias`` [id] to the logits of a softmax or an ``Attention``.
+
+    Args:
+        layout: Of its output; None: no tokens attend.
+        keys: Ids of the tokens that it reads.
+    """
+    if node.op_type != "Attention":
+        return combine(followed, "Add", node, 0, layout, followed.flows[node].normalises, bias, what)
+    queries = followed.tokens.known.shapes[node.inputs[0]][-2] if layout is None else layout.shape[-2]
+    array = np.tile(bias[keys.ravel()], (queries, 1))
     graph, given = node.graph, node.inputs[3] if len(node.inputs) > 3 else None
     dtype = (node.inputs[0].dtype or ir.DataType.FLOAT).numpy()
-    constant = add_constant(graph, f"vpruner.{node.outputs[0].name}.keys.values", bias[None, None].astype(dtype))
+    constant = add_constant(graph, f"vpruner.{node.outputs[0].name}.keys.values", array[None, None].astype(dtype))
     if given is not None and given.dtype == ir.DataType.BOOL:
         zero, closed = (add_constant(graph, f"vpruner.number.{x}", np.asarray(x, dtype)) for x in (0, -np.inf))
         given = add_node(node, "Where", [given, zero, closed], f"vpruner.{node.outputs[0].name}.given").outputs[0]
@@ -95,33 +102,29 @@ def _reduce_some(followed: Followed, node: ir.Node, keep: np.ndarray) -> None:
             node.replace_input_with(0, add_node(node, "Gather", [value, rows], name, {"axis": axis}).outputs[0])
 
 
-def _combine(
+def combine(
     followed: Followed, op_type: str, node: ir.Node, position: int, layout: Layout, group: int, values: np.ndarray,
     what: str,
 ) -> None:  # fmt: skip
-    """:func:`combine` with ``values`` [id]; an axis that holds tokens of the group beside an open batch, of which no
-    constant has the size, is taken apart for it."""
-    is_open = followed.tokens.known.is_open
+    """Put ``values`` [id] of a group between a node and one of its inputs, which has this layout.
+
+    An axis that holds tokens of the group beside an open batch, of which no constant has the size, is taken apart.
+    """
+    known = followed.tokens.known
+    name = f"vpruner.{node.outputs[0].name}.{what}"
+
+    def put(op_type: str, constant: ir.Value, name: str) -> None:
+        made = add_node(node, op_type, [node.inputs[position], constant], name)
+        node.replace_input_with(position, made.outputs[0])
 
     def reshape(layout: Layout) -> None:
-        dims = [-1 if any(is_open(factor) for factor in axis if not isinstance(factor, Part)) else size
-                for axis, size in zip(layout.axes, layout.shape, strict=True)]  # fmt: skip
-        name = f"vpruner.{node.outputs[0].name}.{what}.{len(dims)}"
-        shaped = add_node(node, "Reshape", [node.inputs[position], add_shape(node.graph, dims)], name)
-        node.replace_input_with(position, shaped.outputs[0])
+        put("Reshape", add_shape(node.graph, known.dims(layout)), f"{name}.{len(layout.axes)}")
 
-    if not any(group in layout.groups_of(axis) and is_open(layout.shape[axis]) for axis in range(len(layout.axes))):
-        combine(op_type, node, position, along(layout, group, values), what)
-        return
-    apart = Layout(tuple((factor,) for axis in layout.axes for factor in axis), layout.ids)
-    reshape(apart)
-    combine(op_type, node, position, along(apart, group, values), what)
-    reshape(layout)
-
-
-def combine(op_type: str, node: ir.Node, position: int, array: np.ndarray, what: str) -> None:
-    """Put ``array`` between a node and one of its inputs."""
-    value, name = node.inputs[position], f"vpruner.{node.outputs[0].name}.{what}"
-    dtype = (value.dtype or node.outputs[0].dtype or ir.DataType.FLOAT).numpy()
-    constant = add_constant(node.graph, f"{name}.values", array.astype(dtype))
-    node.replace_input_with(position, add_node(node, op_type, [value, constant], name).outputs[0])
+    whole = layout
+    if any(size < 0 and group in layout.groups_of(axis) for axis, size in enumerate(known.dims(layout))):
+        layout = Layout(tuple((factor,) for axis in layout.axes for factor in axis), layout.ids)
+        reshape(layout)
+    dtype = (node.inputs[position].dtype or node.outputs[0].dtype or ir.DataType.FLOAT).numpy()
+    put(op_type, add_constant(node.graph, f"{name}.values", along(layout, group, values).astype(dtype)), name)
+    if layout is not whole:
+        reshape(whole)

@@ -25,8 +25,8 @@ from ..passes.edit import add_constant, add_node, add_shape, add_tensor
 from .demand import Demand, Sets, only
 from .followed import Followed
 from .known import graphs_of, used_by
-from .layout import ENDED, Layout, Part, groups_in, size_of, tidy
-from .mask import combine, mask_attention
+from .layout import ENDED, Layout, Part, groups_in, left, size_of, tidy
+from .mask import weigh_keys
 from .rules import Flow
 
 #: For each group of a value: ids of the tokens that are left, in their order; None: all, as in the dense graph.
@@ -46,7 +46,7 @@ class Restriction:
         self.known = followed.tokens.known
         self.pieces: dict[ir.Value, list[tuple[ir.Value, Rows]]] = {}
         self.picked: dict[tuple, ir.Value] = {}
-        self.shapes: dict[ir.Value, list[int]] = {}  # of values whose tokens are fewer, and of new ones
+        self.shapes: dict[ir.Value, list[int | str | None]] = {}  # of values whose tokens are fewer, and of new ones
 
     def run(self) -> None:
         for node in list(self.graph):
@@ -72,8 +72,9 @@ class Restriction:
         values = [value for node in self.graph for value in node.outputs]
         for value in values:
             given = value.shape if value.is_graph_output() else None
-            shape = self.shapes.get(value, self.known.shapes.get(value))
-            dims = given if shape is None else [self.known.dim(size) for size in shape]
+            dims = self.shapes.get(value, given)
+            if value not in self.shapes and value in self.known.shapes:
+                dims = [self.known.dim(size) for size in self.known.shapes[value]]
             if given is not None and dims is not given:  # an output keeps its names of sizes that are open
                 dims = [now if isinstance(now, int) else was for now, was in zip(dims, given, strict=True)]
             value.shape = None if dims is None else ir.Shape(dims)
@@ -82,8 +83,8 @@ class Restriction:
 
     def put(self, value: ir.Value, layout: Layout, rows: Rows, dense: ir.Value | None = None) -> ir.Value:
         """Remember which tokens a value of the new graph holds, for its shape, and if it stands there for ``dense``."""
-        left = sizes(layout, rows, self.known.is_open)
-        self.shapes[value] = [whole if size < 0 else size for size, whole in zip(left, layout.shape, strict=True)]
+        self.shapes[value] = [self.known.dim(whole) if size < 0 else size for size, whole in
+                              zip(self.known.dims(left(layout, rows)), layout.shape, strict=True)]  # fmt: skip
         if dense is not None:
             self.pieces[dense] = [(value, rows)]
         return value
@@ -105,16 +106,18 @@ class Restriction:
                 node.replace_input_with(position, taken)
             if position in flow.lies:
                 node.replace_input_with(position, self.cut(node, position, value, targets, flow))
-        if node in self.sets.gates:
-            self.add_gates(node, flow, targets)
         layout, rows = flow.outputs[0], targets[: flow.groups]
+        if node in self.sets.gates:
+            keys = flow.ids[flow.keys] if targets[flow.keys] is None else targets[flow.keys]
+            if self.sets.gates[node][keys].any():
+                weigh_keys(self.followed, node, left(layout, rows), keys, self.sets.gates[node], "gates")
         if layout is None or all(own is None for own in rows):
             return
         for value, own in zip(node.outputs, flow.outputs, strict=False):
             if own is not None:
                 self.put(value, own, rows, value)
         if flow.how == "reshape":
-            node.replace_input_with(1, self.shape(sizes(layout, targets, self.known.is_open)))
+            node.replace_input_with(1, self.shape(self.known.dims(left(layout, rows))))
         elif flow.how == "expand":
             shape = self.known.shapes[node.inputs[0]]
             shape = (1,) * (len(layout.axes) - len(shape)) + shape
@@ -123,20 +126,6 @@ class Restriction:
             if any(map(self.known.is_open, dims)):
                 raise GraphError(f"{called(node)} repeats tokens for each image, which cannot be folded")
             node.replace_input_with(1, self.shape(dims))
-
-    def add_gates(self, node: ir.Node, flow: Flow, targets: Rows) -> None:
-        """Add the logarithms of the plan's gates to the logits of a softmax or an ``Attention``."""
-        layout, every = flow.outputs[0], flow.ids
-        ids = [own.ravel() if kept is None else kept for own, kept in zip(every, targets, strict=True)]
-        bias = self.sets.gates[node][every[flow.keys] if targets[flow.keys] is None else ids[flow.keys]]
-        if not bias.any():
-            return
-        if node.op_type == "Attention":
-            (queries,) = layout.groups_of(-2)
-            mask_attention(node, np.tile(bias, (len(ids[queries]), 1)))
-        else:
-            axis = last_axis(layout, flow.keys)
-            combine("Add", node, 0, bias.reshape([-1 if at == axis else 1 for at in range(len(layout.axes))]), "gates")
 
     def pick(self, node: ir.Node, flow: Flow) -> None:
         value = node.inputs[0]
@@ -186,12 +175,11 @@ class Restriction:
         rows = [*rest[:new], None if np.array_equal(kept, layout.ids[new]) else kept, *rest[new:]]
         if len(values) == 1:
             self.pieces[output] = [(values[0], rows)]
-        elif values != list(node.inputs):
-            name = f"vpruner.{output.name}.left"
-            joined = add_node(node, "Concat", values, name, {"axis": flow.axis}).outputs[0]
-            self.put(joined, layout, rows, output)
-        elif any(one is not None for one in rows):
-            self.put(output, layout, rows, output)
+            return
+        node.resize_inputs(len(values))
+        for position, value in enumerate(values):
+            node.replace_input_with(position, value)
+        self.put(output, layout, rows, output)
 
     def update(self, node: ir.Node) -> None:
         """An ``Add`` of the stream: some tokens are updated, the others put beside them as they are."""
@@ -294,7 +282,7 @@ class Restriction:
         positions = np.asarray([places[token] for token in target.tolist()], np.int64)
 
         def dims(layout: Layout, own: np.ndarray | None) -> list[int]:
-            return sizes(layout, [*have[:group], own, *have[group + 1 :]], self.known.is_open)
+            return self.known.dims(left(layout, [*have[:group], own, *have[group + 1 :]]))
 
         axis, split = last_axis(layout, group), layout.ids[group].ndim > 1
         if len(layout.axes[axis]) > 1:
@@ -362,9 +350,8 @@ class Restriction:
         shape = (1,) * (len(sizes) - len(shape)) + shape
         if sizes != list(shape):
             # Of a grid the input lies along rows or columns alone.
-            value = self.expanded(
-                before, value, [size if was == 1 else 1 for was, size in zip(shape, sizes, strict=True)]
-            )
+            dims = [size if was == 1 else 1 for was, size in zip(shape, sizes, strict=True)]
+            value = self.sized(before, "Expand", value, dims)
         axes = [[Part(groups.index(f.group), f.size) if isinstance(f, Part) and f.group in groups else size_of(f)
                  for f in factors] for factors in axes]  # fmt: skip
         try:
@@ -377,24 +364,6 @@ class Restriction:
 
 def explicit(layout: Layout, rows: Rows) -> list[np.ndarray]:
     return [ids.ravel() if own is None else own for ids, own in zip(layout.ids, rows, strict=True)]
-
-
-def sizes(layout: Layout, rows, is_open) -> list[int]:
-    """Sizes of a value of which the tokens ``rows`` are left; -1 for what depends on the batch."""
-    left = [ids.ndim for ids in layout.ids]
-    result = []
-    for axis in layout.axes:
-        size = 1
-        for factor in axis:
-            if isinstance(factor, Part):
-                left[factor.group] -= 1
-                kept = rows[factor.group]
-                size *= factor.size if kept is None else 1 if left[factor.group] else len(kept)
-            else:
-                size *= factor
-        # Numbers of tokens are no sizes of the dense graph, and may be anything.
-        result.append(-1 if any(is_open(f) for f in axis if not isinstance(f, Part)) else size)
-    return result
 
 
 def last_axis(layout: Layout, group: int) -> int:
