@@ -29,6 +29,9 @@ from .layout import ENDED, Layout, Part, groups_in, left, size_of, tidy
 from .mask import weigh_keys
 from .rules import Flow
 
+#: Under this key of its ``meta``, a value of a folded graph in memory has the ids of the tokens of each of its groups,
+#: in their order; without it, it has all tokens as in the dense graph.
+HELD = "vpruner.held"
 #: For each group of a value: ids of the tokens that are left, in their order; None: all, as in the dense graph.
 Rows = list[np.ndarray | None]
 
@@ -82,9 +85,12 @@ class Restriction:
             passes.ShapeInferencePass()(self.followed.model)
 
     def put(self, value: ir.Value, layout: Layout, rows: Rows, dense: ir.Value | None = None) -> ir.Value:
-        """Remember which tokens a value of the new graph holds, for its shape, and if it stands there for ``dense``."""
+        """Note which tokens a value of the new graph holds, for its shape and for what reads the graph; and if it
+        stands there for ``dense``."""
+        held = left(layout, rows)
+        value.meta[HELD] = [ids.ravel() for ids in held.ids]
         self.shapes[value] = [self.known.dim(whole) if size < 0 else size for size, whole in
-                              zip(self.known.dims(left(layout, rows)), layout.shape, strict=True)]  # fmt: skip
+                              zip(self.known.dims(held), layout.shape, strict=True)]  # fmt: skip
         if dense is not None:
             self.pieces[dense] = [(value, rows)]
         return value
