@@ -251,7 +251,7 @@ class Weights:
         for node, position in value.uses():
             flow = self.flows.get(node)
             link = ENDED if flow is None else flow.links[position][group]
-            if link == ENDED or flow.how in ("pick", "join", "roll") or link == flow.normalises:
+            if link == ENDED or flow.how in ("pick", "join") or link == flow.normalises:
                 return False
             if link < flow.groups and not self._keeps_zeros(node, position, link):
                 return False

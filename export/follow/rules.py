@@ -22,7 +22,6 @@ from .layout import (
     Lost,
     Part,
     arrange,
-    dimension_of,
     groups_in,
     permute,
     plain,
@@ -477,10 +476,8 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
             raise Lost("tokens are put beside something else")
         own.append(None if layout is None else layout.axes[axis][0].group)
         joined.append(tokens.new(tokens.shape(value)[axis]) if layout is None else layout.ids[own[-1]])
-    if all(layouts) and all(ids.ndim > 1 for ids in joined):
-        return _rolled(node, layouts, axis)
     if any(ids.ndim > 1 for ids in joined):
-        raise Lost("rows of the grid are put beside something else")
+        raise Lost("windows: rows or columns of the grid are put in another order")
     flow, ids = contract(node, tokens, names, range(len(shape))), np.concatenate(joined)
     if len(np.unique(ids)) < len(ids):
         raise Lost("a token is put beside itself")
@@ -491,23 +488,6 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
     links = tuple(tuple(new if group == mine else link for group, link in enumerate(row))
                   for row, mine in zip(flow.links, own, strict=True))  # fmt: skip
     return Flow((result,), links, lies=flow.lies, how="join", axis=axis)
-
-
-def _rolled(node: ir.Node, layouts: list[Layout], axis: int) -> Flow:
-    """Rows or columns of one grid in another order."""
-    group, dimension = layouts[0].axes[axis][0].group, dimension_of(layouts[0], axis)
-    ids = list(layouts[0].ids)
-    try:
-        ids[group] = np.concatenate([layout.ids[group] for layout in layouts], dimension)
-    except (ValueError, IndexError):
-        raise Lost("rows of the grid are put beside something else") from None
-    axes = [list(layout.axes) for layout in layouts]
-    for one in axes:
-        one[axis] = ()
-    if any(one != axes[0] for one in axes) or any(len(layout.ids) > 1 for layout in layouts):
-        raise Lost("rows of the grid are put beside something else")
-    axes[0][axis] = (Part(group, ids[group].shape[dimension]),)
-    return Flow((Layout(tuple(axes[0]), tuple(ids)),), ((ENDED,),) * len(layouts), how="roll", axis=axis)
 
 
 # -- where tokens begin -----------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_only_what_the_plan_leaves_is_computed():
 
 def test_what_cannot_be_masked_is_named_and_not_pruned():
     followed = follow(written("Swin", "torchscript", 17, False))
-    assert followed.reasons and all(reason.startswith("block 1: windows: ") for reason in followed.reasons)
+    assert [reason[:18] for reason in followed.reasons] == ["block 0: windows: ", "block 1: windows: "]
     for kind in ("keys", "queries"):
         plan = identity_plan(followed)
         setattr(plan, kind, [tuple(range(1, followed.patches))] * len(followed.blocks))
