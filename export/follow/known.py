@@ -165,17 +165,13 @@ class Known:
 
         An open size counts as its prime; :meth:`constant` leaves those out.
         """
-        if value in self._values:
-            return self._values[value]
-        array = None
         if value.const_value is not None:
-            array = value.const_value.numpy()
-            return array  # not kept: weights may be read from a file
-        node = value.producer()
-        if node is not None and value not in self.from_inputs:
-            array = self._computed(node, value)
-        self._values[value] = array
-        return array
+            return value.const_value.numpy()  # not kept: weights may be read from a file
+        if value not in self._values:
+            self._values[value] = None
+            if value.producer() is not None and value not in self.from_inputs:
+                self._values |= self._computed(value.producer())
+        return self._values[value]
 
     def constant(self, value: ir.Value) -> np.ndarray | None:
         """:meth:`array` of what depends on no open size either; None of what was made since."""
@@ -204,29 +200,27 @@ class Known:
         proto.output[:] = [f"o{index}" if value.name else "" for index, value in enumerate(node.outputs)]
         return names, proto
 
-    def _computed(self, node: ir.Node, value: ir.Value) -> np.ndarray | None:
+    def _computed(self, node: ir.Node) -> dict[ir.Value, np.ndarray]:
+        """The outputs of a node whose inputs are known; none where it cannot be computed, or takes long."""
         if node.op_type == "Shape":
             shape = self.shapes.get(node.inputs[0])
-            if shape is None:
-                return None
             start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
-            return np.asarray(shape[start:end], np.int64)
+            return {} if shape is None else {node.outputs[0]: np.asarray(shape[start:end], np.int64)}
         if node.op_type in _SLOW | _RANDOM or node.domain not in ("", "ai.onnx") or list(_captured(node)):
-            return None
+            return {}
         names, proto = self._named(node)
         arrays = {name: self.array(used) for used, name in names.items()}
         if any(array is None for array in arrays.values()):
-            return None
+            return {}
         made = [name for name in proto.output if name]
         function = helper.make_function("vpruner", "constant", list(arrays), made, [proto], self._opsets)
         try:
             results = dict(zip(made, ReferenceEvaluator(function).run(None, arrays, {}), strict=True))
         except Exception:  # the reference implementation raises anything, and lacks some operators
-            return None
-        for index, output in enumerate(node.outputs):
-            if output is not value and f"o{index}" in results:
-                self._values[output] = np.asarray(results[f"o{index}"])
-        return np.asarray(results[f"o{node.outputs.index(value)}"])
+            return {}
+        return {
+            value: np.asarray(results[name]) for value, name in zip(node.outputs, proto.output, strict=True) if name
+        }
 
 
 def graphs_of(node: ir.Node) -> list[ir.Graph]:
