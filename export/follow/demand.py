@@ -77,7 +77,7 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
         if gates is not None:
             logs[np.asarray(plan.keys[block.index], np.int64)] = np.log(gates[block.index])
         for branch in block.attention:
-            sets.keys.update(dict.fromkeys((*branch.mixers, *branch.keyed), keys))
+            sets.keys.update(dict.fromkeys((*branch.mixers, *branch.keyed) if branch.keyed else (), keys))
             sets.gates.update(dict.fromkeys(branch.keyed if logs.any() else (), logs))
             if not branch.keyed and not keys.all():
                 reason = f"block {block.index} is left whole and reads every token: {branch.keys_reason}"

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ..passes.edit import add_constant, add_node, add_shape
 from .demand import Plan, sets_of
 from .followed import Followed
-from .layout import Layout, Part
+from .layout import Layout, group_of, size_of
 
 
 def mask(followed: Followed, plan: Plan) -> ir.Model:
@@ -28,11 +28,8 @@ def mask(followed: Followed, plan: Plan) -> ir.Model:
         layout = followed.tokens.layouts[node.outputs[0]]
         if branch.reason is None and not keep[layout.ids[0]].all():
             combine(followed, "Mul", node, branch.update, layout, 0, keep.astype(np.float64), "update")
-    whole = {node for block in followed.blocks for b in block.attention if not b.keyed for node in b.mixers}
     for node, keep in sets.keys.items():
         flow = followed.flows[node]
-        if node in whole:
-            continue
         if node.op_type != "Attention" and flow.normalises is None:
             if node.op_type.startswith(("Reduce", "Global")) and flow.links[0]:
                 _reduce_some(followed, node, keep)
@@ -48,19 +45,13 @@ def along(layout: Layout, group: int, values: np.ndarray) -> np.ndarray:
 
     Axes that hold something beside tokens are written out in full.
     """
-    sizes, parts = [], []
+    parts, full, shape = [], [], []
     for axis, factors in enumerate(layout.axes):
-        own = any(isinstance(factor, Part) and factor.group == group for factor in factors)
-        for factor in factors:
-            is_part = isinstance(factor, Part) and factor.group == group
-            size = factor.size if isinstance(factor, Part) else factor
-            sizes.append((size if is_part else 1, size if own else 1))
-            parts.append((axis, size if own else 1))
-    array = np.broadcast_to(values[layout.ids[group]].reshape([part for part, _ in sizes]), [full for _, full in sizes])
-    shape = [1] * len(layout.axes)
-    for axis, size in parts:
-        shape[axis] *= size
-    return array.reshape(shape)
+        own = group in layout.groups_of(axis)
+        parts += [size_of(factor) if group_of(factor) == group else 1 for factor in factors]
+        full += [size_of(factor) if own else 1 for factor in factors]
+        shape.append(layout.shape[axis] if own else 1)
+    return np.broadcast_to(values[layout.ids[group]].reshape(parts), full).reshape(shape)
 
 
 def weigh_keys(

@@ -384,24 +384,23 @@ def expand(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Tile")
 def tile(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = sole_layout(node, tokens)
-    times = tokens.numbers(node, 1)
-    if any(count != 1 and layout.groups_of(axis) for axis, count in enumerate(times)):
-        raise Lost("tokens are repeated")
-    axes = [axis if count == 1 else plain(size * count)
-            for axis, count, size in zip(layout.axes, times, layout.shape, strict=True)]  # fmt: skip
-    return as_flow(node, layout, layout.with_axes(axes))
+    return _longer(node, tokens, {axis for axis, count in enumerate(tokens.numbers(node, 1)) if count != 1}, "repeated")
 
 
 @rule("Pad")
 def pad(node: ir.Node, tokens: Tokens) -> Flow:
+    rank, amounts = len(tokens.shape(node.outputs[0])), attribute(node, "pads") or tokens.numbers(node, 1)
+    axes = tokens.numbers(node, 3, list(range(rank)))
+    padded = {axes[at % len(axes)] % rank for at, amount in enumerate(amounts) if amount}
+    return _longer(node, tokens, padded, "padded")
+
+
+def _longer(node: ir.Node, tokens: Tokens, axes: set[int], how: str) -> Flow:
+    """Other sizes of axes that hold no tokens."""
     layout, sizes = sole_layout(node, tokens), tokens.shape(node.outputs[0])
-    amounts = attribute(node, "pads") or tokens.numbers(node, 1)
-    axes = tokens.numbers(node, 3, list(range(len(sizes))))
-    padded = {axes[at % len(axes)] % len(sizes) for at, amount in enumerate(amounts) if amount}
-    if any(layout.groups_of(axis) for axis in padded):
-        raise Lost("tokens are padded")
-    return as_flow(node, layout, layout.with_axes([plain(sizes[axis]) if axis in padded else factors
+    if any(layout.groups_of(axis) for axis in axes):
+        raise Lost(f"tokens are {how}")
+    return as_flow(node, layout, layout.with_axes([plain(sizes[axis]) if axis in axes else factors
                                                    for axis, factors in enumerate(layout.axes)]))  # fmt: skip
 
 
