@@ -114,9 +114,9 @@ def _take_apart(followed: Followed, wanted: Demand, value: ir.Value) -> None:
     try:
         _follow_columns(followed, columns, value, None)
         (ids,) = columns.tokens.layouts[value].ids
-        # Once more, with a group for each part: how far apart two columns of it are tells their order in the matrix.
-        strides = [ids[tuple(int(at == axis) for at in range(ids.ndim))] for axis in range(ids.ndim)]
-        chain = _follow_columns(followed, columns, value, [ids.shape[axis] for axis in np.argsort(strides)[::-1]])
+        # Once more, with a group for each part: how far apart its columns are tells their order in the matrix.
+        far = [ids.take(-1, axis).flat[0] for axis in range(ids.ndim)]
+        chain = _follow_columns(followed, columns, value, [ids.shape[axis] for axis in np.argsort(far)[::-1]])
         layout = columns.tokens.layouts[value]
         for node in selections:
             ((axis, chosen),) = picked(node, followed.tokens)
@@ -138,8 +138,8 @@ def _take_apart(followed: Followed, wanted: Demand, value: ir.Value) -> None:
         masks = [only(own, every) for own in part.ids]
         cutting = Restriction(columns, sets, Demand(columns, sets, made, {twin: masks}))
         cutting.run()
-        chosen = [None if len(own) == size else own for own, size in zip(part.ids, ids.shape, strict=True)]
-        result = cutting.take(selections[0], twin, chosen)
+        left = [None if np.array_equal(*both) else both[0] for both in zip(part.ids, layout.ids, strict=True)]
+        result = cutting.take(selections[0], twin, left)
         if len(known.shapes[output]) < len(known.shapes[value]):
             zero = add_constant(graph, "vpruner.first", np.asarray(0, np.int64))
             axis = {"axis": attribute(node, "axis", 0)}

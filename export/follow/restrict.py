@@ -13,6 +13,7 @@ A group of tokens of which some are left has the size 1 in all of its parts but 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -49,7 +50,7 @@ class Restriction:
         self.known = followed.tokens.known
         self.pieces: dict[ir.Value, list[tuple[ir.Value, Rows]]] = {}
         self.picked: dict[tuple, ir.Value] = {}
-        self.shapes: dict[ir.Value, list[int | str | None]] = {}  # of values whose tokens are fewer, and of new ones
+        self.made: dict[ir.Value, Layout] = {}  # of values whose tokens are fewer, and of new ones
 
     def run(self) -> None:
         for node in list(self.graph):
@@ -74,10 +75,12 @@ class Restriction:
         """Of all values but the few that only help to make others, which are inferred."""
         values = [value for node in self.graph for value in node.outputs]
         for value in values:
-            given = value.shape if value.is_graph_output() else None
-            dims = self.shapes.get(value, given)
-            if value not in self.shapes and value in self.known.shapes:
-                dims = [self.known.dim(size) for size in self.known.shapes[value]]
+            given, layout = value.shape if value.is_graph_output() else None, self.made.get(value)
+            shape = self.known.shapes.get(value) if layout is None else layout.shape
+            dims = given if shape is None else [self.known.dim(size) for size in shape]
+            if layout is not None:  # numbers of tokens may be any
+                value.meta[HELD] = [ids.ravel() for ids in layout.ids]
+                dims = [own if size < 0 else size for own, size in zip(dims, self.known.dims(layout), strict=True)]
             if given is not None and dims is not given:  # an output keeps its names of sizes that are open
                 dims = [now if isinstance(now, int) else was for now, was in zip(dims, given, strict=True)]
             value.shape = None if dims is None else ir.Shape(dims)
@@ -85,12 +88,8 @@ class Restriction:
             passes.ShapeInferencePass()(self.followed.model)
 
     def put(self, value: ir.Value, layout: Layout, rows: Rows, dense: ir.Value | None = None) -> ir.Value:
-        """Note which tokens a value of the new graph holds, for its shape and for what reads the graph; and if it
-        stands there for ``dense``."""
-        held = left(layout, rows)
-        value.meta[HELD] = [ids.ravel() for ids in held.ids]
-        self.shapes[value] = [self.known.dim(whole) if size < 0 else size for size, whole in
-                              zip(self.known.dims(held), layout.shape, strict=True)]  # fmt: skip
+        """Note which tokens a value of the new graph holds, and if it stands there for ``dense``."""
+        self.made[value] = left(layout, rows)
         if dense is not None:
             self.pieces[dense] = [(value, rows)]
         return value
@@ -312,12 +311,10 @@ class Restriction:
         if len(rows) == count and is_range(rows):
             return value
         first, (name, tensor) = int(rows[0]), self.named(value, "rows")
-        if tensor is not None:  # cut when it is written, so that no more than one is in memory
+        if tensor is not None:
             shape = [*tensor.shape[:axis], len(rows), *tensor.shape[axis + 1 :]]
             at = (slice(None),) * axis + (slice(first, first + len(rows)) if is_range(rows, first) else rows,)
-            part = ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(tensor.numpy()[at])), tensor.dtype,
-                                 ir.Shape(shape), name=f"{name}.{len(self.graph.initializers)}")  # fmt: skip
-            return add_tensor(self.graph, part)
+            return self.computed(name, tensor, shape, lambda array: array[at])
         if is_range(rows, first):
             ends = [add_constant(self.graph, f"vpruner.integer.{number}", np.asarray([number], np.int64))
                     for number in (first, first + len(rows), axis)]  # fmt: skip
@@ -326,16 +323,20 @@ class Restriction:
         return add_node(before, "Gather", [value, indices], name, {"axis": axis}).outputs[0]
 
     def sized(self, before: ir.Node, op_type: str, value: ir.Value, dims: list[int]) -> ir.Value:
-        """What ``Reshape`` or ``Expand`` makes of a value; of a constant it is computed."""
+        """What ``Reshape`` or ``Expand`` makes of a value."""
         name, tensor = self.named(value, op_type.lower())
         if tensor is None:
             return add_node(before, op_type, [value, self.shape(dims)], name).outputs[0]
-        array = tensor.numpy()
-        if op_type == "Expand":
-            array = np.broadcast_to(array, np.broadcast_shapes(array.shape, dims))
-        else:
-            array = array.reshape(dims)
-        return add_constant(self.graph, name, np.ascontiguousarray(array))
+        if op_type == "Reshape":
+            return self.computed(name, tensor, dims, lambda array: array.reshape(dims))
+        dims = list(np.broadcast_shapes(tensor.shape.numpy(), dims))
+        return self.computed(name, tensor, dims, lambda array: np.broadcast_to(array, dims))
+
+    def computed(self, name: str, tensor: ir.TensorProtocol, shape: list[int], function: Callable) -> ir.Value:
+        """A constant that is made of another when it is written, so that no more than one is in memory."""
+        made = ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(function(tensor.numpy()))), tensor.dtype,
+                             ir.Shape(shape), name=f"{name}.{len(self.graph.initializers)}")  # fmt: skip
+        return add_tensor(self.graph, made)
 
     def shape(self, dims: list[int]) -> ir.Value:
         if dims.count(-1) > 1:
