@@ -130,7 +130,9 @@ def _take_apart(followed: Followed, wanted: Demand, value: ir.Value) -> None:
         for one in chain:
             name = f"vpruner.columns.{len(followed.flows) + len(made)}"
             inputs = [twins.get(used, used) for used in one.inputs]
-            made.append(add_node(selections[0], one.op_type, inputs, name, dict(one.attributes)))
+            # No size is 0, whatever a Reshape says of that.
+            attributes = {key: value for key, value in one.attributes.items() if key != "allowzero"}
+            made.append(add_node(selections[0], one.op_type, inputs, name, attributes))
             twins[one.outputs[0]] = twin = made[-1].outputs[0]
             columns.flows[made[-1]], columns.tokens.layouts[twin] = columns.flows[one], columns.flows[one].outputs[0]
         every = np.ones(columns.tokens.count, bool)
