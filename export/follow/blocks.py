@@ -166,7 +166,7 @@ def _described(model, tokens: Tokens, flows, lost, chain: Sequence[tuple[ir.Node
     ]  # fmt: skip
     # What a convolution adds to the patches ahead of the first attention belongs to the stem.
     mixing = (index for index, one in enumerate(branches)
-              if one.mixers or any(node.op_type == "Softmax" for node in one.nodes))  # fmt: skip
+              if one.mixers or one.add.inputs[one.update] in tokens.mixed)  # fmt: skip
     ahead = [index for index, one in enumerate(branches[: next(mixing, 0)]) if one.reason]
     branches = branches[max(ahead, default=-1) + 1 :]
     return Followed(

@@ -185,8 +185,7 @@ def select(layout: Layout, axis: int, indices: np.ndarray) -> Layout:
     if len(np.unique(indices)) < len(indices):
         raise Lost("a token is picked twice")
     group, ids = factors[0].group, list(layout.ids)
-    dimension = sum(layout.groups_of(before).count(group) for before in range(axis))
-    ids[group] = np.take(ids[group], indices, dimension)
+    ids[group] = np.take(ids[group], indices, dimension_of(layout, axis))
     axes[axis] = (Part(group, len(indices)),)
     return Layout(tuple(axes), tuple(ids))
 
@@ -203,6 +202,12 @@ def left(layout: Layout, rows: Sequence[np.ndarray | None]) -> Layout:
             factors.append(factor)
         axes.append(factors)
     return tidy(axes, [ids if own is None else own for ids, own in zip(layout.ids, rows, strict=True)])
+
+
+def dimension_of(layout: Layout, axis: int) -> int:
+    """Dimension of the ids of its group that the part on ``axis``, which holds nothing else, is."""
+    ((group, _),) = layout.axes[axis]
+    return sum(layout.groups_of(before).count(group) for before in range(axis))
 
 
 def arrange(layout: Layout, names: Sequence, order: Sequence) -> Layout:

@@ -97,25 +97,32 @@ def combine(
     followed: Followed, op_type: str, node: ir.Node, position: int, layout: Layout, group: int, values: np.ndarray,
     what: str,
 ) -> None:  # fmt: skip
-    """Put ``values`` [id] of a group between a node and one of its inputs, which has this layout.
-
-    An axis that holds tokens of the group beside an open batch, of which no constant has the size, is taken apart.
-    """
-    known = followed.tokens.known
+    """Put ``values`` [id] of a group between a node and one of its inputs, which has this layout, taken apart for it as
+    :func:`apart` says."""
     name = f"vpruner.{node.outputs[0].name}.{what}"
 
     def put(op_type: str, constant: ir.Value, name: str) -> None:
         made = add_node(node, op_type, [node.inputs[position], constant], name)
         node.replace_input_with(position, made.outputs[0])
 
-    def reshape(layout: Layout) -> None:
-        put("Reshape", add_shape(node.graph, known.dims(layout)), f"{name}.{len(layout.axes)}")
-
-    whole = layout
-    if any(size < 0 and group in layout.groups_of(axis) for axis, size in enumerate(known.dims(layout))):
-        layout = Layout(tuple((factor,) for axis in layout.axes for factor in axis), layout.ids)
-        reshape(layout)
+    taken, wide, whole = apart(layout, group, followed)
+    if wide:
+        put("Reshape", add_shape(node.graph, wide), f"{name}.{len(wide)}")
     dtype = (node.inputs[position].dtype or node.outputs[0].dtype or ir.DataType.FLOAT).numpy()
-    put(op_type, add_constant(node.graph, f"{name}.values", along(layout, group, values).astype(dtype)), name)
-    if layout is not whole:
-        reshape(whole)
+    put(op_type, add_constant(node.graph, f"{name}.values", along(taken, group, values).astype(dtype)), name)
+    if wide:
+        put("Reshape", add_shape(node.graph, whole), f"{name}.{len(whole)}")
+
+
+def apart(layout: Layout, group: int, followed: Followed) -> tuple[Layout, list[int], list[int]]:
+    """A layout that gives each factor an axis, where an axis holds tokens of ``group`` beside an open batch: no
+    constant has its size.
+
+    Returns:
+        The layout, and the shapes with which a reshape goes there and back, empty where the layout stays as it is.
+    """
+    dims = followed.tokens.known.dims
+    if not any(size < 0 and group in layout.groups_of(axis) for axis, size in enumerate(dims(layout))):
+        return layout, [], []
+    taken = Layout(tuple((factor,) for axis in layout.axes for factor in axis), layout.ids)
+    return taken, dims(taken), dims(layout)
