@@ -16,9 +16,9 @@ import onnx_ir as ir
 
 from ..core.errors import GraphError
 from ..core.geometry import Geometry
-from .follow import Block, Followed
-from .follow.columns import project_apart
-from .follow.demand import Demand, Sets, sets_of, unlike
+from .follow import Followed
+from .follow.demand import Demand, Sets, by_role, roles
+from .follow.fold import with_columns_apart
 from .follow.known import above
 from .follow.rules import attribute, einsum_axes
 from .nodes import called
@@ -54,7 +54,8 @@ def geometry_of(followed: Followed) -> Geometry:
     tokens, blocks, patches = followed.tokens, followed.blocks, followed.patches
     shapes = tokens.known.shapes
     # A class token may join between two blocks; it counts in all of them then.
-    prefix = max(followed.beside(value) for value in (followed.stream, *_outputs_of(blocks)))
+    added = (branch.add.outputs[0] for branch in followed.branches)
+    prefix = max(map(followed.beside, (followed.stream, *added)))
     ids = np.concatenate([one.ravel() for one in tokens.layouts[followed.stream].ids])
     if int((ids < patches).sum()) != patches:
         raise GraphError(
@@ -91,16 +92,12 @@ def geometry_of(followed: Followed) -> Geometry:
     return replace(found, stem_macs=max(0, stem_macs))
 
 
-def _outputs_of(blocks: Sequence[Block]) -> list[ir.Value]:
-    return [branch.add.outputs[0] for block in blocks for branch in (*block.attention, *block.mlp)]
-
-
 def reads(followed: Followed) -> tuple[dict[int, np.ndarray], set[ir.Node]]:
     """What is read of the stream by anything but the blocks: block -> bool [id] of the tokens that are read behind it;
     and the nodes that read, and compute the outputs from it."""
-    every = np.ones(followed.tokens.count, bool)
-    adds = {b.add: block.index for block in followed.blocks for b in (*block.attention, *block.mlp)}
-    head = Demand(followed, Sets(every, every), adds)
+    adds = {branch.add: block.index for block in followed.blocks for branch in block.branches}
+    every = Sets(np.ones(followed.tokens.count, bool))
+    head = Demand(followed, every, (node for node in followed.model.graph if node not in adds))
     read: dict[int, np.ndarray] = {}
     for add, block in adds.items():
         for mask in head.needed.get(add.outputs[0], []):
@@ -191,61 +188,29 @@ def _head_macs(followed: Followed, live: set[ir.Node]) -> tuple[int, int]:
         macs, flow = _macs(node, followed), followed.flows.get(node)
         if not macs:
             continue
-        groups = [] if flow is None else [layout.ids for layout in flow.outputs if layout is not None][:1]
-        ids = [*(groups[0] if groups else ()), *(flow.ends if flow is not None else ())]
-        of_patches = [one for one in ids if (one < followed.patches).any()]
-        if len(of_patches) != 1:
-            fixed += macs
-            continue
-        (one,) = of_patches
-        each = macs // one.size
-        per_patch += each
-        fixed += macs - each * int((one < followed.patches).sum())
+        of_patches = [ids for ids in (() if flow is None else flow.ids) if (ids < followed.patches).any()]
+        (ids,) = of_patches if len(of_patches) == 1 else (np.empty(0, int),)
+        each = macs // max(1, ids.size)
+        per_patch += each * bool(ids.size)
+        fixed += macs - each * int((ids < followed.patches).sum())
     return fixed, per_patch
 
 
 def costs(followed: Followed) -> tuple[BlockMacs, ...]:
     """Of each block; 0 for what cannot be masked."""
-    followed = followed.copy()
-    # Products whose columns are needed of different tokens are computed apart, as they are in a folded graph.
-    project_apart(followed, Demand(followed, sets_of(followed, unlike(followed))))
-    block_of = {node: block.index for block in followed.blocks for branch in (*block.attention, *block.mlp)
-                for node in branch.nodes}  # fmt: skip
+    # Columns are computed apart as they are in a folded graph.
+    followed = with_columns_apart(followed)
+    block_of = {node: block.index for block in followed.blocks for branch in block.branches for node in branch.nodes}
     found, block = [dict.fromkeys(("key", "query", "pair", "mlp"), 0) for _ in followed.blocks], 0
-    nodes = roles_of(followed)[0]
+    masks = by_role(followed).masks
     for node in reversed(followed.model.graph):
         block = block_of.get(node, block)  # What is computed apart lies ahead of what reads it.
-        groups = zip(followed.flows[node].ids, nodes[node], strict=True) if node in nodes else ()
-        masked = [(ids.size, roles) for ids, roles in groups if roles]
+        groups = zip(followed.flows[node].ids, map(roles, masks[node]), strict=True) if node in masks else ()
+        masked = [(ids.size, own) for ids, own in groups if own and "whole" not in own]
         per_token = _macs(node, followed) // math.prod(size for size, _ in masked)
-        for role in ("pair",) if len(masked) == 2 else set().union(*(roles for _, roles in masked)):
+        for role in ("pair",) if len(masked) == 2 else set().union(*(own for _, own in masked)):
             found[block][role] += per_token
     return tuple(BlockMacs(**one) for one in found)
-
-
-def roles_of(followed: Followed) -> tuple[dict[ir.Node, list[set[str]]], dict[ir.Value, set[str]]]:
-    """What tokens of the branches are needed for: ``"key"``, ``"query"``, ``"mlp"``; no role where all tokens are
-    needed, whatever a plan says.
-
-    Returns:
-        Node -> roles of each of its groups; value -> roles of any of its groups.
-    """
-    bits = {"key": 1, "query": 2, "mlp": 4, "whole": 8}
-    key, query, mlp, whole = (np.full(followed.tokens.count, bit, np.uint8) for bit in bits.values())
-    sets = Sets(key | query | mlp | whole, whole)
-    for block in followed.blocks:
-        for branch in (*block.attention, *block.mlp):
-            own = query if branch in block.attention else mlp
-            sets.updates[branch.add] = branch, whole if branch.reason else own
-            sets.keys.update(dict.fromkeys((*branch.mixers, *branch.keyed) if branch.keyed else (), key))
-    needed = Demand(followed, sets, {followed.stream.producer()}, _outputs_of(followed.blocks))
-
-    def roles(mask: np.ndarray) -> set[str]:
-        return {role for role, bit in bits.items() if np.bitwise_or.reduce(mask) & bit}
-
-    nodes = {node: [own if "whole" not in own else set() for own in map(roles, masks)]
-             for node, masks in needed.masks.items()}  # fmt: skip
-    return nodes, {value: set().union(*map(roles, masks)) - {"whole"} for value, masks in needed.needed.items()}
 
 
 def _macs(node: ir.Node, followed: Followed) -> int:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .follow import Branch
+from .follow.demand import by_role, roles
 from .follow.known import Known, used_by
 from .follow.layout import Layout, Part
 from .follow.rules import attribute, einsum_axes
-from .graph_costs import roles_of
 from .graph_gates import GraphGates
 
 #: They move numbers, or leave them as they are.
@@ -161,7 +161,8 @@ class _Finder:
         self.followed, self.model = gates.followed, gates.model
         self.known, self.layouts = self.followed.tokens.known, self.followed.tokens.layouts
         self.weights = set(gates.model.weights())
-        self.roles = roles_of(self.followed)[1]
+        self.roles = {value: set().union(*map(roles, masks)) - {"whole"}
+                      for value, masks in by_role(self.followed).needed.items()}  # fmt: skip
         graph = self.followed.model.graph
         self.behind = {self.followed.stream}
         for node in graph:
@@ -347,9 +348,9 @@ class _Finder:
             with torch.no_grad():
                 digits.append(self.model.compute(list(ends), *blank, given=given))
         columns = {role: np.zeros(count, bool) for role in ("key", "query", "mlp")}
-        for name, roles in ends.items():
+        for name, needs in ends.items():
             high, low = (digit[name].long().cpu().numpy() for digit in digits)
-            for role in roles:
+            for role in needs:
                 columns[role][high * _DIGIT + low] = True
         return np.flatnonzero(columns["key"] & ~columns["query"] & ~columns["mlp"])
 

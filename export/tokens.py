@@ -13,10 +13,11 @@ from torch import nn
 
 from ..core.errors import GraphError, UserError
 from ..core.plan import TokenPlan
-from ..core.schedule import is_range, schedule
+from ..core.schedule import is_range
 from ..core.text import option
 from ..prune.backbones.vit import ViTAdapter
 from .files import save_model
+from .follow.restrict import HELD
 from .graph import Graph, OpenedGraph, open_graph
 from .nodes import copy_model
 from .parity import ParityCheck, compare_float32, evaluating, run_in_chunks, run_onnx
@@ -46,7 +47,7 @@ def write_tokens(graph: Graph, plan: TokenPlan | None, output: str | os.PathLike
     that.
 
     Args:
-        plan: What is folded into the graph; None: nothing.
+        plan: What was folded into the graph, which is as the fold left it in memory; None: nothing.
 
     Raises:
         GraphError: The graph does not end in a mean over tokens.
@@ -61,8 +62,8 @@ def write_tokens(graph: Graph, plan: TokenPlan | None, output: str | os.PathLike
         raise GraphError(f"{source.source} ends in {found}, expected the mean over tokens (ReduceMean)")
     tokens = node.inputs[0]
     if plan is not None:
-        leaving = schedule(plan).leaving
-        order = np.argsort(leaving[len(leaving) - tokens.shape[1] :])
+        (held,) = tokens.meta.get(HELD) or [np.arange(tokens.shape[1])]
+        order = np.lexsort((held, held < plan.geometry.patches))  # patches have the first ids, and come last
         if not is_range(order):
             rows = add_constant(model.graph, "vpruner.tokens.rows", order)
             tokens = add_node(node, "Gather", [tokens, rows], "vpruner.tokens", {"axis": 1}).outputs[0]

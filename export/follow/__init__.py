@@ -6,8 +6,8 @@
 
 from .blocks import follow
 from .demand import BlockCounts, counts
+from .fold import fold
 from .followed import Block, Branch, Followed
 from .mask import mask
-from .restrict import fold
 
 __all__ = ["Block", "BlockCounts", "Branch", "Followed", "counts", "fold", "follow", "mask"]

@@ -6,7 +6,7 @@ branch. A branch that sums over tokens is attention, one that does not is an MLP
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -104,7 +104,7 @@ def follow_node(node: ir.Node, tokens: Tokens, flows: dict[ir.Node, Flow], lost:
 # -- the stream -------------------------------------------------------------------------------------------------------
 
 
-def _carried(value: ir.Value, tokens: Tokens, adds: dict[ir.Node, int]) -> ir.Value:
+def _carried(value: ir.Value, tokens: Tokens, adds: Collection[ir.Node]) -> ir.Value:
     """The value that ``value`` is but for what the stream may pass between two blocks."""
     while True:
         node = value.producer()
@@ -118,58 +118,33 @@ def _carried(value: ir.Value, tokens: Tokens, adds: dict[ir.Node, int]) -> ir.Va
         value = carrying[0]
 
 
-def _longest_chain(graph: ir.Graph, tokens: Tokens) -> list[tuple[ir.Node, int]]:
+def _longest_chain(graph: ir.Graph, tokens: Tokens) -> tuple[tuple[ir.Node, int], ...]:
     """(Add, which of its inputs is the branch) of the residual stream, in order."""
-    depth: dict[ir.Node, int] = {}
-    best: dict[ir.Node, tuple[ir.Node | None, int, ir.Value]] = {}  # Add -> the Add before, its branch, its root
-    reached: dict[ir.Value, int] = {}
-    bits: dict[ir.Value, int] = {}
-
-    def bit(value: ir.Value) -> int:
-        return bits.setdefault(value, 1 << len(bits))
-
-    candidates = {
-        node: 0 for node in graph
-        if node.op_type == "Add" and node.outputs[0] in tokens.layouts and len(node.inputs) == 2
-    }  # fmt: skip
-    # Roots have to be known before the values that depend on them are met: every input of an Add may be one.
-    for node in candidates:
-        for value in node.inputs:
-            if value in tokens.layouts:
-                bit(_carried(value, tokens, {}))
+    bits = {node: 1 << place for place, node in enumerate(graph)}
+    reached: dict[ir.Value, int] = {}  # bits of the nodes that a value is computed by
+    # Add -> the longest chain that ends there, and the bit of what it begins with.
+    chains: dict[ir.Node, tuple[tuple[tuple[ir.Node, int], ...], int]] = {}
     for node in graph:
-        reach = 0
+        found = bits[node]
         for value in used_by(node):
-            reach |= reached.get(value, 0) | bits.get(value, 0)
-        for value in node.outputs:
-            reached[value] = reach
-        if node not in candidates:
+            found |= reached.get(value, 0)
+        reached.update(dict.fromkeys(node.outputs, found))
+        layout = tokens.layouts.get(node.outputs[0])
+        if node.op_type != "Add" or layout is None:
             continue
         for stream, branch in ((0, 1), (1, 0)):
             value, update = node.inputs[stream], node.inputs[branch]
-            if value not in tokens.layouts or not tokens.layouts[value].same_as(tokens.layouts[node.outputs[0]]):
+            if value not in tokens.layouts or not tokens.layouts[value].same_as(layout):
                 continue
-            source = _carried(value, tokens, depth)
-            before = source.producer() if source.producer() in depth else None
-            root = best[before][2] if before is not None else source
-            if update is value or not (reached.get(update, 0) & bits.get(root, 0)):
-                continue
-            length = depth.get(before, 0) + 1
-            if length > depth.get(node, 0):
-                depth[node] = length
-                best[node] = before, branch, root
-    if not depth:
-        return []
-    node: ir.Node | None = max(depth, key=depth.get)
-    chain = []
-    while node is not None:
-        before, branch, _root = best[node]
-        chain.append((node, branch))
-        node = before
-    return chain[::-1]
+            source = _carried(value, tokens, chains).producer()
+            before, root = chains.get(source, ((), bits.get(source, 0)))
+            longest, _ = chains.get(node, ((), 0))
+            if update is not value and reached.get(update, 0) & root and len(before) >= len(longest):
+                chains[node] = (*before, (node, branch)), root
+    return max((chain for chain, _ in chains.values()), key=len, default=())
 
 
-def _described(model, tokens: Tokens, flows, lost, chain: list[tuple[ir.Node, int]]) -> Followed:
+def _described(model, tokens: Tokens, flows, lost, chain: Sequence[tuple[ir.Node, int]]) -> Followed:
     first, branch = chain[0]
     stream = first.inputs[1 - branch]
     root = stream
@@ -189,12 +164,10 @@ def _described(model, tokens: Tokens, flows, lost, chain: list[tuple[ir.Node, in
         if node not in inside and any(value in tokens.layouts for value in used_by(node))
         and (node in lost or flows[node].ends or (flows[node].is_end and flows[node].how != "start"))
     ]  # fmt: skip
-    mixed = [add.inputs[position] in tokens.mixed for add, position in chain]
-    mixing = [index for index, branch in enumerate(branches) if branch.mixers or mixed[index]]
     # What a convolution adds to the patches ahead of the first attention belongs to the stem.
-    ahead = [
-        index for index, one in enumerate(branches) if one.reason and not one.mixers and index < min(mixing, default=0)
-    ]
+    mixing = (index for index, one in enumerate(branches)
+              if one.mixers or one.add.inputs[one.update] in tokens.mixed)  # fmt: skip
+    ahead = [index for index, one in enumerate(branches[: next(mixing, 0)]) if one.reason]
     branches = branches[max(ahead, default=-1) + 1 :]
     return Followed(
         model, tokens, flows, lost, stem, tokens.grids[stem], stream, tuple(_blocks(branches)), tuple(readers)
@@ -278,7 +251,7 @@ class Weights:
         for node, position in value.uses():
             flow = self.flows.get(node)
             link = ENDED if flow is None else flow.links[position][group]
-            if link == ENDED or flow.how in ("pick", "join", "roll") or link == flow.normalises:
+            if link == ENDED or flow.how in ("pick", "join") or link == flow.normalises:
                 return False
             if link < flow.groups and not self._keeps_zeros(node, position, link):
                 return False

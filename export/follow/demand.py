@@ -5,9 +5,8 @@ Work whose result nothing reads is asked for by nothing, and so is left out with
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np
@@ -36,7 +35,6 @@ class Sets:
     """A plan in the words of a graph. Sets are bool [id]; tokens that are no patches are in all of them.
 
     Attributes:
-        every: All tokens.
         whole: What stands for all tokens of a group that is needed as it is, whatever the plan says.
         masks: bool [kind, block, id]: keys, queries, MLPs.
         updates: ``Add`` of the stream -> its branch, and the tokens that it updates.
@@ -46,7 +44,6 @@ class Sets:
         refused: ``Add`` whose branch must not be needed -> the reason.
     """
 
-    every: np.ndarray
     whole: np.ndarray
     masks: np.ndarray | None = None
     updates: dict[ir.Node, tuple[Branch, np.ndarray]] = field(default_factory=dict)
@@ -72,8 +69,7 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
         return result
 
     kinds = np.asarray([[mask(patches) for patches in kind] for kind in (plan.keys, plan.queries, plan.mlps)])
-    every = np.ones(followed.tokens.count, bool)
-    sets, gates = Sets(every, every, kinds), getattr(plan, "gates", None)
+    sets, gates = Sets(np.ones(followed.tokens.count, bool), kinds), getattr(plan, "gates", None)
     for block, keys, queries, mlps in zip(followed.blocks, *kinds, strict=True):
         for branches, updated in ((block.attention, queries), (block.mlp, mlps)):
             sets.updates.update({branch.add: (branch, updated) for branch in branches})
@@ -81,7 +77,7 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
         if gates is not None:
             logs[np.asarray(plan.keys[block.index], np.int64)] = np.log(gates[block.index])
         for branch in block.attention:
-            sets.keys.update(dict.fromkeys((*branch.mixers, *branch.keyed), keys))
+            sets.keys.update(dict.fromkeys((*branch.mixers, *branch.keyed) if branch.keyed else (), keys))
             sets.gates.update(dict.fromkeys(branch.keyed if logs.any() else (), logs))
             if not branch.keyed and not keys.all():
                 reason = f"block {block.index} is left whole and reads every token: {branch.keys_reason}"
@@ -98,16 +94,6 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
         for node in _head(followed):
             sets.keys[node] = sets.reads
     return sets
-
-
-def unlike(followed: Followed) -> SimpleNamespace:
-    """A plan with other tokens of each kind in each block."""
-    every = tuple(range(followed.patches))
-    parts = {"keys": every[::2], "queries": every[1::2], "mlps": every[: len(every) // 2]}
-    kinds = {
-        kind: [part if getattr(block, kind) else every for block in followed.blocks] for kind, part in parts.items()
-    }
-    return SimpleNamespace(**kinds, reads=None)
 
 
 def _head(followed: Followed) -> list[ir.Node]:
@@ -131,8 +117,9 @@ class Demand:
     """Which tokens a plan needs of each value.
 
     Args:
-        stop: Nodes of which nothing further back is asked.
-        asked: Values of which all tokens are needed; None: the outputs of the graph.
+        nodes: Those that may ask for something, in order; None: all.
+        asked: Value that is needed -> bool [id] for each of its groups, None: all tokens; without it, the outputs of
+            the graph are.
 
     Attributes:
         needed: Value that carries tokens -> bool [id] for each of its groups.
@@ -146,7 +133,11 @@ class Demand:
     """
 
     def __init__(
-        self, followed: Followed, sets: Sets, stop: Collection[ir.Node] = (), asked: Sequence[ir.Value] | None = None
+        self,
+        followed: Followed,
+        sets: Sets,
+        nodes: Iterable[ir.Node] | None = None,
+        asked: Mapping[ir.Value, Sequence[np.ndarray] | None] | None = None,
     ):
         self.followed, self.sets, self.layouts = followed, sets, followed.tokens.layouts
         self.needed: dict[ir.Value, list[np.ndarray]] = {}
@@ -155,12 +146,12 @@ class Demand:
         self.masks: dict[ir.Node, list[np.ndarray]] = {}
         self.whole: dict[ir.Node, set[int]] = {}
         self._asked: set[ir.Value] = set()
-        for value in followed.model.graph.outputs if asked is None else asked:
+        for value, masks in (dict.fromkeys(followed.model.graph.outputs) if asked is None else asked).items():
             if value in self.layouts and sets.reads is not None:
                 raise PlanError(f"output {value.name!r} holds all tokens, but the plan's reads leave some out")
-            self.ask(value, [sets.every] * len(self.layouts[value].ids) if value in self.layouts else None)
-        for node in reversed(followed.model.graph):
-            if node not in stop and not self._asked.isdisjoint(node.outputs):
+            self.ask(value, masks)
+        for node in reversed(followed.model.graph if nodes is None else list(nodes)):
+            if not self._asked.isdisjoint(node.outputs):
                 self.live.add(node)
                 self.ask_inputs(node)
 
@@ -234,26 +225,34 @@ def whole_groups(followed: Followed, node: ir.Node, keyed: bool) -> set[int]:
             before = followed.tokens.layouts[value].ids[own].ravel()
             if ENDED < link < flow.groups and not np.array_equal(before, layout.ids[link].ravel()):
                 whole.add(link)
-    for position in {position for position, _, _ in flow.covers}:
-        parts = [f.group for own, _, factors in flow.covers if own == position for f in factors if isinstance(f, Part)]
-        for group in {group for group in parts if group < flow.groups and parts.count(group) != layout.ids[group].ndim}:
-            if len(missing_axes(flow, position, [group])) + parts.count(group) != layout.ids[group].ndim:
-                whole.add(group)
+    for axes in flow.lies.values():
+        parts = [factor.group for axis in axes for factor in axis if isinstance(factor, Part)]
+        whole |= {group for group in parts if ENDED < group < flow.groups
+                  and parts.count(group) != layout.ids[group].ndim}  # fmt: skip
     return whole
 
 
-def missing_axes(flow: Flow, position: int, groups: Sequence[int]) -> list[int]:
-    """Axes of the output that an elementwise node repeats an input along, which lies along the other axes of a grid.
+#: What a token of a branch is needed for, as bits; "whole": all are needed, whatever a plan says.
+ROLES = {"key": 1, "query": 2, "mlp": 4, "whole": 8}
 
-    None where something else is on such an axis, or where the node does more than repeat its inputs.
-    """
-    (output, *_), rank = flow.outputs, flow.rank
-    if not rank or output is None:
-        return []
-    lies = {axis + len(output.axes) - rank[position] for own, axis, _ in flow.covers if own == position}
-    axes = [axis for axis, factors in enumerate(output.axes)
-            if axis not in lies and any(isinstance(f, Part) and f.group in groups for f in factors)]  # fmt: skip
-    return axes if all(len(output.axes[axis]) == 1 for axis in axes) else []
+
+def by_role(followed: Followed) -> Demand:
+    """What the blocks need, whatever the plan; masks are uint8 [id], sums of :data:`ROLES`."""
+    key, query, mlp, whole = (np.full(followed.tokens.count, bit, np.uint8) for bit in ROLES.values())
+    sets, every = Sets(whole), [key | query | mlp | whole]
+    for block in followed.blocks:
+        for branch in block.branches:
+            own = query if branch in block.attention else mlp
+            sets.updates[branch.add] = branch, whole if branch.reason else own
+            sets.keys.update(dict.fromkeys((*branch.mixers, *branch.keyed) if branch.keyed else (), key))
+    ends = [branch.add.outputs[0] for branch in followed.branches]
+    asked = {value: every * len(followed.tokens.layouts[value].ids) for value in ends}
+    return Demand(followed, sets, (n for n in followed.model.graph if n is not followed.stream.producer()), asked)
+
+
+def roles(mask: np.ndarray) -> set[str]:
+    """Those of a mask of :func:`by_role`."""
+    return {role for role, bit in ROLES.items() if np.bitwise_or.reduce(mask) & bit}
 
 
 @dataclass(frozen=True)
@@ -286,8 +285,8 @@ def counts(followed: Followed, plan: Plan) -> tuple[BlockCounts, ...]:
         for branch in block.attention:
             read += [wanted.masks[node][followed.flows[node].keys] for node in branch.keyed if node in wanted.live]
             if not branch.keyed and branch.add.inputs[branch.update].producer() in wanted.live:
-                read.append(only(followed.tokens.layouts[branch.add.outputs[0]].ids[0], sets.every))
-        sizes = (int(np.logical_or.reduce([*masks, ~sets.every]).sum())
+                read.append(only(followed.tokens.layouts[branch.add.outputs[0]].ids[0], sets.whole))
+        sizes = (int(np.logical_or.reduce([*masks, ~sets.whole]).sum())
                  for masks in (read, attend, pass_mlp))  # fmt: skip
         gated = any(node in sets.gates for branch in block.attention for node in branch.keyed)
         found.append(BlockCounts(block.index, *sizes, gated))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -53,6 +53,10 @@ class Block:
     mlp: tuple[Branch, ...]
 
     @property
+    def branches(self) -> tuple[Branch, ...]:
+        return (*self.attention, *self.mlp)
+
+    @property
     def keys(self) -> bool:
         """Whether the plan may say what the block reads."""
         return bool(self.attention) and all(branch.keyed for branch in self.attention)
@@ -67,7 +71,7 @@ class Block:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        left = [branch for branch in (*self.attention, *self.mlp) if branch.keys_reason is not None]
+        left = [branch for branch in self.branches if branch.keys_reason is not None]
         return tuple(dict.fromkeys(branch.reason or f"keys: {branch.keys_reason}" for branch in left))
 
 
@@ -111,6 +115,11 @@ class Followed:
         return sum(int((ids >= self.patches).sum()) for ids in self.tokens.layouts[value].ids)
 
     @property
+    def branches(self) -> tuple[Branch, ...]:
+        """Of all blocks."""
+        return tuple(branch for block in self.blocks for branch in block.branches)
+
+    @property
     def reasons(self) -> tuple[str, ...]:
         return tuple(f"block {block.index}: {reason}" for block in self.blocks for reason in block.reasons)
 
@@ -129,4 +138,5 @@ class Followed:
         values = {*known.shapes, *known.from_inputs, *tokens.layouts, *tokens.mixed}
         gone = {*values, *tokens.grids, *self.flows, *self.lost}
         gone |= {value.producer() for value in values if value.producer() is not None}
-        return deepcopy(self, {**{id(one): one for one in gone}, **{id(old): new for old, new in twins}})
+        # A new one, without what was made of this one.
+        return deepcopy(replace(self), {**{id(one): one for one in gone}, **{id(old): new for old, new in twins}})

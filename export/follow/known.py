@@ -15,6 +15,8 @@ import onnx_ir as ir
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from .layout import Layout, Part
+
 _PRIMES = (89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 199)
 #: Data that shapes may be computed from; larger constants are never needed to know a shape.
 _MOST_SHAPE_DATA, _MOST_FLOATS = 4096, 8
@@ -49,15 +51,12 @@ class Known:
         self.shapes: dict[ir.Value, tuple[int, ...]] = {}
         self.open_dims: dict[int, tuple[ir.Value, int]] = {}
         self.from_inputs: set[ir.Value] = set()
-        self._types: dict[ir.Value, onnx.TypeProto] = {}
         self._values: dict[ir.Value, np.ndarray | None] = {}
         self.varying: set[ir.Value] = set()
         self._cache = _Shared()
         self._opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
         self._versions = dict(model.opset_imports)
         self._name_open_dims(model.graph, skip)
-        for value in model.graph.initializers.values():
-            self.add_constant(value)
         for node in model.graph:
             self.add(node)
 
@@ -80,19 +79,16 @@ class Known:
                     dim = names[name]
                     self.varying.add(value)
                 dims.append(dim)
-            self._set_type(value, value.dtype, tuple(dims))
-
-    def _set_type(self, value: ir.Value, dtype: ir.DataType | None, shape: tuple[int, ...]) -> None:
-        self.shapes[value] = shape
-        self._types[value] = helper.make_tensor_type_proto((dtype or ir.DataType.FLOAT).value, shape)
-
-    def add_constant(self, value: ir.Value) -> None:
-        """Learn the shape of a new initializer."""
-        self._set_type(value, value.dtype, value.shape.numpy())
+            self.shapes[value] = tuple(dims)
 
     def is_open(self, size: int) -> bool:
         """Whether a size depends on a size that the graph leaves open."""
         return any(size % prime == 0 for prime in self.open_dims) and size != 0
+
+    def dims(self, layout: Layout) -> list[int]:
+        """Sizes of a value; -1 for what depends on an open one. Numbers of tokens do not, whatever they are."""
+        return [-1 if any(self.is_open(factor) for factor in axis if not isinstance(factor, Part)) else size
+                for axis, size in zip(layout.axes, layout.shape, strict=True)]  # fmt: skip
 
     def dim(self, size: int) -> int | str | None:
         """A size as a graph says it: the name of an open one, None for what depends on it."""
@@ -105,7 +101,7 @@ class Known:
         """Learn the shapes of the outputs of ``node``."""
         for value in node.inputs:
             if value is not None and value not in self.shapes and value.is_initializer():
-                self.add_constant(value)
+                self.shapes[value] = value.shape.numpy()
         used = [*node.inputs, *_captured(node)]
         if node.op_type in _RANDOM or any(
             value in self.from_inputs for value in used if value is not None and node.op_type not in ("Shape", "Size")
@@ -114,16 +110,12 @@ class Known:
         found = self._inferred(node)
         for index, value in enumerate(node.outputs):
             tensor = found[f"o{index}"].tensor_type if f"o{index}" in found else onnx.TypeProto.Tensor()
-            if value.dtype is None and tensor.elem_type:
+            if tensor.elem_type:
                 value.dtype = ir.DataType(tensor.elem_type)
             if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
                 self.shapes[value] = tuple(dim.dim_value for dim in tensor.shape.dim)
-                self._types[value] = found[f"o{index}"]
-            elif value not in self.from_inputs:
-                array = self.array(value)
-                if array is not None:
-                    value.dtype = ir.DataType.from_numpy(array.dtype)
-                    self._set_type(value, value.dtype, array.shape)
+            elif value not in self.from_inputs and (array := self.array(value)) is not None:
+                value.dtype, self.shapes[value] = ir.DataType.from_numpy(array.dtype), array.shape
             if self._varies(value, used):
                 self.varying.add(value)
 
@@ -140,11 +132,12 @@ class Known:
     def _inferred(self, node: ir.Node) -> dict[str, onnx.TypeProto]:
         """Output -> its type; blocks repeat, and what is the same is inferred once."""
         names, proto = self._named(node)
-        if any(value not in self._types for value in names):
+        if any(value not in self.shapes for value in names):
             return {}
         arrays = {name: self.small(value) for value, name in names.items()}
         data = {name: numpy_helper.from_array(array, name) for name, array in arrays.items() if array is not None}
-        types = {name: self._types[value] for value, name in names.items()}
+        types = {name: helper.make_tensor_type_proto(value.dtype or ir.DataType.FLOAT, self.shapes[value])
+                 for value, name in names.items()}  # fmt: skip
         key = (
             proto.SerializeToString(deterministic=True),
             *(one.SerializeToString() for one in (*types.values(), *data.values())),
@@ -163,8 +156,7 @@ class Known:
         shape = self.shapes.get(value)
         if shape is None or math.prod(shape) > _MOST_SHAPE_DATA or value in self.from_inputs:
             return None
-        dtype = self._types[value].tensor_type.elem_type
-        whole = dtype in (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
+        whole = value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
         # A shape may pass through floats (Floor of a Div, Range).
         return self.array(value) if whole or math.prod(shape) <= _MOST_FLOATS else None
 
@@ -173,22 +165,23 @@ class Known:
 
         An open size counts as its prime; :meth:`constant` leaves those out.
         """
-        if value in self._values:
-            return self._values[value]
-        array = None
         if value.const_value is not None:
-            array = value.const_value.numpy()
-            return array  # not kept: weights may be read from a file
-        node = value.producer()
-        if node is not None and value not in self.from_inputs:
-            array = self._computed(node, value)
-        self._values[value] = array
-        return array
+            return value.const_value.numpy()  # not kept: weights may be read from a file
+        if value not in self._values:
+            self._values[value] = None
+            if value.producer() is not None and value not in self.from_inputs:
+                self._values |= self._computed(value.producer())
+        return self._values[value]
 
     def constant(self, value: ir.Value) -> np.ndarray | None:
         """:meth:`array` of what depends on no open size either; None of what was made since."""
         unknown = value.const_value is None and value not in self.shapes
         return None if unknown or value in self.varying else self.array(value)
+
+    def tensor(self, value: ir.Value) -> ir.TensorProtocol | None:
+        """:meth:`constant` as a tensor: one that is stored is not read."""
+        array = None if value.const_value is not None else self.constant(value)
+        return value.const_value if array is None else ir.tensor(array)
 
     def forget_floats(self) -> None:
         """Compute what is no whole number anew when it is asked for: constants of the graph were exchanged."""
@@ -207,29 +200,27 @@ class Known:
         proto.output[:] = [f"o{index}" if value.name else "" for index, value in enumerate(node.outputs)]
         return names, proto
 
-    def _computed(self, node: ir.Node, value: ir.Value) -> np.ndarray | None:
+    def _computed(self, node: ir.Node) -> dict[ir.Value, np.ndarray]:
+        """The outputs of a node whose inputs are known; none where it cannot be computed, or takes long."""
         if node.op_type == "Shape":
             shape = self.shapes.get(node.inputs[0])
-            if shape is None:
-                return None
             start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
-            return np.asarray(shape[start:end], np.int64)
+            return {} if shape is None else {node.outputs[0]: np.asarray(shape[start:end], np.int64)}
         if node.op_type in _SLOW | _RANDOM or node.domain not in ("", "ai.onnx") or list(_captured(node)):
-            return None
+            return {}
         names, proto = self._named(node)
         arrays = {name: self.array(used) for used, name in names.items()}
         if any(array is None for array in arrays.values()):
-            return None
+            return {}
         made = [name for name in proto.output if name]
         function = helper.make_function("vpruner", "constant", list(arrays), made, [proto], self._opsets)
         try:
             results = dict(zip(made, ReferenceEvaluator(function).run(None, arrays, {}), strict=True))
         except Exception:  # the reference implementation raises anything, and lacks some operators
-            return None
-        for index, output in enumerate(node.outputs):
-            if output is not value and f"o{index}" in results:
-                self._values[output] = np.asarray(results[f"o{index}"])
-        return np.asarray(results[f"o{node.outputs.index(value)}"])
+            return {}
+        return {
+            value: np.asarray(results[name]) for value, name in zip(node.outputs, proto.output, strict=True) if name
+        }
 
 
 def graphs_of(node: ir.Node) -> list[ir.Graph]:

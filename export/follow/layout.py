@@ -15,6 +15,7 @@ of any size is a plain factor that no other size divides (:mod:`.known`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ Axis: TypeAlias = "tuple[Factor, ...]"
 
 def size_of(factor: Factor) -> int:
     return factor.size if isinstance(factor, Part) else factor
+
+
+def group_of(factor: Factor) -> int | None:
+    return factor.group if isinstance(factor, Part) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +80,7 @@ class Layout:
 
 def is_split(layout: Layout) -> bool:
     """Whether parts of one group have something between them, so that no reshape gives all its tokens one axis."""
-    groups = [f.group if isinstance(f, Part) else None for axis in layout.axes for f in axis]
+    groups = [group_of(factor) for axis in layout.axes for factor in axis]
     runs = [group for at, group in enumerate(groups) if group is not None and (at == 0 or groups[at - 1] != group)]
     return len(set(runs)) < len(runs)
 
@@ -89,29 +94,31 @@ def plain_axes(shape: Sequence[int]) -> tuple[Axis, ...]:
     return tuple(map(plain, shape))
 
 
+def groups_in(axes: Sequence[Axis]) -> set[int]:
+    """Groups that have parts on any of these axes."""
+    return {factor.group for axis in axes for factor in axis if isinstance(factor, Part)}
+
+
+def renamed(axes: Sequence[Axis], groups: Sequence[int]) -> list[Axis]:
+    """Axes with ``groups[g]`` in the place of the group g."""
+    return [tuple(Part(groups[f.group], f.size) if isinstance(f, Part) else f for f in axis) for axis in axes]
+
+
 def tidy(axes: Sequence[Sequence[Factor]], ids: Sequence[np.ndarray]) -> Layout:
     """Join neighbours of one kind on an axis, and give ``ids`` the dimensions of the parts that are left."""
     joined: list[Axis] = []
     for axis in axes:
         factors: list[Factor] = []
         for factor in axis:
-            last = factors[-1] if factors else None
-            if isinstance(factor, Part):
-                if isinstance(last, Part) and last.group == factor.group:
-                    factors[-1] = Part(factor.group, last.size * factor.size)
-                else:
-                    factors.append(factor)
-            elif factor != 1:
-                if last is not None and not isinstance(last, Part):
-                    factors[-1] = last * factor
-                else:
-                    factors.append(factor)
+            group = group_of(factor)
+            if factors and group_of(factors[-1]) == group:
+                size = size_of(factors.pop()) * size_of(factor)
+                factor = size if group is None else Part(group, size)
+            if factor != 1:
+                factors.append(factor)
         joined.append(tuple(factors))
-    sizes: list[list[int]] = [[] for _ in ids]
-    for axis in joined:
-        for factor in axis:
-            if isinstance(factor, Part):
-                sizes[factor.group].append(factor.size)
+    sizes = [[size_of(factor) for axis in joined for factor in axis if group_of(factor) == group]
+             for group in range(len(ids))]  # fmt: skip
     return Layout(tuple(joined), tuple(array.reshape(dims) for array, dims in zip(ids, sizes, strict=True)))
 
 
@@ -121,13 +128,8 @@ def regroup(layout: Layout, shape: Sequence[int]) -> Layout:
     Raises:
         Lost: A new axis would cut a factor in a way that is none of its parts.
     """
-    queue: list[Factor] = []
-    for axis in layout.axes:
-        for factor in axis:
-            if queue and not isinstance(factor, Part) and not isinstance(queue[-1], Part):
-                queue[-1] *= factor
-            else:
-                queue.append(factor)
+    whole = tidy([[factor for axis in layout.axes for factor in axis]], layout.ids)
+    queue = list(whole.axes[0])
     axes: list[list[Factor]] = []
     for size in shape:
         axis, left = [], size
@@ -159,19 +161,11 @@ def regroup(layout: Layout, shape: Sequence[int]) -> Layout:
 
 def permute(layout: Layout, order: Sequence[int]) -> Layout:
     """What ``Transpose`` with ``order`` does."""
-    place: dict[tuple[int, int], int] = {}  # (axis, factor) -> dimension of the ids of its group
-    count = [0] * len(layout.ids)
-    for axis, factors in enumerate(layout.axes):
-        for index, factor in enumerate(factors):
-            if isinstance(factor, Part):
-                place[axis, index] = count[factor.group]
-                count[factor.group] += 1
-    orders: list[list[int]] = [[] for _ in layout.ids]
-    for axis in order:
-        for index, factor in enumerate(layout.axes[axis]):
-            if isinstance(factor, Part):
-                orders[factor.group].append(place[axis, index])
-    ids = [array.transpose(dims) for array, dims in zip(layout.ids, orders, strict=True)]
+    count = [itertools.count() for _ in layout.ids]  # dimensions of the ids of a group
+    numbered = [[(group_of(f), next(count[f.group]) if isinstance(f, Part) else 0) for f in axis]
+                for axis in layout.axes]  # fmt: skip
+    moved = [part for axis in order for part in numbered[axis]]
+    ids = [own.transpose([dimension for of, dimension in moved if of == group]) for group, own in enumerate(layout.ids)]
     return tidy([layout.axes[axis] for axis in order], ids)
 
 
@@ -194,6 +188,20 @@ def select(layout: Layout, axis: int, indices: np.ndarray) -> Layout:
     ids[group] = np.take(ids[group], indices, dimension_of(layout, axis))
     axes[axis] = (Part(group, len(indices)),)
     return Layout(tuple(axes), tuple(ids))
+
+
+def left(layout: Layout, rows: Sequence[np.ndarray | None]) -> Layout:
+    """With the tokens ``rows`` of each group, None: all; of all of its parts but the last, one is left."""
+    parts, axes = [ids.ndim for ids in layout.ids], []
+    for axis in layout.axes:
+        factors = []
+        for factor in axis:
+            if isinstance(factor, Part) and rows[factor.group] is not None:
+                parts[factor.group] -= 1
+                factor = Part(factor.group, 1 if parts[factor.group] else len(rows[factor.group]))
+            factors.append(factor)
+        axes.append(factors)
+    return tidy(axes, [ids if own is None else own for ids, own in zip(layout.ids, rows, strict=True)])
 
 
 def dimension_of(layout: Layout, axis: int) -> int:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ..passes.edit import add_constant, add_node, add_shape
 from .demand import Plan, sets_of
 from .followed import Followed
-from .layout import Layout, Part
+from .layout import Layout, group_of, size_of
 
 
 def mask(followed: Followed, plan: Plan) -> ir.Model:
@@ -27,23 +27,16 @@ def mask(followed: Followed, plan: Plan) -> ir.Model:
     for node, (branch, keep) in sets.updates.items():
         layout = followed.tokens.layouts[node.outputs[0]]
         if branch.reason is None and not keep[layout.ids[0]].all():
-            _combine(followed, "Mul", node, branch.update, layout, 0, keep.astype(np.float64), "update")
-    whole = {node for block in followed.blocks for b in block.attention if not b.keyed for node in b.mixers}
+            combine(followed, "Mul", node, branch.update, layout, 0, keep.astype(np.float64), "update")
     for node, keep in sets.keys.items():
         flow = followed.flows[node]
-        if node in whole:
-            continue
         if node.op_type != "Attention" and flow.normalises is None:
             if node.op_type.startswith(("Reduce", "Global")) and flow.links[0]:
                 _reduce_some(followed, node, keep)
             continue
         bias, ids = np.where(keep, sets.gates.get(node, 0.0), -np.inf), flow.ids[flow.keys]
-        if not bias[ids].any() or not np.isfinite(bias[ids]).any():
-            continue
-        if node.op_type == "Attention":
-            mask_attention(node, np.tile(bias[ids], (followed.tokens.known.shapes[node.inputs[0]][-2], 1)))
-        else:
-            _combine(followed, "Add", node, 0, flow.outputs[0], flow.normalises, bias, "keys")
+        if bias[ids].any() and np.isfinite(bias[ids]).any():
+            weigh_keys(followed, node, flow.outputs[0], ids, bias, "keys")
     return followed.model
 
 
@@ -52,26 +45,31 @@ def along(layout: Layout, group: int, values: np.ndarray) -> np.ndarray:
 
     Axes that hold something beside tokens are written out in full.
     """
-    sizes, parts = [], []
+    parts, full, shape = [], [], []
     for axis, factors in enumerate(layout.axes):
-        own = any(isinstance(factor, Part) and factor.group == group for factor in factors)
-        for factor in factors:
-            is_part = isinstance(factor, Part) and factor.group == group
-            size = factor.size if isinstance(factor, Part) else factor
-            sizes.append((size if is_part else 1, size if own else 1))
-            parts.append((axis, size if own else 1))
-    array = np.broadcast_to(values[layout.ids[group]].reshape([part for part, _ in sizes]), [full for _, full in sizes])
-    shape = [1] * len(layout.axes)
-    for axis, size in parts:
-        shape[axis] *= size
-    return array.reshape(shape)
+        own = group in layout.groups_of(axis)
+        parts += [size_of(factor) if group_of(factor) == group else 1 for factor in factors]
+        full += [size_of(factor) if own else 1 for factor in factors]
+        shape.append(layout.shape[axis] if own else 1)
+    return np.broadcast_to(values[layout.ids[group]].reshape(parts), full).reshape(shape)
 
 
-def mask_attention(node: ir.Node, bias: np.ndarray) -> None:
-    """Add ``bias`` [query, key] to the logits of an ``Attention``."""
+def weigh_keys(
+    followed: Followed, node: ir.Node, layout: Layout | None, keys: np.ndarray, bias: np.ndarray, what: str
+) -> None:
+    """Add ``bias`` [id] to the logits of a softmax or an ``Attention``.
+
+    Args:
+        layout: Of its output; None: no tokens attend.
+        keys: Ids of the tokens that it reads.
+    """
+    if node.op_type != "Attention":
+        return combine(followed, "Add", node, 0, layout, followed.flows[node].normalises, bias, what)
+    queries = followed.tokens.known.shapes[node.inputs[0]][-2] if layout is None else layout.shape[-2]
+    array = np.tile(bias[keys.ravel()], (queries, 1))
     graph, given = node.graph, node.inputs[3] if len(node.inputs) > 3 else None
     dtype = (node.inputs[0].dtype or ir.DataType.FLOAT).numpy()
-    constant = add_constant(graph, f"vpruner.{node.outputs[0].name}.keys.values", bias[None, None].astype(dtype))
+    constant = add_constant(graph, f"vpruner.{node.outputs[0].name}.keys.values", array[None, None].astype(dtype))
     if given is not None and given.dtype == ir.DataType.BOOL:
         zero, closed = (add_constant(graph, f"vpruner.number.{x}", np.asarray(x, dtype)) for x in (0, -np.inf))
         given = add_node(node, "Where", [given, zero, closed], f"vpruner.{node.outputs[0].name}.given").outputs[0]
@@ -95,23 +93,25 @@ def _reduce_some(followed: Followed, node: ir.Node, keep: np.ndarray) -> None:
             node.replace_input_with(0, add_node(node, "Gather", [value, rows], name, {"axis": axis}).outputs[0])
 
 
-def _combine(
+def combine(
     followed: Followed, op_type: str, node: ir.Node, position: int, layout: Layout, group: int, values: np.ndarray,
     what: str,
 ) -> None:  # fmt: skip
-    """:func:`combine` with ``values`` [id], taken apart for it as :func:`apart` says."""
+    """Put ``values`` [id] of a group between a node and one of its inputs, which has this layout, taken apart for it as
+    :func:`apart` says."""
+    name = f"vpruner.{node.outputs[0].name}.{what}"
 
-    def reshape(dims: list[int]) -> None:
-        name = f"vpruner.{node.outputs[0].name}.{what}.{len(dims)}"
-        shaped = add_node(node, "Reshape", [node.inputs[position], add_shape(node.graph, dims)], name)
-        node.replace_input_with(position, shaped.outputs[0])
+    def put(op_type: str, constant: ir.Value, name: str) -> None:
+        made = add_node(node, op_type, [node.inputs[position], constant], name)
+        node.replace_input_with(position, made.outputs[0])
 
     taken, wide, whole = apart(layout, group, followed)
     if wide:
-        reshape(wide)
-    combine(op_type, node, position, along(taken, group, values), what)
+        put("Reshape", add_shape(node.graph, wide), f"{name}.{len(wide)}")
+    dtype = (node.inputs[position].dtype or node.outputs[0].dtype or ir.DataType.FLOAT).numpy()
+    put(op_type, add_constant(node.graph, f"{name}.values", along(taken, group, values).astype(dtype)), name)
     if wide:
-        reshape(whole)
+        put("Reshape", add_shape(node.graph, whole), f"{name}.{len(whole)}")
 
 
 def apart(layout: Layout, group: int, followed: Followed) -> tuple[Layout, list[int], list[int]]:
@@ -121,20 +121,8 @@ def apart(layout: Layout, group: int, followed: Followed) -> tuple[Layout, list[
     Returns:
         The layout, and the shapes with which a reshape goes there and back, empty where the layout stays as it is.
     """
-    is_open = followed.tokens.known.is_open
-    if not any(group in layout.groups_of(axis) and is_open(layout.shape[axis]) for axis in range(len(layout.axes))):
+    dims = followed.tokens.known.dims
+    if not any(size < 0 and group in layout.groups_of(axis) for axis, size in enumerate(dims(layout))):
         return layout, [], []
     taken = Layout(tuple((factor,) for axis in layout.axes for factor in axis), layout.ids)
-    wide, whole = (
-        [-1 if any(is_open(factor) for factor in axis if not isinstance(factor, Part)) else size
-         for axis, size in zip(one.axes, one.shape, strict=True)] for one in (taken, layout)
-    )  # fmt: skip
-    return taken, wide, whole
-
-
-def combine(op_type: str, node: ir.Node, position: int, array: np.ndarray, what: str) -> None:
-    """Put ``array`` between a node and one of its inputs."""
-    value, name = node.inputs[position], f"vpruner.{node.outputs[0].name}.{what}"
-    dtype = (value.dtype or node.outputs[0].dtype or ir.DataType.FLOAT).numpy()
-    constant = add_constant(node.graph, f"{name}.values", array.astype(dtype))
-    node.replace_input_with(position, add_node(node, op_type, [value, constant], name).outputs[0])
+    return taken, dims(taken), dims(layout)

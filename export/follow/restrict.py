@@ -1,4 +1,4 @@
-"""Fold a plan: every value is computed for the tokens that are needed of it, and for no others.
+"""Every value is computed for the tokens that are needed of it, and for no others.
 
 The nodes of the graph stay what they are. Where a node needs fewer tokens of an input than there are, they are picked
 (``Slice`` where they follow each other, else ``Gather``, with constant indices); constants that lie along tokens are
@@ -12,7 +12,8 @@ A group of tokens of which some are left has the size 1 in all of its parts but 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -20,88 +21,36 @@ from onnx_ir.passes import common as passes
 
 from ...core.errors import GraphError
 from ...core.schedule import is_range, longest_first
-from ...core.text import command, first_line
 from ..nodes import called
-from ..passes.edit import add_constant, add_node, add_shape
-from .columns import project_apart
-from .demand import Demand, Plan, Sets, missing_axes, only, sets_of, unlike
+from ..passes.edit import add_constant, add_node, add_shape, add_tensor
+from .demand import Demand, Sets, only
 from .followed import Followed
 from .known import graphs_of, used_by
-from .layout import ENDED, Layout, Part, plain_axes, size_of, tidy
-from .mask import combine, mask_attention
+from .layout import ENDED, Layout, Part, groups_in, left, size_of, tidy
+from .mask import weigh_keys
 from .rules import Flow
 
+#: Under this key of its ``meta``, a value of a folded graph in memory has the ids of the tokens of each of its groups,
+#: in their order; without it, it has all tokens as in the dense graph.
+HELD = "vpruner.held"
 #: For each group of a value: ids of the tokens that are left, in their order; None: all, as in the dense graph.
 Rows = list[np.ndarray | None]
 
 
-def fold(followed: Followed, plan: Plan, *, shapes: bool = True) -> ir.Model:
-    """The graph that computes only what ``plan`` leaves.
+class Restriction:
+    """A graph whose values are computed for the tokens that are wanted of them; it is changed in place.
 
-    Every value has a shape that is known but for what the dense graph leaves open, and as many tokens as the plan
-    leaves of it; outputs have the shapes that they had. Names of nodes that are added begin with ``vpruner.``.
-
-    Args:
-        shapes: False: leave the shapes out and have nothing checked, for a graph that is only run once or twice; that
-            takes half of the time.
-
-    Raises:
-        PlanError: The plan is for another shape, or leaves tokens out of what cannot be masked.
-        GraphError: ONNX does not accept the result.
+    Attributes:
+        pieces: Value of the dense graph -> what is left of it; without an entry it stands as it was.
     """
-    outputs = [value.shape for value in followed.model.graph.outputs]
-    followed = followed.copy()
-    sets = sets_of(followed, plan)
-    wanted = Demand(followed, sets)
-    # Queries, keys and values by products of their own, even where all tokens attend: onnxruntime splits by a copy what
-    # one product gives, and is slower with a wide matrix. All blocks of a dense model written so take 0.97 of its time
-    # (384 channels), 0.94 (768 channels), and 0.91 (384 channels, 8 images; onnxruntime 1.31, one CPU thread).
-    if project_apart(followed, Demand(followed, sets_of(followed, unlike(followed)))):
-        wanted = Demand(followed, sets)
-    folding = _Fold(followed, sets, wanted)
-    folding.run()
-    passes.RemoveUnusedNodesPass()(followed.model)
-    if shapes:
-        folding.write_shapes()
-        check_result(followed.model, outputs)
-    return followed.model
 
-
-def check_result(model: ir.Model, outputs: Sequence[ir.Shape | None]) -> None:
-    """Have ONNX check a folded graph and its shapes; ``outputs``: shapes of the dense graph's.
-
-    Raises:
-        GraphError: ONNX does not accept it.
-    """
-    try:
-        passes.CheckerPass(full_check=True)(model)
-    except Exception as error:  # onnx's checker and shape inference raise different types
-        found = first_line(error.__cause__ or error)
-        hint = f"see what is wrong with the dense graph, with: {command('check', 'FILE')}"
-        raise GraphError(f"the graph is not valid ONNX once the plan is folded in: {found}", hint) from error
-    for value, before in zip(model.graph.outputs, outputs, strict=True):
-        changed = before is not None and (
-            value.shape is None
-            or len(before) != len(value.shape)
-            or any(isinstance(was, int) and was != now for was, now in zip(before, value.shape, strict=True))
-        )
-        if changed:
-            raise AssertionError(f"folding changed output {value.name!r} from {before} to {value.shape}")
-    for node in model.graph:
-        if all(value is None or value.shape is not None for value in node.inputs):
-            for value in node.outputs:
-                if value.shape is None and value.name.startswith("vpruner."):
-                    raise AssertionError(f"folding left value {value.name!r} without a shape")
-
-
-class _Fold:
     def __init__(self, followed: Followed, sets: Sets, wanted: Demand):
         self.followed, self.sets, self.wanted = followed, sets, wanted
         self.graph, self.layouts = followed.model.graph, followed.tokens.layouts
         self.known = followed.tokens.known
-        self.pieces: dict[ir.Value, list[tuple[ir.Value, Rows]]] = {}  # what is left of a value, piece by piece
+        self.pieces: dict[ir.Value, list[tuple[ir.Value, Rows]]] = {}
         self.picked: dict[tuple, ir.Value] = {}
-        self.shapes: dict[ir.Value, list[int]] = {}  # of values whose tokens are fewer, and of new ones
+        self.made: dict[ir.Value, Layout] = {}  # of values whose tokens are fewer, and of new ones
 
     def run(self) -> None:
         for node in list(self.graph):
@@ -126,9 +75,12 @@ class _Fold:
         """Of all values but the few that only help to make others, which are inferred."""
         values = [value for node in self.graph for value in node.outputs]
         for value in values:
-            given = value.shape if value.is_graph_output() else None
-            shape = self.shapes.get(value, self.known.shapes.get(value))
+            given, layout = value.shape if value.is_graph_output() else None, self.made.get(value)
+            shape = self.known.shapes.get(value) if layout is None else layout.shape
             dims = given if shape is None else [self.known.dim(size) for size in shape]
+            if layout is not None:  # numbers of tokens may be any
+                value.meta[HELD] = [ids.ravel() for ids in layout.ids]
+                dims = [own if size < 0 else size for own, size in zip(dims, self.known.dims(layout), strict=True)]
             if given is not None and dims is not given:  # an output keeps its names of sizes that are open
                 dims = [now if isinstance(now, int) else was for now, was in zip(dims, given, strict=True)]
             value.shape = None if dims is None else ir.Shape(dims)
@@ -136,9 +88,8 @@ class _Fold:
             passes.ShapeInferencePass()(self.followed.model)
 
     def put(self, value: ir.Value, layout: Layout, rows: Rows, dense: ir.Value | None = None) -> ir.Value:
-        """Remember which tokens a value of the new graph holds, for its shape, and if it stands there for ``dense``."""
-        left = sizes(layout, rows, self.known.is_open)
-        self.shapes[value] = [whole if size < 0 else size for size, whole in zip(left, layout.shape, strict=True)]
+        """Note which tokens a value of the new graph holds, and if it stands there for ``dense``."""
+        self.made[value] = left(layout, rows)
         if dense is not None:
             self.pieces[dense] = [(value, rows)]
         return value
@@ -154,23 +105,24 @@ class _Fold:
 
     def along(self, node: ir.Node, flow: Flow) -> None:
         targets = self.targets(node, flow)
-        lying = {position for position, _, _ in flow.covers}
         for position, (value, links) in enumerate(zip(node.inputs, flow.links, strict=True)):
             if links:
                 taken = self.take(node, value, [None if link == ENDED else targets[link] for link in links])
                 node.replace_input_with(position, taken)
-            if position in lying:
+            if position in flow.lies:
                 node.replace_input_with(position, self.cut(node, position, value, targets, flow))
-        if node in self.sets.gates:
-            self.add_gates(node, flow, targets)
         layout, rows = flow.outputs[0], targets[: flow.groups]
+        if node in self.sets.gates:
+            keys = flow.ids[flow.keys] if targets[flow.keys] is None else targets[flow.keys]
+            if self.sets.gates[node][keys].any():
+                weigh_keys(self.followed, node, left(layout, rows), keys, self.sets.gates[node], "gates")
         if layout is None or all(own is None for own in rows):
             return
         for value, own in zip(node.outputs, flow.outputs, strict=False):
             if own is not None:
                 self.put(value, own, rows, value)
         if flow.how == "reshape":
-            node.replace_input_with(1, self.shape(sizes(layout, targets, self.known.is_open)))
+            node.replace_input_with(1, self.shape(self.known.dims(left(layout, rows))))
         elif flow.how == "expand":
             shape = self.known.shapes[node.inputs[0]]
             shape = (1,) * (len(layout.axes) - len(shape)) + shape
@@ -179,20 +131,6 @@ class _Fold:
             if any(map(self.known.is_open, dims)):
                 raise GraphError(f"{called(node)} repeats tokens for each image, which cannot be folded")
             node.replace_input_with(1, self.shape(dims))
-
-    def add_gates(self, node: ir.Node, flow: Flow, targets: Rows) -> None:
-        """Add the logarithms of the plan's gates to the logits of a softmax or an ``Attention``."""
-        layout, every = flow.outputs[0], flow.ids
-        ids = [own.ravel() if kept is None else kept for own, kept in zip(every, targets, strict=True)]
-        bias = self.sets.gates[node][every[flow.keys] if targets[flow.keys] is None else ids[flow.keys]]
-        if not bias.any():
-            return
-        if node.op_type == "Attention":
-            (queries,) = layout.groups_of(-2)
-            mask_attention(node, np.tile(bias, (len(ids[queries]), 1)))
-        else:
-            axis = last_axis(layout, flow.keys)
-            combine("Add", node, 0, bias.reshape([-1 if at == axis else 1 for at in range(len(layout.axes))]), "gates")
 
     def pick(self, node: ir.Node, flow: Flow) -> None:
         value = node.inputs[0]
@@ -234,19 +172,19 @@ class _Fold:
                 rows = [(None if np.array_equal(kept, ids) else kept) if link == new else rest[link] for link in links]
                 values.append(self.take(node, value, rows))
             else:
-                value = self.cut(node, position, value, [*rest[:new], None, *rest[new:]], flow)
+                if position in flow.lies:
+                    value = self.cut(node, position, value, [*rest[:new], None, *rest[new:]], flow)
                 rows = np.flatnonzero(np.isin(ids, kept))
                 values.append(self.pick_axis(node, value, flow.axis, size, rows))
         kept = np.concatenate(order)
         rows = [*rest[:new], None if np.array_equal(kept, layout.ids[new]) else kept, *rest[new:]]
         if len(values) == 1:
             self.pieces[output] = [(values[0], rows)]
-        elif values != list(node.inputs):
-            name = f"vpruner.{output.name}.left"
-            joined = add_node(node, "Concat", values, name, {"axis": flow.axis}).outputs[0]
-            self.put(joined, layout, rows, output)
-        elif any(one is not None for one in rows):
-            self.put(output, layout, rows, output)
+            return
+        node.resize_inputs(len(values))
+        for position, value in enumerate(values):
+            node.replace_input_with(position, value)
+        self.put(output, layout, rows, output)
 
     def update(self, node: ir.Node) -> None:
         """An ``Add`` of the stream: some tokens are updated, the others put beside them as they are."""
@@ -349,32 +287,34 @@ class _Fold:
         positions = np.asarray([places[token] for token in target.tolist()], np.int64)
 
         def dims(layout: Layout, own: np.ndarray | None) -> list[int]:
-            return sizes(layout, [*have[:group], own, *have[group + 1 :]], self.known.is_open)
+            return self.known.dims(left(layout, [*have[:group], own, *have[group + 1 :]]))
 
         axis, split = last_axis(layout, group), layout.ids[group].ndim > 1
         if len(layout.axes[axis]) > 1:
             # Beside something else on its axis: the axis is taken apart, and put together again.
             apart = Layout(tuple((f,) for x in layout.axes for f in (x or (1,))), layout.ids)
-            value = self.reshaped(before, value, dims(apart, held))
+            value = self.sized(before, "Reshape", value, dims(apart, held))
             value = self.pick_axis(before, value, last_axis(apart, group), len(held), positions)
-            return self.reshaped(before, value, dims(layout, rows))
+            return self.sized(before, "Reshape", value, dims(layout, rows))
         if split and have[group] is None:
-            value = self.reshaped(before, value, dims(layout, held))
+            value = self.sized(before, "Reshape", value, dims(layout, held))
         value = self.pick_axis(before, value, axis, len(held), positions)
-        return self.reshaped(before, value, dims(layout, rows)) if split and rows is None else value
+        return self.sized(before, "Reshape", value, dims(layout, rows)) if split and rows is None else value
 
-    def named(self, value: ir.Value, what: str) -> tuple[str, np.ndarray | None]:
+    def named(self, value: ir.Value, what: str) -> tuple[str, ir.TensorProtocol | None]:
         """A name for what is made of a value, and the numbers of the value if they are known."""
         name = f"vpruner.{value.name}.{what}.{len(self.picked)}"
         self.picked[name,] = value
-        return name, self.known.constant(value)
+        return name, self.known.tensor(value)
 
     def pick_axis(self, before: ir.Node, value: ir.Value, axis: int, count: int, rows: np.ndarray) -> ir.Value:
         if len(rows) == count and is_range(rows):
             return value
-        first, (name, array) = int(rows[0]), self.named(value, "rows")
-        if array is not None:
-            return add_constant(self.graph, name, np.ascontiguousarray(np.take(array, rows, axis)))
+        first, (name, tensor) = int(rows[0]), self.named(value, "rows")
+        if tensor is not None:
+            shape = [*tensor.shape[:axis], len(rows), *tensor.shape[axis + 1 :]]
+            at = (slice(None),) * axis + (slice(first, first + len(rows)) if is_range(rows, first) else rows,)
+            return self.computed(name, tensor, shape, lambda array: array[at])
         if is_range(rows, first):
             ends = [add_constant(self.graph, f"vpruner.integer.{number}", np.asarray([number], np.int64))
                     for number in (first, first + len(rows), axis)]  # fmt: skip
@@ -382,18 +322,21 @@ class _Fold:
         indices = add_constant(self.graph, f"{name}.indices", rows)
         return add_node(before, "Gather", [value, indices], name, {"axis": axis}).outputs[0]
 
-    def reshaped(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
-        name, array = self.named(value, "shaped")
-        if array is not None:
-            return add_constant(self.graph, name, array.reshape(dims))
-        return add_node(before, "Reshape", [value, self.shape(dims)], name).outputs[0]
+    def sized(self, before: ir.Node, op_type: str, value: ir.Value, dims: list[int]) -> ir.Value:
+        """What ``Reshape`` or ``Expand`` makes of a value."""
+        name, tensor = self.named(value, op_type.lower())
+        if tensor is None:
+            return add_node(before, op_type, [value, self.shape(dims)], name).outputs[0]
+        if op_type == "Reshape":
+            return self.computed(name, tensor, dims, lambda array: array.reshape(dims))
+        dims = list(np.broadcast_shapes(tensor.shape.numpy(), dims))
+        return self.computed(name, tensor, dims, lambda array: np.broadcast_to(array, dims))
 
-    def expanded(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
-        name, array = self.named(value, "expanded")
-        if array is not None:
-            shape = np.broadcast_shapes(array.shape, dims)
-            return add_constant(self.graph, name, np.ascontiguousarray(np.broadcast_to(array, shape)))
-        return add_node(before, "Expand", [value, self.shape(dims)], name).outputs[0]
+    def computed(self, name: str, tensor: ir.TensorProtocol, shape: list[int], function: Callable) -> ir.Value:
+        """A constant that is made of another when it is written, so that no more than one is in memory."""
+        made = ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(function(tensor.numpy()))), tensor.dtype,
+                             ir.Shape(shape), name=f"{name}.{len(self.graph.initializers)}")  # fmt: skip
+        return add_tensor(self.graph, made)
 
     def shape(self, dims: list[int]) -> ir.Value:
         if dims.count(-1) > 1:
@@ -406,57 +349,28 @@ class _Fold:
         Args:
             dense: The input in the dense graph; what stands in its place has the ``targets`` of its own groups.
         """
-        value, links, own = before.inputs[position], flow.links[position], self.layouts.get(dense)
-        axes = [[Part(links[f.group], f.size) if isinstance(f, Part) else f for f in factors]
-                for factors in (own.axes if links else plain_axes(self.known.shapes[dense]))]  # fmt: skip
-        for at, axis, factors in flow.covers:
-            if at == position:
-                axes[axis] = list(factors)
-        output = flow.outputs[0]
-        lying = {f.group for at, _, factors in flow.covers if at == position for f in factors if isinstance(f, Part)}
-        if output is not None and (
-            missing := missing_axes(flow, position, [g for g in lying if targets[g] is not None])
-        ):
-            # Of a grid the input lies along rows or columns alone: it is repeated along the other ones.
-            ahead = len(output.axes) - len(axes)
-            first = min(ahead, *missing)
-            axes = [[] for _ in range(ahead - first)] + axes
-            for axis in missing:
-                axes[axis - first] = list(output.axes[axis])
-            value = self.expanded(before, value, [output.shape[axis] if axis in missing else 1
-                                                  for axis in range(first, len(output.axes))])  # fmt: skip
-        present = {f.group for factors in axes for f in factors if isinstance(f, Part)}
-        groups = sorted(group for group in present - {ENDED} if targets[group] is not None)
+        value, axes, own = before.inputs[position], flow.lies[position], set(flow.links[position])
+        groups = sorted(group for group in groups_in(axes) - {ENDED} if targets[group] is not None)
+        if own.issuperset(groups):
+            return value
+        shape, sizes = self.known.shapes[dense], [math.prod(map(size_of, axis)) for axis in axes]
+        shape = (1,) * (len(sizes) - len(shape)) + shape
+        if sizes != list(shape):
+            # Of a grid the input lies along rows or columns alone.
+            dims = [size if was == 1 else 1 for was, size in zip(shape, sizes, strict=True)]
+            value = self.sized(before, "Expand", value, dims)
         axes = [[Part(groups.index(f.group), f.size) if isinstance(f, Part) and f.group in groups else size_of(f)
                  for f in factors] for factors in axes]  # fmt: skip
         try:
-            layout = tidy(axes, [own.ids[links.index(g)] if g in links else flow.ids[g] for g in groups])
+            layout = tidy(axes, [flow.ids[group] for group in groups])
         except ValueError:
             raise GraphError(f"{value.name!r} lies along a part of the token axis, which cannot be folded") from None
-        held = [None if group in lying else targets[group] for group in groups]
+        held = [targets[group] if group in own else None for group in groups]
         return self.pick_from(before, value, held, layout, [targets[group] for group in groups])
 
 
 def explicit(layout: Layout, rows: Rows) -> list[np.ndarray]:
     return [ids.ravel() if own is None else own for ids, own in zip(layout.ids, rows, strict=True)]
-
-
-def sizes(layout: Layout, rows, is_open) -> list[int]:
-    """Sizes of a value of which the tokens ``rows`` are left; -1 for what depends on the batch."""
-    left = [ids.ndim for ids in layout.ids]
-    result = []
-    for axis in layout.axes:
-        size = 1
-        for factor in axis:
-            if isinstance(factor, Part):
-                left[factor.group] -= 1
-                kept = rows[factor.group]
-                size *= factor.size if kept is None else 1 if left[factor.group] else len(kept)
-            else:
-                size *= factor
-        # Numbers of tokens are no sizes of the dense graph, and may be anything.
-        result.append(-1 if any(is_open(f) for f in axis if not isinstance(f, Part)) else size)
-    return result
 
 
 def last_axis(layout: Layout, group: int) -> int:

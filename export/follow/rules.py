@@ -23,11 +23,14 @@ from .layout import (
     Part,
     arrange,
     dimension_of,
+    groups_in,
     permute,
     plain,
     plain_axes,
     regroup,
+    renamed,
     select,
+    size_of,
     tidy,
     unify,
 )  # fmt: skip
@@ -44,23 +47,21 @@ class Flow:
         links: One for each input: the node's group that each of its groups is, or :data:`~.layout.ENDED`: the node
             needs all of it, in its own order. Empty for inputs without tokens.
         ends: Ids of the groups that end in the node.
-        covers: (input, axis, factors): an axis without tokens of an input that lies along tokens; parts name groups of
-            the node.
+        lies: Input of which axes without tokens lie along them -> its axes, with parts that name groups of the node.
+            Along an axis on which it has the size 1, and more here, it is repeated once tokens are left out.
         normalises: The group over which the node normalises (Softmax), so that leaving out a token changes the others.
         how: ``"along"``: the node can be run on fewer tokens as it is; ``"reshape"`` and ``"expand"``: with another
             shape; ``"pick"``: it selects tokens; ``"join"``: it puts tokens side by side; ``"start"``: they begin here.
         axis: Of the output, where tokens are picked or joined.
-        rank: How many axes each input has, where the node repeats its inputs along the axes that they lack.
     """
 
     outputs: tuple[Layout | None, ...]
     links: tuple[tuple[int, ...], ...]
     ends: tuple[np.ndarray, ...] = ()
-    covers: tuple[tuple[int, int, Axis], ...] = ()
+    lies: dict[int, list[Axis]] = field(default_factory=dict)
     normalises: int | None = None
     how: str = "along"
     axis: int = 0
-    rank: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: dict) -> Flow:
         return self
@@ -201,19 +202,19 @@ def contract(node: ir.Node, tokens: Tokens, letters: Sequence[Sequence | None], 
     groups = 0 if output is None else len(output.ids)
     links = [[groups + summed[i, group] if summed.get((i, group), ENDED) != ENDED else link
               for group, link in enumerate(own)] for i, own in enumerate(found)]  # fmt: skip
-    covers = []
+    lies: dict[int, list[Axis]] = {}
     for i, (names, layout) in enumerate(zip(named, layouts, strict=True)):
         sizes = tokens.shape(node.inputs[i]) if names else ()
+        axes = list(plain_axes(sizes) if layout is None else renamed(layout.axes, links[i]))
         for axis, (name, size) in enumerate(zip(names, sizes, strict=True)):
-            if size == 1 or (layout is not None and layout.groups_of(axis)):
-                continue
+            along: Axis = ()
             if layout is None and name in ends:
-                covers.append((i, axis, (Part(groups + list(ends).index(name), size),)))
+                along = (Part(groups + list(ends).index(name), size),)
             elif output is not None and name in result and output.groups_of(list(result).index(name)):
-                target = list(result).index(name)
-                if size == output.shape[target]:
-                    covers.append((i, axis, output.axes[target]))
-    return Flow((output,) * len(node.outputs), tuple(map(tuple, links)), tuple(ends.values()), tuple(covers))
+                along = output.axes[list(result).index(name)]
+            if size > 1 and math.prod(map(size_of, along)) == size and (layout is None or not layout.groups_of(axis)):
+                lies.setdefault(i, axes)[axis] = along
+    return Flow((output,) * len(node.outputs), tuple(map(tuple, links)), tuple(ends.values()), lies)
 
 
 @rule(
@@ -227,7 +228,17 @@ def elementwise(node: ir.Node, tokens: Tokens) -> Flow:
     rank = len(tokens.shape(node.outputs[0]))
     letters = [None if v is None else range(rank - len(tokens.shape(v)), rank) for v in node.inputs]
     flow = contract(node, tokens, letters, range(rank))
-    return replace(flow, rank=tuple(0 if own is None else len(own) for own in letters)) if flow.covers else flow
+    for axes in flow.lies.values():
+        # Of a grid an input may lie along rows or columns alone.
+        groups, ahead = groups_in(axes), rank - len(axes)
+        missing = [axis for axis, factors in enumerate(flow.outputs[0].axes)
+                   if (axis < ahead or not axes[axis - ahead]) and groups_in([factors]) & groups]  # fmt: skip
+        if missing and all(len(flow.outputs[0].axes[axis]) == 1 for axis in missing):
+            first = min(ahead, *missing)
+            axes[:0] = [()] * (ahead - first)
+            for axis in missing:
+                axes[axis - first] = flow.outputs[0].axes[axis]
+    return flow
 
 
 @rule("MatMul")
@@ -315,13 +326,11 @@ def end_along(node: ir.Node, layout: Layout, along: Sequence[int], keep: bool) -
         raise Lost("windows: tokens are reduced along a part of the token axis")
     kept = [group for group in range(len(layout.ids)) if group not in ended]
     order = [*kept, *ended]
-    axes = [
-        () if axis in along else [Part(order.index(f.group), f.size) if isinstance(f, Part) else f for f in factors]
-        for axis, factors in enumerate(layout.axes)
-        if keep or axis not in along
-    ]
+    links = tuple(map(order.index, _same(layout)))
+    axes = [() if axis in along else factors for axis, factors in enumerate(renamed(layout.axes, links))
+            if keep or axis not in along]  # fmt: skip
     result = tidy(axes, [layout.ids[group] for group in kept]) if kept else None
-    links = (tuple(map(order.index, _same(layout))), *((),) * (len(node.inputs) - 1))
+    links = (links, *((),) * (len(node.inputs) - 1))
     return Flow((result,), links, tuple(layout.ids[group].ravel() for group in ended))
 
 
@@ -376,24 +385,23 @@ def expand(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Tile")
 def tile(node: ir.Node, tokens: Tokens) -> Flow:
-    layout = sole_layout(node, tokens)
-    times = tokens.numbers(node, 1)
-    if any(count != 1 and layout.groups_of(axis) for axis, count in enumerate(times)):
-        raise Lost("tokens are repeated")
-    axes = [axis if count == 1 else plain(size * count)
-            for axis, count, size in zip(layout.axes, times, layout.shape, strict=True)]  # fmt: skip
-    return as_flow(node, layout, layout.with_axes(axes))
+    return _longer(node, tokens, {axis for axis, count in enumerate(tokens.numbers(node, 1)) if count != 1}, "repeated")
 
 
 @rule("Pad")
 def pad(node: ir.Node, tokens: Tokens) -> Flow:
+    rank, amounts = len(tokens.shape(node.outputs[0])), attribute(node, "pads") or tokens.numbers(node, 1)
+    axes = tokens.numbers(node, 3, list(range(rank)))
+    padded = {axes[at % len(axes)] % rank for at, amount in enumerate(amounts) if amount}
+    return _longer(node, tokens, padded, "padded")
+
+
+def _longer(node: ir.Node, tokens: Tokens, axes: set[int], how: str) -> Flow:
+    """Other sizes of axes that hold no tokens."""
     layout, sizes = sole_layout(node, tokens), tokens.shape(node.outputs[0])
-    amounts = attribute(node, "pads") or tokens.numbers(node, 1)
-    axes = tokens.numbers(node, 3, list(range(len(sizes))))
-    padded = {axes[at % len(axes)] % len(sizes) for at, amount in enumerate(amounts) if amount}
-    if any(layout.groups_of(axis) for axis in padded):
-        raise Lost("tokens are padded")
-    return as_flow(node, layout, layout.with_axes([plain(sizes[axis]) if axis in padded else factors
+    if any(layout.groups_of(axis) for axis in axes):
+        raise Lost(f"tokens are {how}")
+    return as_flow(node, layout, layout.with_axes([plain(sizes[axis]) if axis in axes else factors
                                                    for axis, factors in enumerate(layout.axes)]))  # fmt: skip
 
 
@@ -464,9 +472,7 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
         return contract(node, tokens, names, range(len(shape)))
     rows = [layout for layout in layouts if layout and any(layout.ids[g].ndim > 1 for g in layout.groups_of(axis))]
     if rows:
-        if any(len(layout.axes[axis]) > 1 for layout in rows):
-            raise Lost("rows of the grid are put beside something else")
-        return _rolled(node, layouts, axis) if rows == layouts else _beside_rows(node, tokens, layouts, rows, axis)
+        return _beside_rows(node, tokens, layouts, rows, axis)
     joined, own = [], []
     for value, layout in zip(node.inputs, layouts, strict=True):
         if layout is not None and [isinstance(factor, Part) for factor in layout.axes[axis]] != [True]:
@@ -476,37 +482,23 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
     flow, ids = contract(node, tokens, names, range(len(shape))), np.concatenate(joined)
     if len(np.unique(ids)) < len(ids):
         raise Lost("a token is put beside itself")
-    if any(layouts[i] for i, _, _ in flow.covers):
+    if any(layouts[i] for i in flow.lies):
         raise Lost("its inputs have tokens on other axes")
     rest, new = flow.outputs[0] or Layout(plain_axes(shape), ()), flow.groups
     result = tidy([*rest.axes[:axis], [Part(new, len(ids))], *rest.axes[axis + 1 :]], [*rest.ids, ids])
     links = tuple(tuple(new if group == mine else link for group, link in enumerate(row))
                   for row, mine in zip(flow.links, own, strict=True))  # fmt: skip
-    return Flow((result,), links, covers=flow.covers, how="join", axis=axis)
-
-
-def _rolled(node: ir.Node, layouts: list[Layout], axis: int) -> Flow:
-    """Rows or columns of one grid in another order."""
-    group, dimension = layouts[0].axes[axis][0].group, dimension_of(layouts[0], axis)
-    ids = list(layouts[0].ids)
-    try:
-        ids[group] = np.concatenate([layout.ids[group] for layout in layouts], dimension)
-    except (ValueError, IndexError):
-        raise Lost("rows of the grid are put beside something else") from None
-    axes = [list(layout.axes) for layout in layouts]
-    for one in axes:
-        one[axis] = ()
-    if any(one != axes[0] for one in axes) or any(len(layout.ids) > 1 for layout in layouts):
-        raise Lost("rows of the grid are put beside something else")
-    axes[0][axis] = (Part(group, ids[group].shape[dimension]),)
-    return Flow((Layout(tuple(axes[0]), tuple(ids)),), ((ENDED,),) * len(layouts), how="roll", axis=axis)
+    return Flow((result,), links, lies=flow.lies, how="join", axis=axis)
 
 
 def _beside_rows(node: ir.Node, tokens: Tokens, layouts: list[Layout | None], rows: list[Layout], axis: int) -> Flow:
     """Something of its own put beside each row of a grid, as a copy of the class token in each window."""
-    (grid, *more), dimension, parts = rows, dimension_of(rows[0], axis), []
-    if more or len(grid.ids) > 1:
+    (grid, *more), parts = rows, []
+    if more:
+        raise Lost("windows: rows or columns of the grid are put in another order")
+    if len(grid.axes[axis]) > 1 or len(grid.ids) > 1:
         raise Lost("rows of the grid are put beside something else")
+    dimension = dimension_of(grid, axis)
     for value, layout in zip(node.inputs, layouts, strict=True):
         sizes = list(grid.ids[0].shape)
         sizes[dimension] = tokens.shape(value)[axis]
@@ -514,7 +506,7 @@ def _beside_rows(node: ir.Node, tokens: Tokens, layouts: list[Layout | None], ro
     ids = np.concatenate(parts, dimension)
     axes = (*grid.axes[:axis], (Part(0, ids.shape[dimension]),), *grid.axes[axis + 1 :])
     links = tuple((ENDED,) * (len(layout.ids) if layout else 0) for layout in layouts)
-    return Flow((Layout(axes, (ids,)),), links, how="roll", axis=axis)
+    return Flow((Layout(axes, (ids,)),), links)
 
 
 # -- where tokens begin -----------------------------------------------------------------------------------------------

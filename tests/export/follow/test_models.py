@@ -13,7 +13,7 @@ from more_vits import MORE
 from vpruner.core.errors import GraphError, PlanError
 from vpruner.export.files import load_model
 from vpruner.export.follow import counts, fold, follow, mask
-from vpruner.export.follow.restrict import check_result
+from vpruner.export.follow.fold import check_result
 from vpruner.export.graph_gates import GraphGates
 from vpruner.export.torch_graph import GraphModule
 

@@ -76,7 +76,6 @@ FOLLOWED = {
     "s = Constant<value_ints=[3, 1]>() y, b = Split<axis=2>(x, s)": [ALL],
     "y = Concat<axis=1>(classes, x)": [[6, 7, *ALL]],
     "y = Concat<axis=-1>(x, x)": [ALL],
-    "a = Slice(grid, zero, one, two) b = Slice(grid, one, two, two) y = Concat<axis=2>(b, a)": [[[3, 4, 5], [0, 1, 2]]],
     "s = Constant<value_ints=[1, 1, 2, 4]>() c = Expand(w, s) e = Transpose<perm=[0, 3, 2, 1]>(c) "
     "g = Gelu(grid) y = Concat<axis=3>(e, g)": [[[6, 0, 1, 2], [7, 3, 4, 5]]],
     "y = Cast<to=1>(x)": [ALL],
@@ -95,6 +94,7 @@ LOST = {
     "i = Constant<value_ints=[1, 0, 2, 3, 4, 5]>() r = Gather<axis=1>(x, i) y = Add(r, x)": "other tokens",
     "i = Constant<value_ints=[1, 1]>() y = Gather<axis=1>(x, i)": "picked twice",
     "y = Concat<axis=1>(x, x)": "beside itself",
+    "a = Slice(grid, zero, one, two) b = Slice(grid, one, two, two) y = Concat<axis=2>(b, a)": "windows",
     "s = Constant<value_ints=[1, 2, 1]>() y = Tile(x, s)": "repeated",
     "y = Attention<q_num_heads=2, kv_num_heads=2, is_causal=1>(x, x, x)": "causal",
     'l = MatMul(x, wide) y = Einsum<equation="...tt->...t">(l)': "named once",
