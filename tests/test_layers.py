@@ -17,7 +17,7 @@ MOST_LINES, MOST_IN_FUNCTION = 600, 90
 #: An option as one types it, or a command.
 TYPED = re.compile(
     r"(?<![\w-])(--[a-z][a-z-]+|-o\b)|\bvpruner (run|prune|fold|export|inspect|check|analyze|show|report|profile|table"
-    r"|evaluate|compare|build|convert|diagnose|predict|vlm)\b"
+    r"|evaluate|compare|build|bundle|convert|diagnose|predict|vlm)\b"
 )
 #: Options of other programs, and variables of style sheets.
 NOT_OURS = re.compile(r"\b(?:trtexec|jetson_clocks|polygraphy|pip)\b[^;:()]*|var\(--[\w-]+|--[\w-]+(?=:)")
