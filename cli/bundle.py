@@ -49,7 +49,6 @@ def bundle(model, against, output, as_json, quiet, **options) -> None:
     \b
     Example:
       vpruner bundle pruned.onnx --against dense.onnx --precision fp16 -o bundle/
-      vpruner profile bundle/ --results results.jsonl
     """
     from ..pipeline.bundle import BundleSpec, write_bundle
 

@@ -105,6 +105,7 @@ class SavedState:
         if not launched().first or self._lock is None:
             return
         self._lock.release()
+        (self.folder / LOCK).unlink(missing_ok=True)
         if error is None:
             shutil.rmtree(self.folder)
         elif self.files() and not isinstance(error, StateError):
