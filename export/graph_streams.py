@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -126,7 +126,7 @@ class GraphStreams(Chunks):
         self.names = {name: names[id(parameter)] for name, parameter in self.model.weights().items()}
 
     def __enter__(self) -> GraphStreams:
-        self.importance = token_importance(self._adapter, self.steps, self.few(self.batch))
+        self.importance = self.on_few(partial(token_importance, self._adapter, self.steps), self.batch)
         first = dict.fromkeys((self.followed.stream, *(value for step in self.steps for value in step.sides)))
         try:
             for chunk in self.chunks:

@@ -6,8 +6,9 @@ everywhere: a lower :func:`divergence` from the dense model, which needs no labe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from .backbones.adapter import Adapter
 from .data import ImageSet
 from .fisher import batch_size_for
 from .methods.rule import TokenRule
+
+T = TypeVar("T")
 
 #: Share of the calibration images that no stage fits to, and the most of them: 512 tell apart plans whose divergence
 #: differs by a few per cent, because both are judged on the same images.
@@ -43,6 +46,7 @@ class Calibration:
     preprocessing: Preprocessing
     held_out_count: int = 0
     _dense: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(
@@ -124,6 +128,16 @@ class Calibration:
             check_finite(outputs.numpy(), adapter.name)
             self._dense.update(zip(missing.tolist(), outputs, strict=True))
         return torch.stack([self._dense[index] for index in indices.tolist()])
+
+    def once(self, what: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` finds out about the dense model on these images, the first time; then the same again.
+
+        Args:
+            what: Its name, and all that it depends on but model and pixels.
+        """
+        if what not in self._kept:
+            self._kept[what] = make()
+        return self._kept[what]
 
     def outputs(
         self,

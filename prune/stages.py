@@ -154,13 +154,10 @@ def judge_and_keep(stage: LearningStage, state: State) -> State:
 def _judged_against_dense(task: Task, plan: TokenPlan) -> Judgement | None:
     """The plan against the dense model, whose outputs all stages compare with; None without held-out images."""
     adapter, calibration = task.loaded.adapter, task.calibration
-    compared = calibration.held_out
-    if not len(compared):
+    if not len(calibration.held_out):
         return None
-    if task.spec.rearrange != "none":
-        compared = np.concatenate([World(adapter, calibration).images, compared])
-    with progress.stage("Running the dense model for comparison", len(compared)) as advance:
-        calibration.dense_outputs(adapter, compared, advance)
+    with progress.stage("Running the dense model for comparison", len(calibration.held_out)) as advance:
+        calibration.dense_outputs(adapter, calibration.held_out, advance)
     after = calibration.divergence(adapter, plan, calibration.held_out)
     return Judgement.of(np.zeros_like(after), after)
 

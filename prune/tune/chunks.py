@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from ..fisher import batch_size_for
 from .importance import IMPORTANCE_IMAGES
 from .ridge import FOLDS, WIDE, WIDE_FOLDS
 from .store import ActivationStore
+
+T = TypeVar("T")
 
 #: Below this many images, their mirror images are fitted to as well.
 FLIP_BELOW = 4096
@@ -87,6 +89,12 @@ class Chunks:
         chosen = self._indices[chunk * self._size : (chunk + 1) * self._size]
         images = self._calibration.images(chosen).to(self.device, self.dtype)
         return torch.cat([images, images.flip(-1)]) if self.flip else images
+
+    def on_few(self, measure: Callable[[Iterator[Tensor]], T], multiple: int = 1) -> T:
+        """What ``measure`` finds on :meth:`few`; of fits that begin with the same images, the first measures it."""
+        few = self._indices[:IMPORTANCE_IMAGES]
+        what = ("importance", self.model, self.dtype, few.tobytes())
+        return self._calibration.once(what, lambda: measure(self.few(multiple)))
 
     def few(self, multiple: int = 1) -> Iterator[Tensor]:
         """Batches of the images by which the importance of tokens is measured.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 #: Ridges to choose from, relative to the mean square of an input: half decades.
 RIDGES = tuple(10 ** (power / 2) for power in range(-8, 5))
@@ -16,6 +15,8 @@ RIDGES = tuple(10 ** (power / 2) for power in range(-8, 5))
 FIRST_RIDGE = 0.1
 #: Cross-validation folds; from so many inputs on two, because each fold keeps inputs^2 float64 (134 MB at 4,096).
 FOLDS, WIDE, WIDE_FOLDS = 4, 2048, 2
+#: A Gram matrix is symmetric: of blocks of so many inputs, those left of the diagonal are not computed.
+BLOCK = 512
 #: Channels that LayerScale multiplies by less than this, relative to the largest, are left alone: their weights would
 #: have to be as many times larger.
 LEAST_SCALE = 1e-3
@@ -49,7 +50,7 @@ class NormalEquations:
         bias: Whether to fit a constant too, which the ridge does not draw toward zero.
 
     Attributes:
-        grams: float64 [fold, input, input].
+        grams: float64 [fold, input, input]; before :meth:`solve`, right of the diagonal and in blocks along it.
         crosses: float64 [fold, input, output].
         squares: float64 [fold], of the targets.
     """
@@ -74,23 +75,36 @@ class NormalEquations:
         if inputs.dtype not in (torch.float32, torch.float64):
             inputs, targets = inputs.float(), targets.float()
         targets = targets.to(inputs)
-        if self.bias:
-            inputs = F.pad(inputs, (0, 1), value=1.0)
-        if row_weights is not None:
-            root = row_weights.to(inputs).sqrt()[..., None]
-            inputs, targets = inputs * root, targets * root
+        counts = inputs.new_ones(inputs.shape[:-1]) if row_weights is None else row_weights.to(inputs)
+        counts = counts.expand(inputs.shape[:-1]).flatten()
         inputs, targets = inputs.flatten(0, -2), targets.flatten(0, -2)
-        for sums, product in (
-            (self.grams, inputs.T @ inputs),
-            (self.crosses, inputs.T @ targets),
-            (self.squares, targets.square().sum()),
-        ):
-            sums[fold] += product.to(sums.device).to(sums.dtype)
+        weighted = inputs if row_weights is None else inputs * counts[:, None]
+        gram, cross = self.grams[fold], self.crosses[fold]
+
+        def add(sums: Tensor, product: Tensor) -> None:
+            sums += product.to(sums.device)
+
+        size = inputs.shape[1]
+        for start in range(0, size, BLOCK):
+            some = slice(start, min(start + BLOCK, size))
+            add(gram[some, start:size], weighted[:, some].T @ inputs[:, start:])
+        add(cross[:size], weighted.T @ targets)
+        add(self.squares[fold], counts @ targets.square().sum(1))
+        if self.bias:
+            add(gram[:size, size], counts @ inputs)
+            add(gram[size, size], counts.sum())
+            add(cross[size], counts @ targets)
+
+    def _complete(self) -> None:
+        """Fill in what :meth:`add` leaves out below the diagonal."""
+        for gram in self.grams:
+            gram.copy_(gram.triu() + gram.triu(1).T)
 
     def solve(self, start: float = FIRST_RIDGE) -> RidgeSolution:
         """Walk downhill through :data:`RIDGES` from ``start``: the error over the ridge has one valley."""
         if len(self.grams) < 2:
             return RidgeSolution()
+        self._complete()
         gram, cross, total = self.grams.sum(0), self.crosses.sum(0), float(self.squares.sum())
         errors: dict[int, float] = {}
 

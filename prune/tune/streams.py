@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ class Streams(Chunks):
         self._steps = {id(plan): schedule(plan) for plan in self.plans if not isinstance(plan, TokenRule)}
 
     def __enter__(self) -> Streams:
-        importance = token_importance(self._adapter, self.few())
+        importance = self.on_few(partial(token_importance, self._adapter))
         # Apple's GPUs have no float64.
         self._importance = {name: value.float().to(self.device) for name, value in importance.items()}
         try:

@@ -138,9 +138,13 @@ class _Refit:
         )
         for chunk in streams.chunks:
             dense, pruned = streams.read(chunk, index)
-            target = F.linear(dense, qkv.weight, qkv.bias) - self._output(index, "attn.qkv", qkv, pruned)
+            if self.changed(f"blocks.{index}.attn.qkv"):
+                target = F.linear(dense, qkv.weight[inner:], None if qkv.bias is None else qkv.bias[inner:])
+                target -= self._output(index, "attn.qkv", qkv, pruned, inner)
+            else:
+                target = F.linear(dense - pruned, qkv.weight[inner:])
             rows = streams.row_weights("keys", index, streams.rows(chunk).key_positions)
-            equations.add(streams.fold(chunk), pruned, target[..., inner:], rows)
+            equations.add(streams.fold(chunk), pruned, target, rows)
         self._solve(index, "attn.qkv", qkv, nn.Identity(), equations)
 
     def attention(self, index: int, block: nn.Module) -> None:
@@ -217,23 +221,25 @@ class _Refit:
         """Of one layer: name within it -> tensor."""
         return {leaf: self.weights[f"{name}.{leaf}"] for leaf in ("weight", "bias") if f"{name}.{leaf}" in self.weights}
 
-    def _output(self, index: int, name: str, linear: nn.Linear, inputs: Tensor) -> Tensor:
-        """Of the layer as it is by now."""
+    def _output(self, index: int, name: str, linear: nn.Linear, inputs: Tensor, first: int = 0) -> Tensor:
+        """Of the layer as it is by now, from its output ``first`` on."""
         full_name = f"blocks.{index}.{name}"
-        weight, bias = self.weights.get(f"{full_name}.weight"), self.weights.get(f"{full_name}.bias")
-        return F.linear(
-            inputs,
-            linear.weight if weight is None else weight.to(linear.weight),
-            linear.bias if bias is None else bias.to(linear.weight),
-        )
+        weight = self.weights.get(f"{full_name}.weight", linear.weight).to(linear.weight)
+        bias = self.weights.get(f"{full_name}.bias", linear.bias)
+        return F.linear(inputs, weight[first:], None if bias is None else bias.to(weight)[first:])
 
 
 def _input_of(linear: nn.Linear, module: nn.Module, x: Tensor) -> Tensor:
     """What ``linear`` gets inside ``module(x)``: so any MLP that ends in ``fc2`` will do, gated ones too."""
     caught = []
-    handle = linear.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+
+    def catch(x: Tensor) -> Tensor:
+        caught.append(x)
+        return x.new_zeros(()).expand(*x.shape[:-1], linear.out_features)  # Nobody reads it.
+
+    linear.forward = catch
     try:
         module(x)
     finally:
-        handle.remove()
+        del linear.forward
     return caught[0]
