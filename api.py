@@ -7,14 +7,11 @@ Python's logging under ``vpruner``. A mistake of the caller raises :class:`~vpru
 from __future__ import annotations
 
 import os
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .core import progress as _progress
 from .core.choices import COMPARE_IMAGES, COMPARE_TARGETS, IMAGES, OPSET, TARGET
 from .core.content_plan import ContentPlan
 from .core.errors import UserError
@@ -22,12 +19,11 @@ from .core.extras import RUN_PACKAGES, require_all
 from .core.files import is_onnx
 from .core.plan import TokenPlan
 from .core.progress import Sink
-from .core.scratch import temporary_folder
 from .core.specs import ExportSpec, LearnSpec, ModelSpec, PrecisionSpec, TimingSpec
 from .core.text import option
 from .pipeline.calls import Path_, job, mapping_of, names_of, numbers_of, path_of, spec_of
 from .pipeline.images import data_of, evaluation_of, images_for
-from .pipeline.models import fields_of, loaded_module, model_spec, name_of, write_proto
+from .pipeline.models import fields_of, model_spec, name_of
 from .pipeline.pruned import Pruned, checked_output, form_of, plan_of
 from .report.measurements import Finished, Measurements
 
@@ -39,8 +35,6 @@ if TYPE_CHECKING:
     from .pipeline.export import Exported, MethodSpec
     from .prune.loaded import LoadedModel
     from .runtime.sidecar import EngineRecord
-
-_MODELS = "expected a timm name, a model card, a folder, an ONNX file, a torch module or an ONNX ModelProto"
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -225,6 +219,7 @@ def open_model(
     model_args: Mapping[str, Any] | None = None,
     resample: bool = False,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    device: str | None = None,
     name: str | None = None,
     classes: Sequence[str] | None = None,
     loss: str = "auto",
@@ -242,44 +237,24 @@ def open_model(
         model_args: Arguments of the model's architecture.
         resample: Load weights of another patch size, with a resampled patch kernel, in place of refusing them.
         preprocessing: Of an ONNX file or a module: how an image becomes the input, where that is not stated.
+        device: Where PyTorch computes: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``. None: on a GPU that works,
+            else on the CPU; a module stays where it is.
         name, classes: Of a module: what to call it, and its outputs.
         loss: Of an ONNX file: ``"features"`` if it returns an embedding, ``"self"`` or ``"labels"`` if logits.
 
     Raises:
-        UserError: It cannot be opened or pruned; the message says which part and why.
+        UserError: It cannot be opened or pruned, or there is no such device; the message says which part and why.
     """
     if isinstance(model, Model):
-        if weights is not None or pretrained or model_args or preprocessing:
+        if weights is not None or pretrained or model_args or preprocessing or device is not None:
             raise UserError(f"{model.name} is open already", "give these options where it is opened")
         return model
     with job(progress, model, weights):
-        torch_, onnx = sys.modules.get("torch"), sys.modules.get("onnx")
-        if torch_ is not None and isinstance(model, torch_.nn.Module):
-            loaded = loaded_module(model, weights, pretrained, model_args, preprocessing, name, classes)
-            return Model(loaded, ModelSpec(loaded))
-        if name is not None or classes is not None:
-            raise UserError(f"{option('name')} and {option('classes')} go with a torch module", "leave them out")
-        scratch = None
-        if onnx is not None and isinstance(model, onnx.ModelProto):
-            scratch = temporary_folder()
-            stem = re.sub(r"\W+", "_", model.graph.name) or "model"
-            model = write_proto(onnx, model, Path(scratch.name) / f"{stem}.onnx")
-        if model is not None and not isinstance(model, (str, os.PathLike)):
-            from .prune.loaded import LoadedModel
+        from .pipeline.models import open_any
 
-            if not isinstance(model, LoadedModel):
-                raise UserError(f"the model is of type {type(model).__name__}", _MODELS)
-        elif model is not None:
-            model = str(path_of(model, "model"))
-        require_all(("torch", "timm", *(("onnx", "onnx_ir", "onnxruntime") if is_onnx(model) else ())))
-        from .pipeline.inputs import open_prunable
-
-        stated = (
-            preprocessing if preprocessing is None or isinstance(preprocessing, Mapping) else fields_of(preprocessing)
-        )
-        spec = model_spec(model, weights, pretrained, model_args, resample, stated)
-        with _progress.stage("Opening the model"):
-            return Model(open_prunable(spec, loss=loss, softmax=True), spec, loss, scratch)
+        stated = (weights, pretrained, model_args, resample, preprocessing, device)
+        loaded, spec, scratch = open_any(model, *stated, name=name, classes=classes, loss=loss)
+        return Model(loaded, spec, loss, scratch)
 
 
 # -- jobs -------------------------------------------------------------------------------------------------------------
@@ -293,6 +268,7 @@ def evaluate(
     plan: Path_ | TokenPlan | ContentPlan | None = None,
     weights: Path_ | None = None,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    device: str | None = None,
     progress: Sink | None = None,
 ) -> Measurements:
     """Accuracy with confidence intervals.
@@ -305,6 +281,7 @@ def evaluate(
         plan: Of a model: compare it with itself pruned by this plan.
         weights: A file with weights of a model.
         preprocessing: Of an ONNX file that does not state it: how an image becomes its input.
+        device: Of a model: as for :func:`open_model`.
 
     Raises:
         UserError: Options do not go together, or there is nothing to measure.
@@ -322,18 +299,19 @@ def evaluate(
             require_all(("onnxruntime",))
             dense, said = _baseline(against)
             stated = mapping_of(fields_of(preprocessing or said), "preprocessing")
-            rows = measure(ModelSpec(model, preprocessing=stated), data, against=dense)
+            rows = measure(ModelSpec(model, preprocessing=stated, device=device or "auto"), data, against=dense)
             return Measurements(rows, [evaluation_table(rows)])
         if against is not None:
             raise UserError(f"{option('against')} goes with an ONNX file", f"for a model give {option('plan')}")
         if isinstance(model, Pruned):
-            if plan is not None or weights is not None:
+            if plan is not None or weights is not None or device is not None:
+                named = f"{option('plan')}, {option('weights')} and {option('device')}"
                 raise UserError(
-                    "a Pruned has its plan and its weights", f"leave out {option('plan')} and {option('weights')}"
+                    "a Pruned has its plan and its weights, and is where it was learned", f"leave out {named}"
                 )
             loaded, pruned = model.loaded, model
         else:
-            opened = open_model(model, weights=weights, preprocessing=preprocessing)
+            opened = open_model(model, weights=weights, preprocessing=preprocessing, device=device)
             loaded, pruned = opened.loaded, None if plan is None else opened.with_plan(plan)
         rows = measure(ModelSpec(loaded), data, **({} if pruned is None else pruned.reduction))
         return Measurements(rows, [evaluation_table(rows)])
@@ -456,17 +434,16 @@ def build_engine(onnx: Any, output: Path_, *, progress: Sink | None = None, **op
         return build(source, target, BuildOptions(**options))
 
 
-def _model_spec(
-    model: Any, weights: Any, pretrained: bool, model_args: Any, resample: bool, preprocessing: Any
-) -> ModelSpec:
-    """What :func:`run` and :func:`compare` open themselves, or a model that is open already."""
+def _model_spec(model: Any, preprocessing: Any, **given: Any) -> ModelSpec:
+    """What :func:`run` and :func:`compare` open themselves, or a model that is open already.
+
+    Args:
+        given: Of :func:`open_model`.
+    """
     if model is None or isinstance(model, (str, os.PathLike)):
         what = None if model is None else os.fspath(model)
-        return model_spec(what, weights, pretrained, model_args, resample, fields_of(preprocessing))
-    given = dict(
-        weights=weights, pretrained=pretrained, model_args=model_args, resample=resample, preprocessing=preprocessing
-    )
-    return ModelSpec(open_model(model, **given).loaded)
+        return model_spec(what, preprocessing=fields_of(preprocessing), **given)
+    return ModelSpec(open_model(model, preprocessing=preprocessing, **given).loaded)
 
 
 def run(
@@ -481,6 +458,7 @@ def run(
     model_args: Mapping[str, Any] | None = None,
     resample: bool = False,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    device: str | None = None,
     images: int | None = None,
     eval_images: int | None = None,
     seed: int = 0,
@@ -500,7 +478,7 @@ def run(
             ``data`` is put aside.
         output: The folder; None: ``runs/NAME``.
         target: Budget as a fraction of the dense model's cost; None: that of ``learn``.
-        weights, pretrained, model_args, resample, preprocessing: Of :func:`open_model`.
+        weights, pretrained, model_args, resample, preprocessing, device: Of :func:`open_model`.
         images, eval_images: How many are used at most.
         seed: Of everything that depends on chance.
         learn, export, precision, timing: Everything else that can be asked for.
@@ -509,6 +487,7 @@ def run(
     Raises:
         UserError: Something that was given cannot be used.
         ParityError: A graph does not compute what the model does.
+        SystemExit: All have learned, and this is not the first of the processes that torchrun started.
     """
     with job(progress, model, weights):
         require_all(RUN_PACKAGES)
@@ -517,7 +496,8 @@ def run(
         from .report.results import Results
         from .report.tables.run import run_tables
 
-        spec = _model_spec(model, weights, pretrained, model_args, resample, preprocessing)
+        given = dict(weights=weights, pretrained=pretrained, model_args=model_args, resample=resample, device=device)
+        spec = _model_spec(model, preprocessing, **given)
         learn = replace(spec_of(learn, LearnSpec, "learn"), seed=seed, **({} if target is None else {"target": target}))
         chosen = data_of(data, eval_data, images, eval_images, seed, IMAGES)
         form, others = spec_of(export, ExportSpec, "export"), spec_of(precision, PrecisionSpec, "precision")
@@ -544,6 +524,7 @@ def compare(
     model_args: Mapping[str, Any] | None = None,
     resample: bool = False,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    device: str | None = None,
     images: int | None = None,
     eval_images: int | None = None,
     seed: int = 0,
@@ -557,8 +538,8 @@ def compare(
     """Compare methods of token reduction at equal budgets; a comparison that was interrupted goes on.
 
     Args:
-        model, data, eval_data, weights, pretrained, model_args, resample, preprocessing, images, eval_images, seed: As
-            for :func:`run`.
+        model, data, eval_data, weights, pretrained, model_args, resample, preprocessing, device, images, eval_images,
+            seed: As for :func:`run`.
         output: The folder; None: ``runs/compare-NAME``.
         targets, methods, smaller, seeds, batches, latency, learn, opset: See
             :class:`~vpruner.pipeline.options.CompareOptions`.
@@ -575,7 +556,8 @@ def compare(
         from .report.entries import entries_of
         from .report.tables.compare import comparison_table
 
-        spec = _model_spec(model, weights, pretrained, model_args, resample, preprocessing)
+        given = dict(weights=weights, pretrained=pretrained, model_args=model_args, resample=resample, device=device)
+        spec = _model_spec(model, preprocessing, **given)
         options = CompareOptions(
             spec,
             data_of(data, eval_data, images, eval_images, seed, COMPARE_IMAGES),

@@ -33,10 +33,10 @@ from vpruner.core.plan import KINDS, Geometry, TokenPlan
 from vpruner.core.rows import append_rows, read_rows
 from vpruner.pipeline.compare.judge import Judge
 from vpruner.pipeline.compare.made import Made
+from vpruner.prune.batches import batch_size_for
 from vpruner.prune.calibration import Calibration
 from vpruner.prune.choose_images import choose_indices, map_labels
 from vpruner.prune.data import ImageSet, ImageSource
-from vpruner.prune.fisher import batch_size_for
 from vpruner.prune.loaded import LoadedModel
 from vpruner.prune.methods.content import (
     CHOICE_IMAGES,

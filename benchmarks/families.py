@@ -6,7 +6,8 @@
 Each family of family_models.py is exported by both of PyTorch's exporters, with a fixed and an open batch. Where
 onnxruntime runs the file and gives what the model gives, its tokens are followed; a random plan of what can be masked
 is folded, and the folded graph is compared with the masked one in onnxruntime. The graph also runs in PyTorch with
-gates on its tokens, as learning needs it. Files that have a row already are left out, unless ``--only`` names them.
+gates on its tokens, as learning needs it. Of Keras and JAX there are files that their exporters wrote, and what the
+models gave: tests/frameworks. Files that have a row already are left out, unless ``--only`` names them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import io
 import logging
+import lzma
 import signal
 import tempfile
 import warnings
@@ -25,6 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
@@ -41,12 +44,13 @@ from vpruner.export.graph_gates import GraphGates
 from vpruner.export.torch_graph import GraphModule
 
 RESULTS = Path("benchmarks/results/families.jsonl")
+RECORDED = Path(__file__).parents[1] / "tests" / "frameworks"
 KINDS = ("keys", "queries", "mlps")
 #: Images in a batch; more than the exporter saw, so that a batch that is only said to be open shows.
 BATCH = 3
 #: Largest difference to the model or the masked graph, relative to the largest number of an output.
 TOLERANCE = 1e-4
-SECONDS = 120
+SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Export:
     exporter: str
     opset: int
     open_batch: bool
+    recorded: Path | None = None
 
 
 EXPORTS = tuple(Export(name, opset, batch) for name, opset in (("dynamo", 20), ("torchscript", 17))
@@ -88,7 +93,23 @@ def main() -> None:
 
 
 def exports_of(family: Family) -> list[Export]:
+    if family.recorded:
+        return sorted(map(_recorded, RECORDED.glob(f"{family.recorded}.*.onnx.xz")), key=_in_order)
     return [export for export in EXPORTS if family.open_batch or not export.open_batch]
+
+
+def _recorded(path: Path) -> Export:
+    """NAME.EXPORTER.onnx.xz, or NAME.EXPORTER.fixed.onnx.xz for one image."""
+    exporter, *fixed = path.name.split(".")[1:-2]
+    return Export(exporter, opened(path).opset_imports[""], not fixed, path)
+
+
+def opened(path: Path) -> ir.Model:
+    return ir.from_proto(onnx.load_model_from_string(lzma.decompress(path.read_bytes())))
+
+
+def _in_order(export: Export) -> tuple[str, bool]:
+    return export.exporter, export.open_batch
 
 
 def is_of(file: dict, export: Export) -> bool:
@@ -105,7 +126,7 @@ def row_of(family: Family, exports: Sequence[Export]) -> dict:
     row |= {"models": family.models, "blocks": family.blocks, "files": []}
     unbuilt: dict = {"exporter": None, "opset": None, "open_batch": False, "problems": {}}
     with stage(unbuilt, "build"):
-        module = model_of(family)
+        module = None if family.recorded else model_of(family)
     if unbuilt["problems"]:
         row["files"].append(unbuilt)
     else:
@@ -140,8 +161,8 @@ def model_of(family: Family) -> nn.Module:
 # -- one file ---------------------------------------------------------------------------------------------------------
 
 
-def trial(family: Family, module: nn.Module, export: Export) -> dict:
-    """What became of one file.
+def trial(family: Family, module: nn.Module | None, export: Export) -> dict:
+    """What became of one file, which is there already where there is no module.
 
     Returns:
         exporter, opset, open_batch; ``problems``, stage -> what was in the way. Where the tokens were followed also
@@ -149,6 +170,13 @@ def trial(family: Family, module: nn.Module, export: Export) -> dict:
         others, ``folded`` (the difference of the folded graph to the masked one) and ``learns``.
     """
     file = {"exporter": export.exporter, "opset": export.opset, "open_batch": export.open_batch, "problems": {}}
+    if export.recorded is not None:
+        with np.load(RECORDED / f"{family.recorded}.npz") as known:
+            images, wanted = torch.from_numpy(known["images"] / np.float32(256)), [known["outputs"][0]]
+        with stage(file, "export"):
+            dense = run(opened(export.recorded), images, export)
+            check("the file", dense, wanted)
+        return file if file["problems"] else tried(file, opened(export.recorded), images, wanted, dense, export)
     random = torch.Generator().manual_seed(1)
     images = torch.rand(BATCH if family.open_batch else 1, *family.size, generator=random)
     with tempfile.TemporaryDirectory() as folder:
@@ -158,11 +186,14 @@ def trial(family: Family, module: nn.Module, export: Export) -> dict:
             wanted = as_list(module(images))
             dense = run(load_model(path), images, export)
             check("the file", dense, wanted)
-        if file["problems"]:
-            return file
-        with stage(file, "follow"):
-            followed = follow(load_model(path))
-            file |= described(followed)
+        return file if file["problems"] else tried(file, load_model(path), images, wanted, dense, export)
+
+
+def tried(file: dict, model: ir.Model, images: torch.Tensor, wanted: list, dense: list, export: Export) -> dict:
+    """``file`` with what became of a graph that gives what is wanted: ``dense``."""
+    with stage(file, "follow"):
+        followed = follow(model)
+        file |= described(followed)
     if "found" not in file or not any(file[kind] for kind in KINDS):
         return file
     with stage(file, "geometry"):

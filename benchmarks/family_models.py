@@ -24,6 +24,7 @@ class Family:
         blocks: How many transformer blocks the module has, whatever is found of them.
         size: Of the input, without the batch.
         open_batch: Whether the model takes several images at once.
+        recorded: How the names of the files begin that there are in place of the module: those of tests/frameworks.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Family:
     blocks: int = 2
     size: tuple[int, ...] = (3, 32, 32)
     open_batch: bool = True
+    recorded: str = ""
 
 
 # -- builders ---------------------------------------------------------------------------------------------------------
@@ -287,6 +289,10 @@ def qwen_tower(kind: str, **fields) -> Callable[[], nn.Module]:
     return build
 
 
+def none() -> nn.Module:
+    raise NotImplementedError("there are files in place of a module")
+
+
 def torchvision_vit() -> nn.Module:
     from torchvision.models.vision_transformer import VisionTransformer
 
@@ -490,4 +496,11 @@ FAMILIES: tuple[Family, ...] = (
     Family("Hiera", "transformers", "`HieraForImageClassification`",
            hf("HieraForImageClassification", "HieraConfig", "logits", sizes={}, embed_dim=16, image_size=[64, 64],
               depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], masked_unit_size=[8, 8]), 5, IMAGE64),
+    Family("ViT of Keras", "Keras", "as on keras.io: `MultiHeadAttention`, patches cut out, a head over all",
+           none, recorded="keras_flat"),
+    Family("ViT of Keras, class token", "Keras", "patches by `Conv2D`", none, recorded="keras_class"),
+    Family("ViT of Keras", "keras_hub", "`ViTImageClassifier`", none, recorded="keras_hub"),
+    Family("ViT of JAX", "Flax linen", "as in google-research/vision_transformer", none, recorded="linen"),
+    Family("ViT of JAX", "Flax nnx", "`nnx.MultiHeadAttention`, average pooling", none, recorded="nnx"),
+    Family("ViT of JAX", "Equinox", "`eqx.nn.MultiheadAttention` under `vmap`", none, recorded="equinox"),
 )  # fmt: skip

@@ -7,6 +7,9 @@ import re
 #: Kind of work -> whether it can be masked in the files of a row.
 KINDS = ("keys", "queries", "mlps")
 EXPORTERS = {"dynamo": "dynamo", "torchscript": "TorchScript"}
+#: Of files that are recorded.
+OTHERS = {"tensorflow": "Keras on TensorFlow", "jax": "Keras on JAX", "torch": "Keras on PyTorch", "tf2onnx": "tf2onnx",
+          "jax2onnx": "jax2onnx"}  # fmt: skip
 HEADS = ("family", "models", "library", "exporters", "keys", "queries", "MLPs", "learns", "what is left whole, and why")
 #: Where a reason names a node of one file.
 NODE = re.compile(r",? (?:at|behind) node .*? \(\w+\)")
@@ -35,7 +38,9 @@ def _cells(row: dict) -> tuple[str, ...]:
         return _exporters(files), *["none"] * len(KINDS), "no", _why(row, max(files, key=_reached))
     counts = [_count(best[kind], row["blocks"]) for kind in KINDS]
     learns = [file["learns"] for file in good if _masked(file)]
-    less = " and ".join(sorted({EXPORTERS[file["exporter"]] for file in good if _masked(file) < _masked(best)}))
+    less = " and ".join(
+        sorted({(EXPORTERS | OTHERS)[file["exporter"]] for file in good if _masked(file) < _masked(best)})
+    )
     why = [_why(row, best), f"less from {less}" if less else ""]
     return _exporters(files), *counts, "yes" if learns and all(learns) else "no", "; ".join(filter(None, why))
 
@@ -56,13 +61,13 @@ def _reached(file: dict) -> int:
 def _exporters(files: list[dict]) -> str:
     """Those whose files onnxruntime runs, and those that were not tried."""
     parts = []
-    for exporter, name in EXPORTERS.items():
+    for exporter, name in (EXPORTERS | OTHERS).items():
         own = [file for file in files if file["exporter"] == exporter]
         runs = [file["open_batch"] for file in own if "export" not in file["problems"]]
         if runs:
             only = "" if len(runs) == len(own) else ", open batch" if runs[0] else ", fixed batch"
             parts.append(f"{name}{only}")
-        elif not own and files[0]["exporter"]:
+        elif not own and exporter in EXPORTERS and files[0]["exporter"] not in (None, *OTHERS):
             parts.append(f"{name} not tried")
     return "; ".join(parts) or "none"
 
@@ -88,11 +93,13 @@ def _caption(rows: list[dict]) -> str:
     """What was tried, and with which versions."""
     packages = rows[-1]["environment"]["packages"]
     named = ", ".join(f"{name} {packages[name]}" for name in ("torch", "timm", "transformers", "onnx", "onnxruntime"))
-    files = sum(len(row["files"]) for row in rows)
+    exporters = [file["exporter"] for row in rows for file in row["files"]]
+    recorded = sum(exporter in OTHERS for exporter in exporters)
+    others = f", and {recorded} files that Keras and exporters of JAX wrote" if recorded else ""
     folded = [file["folded"] for row in rows for file in row["files"] if "folded" in file]
     return (
-        f"{len(rows)} tiny models with random weights, {files} exports: by `torch.onnx.export` with `dynamo=True` "
-        f"(opset 20) and without (TorchScript, opset 17), with a fixed or an open batch; {named}. A random plan was "
-        f"folded into {len(folded)} of them. In onnxruntime the folded graph differs from the masked one by at most "
-        f"{max(folded):.0e} of the largest number of an output."
+        f"{len(rows)} tiny models with random weights, {len(exporters) - recorded} exports: by `torch.onnx.export` "
+        "with `dynamo=True` (opset 20) and without (TorchScript, opset 17), with a fixed or an open "
+        f"batch{others}; {named}. A random plan was folded into {len(folded)} of them. In onnxruntime the folded graph "
+        f"differs from the masked one by at most {max(folded):.0e} of the largest number of an output."
     )

@@ -43,8 +43,8 @@ def opened(event, arguments):
     if event == "open" and isinstance(arguments[0], (str, os.PathLike)):
         counts["reads"] += os.path.realpath(arguments[0]) == dense
 def called(frame, event, argument):
-    if event == "call" and frame.f_code.co_name in ("infer_geometry", "recognise", "follow"):
-        counts["recognitions"] += "vpruner" in frame.f_globals["__name__"]
+    if event == "call" and frame.f_code.co_name == "follow":
+        counts["recognitions"] += frame.f_globals["__name__"] == "vpruner.export.follow.blocks"
 from vpruner.cli import main
 sys.addaudithook(opened)
 sys.setprofile(called)

@@ -22,10 +22,10 @@ from vpruner.core.rows import read_rows
 from vpruner.core.statistics import Estimate
 from vpruner.pipeline.compare.judge import Judge
 from vpruner.pipeline.compare.made import Made
+from vpruner.prune.batches import batch_size_for
 from vpruner.prune.calibration import Calibration
 from vpruner.prune.choose_images import choose_indices, map_labels
 from vpruner.prune.data import ImageSet, ImageSource
-from vpruner.prune.fisher import batch_size_for
 from vpruner.prune.loaded import LoadedModel
 from vpruner.prune.models import open_model
 from vpruner.prune.tune.stage import tune

@@ -100,13 +100,15 @@ def models() -> str:
     return "\n".join(
         [
             "- **timm**: every `VisionTransformer` with standard blocks, with any patch and image size. Tested: "
-            f"{_listed(covered.KINDS)}; and by name {_listed(_named(covered.TIMM_MODELS))}.",
+            f"{_listed(covered.KINDS)}; and by name {_listed(_named(covered.TIMM_MODELS))}. Every `Eva` with pre-norm "
+            f"blocks: by name {_listed(_named(covered.EVA_MODELS))}.",
             "- **Folders that `save_pretrained` of transformers writes**: the vision tower of "
             f"{_listed(_named(covered.FOLDERS.values()))}.",
             "- **Vision-language models**: SAINT ([vlm.md](docs/vlm.md)) runs in "
             f"{_listed(_named(covered.VISION_LANGUAGE_MODELS.values()))}.",
             f"- **ONNX files**: tested as `torch.onnx.export` writes them: opset {newer} with `dynamo=True`, "
-            f"{older} without, and after {_listed(covered.SIMPLIFIERS)}.",
+            f"{older} without, and after {_listed(covered.SIMPLIFIERS)}; and as {_listed(covered.FRAMEWORKS)} "
+            "write them.",
         ]
     )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import dense_tables
 import family_tables
 import pages as written
+import scaling_tables
 import shifted_tables
 import tables
 
@@ -41,12 +42,16 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "fold_order": (tables.fold_order, ("fold_order",)),
     "gpu": (tables.gpu, ("gpu",)),
     "graph_gradients": (tables.graph_gradients, ("graph_gradients",)),
+    "half_statistics": (tables.half_statistics, ("half_statistics",)),
+    "image_memory": (tables.image_memory, ("data_loading",)),
+    "image_waiting": (tables.image_waiting, ("data_loading",)),
     "latency_budget": (tables.latency_budget, ("latency_budget",)),
     "latency_ort": (tables.latency_ort, ("latency_ort",)),
     "precision": (tables.precision, ("precision",)),
     "search_forms": (tables.search_forms, ("search_forms",)),
     "shifted": (shifted_tables.shifted, ("shifted",)),
     "stage_costs": (tables.stage_costs, ("stage_costs",)),
+    "stage_scaling": (scaling_tables.stage_scaling, ("stage_scaling",)),
     "summary": (tables.summary, ("compare", "fold_order")),
     "vlm_accuracy": (tables.vlm_accuracy, ("vlm_accuracy",)),
     "vlm_prefill": (tables.vlm_prefill, ("vlm_prefill",)),

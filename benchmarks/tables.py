@@ -427,6 +427,25 @@ def stage_costs(rows: list[dict]) -> str:
     return "\n".join([*lines, "", f"{versions}{limit}."])
 
 
+def half_statistics(rows: list[dict]) -> str:
+    """What bfloat16 changes of a plan, beside what another seed does; a row a budget."""
+    lines = [
+        "| MACs | KL, float32, by seed | KL, bfloat16, by seed | entries of the sets that differ | between two seeds |",
+        "| ---: | --- | --- | ---: | ---: |",
+    ]
+    for target in dict.fromkeys(row["target"] for row in rows):
+        full, half = (
+            [row for row in rows if row["target"] == target and row["statistics"] == kind]
+            for kind in ("float32", "bfloat16")
+        )
+        kl = [", ".join(f"{row['divergence']:.4f}" for row in some) for some in (full, half)]
+        changed = [1 - row["same"] for row in half], [1 - share for row in full for share in row["same_seeds"]]
+        shares = [f"{min(some):.1%} to {max(some):.1%}" for some in changed]
+        lines.append(f"| {target:g} | {' | '.join((*kl, *shares))} |")
+    of = f"{rows[-1]['model']}, {rows[-1]['images']} images"
+    return "\n".join([*lines, "", f"{of}, the search alone; on the CPU, which rounds to bfloat16 as a GPU does."])
+
+
 def fold_memory(rows: list[dict]) -> str:
     """What folding a large file takes; the median of each way's repeats."""
     found: dict[str, list[dict]] = {}
@@ -444,6 +463,45 @@ def fold_memory(rows: list[dict]) -> str:
     some = rows[-1]
     environment = f"{some['environment']['cpu']}, onnxruntime {some['environment']['packages']['onnxruntime']}"
     return "\n".join([*lines, "", f"{some['model']}, a file of {some['file_bytes'] / 2**30:.2f} GiB; {environment}."])
+
+
+def image_waiting(rows: list[dict]) -> str:
+    """What a model waits for its images; the newest measurement of each way and model."""
+    newest = {(row["model"], row["way"]): row for row in rows if row["measured"] == "waiting"}
+    lines = [
+        "| images are read by | the model waits | CPU time per image, with the model's | until the first batch |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for (_, way), row in newest.items():
+        share, start = percent(row["waiting_share"]), f"{row['first_batch_seconds']:.1f} s"
+        lines.append(f"| {way} | {share} of the time | {row['cpu_ms']:.1f} ms | {start} |")
+    some = rows[-1] if not newest else [*newest.values()][-1]
+    width, height = some["photo"]
+    about = f"{some['model']} on one thread, batch {some['batch']}, photos of {width} × {height} pixels"
+    return "\n".join([*lines, "", f"{about}; {_machine(some)}."])
+
+
+def image_memory(rows: list[dict]) -> str:
+    """The most memory of each stage, by the number of images; the newest measurement of each number."""
+    newest: dict[int, dict[str, dict]] = {}
+    for row in rows:
+        if row["measured"] == "memory":
+            newest.setdefault(row["images"], {})[row["step"]] = row
+    steps = list(dict.fromkeys(step for found in newest.values() for step in found))
+    counts = sorted(newest)
+    lines = [f"| step | {' | '.join(f'{count:,} images' for count in counts)} |", f"| --- |{' ---: |' * len(counts)}"]
+    for step in steps:
+        found = (newest[count].get(step) for count in counts)
+        cells = (NOT_MEASURED if row is None else f"{row['peak_bytes'] / 2**30:.1f} GiB" for row in found)
+        lines.append(f"| {step} | {' | '.join(cells)} |")
+    some = [row for row in rows if row["measured"] == "memory"][-1]
+    about = f"224 pixels, a ViT of two blocks, {some['width']} wide, with patches of 16 pixels"
+    return "\n".join([*lines, "", f"{about}; {_machine(some)}."])
+
+
+def _machine(row: dict) -> str:
+    environment = row["environment"]
+    return f"{environment['cpu']}, {environment['cores_usable']} cores, PyTorch {environment['packages']['torch']}"
 
 
 def precision(rows: list[dict]) -> str:

@@ -10,17 +10,26 @@ import click
 from ..core.specs import DataSpec, ModelSpec
 from .catalogue import command
 from .console import emit_rows, print_table, report_progress
-from .options import json_option, model_options, preprocessing_options, quiet_option, specs
+from .options import (
+    device_option,
+    json_option,
+    model_options,
+    preprocessing_options,
+    quiet_option,
+    reading_options,
+    specs,
+)
 
 
 @command
 @model_options
+@device_option
 @click.option("--data", metavar="PATH", help="Images: a folder, a .tar, or a timm data set (hfds/...).")
 @click.option("--images", default=256, show_default=True, type=click.IntRange(1), help="Most images to use.")
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of the choice of images."
 )
-@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@reading_options
 @click.option(
     "--output",
     "-o",

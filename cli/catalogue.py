@@ -8,6 +8,9 @@ from typing import Any
 
 import click
 
+from ..core.errors import UserError
+from ..prune.ranks import launched
+
 #: Intent -> name of a command -> what it does. The module of the same name holds it.
 CATALOGUE: dict[str, dict[str, str]] = {
     "Prune": {
@@ -39,6 +42,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
     },
 }
 SUMMARIES = {name: summary for commands in CATALOGUE.values() for name, summary in commands.items()}
+#: Those that several processes can do together.
+TOGETHER = ("run", "prune")
 
 
 class _ShortHelp:
@@ -56,6 +61,11 @@ class Command(_ShortHelp, click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         from ..core.boundary import boundary
 
+        if (processes := launched().size) > 1 and ctx.command_path.partition(" ")[2] not in TOGETHER:
+            raise UserError(
+                f"{processes} processes were started together, and {ctx.info_name} works in one",
+                f"start it alone; processes learn together in {' and '.join(TOGETHER)}",
+            )
         given = [ctx.params.get(one.name or "") for one in self.params if isinstance(one, click.Argument)]
         with boundary(one for value in given for one in (value if isinstance(value, tuple) else (value,))):
             return super().invoke(ctx)

@@ -14,12 +14,14 @@ from ..core.specs import DataSpec, LearnSpec, ModelSpec, TimingSpec
 from .catalogue import command
 from .console import print_json, print_table, report_progress
 from .options import (
+    device_option,
     eval_data_option,
     eval_images_option,
     json_option,
     model_options,
     preprocessing_options,
     quiet_option,
+    reading_options,
     specs,
 )
 from .types import Seconds, names, numbers
@@ -27,6 +29,7 @@ from .types import Seconds, names, numbers
 
 @command
 @model_options
+@device_option
 @click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...).")
 @click.option(
     "--images",
@@ -116,7 +119,7 @@ from .types import Seconds, names, numbers
 @click.option(
     "--opset", default=OPSET, show_default=True, type=click.IntRange(17, 23), help="ONNX opset of the graphs."
 )
-@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@reading_options
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write  [default: runs/compare-MODEL]")
 @click.option(
     "--results",

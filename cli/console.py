@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from ..core.json_file import json_text
 from ..core.progress import Record, Sink, reporting
+from ..prune.ranks import launched
 from ..report.blocks import Table
 from .hints import as_typed
 
@@ -81,7 +82,8 @@ class ConsoleSink(Sink):
 
 
 def report_progress(quiet: bool) -> Record:
-    """Show the progress of the command that runs, until it ends."""
+    """Show the progress of the command that runs, until it ends; of several processes the first does."""
+    quiet = quiet or not launched().first
     return click.get_current_context().with_resource(reporting(ConsoleSink(quiet=quiet)))
 
 

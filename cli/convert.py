@@ -9,7 +9,15 @@ import click
 from ..core.choices import CALIBRATIONS, PRECISIONS
 from .catalogue import command
 from .console import print_json, print_table, report_progress
-from .options import eval_images_option, int8_images_option, io_option, json_option, preprocessing_options, quiet_option
+from .options import (
+    eval_images_option,
+    int8_images_option,
+    io_option,
+    json_option,
+    preprocessing_options,
+    quiet_option,
+    reading_options,
+)
 from .types import evaluation_sets
 
 
@@ -43,7 +51,7 @@ from .types import evaluation_sets
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of the choice of images."
 )
-@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@reading_options
 @preprocessing_options
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="File to write.")
 @json_option

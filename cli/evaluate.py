@@ -10,18 +10,21 @@ from ..core.specs import DataSpec, ModelSpec
 from .catalogue import command
 from .console import emit_rows, print_table, report_progress
 from .options import (
+    device_option,
     eval_data_option,
     eval_images_option,
     json_option,
     model_options,
     preprocessing_options,
     quiet_option,
+    reading_options,
     specs,
 )
 
 
 @command
 @model_options
+@device_option
 @click.option(
     "--plan",
     "plan_path",
@@ -35,7 +38,7 @@ from .options import (
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of the choice of images."
 )
-@click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it.")
+@reading_options
 @click.option("--results", metavar="FILE", type=click.Path(path_type=Path), help="Add the rows to this results.jsonl.")
 @json_option
 @quiet_option

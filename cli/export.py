@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -11,11 +12,20 @@ from ..core.extras import RUN_PACKAGES, require_all
 from ..core.specs import ExportSpec, ModelSpec, PrecisionSpec
 from .catalogue import command
 from .console import print_checks, print_json, report_progress
-from .options import export_options, json_option, model_options, precision_options, quiet_option, specs
+from .options import (
+    device_option,
+    export_options,
+    json_option,
+    model_options,
+    precision_options,
+    quiet_option,
+    specs,
+)
 
 
 @command
 @model_options
+@device_option
 @click.option("--plan", "plan_path", metavar="FILE", help="Export the model pruned by this plan.")
 @click.option("--tokens", is_flag=True, help="For the vision tower of a LLaVA: return all its tokens, not their mean.")
 @click.option(
@@ -66,6 +76,8 @@ def export(
     for path in written_files(output, precision):
         check_output(path, ".onnx", *model.files, plan_path)
     plan = load_plan(plan_path) if plan_path else None
+    # What is not calibrated is only read and written.
+    model = replace(model, device="cpu") if method is None and model.device == "auto" else model
     exported = export_model(
         open_torch(model),
         output,

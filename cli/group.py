@@ -16,6 +16,7 @@ import click
 from .. import __version__
 from ..core.errors import ParityError, UserError
 from ..core.extras import missing_extra
+from ..prune.ranks import launched, speaks
 from .catalogue import CATALOGUE, SUMMARIES, Group
 
 
@@ -45,6 +46,16 @@ class Commands(Group):
                 formatter.write_dl(list(commands.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return self._invoke(ctx)
+        except (click.ClickException, click.Abort, KeyboardInterrupt, SystemExit) as error:
+            code = getattr(error, "exit_code", getattr(error, "code", 1))
+            if not code or speaks():
+                raise
+            # Processes that were started together end together, and one of them says why.
+            raise click.exceptions.Exit(code) from None
+
+    def _invoke(self, ctx: click.Context) -> Any:
         from ..core.boundary import boundary, place_of
         from ..core.progress import reporting
         from .hints import TypedSink, as_typed
@@ -88,9 +99,14 @@ def _terminated_cleanly() -> Iterator[None]:
     names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         names = []  # Only the main thread may set handlers.
-    before = {
-        name: signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number)) for name in names
-    }
+
+    def end(number: int, frame: Any) -> None:
+        # Whoever started several processes ends all when one has ended.
+        if launched().size > 1 and speaks():
+            click.echo("Error: ended from outside, as all processes are when one of them has ended", err=True)
+        sys.exit(128 + number)
+
+    before = {name: signal.signal(getattr(signal, name), end) for name in names}
     try:
         yield
     finally:

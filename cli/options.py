@@ -11,6 +11,7 @@ import click
 
 from ..core.choices import (
     CROP_MODES,
+    DEVICES,
     EPISODES,
     EPISODES_UNTUNED,
     EVAL_IMAGES,
@@ -84,6 +85,21 @@ model_options = stacked(
         help="Load weights of another patch size, with a resampled patch kernel; such a model has to be trained again.",
     ),
 )
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="|".join((*DEVICES[:3], "cuda:1", *DEVICES[3:])),
+    help="Where PyTorch computes; auto takes a GPU that works, else the CPU.",
+)
+reading_options = stacked(
+    click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
+    click.option(
+        "--workers",
+        type=click.IntRange(0),
+        help="Threads that read images while the model computes  [default: the cores but one]",
+    ),
+)
 calibration_options = stacked(
     click.option("--data", metavar="PATH", help="Calibration images: a folder, a .tar, or a timm data set (hfds/...)."),
     click.option(
@@ -113,7 +129,7 @@ calibration_options = stacked(
         type=click.IntRange(0, 2**63 - 1),
         help="Seed of everything random: the choice of images, and the search.",
     ),
-    click.option("--strict", is_flag=True, help="Stop at the first unreadable image instead of skipping it."),
+    reading_options,
 )
 
 

@@ -13,6 +13,7 @@ from .catalogue import command
 from .console import print_json, print_table, report_progress
 from .options import (
     calibration_options,
+    device_option,
     json_option,
     model_options,
     preprocessing_options,
@@ -25,6 +26,7 @@ from .options import (
 
 @command
 @model_options
+@device_option
 @calibration_options
 @target_option
 @stage_options

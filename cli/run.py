@@ -15,6 +15,7 @@ from .catalogue import command
 from .console import print_json, print_table, report_progress
 from .options import (
     calibration_options,
+    device_option,
     eval_data_option,
     eval_images_option,
     export_options,
@@ -32,6 +33,7 @@ from .types import Seconds
 
 @command
 @model_options
+@device_option
 @calibration_options
 @eval_data_option
 @eval_images_option

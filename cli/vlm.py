@@ -13,7 +13,7 @@ from ..core import progress
 from ..core.choices import VLM_DTYPES, VLM_MODES
 from .catalogue import group
 from .console import emit_rows, print_table, report_progress
-from .options import json_option, quiet_option, stacked
+from .options import device_option, json_option, quiet_option, stacked
 from .types import Layers, Seconds
 
 
@@ -75,7 +75,7 @@ vlm_options = stacked(
         "--plan", metavar="FILE", help="static: the plan of the vision tower, written by vpruner prune MODEL."
     ),
     click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Random seed."),
-    click.option("--device", help="cpu, cuda, cuda:1  [default: the GPU if there is one]"),
+    device_option,
     click.option(
         "--dtype",
         default="auto",

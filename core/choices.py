@@ -11,9 +11,15 @@ TUNINGS = ("weights", "gates", "gates-distill", "none")
 #: Whether every image keeps the same patches, or each chooses as many of its own.
 SELECTIONS = ("static", "content")
 
+#: Where PyTorch computes; of several GPUs ``cuda:1`` names one. ``"auto"`` takes a GPU that works, else the CPU.
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
 TARGET = 0.65
 #: Calibration and evaluation images that are used at most.
 IMAGES, EVAL_IMAGES = 4096, 2000
+#: Threads that read images at most, where the user names no number: a tenth of their work has to be done by one after
+#: the other, so that more hardly help.
+MOST_WORKERS = 12
 #: Episodes where weights will be refitted and where they stay as they are: without a refit, plans go on getting better
 #: for longer, and there are no stand-in weights to pay for.
 EPISODES, EPISODES_UNTUNED = 384, 640

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,17 @@ PACKAGES = (
     "timm",
     "transformers",
     "onnx",
+)
+
+
+#: Of a container, in versions 2 and 1: its limit, what it uses, and which line of ``memory.stat`` is idle cache.
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
 )
 
 
@@ -60,6 +72,20 @@ def usable_cores() -> int:
     if quota.isdigit() and period.isdigit() and int(period):
         cores = min(cores, max(1, int(quota) // int(period)))
     return cores
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still take: what Linux calls available, cut by the container's limit where there is
+    one; None where that is not known."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text("/proc/meminfo") or "", re.MULTILINE)
+    known = [] if found is None else [int(found[1]) << 10]
+    for limit, used, cache in _CGROUPS:
+        numbers = [_text(limit) or "", _text(used) or ""]
+        if all(number.isdigit() for number in numbers):
+            # Pages of files that were not touched lately count as used, and are given back when they are needed.
+            idle = re.search(rf"^{cache} (\d+)", _text(Path(used).with_name("memory.stat")) or "", re.MULTILINE)
+            known.append(int(numbers[0]) - int(numbers[1]) + (0 if idle is None else int(idle[1])))
+    return max(0, min(known)) if known else None
 
 
 def cpu_model() -> str | None:

@@ -9,7 +9,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,6 +63,7 @@ def scratch_beside(path: str | os.PathLike, *, folder: bool = False) -> Iterator
     blocking = next((parent for parent in target.absolute().parents if parent.is_file()), None)
     if blocking is not None:
         raise UserError(f"cannot write {path}: {blocking} is a file", f"choose another place with {option('output')}")
+    made = [parent for parent in target.absolute().parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent, target.name)
@@ -76,6 +77,9 @@ def scratch_beside(path: str | os.PathLike, *, folder: bool = False) -> Iterator
             yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):  # Folders that hold what was finished stay.
+            for parent in made:
+                parent.rmdir()
 
 
 def written_to(path: str | os.PathLike) -> Path:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -269,7 +269,7 @@ def decode(source: IO[bytes] | Image.Image, name: Any = None) -> Image.Image:
     from PIL import Image as pillow
 
     called = "" if name is None else f"{name}: "
-    with _without_warnings():
+    with _without_warnings:
         try:
             image = source if isinstance(source, pillow.Image) else pillow.open(source, formats=_formats())
         except pillow.UnidentifiedImageError:
@@ -299,7 +299,7 @@ def _formats() -> tuple[str, ...]:
 def is_turned(image: Image.Image) -> bool:
     """Whether the EXIF data of an image says that it is to be turned or mirrored before it is shown."""
     try:
-        with _without_warnings():
+        with _without_warnings:
             return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
     except Exception:  # What cannot be read says nothing.
         return False
@@ -344,12 +344,32 @@ def to_rgb(image: Image.Image, name: Any = None) -> Image.Image:
         raise UserError(f"{name}: an image of mode {image.mode} cannot be turned into RGB", hint) from None
 
 
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Pillow warns of photos of 100 megapixels, which are fine, and of EXIF data and such that it cannot read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+class _WithoutWarnings:
+    """Pillow warns of photos of 100 megapixels, which are fine, and of EXIF data and such that it cannot read.
+
+    Python's filters are the whole program's, and threads read images: one filter of Pillow's own modules is there for
+    as long as any of them does. ``warnings.catch_warnings`` would put back the list as another thread found it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._filter = threading.Lock(), 0, None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._filter is None or self._filter not in warnings.filters[:1]:
+                # The comment in it tells it from one of the program's own.
+                warnings.filterwarnings("ignore", module=r"PIL\.(?#vpruner)")
+                self._filter = warnings.filters[0]
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._filter in warnings.filters:
+                warnings.filters.remove(self._filter)
+
+
+_without_warnings = _WithoutWarnings()
 
 
 def _image_from_array(array: np.ndarray) -> Image.Image:

@@ -21,9 +21,7 @@ class _Row(TypedDict):
     kind: str
 
 
-class RunRow(_Row):
-    """A run as a whole. ``seconds`` are by stage, ``note`` holds its remarks."""
-
+class _Run(_Row):
     model: str
     target: float
     target_kind: str
@@ -36,6 +34,12 @@ class RunRow(_Row):
     note: list[str]
     deployment: dict[str, Any] | None
     environment: dict[str, Any]
+
+
+class RunRow(_Run, total=False):
+    """A run as a whole. ``seconds`` are by stage, ``note`` holds its remarks; ``device`` is where PyTorch learned."""
+
+    device: str
 
 
 class CostRow(_Row):

@@ -73,9 +73,7 @@ def schedule(plan: TokenPlan, *, ordered: bool = True) -> Schedule:
     carried[depth] = {*range(plan.geometry.head_prefix), *(carried[depth] - set(range(prefix)))}
     patches = np.asarray(plan.carried[0], np.int64)
     if ordered:
-        # How often a patch attends, passes the MLP and is read; ties stay in the order of the grid.
-        reads, attends, passes = plan.masks.sum(1)
-        patches = patches[np.lexsort((-reads[patches], -passes[patches], -attends[patches]))]
+        patches = patches[longest_first(plan.masks[..., patches])]
     stream = entry = np.concatenate([np.arange(prefix), prefix + patches]).astype(np.int64)
     steps = []
     for block in range(depth):
@@ -105,6 +103,16 @@ def schedule(plan: TokenPlan, *, ordered: bool = True) -> Schedule:
         )
         stream = np.concatenate([middle[mlps], middle[mlp_passed]])
     return Schedule(entry, tuple(steps), stream)
+
+
+def longest_first(masks: np.ndarray) -> np.ndarray:
+    """int64 [patch]: the order in which a stream holds its patches, so that a block reads and updates the first ones.
+
+    Args:
+        masks: bool [kind, block, patch]: keys, queries, MLPs; ties stay in the order of the patches.
+    """
+    reads, attends, passes = masks.sum(1)
+    return np.lexsort((-reads, -passes, -attends))
 
 
 def is_range(rows: np.ndarray, start: int = 0) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .choices import (
+    DEVICES,
     EVAL_IMAGES,
     IMAGES,
     IO,
@@ -45,6 +46,17 @@ def _check_positive(**values: Any) -> None:
             raise UserError(f"{option(name)} is {value!r}", "expected a positive number of seconds")
 
 
+def check_device(device: Any) -> None:
+    """Refuse what is no name of a device; whether there is one of that name, PyTorch has to be asked.
+
+    Raises:
+        UserError: Says which there can be.
+    """
+    if device in DEVICES or (isinstance(device, str) and re.fullmatch(r"cuda:\d{1,3}", device)):
+        return
+    raise UserError(f"{option('device')} is {device!r:.60}", f"expected one of {', '.join(DEVICES)}, or cuda:1")
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Which model, and how images become its input.
@@ -58,6 +70,8 @@ class ModelSpec:
         preprocessing: What the user said of how images become the input of an ONNX file, see
             :func:`~vpruner.core.preprocess.resolve_preprocessing`.
         resample: Whether weights of another patch size are loaded, with a resampled patch kernel.
+        device: Where PyTorch computes: one of :data:`~vpruner.core.choices.DEVICES`, or one GPU of several,
+            ``"cuda:1"``. With ``"auto"`` an opened model stays where it is.
     """
 
     what: Any = None
@@ -66,6 +80,10 @@ class ModelSpec:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     resample: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
 
     @property
     def is_onnx(self) -> bool:
@@ -143,6 +161,7 @@ class DataSpec:
         images, eval_images: How many are used at most, of each set.
         seed: Of the choice.
         strict: Whether an unreadable image is an error; otherwise it is skipped and counted.
+        workers: Threads that read images; 0: none beside the caller's; None: as many as suit images and cores.
     """
 
     data: Any = None
@@ -151,11 +170,12 @@ class DataSpec:
     eval_images: int = EVAL_IMAGES
     seed: int = 0
     strict: bool = False
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eval_data", eval_sets(self.eval_data))
         _check_at_least(1, images=self.images, eval_images=self.eval_images)
-        _check_at_least(0, seed=self.seed)
+        _check_at_least(0, seed=self.seed, workers=self.workers)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,11 @@ class GraphAdapter:
         options = dict(start=start, flip=flip, ram_bytes=ram_bytes, on_step=on_step)
         return refit_graph(self, plans, calibration, indices, **options)
 
+    def moved(self, where: Mapping[int, Tensor]) -> None:
+        """Know the weights of the graph again, and fold anew, where they are now."""
+        self._own = {name: where.get(weight.data_ptr(), weight) for name, weight in self._own.items()}
+        self._folded = self._exchanged = None
+
     def look_at(self, images: Tensor) -> None:
         """Scale values by what the graph gives for these images."""
         self.model.look_at(images)
@@ -120,7 +125,8 @@ class GraphAdapter:
         if self._folded is None or self._folded[0] != plan.digest or not _same(self._folded[1], present):
             self._folded = None
             followed = self._with_present(present)
-            module = GraphModule(fold(followed, plan, shapes=False)).to(next(self.model.parameters()))
+            like = next(self.model.parameters())
+            module = GraphModule(fold(followed, plan, shapes=False)).to(like.device, like.dtype)
             module.share(weights)
             self._folded = (plan.digest, present, module)
         return self._folded[2]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
@@ -19,10 +18,9 @@ from ..core.errors import GraphError
 from ..core.geometry import Geometry
 from .follow import Block, Followed
 from .follow.columns import project_apart
-from .follow.demand import demand, sets_of, unlike, whole_groups
+from .follow.demand import Demand, Sets, sets_of, unlike
 from .follow.known import above
-from .follow.layout import ENDED
-from .follow.rules import attribute
+from .follow.rules import attribute, einsum_axes
 from .nodes import called
 
 #: What may stand behind a classifier: views, probabilities, constant factors and sums.
@@ -74,7 +72,7 @@ def geometry_of(followed: Followed) -> Geometry:
     found = Geometry(
         depth=len(blocks),
         embed_dim=shapes[followed.stream][-1],
-        grid=_two(followed.grid),
+        grid=(math.prod(followed.grid[:-1]), followed.grid[-1]),  # it may have more than two axes
         prefix_tokens=prefix,
         image_size=(height, width),
         in_chans=channels,
@@ -100,20 +98,14 @@ def _outputs_of(blocks: Sequence[Block]) -> list[ir.Value]:
 def reads(followed: Followed) -> tuple[dict[int, np.ndarray], set[ir.Node]]:
     """What is read of the stream by anything but the blocks: block -> bool [id] of the tokens that are read behind it;
     and the nodes that read, and compute the outputs from it."""
-    blocks, every = followed.blocks, range(followed.patches)
-    plan = SimpleNamespace(**dict.fromkeys(("keys", "queries", "mlps"), [every] * len(blocks)), reads=None)
-    adds = {b.add: block.index for block in blocks for b in (*block.attention, *block.mlp)}
-    head = demand(followed, sets_of(followed, plan), adds)
+    every = np.ones(followed.tokens.count, bool)
+    adds = {b.add: block.index for block in followed.blocks for b in (*block.attention, *block.mlp)}
+    head = Demand(followed, Sets(every, every), adds)
     read: dict[int, np.ndarray] = {}
     for add, block in adds.items():
         for mask in head.needed.get(add.outputs[0], []):
             read[block] = read.get(block, False) | mask
     return read, head.live
-
-
-def _two(sizes: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a grid of any number of axes."""
-    return (math.prod(sizes[:-1]), sizes[-1])
 
 
 def image_of(followed: Followed) -> ir.Value:
@@ -148,7 +140,9 @@ def _kind_of_output(followed: Followed) -> dict:
     outputs = followed.model.graph.outputs
     shape = followed.tokens.known.shapes.get(outputs[0]) or (1,)
     per_image = math.prod(shape) // (shape[0] or 1)
-    if len(outputs) > 1 or len(shape) != 2 or outputs[0] in followed.tokens.layouts:
+    # A class token that was picked may stand on the axis of one image.
+    layout = followed.tokens.layouts.get(outputs[0])
+    if len(outputs) > 1 or len(shape) != 2 or (layout is not None and any(ids.size > 1 for ids in layout.ids)):
         return {"outputs": per_image, "output": "values"}
     return {"outputs": per_image, "output": "logits" if _classifies(outputs[0], followed) else "features"}
 
@@ -214,60 +208,44 @@ def costs(followed: Followed) -> tuple[BlockMacs, ...]:
     """Of each block; 0 for what cannot be masked."""
     followed = followed.copy()
     # Products whose columns are needed of different tokens are computed apart, as they are in a folded graph.
-    sets = sets_of(followed, unlike(followed))
-    project_apart(followed, demand(followed, sets))
-    found = [dict.fromkeys(("key", "query", "pair", "mlp"), 0) for _ in followed.blocks]
-    for node, groups in roles_of(followed)[0].items():
-        roles = [names for _, names in groups if names]
-        per_token = _macs(node, followed) // math.prod(size for size, names in groups if names)
-        for block in {block for names in roles for block, _ in names}:
-            named = [{role for index, role in names if index == block} for names in roles]
-            for role in ("pair",) if len(named) == 2 else set().union(*named):
-                found[block][role] += per_token
+    project_apart(followed, Demand(followed, sets_of(followed, unlike(followed))))
+    block_of = {node: block.index for block in followed.blocks for branch in (*block.attention, *block.mlp)
+                for node in branch.nodes}  # fmt: skip
+    found, block = [dict.fromkeys(("key", "query", "pair", "mlp"), 0) for _ in followed.blocks], 0
+    nodes = roles_of(followed)[0]
+    for node in reversed(followed.model.graph):
+        block = block_of.get(node, block)  # What is computed apart lies ahead of what reads it.
+        groups = zip(followed.flows[node].ids, nodes[node], strict=True) if node in nodes else ()
+        masked = [(ids.size, roles) for ids, roles in groups if roles]
+        per_token = _macs(node, followed) // math.prod(size for size, _ in masked)
+        for role in ("pair",) if len(masked) == 2 else set().union(*(roles for _, roles in masked)):
+            found[block][role] += per_token
     return tuple(BlockMacs(**one) for one in found)
 
 
-def roles_of(
-    followed: Followed,
-) -> tuple[dict[ir.Node, list[tuple[int, set[tuple[int, str]]]]], dict[ir.Value, list[set[tuple[int, str]]]]]:
-    """What the tokens of nodes and values are for: ``(block, "key")``, ``"query"`` or ``"mlp"``.
+def roles_of(followed: Followed) -> tuple[dict[ir.Node, list[set[str]]], dict[ir.Value, set[str]]]:
+    """What tokens of the branches are needed for: ``"key"``, ``"query"``, ``"mlp"``; no role where all tokens are
+    needed, whatever a plan says.
 
     Returns:
-        Node of a branch that can be masked -> (tokens, roles) of each of its groups, from the updates back to the
-        stream, without roles where all tokens are computed whatever the plan says; and value between the stream and
-        such an update -> roles of each of its groups.
+        Node -> roles of each of its groups; value -> roles of any of its groups.
     """
-    graph, layouts, nodes = followed.model.graph, followed.tokens.layouts, {}
-    stream, roles, fixed = {followed.stream}, {}, {}
+    bits = {"key": 1, "query": 2, "mlp": 4, "whole": 8}
+    key, query, mlp, whole = (np.full(followed.tokens.count, bit, np.uint8) for bit in bits.values())
+    sets = Sets(key | query | mlp | whole, whole)
     for block in followed.blocks:
-        for role, branches in (("query", block.attention), ("mlp", block.mlp)):
-            for branch in branches:
-                stream.add(branch.add.outputs[0])
-                if branch.reason is None:
-                    roles[branch.add.inputs[branch.update]] = [{(block.index, role)}]
-    for node in reversed(list(graph)):
-        flow = followed.flows.get(node)
-        if flow is None or stream.intersection(node.outputs) or not any(value in roles for value in node.outputs):
-            continue
-        own: list[set] = [set() for _ in range(flow.groups + len(flow.ends))]
-        sizes = [0] * flow.groups + [ids.size for ids in flow.ends]
-        whole = whole_groups(followed, node, keyed=True).union(*(fixed.get(value, ()) for value in node.outputs))
-        for value in node.outputs:
-            for group, names in enumerate(roles.get(value, ())):
-                own[group] |= names
-                sizes[group] = layouts[value].ids[group].size
-        for group in range(flow.groups, len(own)):
-            own[group] |= {(block, "key") for names in own[: flow.groups] for block, role in names
-                           if role == "query" and followed.blocks[block].keys}  # fmt: skip
-        for value, links in zip(node.inputs, flow.links, strict=True):
-            if value is not None and links and value not in stream:
-                known = roles.setdefault(value, [set() for _ in links])
-                for group, link in enumerate(links):
-                    known[group] |= own[link] if link != ENDED else set()
-                fixed.setdefault(value, set()).update(own for own, link in enumerate(links) if link in {ENDED, *whole})
-        left = [set() if group in whole else names for group, names in enumerate(own)]
-        nodes[node] = list(zip(sizes, left, strict=True))
-    return nodes, roles
+        for branch in (*block.attention, *block.mlp):
+            own = query if branch in block.attention else mlp
+            sets.updates[branch.add] = branch, whole if branch.reason else own
+            sets.keys.update(dict.fromkeys((*branch.mixers, *branch.keyed) if branch.keyed else (), key))
+    needed = Demand(followed, sets, {followed.stream.producer()}, _outputs_of(followed.blocks))
+
+    def roles(mask: np.ndarray) -> set[str]:
+        return {role for role, bit in bits.items() if np.bitwise_or.reduce(mask) & bit}
+
+    nodes = {node: [own if "whole" not in own else set() for own in map(roles, masks)]
+             for node, masks in needed.masks.items()}  # fmt: skip
+    return nodes, {value: set().union(*map(roles, masks)) - {"whole"} for value, masks in needed.needed.items()}
 
 
 def _macs(node: ir.Node, followed: Followed) -> int:
@@ -279,9 +257,10 @@ def _macs(node: ir.Node, followed: Followed) -> int:
         return 0
     first, second, output = (shapes[value] for value in (*node.inputs[:2], node.outputs[0]))
     if node.op_type == "Einsum":
-        terms = attribute(node, "equation").replace(" ", "").partition("->")[0].split(",")
-        named = (zip(term, shapes[value], strict=True) for term, value in zip(terms, node.inputs, strict=True))
-        sizes = dict(pair for pairs in named for pair in pairs)
+        letters, _ = einsum_axes(node, [len(shapes[value]) for value in node.inputs])
+        sizes: dict = {}
+        for names, value in zip(letters, node.inputs, strict=True):
+            sizes.update((name, max(size, sizes.get(name, 1))) for name, size in zip(names, shapes[value], strict=True))
         macs = math.prod(sizes.values())
     elif node.op_type == "Attention":
         widths = (shape[-1] * (shape[1] if len(shape) == 4 else 1) for shape in (first, output))

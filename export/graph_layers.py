@@ -19,7 +19,7 @@ from torch import Tensor
 from .follow import Branch
 from .follow.known import Known, used_by
 from .follow.layout import Layout, Part
-from .follow.rules import attribute
+from .follow.rules import attribute, einsum_axes
 from .graph_costs import roles_of
 from .graph_gates import GraphGates
 
@@ -28,6 +28,7 @@ _MOVES = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "
 _DIGIT = 128
 _SHAPES = frozenset(("Shape", "Size"))
 _SELECTIONS = frozenset(("Slice", "Split", "Gather"))
+_PRODUCTS = frozenset(("MatMul", "Gemm", "Einsum"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +38,12 @@ class Rows:
     Attributes:
         ids: int64 [token]: what token each row is.
         channels: How many.
+        axes: Of the value, on which the channels are, in order; none where one holds something else too.
     """
 
     ids: np.ndarray
     channels: int
+    axes: tuple[int, ...]
     _dims: tuple[int, ...]
     _order: tuple[int, ...]
 
@@ -55,8 +58,8 @@ class Rows:
             return None
         counts = [batch] if batch else list(known.open_dims)
         dims, images, tokens, channels = [-1] * bool(batch), [0] * bool(batch), [], []
-        found = batch == 1
-        for factor in (factor for axis in layout.axes for factor in axis):
+        found, axes = batch == 1, {}
+        for at, factor in ((at, factor) for at, axis in enumerate(layout.axes) for factor in axis):
             if isinstance(factor, Part):
                 tokens.append(len(dims))
                 dims.append(factor.size)
@@ -69,10 +72,12 @@ class Rows:
                 factor //= count
             channels.append(len(dims))
             dims.append(factor)
+            if factor > 1:
+                axes[at] = layout.axes[at] == (factor,)
         if not found:
             return None
-        width = math.prod(dims[at] for at in channels)
-        return cls(layout.ids[0].ravel(), width, tuple(dims), (*images, *tokens, *channels))
+        width, whole = math.prod(dims[at] for at in channels), tuple(axes) if all(axes.values()) else ()
+        return cls(layout.ids[0].ravel(), width, whole, tuple(dims), (*images, *tokens, *channels))
 
     def __call__(self, x: Tensor) -> Tensor:
         return x.reshape(self._dims).permute(self._order).reshape(-1, len(self.ids), self.channels)
@@ -190,7 +195,7 @@ class _Finder:
         value, scale, bias = branch.add.inputs[branch.update], None, (None, None)
         width = self.width(branch.add.outputs[0])
         while width and self.is_own(value) and self.width(value) == width and (node := value.producer()):
-            if node.op_type in ("MatMul", "Gemm"):
+            if node.op_type in _PRODUCTS:
                 return self.layer(node, scale, bias)
             at = 0
             if node.op_type not in _MOVES:
@@ -219,29 +224,29 @@ class _Finder:
         """(node, input) of all that reads more of a value than its shape, and is read in turn."""
         return [(node, at) for node, at in value.uses() if node in self.live and node.op_type not in _SHAPES]
 
+    def rows(self, value: ir.Value) -> Rows | None:
+        return Rows.of(self.layouts.get(value), self.known, self.model.batch)
+
     def width(self, value: ir.Value) -> int | None:
         """Channels of a value that has all of them, in order, on one axis."""
-        rows = Rows.of(self.layouts.get(value), self.known, self.model.batch)
-        return rows.channels if rows is not None and self.channel_axis(value, rows.channels) is not None else None
-
-    def channel_axis(self, value: ir.Value, channels: int) -> int | None:
-        axes = [at for at, factors in enumerate(self.layouts[value].axes) if factors == (channels,)]
-        return axes[-1] if axes else None
+        rows = self.rows(value)
+        return rows.channels if rows is not None and len(rows.axes) == 1 else None
 
     def per_channel(self, value: ir.Value, constant: ir.Value) -> np.ndarray | None:
         """float64 [channel] or [1]: a constant that is the same for all tokens and images."""
-        shape, width = self.known.shapes.get(constant), self.width(value)
-        if shape is None or width is None or len(shape) > len(self.layouts[value].axes):
+        shape, rows = self.known.shapes.get(constant), self.rows(value)
+        if shape is None or rows is None or not rows.axes or len(shape) > len(self.layouts[value].axes):
             return None
-        own, first = self.channel_axis(value, width), len(self.layouts[value].axes) - len(shape)
-        if any(size != 1 and first + at != own for at, size in enumerate(shape)):
+        first = len(self.layouts[value].axes) - len(shape)
+        if tuple(first + at for at, size in enumerate(shape) if size != 1) not in ((), rows.axes):
             return None
         array = self.known.constant(constant)
         return None if array is None else np.asarray(array, np.float64).reshape(-1)
 
     def constant(self, value: ir.Value, constant: ir.Value) -> str | None:
         """The name of what is added to each token, if nothing else reads it."""
-        whole = self.known.shapes.get(constant) and math.prod(self.known.shapes[constant]) == self.width(value)
+        shape, rows = self.known.shapes.get(constant), self.rows(value)
+        whole = shape and rows is not None and math.prod(shape) == rows.channels
         own = whole and constant.name in self.weights and self.is_own(constant)
         return constant.name if own and self.per_channel(value, constant) is not None else None
 
@@ -250,23 +255,41 @@ class _Finder:
         inputs, matrix, output = node.inputs[0], node.inputs[1], node.outputs[0]
         turned = bool(attribute(node, "transB", 0))
         if node.op_type == "Gemm":
-            if attribute(node, "transA", 0) or (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)) != (1, 1):
+            added = len(node.inputs) > 2 and node.inputs[2] is not None
+            factors = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0) if added else 1
+            if attribute(node, "transA", 0) or factors != (1, 1):
                 return None
-            if len(node.inputs) > 2 and node.inputs[2] is not None:
+            if added:
                 bias = (self.constant(output, node.inputs[2]) or bias[0], scale)
-        rows = Rows.of(self.layouts.get(inputs), self.known, self.model.batch)
+        rows, made_of = self.rows(inputs), self.rows(output)
+        if rows is None or made_of is None:
+            return None
+        if node.op_type == "Einsum":
+            return self.einsum(node, rows, made_of, scale, bias)
         while self.is_own(matrix) and (made := matrix.producer()) and made.op_type in _MOVES:
             if made.op_type not in ("Transpose", "Identity", "Cast") or len(self.known.shapes[matrix]) != 2:
                 return None
             turned ^= made.op_type == "Transpose"
             matrix = made.inputs[0]
         shape = self.known.shapes.get(matrix, ())
-        if rows is None or matrix.name not in self.weights or not self.is_own(matrix) or len(shape) != 2:
+        if matrix.name not in self.weights or not self.is_own(matrix) or len(shape) != 2:
             return None
         size = shape[turned]
         if self.width(inputs) != rows.channels or self.width(output) != shape[1 - turned] or size != rows.channels:
             return None
         return Layer(inputs, output, matrix.name, turned, bias[0], size, np.arange(shape[1 - turned]), scale, bias[1])
+
+    def einsum(self, node: ir.Node, rows: Rows, made: Rows, scale, bias) -> Layer | None:
+        """A product of all channels with a constant that has a matrix on any number of axes, as that of heads."""
+        inputs, matrix, output = *node.inputs[:2], node.outputs[0]
+        if len(node.inputs) != 2 or matrix.name not in self.weights or not self.is_own(matrix):
+            return None
+        (given, own), result = einsum_axes(node, [len(self.known.shapes[value]) for value in node.inputs])
+        summed, new = [given[at] for at in rows.axes], [result[at] for at in made.axes]
+        if not summed or not new or set(summed) & set(result) or own not in (summed + new, new + summed):
+            return None
+        return Layer(inputs, output, matrix.name, own != summed + new, bias[0], rows.channels, np.arange(made.channels),
+                     scale, bias[1])  # fmt: skip
 
     # -- keys and values ------------------------------------------------------------------------------------------
 
@@ -284,9 +307,9 @@ class _Finder:
 
     def key_layers(self, branch: Branch) -> Iterator[tuple[ir.Node, Layer]]:
         for node in self.followed.model.graph:
-            if node not in branch.nodes or node.op_type not in ("MatMul", "Gemm"):
+            if node not in branch.nodes or node.op_type not in _PRODUCTS:
                 continue
-            roles = {role for names in self.roles.get(node.outputs[0], ()) for _, role in names}
+            roles = self.roles.get(node.outputs[0], ())
             layer = self.layer(node) if "key" in roles else None
             if layer is None:
                 continue
@@ -297,9 +320,7 @@ class _Finder:
                 output = reader.outputs[0]
                 if reader.op_type == "Add" and self.per_channel(output, reader.inputs[1 - at]) is not None:
                     bias = bias or self.constant(output, reader.inputs[1 - at])
-                elif reader.op_type not in _MOVES:
-                    break
-                if self.width(output) != len(layer.columns):
+                elif reader.op_type not in _MOVES or self.width(output) != len(layer.columns):
                     break
                 value = output
             layer = replace(layer, bias=bias, output=value)
@@ -313,11 +334,11 @@ class _Finder:
             readers = {node for node, _ in self.uses(value)}
             onward = {node for node in readers if node.op_type in _MOVES | _SELECTIONS}
             if readers - onward:
-                ends[value.name] = {role for names in self.roles.get(value, ()) for _, role in names}
+                ends[value.name] = self.roles.get(value, ())
             waiting += [output for node in onward for output in node.outputs]
         shape = shape_for(self.known, layer.output, self.model.batch, self.model.batch or 1)
-        axis = self.channel_axis(layer.output, len(layer.columns))
-        sizes = [-1 if at == axis else 1 for at in range(len(shape))]
+        axes = self.rows(layer.output).axes
+        sizes = [size if at in axes else 1 for at, size in enumerate(shape)]
         like, count = next(self.model.parameters()), len(layer.columns)
         blank, digits = self.model.blank(self.model.batch or 1), []
         # Two digits each: bfloat16 holds whole numbers up to 256.

@@ -30,6 +30,7 @@ from ..core.preprocess import resolve_preprocessing
 from ..core.scratch import temporary_folder
 from ..core.text import command
 from ..prune.backbones.vit import weights_sha256
+from ..prune.device import device_of, move, on_cpu
 from ..prune.loaded import LoadedModel
 from .dense import tidy, trace_module
 from .files import save_model
@@ -99,15 +100,18 @@ def export_adapter(module: nn.Module, name: str, sizes: tuple[int, int, int]) ->
     Raises:
         UserError: It cannot be exported, or the tokens of its graph cannot be followed.
     """
-    try:
-        exported = trace_module(module, name, sizes)
-    except UserError:
-        exported = trace_module(module, name, sizes, dynamic_batch=False)
-    tidy(exported)
-    exported.graph.name = name
-    opened = OpenedGraph(exported)
-    adapter = _adapter(opened, name, opened.shape())
-    _check_export(module, opened, probe_images(adapter.geometry))
+    device = device_of(module)
+    with on_cpu(module):
+        try:
+            exported = trace_module(module, name, sizes)
+        except UserError:
+            exported = trace_module(module, name, sizes, dynamic_batch=False)
+        tidy(exported)
+        exported.graph.name = name
+        opened = OpenedGraph(exported)
+        adapter = _adapter(opened, name, opened.shape())
+        _check_export(module, opened, probe_images(adapter.geometry))
+    move(adapter, device)
     return adapter
 
 
@@ -119,9 +123,10 @@ def _adapter(opened: OpenedGraph, name: str, geometry: Geometry) -> GraphAdapter
         if image.dtype is not None and not image.dtype.is_floating_point():
             raise GraphError(f"input {image.name!r} is {image.dtype}, expected FLOAT", "take the conversion off it")
         model = GraphOutputs(followed, image, values=geometry.output == "values")
-        adapter = GraphAdapter(followed, model, name, geometry, opened)
         images = probe_images(geometry)
         _check_equal(model, opened, images)
+        # Behind the check, which leaves the same weights in other tensors: the adapter knows its own by their address.
+        adapter = GraphAdapter(followed, model, name, geometry, opened)
         adapter.look_at(torch.from_numpy(images))
     return adapter
 
@@ -146,7 +151,7 @@ def write_graph(loaded: LoadedModel, path: str | os.PathLike, props: Mapping[str
     model.metadata_props.update({**about.to_props(), **(props or {})})
     if changed:
         write_back(adapter.model, model, changed)
-        with scratch_beside(path) as folder:
+        with scratch_beside(path) as folder, on_cpu(adapter):
             written = OpenedGraph(model, save_model(model, folder / "tuned.onnx"))
             _compare(adapter.model, written, probe_images(geometry), "the tuned graph equals the tuned model")
     return save_model(model, path)

@@ -130,7 +130,7 @@ class GraphOutputs(GraphModule):
         sums, count = np.zeros(len(self._scales)), len(images)
         with torch.no_grad():
             for chunk in images.split(4):
-                sums += [float(part.double().square().sum()) for part in self(chunk).split(self._widths, 1)]
+                sums += [float(part.cpu().double().square().sum()) for part in self(chunk).split(self._widths, 1)]
         for index, total in enumerate(sums / count):
             if not 0 < total < np.inf:
                 found = "0" if total == 0 else "not finite"

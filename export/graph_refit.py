@@ -157,7 +157,7 @@ class _Refit:
 
     def _solve(self, kind: str, layers: Sequence[Layer], equations: NormalEquations) -> bool:
         """Whether anything changed."""
-        solution = equations.solve(self._ridges.get(kind, FIRST_RIDGE))
+        solution = equations.sum_up().solve(self._ridges.get(kind, FIRST_RIDGE))
         self.blocks[-1].update({layer.weight: solution.to_json() for layer in layers})
         if solution.coefficients is None:
             return False
@@ -165,21 +165,19 @@ class _Refit:
         parts = solution.coefficients.split([len(layer.columns) for layer in layers], 1)
         for layer, part in zip(layers, parts, strict=True):
             update = unscaled(part[: layer.width], _tensor(layer.scale))
-            self._add(layer.weight, layer.columns, update.T if layer.turned else update, 0 if layer.turned else 1)
+            shape = (-1, layer.width) if layer.turned else (layer.width, -1)
+            self._add(layer.weight, layer.columns, update.T if layer.turned else update, shape)
             if layer.bias is not None:
-                self._add(layer.bias, layer.columns, unscaled(part[-1], _tensor(layer.bias_scale)), -1)
+                self._add(layer.bias, layer.columns, unscaled(part[-1], _tensor(layer.bias_scale)), (-1,))
         return True
 
-    def _add(self, name: str, columns: np.ndarray, update: Tensor, axis: int) -> None:
-        """To columns of a constant of the graph, which lie along ``axis``; -1: to all its numbers."""
+    def _add(self, name: str, columns: np.ndarray, update: Tensor, shape: tuple[int, ...]) -> None:
+        """To columns of a constant of the graph, seen in ``shape``, in which they lie along the axis of size -1."""
         own, parameter = self.streams.names[name], self.streams.model.weights()[name]
         tensor = self.weights.get(own, parameter).detach()
-        flat = tensor.reshape(-1) if axis < 0 else tensor
-        axis, places = max(axis, 0), torch.from_numpy(columns)
-        changed = flat.clone()
-        changed.index_copy_(
-            axis, places.to(flat.device), added(flat.index_select(axis, places.to(flat.device)), update)
-        )
+        axis, places = shape.index(-1), torch.from_numpy(columns).to(tensor.device)
+        changed = tensor.reshape(shape).clone()
+        changed.index_copy_(axis, places, added(changed.index_select(axis, places), update))
         self.weights[own] = changed.reshape(tensor.shape)
 
 

@@ -15,11 +15,14 @@ from torch import Tensor
 from ..core.errors import GraphError
 from ..core.geometry import Geometry
 from ..core.plan import TokenPlan
+from ..prune import ranks
+from ..prune.batches import in_batches
 from ..prune.calibration import Calibration
-from ..prune.fisher import direction_loss, frozen
+from ..prune.device import same_gradients
+from ..prune.fisher import Directions, frozen
 from ..prune.tune.chunks import Chunks
 from ..prune.tune.weights import with_weights
-from .follow.demand import Demand, Sets, demand, sets_of
+from .follow.demand import Demand, Sets, sets_of
 from .graph_gates import GraphGates
 from .graph_layers import Rows, Step, shape_for
 from .graph_outputs import GraphOutputs
@@ -35,7 +38,7 @@ class Refittable(Protocol):
 
 @torch.enable_grad()
 def token_importance(
-    adapter: Refittable, steps: Sequence[Step], batches: Iterable[Tensor], seed: int = 0
+    adapter: Refittable, steps: Sequence[Step], batches: Iterable[Tensor], seed: int = 0, before: int = 0
 ) -> dict[str, np.ndarray]:
     """Mean squared gradient of the unpruned model's outputs at each token, as
     :func:`vpruner.prune.tune.importance.token_importance` has it of a model in PyTorch.
@@ -44,7 +47,7 @@ def token_importance(
         Name of a value of the stream behind a step, or of the first output of layers that make keys and values (there
         of their keys and values together) -> float64 [id], with mean 1 over its tokens where anything counts at all.
     """
-    gates, random = adapter.gates, np.random.default_rng(seed)
+    gates, directions = adapter.gates, Directions(seed, before)
     known, module = gates.followed.tokens.known, gates.model
     parts = {step.stream: ((step.stream, slice(None)),) for step in steps}
     parts |= {
@@ -56,7 +59,8 @@ def token_importance(
     sums = {value: np.zeros(gates.followed.tokens.count) for value in parts}
     with frozen(adapter.model):
         like = next(module.parameters())
-        for images in batches:
+
+        def step(images: Tensor) -> tuple[Tensor | None, ...]:
             # Nothing is added, but to each value of each image by itself: its gradient is that of the value.
             zeros = [
                 like.new_zeros(shape_for(known, value, module.batch, len(images))).requires_grad_() for value in values
@@ -64,19 +68,19 @@ def token_importance(
             with ExitStack() as placed:
                 for value, zero in zip(values, zeros, strict=True):
                     placed.enter_context(module.at(value.name, torch.add, zero))
-                outputs = adapter.model(images.to(like)).float()
-                gradients = torch.autograd.grad(
-                    direction_loss(outputs, adapter.geometry.output, random), zeros, allow_unused=True
-                )
+                with same_gradients(like.device):
+                    outputs = adapter.model(images.to(like)).float()
+                return torch.autograd.grad(directions.loss(outputs, adapter.geometry.output), zeros, allow_unused=True)
+
+        for gradients in in_batches(module, batches, directions.redrawn(step), backward=True):
             found = dict(zip(values, gradients, strict=True))
             for value, part in parts.items():
                 for one, columns in part:
                     if found[one] is not None:
                         squares = rows[one](found[one])[..., columns].float().square().sum((0, 2))
-                        sums[value][rows[one].ids] += squares.double().cpu().numpy()
-    return {
-        value.name: total / max(total[rows[value].ids].mean(), 1e-300) for value, total in sums.items()
-    }  # fmt: skip
+                        sums[value][rows[one].ids] += squares.cpu().double().numpy()
+    totals = zip(sums, (one.numpy() for one in ranks.summed(*map(torch.from_numpy, sums.values()))), strict=True)
+    return {value.name: total / max(total[rows[value].ids].mean(), 1e-300) for value, total in totals}
 
 
 def rows_of(gates: GraphGates, value: ir.Value) -> Rows | None:
@@ -109,13 +113,13 @@ class GraphStreams(Chunks):
         layers = [layer for step in steps for layer in (step.writer, *sum(step.keyed, ())) if layer is not None]
         widest = max((layer.width for layer in layers), default=1)
         super().__init__(adapter, plans, calibration, indices, flip, ram_bytes, widest)
-        self._adapter, self.gates, self.steps = adapter, adapter.gates, steps
+        self.gates, self.steps = adapter.gates, steps
         self.followed, self.batch = self.gates.followed, self.model.batch or 1
         for value in (self.followed.stream, *(step.stream for step in steps)):
             if rows_of(self.gates, value) is None:
                 raise GraphError(f"the images of {value.name!r} are on no axis of it", "export it for one image")
         self.sets: list[Sets] = [sets_of(self.followed, plan) for plan in self.plans]
-        self.wanted: list[Demand] = [demand(self.followed, sets) for sets in self.sets]
+        self.wanted: list[Demand] = [Demand(self.followed, sets) for sets in self.sets]
         self.importance: dict[str, np.ndarray] = {}
         self.diverged = False
         self._counts: dict[int, int] = {}

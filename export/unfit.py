@@ -16,8 +16,10 @@ from .nodes import called
 from .quantize import QUANTIZED_OPS
 from .targets.rules import FOLD_CONSTANTS
 
-#: LayerNormalization is an operator from here on; what exporters write before is taken apart.
+#: LayerNormalization is an operator from here on: older graphs are not written.
 OLDEST_OPSET = 17
+#: Axes are inputs from here on, and nothing that Keras writes (15) means something else in 17.
+OLDEST_READ = 13
 #: Of onnxruntime's own operators, that its optimizers write.
 _FUSED_DOMAINS = ("com.microsoft", "com.ms.")
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -38,9 +40,9 @@ def refuse_unfit(model: ir.Model) -> None:
     for node in model.graph:
         _refuse_node(model, node)
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
-    if opset is None or opset < OLDEST_OPSET:
+    if opset is None or opset < OLDEST_READ:
         raise GraphError(
-            f"the graph is in opset {opset}, expected {OLDEST_OPSET} or newer",
+            f"the graph is in opset {opset}, expected {OLDEST_READ} or newer",
             f"export the model again with a newer opset ({command('export')} writes 20)",
         )
     inputs = [value for value in model.graph.inputs if value.const_value is None]

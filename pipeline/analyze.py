@@ -21,13 +21,14 @@ def analyze(model: ModelSpec, data: DataSpec, picture: Path | None = None) -> di
     from ..prune.analyze import analysis_row, draw_analysis
     from ..prune.analyze import analyze as analyze_model
     from ..prune.backbones.adapter import require_blocks
-    from ..prune.fisher import batch_size_for
+    from ..prune.batches import images_at_once
+    from ..prune.device import computing
 
     loaded = open_prunable(model, softmax=True)
     adapter = require_blocks(loaded.adapter, "an analysis of its blocks")
     chosen = calibration_set(loaded.classes, adapter.geometry, data)
-    batches = at_least_one(chosen.batches(loaded.preprocessing, batch_size_for(adapter.geometry, most=32)), chosen)
-    with progress.stage("Analyzing", total=len(chosen.indices)) as advance:
+    batches = at_least_one(chosen.batches(loaded.preprocessing, images_at_once(adapter, most=32)), chosen)
+    with computing(adapter.model), progress.stage("Analyzing", total=len(chosen.indices)) as advance:
         analysis = analyze_model(adapter, (batch for batch, _ in batches), on_batch=advance)
     progress.remark(chosen.remark("calibration"))
     if picture is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from ..core.files import scratch_beside
 from ..core.json_file import canonical_json
 from ..core.metadata import PREPROCESSING, ModelMetadata
 from ..core.preprocess import Preprocessing, resolve_preprocessing
-from ..core.specs import DataSpec, EvalSet, eval_sets
+from ..core.specs import DataSpec, eval_sets
 from ..core.text import option
 from ..export import quantize
 from ..export.files import move_model
@@ -66,6 +66,7 @@ def convert_checked(
     eval_count: int = 2000,
     seed: int = 0,
     strict: bool = False,
+    workers: int | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Conversion, tuple[Compared, ...]]:
@@ -76,6 +77,7 @@ def convert_checked(
         data, count: Calibration images of static INT8. Without ``eval_data`` a quarter is put aside to compare on.
         eval_data, eval_count: Images to compare on, as :func:`~vpruner.core.specs.eval_sets` takes them; without any,
             seeded noise for the other precisions.
+        seed, strict, workers: See :class:`~vpruner.core.specs.DataSpec`.
         preprocessing: How images become the input, over what the file says; written into the converted file. Fields of
             :class:`~vpruner.core.preprocess.Preprocessing` but for the size.
         options: Of :func:`convert`.
@@ -84,9 +86,8 @@ def convert_checked(
         The conversion, and the agreement on each evaluation set.
     """
     opened = open_graph(graph)
-    calibration, sets, prepared = _images(
-        opened, precision, data, count, eval_sets(eval_data), eval_count, seed, strict, preprocessing or {}
-    )
+    spec = DataSpec(data, eval_sets(eval_data), count, eval_count, seed, strict, workers)
+    calibration, sets, prepared = _images(opened, precision, spec, preprocessing or {})
     if preprocessing:
         options["props"] = {PREPROCESSING: canonical_json(prepared.to_json())}
     with scratch_beside(output) as scratch:
@@ -105,21 +106,13 @@ def convert_checked(
 
 
 def _images(
-    opened: OpenedGraph,
-    precision: str,
-    data: Any,
-    count: int,
-    eval_data: Sequence[EvalSet],
-    eval_count: int,
-    seed: int,
-    strict: bool,
-    preprocessing: Mapping[str, Any],
+    opened: OpenedGraph, precision: str, data: DataSpec, preprocessing: Mapping[str, Any]
 ) -> tuple[np.ndarray | None, list[_Inputs], Preprocessing | None]:
     """Calibration images (None but for static INT8), sets of images to compare on, and how they are prepared.
 
     The last is None where no image was read and ``preprocessing`` says nothing.
     """
-    if data is not None and precision != "int8":
+    if data.data is not None and precision != "int8":
         raise UserError(
             f"{option('data')} calibrates static int8, found {option('precision', precision)}",
             f"leave it out, or {option('eval_data')}",
@@ -132,7 +125,7 @@ def _images(
     shape = next(value.shape for value in model.graph.inputs if value.name == name)
     fixed = shape is not None and len(shape) == 4 and all(isinstance(size, int) for size in shape[1:])
     about = ModelMetadata.from_props(model.metadata_props, source)
-    noise_serves = precision != "int8" and not eval_data
+    noise_serves = precision != "int8" and not data.eval_data
     prepared = None
     if preprocessing or not noise_serves:
         size = tuple(map(int, shape[2:])) if fixed else None
@@ -140,7 +133,7 @@ def _images(
     if noise_serves:
         if not fixed:
             raise UserError(f"{source}: the input {name} has no fixed image size", "expected [batch, 3, height, width]")
-        noise = np.random.default_rng(seed).standard_normal((NOISE_IMAGES, *map(int, shape[1:])), dtype=np.float32)
+        noise = np.random.default_rng(data.seed).standard_normal((NOISE_IMAGES, *map(int, shape[1:])), dtype=np.float32)
         return None, [_Inputs(noise, None, f"{NOISE_IMAGES} noise images")], prepared
     outputs = model.graph.outputs[0].shape
     classes = outputs[-1] if about.output == "logits" and outputs is not None and isinstance(outputs[-1], int) else None
@@ -149,29 +142,29 @@ def _images(
     remarks: list[str] = []
     calibration = None
     if precision == "int8":
-        if data is None:
+        if data.data is None:
             raise UserError(
                 "static int8 is calibrated on images", f"give them with {option('data', 'DIR')}, or use int8-dynamic"
             )
         calibration, evaluations, remarks = choose_images(
-            data,
-            eval_data,
-            calibration=count,
-            evaluation=eval_count,
+            data.data,
+            data.eval_data,
+            calibration=data.images,
+            evaluation=data.eval_images,
             classes=about.classes,
             outputs=classes,
-            seed=seed,
-            strict=strict,
+            seed=data.seed,
+            strict=data.strict,
+            workers=data.workers,
         )
     else:
-        given = DataSpec(eval_data=eval_data, eval_images=eval_count, seed=seed, strict=strict)
-        evaluations = evaluation_sets(about.classes, classes, given)
+        evaluations = evaluation_sets(about.classes, classes, data)
 
     def read(images: ImageSet, role: str) -> tuple[np.ndarray, list[int | None]]:
-        found = list(images.images())
+        found = list(images.prepared(prepared))
         images.require_any()
         remarks.append(images.remark(role))
-        return prepared.batch([image for image, _ in found]), [label for _, label in found]
+        return np.stack([image for image, _ in found]), [label for _, label in found]
 
     inputs = None if calibration is None else read(calibration, "calibration")[0]
     sets = []

@@ -137,8 +137,8 @@ def evaluate(
         UserError: Options do not go together, a file cannot be used, or there is nothing to measure.
     """
     if model.is_onnx:
-        if plan or plan_path or model.pretrained or model.weights or model.model_args:
-            named = f"{option('plan')}, {option('weights')}"
+        if plan or plan_path or model.pretrained or model.weights or model.model_args or model.device != "auto":
+            named = f"{option('plan')}, {option('weights')}, {option('device')}"
             raise UserError(
                 f"{model.what} is an ONNX file: {named} and such go with a PyTorch model", f"use {option('against')}"
             )
@@ -272,7 +272,8 @@ def _evaluate_torch(
 
     from ..core.finite import check_finite
     from ..core.statistics import collect_outputs, compare
-    from ..prune.fisher import batch_size_for
+    from ..prune.batches import images_at_once, outputs_of
+    from ..prune.device import computing
     from ..prune.tune.weights import with_weights
 
     loaded = open_torch(model)
@@ -291,7 +292,7 @@ def _evaluate_torch(
 
     def dense(batch):
         with torch.inference_mode():
-            return adapter.model(batch.to(next(adapter.model.parameters()))).float().cpu().numpy()
+            return torch.cat(list(outputs_of(adapter.model, [batch]))).numpy()
 
     def pruned(batch):
         applied = adapter.applied(plan, "dead") if rule is None else rule.applied(adapter)
@@ -303,9 +304,10 @@ def _evaluate_torch(
         del runners["dense"]
     names = {"dense": loaded.name, "pruned": f"{loaded.name}, pruned"}
     estimates: _Estimates = {}
-    with progress.stage("Evaluating", sum(len(images.indices) for images in sets)) as advance:
+    total = sum(len(images.indices) for images in sets)
+    with computing(adapter.model), progress.stage("Evaluating", total) as advance:
         for images in sets:
-            stream = images.batches(loaded.preprocessing, batch_size_for(adapter.geometry, most=64))
+            stream = images.batches(loaded.preprocessing, images_at_once(adapter, most=64))
             outputs = collect_outputs(
                 runners,
                 at_least_one(stream, images),

@@ -272,14 +272,15 @@ def make_pruning(loaded: LoadedModel, method: MethodSpec, images: Tensor) -> Tok
         UserError: There is no such method, or it cannot work on this model or within the target.
     """
     from ..prune.backbones.adapter import require_blocks
-    from ..prune.fisher import batch_size_for
+    from ..prune.batches import images_at_once
+    from ..prune.device import computing
     from ..prune.methods import find_method
 
     maker = find_method(method.name)()
     if maker.needs_blocks:
         require_blocks(loaded.adapter, maker.name)
-    batches = images[: maker.enough_images].split(batch_size_for(loaded.adapter.geometry, most=64))
-    with progress.stage(f"Calibrating {method.name}"):
+    batches = images[: maker.enough_images].split(images_at_once(loaded.adapter, most=64))
+    with computing(loaded.adapter.model), progress.stage(f"Calibrating {method.name}"):
         return maker.make(loaded.adapter, batches, method.target, seed=method.seed)
 
 

@@ -122,26 +122,28 @@ def write_graphs(
         ParityError: A graph does not compute what the model does.
     """
     from ..export.graph import open_graph
+    from ..prune.device import on_cpu
 
     plain = plain_form(spec)
     done = _Writing()
     wanted = ["dense"] if with_dense or reduced.reduction is None else []
-    if reduced.rule is None or wanted:
-        place = folder if wanted and spec.deploy_for is None else scratch
-        if plain_dense is None:
-            plain_dense = place / "dense.onnx"
-            with progress.stage(f"Exporting {reduced.loaded.name}"):
-                write_dense(reduced.loaded, plain_dense, plain)
-        done.plain["dense"] = open_graph(plain_dense)
-    if reduced.plan is not None:
-        _fold(reduced, plain, folder if spec.deploy_for is None else scratch, scratch, done)
-        wanted.append("pruned")
-    _check(reduced, images, done)
-    if tokens:
-        _return_tokens(reduced, images, wanted[-1], scratch, done)
-    _finish(reduced, spec, folder, wanted, images, done)
-    if reduced.rule is not None:
-        _write_rule(reduced, spec, plain, folder / name, scratch, images, done)
+    with on_cpu(reduced.loaded.adapter):  # Graphs are compared with PyTorch where onnxruntime runs them.
+        if reduced.rule is None or wanted:
+            place = folder if wanted and spec.deploy_for is None else scratch
+            if plain_dense is None:
+                plain_dense = place / "dense.onnx"
+                with progress.stage(f"Exporting {reduced.loaded.name}"):
+                    write_dense(reduced.loaded, plain_dense, plain)
+            done.plain["dense"] = open_graph(plain_dense)
+        if reduced.plan is not None:
+            _fold(reduced, plain, folder if spec.deploy_for is None else scratch, scratch, done)
+            wanted.append("pruned")
+        _check(reduced, images, done)
+        if tokens:
+            _return_tokens(reduced, images, wanted[-1], scratch, done)
+        _finish(reduced, spec, folder, wanted, images, done)
+        if reduced.rule is not None:
+            _write_rule(reduced, spec, plain, folder / name, scratch, images, done)
     return Written(done.files, done.plain, tuple(done.checks), done.deployment)
 
 
@@ -168,19 +170,21 @@ def write_dense(loaded: LoadedModel, path: Path, spec: ExportSpec) -> None:
         return
     from ..export.dense import export_dense
     from ..export.deploy import plain_opset
+    from ..prune.device import on_cpu
 
-    export_dense(
-        loaded.adapter.model,
-        path,
-        name=loaded.name,
-        geometry=loaded.adapter.geometry,
-        preprocessing=loaded.preprocessing,
-        classes=loaded.classes,
-        weights_sha256=loaded.sha256,
-        opset=plain_opset(None, spec.opset),
-        dynamic_batch=spec.dynamic_batch,
-        batch_size=spec.batch_size,
-    )
+    with on_cpu(loaded.adapter):
+        export_dense(
+            loaded.adapter.model,
+            path,
+            name=loaded.name,
+            geometry=loaded.adapter.geometry,
+            preprocessing=loaded.preprocessing,
+            classes=loaded.classes,
+            weights_sha256=loaded.sha256,
+            opset=plain_opset(None, spec.opset),
+            dynamic_batch=spec.dynamic_batch,
+            batch_size=spec.batch_size,
+        )
 
 
 def _fold(reduced: Reduced, plain: ExportSpec, place: Path, scratch: Path, done: _Writing) -> None:

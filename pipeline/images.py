@@ -25,12 +25,14 @@ class Images:
         limit: How many are used at most; None: as many as suit what they are used for.
         seed: Of the choice.
         strict: Whether an unreadable image is an error; otherwise it is skipped and counted.
+        workers: Threads that read them; None: as many as suit images and cores.
     """
 
     source: ImageSource
     limit: int | None = None
     seed: int = 0
     strict: bool = False
+    workers: int | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -44,7 +46,13 @@ class Images:
 
 
 def open_images(
-    what: Any = None, *, split: str = "train", limit: int | None = None, seed: int = 0, strict: bool = False
+    what: Any = None,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    workers: int | None = None,
 ) -> Images:
     """Open images to calibrate or to evaluate on.
 
@@ -56,6 +64,8 @@ def open_images(
         limit: How many are used at most.
         seed: Of the choice.
         strict: Whether an unreadable image is an error; otherwise it is skipped and counted.
+        workers: Threads that read images ahead of the model; None: as many as there are cores but one. A torch data set
+            is read by the thread of the caller, unless a number says that several threads may read from it at once.
 
     Raises:
         UserError: There are no images, or none that can be read.
@@ -70,9 +80,9 @@ def open_images(
         from ..core import bundled
         from ..prune.memory import open_source
 
-        DataSpec(seed=seed)  # Checks it.
+        DataSpec(seed=seed, workers=workers)  # Checks them.
         path = str(bundled.calibration_data()) if what is None else what
-        return Images(open_source(path, split=split, limit=limit), limit, seed, strict)
+        return Images(open_source(path, split=split, limit=limit), limit, seed, strict, workers)
 
 
 def images_for(what: Any) -> tuple[Images, DataSpec]:
@@ -83,7 +93,8 @@ def images_for(what: Any) -> tuple[Images, DataSpec]:
         progress.remark("no images given: the bundled CIFAR-10 images serve for calibration")
         what = str(bundled.calibration_data())
     images = open_images(what)
-    return images, DataSpec(images.source, images=images.limit or IMAGES, seed=images.seed, strict=images.strict)
+    limit = images.limit or IMAGES
+    return images, DataSpec(images.source, images=limit, seed=images.seed, strict=images.strict, workers=images.workers)
 
 
 def evaluation_of(what: Any) -> DataSpec:
@@ -100,6 +111,7 @@ def evaluation_of(what: Any) -> DataSpec:
         eval_images=opened[0].limit or EVAL_IMAGES,
         seed=opened[0].seed,
         strict=any(images.strict for images in opened),
+        workers=opened[0].workers,
     )
 
 
@@ -112,15 +124,16 @@ def data_of(
         eval_data: One set, or a mapping from names to sets; None for nothing.
     """
     limits: dict[str, int | None] = {"data": images, "eval_data": eval_images}
-    strict = False
+    strict, workers = False, None
 
     def opened(role: str, what: Any) -> Any:
-        nonlocal strict
+        nonlocal strict, workers
         if what is None or isinstance(what, (str, os.PathLike)):
             return what
         images = open_images(what)
         limits[role] = limits[role] or images.limit
         strict = strict or images.strict
+        workers = images.workers if workers is None else workers
         return images.source
 
     source = opened("data", data)
@@ -132,4 +145,5 @@ def data_of(
         eval_images=limits["eval_data"] or EVAL_IMAGES,
         seed=seed,
         strict=strict,
+        workers=workers,
     )

@@ -37,6 +37,7 @@ def choose(data: DataSpec, loaded: LoadedModel, *, bundled_model: bool) -> tuple
         outputs=loaded.adapter.geometry.class_count,
         seed=data.seed,
         strict=data.strict,
+        workers=data.workers,
     )
     if data.data is None and not data.eval_data and not bundled_model:
         progress.remark(
@@ -85,18 +86,22 @@ def open_prunable(model: ModelSpec, *, loss: str = "auto", softmax: bool = False
         softmax: Whether a graph may end in one, so that it returns probabilities where the model has logits.
 
     Raises:
-        UserError: The model cannot be opened, or options do not go with it.
+        UserError: The model cannot be opened, options do not go with it, or there is no such device.
     """
+    from ..prune.device import move, resolve
     from ..prune.loaded import LoadedModel
 
     if isinstance(model.what, LoadedModel):
         if not softmax:
             refuse_softmax(model.what)
+        if model.device != "auto":
+            move(model.what.adapter, resolve(model.device))
         return model.what
     if not model.is_onnx:
         refuse_preprocessing(model.preprocessing)
         return open_torch(model)
     refuse_torch_options(model)
+    device = resolve(model.device)
     from ..export.graph_model import open_graph_model
 
     kind = {"labels": "logits", "self": "logits", "features": "features", "output": "values"}.get(loss)
@@ -104,6 +109,7 @@ def open_prunable(model: ModelSpec, *, loss: str = "auto", softmax: bool = False
     geometry = loaded.adapter.geometry
     if not softmax:
         refuse_softmax(loaded)
+    move(loaded.adapter, device)
     if loss == "auto" and loaded.classes is None and geometry.output != "values":
         kind = (
             f"an embedding ({option('loss', 'self')} if it is logits)"
@@ -126,15 +132,20 @@ def refuse_softmax(loaded: LoadedModel) -> None:
 def open_torch(model: ModelSpec) -> LoadedModel:
     """A PyTorch model by name, card, folder or None for the bundled reference, or one that is opened already.
 
-    One that has no adapter goes by the ONNX graph that PyTorch exports of it.
+    One that has no adapter goes by the ONNX graph that PyTorch exports of it. It is moved to its device, once: what
+    follows goes by where its parameters are.
     """
     from ..export.graph_model import export_adapter
+    from ..prune.device import move, resolve
     from ..prune.loaded import LoadedModel
     from ..prune.models import open_model
 
     if isinstance(model.what, LoadedModel):
+        if model.device != "auto":
+            move(model.what.adapter, resolve(model.device))
         return model.what
-    return open_model(
+    device = resolve(model.device)  # What is wrong with it is said before anything is read.
+    loaded = open_model(
         model.what,
         pretrained=model.pretrained,
         weights=model.weights,
@@ -142,6 +153,8 @@ def open_torch(model: ModelSpec) -> LoadedModel:
         resample=model.resample,
         otherwise=export_adapter,
     )
+    move(loaded.adapter, device)
+    return loaded
 
 
 def refuse_torch_options(model: ModelSpec) -> None:
@@ -226,7 +239,8 @@ def _chosen(
     label_map = map_labels(source, classes, outputs, remarks)
     for remark in remarks:
         progress.remark(remark)
-    return ImageSet(source, choose_indices(source, count, data.seed), label_map, data.strict, name=one.name)
+    indices = choose_indices(source, count, data.seed)
+    return ImageSet(source, indices, label_map, data.strict, name=one.name, workers=data.workers)
 
 
 def refuse_preprocessing(given: Mapping[str, Any]) -> None:

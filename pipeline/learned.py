@@ -58,7 +58,8 @@ def saved_beside(output: Path, spec: LearnSpec) -> SavedState:
     """
     from ..prune.saved import SavedState
 
-    return SavedState(output.with_name(f"{output.name}.state"), spec.resume)
+    # "." has no name of its own, and is refused as an output elsewhere.
+    return SavedState(output.parent / f"{output.name or 'run'}.state", spec.resume)
 
 
 def rule_of(plan: TokenPlan | ContentPlan) -> TokenRule | None:
@@ -285,7 +286,8 @@ def tuned_for_plan(
             "give the file that was written with the plan",
         )
     own = dict(loaded.adapter.model.named_parameters())
-    found = {name: value.detach() for name, value in model.named_parameters() if not torch.equal(value, own[name])}
+    found = {name: value.detach().to(own[name].device) for name, value in model.named_parameters()}
+    found = {name: value for name, value in found.items() if not torch.equal(value, own[name])}
     return found or None
 
 
@@ -296,7 +298,9 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
 
     with atomic_path(path) as temporary:
         # The format marker is what loaders other than timm look for.
-        save_file({name: value.contiguous() for name, value in state.items()}, temporary, {"format": "pt", **metadata})
+        save_file(
+            {name: value.cpu().contiguous() for name, value in state.items()}, temporary, {"format": "pt", **metadata}
+        )
 
 
 def remark_untuned(

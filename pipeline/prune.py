@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,7 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Sa
         UserError: Something the user gave cannot be used; nothing is written then.
     """
     from ..prune.learn import learn
+    from ..prune.ranks import leave_to_first
 
     check_output(output, ".json", *model.files)
     tuned = tuned_beside(output, model.what)
@@ -58,10 +60,10 @@ def prune(model: ModelSpec, data: DataSpec, spec: LearnSpec, output: Path) -> Sa
     geometry = loaded.adapter.geometry
     cost = open_cost(spec.cost, loaded.name, geometry)
     calibration = calibration_set(loaded.classes, geometry, data)
-    learned = learn(loaded, calibration, spec, cost=cost, saved=saved)
-    pruned = save_pruned(loaded, learned, output, model.files)
-    saved.remove()
-    return pruned
+    with saved:
+        learned = learn(loaded, calibration, spec, cost=cost, saved=saved)
+        leave_to_first()
+        return save_pruned(loaded, learned, output, model.files)
 
 
 def learn_in_memory(
@@ -79,12 +81,9 @@ def learn_in_memory(
     check_learn(spec, model if loaded.graph is None else replace(model, what=loaded.graph.path))
     saved = None if state is None else SavedState(state, spec.resume)
     cost = open_cost(spec.cost, loaded.name, loaded.adapter.geometry)
-    learned = learn(
-        loaded, calibration_set(loaded.classes, loaded.adapter.geometry, data), spec, cost=cost, saved=saved
-    )
-    if saved is not None:
-        saved.remove()
-    return learned
+    images = calibration_set(loaded.classes, loaded.adapter.geometry, data)
+    with saved or nullcontext():
+        return learn(loaded, images, spec, cost=cost, saved=saved)
 
 
 def save_pruned(loaded: LoadedModel, learned: Learned, output: Path, inputs: Sequence[str | Path | None]) -> Saved:

@@ -110,7 +110,7 @@ class Pruned:
             from ..prune.backbones.adapter import require_blocks
             from ..prune.gathered import gathered_module
 
-            blocks = require_blocks(self.loaded.adapter, "a pruned module")
+            blocks = require_blocks(self.loaded.adapter, "a pruned module", plain=False)
             return gathered_module(blocks, self.plan, self.weights)
 
     def export(

@@ -79,6 +79,7 @@ def run_row(
         "loss": plan.provenance["loss"],
         "seed": options.learn.seed,
         "seconds": {stage: round(value, 3) for stage, value in record.seconds.items()},
+        "device": plan.provenance["device"],
         "peak_memory_bytes": {"process": peak_memory_bytes()},
         "command": options.command,
         "data": {role: described(images) for role, images in data.items()},

@@ -23,8 +23,9 @@ from ..core.rows import append_rows
 from ..core.specs import ExportSpec, PrecisionSpec, TimingSpec
 from ..core.statistics import compare
 from ..core.text import counted, option
+from ..prune import ranks
 from .evaluate import collect_graphs, evaluate_graphs, open_graphs
-from .folders import finished_folder
+from .folders import check_free, finished_folder
 from .graphs import Reduced, Written, plain_form, write_graphs
 from .inputs import choose, first_images, open_cost, open_prunable, role_of
 from .learned import check_learn, chosen_plans, rule_of, save_learned, saved_beside
@@ -116,7 +117,8 @@ class Judged:
 def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, Any]:
     """Prune, export, check, measure, report.
 
-    The folder appears only when everything in it is finished and every parity check has passed.
+    The folder appears only when everything in it is finished and every parity check has passed. Of processes that were
+    started together the first does the work from the export on; the others end when all have learned.
 
     Returns:
         JSON-able summary: the rows of results.jsonl, the paths of the files, and the names of files that were asked for
@@ -129,7 +131,15 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
     require_all(RUN_PACKAGES)  # Missing extras are said now, not after ten minutes.
     check(options)
     saved_state = saved_beside(output, options.learn)
-    with finished_folder(output, force=force) as folder, scratch_beside(folder / "graphs", folder=True) as scratch:
+    if not ranks.launched().first:
+        check_free(output.resolve(), force=force)
+        learn(options, open_inputs(options), saved_state)
+        ranks.leave_to_first()
+    with (
+        saved_state,
+        finished_folder(output, force=force) as folder,
+        scratch_beside(folder / "graphs", folder=True) as scratch,
+    ):
         inputs = open_inputs(options)
         learned = learn(options, inputs, saved_state)
         saved = save(inputs.loaded, learned, folder)
@@ -153,7 +163,6 @@ def run(options: RunOptions, output: Path, *, force: bool = False) -> dict[str, 
         ]
         append_rows(folder / "results.jsonl", rows)
         write_run_report(folder, subject, saved, judged, rows)
-    saved_state.remove()
     files = {path.name: str(path) for path in sorted(output.iterdir()) if path.is_file()}
     failed = [item.path.name for item in judged.converted if item.failure is not None]
     return {"rows": rows, "files": files, "remarks": progress.current().remarks, "left_out": failed}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,7 +107,8 @@ def _dense_file(model: ModelSpec, export: ExportSpec, spec: TableSpec, scratch: 
     dense = scratch / "dense.onnx"
     with progress.stage("Exporting the dense model"):
         opset = export.opset or (min(OPSET, _newest_opset()) if spec.engines else OPSET)
-        write_dense(open_torch(model), dense, ExportSpec(opset, batch_size=export.batch_size))
+        # It is exported and no more.
+        write_dense(open_torch(replace(model, device="cpu")), dense, ExportSpec(opset, batch_size=export.batch_size))
         gc.collect()  # A large model's weights need not lie in memory while others are measured.
     return dense
 

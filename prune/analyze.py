@@ -28,6 +28,7 @@ from ..core.plan import Geometry
 from ..core.text import option
 from .backbones.adapter import Adapter, require_blocks
 from .backbones.forms import embed_images, query_key_value
+from .device import described, device_of
 from .methods.saint import Saint, first_blocks, redundancy
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ def analyze(
                 )
             )
             stream = leaving
-        rows.append(torch.stack(blocks).double().cpu())
+        rows.append(torch.stack(blocks).cpu().double())
         on_batch(len(images))
     if not rows:
         raise UserError("there are no images to analyze the model on", f"name some with {option('data')}")
@@ -312,6 +313,7 @@ def analysis_row(loaded: LoadedModel, images: ImageSet, analysis: Analysis) -> d
         "kind": "analysis",
         "model": loaded.name,
         "weights_sha256": loaded.sha256,
+        "device": described(device_of(loaded.adapter.model)),
         "data": {"name": Path(images.source.spec).name, "sha256": images.sha256, "skipped": len(images.skipped)},
         **analysis.to_json(),
         "environment": environment(),

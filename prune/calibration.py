@@ -6,6 +6,7 @@ everywhere: a lower :func:`divergence` from the dense model, which needs no labe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,9 +19,11 @@ from torch.nn import functional as F
 from ..core.finite import check_finite
 from ..core.plan import TokenPlan
 from ..core.preprocess import Preprocessing
+from . import ranks
 from .backbones.adapter import Adapter
+from .batches import images_at_once, outputs_of
+from .crops import RAM_BYTES, CropFile
 from .data import ImageSet
-from .fisher import batch_size_for
 from .methods.rule import TokenRule
 
 T = TypeVar("T")
@@ -32,7 +35,7 @@ HELD_OUT_SHARE, MOST_HELD_OUT = 0.25, 512
 
 @dataclass(eq=False)
 class Calibration:
-    """Preprocessed images in memory, 3 bytes per pixel.
+    """Preprocessed images, 3 bytes per pixel, in memory or in a file.
 
     Attributes:
         pixels: uint8 [image, height, width, channel], cropped and resized for the model, not normalised.
@@ -41,7 +44,7 @@ class Calibration:
         held_out_count: How many of the last images are held out.
     """
 
-    pixels: np.ndarray
+    pixels: np.ndarray | CropFile
     labels: Tensor | None
     preprocessing: Preprocessing
     held_out_count: int = 0
@@ -62,14 +65,23 @@ class Calibration:
         Raises:
             UserError: No image can be read.
         """
-        crops, labels = [], []
-        for image, label in images.images():
-            crops.append(np.asarray(preprocessing.crop(image), np.uint8))
+        shape, labels = (*preprocessing.size, 3), []
+        count = len(images.indices)
+        in_memory = count * math.prod(shape) <= RAM_BYTES
+        crops = (
+            np.empty((count, *shape), np.uint8) if in_memory else CropFile(0 if images.source.streams else count, shape)
+        )
+        for crop, label in images.prepared(lambda image: np.asarray(preprocessing.crop(image), np.uint8)):
+            if in_memory:
+                crops[len(labels)] = crop
+            else:
+                crops.append(crop)
             labels.append(label)
             on_batch(1)
         images.require_any()
+        pixels = crops[: len(labels)] if in_memory else crops
         labels = torch.tensor(labels) if images.labelled else None
-        return cls(np.stack(crops), labels, preprocessing, held_out_of(len(crops), held_out))
+        return cls(pixels, labels, preprocessing, held_out_of(len(pixels), held_out))
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -124,10 +136,10 @@ class Calibration:
         indices = np.asarray(indices)
         missing = np.unique(np.array([index for index in indices.tolist() if index not in self._dense], np.int64))
         if len(missing):
-            outputs = self.outputs(adapter, None, missing, on_batch)
+            outputs = ranks.gathered(self.outputs(adapter, None, ranks.share(missing), on_batch))
             check_finite(outputs.numpy(), adapter.name)
             self._dense.update(zip(missing.tolist(), outputs, strict=True))
-        return torch.stack([self._dense[index] for index in indices.tolist()])
+        return torch.stack([self._dense[index] for index in indices.tolist()]) if len(indices) else torch.empty(0, 0)
 
     def once(self, what: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` finds out about the dense model on these images, the first time; then the same again.
@@ -147,22 +159,24 @@ class Calibration:
         on_batch: Callable[[int], None] = lambda count: None,
     ) -> Tensor:
         """float32 [image, output] on the CPU: the model under ``plan`` (None: dense) on those images."""
-        device = next(adapter.model.parameters()).device
         plan = TokenPlan.identity(adapter.name, adapter.geometry) if plan is None else plan
         rows = []
         form = plan.applied(adapter) if isinstance(plan, TokenRule) else adapter.applied(plan, "dead")
         with form, torch.inference_mode():
-            for images, _ in self.batches(indices, batch_size_for(adapter.geometry)):
-                rows.append(adapter.model(images.to(device)).float().cpu())
-                on_batch(len(images))
-        return torch.cat(rows).clone()
+            batches = (images for images, _ in self.batches(indices, images_at_once(adapter)))
+            for found in outputs_of(adapter.model, batches):
+                rows.append(found)
+                on_batch(len(found))
+        return torch.cat(rows).clone() if rows else torch.empty(0, 0)
 
     def divergence(
         self, adapter: Adapter, plan: TokenPlan | TokenRule, indices: Sequence[int] | np.ndarray
     ) -> np.ndarray:
         """float64 [image]: :func:`divergence` of the pruned model from the dense one on those images."""
-        dense = self.dense_outputs(adapter, indices)
-        return divergence(dense, self.outputs(adapter, plan, indices), adapter.geometry.output).double().numpy()
+        self.dense_outputs(adapter, indices)
+        share = ranks.share(indices)
+        dense, pruned = self.dense_outputs(adapter, share), self.outputs(adapter, plan, share)
+        return ranks.gathered(divergence(dense, pruned, adapter.geometry.output).double()).numpy()
 
 
 def held_out_of(count: int, share: float = HELD_OUT_SHARE) -> int:

@@ -34,6 +34,7 @@ def choose_images(
     outputs: int | None,
     seed: int = 0,
     strict: bool = False,
+    workers: int | None = None,
 ) -> tuple[ImageSet, tuple[ImageSet, ...], list[str]]:
     """Pick calibration and evaluation images, never the same file twice (:func:`overlap` finds copies).
 
@@ -48,6 +49,7 @@ def choose_images(
         outputs: Number of the model's classes; None for a model of features.
         seed: Of the choice.
         strict: Fail on the first unreadable image instead of skipping it.
+        workers: Threads that read, see :class:`~vpruner.prune.data.ImageSet`.
 
     Returns:
         calibration set, evaluation sets (at least one), remarks for the user.
@@ -67,14 +69,17 @@ def choose_images(
     label_map = map_labels(source, classes, outputs, remarks)
 
     def chosen(one: ImageSource, mapping: dict[int, int] | None, count: int, name: str | None = None) -> ImageSet:
-        return ImageSet(one, choose_indices(one, count, seed), mapping, strict, name=name)
+        return ImageSet(one, choose_indices(one, count, seed), mapping, strict, name=name, workers=workers)
 
     sources = [_opened_apart(data, source, one) for one in eval_data]
     if sources and sources[0] is not None:
         calibration_set, sets = chosen(source, label_map, calibration), []
     else:
-        calibration_set, aside = _split(source, label_map, calibration, evaluation, seed, strict)
-        aside.name = eval_data[0].name if eval_data else None
+        name = eval_data[0].name if eval_data else None
+        calibration_set, aside = (
+            ImageSet(source, indices, label_map, strict, name=called, workers=workers)
+            for indices, called in zip(_split(source, calibration, evaluation, seed), (None, name), strict=True)
+        )
         sets, place, count = [aside], source_name(source), len(aside.indices)
         images, were = ("1 image", "was") if count == 1 else (f"{count} images", "were")
         both = f"{option('data')} and {option('eval_data')} are both {place}: {images}"
@@ -103,18 +108,15 @@ def _opened_apart(data: Any, source: ImageSource, one: EvalSet) -> ImageSource |
     return None if source.folder is not None and source.folder == opened.folder else opened
 
 
-def _split(
-    source: ImageSource, label_map: dict[int, int] | None, calibration: int, evaluation: int, seed: int, strict: bool
-) -> tuple[ImageSet, ImageSet]:
-    """Calibration and evaluation images of one source: a quarter, at most ``evaluation``, is put aside."""
+def _split(source: ImageSource, calibration: int, evaluation: int, seed: int) -> tuple[list[int], list[int]]:
+    """Positions to calibrate and to evaluate on, of one source: a quarter, at most ``evaluation``, is put aside."""
     if source.streams:
         raise UserError(f"{source.spec} is a stream and cannot be split", f"give others with {option('eval_data')}")
     if len(source) < 2:
         raise UserError(f"{source.spec} holds one image", f"give at least two, or more with {option('eval_data')}")
     shuffled = np.random.default_rng(seed).permutation(len(source))
     put_aside = min(evaluation, max(1, len(source) // 4))
-    calibration_set = ImageSet(source, shuffled[put_aside:][:calibration].tolist(), label_map, strict)
-    return calibration_set, ImageSet(source, shuffled[:put_aside].tolist(), label_map, strict)
+    return shuffled[put_aside:][:calibration].tolist(), shuffled[:put_aside].tolist()
 
 
 def choose_indices(source: ImageSource, count: int, seed: int) -> Sequence[int]:
@@ -132,10 +134,11 @@ def map_labels(
 ) -> dict[int, int] | None:
     """Translate the source's labels to the model's outputs, or None when they cannot be.
 
-    By class name where the folder names are class names or ImageNet synsets of the model; by position where the numbers
-    of classes agree and there are no names to compare. Anything else would count right answers as wrong ones, so such
-    data counts as unlabelled, and the user is told. That goes for a name that two outputs bear, too (in ImageNet
-    "crane" is a bird and a machine).
+    By class name where the folder names are class names of the model, or synsets of ImageNet that are called so, or
+    where the model has a thousand outputs, as ImageNet has classes; by position where the numbers of classes agree and
+    there are no names to compare. Anything else would count right answers as wrong ones, so such data counts as
+    unlabelled, and the user is told. That goes for a name that two outputs bear, too (in ImageNet "crane" is a bird and
+    a machine).
     """
     if outputs is None:
         return None
@@ -145,11 +148,16 @@ def map_labels(
             return {index: index for index in range(outputs)}
         return None
     synsets = timm.data.ImageNetInfo().label_names() if outputs == 1000 else None
-    for outputs_named in (classes, synsets):
-        if outputs_named is None or not set(names) <= set(outputs_named):
+    words = source.class_words or ()
+    # A model may call a class of ImageNet by the first of the words for it alone.
+    first = tuple(one.partition(",")[0] for one in words)
+    for called, outputs_named in ((names, classes), (words, classes), (first, classes), (names, synsets)):
+        if not called or outputs_named is None or not set(called) <= set(outputs_named):
             continue
         bearers = Counter(outputs_named)
-        ambiguous = [name for name in names if bearers[name] > 1]
+        ambiguous = [name for name in called if bearers[name] > 1]
+        if ambiguous and called is not names:
+            continue
         if ambiguous:
             remarks.append(
                 f"{bearers[ambiguous[0]]} classes of the model are called {ambiguous[0]!r}, like a folder of "
@@ -157,7 +165,7 @@ def map_labels(
             )
             return None
         position = {name: index for index, name in enumerate(outputs_named)}
-        return {label: position[name] for label, name in enumerate(names)}
+        return {label: position[name] for label, name in enumerate(called)}
     if classes is None and len(names) == outputs:
         return {label: label for label in range(outputs)}
     known = set(classes or synsets or ())

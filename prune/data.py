@@ -7,10 +7,12 @@ import importlib
 import io
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import timm.data
@@ -19,10 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import progress
+from ..core.ahead import default_workers, in_order
 from ..core.errors import UserError
 from ..core.files import open_regular, what_is_there
 from ..core.preprocess import Preprocessing, decode, is_turned, turned_remark
 from ..core.text import counted, first_line, option
+from . import imagenet
 from .image_files import ImageFiles
 
 #: Prefixes of ``create_dataset`` names that are not paths -> module and distribution that read them.
@@ -34,6 +38,9 @@ _REMOTE = {
 }
 #: What a bad file or its decoder raises.
 _UNREADABLE = (OSError, UserError)
+#: Fewer images are read by the caller itself.
+FEW_IMAGES = 32
+Prepared = TypeVar("Prepared")
 #: Names of folders that are parts of a data set -> those that are tried, in this order.
 _SPLITS = {
     "train": ("train", "training"),
@@ -53,11 +60,15 @@ class ImageSource:
         folder: The folder or tar file that is read (of ``imagenet/`` the one of the split); None for other data sets.
         cut_off: Why the rest of a tar file cannot be read; empty where all of it could be.
         class_names: Class of each label, None when the source has no classes (a flat folder).
+        class_words: What those are called that are synsets of ImageNet; None for others.
         numbered: Whether labels without names are numbers of classes.
+        shared: Whether several threads may read from it at once.
 
     Raises:
         UserError: Nothing there, no images in it, or a package that reads it is not installed.
     """
+
+    shared = True
 
     def __init__(self, spec: str | Path, *, split: str = "validation"):
         self.spec = str(spec)
@@ -74,6 +85,7 @@ class ImageSource:
             raise UserError(f"{root} is neither a folder nor a .tar file", "give a folder of images")
         self.folder: Path | None = None
         self.class_names: tuple[str, ...] | None = None
+        self.class_words: tuple[str, ...] | None = None
         self.cut_off = ""
         if root is not None:
             self._open_files(root, split)
@@ -89,9 +101,10 @@ class ImageSource:
         if not (place.is_file() or place.is_dir()):
             raise UserError(f"{root} is {what_is_there(place)}", "give a folder of images, or a .tar")
         if place.is_dir():
+            place = imagenet.images_below(place)
             # Right for imagenet/{train,val}, and wrong for a folder of classes one of which happens to be "train".
-            folders = {entry.name for entry in place.iterdir() if entry.is_dir()}
-            if folders and folders <= {name for names in _SPLITS.values() for name in names} | {"test"}:
+            folders = {entry.name for entry in place.iterdir() if entry.is_dir() and not imagenet.is_beside(entry.name)}
+            if folders and folders <= {name for names in _SPLITS.values() for name in names}:
                 place = next((place / name for name in _SPLITS.get(split, ()) if name in folders), place)
         try:
             files = ImageFiles(place)
@@ -105,9 +118,16 @@ class ImageSource:
             raise UserError(f"no images found in {root}{why}", "give a folder or tar with images")
         for note in files.found.notes(source_name(self)):
             progress.remark(note)
+        if tuple(files.class_to_idx) == ("",):
+            synsets, note = imagenet.validation_synsets(place, [name for (name, *_), _ in files.samples])
+            if synsets is not None:
+                files.relabel(synsets)
+            elif note:
+                progress.remark(f"{source_name(self)}: {note}")
         names = tuple(files.class_to_idx)
         # A flat folder reads as one class without a name: that is no label.
         self.class_names = names if names != ("",) else None
+        self.class_words = imagenet.class_words(place, names)
 
     def _open_by_name(self, name: str, split: str) -> Any:
         # Data sets on hubs call their held-out split by one of these names.
@@ -168,6 +188,8 @@ class ImageSet:
         skipped: File names of images that could not be read, by position.
         turned: Positions of images with a turn in their EXIF data, which is not applied.
         name: What the user calls the set; None for one without a name.
+        workers: Threads that read and prepare images, see :func:`~vpruner.core.ahead.in_order`; None: by the cores, and
+            by whether the source may be read by several.
 
     Raises:
         UserError: ``strict`` is set, and the source is a tar file that is cut off.
@@ -180,6 +202,7 @@ class ImageSet:
     skipped: dict[int, str] = field(default_factory=dict)
     turned: set[int] = field(default_factory=set)
     name: str | None = None
+    workers: int | None = None
     _sha256: str | None = field(default=None, repr=False)
     _image_hashes: set[bytes] | None = field(default=None, repr=False)
     #: Of a stream: where it ended, once that has been seen.
@@ -210,40 +233,58 @@ class ImageSet:
         Raises:
             UserError: An image cannot be read and ``strict`` is set; a stream breaks off; a label is not the model's.
         """
+        return self.prepared(lambda image: image)
+
+    def prepared(
+        self, prepare: Callable[[Image.Image], Prepared], ahead: int = 16
+    ) -> Iterator[tuple[Prepared, int | None]]:
+        """``prepare`` of each image of :meth:`images`, with its label.
+
+        Args:
+            prepare: Called by the threads that read.
+            ahead: How many images are prepared ahead of the caller at most.
+        """
         gather = self._sha256 is None
         digest, hashes = hashlib.sha256(), set()
-        raw = self._raw()
-        following = next(raw, None)
-        while following is not None:
-            (image, label), following = following, next(raw, None)
-            label = label_number(label)
-            if gather:
-                pixels = image.tobytes()
-                digest.update(f"{image.size} {label}\n".encode())
-                digest.update(pixels)
-                hashes.add(hashlib.sha256(f"{image.mode} {image.size}\n".encode() + pixels).digest())
-                # With the last image, not after it: who asks for exactly as many as there are never gets further.
-                if following is None:
-                    self._sha256, self._image_hashes = digest.hexdigest(), hashes
-            yield image, None if self.label_map is None else self._output_of(label)
+        with closing(self._read(prepare, gather, ahead)) as read:
+            following = next(read, None)
+            while following is not None:
+                one, following = following, next(read, None)
+                label = label_number(one.label)
+                if gather:
+                    digest.update(f"{one.size} {label}\n".encode())
+                    digest.update(one.pixels)
+                    hashes.add(one.sha256)
+                    # With the last image, not after it: who asks for exactly as many as there are never gets further.
+                    if following is None:
+                        self._sha256, self._image_hashes = digest.hexdigest(), hashes
+                value = one.value
+                del one
+                yield value, None if self.label_map is None else self._output_of(label)
         if gather and not hashes:
             self._sha256, self._image_hashes = digest.hexdigest(), hashes
 
-    def batches(
-        self,
-        preprocessing: Preprocessing,
-        batch_size: int,
-        stream: Iterable[tuple[Image.Image, int | None]] | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Preprocessed batches: images float32 [batch, 3, height, width], labels int64 [batch] or None.
+    def batches(self, preprocessing: Preprocessing, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Preprocessed batches: images float32 [batch, 3, height, width], labels int64 [batch] or None."""
+        stream = self.prepared(preprocessing, ahead=batch_size + 1)
 
-        Args:
-            stream: A part of :meth:`images`; None for all of it.
-        """
-        stream = iter(self.images() if stream is None else stream)
-        while chunk := list(itertools.islice(stream, batch_size)):
-            images = torch.from_numpy(np.stack([preprocessing(image) for image, _ in chunk]))
-            yield images, torch.tensor([label for _, label in chunk]) if self.labelled else None
+        def following(_: int) -> tuple[Tensor, Tensor | None] | None:
+            chunk = list(itertools.islice(stream, batch_size))
+            if not chunk:
+                return None
+            images = torch.from_numpy(np.stack([image for image, _ in chunk]))
+            return images, torch.tensor([label for _, label in chunk]) if self.labelled else None
+
+        # Hashes of one pass after the other, and the copy into a batch, take 4 % of the time of a small model.
+        collectors = min(self._threads, 1) if self.source.shared or self.workers else 0
+        with closing(in_order(following, itertools.count(), collectors, ahead=1)) as collected:
+            yield from itertools.takewhile(lambda batch: batch is not None, collected)
+
+    @property
+    def _threads(self) -> int:
+        if self.workers is not None:
+            return self.workers
+        return default_workers() if len(self.indices) >= FEW_IMAGES else 0
 
     def _output_of(self, label: int) -> int:
         if label not in self.label_map:
@@ -300,52 +341,43 @@ class ImageSet:
                 "check the files",
             )
 
-    def _raw(self) -> Iterator[tuple[Image.Image, Any]]:
-        if self.source.streams:
-            yield from self._raw_stream()
-            return
-        for index in self.indices:
-            if index in self.skipped:
-                continue
-            try:
-                image, label = self.source.read(index)
-            except _UNREADABLE as error:
-                self._skip(index, self.source.file_name(index), error)
-                continue
-            self._look_at(index, image)
-            yield image, label
+    def _read(self, prepare: Callable[[Image.Image], Any], gather: bool, ahead: int) -> Iterator[_Read]:
+        """Each readable image, read and prepared, in order; notes the others."""
+        source, workers = self.source, self._threads
+        positions = [index for index in self.indices if source.streams or index not in self.skipped]
+        items: Iterable[Any] = positions
+        steps: tuple[Callable[[Any], Any], ...] = (partial(_read_of, prepare=prepare, hashed=gather),)
+        if source.streams:
+            # They come one after the other: one thread takes them, and the others decode.
+            items = in_order(_taker(iter(source.dataset)), positions, min(workers, 1), ahead=ahead)
+            steps = (_decoded_item, *steps)
+        elif source.shared or self.workers:
+            steps = (partial(_found, source), *steps)
+        else:
+            items = (_found(source, index) for index in positions)
+        with closing(in_order(partial(_through, steps), items, workers, ahead=ahead, size=_bytes_of)) as results:
+            yield from self._noted(positions, results)
 
-    def _raw_stream(self) -> Iterator[tuple[Image.Image, Any]]:
-        items = iter(self.source.dataset)
-        failed: Exception | None = None
-        for position in self.indices:
-            try:
-                found, label, *_ = next(items)
-            except StopIteration:
-                if failed is not None:
-                    # A generator that raised is over: what it had yet to give is lost, which is not "skipped".
-                    raise UserError(
-                        f"{self.source.spec} breaks off after {position - 1} items ({first_line(failed, 160)})",
-                        f"try again, or ask for {position - 1} images" if position > 1 else "check the data set",
-                    ) from None
+    def _noted(self, positions: Sequence[int], results: Iterable[Any]) -> Iterator[_Read]:
+        source, failed = self.source, None
+        for position, one in zip(positions, results, strict=False):
+            if isinstance(one, _Read):
+                failed = None
+                if one.turned:
+                    self.turned.add(position)
+                yield one
+            elif isinstance(one, _Failed):
+                failed = one.error if one.by_stream else None
+                self._skip(position, f"item {position}" if source.streams else source.file_name(position), one.error)
+            elif failed is None:
                 self._end = position
                 return
-            except Exception as error:
-                failed = error
-                self._skip(position, f"item {position}", error)
-                continue
-            failed = None
-            try:
-                image = decoded(found)
-            except _UNREADABLE as error:
-                self._skip(position, f"item {position}", error)
-                continue
-            self._look_at(position, image)
-            yield image, label
-
-    def _look_at(self, position: int, image: Image.Image) -> None:
-        if is_turned(image):
-            self.turned.add(position)
+            else:
+                # A generator that raised is over: what it had yet to give is lost, which is not "skipped".
+                raise UserError(
+                    f"{source.spec} breaks off after {position - 1} items ({first_line(failed, 160)})",
+                    f"try again, or ask for {position - 1} images" if position > 1 else "check the data set",
+                )
 
     def _skip(self, position: int, name: str, error: Exception) -> None:
         if self.strict:
@@ -355,6 +387,100 @@ class ImageSet:
             ) from None
         self.skipped[position] = name
         self._unreadable = self._unreadable or f"{name} ({reason_of(error)})"
+
+
+@dataclass
+class _Read:
+    """An image, read and prepared.
+
+    Attributes:
+        value: What was made of it.
+        label: As the source gives it.
+        size: (width, height) of the image.
+        turned: Whether its EXIF data says that it is to be turned.
+        pixels: Those of the image, RGB, where its hashes are wanted; else empty.
+        sha256: Of mode, size and pixels; empty likewise.
+    """
+
+    value: Any
+    label: Any
+    size: tuple[int, int]
+    turned: bool
+    pixels: bytes = b""
+    sha256: bytes = b""
+
+
+@dataclass
+class _Failed:
+    """Why there is no image.
+
+    Attributes:
+        by_stream: Whether the stream itself raised, in place of an item.
+    """
+
+    error: Exception
+    by_stream: bool = False
+
+
+#: (image, label), or why there is none; None at the end of a stream.
+_Item = tuple[Any, Any] | _Failed | None
+
+
+def _through(steps: Sequence[Callable[[Any], Any]], item: Any) -> Any:
+    for step in steps:
+        item = step(item)
+    return item
+
+
+def _taker(items: Iterator[Any]) -> Callable[[int], _Item]:
+    """Takes the next item of a stream, not decoded, whatever it is called with."""
+
+    def take(_: int) -> _Item:
+        try:
+            found, label, *_ = next(items)
+        except StopIteration:
+            return None
+        except Exception as error:
+            return _Failed(error, by_stream=True)
+        return found, label
+
+    return take
+
+
+def _found(source: ImageSource, index: int) -> _Item:
+    try:
+        return source.read(index)
+    except _UNREADABLE as error:
+        return _Failed(error)
+
+
+def _decoded_item(item: _Item) -> _Item:
+    if not isinstance(item, tuple):
+        return item
+    try:
+        return decoded(item[0]), item[1]
+    except _UNREADABLE as error:
+        return _Failed(error)
+
+
+def _read_of(item: _Item, prepare: Callable[[Image.Image], Any], hashed: bool) -> _Read | _Failed | None:
+    if not isinstance(item, tuple):
+        return item
+    image, label = item
+    read = _Read(prepare(image), label, image.size, is_turned(image))
+    if hashed:
+        read.pixels = image.tobytes()
+        digest = hashlib.sha256(f"{image.mode} {image.size}\n".encode())
+        digest.update(read.pixels)
+        read.sha256 = digest.digest()
+    return read
+
+
+def _bytes_of(one: _Read | _Failed | None) -> int:
+    if not isinstance(one, _Read):
+        return 0
+    width, height = one.size
+    return len(one.pixels) + getattr(one.value, "nbytes", 4 * width * height)
 
 
 def reason_of(error: Exception) -> str:

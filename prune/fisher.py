@@ -9,8 +9,9 @@ own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.choices import LOSSES
-from ..core.geometry import Geometry
 from ..core.plan import KINDS, TokenPlan
-from .backbones.adapter import Adapter
+from . import ranks
+from .backbones.adapter import Adapter, BlockAdapter
+from .batches import in_batches
+from .device import device_of, half_statistics, same_gradients
 
 #: Loss that draws random directions -> the kind of output that it is for.
 _KINDS = {"self": "logits", "features": "features", "output": "values"}
@@ -66,22 +69,26 @@ def gate_gradients(
     *,
     plan: TokenPlan | None = None,
     seed: int = 0,
+    before: int = 0,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> GateGradients:
     """One backward pass over the calibration images; arguments as of :func:`gradients_of_images`.
 
-    Memory does not grow with the number of images.
+    Memory does not grow with the number of images. Of several processes each has the batches of its share, and the
+    moments are those of all.
 
     Args:
         on_batch: Called with the number of images after each batch.
     """
-    sums, count = 0.0, 0
-    for gradients in gradients_of_images(adapter, batches, loss, plan=plan, seed=seed):
+    geometry = adapter.geometry
+    sums, count = np.zeros((len(KINDS), len(KINDS), geometry.depth, geometry.patches)), 0
+    for gradients in gradients_of_images(adapter, batches, loss, plan=plan, seed=seed, before=before):
         values = gradients.astype(np.float64)
         sums = sums + np.einsum("xalp,xblp->ablp", values, values)
         count += len(values)
         on_batch(len(values))
-    return GateGradients(sums / count, count, loss)
+    total, images = ranks.summed(torch.from_numpy(sums), torch.tensor(count))
+    return GateGradients(total.numpy() / int(images), int(images), loss)
 
 
 def gradients_of_images(
@@ -91,6 +98,7 @@ def gradients_of_images(
     *,
     plan: TokenPlan | None = None,
     seed: int = 0,
+    before: int = 0,
 ) -> Iterator[np.ndarray]:
     """Per batch float32 [image, kind 3, block L, patch N]: dLoss/dgate of each image.
 
@@ -103,26 +111,67 @@ def gradients_of_images(
         plan: What has been closed already; the gradients are those of the model pruned by it, and zero for its closed
             gates. None: of the dense model.
         seed: For the random directions of the last two losses.
+        before: So many images of other processes come first: their directions are passed over.
 
     Raises:
         ValueError: An unknown loss, or ``"labels"`` without labels.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}, expected one of {', '.join(LOSSES)}")
-    # numpy's stream of normals does not depend on how it is cut into batches; torch's does.
-    random = np.random.default_rng(seed)
-    with frozen(adapter.model):
-        for images, labels in batches:
-            if loss == "labels" and labels is None:
-                raise ValueError("loss 'labels' needs labels")
-            with adapter.gated(len(images), plan) as gates, torch.enable_grad():
+    directions = Directions(seed, before)
+    device = device_of(adapter.model)
+    # Of a graph that is no timm model, nobody has looked at what half precision does.
+    half = half_statistics(device) if isinstance(adapter, BlockAdapter) else nullcontext()
+
+    def step(batch: tuple[Tensor, Tensor | None]) -> np.ndarray:
+        images, labels = batch
+        if loss == "labels" and labels is None:
+            raise ValueError("loss 'labels' needs labels")
+        with adapter.gated(len(images), plan) as gates, torch.enable_grad():
+            with same_gradients(device), half:
                 output = adapter.model(images.to(gates.device, gates.dtype)).float()
-                if loss == "labels":
-                    value = F.cross_entropy(output, labels.to(output.device), reduction="sum")
-                else:
-                    value = direction_loss(output, _KINDS[loss], random)
-                (gradient,) = torch.autograd.grad(value, gates)
-            yield gradient[: len(images)].float().cpu().numpy()
+            if loss == "labels":
+                value = F.cross_entropy(output, labels.to(output.device), reduction="sum")
+            else:
+                value = directions.loss(output, _KINDS[loss])
+            (gradient,) = torch.autograd.grad(value, gates)
+        return gradient[: len(images)].float().cpu().numpy()
+
+    with frozen(adapter.model):
+        yield from in_batches(adapter.model, batches, directions.redrawn(step), backward=True)
+
+
+class Directions:
+    """Random directions of outputs, image by image in order.
+
+    numpy's stream of normals does not depend on how it is cut into batches; torch's does.
+
+    Args:
+        before: So many images of other processes come first: their directions are passed over.
+    """
+
+    def __init__(self, seed: int, before: int = 0):
+        self._random, self._before = np.random.default_rng(seed), before
+
+    def loss(self, output: Tensor, kind: str) -> Tensor:
+        """See :func:`direction_loss`."""
+        count, self._before = self._before * output.shape[1], 0
+        for start in range(0, count, most := 1 << 20):
+            self._random.standard_normal(min(most, count - start), dtype=np.float32)
+        return direction_loss(output, kind, self._random)
+
+    def redrawn(self, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """``step``, which draws from here: what a call that fails has drawn is drawn again by the next."""
+
+        def again(batch: Any) -> Any:
+            state, before = self._random.bit_generator.state, self._before
+            try:
+                return step(batch)
+            except BaseException:
+                self._random.bit_generator.state, self._before = state, before
+                raise
+
+        return again
 
 
 @contextmanager
@@ -172,15 +221,3 @@ def _output_loss(values: Tensor, random: np.random.Generator) -> Tensor:
 
 def _normal(like: Tensor, random: np.random.Generator) -> Tensor:
     return torch.from_numpy(random.standard_normal(like.shape, dtype=np.float32)).to(like)
-
-
-def activation_bytes(geometry: Geometry, *, backward: bool = False) -> int:
-    """Rough upper bound of the memory one image takes on its way through the model, in bytes (float32)."""
-    tokens, hidden = geometry.tokens, geometry.mlp_macs // (2 * geometry.embed_dim)
-    block = 4 * (tokens * (8 * geometry.embed_dim + 2 * hidden) + 3 * geometry.num_heads * tokens**2)
-    return block * (geometry.depth if backward else 1)
-
-
-def batch_size_for(geometry: Geometry, *, backward: bool = False, memory_bytes: int = 3 << 29, most: int = 128) -> int:
-    """Images per batch such that activations stay within ``memory_bytes`` (1.5 GiB): larger ones only cost memory."""
-    return max(1, min(most, memory_bytes // activation_bytes(geometry, backward=backward)))

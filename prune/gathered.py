@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
-from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from ..core.plan import TokenPlan
@@ -26,29 +25,23 @@ class GatheredBlock(nn.Module):
     """One block that computes what a plan leaves of it.
 
     Args:
-        block: A timm ``Block``; its parts become those of this module, under their names.
+        block: A timm ``Block`` or ``EvaBlock``; its parts become those of this module, under their names.
         step: What it computes.
         entry: int64 [token]: rows of the input that enter, in their order; None: all of them, as they are.
+        rope: Of all tokens, see :mod:`~vpruner.prune.backbones.forms`.
     """
 
-    norm1: nn.Module
-    attn: Attention
-    ls1: nn.Module
-    drop_path1: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    ls2: nn.Module
-    drop_path2: nn.Module
-
-    def __init__(self, block: nn.Module, step: BlockStep, entry: np.ndarray | None = None):
+    def __init__(self, block: nn.Module, step: BlockStep, entry: np.ndarray | None = None, rope: Tensor | None = None):
         super().__init__()
         for name, part in block.named_children():
             self.add_module(name, part)
+        for name, parameter in block.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
         device = next(block.parameters()).device
         self.entry = None if entry is None else Rows(entry).to(device)
-        self.step = Step(step).to(device)
+        self.step = Step.at(step, device, rope)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **given: Any) -> Tensor:
         """[batch, token, channel] -> [batch, token, channel], as the step has it."""
         return self.step(self, x if self.entry is None else self.entry(x))
 
@@ -67,10 +60,10 @@ def gathered_module(adapter: BlockAdapter, plan: TokenPlan, weights: Mapping[str
     """
     plan.check_fits(adapter.name, adapter.geometry)
     with with_weights(adapter.model, weights):
-        model = copy.deepcopy(adapter.model)
+        model, ropes = copy.deepcopy(adapter.model), adapter.ropes()
     steps = schedule(plan)
     entries = [None if steps.keeps_order(plan.geometry.tokens) else steps.entry] + [None] * (plan.geometry.depth - 1)
     blocks = cast(nn.Sequential, model.blocks)
-    parts = zip(blocks, steps.steps, entries, strict=True)
-    model.blocks = nn.Sequential(*(GatheredBlock(block, step, entry) for block, step, entry in parts))
+    for index, part in enumerate(zip(tuple(blocks), steps.steps, entries, ropes, strict=True)):
+        blocks[index] = GatheredBlock(*part)
     return model.eval()

@@ -12,7 +12,7 @@ import os
 import stat
 import tarfile
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -81,12 +81,16 @@ class ImageFiles(Reader):
         self.root = os.fspath(root)
         self.is_tar = not os.path.isdir(self.root)
         self.found = _in_tar(self.root) if self.is_tar else _in_folder(self.root)
-        names = sorted({name for _, name in self.found.samples}, key=natural_key)
+        self.samples = sorted(self.found.samples, key=lambda one: natural_key(one[0][0]))
+        self.relabel([name for _, name in self.samples])
+
+    def relabel(self, classes: Sequence[str]) -> None:
+        """Give each image a class by name, in the order of :attr:`samples`."""
+        names = sorted(set(classes), key=natural_key)
         self.class_to_idx: Mapping[str, int] = {name: number for number, name in enumerate(names)}
-        self.samples = sorted(
-            ((where, self.class_to_idx[name]) for where, name in self.found.samples),
-            key=lambda one: natural_key(one[0][0]),
-        )
+        self.samples = [
+            (where, self.class_to_idx[name]) for (where, _), name in zip(self.samples, classes, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.samples)

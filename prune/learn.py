@@ -34,9 +34,11 @@ from ..core.json_file import json_sha256, json_text, parse_json
 from ..core.plan import TokenPlan
 from ..core.specs import LearnSpec
 from ..core.text import option
+from . import ranks
 from .backbones.adapter import require_blocks
 from .calibration import Calibration
 from .data import ImageSet
+from .device import computing
 from .learned import Learned
 from .loaded import LoadedModel
 from .methods.content import counts_target
@@ -54,6 +56,7 @@ SAME = ("target", "loss", "rounds", "rearrange", "tune", "select", "episodes", "
 LOOKED_AT = 32
 
 
+@ranks.joined()
 def learn(
     loaded: LoadedModel,
     images: ImageSet,
@@ -64,6 +67,8 @@ def learn(
     saved: SavedState | None = None,
 ) -> Learned:
     """The whole method: search, rearrangement, tuning, and selection where it is asked for.
+
+    Processes that were started together (:mod:`vpruner.prune.ranks`) learn together, and each of them returns the same.
 
     Args:
         loaded: The trained model; its weights are as before when this returns.
@@ -82,7 +87,7 @@ def learn(
     check_selection(spec.select, spec.tune)
     for name, value in (("tune", spec.tune), ("select", spec.select)):
         if value in NEED_BLOCKS:
-            require_blocks(loaded.adapter, option(name, value))
+            require_blocks(loaded.adapter, option(name, value), plain=value == "content")
     cost = _opened(cost, spec, loaded)
     check_target(geometry, spec.target, cost)
     choose_loss(spec.loss, geometry.output, images.labelled)
@@ -93,10 +98,13 @@ def learn(
     with progress.stage("Reading calibration images", len(images.indices)) as advance:
         calibration = Calibration.load(images, loaded.preprocessing, on_batch=advance)
 
-    loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
     progress.remark(images.remark("calibration"))
     task = Task(loaded, images, calibration, spec, cost, target, settings, saved and saved.rearrangement)
-    state = _stages_played(task, saved)
+    identity = _identity(task)
+    ranks.require_same(identity)
+    with computing(loaded.adapter.model):
+        loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
+        state = _stages_played(task, saved, identity)
     if not len(calibration.held_out) and not state.plan.is_identity:
         left_out = "rearrangement and tuning" if spec.select == "static" else "rearrangement, tuning and selection"
         progress.remark(
@@ -114,25 +122,19 @@ def learn(
     return Learned(plan, state.weights, state.stages, content)
 
 
-def _stages_played(task: Task, saved: SavedState | None) -> State:
+def _stages_played(task: Task, saved: SavedState | None, identity: Mapping[str, Any]) -> State:
     """What the stages come to, begun anew or after the last one that was finished."""
-    loaded, identity = task.loaded, {}
+    loaded = task.loaded
     state = State(TokenPlan.identity(loaded.name, loaded.adapter.geometry))
     if saved is not None:
-        identity = _identity(task)
-        state = _begun(saved, identity, loaded.adapter.model.state_dict()) or state
-    try:
-        for stage in itertools.islice(stages_of(task), len(state.stages), None):
-            if state.stages and state.plan.is_identity:
-                break  # Nothing is dropped, so there is nothing to move or to make up for.
-            state = judge_and_keep(stage, state)
-            if saved is not None:
-                saved.save(state, identity)
-    except BaseException:
-        if saved is not None and saved.files():
-            on = option("resume", True)
-            progress.remark(f"what was learned so far is kept in {saved.folder}; to go on, run the same with {on}")
-        raise
+        begun = _begun(saved, identity, loaded.adapter.model.state_dict()) if ranks.world().first else None
+        state = ranks.from_first(begun) or state
+    for stage in itertools.islice(stages_of(task), len(state.stages), None):
+        if state.stages and state.plan.is_identity:
+            break  # Nothing is dropped, so there is nothing to move or to make up for.
+        state = judge_and_keep(stage, state)
+        if saved is not None and ranks.world().first:
+            saved.save(state, identity)
     return state
 
 
@@ -157,13 +159,14 @@ def _identity(task: Task) -> dict[str, Any]:
     """What the state of a learning goes with: as JSON gives it back."""
     loaded, spec = task.loaded, task.spec
     identity = {
+        # What a user may have typed comes first: another seed chooses other images, too.
+        **{name: getattr(spec, name) for name in SAME},
         "version": __version__,
         "model": loaded.name,
         "weights": loaded.sha256,
         "preprocessing": loaded.preprocessing.to_json(),
         "images": task.images.sha256,
         "cost": json_sha256(task.cost.to_json(TokenPlan.identity(loaded.name, loaded.adapter.geometry))),
-        **{name: getattr(spec, name) for name in SAME},
     }
     return parse_json(json_text(identity), "the identity")
 
@@ -197,7 +200,7 @@ def learn_plan(
         images: Calibration images, all of which the plan may be fitted to.
         spec: Of it ``target``, ``loss``, ``rounds`` and ``seed``.
         cost: What the budget is of; None: MACs.
-        batch_size: Images per backward pass; None picks one that keeps activations within 1.5 GiB.
+        batch_size: Images per backward pass; None: as many as fit, on the CPU within 1.5 GiB.
 
     Raises:
         UserError: The budget cannot be reached, no image can be read, or the loss does not fit model and data.
@@ -208,8 +211,9 @@ def learn_plan(
     choose_loss(spec.loss, loaded.adapter.geometry.output, images.labelled)
     calibration = Calibration.load(images, loaded.preprocessing, held_out=0)
     progress.remark(images.remark("calibration"))
-    loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
-    plan, _ = search_plan(Task(loaded, images, calibration, spec, cost, spec.target), batch_size)
+    with computing(loaded.adapter.model):
+        loaded.adapter.look_at(calibration.images(calibration.fit[:LOOKED_AT]))
+        plan, _ = search_plan(Task(loaded, images, calibration, spec, cost, spec.target), batch_size)
     progress.remark(plan.provenance["note"])
     return plan
 

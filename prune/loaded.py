@@ -15,6 +15,7 @@ from ..core.plan import Geometry
 from ..core.preprocess import Preprocessing
 from .backbones.adapter import Adapter
 from .backbones.vit import weights_sha256
+from .device import device_of, name_of
 from .weights_file import check_finite
 
 
@@ -57,6 +58,11 @@ class LoadedModel:
     @property
     def name(self) -> str:
         return self.adapter.name
+
+    @property
+    def device(self) -> str:
+        """Where it is, as :attr:`~vpruner.core.specs.ModelSpec.device` has it."""
+        return name_of(device_of(self.adapter.model))
 
     @property
     def parameters(self) -> int:

@@ -62,6 +62,7 @@ class MemorySource(ImageSource):
         names = getattr(what, "classes", None) or getattr(getattr(what, "dataset", None), "classes", None)
         named = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
         self.class_names = tuple(names) if named and names and label is not None else None
+        self.class_words, self.shared = None, _is_shared(self._items)
         self.numbered = label is not None
 
     def __len__(self) -> int:
@@ -109,6 +110,18 @@ class MemorySource(ImageSource):
 def _name_of(what: Any, count: int) -> str:
     """What messages and provenance call a set: ``"the list of 24 images"``."""
     return f"the {type(what).__name__} of {counted(count, 'image')}"
+
+
+def _is_shared(items: Any) -> bool:
+    """Whether several threads may read them at once.
+
+    A data set may have a file that they would fight for, and so may a picture that has not been decoded.
+    """
+    if isinstance(items, (np.ndarray, torch.Tensor)):
+        return True
+    kinds = (str, PathLike, np.ndarray, torch.Tensor)
+    images = (_parts(item, f"item {position}")[0] for position, item in enumerate(items))
+    return isinstance(items, (list, tuple)) and all(isinstance(image, kinds) for image in images)
 
 
 def _listed(what: Any, limit: int) -> Any:

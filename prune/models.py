@@ -45,8 +45,8 @@ def from_module(
     """Take a trained model that is in memory.
 
     Args:
-        module: A timm ``VisionTransformer``, or what ``otherwise`` takes, in float32. It is put into evaluation mode
-            and used as it is, not copied; its weights are never changed.
+        module: A timm ``VisionTransformer`` or ``Eva``, or what ``otherwise`` takes, in float32. It is put into
+            evaluation mode and used as it is, not copied; its weights are never changed.
         name: What plans and files call it; None: the name that timm knows it by, or that of its class.
         preprocessing: How an image becomes its input, whole or as fields over what timm states for the model
             (``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``). None: as timm states it.

@@ -29,7 +29,7 @@ def evaluate_plans(adapter: BlockAdapter, plans: Sequence[TokenPlan], images: Te
     Returns:
         float32 [plan, image, output] on the CPU.
     """
-    model, depth = adapter.model, adapter.geometry.depth
+    model, depth, ropes = adapter.model, adapter.geometry.depth, adapter.ropes()
     parameter = next(model.parameters())
     outputs: list[Tensor | None] = [None] * len(plans)
     # In the order of the grid: an order by what each plan does would keep plans from sharing anything.
@@ -42,7 +42,7 @@ def evaluate_plans(adapter: BlockAdapter, plans: Sequence[TokenPlan], images: Te
                 outputs[member] = result
             return
         for branch in _alike(members, lambda member: _identity(schedules[member].steps[block])):
-            step = Step(schedules[branch[0]].steps[block]).to(parameter.device)
+            step = Step.at(schedules[branch[0]].steps[block], parameter.device, ropes[block])
             walk(block + 1, branch, step(model.blocks[block], stream))
 
     stream = embed_images(model, images.to(parameter.device, parameter.dtype))

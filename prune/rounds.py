@@ -13,6 +13,7 @@ from ..core.cost import Cost, MacsCost
 from ..core.errors import UserError
 from ..core.plan import TokenPlan
 from ..core.text import option
+from . import ranks
 from .backbones.adapter import Adapter
 from .fisher import gate_gradients
 from .search import search_mask
@@ -50,6 +51,7 @@ def search_in_rounds(
     cost: Cost | None = None,
     form: str = "exits",
     seed: int = 0,
+    before: Sequence[int] | None = None,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> FisherSearch:
     """Fisher importance and the mask that loses least of it, in equal steps of cost from all tokens to the target.
@@ -61,6 +63,7 @@ def search_in_rounds(
         cost: What the budget is of; None: MACs.
         form: One of :data:`~vpruner.prune.search.FORMS`.
         seed: For losses that draw random directions.
+        before: How many images of each round other processes have before those given here; None: none.
         on_batch: Called with the number of images after each batch.
     """
     geometry = adapter.geometry
@@ -68,13 +71,16 @@ def search_in_rounds(
     plan = TokenPlan.identity(adapter.name, geometry)
     start = cost.ratio(plan)
     moments, steps = None, []
-    for number, batches in enumerate(rounds, 1):
-        gradients = gate_gradients(adapter, batches, loss, plan=plan, seed=seed + number, on_batch=on_batch)
+    before = before or [0] * len(rounds)
+    for number, (batches, passed) in enumerate(zip(rounds, before, strict=True), 1):
+        gradients = gate_gradients(
+            adapter, batches, loss, plan=plan, seed=seed + number, before=passed, on_batch=on_batch
+        )
         is_open = plan.masks[:, None] & plan.masks[None]
         moments = gradients.moments if moments is None else np.where(is_open, gradients.moments, moments)
         # Equal steps in cost.
         step = target if number == len(rounds) else max(target, start - (start - target) * number / len(rounds))
-        found = search_mask(gradients.losses(), geometry, step, plan.masks, cost, form)
+        found = ranks.from_first(search_mask(gradients.losses(), geometry, step, plan.masks, cost, form))
         plan = found.plan(adapter.name, geometry)
         steps.append(
             {

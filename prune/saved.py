@@ -23,9 +23,11 @@ from ..core.files import atomic_path
 from ..core.json_file import json_text, parse_json
 from ..core.metadata import PREFIX
 from ..core.plan import TokenPlan
+from ..core.progress import remark
 from ..core.text import first_line, option
 from .calibration import Judgement
 from .learned import Stage
+from .ranks import launched
 from .stages import State
 
 #: Version of the state, and under what name it stands in the metadata of its file.
@@ -34,9 +36,16 @@ SCHEMA, KEY = 1, f"{PREFIX}learning"
 STAGES, REARRANGEMENT = "stages.safetensors", "rearrange.pt"
 
 
+class StateError(UserError):
+    """A state that cannot be gone on from."""
+
+
 @dataclass(frozen=True)
 class SavedState:
     """Where a learning keeps its state, and whether it goes on from what is there.
+
+    As a context around the learning and what is made of it: the state is removed at its end, and kept if it does not
+    get there, which is said.
 
     Raises:
         UserError: ``folder`` is something else than such a state.
@@ -50,7 +59,7 @@ class SavedState:
             raise UserError(
                 f"{self.folder} is where the state of this run is kept, and it is no folder", "move that away"
             )
-        foreign = [path.name for path in self.files() if path.name not in (STAGES, REARRANGEMENT)]
+        foreign = [path.name for path in self.files() if path.name not in (STAGES, REARRANGEMENT) or path.is_dir()]
         if foreign:
             raise UserError(
                 f"{self.folder} is where the state of this run is kept, and it holds {min(foreign)}", "move that away"
@@ -69,10 +78,17 @@ class SavedState:
         """Forget what an earlier learning left of a rearrangement, which would be taken for this one's."""
         self.rearrangement.unlink(missing_ok=True)
 
-    def remove(self) -> None:
-        """Once what was learned has been written elsewhere."""
-        if self.folder.is_dir():
+    def __enter__(self) -> SavedState:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not launched().first or not self.folder.is_dir():
+            return
+        if error is None:
             shutil.rmtree(self.folder)
+        elif self.files() and not isinstance(error, StateError):
+            on = option("resume", True)
+            remark(f"what was learned so far is kept in {self.folder}; to go on, run the same with {on}")
 
     def save(self, state: State, identity: Mapping[str, Any]) -> None:
         """Replace what is there.
@@ -130,7 +146,7 @@ class SavedState:
             like: State-dict name -> tensor of the model: weights come in their dtype and on their device.
 
         Raises:
-            UserError: It is of another learning, or cannot be read.
+            StateError: It is of another learning, or cannot be read.
         """
         path = self.folder / STAGES
         if not path.exists():
@@ -144,18 +160,18 @@ class SavedState:
                     raise ValueError(f"schema {said['schema']}, expected {SCHEMA}")
                 found = said["identity"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            different = sorted(name for name in {*identity, *found} if found.get(name) != identity.get(name))
+            different = [name for name in {**identity, **found} if found.get(name) != identity.get(name)]
             state = None if different else _state_of(said, tensors, like)
         except (SafetensorError, OSError, UserError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
+            raise StateError(
                 f"{path} is not the state of a run: {first_line(error, 120)}",
                 f"leave out {option('resume')} to begin anew",
             ) from None
         if different:
             name = different[0]
-            raise UserError(
-                f"{self.folder} is the state of another run: its {name.replace('_', ' ')} is "
-                f"{found.get(name)!s:.60}, here it is {identity.get(name)!s:.60}",
+            raise StateError(
+                f"{self.folder} is the state of another run, with {name} {found.get(name)!s:.24}; here it is "
+                f"{identity.get(name)!s:.24}",
                 f"leave out {option('resume')} to begin anew",
             )
         return state

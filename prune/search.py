@@ -383,7 +383,3 @@ def minimum_cost(cost: Cost, *, drops: bool = False) -> float:
     if drops and geometry.head_patches:
         masks[:, :, 0] = True
     return cost.total(cost.counts(masks), 1 if drops else None)
-
-
-def minimum_macs(geometry: Geometry) -> int:
-    return minimum_cost(MacsCost(geometry))

@@ -18,9 +18,11 @@ from ..core.content_plan import ContentPlan
 from ..core.cost import Cost, dense_macs, plan_macs
 from ..core.plan import TokenPlan
 from ..core.specs import LearnSpec
+from . import ranks
+from .batches import images_at_once
 from .calibration import Calibration, Judgement
 from .data import ImageSet
-from .fisher import batch_size_for
+from .device import described, device_of
 from .learned import Stage
 from .loaded import LoadedModel
 from .methods.content import choose_by_content, choosing_steps
@@ -154,11 +156,12 @@ def judge_and_keep(stage: LearningStage, state: State) -> State:
 def _judged_against_dense(task: Task, plan: TokenPlan) -> Judgement | None:
     """The plan against the dense model, whose outputs all stages compare with; None without held-out images."""
     adapter, calibration = task.loaded.adapter, task.calibration
-    if not len(calibration.held_out):
+    compared = calibration.held_out
+    if not len(compared):
         return None
-    with progress.stage("Running the dense model for comparison", len(calibration.held_out)) as advance:
-        calibration.dense_outputs(adapter, calibration.held_out, advance)
-    after = calibration.divergence(adapter, plan, calibration.held_out)
+    with progress.stage("Running the dense model for comparison", len(ranks.share(compared))) as advance:
+        calibration.dense_outputs(adapter, compared, advance)
+    after = calibration.divergence(adapter, plan, compared)
     return Judgement.of(np.zeros_like(after), after)
 
 
@@ -184,25 +187,27 @@ def search_plan(task: Task, batch_size: int | None = None, form: str | None = No
     """The plan, and the Fisher moments [kind 3, kind 3, block L, patch N] that it was found from.
 
     Args:
-        batch_size: Images per backward pass; None picks one that keeps activations within 1.5 GiB.
+        batch_size: Images per backward pass; None: as many as fit, on the CPU within 1.5 GiB.
         form: One of :data:`~vpruner.prune.search.FORMS`; None: what suits the model.
     """
     loaded, images, calibration, cost = task.loaded, task.images, task.calibration, task.cost
     geometry, seed = loaded.adapter.geometry, task.spec.seed
     loss = choose_loss(task.spec.loss, geometry.output, images.labelled)
-    batch_size = batch_size or batch_size_for(geometry, backward=True)
+    batch_size = batch_size or images_at_once(loaded.adapter, backward=True)
     fit = calibration.fit
     sizes = round_sizes(len(fit), task.spec.rounds)
     parts = np.split(fit, np.cumsum(sizes)[:-1])
-    with progress.stage(f"Fisher token mask search of {loaded.name}", len(fit)) as advance:
+    shares = [ranks.share(part) for part in parts]
+    with progress.stage(f"Fisher token mask search of {loaded.name}", sum(map(len, shares))) as advance:
         found = search_in_rounds(
             loaded.adapter,
-            [calibration.batches(part, batch_size) for part in parts],
+            [calibration.batches(share, batch_size) for share in shares],
             loss,
             task.target,
             cost=cost,
             form=form or form_for(geometry),
             seed=seed,
+            before=[ranks.bounds(len(part))[0] for part in parts],
             on_batch=advance,
         )
     plan = found.plan.with_provenance(
@@ -225,6 +230,7 @@ def search_plan(task: Task, batch_size: int | None = None, form: str | None = No
         },
         weights_sha256=loaded.sha256,
         preprocessing=loaded.preprocessing.to_json(),
+        device=described(device_of(loaded.adapter.model)),
         note=found.note,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={name: version(name) for name in ("torch", "timm", "numpy")},
@@ -256,6 +262,8 @@ class Rearrange:
             try:
                 found = self._play(world, state)
             except KeyboardInterrupt:  # Between episodes it is the stage's own affair.
+                if ranks.world().size > 1:
+                    raise
                 note = "Rearrangement was interrupted before its first episode; the plan of the search was kept."
                 found = Rearranged(state.plan, state.judgement.unchanged, False, note, {"episodes": 0})
         plan = found.plan.with_provenance(**state.plan.provenance)

@@ -9,6 +9,15 @@ TIMM_MODELS = (
     "vit_medium_patch16_reg4_gap_256",
     "deit3_small_patch16_224",
     "deit_tiny_distilled_patch16_224",
+    "aimv2_large_patch14_224",
+)
+
+#: The same of timm's ``Eva``.
+EVA_MODELS = (
+    "vit_small_patch16_dinov3",
+    "eva02_tiny_patch14_224",
+    "vit_pe_core_tiny_patch16_384",
+    "vit_small_patch16_rope_mixed_224",
 )
 
 #: Kind of Vision Transformer -> arguments of timm's ``VisionTransformer``; None: ``VisionTransformerDistilled``.
@@ -33,8 +42,10 @@ KINDS = {
 }
 
 #: ``dynamo`` argument of ``torch.onnx.export`` -> opsets that its files are folded in.
-EXPORTERS = {"dynamo": (18, 20, 22, 23), "torchscript": (17,)}
+EXPORTERS = {"dynamo": (18, 20, 22, 23), "torchscript": (13, 16, 17)}
 SIMPLIFIERS = ("onnxslim", "onnxsim")
+#: Whose files there are in tests/frameworks.
+FRAMEWORKS = ("Keras", "keras_hub", "tf2onnx", "jax2onnx (Flax and Equinox)")
 
 #: Classes of transformers whose ONNX files plans fold into.
 EXPORTED_TOWERS = {

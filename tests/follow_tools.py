@@ -24,7 +24,11 @@ def written(name: str, exporter: str, opset: int, dynamic: bool) -> ir.Model:
 
 def written_reference(exporter: str, opset: int, dynamic: bool, *, double: bool = False) -> ir.Model:
     """The bundled model as PyTorch exports it, with float32 weights or float64 ones."""
-    return load_model(stored(_write_reference, exporter, opset, dynamic, double) / "model.onnx")
+    return load_model(reference_file(exporter, opset, dynamic, double=double))
+
+
+def reference_file(exporter: str, opset: int, dynamic: bool, *, double: bool = False) -> Path:
+    return stored(_write_reference, exporter, opset, dynamic, double) / "model.onnx"
 
 
 def _write_reference(folder: Path, exporter: str, opset: int, dynamic: bool, double: bool) -> None:

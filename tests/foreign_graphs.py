@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from store import stored
-from tiny_vits import tiny
+from tiny_vits import KINDS, tiny
 from torch import nn
 
 from vpruner.core.plan import Geometry
@@ -35,6 +35,42 @@ class Foreign:
     def __str__(self) -> str:
         batch, attention = "dynamic" if self.dynamic else "static", "fused" if self.fused else "written out"
         return f"{self.kind}, {self.exporter} {self.opset}, {batch}, {attention}"
+
+
+DYNAMO = [
+    Foreign(exporter="dynamo", opset=opset, dynamic=dynamic, fused=fused)
+    for opset in (18, 20, 23)
+    for dynamic in (False, True)
+    for fused in (False, True)
+]
+DYNAMO_KINDS = [
+    Foreign(kind, "dynamo", opset, dynamic=True)
+    for kind, opset in (
+        ("registers", 18),
+        ("average pooling", 20),
+        ("attention pooling over the class token too", 20),
+        ("qk-norm", 23),
+        ("distilled", 20),
+        ("layer scale", 22),
+    )
+]
+TORCHSCRIPT = [
+    Foreign(kind, "torchscript", 17, dynamic=dynamic, fused=fused)
+    for kind in KINDS
+    for dynamic, fused in ((False, True), (True, "attention pooling" in kind))
+]
+OLD = [Foreign(opset=13, fused=False), Foreign("average pooling", opset=16, dynamic=True)]
+MATRIX = DYNAMO + DYNAMO_KINDS + TORCHSCRIPT + OLD
+#: Any two of opset, batch and attention meet in these four and DYNAMO_KINDS, whose batch is open and attention fused.
+PAIRS = [
+    Foreign(exporter="dynamo", opset=opset, dynamic=dynamic, fused=fused)
+    for opset, dynamic, fused in ((18, False, False), (20, False, True), (20, True, False), (23, False, False))
+]
+#: Each kind once, in turns with a fixed batch and with an open one.
+ONCE = [foreign for index, foreign in enumerate(TORCHSCRIPT) if index % 4 in (0, 3)]
+#: Files that the fast run writes; whatever needs foreign files takes these. Of the kinds by dynamo, which is
+#: slow, those that bring a further opset or batch: :func:`export_tools.exported` has every kind by that exporter.
+FAST = [*PAIRS, DYNAMO_KINDS[0], DYNAMO_KINDS[3], DYNAMO_KINDS[5], *ONCE, *OLD]
 
 
 @cache
@@ -67,21 +103,35 @@ def write_foreign(foreign: Foreign, path: Path) -> Path:
     return path
 
 
-def write_module(model: nn.Module, images: torch.Tensor, path: Path, exporter: str, opset: int, dynamic: bool) -> None:
-    """``torch.onnx.export`` with its defaults; the input is called pixels."""
-    names = {"input_names": ["pixels"], "output_names": ["scores"], "opset_version": opset}
+def write_module(
+    model: nn.Module,
+    images: torch.Tensor | tuple[torch.Tensor, ...],
+    path: Path,
+    exporter: str,
+    opset: int,
+    dynamic: bool,
+    names: tuple[str, ...] = ("pixels",),
+) -> None:
+    """``torch.onnx.export`` with its defaults.
+
+    Args:
+        images: What the model is traced with; of several inputs each.
+        names: Of the inputs.
+    """
+    inputs = images if isinstance(images, tuple) else (images,)
+    options = {"input_names": [*names], "output_names": ["scores"], "opset_version": opset}
     quiet, level = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         quiet.setLevel(logging.CRITICAL)
         try:
             if exporter == "dynamo":
-                shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
+                shapes = tuple({0: torch.export.Dim("batch")} for _ in names) if dynamic else None
                 torch.onnx.export(
-                    model, (images,), str(path), dynamo=True, dynamic_shapes=shapes, verbose=False, **names
+                    model, inputs, str(path), dynamo=True, dynamic_shapes=shapes, verbose=False, **options
                 )
             else:
-                axes = {name: {0: "batch"} for name in ("pixels", "scores")} if dynamic else None
-                torch.onnx.export(model, (images,), str(path), dynamo=False, dynamic_axes=axes, **names)
+                axes = {name: {0: "batch"} for name in (*names, "scores")} if dynamic else None
+                torch.onnx.export(model, inputs, str(path), dynamo=False, dynamic_axes=axes, **options)
         finally:
             quiet.setLevel(level)

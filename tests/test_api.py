@@ -440,7 +440,7 @@ def test_what_messages_call_exists():
         vp.Model.prune: "target cost loss rounds rearrange tune select episodes time_limit state resume seed",
         vp.Model.export: "output plan method opset dynamic_batch batch_size deploy_for precisions io data images "
         "tokens",
-        vp.open_model: "weights pretrained model_args loss", vp.open_images: "strict limit",
+        vp.open_model: "weights pretrained model_args loss", vp.open_images: "strict limit workers",
     }  # fmt: skip
     for function, names in named.items():
         assert set(names.split()) <= set(signature(function).parameters), function

@@ -1,10 +1,8 @@
 """A test that is slow and not marked so fails the run that asked for it."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+pytest_plugins = ["pytester"]
 
 TESTS = """
 import time
@@ -26,34 +24,30 @@ def test_marked(): time.sleep(0.6)
 
 
 @pytest.fixture
-def outcome(tmp_path, repository):
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow: takes long\n")
-    (tmp_path / "test_times.py").write_text(TESTS)
+def outcome(pytester, repository, monkeypatch):
+    pytester.makeini("[pytest]\nmarkers = slow: takes long\n")
+    pytester.makepyfile(test_times=TESTS)
+    # Not all plugins that are installed: pytest starts much faster. The processes of xdist read the second.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTHONPATH", str(repository / "tests"))
 
     def run(*options):
-        return subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "xdist", "-p", "fail_over", *options, str(tmp_path)],
-            cwd=tmp_path,
-            # Not all plugins that are installed: pytest starts much faster.
-            env={**os.environ, "PYTHONPATH": str(repository / "tests"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        ran = pytester.runpytest_inprocess("-p", "xdist", "-p", "fail_over", *options)
+        return ran.ret, ran.stdout.str()
 
     return run
 
 
-@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("processes", [0, 1])
 def test_tests_that_take_longer_are_named(outcome, processes):
-    ran = outcome("--fail-over=0.5", f"-n{processes}")
-    assert ran.returncode == 1, ran.stdout + ran.stderr
-    assert "longer than 0.5 s, and not marked slow or nightly" in ran.stdout and "3 passed" in ran.stdout
-    listed = [line.split(" s ")[1] for line in ran.stdout.splitlines() if " s test_times.py" in line]
+    code, printed = outcome("--fail-over=0.5", f"-n{processes}")
+    assert code == 1, printed
+    assert "longer than 0.5 s, and not marked slow or nightly" in printed and "3 passed" in printed
+    listed = [line.split(" s ")[1] for line in printed.splitlines() if " s test_times.py" in line]
     assert listed == ["test_times.py::test_long_together"]
 
 
 def test_nothing_is_named_without_the_option_or_below_the_limit(outcome):
     for options in ((), ("--fail-over=30",)):
-        ran = outcome(*options)
-        assert ran.returncode == 0 and "longer than" not in ran.stdout, ran.stdout + ran.stderr
+        code, printed = outcome("-k", "at_once", *options)
+        assert code == 0 and "longer than" not in printed, printed

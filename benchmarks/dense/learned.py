@@ -19,8 +19,8 @@ from vpruner.core.plan import TokenPlan
 from vpruner.core.preprocess import Preprocessing
 from vpruner.core.specs import LearnSpec, ModelSpec
 from vpruner.pipeline.inputs import open_prunable
+from vpruner.prune.batches import batch_size_for
 from vpruner.prune.calibration import Calibration
-from vpruner.prune.fisher import batch_size_for
 from vpruner.prune.learn import LOOKED_AT
 from vpruner.prune.loaded import LoadedModel
 from vpruner.prune.rounds import round_sizes, search_in_rounds

@@ -13,6 +13,11 @@ multiply-adds (fewer blocks) and 0.49 (narrower)::
     python benchmarks/reference/train.py --data ... --eval-data ... -o shallow --half --depth 5
     python benchmarks/reference/train.py --data ... --eval-data ... -o narrow --half --embed-dim 88
 
+A larger reference, with 144 patches and 12 blocks, for a machine with a GPU::
+
+    python benchmarks/reference/train.py --data ... --eval-data ... -o larger --half --device cuda \
+        --img-size 48 --embed-dim 192 --depth 12 --num-heads 3
+
 The whole data set lies in memory as uint8 and every augmentation is a tensor operation on a batch, because on two CPU
 cores a per-image pipeline costs more than the model. The evaluation images choose nothing: they are reported on.
 """

@@ -7,7 +7,6 @@ branch. A branch that sums over tokens is attention, one that does not is an MLP
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +15,7 @@ from ...core.errors import GraphError
 from ..nodes import called
 from .apart import add_apart
 from .followed import Block, Branch, Followed
-from .known import Known, above, check_open, used_by
+from .known import Known, above, used_by
 from .layout import ENDED, Lost, is_split
 from .prepare import prepare
 from .rules import RULES, Flow, Tokens, grid_of, start
@@ -178,15 +177,17 @@ def _described(model, tokens: Tokens, flows, lost, chain: list[tuple[ir.Node, in
         root = next(value for value in node.inputs if value is not None and value in tokens.layouts)
     stem = root.producer()
     image = next((value for value in above(root) if value in model.graph.inputs), None)
-    if image is not None:
-        check_open(tokens.known, image)
+    for value, axis in tokens.known.open_dims.values():
+        if value is image and axis > 0:
+            raise GraphError(f"input {value.name!r} leaves axis {axis} open, expected a fixed size",
+                             "fix it with onnxruntime.tools.make_dynamic_shape_fixed")  # fmt: skip
     stops = {add.outputs[0] for add, _ in chain} | {stream}
     branches = [_branch(add, position, stops, tokens, flows, lost) for add, position in chain]
     inside = {node for branch in branches for node in branch.nodes}
     readers = [
         node for node in model.graph
         if node not in inside and any(value in tokens.layouts for value in used_by(node))
-        and (node in lost or flows[node].ends or (ENDED in sum(flows[node].links, ()) and flows[node].how != "start"))
+        and (node in lost or flows[node].ends or (flows[node].is_end and flows[node].how != "start"))
     ]  # fmt: skip
     mixing = [index for index, branch in enumerate(branches) if branch.mixers]
     # What a convolution adds to the patches ahead of the first attention belongs to the stem.
@@ -200,128 +201,113 @@ def _described(model, tokens: Tokens, flows, lost, chain: list[tuple[ir.Node, in
 
 
 def _branch(add: ir.Node, update: int, stops: set[ir.Value], tokens: Tokens, flows, lost) -> Branch:
-    nodes: set[ir.Node] = set()
-    waiting = [add.inputs[update]]
-    while waiting:
-        value = waiting.pop()
-        node = value.producer()
-        if node is None or node in nodes or value in stops:
-            continue
-        if value in tokens.layouts or value in tokens.mixed or any(one in tokens.layouts for one in used_by(node)):
-            nodes.add(node)
-        waiting.extend(used_by(node))
-    reason, mixers, layout = None, [], tokens.layouts[add.outputs[0]]
-    for node in (node for node in add.graph if node in nodes):
-        flow = flows.get(node)
-        if node in lost:
-            reason = reason or f"{lost[node]} at {called(node)}"
-        elif flow is not None and (flow.ends or (ENDED in sum(flow.links, ()))):
-            if flow.how == "pick":
-                reason = reason or f"one token is picked at {called(node)}"
-            mixers.append(node)
-    branch = Branch(add, update, frozenset(nodes), tuple(mixers), (), None, reason)
-    added = tokens.layouts.get(add.inputs[update])
-    if added is None or len(added.ids) != len(layout.ids) or not all(map(np.array_equal, added.ids, layout.ids)):
-        reason = reason or f"what {called(add)} adds carries no tokens"
-        return replace(branch, reason=reason, keys_reason=reason)
-    if len(layout.ids) > 1 or is_split(layout):
-        reason = reason or f"windows: the token axis is split at {called(add)}"
-        return replace(branch, reason=reason, keys_reason=reason)
+    value, layouts = add.inputs[update], tokens.layouts
+    made = [one for one in above(value, stops) if one not in stops and one.producer() is not None]
+    nodes = {one.producer() for one in made if one in layouts or one in tokens.mixed
+             or not layouts.keys().isdisjoint(used_by(one.producer()))}  # fmt: skip
+    inside = [node for node in add.graph if node in nodes]
+    mixers = tuple(node for node in inside if node in flows and flows[node].is_end)
+    unknown = [f"{lost.get(node, 'one token is picked')} at {called(node)}" for node in inside
+               if node in lost or (node in mixers and flows[node].how == "pick")]  # fmt: skip
     # An update of a token needs that token alone of what carries tokens up to it, whatever else the branch reads.
-    if mixers and reason is None:
-        keyed, reason = _keyed(branch, flows)
-        branch = replace(branch, keyed=keyed, keys_reason=reason)
-    return branch
+    reason, keyed, keys_reason = None, (), next(iter(unknown), None)
+    ids, added = layouts[add.outputs[0]].ids, layouts.get(value)
+    if added is None or len(added.ids) != len(ids) or not all(map(np.array_equal, added.ids, ids)):
+        reason = keys_reason = keys_reason or f"what {called(add)} adds carries no tokens"
+    elif len(ids) > 1 or is_split(layouts[add.outputs[0]]):
+        reason = keys_reason = keys_reason or f"windows: the token axis is split at {called(add)}"
+    elif mixers and keys_reason is None:
+        keyed, keys_reason = _keyed(inside, mixers, flows)
+    return Branch(add, update, frozenset(nodes), mixers, keyed, reason, keys_reason)
 
 
-def _keyed(branch: Branch, flows: dict[ir.Node, Flow]) -> tuple[tuple[ir.Node, ...], str | None]:
+def _keyed(inside: list[ir.Node], mixers: tuple[ir.Node, ...], flows) -> tuple[tuple[ir.Node, ...], str | None]:
     """The softmaxes through which all sums over tokens of a branch go, or why keys cannot be masked.
 
     A key is left out by leaving it out of a softmax, so every sum over tokens must have one ahead of it, and what the
     softmax gives must end in such sums only.
     """
-    softmaxes = [node for node, flow in flows.items() if node in branch.nodes and flow.normalises is not None]
-    for node in branch.mixers:
-        flow = flows[node]
-        if node.op_type == "Attention":
-            softmaxes.append(node)
-            continue
-        if any(ENDED in link for link in flow.links):
+    weights = Weights(inside, flows)
+    sums = [node for node in mixers if node.op_type != "Attention"]
+    for node in sums:
+        if ENDED in sum(flows[node].links, ()):
             return (), f"tokens are mixed by fixed weights at {called(node)}"
-        if not any(
-            link >= flow.groups and _reaches(value, group, branch, flows)
-            for value, links in zip(node.inputs, flow.links, strict=True)
-            for group, link in enumerate(links)
-        ):
+        if node not in weights.sums:
             return (), f"tokens are summed without a softmax at {called(node)}"
-    for node in softmaxes:
-        if node.op_type != "Attention" and not only_summed(node.outputs[0], flows[node].normalises, branch, flows):
+    for node in weights.softmaxes:
+        if node in weights.apart:
             return (), f"attention weights are used apart from the values, behind {called(node)}"
-    return tuple(softmaxes), None
+    return (*weights.softmaxes, *(node for node in mixers if node not in sums)), None
 
 
-def _reaches(value: ir.Value, group: int, branch: Branch, flows: dict[ir.Node, Flow]) -> bool:
-    """Whether ``group`` of ``value`` was normalised by a softmax in the branch."""
-    node = value.producer()
-    if node not in branch.nodes or node not in flows:
-        return False
-    flow = flows[node]
-    if flow.normalises == group:
-        return True
-    return any(
-        link == group and _reaches(one, number, branch, flows)
-        for one, links in zip(node.inputs, flow.links, strict=True)
-        for number, link in enumerate(links)
-    )
+class Weights:
+    """Where the weights of tokens go that softmaxes give.
 
+    Args:
+        inside: Nodes, in order, through which they are followed.
 
-def only_summed(value: ir.Value, group: int, branch: Branch, flows) -> bool:
-    """Whether ``group`` of ``value`` ends in sums of the branch and nowhere else."""
-    if value.is_graph_output():
-        return False
-    for node, position in value.uses():
-        flow = flows.get(node)
-        if node not in branch.nodes or flow is None:
-            return False
-        link = flow.links[position][group]
-        if link == ENDED or flow.how in ("pick", "join", "roll") or flow.normalises == link:
-            return False
-        if link < flow.groups and not (
-            _keeps_zeros(node, position, link, branch, flows)
-            and all(only_summed(output, link, branch, flows) for output in node.outputs)
-        ):
-            return False
-    return True
+    Attributes:
+        softmaxes: Those over tokens.
+        sums: Nodes that sum over tokens which one of them weighs.
+        apart: Softmaxes whose weights are read by anything but such sums, and by what keeps a weight of 0.
+    """
 
+    def __init__(self, inside: list[ir.Node], flows: dict[ir.Node, Flow]):
+        self.flows = {node: flows[node] for node in inside if node in flows}
+        self.softmaxes = [node for node, flow in self.flows.items() if flow.normalises is not None]
+        self.sums: set[ir.Node] = set()
+        self.made_by: dict[tuple[ir.Value, int], set[ir.Node]] = {}  # group of a value -> softmaxes that weigh it
+        for node, flow in self.flows.items():
+            own: dict[int, set[ir.Node]] = {}
+            for value, links in zip(node.inputs, flow.links, strict=True):
+                for group, link in enumerate(links):
+                    own[link] = own.get(link, set()) | self.made_by.get((value, group), set())
+            if flow.normalises is not None:
+                own[flow.normalises] = {node}
+            if any(softmaxes for link, softmaxes in own.items() if link >= flow.groups):
+                self.sums.add(node)
+            self.made_by |= {
+                (value, group): own.get(group, set()) for value in node.outputs for group in range(flow.groups)
+            }
+        apart = (made for (value, group), made in self.made_by.items() if made and not self._only_weighs(value, group))
+        self.apart = set().union(*apart)
 
-def _keeps_zeros(node: ir.Node, position: int, group: int, branch: Branch, flows: dict[ir.Node, Flow]) -> bool:
-    """Whether a key whose weight is 0 ahead of ``node``, as of one that is left out, has the weight 0 behind it."""
-    if node.op_type in ("Add", "Sub", "Where"):
-        # Exporters put 0 in the place of what is no number (Where of IsNaN).
-        summands = list(zip(node.inputs, flows[node].links, strict=True))[1 if node.op_type == "Where" else 0 :]
-        return all(
-            (group in links and _reaches(value, links.index(group), branch, flows))
-            or (node.op_type == "Where" and value.const_value is not None and not value.const_value.numpy().any())
-            for value, links in summands
-        )
-    return node.op_type in _KEEP_ZEROS and (node.op_type != "Div" or position == 0)
+    def _only_weighs(self, value: ir.Value, group: int) -> bool:
+        """Whether what reads ``value`` sums over ``group``, or gives a token of the weight 0 the weight 0."""
+        for node, position in value.uses():
+            flow = self.flows.get(node)
+            link = ENDED if flow is None else flow.links[position][group]
+            if link == ENDED or flow.how in ("pick", "join", "roll") or link == flow.normalises:
+                return False
+            if link < flow.groups and not self._keeps_zeros(node, position, link):
+                return False
+        return not value.is_graph_output()
+
+    def _keeps_zeros(self, node: ir.Node, position: int, group: int) -> bool:
+        if node.op_type in ("Add", "Sub", "Where"):
+            # Exporters put 0 in the place of what is no number (Where of IsNaN).
+            summands = list(zip(node.inputs, self.flows[node].links, strict=True))[node.op_type == "Where" :]
+            return all(
+                (group in links and self.made_by.get((value, links.index(group))))
+                or (node.op_type == "Where" and value.const_value is not None and not value.const_value.numpy().any())
+                for value, links in summands
+            )
+        return node.op_type in _KEEP_ZEROS and (node.op_type != "Div" or position == 0)
 
 
 def _blocks(branches: list[Branch]) -> Iterator[Block]:
+    """An MLP belongs to the attention before it; branches of one kind are in one block if none reads the other."""
     blocks: list[tuple[list[Branch], list[Branch]]] = []
     for branch in branches:
-        if branch.is_attention:
-            if not blocks or blocks[-1][1] or (blocks[-1][0] and not _parallel(blocks[-1][0][-1], branch)):
-                blocks.append(([], []))
-            blocks[-1][0].append(branch)
-        else:
-            if not blocks or (blocks[-1][1] and not _parallel(blocks[-1][1][-1], branch)):
-                blocks.append(([], []))
-            blocks[-1][1].append(branch)
+        kind = 0 if branch.is_attention else 1
+        alike = blocks[-1][kind] if blocks else []
+        if not blocks or (kind == 0 and blocks[-1][1]) or (alike and not _parallel(alike[-1], branch)):
+            blocks.append(([], []))
+        blocks[-1][kind].append(branch)
     for index, (attention, mlp) in enumerate(blocks):
         yield Block(index, tuple(attention), tuple(mlp))
 
 
 def _parallel(before: Branch, branch: Branch) -> bool:
     """Whether ``branch`` does not read what ``before`` adds."""
-    return all(value is not before.add.outputs[0] for node in branch.nodes for value in used_by(node))
+    return not any(before.add.outputs[0] in used_by(node) for node in branch.nodes)

@@ -1,7 +1,7 @@
 """Queries, keys and values that are columns of one product are computed apart, where they are needed of other tokens.
 
-``Select(Transpose(Reshape(x W + b)))`` becomes ``Transpose(Reshape(x W' + b'))``, with the columns W' of W: a selection
-moves up through what lies between it and the product.
+``Select(Transpose(Reshape(x W + b)))`` becomes ``Transpose(Reshape(x W' + b'))``, with the columns W' of W. Columns are
+followed from W to the selection as tokens are: the columns are the tokens, and all else is plain.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ import numpy as np
 import onnx_ir as ir
 
 from ...core.schedule import is_range
-from ..passes.edit import add_constant, add_node, add_tensor
+from ..passes.edit import add_constant, add_node, add_shape, add_tensor
 from .blocks import follow_node
 from .demand import Demand
 from .followed import Followed
-from .rules import attribute, picked
+from .layout import Layout, Lost, Part, plain, select, size_of
+from .rules import RULES, Flow, Tokens, attribute, picked
 
 _SELECTIONS = frozenset(("Slice", "Split", "Gather"))
+_PRODUCTS = frozenset(("MatMul", "Gemm"))
+_RESHAPES = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze"))
+#: What else may lie between a product and a selection.
+_ON_THE_WAY = frozenset(("Transpose", "Add", "Sub", "Mul", "Div"))
 
 
 def project_apart(followed: Followed, wanted: Demand) -> bool:
@@ -45,22 +50,21 @@ def _project_apart(followed: Followed, wanted: Demand, value: ir.Value) -> bool:
     apart = any(not all(map(np.array_equal, wanted.needed[output], first)) for output in outputs[1:])
     if not apart and every >= math.prod(followed.tokens.known.shapes[value]):
         return False
-    columns = _Columns(followed, selections[0])
-    parts = []
-    for node in selections:
-        cuts = picked(node, followed.tokens)
-        if len(cuts) != 1 or any(np.any(np.diff(indices) < 0) for indices in cuts[0][1]):
-            return False
-        ((axis, chosen),) = cuts
-        for output, indices in zip(node.outputs, chosen, strict=True):
-            if output in wanted.needed:
-                part = columns.of(value, axis, indices)
-                if part is None:
-                    return False
-                parts.append((node, output, part))
-    for node, output, part in parts:
-        ranks = [len(followed.tokens.known.shapes[one]) for one in (output, value)]
-        if ranks[0] < ranks[1]:
+    columns, parts = _Columns(followed, selections[0]), []
+    try:
+        columns.follow(value)
+        for node in selections:
+            cuts = picked(node, followed.tokens)
+            if len(cuts) != 1 or any(np.any(np.diff(indices) < 0) for indices in cuts[0][1]):
+                return False
+            ((axis, chosen),) = cuts
+            for output, indices in zip(node.outputs, chosen, strict=True):
+                if output in wanted.needed:
+                    parts.append((node, output, select(columns.tokens.layouts[value], axis, indices.ravel()).ids[0]))
+    except Lost:
+        return False
+    for node, output, part in [(node, output, columns.of(value, ids)) for node, output, ids in parts]:
+        if len(followed.tokens.known.shapes[output]) < len(followed.tokens.known.shapes[value]):
             zero = add_constant(followed.model.graph, "vpruner.first", np.asarray(0, np.int64))
             part = columns.add("Gather", [part, zero], {"axis": attribute(node, "axis", 0)})
         output.replace_all_uses_with(part)
@@ -68,9 +72,54 @@ def _project_apart(followed: Followed, wanted: Demand, value: ir.Value) -> bool:
 
 
 class _Columns:
+    """Columns of products as they go on: followed as tokens are, by the same rules."""
+
     def __init__(self, followed: Followed, before: ir.Node):
         self.followed, self.before, self.graph = followed, before, followed.model.graph
-        self.known, self.layouts = followed.tokens.known, followed.tokens.layouts
+        self.known, self.tokens = followed.tokens.known, Tokens(followed.tokens.known, frozenset())
+        self.flows: dict[ir.Node, Flow] = {}
+
+    def follow(self, value: ir.Value) -> None:
+        """Raises:
+        Lost: A value is not computed from columns of products with constants.
+        """
+        node, layouts = value.producer(), self.followed.tokens.layouts
+        if node is None or value not in layouts or node.op_type not in _ON_THE_WAY | _RESHAPES | _PRODUCTS:
+            raise Lost("it is not computed from columns of a product")
+        if node.op_type in _PRODUCTS:
+            weight, shape = node.inputs[1], self.tokens.shape(node.inputs[1])
+            axis = len(shape) - 1 - attribute(node, "transB", 0)
+            if node.inputs[0] not in layouts or weight in layouts or self.constant(weight) is None:
+                raise Lost("a product with what is no constant")
+            axes = [plain(size) if at != axis else (Part(0, size),) for at, size in enumerate(shape)]
+            self.tokens.layouts[weight] = Layout(tuple(axes), (np.arange(shape[axis]),))
+        else:
+            for used in node.inputs:
+                if used in layouts:
+                    self.follow(used)
+        flow = self.flows[node] = RULES[node.op_type](node, self.tokens)
+        if any(self.constant(node.inputs[position]) is None for position, _, _ in flow.covers):
+            raise Lost("what lies along the columns is no constant")
+        self.tokens.layouts[value] = flow.outputs[0]
+
+    def of(self, value: ir.Value, ids: np.ndarray) -> ir.Value:
+        """What is computed from the columns ``ids`` alone."""
+        rows = left(self.tokens.layouts[value], ids)
+        node = value.producer()
+        if node not in self.flows:
+            return self.cut(value, rows)
+        if node.op_type in _RESHAPES:
+            sizes = self.known.shapes[value]
+            dims = [-1 if self.known.is_open(size) else size if kept is None else len(kept)
+                    for kept, size in zip(rows, sizes, strict=True)]  # fmt: skip
+            return self.add("Reshape", [self.of(node.inputs[0], ids), add_shape(self.graph, dims)])
+        lying = {position for position, _, _ in self.flows[node].covers}
+        inputs = [
+            self.of(used, ids) if used in self.tokens.layouts
+            else self.cut(used, rows[len(rows) - len(self.known.shapes[used]) :]) if position in lying else used
+            for position, used in enumerate(node.inputs)
+        ]  # fmt: skip
+        return self.add(node.op_type, inputs, dict(node.attributes))
 
     def add(self, op_type: str, inputs: list[ir.Value], attributes: dict | None = None) -> ir.Value:
         """A new node, followed like the others."""
@@ -80,82 +129,35 @@ class _Columns:
         follow_node(node, self.followed.tokens, self.followed.flows, self.followed.lost)
         return node.outputs[0]
 
-    def of(self, value: ir.Value, axis: int, indices: np.ndarray) -> ir.Value | None:
-        """``value`` with ``indices`` of an axis alone; None where that cannot be computed from columns of a product."""
-        node = value.producer()
-        if node is None or value not in self.layouts or not len(indices) or self.layouts[value].groups_of(axis):
-            return None
-        if node.op_type == "Transpose":
-            order = attribute(node, "perm", list(range(len(self.known.shapes[value])))[::-1])
-            part = self.of(node.inputs[0], order[axis], indices)
-            return None if part is None else self.add("Transpose", [part], {"perm": list(order)})
-        if node.op_type in ("Reshape", "Flatten", "Squeeze", "Unsqueeze"):
-            return self.reshape(node, value, axis, indices)
-        if node.op_type in ("Add", "Mul", "Sub", "Div", "MatMul", "Gemm"):
-            return self.product(node, value, axis, indices)
-        return None
+    def constant(self, value: ir.Value) -> ir.TensorProtocol | None:
+        array = self.known.constant(value) if value.const_value is None else None
+        return value.const_value if array is None else ir.tensor(array)
 
-    def reshape(self, node: ir.Node, value: ir.Value, axis: int, indices: np.ndarray) -> ir.Value | None:
-        before, after = self.known.shapes[node.inputs[0]], self.known.shapes[value]
-        for own in range(len(before)):
-            for first in range(axis + 1):
-                for end in range(axis + 1, len(after) + 1):
-                    if math.prod(before[:own]) == math.prod(after[:first]) and before[own] == math.prod(
-                        after[first:end]
-                    ):
-                        table = np.arange(before[own]).reshape(after[first:end])
-                        part = self.of(node.inputs[0], own, np.take(table, indices, axis - first).ravel())
-                        if part is None:
-                            return None
-                        dims = [len(indices) if at == axis else -1 if self.known.is_open(size) else size
-                                for at, size in enumerate(after)]  # fmt: skip
-                        text = "x".join("batch" if dim == -1 else str(dim) for dim in dims)
-                        shape = add_constant(self.graph, f"vpruner.shape.{text}", np.asarray(dims, np.int64))
-                        return self.add("Reshape", [part, shape])
-        return None
-
-    def product(self, node: ir.Node, value: ir.Value, axis: int, indices: np.ndarray) -> ir.Value | None:
-        last = len(self.known.shapes[value]) - 1
-        inputs: list[ir.Value] = []
-        for position, used in enumerate(node.inputs):
-            shape = self.known.shapes[used]
-            own = axis - last - 1 + len(shape)
-            if node.op_type in ("MatMul", "Gemm") and position == 0:
-                if used not in self.layouts or axis != last or attribute(node, "transA", 0):
-                    return None
-                inputs.append(used)
-            elif used in self.layouts:
-                part = self.of(used, own, indices) if node.op_type not in ("MatMul", "Gemm") else None
-                if part is None:
-                    return None
-                inputs.append(part)
-            else:
-                if node.op_type in ("MatMul", "Gemm") and position == 1:
-                    own = len(shape) - 2 if attribute(node, "transB", 0) else len(shape) - 1
-                if own < 0 or shape[own] == 1:
-                    inputs.append(used)
-                    continue
-                part = self.constant(used, own, indices)
-                if part is None:
-                    return None
-                inputs.append(part)
-        return self.add(node.op_type, inputs, dict(node.attributes))
-
-    def constant(self, value: ir.Value, axis: int, indices: np.ndarray) -> ir.Value | None:
-        stored = value.const_value
-        if stored is None:
-            array = self.known.constant(value)
-            if array is None:
-                return None
-            stored = ir.tensor(array)
-        shape = [len(indices) if at == axis else size for at, size in enumerate(stored.shape.numpy())]
+    def cut(self, value: ir.Value, rows: list[np.ndarray | None]) -> ir.Value:
+        """A constant with some rows of the axes along which columns lie; cut when it is written, so that no more than
+        one is in memory."""
+        stored, at = self.constant(value), []
+        shape = list(stored.shape.numpy())
+        for axis, size in enumerate(shape):
+            kept = rows[axis] if size > 1 and rows[axis] is not None else np.arange(size)
+            shape[axis], first = len(kept), int(kept[0])
+            at.append(slice(first, first + len(kept)) if is_range(kept, first) else kept)  # faster, where it can be
         name = f"vpruner.{value.name}.columns.{len(self.graph.initializers)}"
-        first = int(indices[0])
-        picked = slice(first, first + len(indices)) if is_range(indices, first) else indices  # faster, where it can be
-        at = (*(slice(None),) * axis, picked)
-        # Cut when it is written, so that no more than one is in memory.
         tensor = ir.LazyTensor(
-            lambda: ir.tensor(np.ascontiguousarray(stored.numpy()[at])),
+            lambda: ir.tensor(np.ascontiguousarray(stored.numpy()[tuple(at)])),
             stored.dtype, ir.Shape(shape), name=name,
         )  # fmt: skip
         return add_tensor(self.graph, tensor)
+
+
+def left(layout: Layout, ids: np.ndarray) -> list[np.ndarray | None]:
+    """What is left of each axis if ``ids`` alone are left of the one group of a layout; None: all."""
+    mask = np.isin(layout.ids[0], ids)
+    every = tuple(range(mask.ndim))
+    kept = iter([np.flatnonzero(mask.any(every[:at] + every[at + 1 :])) for at in every])
+    rows: list[np.ndarray | None] = []
+    for axis, size in zip(layout.axes, layout.shape, strict=True):
+        own = [next(kept) if isinstance(factor, Part) else np.arange(factor) for factor in axis]
+        table = np.arange(size).reshape([size_of(factor) for factor in axis])
+        rows.append(table[np.ix_(*own)].ravel() if any(isinstance(factor, Part) for factor in axis) else None)
+    return rows

@@ -15,10 +15,10 @@ import onnx_ir as ir
 
 from ...core.errors import PlanError
 from ..nodes import called
-from .blocks import only_summed
+from .blocks import Weights
 from .followed import Branch, Followed
 from .known import above, used_by
-from .layout import ENDED, Layout, Part, is_split
+from .layout import ENDED, Part, is_split
 from .rules import Flow
 
 
@@ -36,16 +36,24 @@ class Sets:
     """A plan in the words of a graph. Sets are bool [id]; tokens that are no patches are in all of them.
 
     Attributes:
+        every: All tokens.
+        whole: What stands for all tokens of a group that is needed as it is, whatever the plan says.
+        masks: bool [kind, block, id]: keys, queries, MLPs.
         updates: ``Add`` of the stream -> its branch, and the tokens that it updates.
         keys: Node that sums over tokens, or a softmax over them -> the tokens that it sums over.
         gates: The same nodes -> float64 [id], to be added to their logits; only where some are not 0.
         reads: The tokens that the head reads.
+        refused: ``Add`` whose branch must not be needed -> the reason.
     """
 
+    every: np.ndarray
+    whole: np.ndarray
+    masks: np.ndarray | None = None
     updates: dict[ir.Node, tuple[Branch, np.ndarray]] = field(default_factory=dict)
     keys: dict[ir.Node, np.ndarray] = field(default_factory=dict)
     gates: dict[ir.Node, np.ndarray] = field(default_factory=dict)
     reads: np.ndarray | None = None
+    refused: dict[ir.Node, str] = field(default_factory=dict)
 
 
 def sets_of(followed: Followed, plan: Plan) -> Sets:
@@ -63,20 +71,21 @@ def sets_of(followed: Followed, plan: Plan) -> Sets:
         result[patches] = True
         return result
 
-    sets, gates = Sets(), getattr(plan, "gates", None)
-    for block in followed.blocks:
-        for branches, patches in ((block.attention, plan.queries), (block.mlp, plan.mlps)):
-            sets.updates.update({branch.add: (branch, mask(patches[block.index])) for branch in branches})
-        keys = mask(plan.keys[block.index])
-        logs = None
-        if gates is not None and any(gate != 1 for gate in gates[block.index]):
-            logs = np.zeros(followed.tokens.count)
+    kinds = np.asarray([[mask(patches) for patches in kind] for kind in (plan.keys, plan.queries, plan.mlps)])
+    every = np.ones(followed.tokens.count, bool)
+    sets, gates = Sets(every, every, kinds), getattr(plan, "gates", None)
+    for block, keys, queries, mlps in zip(followed.blocks, *kinds, strict=True):
+        for branches, updated in ((block.attention, queries), (block.mlp, mlps)):
+            sets.updates.update({branch.add: (branch, updated) for branch in branches})
+        logs = np.zeros(len(keys))
+        if gates is not None:
             logs[np.asarray(plan.keys[block.index], np.int64)] = np.log(gates[block.index])
         for branch in block.attention:
-            for node in (*branch.mixers, *branch.keyed):
-                sets.keys[node] = keys
-                if logs is not None and node in branch.keyed:
-                    sets.gates[node] = logs
+            sets.keys.update(dict.fromkeys((*branch.mixers, *branch.keyed), keys))
+            sets.gates.update(dict.fromkeys(branch.keyed if logs.any() else (), logs))
+            if not branch.keyed and not keys.all():
+                reason = f"block {block.index} is left whole and reads every token: {branch.keys_reason}"
+                sets.refused[branch.add] = reason
     # Where the head reads no patches, a plan's reads are empty and say nothing.
     if plan.reads and len(plan.reads) < followed.patches:
         sets.reads = mask(plan.reads)
@@ -104,120 +113,106 @@ def unlike(followed: Followed) -> SimpleNamespace:
 def _head(followed: Followed) -> list[ir.Node]:
     """Nodes behind the blocks that sum over tokens, and the softmaxes ahead of those sums."""
     inside = {node for block in followed.blocks for b in (*block.attention, *block.mlp) for node in b.nodes}
-    outside = {node: flow for node, flow in followed.flows.items() if node not in inside}
+    outside = {node: followed.flows[node] for node in followed.model.graph
+               if node in followed.flows and node not in inside}  # fmt: skip
     sums = [node for node, flow in outside.items() if flow.ends and flow.how == "along"]
-    whole = Branch(followed.stem, 0, frozenset(outside), ())
-    softmaxes = [
-        node for node, flow in outside.items()
-        if flow.normalises is not None and only_summed(node.outputs[0], flow.normalises, whole, outside)
-    ]  # fmt: skip
-    return [*sums, *softmaxes]
+    weights = Weights(list(outside), outside)
+    return [*sums, *(node for node in weights.softmaxes if node not in weights.apart)]
 
 
-def all_of(layout: Layout, group: int, count: int) -> np.ndarray:
-    """bool [id]: the tokens of a group."""
-    result = np.zeros(count, bool)
-    result[layout.ids[group].ravel()] = True
+def only(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """``mask`` [id] where the tokens are ``ids``, elsewhere 0."""
+    result = np.zeros_like(mask)
+    result[ids] = mask[ids]
     return result
 
 
-@dataclass(eq=False)
 class Demand:
-    """Attributes:
-    needed: Value that carries tokens -> bool [id] for each of its groups.
-    live: Nodes whose result something reads.
-    masks: Node that carries tokens -> bool [id] for each of its groups: the tokens of it with which it is run.
-    whole: The same nodes -> groups of which they need all tokens as they stand.
-    """
+    """Which tokens a plan needs of each value.
 
-    needed: dict[ir.Value, list[np.ndarray]] = field(default_factory=dict)
-    masks: dict[ir.Node, list[np.ndarray]] = field(default_factory=dict)
-    whole: dict[ir.Node, set[int]] = field(default_factory=dict)
-    live: set[ir.Node] = field(default_factory=set)
-    _asked: set[ir.Value] = field(default_factory=set)
-
-    def ask(self, value: ir.Value, layout: Layout | None, masks: Sequence[np.ndarray | None], count: int) -> None:
-        """Ask for tokens of a value; None: all of a group. No tokens of a group are no value."""
-        if layout is not None:
-            every = [all_of(layout, group, count) for group in range(len(layout.ids))]
-            wanted = [own if mask is None else own & mask for own, mask in zip(every, masks, strict=True)]
-            if not all(mask.any() for mask in wanted):
-                return
-            known = self.needed.setdefault(value, [np.zeros(count, bool)] * len(wanted))
-            self.needed[value] = [before | mask for before, mask in zip(known, wanted, strict=True)]
-        self._asked.add(value)
-
-    def is_asked(self, node: ir.Node) -> bool:
-        return any(value in self._asked for value in node.outputs)
-
-
-def demand(followed: Followed, sets: Sets, stop: Collection[ir.Node] = ()) -> Demand:
-    """Args:
+    Args:
         stop: Nodes of which nothing further back is asked.
+        asked: Values of which all tokens are needed; None: the outputs of the graph.
+
+    Attributes:
+        needed: Value that carries tokens -> bool [id] for each of its groups.
+        live: Nodes whose result something reads.
+        updated: ``Add`` of the stream -> bool [id]: the tokens that it updates.
+        masks: Other nodes that carry tokens -> bool [id] for each of their groups: tokens with which they are run.
+        whole: The same nodes -> groups of which they need all tokens as they stand.
 
     Raises:
         PlanError: The plan leaves tokens out of a part of the model that cannot be masked.
     """
-    tokens, count = followed.tokens, followed.tokens.count
-    result = Demand()
 
-    def ask(value: ir.Value, masks: Sequence[np.ndarray | None] | None = None) -> None:
-        layout = tokens.layouts.get(value)
-        result.ask(value, layout, masks or [None] * (len(layout.ids) if layout else 0), count)
+    def __init__(
+        self, followed: Followed, sets: Sets, stop: Collection[ir.Node] = (), asked: Sequence[ir.Value] | None = None
+    ):
+        self.followed, self.sets, self.layouts = followed, sets, followed.tokens.layouts
+        self.needed: dict[ir.Value, list[np.ndarray]] = {}
+        self.live: set[ir.Node] = set()
+        self.updated: dict[ir.Node, np.ndarray] = {}
+        self.masks: dict[ir.Node, list[np.ndarray]] = {}
+        self.whole: dict[ir.Node, set[int]] = {}
+        self._asked: set[ir.Value] = set()
+        for value in followed.model.graph.outputs if asked is None else asked:
+            if value in self.layouts and sets.reads is not None:
+                raise PlanError(f"output {value.name!r} holds all tokens, but the plan's reads leave some out")
+            self.ask(value, [sets.every] * len(self.layouts[value].ids) if value in self.layouts else None)
+        for node in reversed(followed.model.graph):
+            if node not in stop and not self._asked.isdisjoint(node.outputs):
+                self.live.add(node)
+                self.ask_inputs(node)
 
-    for value in followed.model.graph.outputs:
-        if value in tokens.layouts and sets.reads is not None:
-            raise PlanError(f"output {value.name!r} holds all tokens, but the plan's reads leave some out")
-        ask(value)
-    for node in reversed(followed.model.graph):
-        if not result.is_asked(node) or node in stop:
-            continue
-        result.live.add(node)
-        flow = followed.flows.get(node)
+    def ask(self, value: ir.Value, masks: Sequence[np.ndarray | None] | None = None) -> None:
+        """Ask for tokens of a value; None: all, or all of a group. No tokens of a group are no value."""
+        if value in self.layouts:
+            ids = self.layouts[value].ids
+            wanted = [only(own, self.sets.whole if mask is None else mask)
+                      for own, mask in zip(ids, masks or [None] * len(ids), strict=True)]  # fmt: skip
+            if not all(mask.any() for mask in wanted):
+                return
+            before = self.needed.get(value, wanted)
+            self.needed[value] = [mask | more for mask, more in zip(before, wanted, strict=True)]
+        self._asked.add(value)
+
+    def ask_inputs(self, node: ir.Node) -> None:
+        flow = self.followed.flows.get(node)
         if flow is None:
             for value in used_by(node):
-                ask(value)
-        elif node in sets.updates:
-            branch, mask = sets.updates[node]
-            (wanted,) = result.needed[node.outputs[0]]
-            updated = wanted & mask
-            if branch.reason is not None and (updated != wanted).any():
+                self.ask(value)
+        elif node in self.sets.updates:
+            branch, mask = self.sets.updates[node]
+            (wanted,) = self.needed[node.outputs[0]]
+            updated = self.updated[node] = wanted & mask
+            if branch.reason is not None and ((wanted & ~updated) & self.sets.whole).any():
                 raise PlanError(f"block parts that are left whole update every token: {branch.reason}")
-            if node.inputs[branch.update] not in tokens.layouts:
-                ask(node.inputs[0])
-                ask(node.inputs[1])
-                continue
-            ask(node.inputs[1 - branch.update], [wanted])
+            carries = node.inputs[branch.update] in self.layouts
+            self.ask(node.inputs[1 - branch.update], [wanted] if carries else None)
             if updated.any():
-                ask(node.inputs[branch.update], [updated])
+                if node in self.sets.refused:
+                    raise PlanError(self.sets.refused[node])
+                self.ask(node.inputs[branch.update], [updated] if carries else None)
         else:
-            result.whole[node] = whole_groups(followed, node, node in sets.keys)
-            masks = result.masks[node] = _masks(followed, sets, result, node)
+            self.whole[node] = whole_groups(self.followed, node, node in self.sets.keys)
+            masks = self.masks[node] = self.masks_of(node, flow)
             for value, links in zip(node.inputs, flow.links, strict=True):
                 if value is not None:
-                    ask(value, [None if link == ENDED else masks[link] for link in links])
-    return result
+                    self.ask(value, [None if link == ENDED else masks[link] for link in links])
 
-
-def _masks(followed: Followed, sets: Sets, wanted: Demand, node: ir.Node) -> list[np.ndarray]:
-    flow, count = followed.flows[node], followed.tokens.count
-    masks, whole = [np.zeros(count, bool) for _ in range(flow.groups)], wanted.whole[node]
-    for value, layout in zip(node.outputs, flow.outputs, strict=False):
-        for group in range(len(layout.ids) if layout is not None else 0):
-            if group in whole:
-                masks[group] |= all_of(layout, group, count)
-            elif value in wanted.needed:
-                masks[group] |= wanted.needed[value][group]
-    for ids in flow.ends:
-        mask = np.zeros(count, bool)
-        mask[ids] = True
-        keys = sets.keys.get(node) if flow.how == "along" else None
-        if keys is not None:
-            mask &= keys
-            if not mask.any():
+    def masks_of(self, node: ir.Node, flow: Flow) -> list[np.ndarray]:
+        whole = self.sets.whole
+        masks = [np.zeros_like(whole) for _ in range(flow.groups)]
+        for value in node.outputs:
+            for group, mask in enumerate(self.needed.get(value, ())):
+                masks[group] |= mask
+        for group in self.whole[node]:
+            masks[group] |= only(flow.ids[group], whole)
+        for ids in flow.ends:
+            masks.append(only(ids, self.sets.keys.get(node, whole) if flow.how == "along" else whole))
+            if not masks[-1].any():
                 raise PlanError(f"nothing is left to read at {called(node)}")
-        masks.append(mask)
-    return masks
+        return masks
 
 
 def whole_groups(followed: Followed, node: ir.Node, keyed: bool) -> set[int]:
@@ -283,32 +278,17 @@ def counts(followed: Followed, plan: Plan) -> tuple[BlockCounts, ...]:
         PlanError: As :func:`~.restrict.fold`.
     """
     sets = sets_of(followed, plan)
-    wanted = demand(followed, sets)
+    wanted = Demand(followed, sets)
     found = []
     for block in followed.blocks:
-        read, attend, pass_mlp = (np.zeros(followed.tokens.count, bool) for _ in range(3))
-        for branches, updated in ((block.attention, attend), (block.mlp, pass_mlp)):
-            for branch in branches:
-                for needed in wanted.needed.get(branch.add.outputs[0], ()):
-                    updated |= needed & sets.updates[branch.add][1]
-        for node in (node for branch in block.attention for node in branch.keyed if node in wanted.live):
-            flow = followed.flows[node]
-            group = flow.groups if flow.normalises is None else flow.normalises
-            read |= wanted.masks[node][group]
+        read, attend, pass_mlp = [], *([wanted.updated[branch.add] for branch in branches if branch.add in wanted.live]
+                                       for branches in (block.attention, block.mlp))  # fmt: skip
         for branch in block.attention:
+            read += [wanted.masks[node][followed.flows[node].keys] for node in branch.keyed if node in wanted.live]
             if not branch.keyed and branch.add.inputs[branch.update].producer() in wanted.live:
-                read |= all_of(followed.tokens.layouts[branch.add.outputs[0]], 0, followed.tokens.count)
+                read.append(only(followed.tokens.layouts[branch.add.outputs[0]].ids[0], sets.every))
+        sizes = (int(np.logical_or.reduce([*masks, ~sets.every]).sum())
+                 for masks in (read, attend, pass_mlp))  # fmt: skip
         gated = any(node in sets.gates for branch in block.attention for node in branch.keyed)
-        found.append(BlockCounts(block.index, *(int(mask.sum()) for mask in (read, attend, pass_mlp)), gated))
+        found.append(BlockCounts(block.index, *sizes, gated))
     return tuple(found)
-
-
-def check_keys(followed: Followed, plan: Plan, wanted: Demand) -> None:
-    """Raises:
-    PlanError: The plan leaves keys out of a block that reads every token.
-    """
-    for block in followed.blocks:
-        for branch in block.attention:
-            live = branch.add.inputs[branch.update].producer() in wanted.live
-            if live and not branch.keyed and len(plan.keys[block.index]) < followed.patches:
-                raise PlanError(f"block {block.index} is left whole and reads every token: {branch.keys_reason}")

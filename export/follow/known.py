@@ -15,8 +15,6 @@ import onnx_ir as ir
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from ...core.errors import GraphError
-
 _PRIMES = (89, 97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 199)
 #: Data that shapes may be computed from; larger constants are never needed to know a shape.
 _MOST_SHAPE_DATA, _MOST_FLOATS = 4096, 8
@@ -222,15 +220,10 @@ class Known:
         arrays = {name: self.array(used) for used, name in names.items()}
         if any(array is None for array in arrays.values()):
             return None
-        inputs = [
-            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-            for name, array in arrays.items()
-        ]
-        names = [name for name in proto.output if name]
-        graph = helper.make_graph([proto], "constant", inputs, [onnx.ValueInfoProto(name=name) for name in names])
+        made = [name for name in proto.output if name]
+        function = helper.make_function("vpruner", "constant", list(arrays), made, [proto], self._opsets)
         try:
-            model = helper.make_model(graph, opset_imports=self._opsets)
-            results = dict(zip(names, ReferenceEvaluator(model).run(None, arrays), strict=True))
+            results = dict(zip(made, ReferenceEvaluator(function).run(None, arrays, {}), strict=True))
         except Exception:  # the reference implementation raises anything, and lacks some operators
             return None
         for index, output in enumerate(node.outputs):
@@ -239,21 +232,22 @@ class Known:
         return np.asarray(results[f"o{node.outputs.index(value)}"])
 
 
-def _captured(node: ir.Node) -> Iterator[ir.Value]:
-    """Values that the subgraphs of a node (If, Loop) take from outside."""
+def graphs_of(node: ir.Node) -> list[ir.Graph]:
+    """Subgraphs of a node (If, Loop), one inside the other too."""
+    found = []
     for attribute in node.attributes.values():
-        graphs = {
-            ir.AttributeType.GRAPH: lambda a: [a.as_graph()],
-            ir.AttributeType.GRAPHS: lambda a: a.as_graphs(),
-        }.get(attribute.type)
-        for graph in graphs(attribute) if graphs else ():
-            own = {value for inner in graph for value in inner.outputs} | set(graph.inputs)
-            own |= set(graph.initializers.values())
-            for inner in graph:
-                yield from (
-                    value for value in (*inner.inputs, *_captured(inner)) if value is not None and value not in own
-                )
-            yield from (value for value in graph.outputs if value not in own)
+        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            own = [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else attribute.as_graphs()
+            found += [graph for one in own for graph in (one, *one.subgraphs())]
+    return found
+
+
+def _captured(node: ir.Node) -> Iterator[ir.Value]:
+    """Values that the subgraphs of a node take from outside."""
+    graphs = graphs_of(node)
+    for graph in graphs:
+        values = (*(value for inner in graph for value in inner.inputs), *graph.outputs)
+        yield from (value for value in values if value is not None and value.graph not in graphs)
 
 
 def used_by(node: ir.Node) -> list[ir.Value]:
@@ -261,27 +255,13 @@ def used_by(node: ir.Node) -> list[ir.Value]:
     return [value for value in (*node.inputs, *_captured(node)) if value is not None]
 
 
-def above(value: ir.Value) -> Iterator[ir.Value]:
-    """A value and all that it is computed from."""
+def above(value: ir.Value, stops: Collection[ir.Value] = ()) -> Iterator[ir.Value]:
+    """A value and all that it is computed from, back to ``stops``."""
     waiting, seen = [value], set()
     while waiting:
         value = waiting.pop()
         if value not in seen:
             seen.add(value)
             yield value
-            if value.producer() is not None:
+            if value.producer() is not None and value not in stops:
                 waiting.extend(used_by(value.producer()))
-
-
-def check_open(known: Known, image: ir.Value) -> None:
-    """Refuse an image whose height or width is open.
-
-    Raises:
-        GraphError: Names the input and the axis.
-    """
-    for value, axis in known.open_dims.values():
-        if value is image and axis > 0:
-            raise GraphError(
-                f"input {value.name!r} leaves axis {axis} open, expected a fixed size",
-                "fix it with onnxruntime.tools.make_dynamic_shape_fixed",
-            )

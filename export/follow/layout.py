@@ -72,20 +72,6 @@ class Layout:
         """The same factors in the same order on other axes."""
         return tidy(axes, self.ids)
 
-    def without(self, group: int) -> Layout | None:
-        """All but a group; None where no group is left."""
-        if len(self.ids) == 1:
-            return None
-        axes = [
-            [
-                Part(factor.group - (factor.group > group), factor.size) if isinstance(factor, Part) else factor
-                for factor in axis
-                if not isinstance(factor, Part) or factor.group != group
-            ]
-            for axis in self.axes
-        ]
-        return tidy(axes, [ids for index, ids in enumerate(self.ids) if index != group])
-
 
 def is_split(layout: Layout) -> bool:
     """Whether parts of one group have something between them, so that no reshape gives all its tokens one axis."""
@@ -216,22 +202,25 @@ def dimension_of(layout: Layout, axis: int) -> int:
     return sum(layout.groups_of(before).count(group) for before in range(axis))
 
 
-def drop_axis(layout: Layout, axis: int) -> Layout:
-    """The layout without an axis that has no factors."""
-    return Layout(layout.axes[:axis] + layout.axes[axis + 1 :], layout.ids)
+def arrange(layout: Layout, names: Sequence, order: Sequence) -> Layout:
+    """The axes called ``order``, empty where there is none of that name; tokens on other axes have no axis left."""
+    places = [names.index(name) for name in order if name in names]
+    moved = permute(layout, [*places, *(axis for axis in range(len(names)) if axis not in places)])
+    return Layout(tuple(layout.axes[names.index(name)] if name in names else () for name in order), moved.ids)
 
 
 #: In place of a group of a result, in the links of :func:`unify`: the group ends here, at its only token.
 ENDED = -1
 
 
-def unify(inputs: Sequence[Layout], shape: Sequence[int]) -> tuple[Layout, list[tuple[int, ...]]]:
+def unify(inputs: Sequence[Layout | None], shape: Sequence[int]) -> tuple[Layout | None, list[list[int]]]:
     """What an operation with broadcasting gives, of inputs that carry tokens and have as many axes as ``shape``.
 
     An axis without tokens may lie along one with tokens, as a bias of each query does along keys.
 
     Returns:
-        The layout, and for each input the group of the result that each of its own becomes, or :data:`ENDED`.
+        The layout, None without tokens; and for each input the group of the result that each of its own becomes, or
+        :data:`ENDED`.
 
     Raises:
         Lost: Two inputs have other tokens at one place.
@@ -244,52 +233,39 @@ def unify(inputs: Sequence[Layout], shape: Sequence[int]) -> tuple[Layout, list[
         return group
 
     axes: list[list[tuple[Factor, int]]] = []  # each factor with the input whose group it names
-    seen: set[tuple[int, int]] = set()
     for axis, size in enumerate(shape):
-        found: list[tuple[Factor, int]] | None = None
+        found: list[tuple[Factor, int]] = []
         for number, layout in enumerate(inputs):
-            factors = layout.axes[axis]
-            if math.prod(map(size_of, factors)) == 1 and size != 1:
+            if layout is None:
                 continue
-            if not factors or (found and not layout.groups_of(axis) and any(isinstance(f, Part) for f, _ in found)):
+            factors, of_tokens = layout.axes[axis], any(isinstance(factor, Part) for factor, _ in found)
+            if math.prod(map(size_of, factors)) == 1 != size or (of_tokens and not layout.groups_of(axis)):
                 continue
-            if not found or not any(isinstance(f, Part) for f, _ in found):
-                found = [(factor, number) for factor in factors]
-            elif [size_of(f) for f, _ in found] != [size_of(f) for f in factors] or any(
-                isinstance(a, Part) != isinstance(b, Part) for (a, _), b in zip(found, factors, strict=True)
-            ):
+            if not of_tokens:
+                found = [(factor, number) for factor in factors] or found
+                continue
+            kinds = [[(size_of(f), isinstance(f, Part)) for f in row] for row in (factors, [f for f, _ in found])]
+            if kinds[0] != kinds[1]:
                 raise Lost("its inputs have tokens on other axes")
-            else:
-                for (mine, owner), factor in zip(found, factors, strict=True):
-                    if isinstance(factor, Part):
-                        a, b = root((owner, mine.group)), root((number, factor.group))
-                        if a != b:
-                            parent[b] = a
-        axes.append(found if found is not None else [(size, 0)] if size != 1 else [])
-        seen |= {(owner, factor.group) for factor, owner in axes[-1] if isinstance(factor, Part)}
+            for (mine, owner), factor in zip(found, factors, strict=True):
+                if isinstance(factor, Part):
+                    a, b = root((owner, mine.group)), root((number, factor.group))
+                    if a != b:
+                        parent[b] = a
+        axes.append(found or [(factor, 0) for factor in plain(size)])
+    seen = {(owner, factor.group) for axis in axes for factor, owner in axis if isinstance(factor, Part)}
     roots = list(dict.fromkeys(root(group) for group in sorted(seen)))
-    sizes = {key: [factor.size for axis in axes for factor, owner in axis
-                   if isinstance(factor, Part) and root((owner, factor.group)) == key] for key in roots}  # fmt: skip
-    links = []
+    result = [[Part(roots.index(root((owner, f.group))), f.size) if isinstance(f, Part) else f for f, owner in axis]
+              for axis in axes]  # fmt: skip
+    ids = [inputs[number].ids[group] for number, group in roots]
+    for number, own in enumerate(ids):
+        if list(own.shape) != [f.size for axis in result for f in axis if isinstance(f, Part) and f.group == number]:
+            raise Lost("windows: tokens are mixed along a part of the token axis")
+    links: list[list[int]] = [[] for _ in inputs]
     for number, layout in enumerate(inputs):
-        link = []
-        for group, ids in enumerate(layout.ids):
+        for group, own in enumerate(() if layout is None else layout.ids):
             key = root((number, group))
-            if key not in roots:
-                link.append(ENDED)
-                continue
-            first = inputs[key[0]].ids[key[1]]
-            if sizes[key] != list(first.shape):
-                raise Lost("windows: tokens are mixed along a part of the token axis")
-            if not np.array_equal(ids, first):
+            links[number].append(roots.index(key) if key in roots else ENDED)
+            if key in roots and not np.array_equal(own, ids[roots.index(key)]):
                 raise Lost("its inputs have other tokens at the same place")
-            link.append(roots.index(key))
-        links.append(tuple(link))
-    result = [
-        [
-            Part(roots.index(root((owner, factor.group))), factor.size) if isinstance(factor, Part) else factor
-            for factor, owner in axis
-        ]
-        for axis in axes
-    ]
-    return tidy(result, [inputs[key[0]].ids[key[1]] for key in roots]), links
+    return (tidy(result, ids) if ids else None), links

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..passes.edit import add_constant, add_node, add_shape
-from .demand import Plan, Sets, sets_of
+from .demand import Plan, sets_of
 from .followed import Followed
 from .layout import Layout, Part
 
@@ -30,27 +30,21 @@ def mask(followed: Followed, plan: Plan) -> ir.Model:
             _combine(followed, "Mul", node, branch.update, layout, 0, keep.astype(np.float64), "update")
     whole = {node for block in followed.blocks for b in block.attention if not b.keyed for node in b.mixers}
     for node, keep in sets.keys.items():
+        flow = followed.flows[node]
         if node in whole:
             continue
-        flow = followed.flows[node]
+        if node.op_type != "Attention" and flow.normalises is None:
+            if node.op_type.startswith(("Reduce", "Global")) and flow.links[0]:
+                _reduce_some(followed, node, keep)
+            continue
+        bias, ids = np.where(keep, sets.gates.get(node, 0.0), -np.inf), flow.ids[flow.keys]
+        if not bias[ids].any() or not np.isfinite(bias[ids]).any():
+            continue
         if node.op_type == "Attention":
-            bias = _bias(sets, node, keep)[flow.ends[0]]
-            if bias.any() and np.isfinite(bias).any():
-                mask_attention(node, np.tile(bias, (followed.tokens.known.shapes[node.inputs[0]][-2], 1)))
-        elif flow.normalises is not None:
-            layout = flow.outputs[0]
-            bias = _bias(sets, node, keep)
-            ids = layout.ids[flow.normalises]
-            if bias[ids].any() and np.isfinite(bias[ids]).any():
-                _combine(followed, "Add", node, 0, layout, flow.normalises, bias, "keys")
-        elif len(flow.links[0]) and node.op_type.startswith(("Reduce", "Global")):
-            _reduce_some(followed, node, keep)
+            mask_attention(node, np.tile(bias[ids], (followed.tokens.known.shapes[node.inputs[0]][-2], 1)))
+        else:
+            _combine(followed, "Add", node, 0, flow.outputs[0], flow.normalises, bias, "keys")
     return followed.model
-
-
-def _bias(sets: Sets, node: ir.Node, keep: np.ndarray) -> np.ndarray:
-    gates = sets.gates.get(node, np.zeros(len(keep)))
-    return np.where(keep, gates, -np.inf)
 
 
 def along(layout: Layout, group: int, values: np.ndarray) -> np.ndarray:
@@ -90,17 +84,15 @@ def mask_attention(node: ir.Node, bias: np.ndarray) -> None:
 
 
 def _reduce_some(followed: Followed, node: ir.Node, keep: np.ndarray) -> None:
-    layout = followed.tokens.layouts[node.inputs[0]]
-    flow = followed.flows[node]
-    for group, link in enumerate(flow.links[0]):
-        ids = layout.ids[group]
+    """Let a pool see the tokens ``keep`` [id] alone."""
+    flow, value = followed.flows[node], node.inputs[0]
+    layout = followed.tokens.layouts[value]
+    for group, (ids, link) in enumerate(zip(layout.ids, flow.links[0], strict=True)):
         (axis,) = (axis for axis in range(len(layout.axes)) if group in layout.groups_of(axis))
         if link >= flow.groups and not keep[ids].all():
-            rows = add_constant(node.graph, f"vpruner.{node.outputs[0].name}.reads", np.flatnonzero(keep[ids]))
-            picked = add_node(
-                node, "Gather", [node.inputs[0], rows], f"vpruner.{node.outputs[0].name}.read", {"axis": axis}
-            )
-            node.replace_input_with(0, picked.outputs[0])
+            name = f"vpruner.{node.outputs[0].name}.read"
+            rows = add_constant(node.graph, f"{name}s", np.flatnonzero(keep[ids]))
+            node.replace_input_with(0, add_node(node, "Gather", [value, rows], name, {"axis": axis}).outputs[0])
 
 
 def _combine(

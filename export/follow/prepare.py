@@ -25,6 +25,7 @@ def prepare(model: ir.Model, skip: Collection[int] = ()) -> tuple[ir.Model, Know
     model = copy_model(model)
     if model.functions:
         passes.InlinePass()(model)
+    raise_opset(model)
     for step in (
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.IdentityEliminationPass(),
@@ -39,6 +40,19 @@ def prepare(model: ir.Model, skip: Collection[int] = ()) -> tuple[ir.Model, Know
         write_softmaxes(model.graph, known)
     passes.RemoveUnusedNodesPass()(model)
     return model, known
+
+
+def raise_opset(model: ir.Model) -> None:
+    """Put 17 in the place of the opsets 13 to 16, whose nodes say the same there, but for one default; in place."""
+    opset = model.opset_imports.get("", 17)
+    if not 13 <= opset < 17:
+        return
+    for node in model.graph:
+        if node.op_type == "RoiAlign" and opset < 16:
+            name = "coordinate_transformation_mode"
+            node.attributes[name] = ir.AttrString(name, "output_half_pixel")
+    model.opset_imports[""] = 17
+    model.ir_version = max(model.ir_version, 8)
 
 
 def _inline_known_branches(graph: ir.Graph, known: Known) -> bool:

@@ -13,40 +13,26 @@ A group of tokens of which some are left has the size 1 in all of its parts but 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ...core.errors import GraphError
-from ...core.schedule import is_range
+from ...core.schedule import is_range, longest_first
 from ...core.text import command, first_line
 from ..nodes import called
-from ..passes.edit import add_constant, add_node
+from ..passes.edit import add_constant, add_node, add_shape
 from .columns import project_apart
-from .demand import Demand, Plan, Sets, check_keys, demand, missing_axes, sets_of, unlike
+from .demand import Demand, Plan, Sets, missing_axes, only, sets_of, unlike
 from .followed import Followed
-from .known import used_by
+from .known import graphs_of, used_by
 from .layout import ENDED, Layout, Part, plain_axes, size_of, tidy
 from .mask import combine, mask_attention
 from .rules import Flow
 
-#: Ids of the tokens of a group, in their order; None: all of them, as they stand in the dense graph.
-Rows = "np.ndarray | None"
-
-
-@dataclass(eq=False)
-class State:
-    """What stands in the new graph for a value that carries tokens.
-
-    Attributes:
-        pieces: Values, and the tokens of the group that they hold; one, with None, where it is whole or has groups.
-        rows: For each group.
-    """
-
-    pieces: list[tuple[ir.Value, np.ndarray | None]]
-    rows: list[np.ndarray | None]
+#: For each group of a value: ids of the tokens that are left, in their order; None: all, as in the dense graph.
+Rows = list[np.ndarray | None]
 
 
 def fold(followed: Followed, plan: Plan, *, shapes: bool = True) -> ir.Model:
@@ -66,13 +52,12 @@ def fold(followed: Followed, plan: Plan, *, shapes: bool = True) -> ir.Model:
     outputs = [value.shape for value in followed.model.graph.outputs]
     followed = followed.copy()
     sets = sets_of(followed, plan)
-    wanted = demand(followed, sets)
-    check_keys(followed, plan, wanted)
+    wanted = Demand(followed, sets)
     # Queries, keys and values by products of their own, even where all tokens attend: onnxruntime splits by a copy what
     # one product gives, and is slower with a wide matrix. All blocks of a dense model written so take 0.97 of its time
     # (384 channels), 0.94 (768 channels), and 0.91 (384 channels, 8 images; onnxruntime 1.31, one CPU thread).
-    if project_apart(followed, demand(followed, sets_of(followed, unlike(followed)))):
-        wanted = demand(followed, sets)
+    if project_apart(followed, Demand(followed, sets_of(followed, unlike(followed)))):
+        wanted = Demand(followed, sets)
     folding = _Fold(followed, sets, wanted)
     folding.run()
     passes.RemoveUnusedNodesPass()(followed.model)
@@ -114,7 +99,7 @@ class _Fold:
         self.followed, self.sets, self.wanted = followed, sets, wanted
         self.graph, self.layouts = followed.model.graph, followed.tokens.layouts
         self.known = followed.tokens.known
-        self.states: dict[ir.Value, State] = {}
+        self.pieces: dict[ir.Value, list[tuple[ir.Value, Rows]]] = {}  # what is left of a value, piece by piece
         self.picked: dict[tuple, ir.Value] = {}
         self.shapes: dict[ir.Value, list[int]] = {}  # of values whose tokens are fewer, and of new ones
 
@@ -125,7 +110,7 @@ class _Fold:
             flow = self.followed.flows.get(node)
             if flow is None or flow.how == "start":
                 for value in dict.fromkeys(used_by(node)):
-                    if value in self.states:
+                    if value in self.pieces:
                         _replace(node, value, self.take(node, value, [None] * len(self.layouts[value].ids)))
             elif node in self.sets.updates:
                 self.update(node)
@@ -134,7 +119,7 @@ class _Fold:
             if self.followed.stream in node.outputs:
                 self.enter(node)
         for index, value in enumerate(self.graph.outputs):
-            if value in self.states:
+            if value in self.pieces:
                 self.put_output(index, value)
 
     def write_shapes(self) -> None:
@@ -150,30 +135,22 @@ class _Fold:
         if any(value.shape is None for value in values):
             passes.ShapeInferencePass()(self.followed.model)
 
-    def note(self, value: ir.Value, layout: Layout, rows: list[np.ndarray | None]) -> None:
-        """Remember which tokens a value of the new graph holds, for its shape."""
+    def put(self, value: ir.Value, layout: Layout, rows: Rows, dense: ir.Value | None = None) -> ir.Value:
+        """Remember which tokens a value of the new graph holds, for its shape, and if it stands there for ``dense``."""
         left = sizes(layout, rows, self.known.is_open)
-        self.shapes[value] = [dense if size < 0 else size for size, dense in zip(left, layout.shape, strict=True)]
+        self.shapes[value] = [whole if size < 0 else size for size, whole in zip(left, layout.shape, strict=True)]
+        if dense is not None:
+            self.pieces[dense] = [(value, rows)]
+        return value
 
     # -- operators ----------------------------------------------------------------------------------------------------
 
-    def targets(self, node: ir.Node, flow: Flow) -> list[np.ndarray | None]:
+    def targets(self, node: ir.Node, flow: Flow) -> Rows:
         """For each group of the node, the tokens with which it is run, in the order of its first input."""
-        result: list[np.ndarray | None] = []
-        for group, mask in enumerate(self.wanted.masks[node]):
-            source = next(
-                ((value, own) for value, links in zip(node.inputs, flow.links, strict=True)
-                for own, link in enumerate(links) if link == group), None
-            )  # fmt: skip
-            if source is None or group in self.wanted.whole[node]:
-                result.append(None)
-                continue
-            value, own = source
-            rows, every = self.rows(value)[own], self.layouts[value].ids[own].ravel()
-            rows = every if rows is None else rows
-            kept = rows[mask[rows]]
-            result.append(None if np.array_equal(kept, every) else kept)
-        return result
+        sources = {link: (value, own) for value, links in reversed(list(zip(node.inputs, flow.links, strict=True)))
+                   for own, link in reversed(list(enumerate(links)))}  # fmt: skip
+        return [self.kept(*sources[group], mask) if group in sources and group not in self.wanted.whole[node] else None
+                for group, mask in enumerate(self.wanted.masks[node])]  # fmt: skip
 
     def along(self, node: ir.Node, flow: Flow) -> None:
         targets = self.targets(node, flow)
@@ -186,13 +163,12 @@ class _Fold:
                 node.replace_input_with(position, self.cut(node, position, value, targets, flow))
         if node in self.sets.gates:
             self.add_gates(node, flow, targets)
-        (layout, *_) = flow.outputs
-        if layout is None or all(rows is None for rows in targets[: flow.groups]):
+        layout, rows = flow.outputs[0], targets[: flow.groups]
+        if layout is None or all(own is None for own in rows):
             return
         for value, own in zip(node.outputs, flow.outputs, strict=False):
             if own is not None:
-                self.note(value, own, targets[: flow.groups])
-                self.states[value] = State([(value, None)], targets[: flow.groups])
+                self.put(value, own, rows, value)
         if flow.how == "reshape":
             node.replace_input_with(1, self.shape(sizes(layout, targets, self.known.is_open)))
         elif flow.how == "expand":
@@ -204,56 +180,40 @@ class _Fold:
                 raise GraphError(f"{called(node)} repeats tokens for each image, which cannot be folded")
             node.replace_input_with(1, self.shape(dims))
 
-    def add_gates(self, node: ir.Node, flow: Flow, targets: list[np.ndarray | None]) -> None:
+    def add_gates(self, node: ir.Node, flow: Flow, targets: Rows) -> None:
         """Add the logarithms of the plan's gates to the logits of a softmax or an ``Attention``."""
-        ids = _group_ids(flow)
-        group = flow.groups if flow.normalises is None else flow.normalises
-        counts = [len(own.ravel() if kept is None else kept) for own, kept in zip(ids, targets, strict=True)]
-        bias = self.sets.gates[node][ids[group] if targets[group] is None else targets[group]]
+        layout, every = flow.outputs[0], flow.ids
+        ids = [own.ravel() if kept is None else kept for own, kept in zip(every, targets, strict=True)]
+        bias = self.sets.gates[node][every[flow.keys] if targets[flow.keys] is None else ids[flow.keys]]
         if not bias.any():
             return
         if node.op_type == "Attention":
-            (queries,) = (flow.links[0][own] for own in self.layouts[node.inputs[0]].groups_of(-2))
-            mask_attention(node, np.tile(bias, (counts[queries], 1)))
+            (queries,) = layout.groups_of(-2)
+            mask_attention(node, np.tile(bias, (len(ids[queries]), 1)))
         else:
-            layout = flow.outputs[0]
-            axis = last_axis(layout, group)
+            axis = last_axis(layout, flow.keys)
             combine("Add", node, 0, bias.reshape([-1 if at == axis else 1 for at in range(len(layout.axes))]), "gates")
 
     def pick(self, node: ir.Node, flow: Flow) -> None:
-        (value, *_) = node.inputs
+        value = node.inputs[0]
+        if flow.ends:  # a Gather of one token by a scalar
+            if value in self.pieces:
+                self.along(node, flow)
+                node.replace_input_with(1, add_constant(self.graph, "vpruner.first", np.asarray(0, np.int64)))
+            return
         for output, layout in zip(node.outputs, flow.outputs, strict=True):
-            if layout is None or flow.ends:
-                self.pick_one(node, flow)
-                return
             if output not in self.wanted.needed:
                 continue
             wanted = self.wanted.needed[output]
-            if value not in self.states and all(mask[ids].all() for mask, ids in zip(wanted, layout.ids, strict=True)):
+            if value not in self.pieces and all(mask[ids].all() for mask, ids in zip(wanted, layout.ids, strict=True)):
                 continue
-            rows = []
-            for group, mask in enumerate(wanted):
-                have, every = self.rows(value)[group], self.layouts[value].ids[group].ravel()
-                have = every if have is None else have
-                kept = have[mask[have] & np.isin(have, layout.ids[group])]
-                rows.append(None if np.array_equal(kept, every) else kept)
+            rows = [self.kept(value, group, only(ids, mask))
+                    for group, (ids, mask) in enumerate(zip(layout.ids, wanted, strict=True))]  # fmt: skip
             taken = self.take(node, value, rows)
             for group, ids in enumerate(layout.ids):
                 if ids.ndim == 1 and _equal(rows[group], ids):
                     rows[group] = None
-            self.states[output] = State([(taken, None)], rows)
-
-    def pick_one(self, node: ir.Node, flow: Flow) -> None:
-        """``Gather`` of one token by a scalar."""
-        value = node.inputs[0]
-        if value not in self.states:
-            return
-        targets = self.targets(node, flow)
-        node.replace_input_with(0, self.take(node, value, [targets[link] for link in flow.links[0]]))
-        node.replace_input_with(1, add_constant(self.graph, "vpruner.first", np.asarray(0, np.int64)))
-        if flow.outputs[0] is not None:
-            self.note(node.outputs[0], flow.outputs[0], targets[: flow.groups])
-            self.states[node.outputs[0]] = State([(node.outputs[0], None)], targets[: flow.groups])
+            self.pieces[output] = [(taken, rows)]
 
     def join(self, node: ir.Node, flow: Flow) -> None:
         output, layout = node.outputs[0], flow.outputs[0]
@@ -265,12 +225,7 @@ class _Fold:
             size = self.known.shapes[value][flow.axis] if not links else self.layouts[value].shape[flow.axis]
             ids = layout.ids[new][start : start + size]
             start += size
-            if links:
-                own = links.index(new)
-                have = self.rows(value)[own]
-                have = ids if have is None else have
-            else:
-                have = ids
+            have = self.held(value)[links.index(new)] if links else ids
             kept = have[masks[new][have]]
             order.append(kept)
             if not len(kept):
@@ -284,15 +239,14 @@ class _Fold:
                 values.append(self.pick_axis(node, value, flow.axis, size, rows))
         kept = np.concatenate(order)
         rows = [*rest[:new], None if np.array_equal(kept, layout.ids[new]) else kept, *rest[new:]]
-        joined = output
         if len(values) == 1:
-            joined = values[0]
+            self.pieces[output] = [(values[0], rows)]
         elif values != list(node.inputs):
-            joined = add_node(node, "Concat", values, f"vpruner.{output.name}.left", {"axis": flow.axis}).outputs[0]
-        if joined is output or len(values) > 1:
-            self.note(joined, layout, rows)
-        if joined is not output or any(one is not None for one in rows):
-            self.states[output] = State([(joined, None)], rows)
+            name = f"vpruner.{output.name}.left"
+            joined = add_node(node, "Concat", values, name, {"axis": flow.axis}).outputs[0]
+            self.put(joined, layout, rows, output)
+        elif any(one is not None for one in rows):
+            self.put(output, layout, rows, output)
 
     def update(self, node: ir.Node) -> None:
         """An ``Add`` of the stream: some tokens are updated, the others put beside them as they are."""
@@ -304,52 +258,33 @@ class _Fold:
         if update not in self.layouts:
             node.replace_input_with(1 - branch.update, self.take(node, stream, [None]))
             return
-        every = layout.ids[0].ravel()
-        (have,) = self.rows(stream)
-        have = every if have is None else have
-        kept = have[needed[have]]
-        updated, frozen = kept[mask[kept]], kept[~mask[kept]]
-        pieces = []
-        if len(updated):
-            rows = None if np.array_equal(updated, every) else updated
-            node.replace_input_with(1 - branch.update, self.take(node, stream, [rows]))
-            taken = self.take(node, update, [rows])
-            node.replace_input_with(branch.update, taken)
-            pieces.append((output, rows))
-            self.note(output, layout, [rows])
+        rows, pieces = self.kept(stream, 0, needed & mask), []
+        if rows is None or len(rows):
+            for position, value in ((1 - branch.update, stream), (branch.update, update)):
+                node.replace_input_with(position, self.take(node, value, [rows]))
+            pieces.append((self.put(output, layout, [rows]), [rows]))
             if rows is None:
                 return
-        for value, held in self.state(stream).pieces:
-            held = self.rows(stream)[0] if held is None else held
-            inside = frozen if held is None else frozen[np.isin(frozen, held)]
-            if len(inside):
-                own = State([(value, held)], [held])
-                pieces.append((self.pick_from(node, own, layout, [inside]), inside))
-        self.states[output] = State(pieces, [np.concatenate([rows for _, rows in pieces])])
+        for value, own in self.pieces_of(stream):
+            (held,) = explicit(layout, own)
+            frozen = [held[(needed & ~mask)[held]]]
+            if len(frozen[0]):
+                pieces.append((self.pick_from(node, value, own, layout, frozen), frozen))
+        self.pieces[output] = pieces
 
     def enter(self, node: ir.Node) -> None:
         """Put the tokens that are updated longest first, which makes slices of gathers."""
         value = self.followed.stream
-        blocks = self.followed.blocks
-        if value not in self.wanted.needed or len(self.layouts[value].ids) > 1:
+        # What is left whole needs all tokens as they stand.
+        if value not in self.wanted.needed or len(self.layouts[value].ids) > 1 or self.followed.reasons:
             return
-        if self.followed.reasons:  # what is left whole needs all tokens as they stand
-            return
-        (needed,) = self.wanted.needed[value]
-        (have,) = self.rows(value)
-        have = self.layouts[value].ids[0].ravel() if have is None else have
+        ((have,), (needed,)) = self.held(value), self.wanted.needed[value]
         kept = have[needed[have]]
-        counts = np.zeros((3, len(needed)), int)
-        for block in blocks:
-            for row, nodes in enumerate(([b.add for b in block.attention], [b.add for b in block.mlp], [])):
-                counts[row] += sum((self.sets.updates[add][1].astype(int) for add in nodes), np.zeros(len(needed), int))
-            for branch in block.attention[:1]:
-                counts[2] += self.sets.keys[branch.mixers[0]] if branch.mixers else 0
-        order = kept[np.lexsort((-counts[2][kept], -counts[1][kept], -counts[0][kept]))]
+        order = kept[longest_first(self.sets.masks[..., kept])]
         if np.array_equal(order, have):
             return
         following = self.graph[list(self.graph).index(node) + 1]
-        self.states[value] = State([(self.take(following, value, [order]), None)], [order])
+        self.pieces[value] = [(self.take(following, value, [order]), [order])]
 
     def put_output(self, index: int, value: ir.Value) -> None:
         """An output of the graph keeps its name and has all tokens."""
@@ -363,72 +298,82 @@ class _Fold:
             self.graph.remove(end, safe=True)
         name, value.name = value.name, f"{value.name}.tokens"
         whole.name, whole.dtype, whole.shape = name, value.dtype, value.shape
-        self.note(whole, self.layouts[value], [None] * len(self.layouts[value].ids))
+        self.put(whole, self.layouts[value], [None] * len(self.layouts[value].ids))
         self.graph.outputs[index] = whole
 
     # -- tokens of values ---------------------------------------------------------------------------------------------
 
-    def state(self, value: ir.Value) -> State:
-        return self.states.get(value) or State([(value, None)], [None] * len(self.layouts[value].ids))
+    def pieces_of(self, value: ir.Value) -> list[tuple[ir.Value, Rows]]:
+        return self.pieces.get(value) or [(value, [None] * len(self.layouts[value].ids))]
 
-    def rows(self, value: ir.Value) -> list[np.ndarray | None]:
-        return self.state(value).rows
+    def held(self, value: ir.Value) -> list[np.ndarray]:
+        """Ids of the tokens of each group that stand in the new graph, in their order."""
+        pieces = [explicit(self.layouts[value], rows) for _, rows in self.pieces_of(value)]
+        return [np.concatenate(own) for own in zip(*pieces, strict=True)]
 
-    def take(self, before: ir.Node, value: ir.Value, wanted: list[np.ndarray | None]) -> ir.Value:
+    def kept(self, value: ir.Value, group: int, mask: np.ndarray) -> np.ndarray | None:
+        """Those of them that are in ``mask`` [id]; None: all of the dense graph, as they stand there."""
+        have = self.held(value)[group]
+        return None if _equal(have[mask[have]], self.layouts[value].ids[group].ravel()) else have[mask[have]]
+
+    def take(self, before: ir.Node, value: ir.Value, wanted: Rows) -> ir.Value:
         """The value with the tokens ``wanted`` of each of its groups, made ahead of the node ``before``."""
-        state, layout = self.state(value), self.layouts[value]
-        if len(state.pieces) > 1:
-            (rows,) = wanted
-            rows = layout.ids[0].ravel() if rows is None else rows
-            for piece, held in state.pieces:
-                if np.isin(rows, held).all():
-                    return self.pick_from(before, State([(piece, held)], [held]), layout, wanted)
-            axis = last_axis(layout, 0)
-            name = f"vpruner.{value.name}.joined"
-            joined = add_node(before, "Concat", [piece for piece, _ in state.pieces], name, {"axis": axis})
-            state.pieces = [(joined.outputs[0], None)]
-            self.note(joined.outputs[0], layout, state.rows)
-        return self.pick_from(before, state, layout, wanted)
+        pieces, layout = self.pieces_of(value), self.layouts[value]
+        if len(pieces) > 1:
+            (rows,) = explicit(layout, wanted)
+            for piece, held in pieces:
+                if np.isin(rows, held[0]).all():
+                    return self.pick_from(before, piece, held, layout, wanted)
+            name, axis = f"vpruner.{value.name}.joined", {"axis": last_axis(layout, 0)}
+            joined = add_node(before, "Concat", [piece for piece, _ in pieces], name, axis).outputs[0]
+            self.put(joined, layout, self.held(value), value)
+        ((piece, held),) = self.pieces_of(value)
+        return self.pick_from(before, piece, held, layout, wanted)
 
-    def pick_from(self, before: ir.Node, state: State, layout: Layout, wanted: list[np.ndarray | None]) -> ir.Value:
-        ((value, _),) = state.pieces
-        have = list(state.rows)
+    def pick_from(self, before: ir.Node, value: ir.Value, held: Rows, layout: Layout, wanted: Rows) -> ir.Value:
+        """The tokens ``wanted`` of a value of the new graph that has the tokens ``held``."""
+        have = list(held)
         for group, rows in enumerate(wanted):
             if _equal(have[group], rows):
                 continue
             key = (value, layout.axes, group, layout.ids[group].tobytes(), None if rows is None else rows.tobytes())
             if key not in self.picked:
                 self.picked[key] = self.pick_group(before, value, layout, have, group, rows)
-            value = self.picked[key]
             have[group] = rows
-            self.note(value, layout, have)
+            value = self.put(self.picked[key], layout, have)
         return value
 
-    def pick_group(self, before, value: ir.Value, layout: Layout, have, group: int, rows) -> ir.Value:
-        every, is_open = layout.ids[group].ravel(), self.known.is_open
-        held = every if have[group] is None else have[group]
-        target = every if rows is None else rows
+    def pick_group(self, before: ir.Node, value: ir.Value, layout: Layout, have: Rows, group: int, rows) -> ir.Value:
+        held, target = (explicit(layout, own)[group] for own in (have, [*have[:group], rows, *have[group + 1 :]]))
         places = {token: place for place, token in enumerate(held.tolist())}
         positions = np.asarray([places[token] for token in target.tolist()], np.int64)
-        after = [*have[:group], rows, *have[group + 1 :]]
+
+        def dims(layout: Layout, own: np.ndarray | None) -> list[int]:
+            return sizes(layout, [*have[:group], own, *have[group + 1 :]], self.known.is_open)
+
         axis, split = last_axis(layout, group), layout.ids[group].ndim > 1
         if len(layout.axes[axis]) > 1:
             # Beside something else on its axis: the axis is taken apart, and put together again.
             apart = Layout(tuple((f,) for x in layout.axes for f in (x or (1,))), layout.ids)
-            value = self.reshaped(before, value, sizes(apart, [*have[:group], held, *have[group + 1 :]], is_open))
+            value = self.reshaped(before, value, dims(apart, held))
             value = self.pick_axis(before, value, last_axis(apart, group), len(held), positions)
-            return self.reshaped(before, value, sizes(layout, after, is_open))
+            return self.reshaped(before, value, dims(layout, rows))
         if split and have[group] is None:
-            value = self.reshaped(before, value, sizes(layout, [*have[:group], held, *have[group + 1 :]], is_open))
+            value = self.reshaped(before, value, dims(layout, held))
         value = self.pick_axis(before, value, axis, len(held), positions)
-        return self.reshaped(before, value, sizes(layout, after, is_open)) if split and rows is None else value
+        return self.reshaped(before, value, dims(layout, rows)) if split and rows is None else value
+
+    def named(self, value: ir.Value, what: str) -> tuple[str, np.ndarray | None]:
+        """A name for what is made of a value, and the numbers of the value if they are known."""
+        name = f"vpruner.{value.name}.{what}.{len(self.picked)}"
+        self.picked[name,] = value
+        return name, self.known.constant(value)
 
     def pick_axis(self, before: ir.Node, value: ir.Value, axis: int, count: int, rows: np.ndarray) -> ir.Value:
         if len(rows) == count and is_range(rows):
             return value
-        first, name = int(rows[0]), f"vpruner.{value.name}.rows.{len(self.picked)}"
-        self.picked[name,] = value
-        if (array := self.known.constant(value)) is not None:
+        first, (name, array) = int(rows[0]), self.named(value, "rows")
+        if array is not None:
             return add_constant(self.graph, name, np.ascontiguousarray(np.take(array, rows, axis)))
         if is_range(rows, first):
             ends = [add_constant(self.graph, f"vpruner.integer.{number}", np.asarray([number], np.int64))
@@ -438,21 +383,24 @@ class _Fold:
         return add_node(before, "Gather", [value, indices], name, {"axis": axis}).outputs[0]
 
     def reshaped(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
-        name = f"vpruner.{value.name}.shaped.{len(self.picked)}"
-        self.picked[name,] = value
-        if (array := self.known.constant(value)) is not None:
+        name, array = self.named(value, "shaped")
+        if array is not None:
             return add_constant(self.graph, name, array.reshape(dims))
         return add_node(before, "Reshape", [value, self.shape(dims)], name).outputs[0]
+
+    def expanded(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
+        name, array = self.named(value, "expanded")
+        if array is not None:
+            shape = np.broadcast_shapes(array.shape, dims)
+            return add_constant(self.graph, name, np.ascontiguousarray(np.broadcast_to(array, shape)))
+        return add_node(before, "Expand", [value, self.shape(dims)], name).outputs[0]
 
     def shape(self, dims: list[int]) -> ir.Value:
         if dims.count(-1) > 1:
             raise GraphError("two axes depend on the batch, which cannot be folded")
-        text = "x".join("batch" if dim == -1 else str(dim) for dim in dims)
-        return add_constant(self.graph, f"vpruner.shape.{text}", np.asarray(dims, np.int64))
+        return add_shape(self.graph, dims)
 
-    def cut(
-        self, before: ir.Node, position: int, dense: ir.Value, targets: list[np.ndarray | None], flow: Flow
-    ) -> ir.Value:
+    def cut(self, before: ir.Node, position: int, dense: ir.Value, targets: Rows, flow: Flow) -> ir.Value:
         """An input of which axes without tokens lie along them, for the tokens in ``targets``.
 
         Args:
@@ -481,27 +429,16 @@ class _Fold:
         groups = sorted(group for group in present - {ENDED} if targets[group] is not None)
         axes = [[Part(groups.index(f.group), f.size) if isinstance(f, Part) and f.group in groups else size_of(f)
                  for f in factors] for factors in axes]  # fmt: skip
-        every = _group_ids(flow)
         try:
-            layout = tidy(axes, [own.ids[links.index(g)] if g in links else every[g] for g in groups])
+            layout = tidy(axes, [own.ids[links.index(g)] if g in links else flow.ids[g] for g in groups])
         except ValueError:
             raise GraphError(f"{value.name!r} lies along a part of the token axis, which cannot be folded") from None
-        wanted = [targets[group] for group in groups]
-        state = State([(value, None)], [None if group in lying else targets[group] for group in groups])
-        return self.pick_from(before, state, layout, wanted)
-
-    def expanded(self, before: ir.Node, value: ir.Value, dims: list[int]) -> ir.Value:
-        name = f"vpruner.{value.name}.expanded.{len(self.picked)}"
-        self.picked[name,] = value
-        if (array := self.known.constant(value)) is not None:
-            shape = np.broadcast_shapes(array.shape, dims)
-            return add_constant(self.graph, name, np.ascontiguousarray(np.broadcast_to(array, shape)))
-        return add_node(before, "Expand", [value, self.shape(dims)], name).outputs[0]
+        held = [None if group in lying else targets[group] for group in groups]
+        return self.pick_from(before, value, held, layout, [targets[group] for group in groups])
 
 
-def _group_ids(flow: Flow) -> list[np.ndarray]:
-    layout = next((layout for layout in flow.outputs if layout is not None), None)
-    return [*(layout.ids if layout is not None else ()), *flow.ends]
+def explicit(layout: Layout, rows: Rows) -> list[np.ndarray]:
+    return [ids.ravel() if own is None else own for ids, own in zip(layout.ids, rows, strict=True)]
 
 
 def sizes(layout: Layout, rows, is_open) -> list[int]:
@@ -533,10 +470,7 @@ def _equal(a, b) -> bool:
 
 def _replace(node: ir.Node, value: ir.Value, new: ir.Value) -> None:
     """Let ``node``, and the nodes of its subgraphs, read ``new`` in the place of ``value``."""
-    for position, used in enumerate(node.inputs):
-        if used is value:
-            node.replace_input_with(position, new)
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph():
-                _replace(inner, value, new)
+    for reader in (node, *(inner for graph in graphs_of(node) for inner in graph)):
+        for position, used in enumerate(reader.inputs):
+            if used is value:
+                reader.replace_input_with(position, new)

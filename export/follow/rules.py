@@ -21,8 +21,8 @@ from .layout import (
     Layout,
     Lost,
     Part,
+    arrange,
     dimension_of,
-    drop_axis,
     permute,
     plain,
     plain_axes,
@@ -69,6 +69,22 @@ class Flow:
     def groups(self) -> int:
         """How many groups of the node are groups of its outputs."""
         return max((len(layout.ids) for layout in self.outputs if layout is not None), default=0)
+
+    @property
+    def ids(self) -> tuple[np.ndarray, ...]:
+        """Of each group."""
+        layout = next((layout for layout in self.outputs if layout is not None), None)
+        return (*(layout.ids if layout is not None else ()), *self.ends)
+
+    @property
+    def keys(self) -> int:
+        """The group of the keys of a softmax or an ``Attention``."""
+        return self.groups if self.normalises is None else self.normalises
+
+    @property
+    def is_end(self) -> bool:
+        """Whether some of the tokens end in the node."""
+        return bool(self.ends) or any(ENDED in links for links in self.links)
 
 
 @dataclass(eq=False)
@@ -160,72 +176,44 @@ def contract(node: ir.Node, tokens: Tokens, letters: Sequence[Sequence | None], 
         letters: A name for each axis of each input; None: an input that has nothing to do with tokens.
         result: Names of the axes of the output. What is not among them is summed over.
     """
-    layouts = [tokens.layout(node, position) if names is not None else None for position, names in enumerate(letters)]
-    shapes = [None if names is None else tokens.shape(node.inputs[i]) for i, names in enumerate(letters)]
-    links: list[list[int | None]] = [[None] * len(layout.ids) if layout else [] for layout in layouts]
-    ends: list[np.ndarray] = []
-    summed_axes: dict = {}
-    for name in dict.fromkeys(name for names in letters if names is not None for name in names if name not in result):
-        where = [(i, list(names).index(name)) for i, names in enumerate(letters) if names is not None and name in names]
-        carrying = [(i, axis) for i, axis in where if layouts[i] is not None and layouts[i].groups_of(axis)]
-        if not carrying:
-            continue
-        alone = len(carrying) == 1
-        first = None
-        for i, axis in carrying:
-            factors = layouts[i].axes[axis]
-            if len(factors) > 1 or layouts[i].ids[factors[0].group].ndim > 1:
-                raise Lost("windows: tokens are mixed along a part of the token axis")
-            ids = layouts[i].ids[factors[0].group]
-            if first is not None and not np.array_equal(ids, first):
-                raise Lost("tokens are mixed with others")
-            first = ids
-            # Weights for each token belong to its place, and are not cut.
-            links[i][factors[0].group] = ENDED if alone else -2 - len(ends)
-        if not alone:
-            summed_axes[name] = len(ends)
-            ends.append(first)
-    shape = tokens.shape(node.outputs[0])
-    pieces, owners = [], []
-    for i, (names, layout) in enumerate(zip(letters, layouts, strict=True)):
-        if layout is None or None not in links[i]:
-            continue
-        axes = [layout.axes[list(names).index(name)] if name in names else () for name in result]
-        kept = [group for group, link in enumerate(links[i]) if link is None]
-        renamed = {group: number for number, group in enumerate(kept)}
-        axes = [[Part(renamed[f.group], f.size) if isinstance(f, Part) else f for f in axis] for axis in axes]
-        in_result = [f.group for axis in axes for f in axis if isinstance(f, Part)]
-        if set(in_result) != set(renamed.values()):
-            raise Lost("windows: tokens are mixed along a part of the token axis")
-        order = [list(names).index(name) for name in result if name in names]
-        moved = permute(layout, [*order, *(axis for axis in range(len(names)) if axis not in order)])
-        pieces.append(tidy(axes, [moved.ids[group] for group in kept]))
-        owners.append((i, kept))
-    if pieces:
-        output, found = unify(pieces, shape)
-        for (i, kept), link in zip(owners, found, strict=True):
-            for group, target in zip(kept, link, strict=True):
-                links[i][group] = target
-    else:
-        output = None
-    if output is not None and not output.ids:
-        output = None
-    groups = len(output.ids) if output is not None else 0
-    covers = []
-    for i, names in enumerate(letters):
-        if names is None:
-            continue
-        for axis, name in enumerate(names):
-            if layouts[i] is not None and layouts[i].groups_of(axis):
+    named = [list(names or ()) for names in letters]
+    layouts = [tokens.layout(node, position) if names else None for position, names in enumerate(named)]
+    summed: dict[tuple[int, int], int] = {}  # group of an input -> number of the sum in which it ends
+    ends: dict = {}  # name of an axis -> ids of the tokens that are summed along it
+    for name in dict.fromkeys(name for names in named for name in names if name not in result):
+        own = []
+        for i, (names, layout) in enumerate(zip(named, layouts, strict=True)):
+            if layout is None or name not in names or not layout.groups_of(names.index(name)):
                 continue
-            if layouts[i] is None and name in summed_axes and shapes[i][axis] > 1:
-                covers.append((i, axis, (Part(groups + summed_axes[name], shapes[i][axis]),)))
-            elif output is not None and name in result:
+            factors, (group, *_) = layout.axes[names.index(name)], layout.groups_of(names.index(name))
+            if len(factors) > 1 or layout.ids[group].ndim > 1:
+                raise Lost("windows: tokens are mixed along a part of the token axis")
+            own.append(((i, group), layout.ids[group]))
+        if not all(np.array_equal(ids, own[0][1]) for _, ids in own):
+            raise Lost("tokens are mixed with others")
+        # Weights for each token belong to its place, and are not cut.
+        summed |= dict.fromkeys((group for group, _ in own), ENDED if len(own) == 1 else len(ends))
+        if len(own) > 1:
+            ends[name] = own[0][1]
+    pieces = [None if layout is None else arrange(layout, names, result)
+              for names, layout in zip(named, layouts, strict=True)]  # fmt: skip
+    output, found = unify(pieces, tokens.shape(node.outputs[0]))
+    groups = 0 if output is None else len(output.ids)
+    links = [[groups + summed[i, group] if summed.get((i, group), ENDED) != ENDED else link
+              for group, link in enumerate(own)] for i, own in enumerate(found)]  # fmt: skip
+    covers = []
+    for i, (names, layout) in enumerate(zip(named, layouts, strict=True)):
+        sizes = tokens.shape(node.inputs[i]) if names else ()
+        for axis, (name, size) in enumerate(zip(names, sizes, strict=True)):
+            if size == 1 or (layout is not None and layout.groups_of(axis)):
+                continue
+            if layout is None and name in ends:
+                covers.append((i, axis, (Part(groups + list(ends).index(name), size),)))
+            elif output is not None and name in result and output.groups_of(list(result).index(name)):
                 target = list(result).index(name)
-                if output.groups_of(target) and shapes[i][axis] == output.shape[target] != 1:
+                if size == output.shape[target]:
                     covers.append((i, axis, output.axes[target]))
-    final = tuple(tuple(groups - 2 - link if link < ENDED else link for link in row) for row in links)
-    return Flow((output,) * len(node.outputs), final, tuple(ends), tuple(covers))
+    return Flow((output,) * len(node.outputs), tuple(map(tuple, links)), tuple(ends.values()), tuple(covers))
 
 
 @rule(
@@ -262,11 +250,26 @@ def gemm(node: ir.Node, tokens: Tokens) -> Flow:
 
 @rule("Einsum")
 def einsum(node: ir.Node, tokens: Tokens) -> Flow:
-    terms, arrow, result = attribute(node, "equation").replace(" ", "").partition("->")
-    letters = terms.split(",")
-    if not arrow or "." in terms or any(len(set(term)) < len(term) for term in letters):
+    letters, result = einsum_axes(node, [len(tokens.shape(value)) for value in node.inputs])
+    if not result or any(len(set(term)) < len(term) for term in letters):
         raise Lost("an Einsum whose axes are not all named once")
     return contract(node, tokens, letters, result)
+
+
+def einsum_axes(node: ir.Node, ranks: Sequence[int]) -> tuple[list[list], list]:
+    """Names of the axes of the inputs, which have so many, and of the output; those of an ellipsis are numbers.
+
+    No names of the output where the equation has none.
+    """
+
+    def named(term: str, rank: int) -> list:
+        before, dots, after = term.partition("...")
+        return [*before, *range(len(before) + len(after) - rank if dots else 0, 0), *after]
+
+    terms, _, result = attribute(node, "equation").replace(" ", "").partition("->")
+    letters = [named(term, rank) for term, rank in zip(terms.split(","), ranks, strict=True)]
+    dots = max(sum(isinstance(name, int) for name in names) for names in letters)
+    return letters, named(result, len(result.replace("...", "")) + dots)
 
 
 @rule("Attention")
@@ -302,21 +305,24 @@ def _axes(node: ir.Node, tokens: Tokens, rank: int, position: int = 1) -> list[i
 def reduction(node: ir.Node, tokens: Tokens) -> Flow:
     layout = sole_layout(node, tokens)
     reduced = _axes(node, tokens, len(layout.axes))
-    keep = attribute(node, "keepdims", 1)
-    ended = sorted({group for axis in reduced for group in layout.groups_of(axis)})
-    left = {group for axis in range(len(layout.axes)) if axis not in reduced for group in layout.groups_of(axis)}
-    if left & set(ended):
+    return end_along(node, layout, reduced, bool(attribute(node, "keepdims", 1)))
+
+
+def end_along(node: ir.Node, layout: Layout, along: Sequence[int], keep: bool) -> Flow:
+    """Tokens of the first input end along some axes, which are of size 1 then, or left out."""
+    ended = sorted({group for axis in along for group in layout.groups_of(axis)})
+    if any(group in ended for axis in range(len(layout.axes)) if axis not in along for group in layout.groups_of(axis)):
         raise Lost("windows: tokens are reduced along a part of the token axis")
     kept = [group for group in range(len(layout.ids)) if group not in ended]
-    links = tuple(kept.index(group) if group in kept else len(kept) + ended.index(group) for group in _same(layout))
+    order = [*kept, *ended]
     axes = [
-        () if axis in reduced else [Part(kept.index(f.group), f.size) if isinstance(f, Part) else f for f in factors]
+        () if axis in along else [Part(order.index(f.group), f.size) if isinstance(f, Part) else f for f in factors]
         for axis, factors in enumerate(layout.axes)
-        if keep or axis not in reduced
+        if keep or axis not in along
     ]
     result = tidy(axes, [layout.ids[group] for group in kept]) if kept else None
-    ends = tuple(layout.ids[group].ravel() for group in ended)
-    return Flow((result,), (links, *((),) * (len(node.inputs) - 1)), ends)
+    links = (tuple(map(order.index, _same(layout))), *((),) * (len(node.inputs) - 1))
+    return Flow((result,), links, tuple(layout.ids[group].ravel() for group in ended))
 
 
 @rule("Softmax", "LogSoftmax")
@@ -444,11 +450,7 @@ def pick(node: ir.Node, tokens: Tokens) -> Flow:
     (group,) = layout.groups_of(axis)
     if layout.ids[group].ndim > 1:
         raise Lost("windows: a row of the grid is picked")
-    rest = results[0].without(group)
-    count = len(layout.ids) - 1
-    links = tuple(count if one == group else one - (one > group) for one in _same(layout))
-    rest = None if rest is None else drop_axis(rest, axis)
-    return Flow((rest,), (links, ()), (results[0].ids[group],), **how)
+    return replace(end_along(node, layout, [axis], keep=False), ends=(results[0].ids[group],), **how)
 
 
 @rule("Concat")
@@ -456,51 +458,30 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
     shape = list(tokens.shape(node.outputs[0]))
     axis = attribute(node, "axis") % len(shape)
     layouts = [tokens.layout(node, position) for position in range(len(node.inputs))]
-    joins = any(layout is not None and layout.groups_of(axis) for layout in layouts)
-    if not joins:
-        # What is put side by side along channels broadcasts but for that axis, which each has to itself.
-        names = [[("own", i) if a == axis else a for a in range(len(shape))] for i in range(len(layouts))]
+    # What is put side by side along an axis has that axis to itself, and broadcasts along the others.
+    names = [[("own", i) if a == axis else a for a in range(len(shape))] for i in range(len(layouts))]
+    if not any(layout is not None and layout.groups_of(axis) for layout in layouts):
         return contract(node, tokens, names, range(len(shape)))
-    joined, rests, owners = [], [], []
-    for position, (value, layout) in enumerate(zip(node.inputs, layouts, strict=True)):
-        if layout is None:
-            joined.append(tokens.new(tokens.shape(value)[axis]))
-            continue
-        if [isinstance(factor, Part) for factor in layout.axes[axis]] != [True]:
+    joined, own = [], []
+    for value, layout in zip(node.inputs, layouts, strict=True):
+        if layout is not None and [isinstance(factor, Part) for factor in layout.axes[axis]] != [True]:
             raise Lost("tokens are put beside something else")
-        group = layout.axes[axis][0].group
-        joined.append(layout.ids[group])
-        rests.append(layout)
-        owners.append((position, group))
-    if len(owners) == len(layouts) and all(
-        layout.ids[group].ndim > 1 for layout, (_, group) in zip(rests, owners, strict=True)
-    ):
-        return _rolled(node, rests, axis)
+        own.append(None if layout is None else layout.axes[axis][0].group)
+        joined.append(tokens.new(tokens.shape(value)[axis]) if layout is None else layout.ids[own[-1]])
+    if all(layouts) and all(ids.ndim > 1 for ids in joined):
+        return _rolled(node, layouts, axis)
     if any(ids.ndim > 1 for ids in joined):
         raise Lost("rows of the grid are put beside something else")
-    remaining = [layout.without(group) for layout, (_, group) in zip(rests, owners, strict=True)]
-    blank = [size if a != axis else 1 for a, size in enumerate(shape)]
-    others = [layout for layout in remaining if layout is not None]
-    rest, found = unify(others, blank) if others else (Layout(plain_axes(blank), ()), [])
-    count = len(rest.ids)
-    axes = list(rest.axes)
-    axes[axis] = (Part(count, shape[axis]),)
-    links: list[tuple[int, ...]] = [() for _ in layouts]
-    found = iter(found)
-    for (position, group), layout, left in zip(owners, rests, remaining, strict=True):
-        link = next(found) if left is not None else ()
-        links[position] = tuple(count if one == group else link[one - (one > group)] for one in _same(layout))
-    ids = np.concatenate(joined)
+    flow, ids = contract(node, tokens, names, range(len(shape))), np.concatenate(joined)
     if len(np.unique(ids)) < len(ids):
         raise Lost("a token is put beside itself")
-    result = tidy(axes, [*rest.ids, ids])
-    covers = tuple(
-        (i, a, result.axes[a]) for i, layout in enumerate(layouts) for a, size in enumerate(shape)
-        if a != axis and size > 1 and result.groups_of(a) and not (layout and layout.groups_of(a))
-    )  # fmt: skip
-    if any(layouts[i] for i, _, _ in covers):
+    if any(layouts[i] for i, _, _ in flow.covers):
         raise Lost("its inputs have tokens on other axes")
-    return Flow((result,), tuple(links), covers=covers, how="join", axis=axis)
+    rest, new = flow.outputs[0] or Layout(plain_axes(shape), ()), flow.groups
+    result = tidy([*rest.axes[:axis], [Part(new, len(ids))], *rest.axes[axis + 1 :]], [*rest.ids, ids])
+    links = tuple(tuple(new if group == mine else link for group, link in enumerate(row))
+                  for row, mine in zip(flow.links, own, strict=True))  # fmt: skip
+    return Flow((result,), links, covers=flow.covers, how="join", axis=axis)
 
 
 def _rolled(node: ir.Node, layouts: list[Layout], axis: int) -> Flow:

@@ -95,6 +95,14 @@ def _cast(site: Site, to, saturate=1, round_mode=None):
     return lambda like, x: x.to(real(DTYPES[to], like))
 
 
+@operator("EyeLike", like=True)
+def _eye(site: Site, k=0, dtype=None):
+    def eye(like, x):
+        return x.new_ones(x.shape, dtype=x.dtype if dtype is None else real(DTYPES[dtype], like)).triu(k).tril(k)
+
+    return eye
+
+
 @operator("Clip", host=(1, 2))
 def _clip(site: Site):
     def clip(x, *bounds):

@@ -88,6 +88,12 @@ class Comparison:
         return environment()
 
     @cached_property
+    def device(self) -> str:
+        from ...prune.device import described, device_of
+
+        return described(device_of(self.loaded.adapter.model))
+
+    @cached_property
     def model_key(self) -> str:
         """Identity of what is compared: weights alone do not say what a model computes."""
         model, preprocessing = self.loaded.adapter.model, self.loaded.preprocessing
@@ -113,7 +119,7 @@ class Comparison:
                 aside = set(self.evaluations[0].indices)
                 every = choose_indices(first.source, len(first.source), seed)
                 indices = [index for index in every if index not in aside][: self.options.data.images]
-            self._sets[seed] = ImageSet(first.source, indices, first.label_map, first.strict)
+            self._sets[seed] = ImageSet(first.source, indices, first.label_map, first.strict, workers=first.workers)
         return self._sets[seed]
 
     def calibration(self, seed: int) -> Calibration:
@@ -336,6 +342,7 @@ class Comparison:
             **_named(evaluation.name),
             "model": self.loaded.name,
             "weights_sha256": self.loaded.sha256,
+            "device": self.device,
             "settings": dict(contender.settings),
             "data": described(self.images(point.seed)) if contender.needs_images else None,
             "eval_data": described(evaluation),

@@ -54,19 +54,20 @@ def chosen_contenders(options: CompareOptions) -> list[Contender]:
 
 
 def able(taking_part: Sequence[Contender], options: CompareOptions, loaded: LoadedModel) -> list[Contender]:
-    """Those that work on the model: on an ONNX graph, not what works inside of timm blocks.
+    """Those that work on the model: only on a timm VisionTransformer what works inside of its blocks.
 
     Raises:
         UserError: The user named one that does not.
     """
-    from ...prune.backbones.adapter import BlockAdapter, require_blocks
+    from ...prune.backbones.adapter import has_blocks, require_blocks, what_runs
 
     unable = [one.name for one in taking_part if one.needs_blocks]
-    if isinstance(loaded.adapter, BlockAdapter) or not unable:
+    if has_blocks(loaded.adapter) or not unable:
         return list(taking_part)
     if options.methods:
         require_blocks(loaded.adapter, unable[0])
-    progress.remark(f"{loaded.name} runs as an ONNX graph: {', '.join(unable)} need a timm model and were left out")
+    left_out = f"{', '.join(unable)} need a timm VisionTransformer and were left out"
+    progress.remark(f"{loaded.name} {what_runs(loaded.adapter)}: {left_out}")
     return [one for one in taking_part if not one.needs_blocks]
 
 
@@ -76,7 +77,8 @@ def smaller_models(options: CompareOptions, loaded: LoadedModel) -> list[Contend
     Raises:
         UserError: One cannot be opened, does not do what the model does, or is no smaller.
     """
-    found = [_smaller(open_prunable(ModelSpec(what)), loaded, options) for what in options.smaller]
+    opened = (open_prunable(ModelSpec(what, device=loaded.device)) for what in options.smaller)
+    found = [_smaller(small, loaded, options) for small in opened]
     names = [contender.name for contender in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(
@@ -138,14 +140,16 @@ def _learned(name: str, spec: LearnSpec) -> Contender:
 
 def _registered(method: Method) -> Contender:
     def make(loaded: LoadedModel, images: ImageSet | None, calibration: Calibration | None, target: float, seed: int):
-        from ...prune.fisher import batch_size_for
+        from ...prune.batches import images_at_once
+        from ...prune.device import computing
 
         batches: Sequence[Tensor] = ()
         if calibration is not None:
             used = calibration.fit[: method.enough_images]
-            batches = Batches(calibration, used, batch_size_for(loaded.adapter.geometry))
+            batches = Batches(calibration, used, images_at_once(loaded.adapter))
         started = time.perf_counter()
-        reduction = method.make(loaded.adapter, batches, target, seed=seed)
+        with computing(loaded.adapter.model):
+            reduction = method.make(loaded.adapter, batches, target, seed=seed)
         return Made(reduction, None, time.perf_counter() - started)
 
     settings = {"class": type(method).__name__, **_plain_settings(method)}

@@ -46,24 +46,26 @@ class Judge:
         MACs and tokens of a rule are means over the images.
         """
         from ...core.statistics import Outputs, compare
+        from ...prune.device import computing
         from ...prune.tune.weights import with_weights
 
         model, geometry = self.adapter.model, self.adapter.geometry
-        dense = self.dense
-        with with_weights(model, made.weights):
-            if made.instead is not None:
-                outputs = Judge(made.instead, self._evaluation).dense
-                small = made.instead.adapter.geometry
-                macs = dense_macs(small) / dense_macs(geometry)
-                counts = np.full((len(KINDS), small.depth), small.tokens)
-            elif isinstance(made.reduction, TokenPlan):
-                outputs = self.images.outputs(self.adapter, made.reduction, self.images.fit).numpy()
-                macs, counts = cost_ratio(made.reduction), np.array(made.reduction.counts, float)
-            else:
-                with made.reduction.applied(self.adapter) as run:
-                    outputs = self._run(run)
-                macs = float(run.macs.mean()) / dense_macs(geometry)
-                counts = run.counts.mean(1)
+        with computing(model):
+            dense = self.dense
+            with with_weights(model, made.weights):
+                if made.instead is not None:
+                    outputs = Judge(made.instead, self._evaluation).dense
+                    small = made.instead.adapter.geometry
+                    macs = dense_macs(small) / dense_macs(geometry)
+                    counts = np.full((len(KINDS), small.depth), small.tokens)
+                elif isinstance(made.reduction, TokenPlan):
+                    outputs = self.images.outputs(self.adapter, made.reduction, self.images.fit).numpy()
+                    macs, counts = cost_ratio(made.reduction), np.array(made.reduction.counts, float)
+                else:
+                    with made.reduction.applied(self.adapter) as run:
+                        outputs = self._run(run)
+                    macs = float(run.macs.mean()) / dense_macs(geometry)
+                    counts = run.counts.mean(1)
         both = Outputs({"dense": dense, "pruned": outputs}, self.labels)
         by_kind = dict(zip(KINDS, counts.round(3).tolist(), strict=True))
         return compare(both, baseline="dense", output=geometry.output)["pruned"], macs, by_kind
@@ -71,9 +73,8 @@ class Judge:
     def _run(self, model: Callable[[Tensor], Tensor]):
         import torch
 
-        from ...prune.fisher import batch_size_for
+        from ...prune.batches import images_at_once, outputs_of
 
-        device = next(self.adapter.model.parameters()).device
-        batches = self.images.batches(self.images.fit, batch_size_for(self.adapter.geometry))
+        batches = (images for images, _ in self.images.batches(self.images.fit, images_at_once(self.adapter)))
         with torch.inference_mode():
-            return torch.cat([model(x.to(device)).float().cpu() for x, _ in batches]).numpy()
+            return torch.cat(list(outputs_of(self.adapter.model, batches, model))).numpy()

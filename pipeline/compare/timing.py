@@ -61,9 +61,9 @@ def time_graphs(comparison: Comparison, points: Sequence[Point]) -> None:
 
 def time_rules(comparison: Comparison, points: Sequence[Point]) -> None:
     """What has no graph, in PyTorch, in turns with the dense model there; of an ONNX file everything has one."""
-    from ...prune.backbones.adapter import BlockAdapter
+    from ...prune.backbones.adapter import has_blocks
 
-    if not isinstance(comparison.loaded.adapter, BlockAdapter):
+    if not has_blocks(comparison.loaded.adapter, plain=False):
         return
     for batch, target in itertools.product(comparison.options.batches, dict.fromkeys(comparison.options.targets)):
         waiting = {}
@@ -104,6 +104,7 @@ def _time_in_torch(comparison: Comparison, made: Mapping[str, Made], batch: int)
 
     from ...core.environment import environment
     from ...core.timing import measure
+    from ...prune.device import on_cpu
 
     threads, here = comparison.options.timing.threads, environment()
     images = comparison.judge.images
@@ -114,6 +115,10 @@ def _time_in_torch(comparison: Comparison, made: Mapping[str, Made], batch: int)
     try:
         torch.set_num_threads(threads)
         with ExitStack() as stack, torch.inference_mode():
+            # Beside graphs that onnxruntime runs on the CPU.
+            opened = (comparison.loaded, *(one.instead for one in made.values() if one.instead is not None))
+            for loaded in opened:
+                stack.enter_context(on_cpu(loaded.adapter))
             candidates = {"dense": _caller(comparison.loaded.adapter.model, inputs)}
             for name, one in made.items():
                 candidates[name] = _caller(stack.enter_context(_reduced_copy(comparison.loaded, one)), inputs)
@@ -150,13 +155,12 @@ def _time_in_torch(comparison: Comparison, made: Mapping[str, Made], batch: int)
 @contextmanager
 def _reduced_copy(loaded: LoadedModel, made: Made) -> Iterator[Callable[[Tensor], Tensor]]:
     """A copy of the model with the reduction applied: one model can follow one rule at a time."""
-    from ...prune.backbones.vit import ViTAdapter
     from ...prune.tune.weights import with_weights
 
     if made.instead is not None:
         yield made.instead.adapter.model
         return
-    adapter = ViTAdapter(copy.deepcopy(loaded.adapter.model), loaded.name)
+    adapter = type(loaded.adapter)(copy.deepcopy(loaded.adapter.model), loaded.name)
     with with_weights(adapter.model, made.weights):
         if isinstance(made.reduction, TokenPlan):
             with adapter.applied(made.reduction, "dead"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
@@ -85,6 +85,13 @@ class Adapter(Protocol):
             (weights, details): name of a parameter of :attr:`model` -> tensor, of what changed; and JSON values.
         """
 
+    def moved(self, where: Mapping[int, Tensor]) -> None:
+        """Hear that tensors of :attr:`model` are elsewhere.
+
+        Args:
+            where: Address of what they held -> what they hold instead.
+        """
+
     def look_at(self, images: Tensor) -> None:
         """See a few of the images that will be learned from, before anything is learned.
 
@@ -97,9 +104,17 @@ class Adapter(Protocol):
 
 @runtime_checkable
 class BlockAdapter(Adapter, Protocol):
-    """One whose ``model`` is made of timm blocks, ``model.blocks``: what rules that look at each image, plans by
-    content and the tuning of gates work on.
+    """One whose ``model`` is made of timm blocks, ``model.blocks``: what gates are tuned in.
+
+    Attributes:
+        plain: Whether they are those of a ``VisionTransformer``, which analyses, rules that look at each image and
+            plans by content work on.
     """
+
+    plain: ClassVar[bool]
+
+    def ropes(self) -> Sequence[Tensor | None]:
+        """By what each block turns queries and keys, see :mod:`~vpruner.prune.backbones.forms`; None: by nothing."""
 
     def exclusive(self) -> AbstractContextManager[ExitStack]:
         """Claim the model for one pruned form; what is called back on leaving undoes it.
@@ -109,15 +124,26 @@ class BlockAdapter(Adapter, Protocol):
         """
 
 
-def require_blocks(adapter: Adapter, what: str) -> BlockAdapter:
-    """The adapter, of which ``what`` asks for timm blocks.
+def has_blocks(adapter: Adapter, *, plain: bool = True) -> TypeGuard[BlockAdapter]:
+    """Whether it has timm blocks, those of a ``VisionTransformer`` if they are to be ``plain``."""
+    return isinstance(adapter, BlockAdapter) and (adapter.plain or not plain)
+
+
+def what_runs(adapter: Adapter) -> str:
+    """The same in words, of an adapter that has not."""
+    return f"is a timm {type(adapter.model).__name__}" if has_blocks(adapter, plain=False) else "runs as an ONNX graph"
+
+
+def require_blocks(adapter: Adapter, what: str, *, plain: bool = True) -> BlockAdapter:
+    """The adapter, of which ``what`` asks for timm blocks, as :func:`has_blocks`.
 
     Raises:
         UserError: It has none.
     """
-    if isinstance(adapter, BlockAdapter):
+    if has_blocks(adapter, plain=plain):
         return adapter
+    known = "VisionTransformer" if plain else "VisionTransformer or Eva"
     raise UserError(
-        f"{adapter.name} runs as an ONNX graph, and {what} needs the blocks of a timm VisionTransformer",
+        f"{adapter.name} {what_runs(adapter)}, and {what} needs the blocks of a timm {known}",
         "leave that out, or name such a model",
     )

@@ -1,14 +1,19 @@
-"""Pruned forms of one timm ``Block``, as functions in place of its ``forward``, and the attention in them."""
+"""Pruned forms of one timm ``Block`` or ``EvaBlock``, as functions in place of its ``forward``, and their attention.
+
+A *rope* turns queries and keys by their position: [..., token, 2 * head_dim] of the whole unpruned sequence, sines
+before cosines, with an axis of heads where they differ; None where a model has none. It is gathered with its tokens.
+Prefix tokens are turned by nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,9 +26,15 @@ from ...core.schedule import BlockStep, is_range
 ALMOST_CLOSED = 1e-7
 
 
-def embed_images(model: VisionTransformer, images: Tensor) -> Tensor:
+#: Of queries and of keys.
+Ropes: TypeAlias = tuple[Tensor | None, Tensor | None]
+
+
+def embed_images(model: nn.Module, images: Tensor) -> Tensor:
     """What enters block 0: [image, channel, height, width] -> [image, token, embed_dim]; as ``forward_features``."""
-    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+    x = model._pos_embed(model.patch_embed(images))
+    # An Eva drops patches and makes its rope in there.
+    return model.norm_pre(x[0] if isinstance(x, tuple) else model.patch_drop(x))
 
 
 def leaving_positions(plan: TokenPlan) -> np.ndarray:
@@ -43,12 +54,34 @@ def log_gates(step: BlockStep) -> Tensor | None:
     return None if step.gates is None else torch.from_numpy(step.gates).log()[None, None, None]
 
 
+def layer_scale(block: nn.Module, branch: int) -> Tensor | None:
+    """[channel]: what the update of attention (branch 1) or MLP (2) is multiplied by; None: nothing."""
+    part = getattr(block, f"ls{branch}", None)
+    return getattr(block, f"gamma_{branch}", None) if part is None else getattr(part, "gamma", None)
+
+
+def scaled(block: nn.Module, branch: int, update: Tensor) -> Tensor:
+    """``update`` [..., channel] as the block adds it to the stream."""
+    scale = layer_scale(block, branch)
+    return getattr(block, f"drop_path{branch}")(update if scale is None else update * scale)
+
+
+def mlp_update(block: nn.Module, x: Tensor) -> Tensor:
+    """What the MLP adds to ``x`` [batch, token, channel]."""
+    return scaled(block, 2, block.mlp(block.norm2(x)))
+
+
+def gathered_rope(rope: Tensor | None, positions: Tensor | np.ndarray) -> Tensor | None:
+    """Of the tokens at ``positions`` int64 [token] in the unpruned sequence."""
+    return None if rope is None else rope.index_select(-2, torch.as_tensor(positions, device=rope.device))
+
+
 def replace_forward(block: nn.Module, forward: Callable[..., Tensor], undo: ExitStack) -> None:
     block.forward = forward
     undo.callback(delattr, block, "forward")
 
 
-def masked_forward(block: Block, plan: TokenPlan, index: int) -> Callable[..., Tensor]:
+def masked_forward(block: nn.Module, plan: TokenPlan, index: int) -> Callable[..., Tensor]:
     """[batch, token, channel] of all tokens -> the same; masks close what the plan does not compute."""
     geometry, weight = plan.geometry, next(block.parameters())
     prefix = geometry.prefix_tokens
@@ -62,16 +95,18 @@ def masked_forward(block: Block, plan: TokenPlan, index: int) -> Callable[..., T
         F.pad(torch.from_numpy(plan.masks[kind, index]).to(weight), (prefix, 0), value=1.0)[:, None] for kind in (1, 2)
     )
 
-    def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(x: Tensor, **given: Any) -> Tensor:
         if reads:
-            attended = block.attn(block.norm1(x), attn_mask=bias.to(x))
-            x = x + queries.to(x) * block.drop_path1(block.ls1(attended))
-        return x + mlps.to(x) * block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+            attended = block.attn(block.norm1(x), **{**given, "attn_mask": bias.to(x)})
+            x = x + queries.to(x) * scaled(block, 1, attended)
+        return x + mlps.to(x) * mlp_update(block, x)
 
     return forward
 
 
-def gathered_forward(block: Block, plan: TokenPlan, index: int) -> Callable[..., Tensor]:
+def gathered_forward(
+    block: nn.Module, plan: TokenPlan, index: int, rope: Tensor | None = None
+) -> Callable[..., Tensor]:
     """[batch, token, channel] of all tokens -> the same; only what the plan leaves is computed, and added in place."""
     prefix = plan.geometry.prefix_tokens
 
@@ -82,8 +117,9 @@ def gathered_forward(block: Block, plan: TokenPlan, index: int) -> Callable[...,
     bias = None
     if plan.gates is not None:
         bias = F.pad(torch.tensor(plan.gates[index], dtype=torch.float64).log(), (prefix, 0))[None, None, None]
+    ropes = gathered_rope(rope, queries), gathered_rope(rope, keys)
 
-    def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(x: Tensor, **given: Any) -> Tensor:
         if len(keys) and len(queries):
             normed = block.norm1(x)
             attended = _cross_attention(
@@ -91,16 +127,17 @@ def gathered_forward(block: Block, plan: TokenPlan, index: int) -> Callable[...,
                 normed.index_select(1, queries),
                 normed.index_select(1, keys),
                 None if bias is None else bias.to(x),
+                ropes,
             )
-            x = x.index_add(1, queries, block.drop_path1(block.ls1(attended)))
+            x = x.index_add(1, queries, scaled(block, 1, attended))
         if len(mlps):
-            x = x.index_add(1, mlps, block.drop_path2(block.ls2(block.mlp(block.norm2(x.index_select(1, mlps))))))
+            x = x.index_add(1, mlps, mlp_update(block, x.index_select(1, mlps)))
         return x
 
     return forward
 
 
-def reopened_forward(block: Block, plan: TokenPlan, index: int, gates: Tensor) -> Callable[..., Tensor]:
+def reopened_forward(block: nn.Module, plan: TokenPlan, index: int, gates: Tensor) -> Callable[..., Tensor]:
     """The masked form with gates [batch, kind, block, patch]; see :meth:`ViTAdapter.gated`."""
     prefix = plan.geometry.prefix_tokens
     is_open = torch.from_numpy(plan.masks[:, index]).to(gates)
@@ -108,12 +145,12 @@ def reopened_forward(block: Block, plan: TokenPlan, index: int, gates: Tensor) -
     # Scaled so that the gradient is the one with respect to m = exp(bias), at m = ALMOST_CLOSED.
     scale, start = 1 + closed * (1 / ALMOST_CLOSED - 1), closed * np.log(ALMOST_CLOSED)
 
-    def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(x: Tensor, **given: Any) -> Tensor:
         own = gates[:, :, index]
         bias = F.pad(own[:, 0] * scale + start, (prefix, 0))[:, None, None]
         queries, mlps = (F.pad(own[:, kind] + is_open[kind], (prefix, 0), value=1.0)[..., None] for kind in (1, 2))
-        x = x + queries * block.ls1(block.attn(block.norm1(x), attn_mask=bias))
-        return x + mlps * block.ls2(block.mlp(block.norm2(x)))
+        x = x + queries * scaled(block, 1, block.attn(block.norm1(x), **{**given, "attn_mask": bias}))
+        return x + mlps * mlp_update(block, x)
 
     return forward
 
@@ -141,16 +178,26 @@ class StepGates:
 
 
 class Step(nn.Module):
-    """What a schedule leaves of one block. It holds rows and gates, none of them in a state dict, and no weights."""
+    """What a schedule leaves of one block. It holds rows, gates and ropes, none in a state dict, and no weights."""
 
     bias: Tensor | None
+    query_rope: Tensor | None
+    key_rope: Tensor | None
 
-    def __init__(self, step: BlockStep):
+    @classmethod
+    def at(cls, step: BlockStep, device: torch.device, rope: Tensor | None = None) -> Step:
+        """On a device; Apple's GPUs have no float64."""
+        made = cls(step, rope)
+        return (made.float() if device.type == "mps" else made).to(device)
+
+    def __init__(self, step: BlockStep, rope: Tensor | None = None):
         super().__init__()
         entering, middle = len(step.entering), len(step.queries) + len(step.passed)
         self.keys, self.queries, self.passed = (Rows(rows, entering) for rows in (step.keys, step.queries, step.passed))
         self.mlps, self.mlp_passed = (Rows(rows, middle) for rows in (step.mlps, step.mlp_passed))
         self.register_buffer("bias", log_gates(step), persistent=False)
+        self.register_buffer("query_rope", gathered_rope(rope, step.query_positions), persistent=False)
+        self.register_buffer("key_rope", gathered_rope(rope, step.entering[step.keys]), persistent=False)
 
     def forward(self, block: nn.Module, x: Tensor, gates: StepGates | None = None) -> Tensor:
         """[batch, token, channel] as it enters ``block`` -> as it leaves it."""
@@ -160,12 +207,13 @@ class Step(nn.Module):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             if gates is not None:
                 bias = gates.key_bias() if bias is None else bias + gates.key_bias()
-            attended = _cross_attention(block.attn, self.queries(normed), self.keys(normed), bias)
-            update = block.drop_path1(block.ls1(attended))
+            ropes = self.query_rope, self.key_rope
+            attended = _cross_attention(block.attn, self.queries(normed), self.keys(normed), bias, ropes)
+            update = scaled(block, 1, attended)
             return update if gates is None else update * gates.updates(1)
 
         def mlp(x: Tensor) -> Tensor:
-            update = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+            update = mlp_update(block, x)
             return update if gates is None else update * gates.updates(2)
 
         return self.updated(x, attention, mlp)
@@ -213,11 +261,13 @@ class Rows(nn.Module):
         return torch.cat([updated, self(stream)], 1) if self.count else updated
 
 
-def step_forward(block: nn.Module, step: BlockStep, gates: StepGates | None = None) -> Callable[..., Tensor]:
+def step_forward(
+    block: nn.Module, step: BlockStep, gates: StepGates | None = None, rope: Tensor | None = None
+) -> Callable[..., Tensor]:
     """``Block.forward`` for one step: [batch, token, channel] as it enters -> as it leaves."""
-    form = Step(step).to(next(block.parameters()).device)
+    form = Step.at(step, next(block.parameters()).device, rope)
 
-    def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(x: Tensor, **given: Any) -> Tensor:
         return form(block, x, gates)
 
     return forward
@@ -231,17 +281,19 @@ def beside(module: nn.Module, rows: np.ndarray) -> Tensor:
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-def _cross_attention(attn: Attention, queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """timm's ``Attention`` with queries from a subset of the tokens: [batch, query, channel] -> the same shape."""
-    return attn.proj_drop(attn.proj(attended_values(attn, queries, keys, bias)))
+def _cross_attention(attn: nn.Module, queries: Tensor, keys: Tensor, bias: Tensor | None, ropes: Ropes) -> Tensor:
+    """timm's attention with queries from a subset of the tokens: [batch, query, channel] -> the same shape."""
+    return attn.proj_drop(attn.proj(attended_values(attn, queries, keys, bias, ropes)))
 
 
-def attended_values(attn: Attention, queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+def attended_values(
+    attn: nn.Module, queries: Tensor, keys: Tensor, bias: Tensor | None, ropes: Ropes = (None, None)
+) -> Tensor:
     """What the projection of ``attn`` reads: [batch, query, head * head_dim]; arguments as in the forward pass."""
-    return attend(attn, *query_key_value(attn, queries, keys), bias)
+    return attend(attn, *query_key_value(attn, queries, keys, ropes), bias)
 
 
-def attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+def attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
     """The same from queries [batch, head, query, head_dim], and keys and values [batch, head, key, head_dim]."""
     if attn.fused_attn and bias is not None and bias.requires_grad and bias.device.type == "cpu":
         # PyTorch's fast attention on CPUs gives no gradient of a mask. One more channel gives it: 1 of each query, the
@@ -258,21 +310,46 @@ def attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor, bias: Ten
     return attn.norm(out.transpose(1, 2).flatten(2))
 
 
-def query_key_value(attn: Attention, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def query_key_value(
+    attn: nn.Module, queries: Tensor, keys: Tensor, ropes: Ropes = (None, None)
+) -> tuple[Tensor, Tensor, Tensor]:
     """[batch, query, channel] and [batch, key, channel] -> [batch, head, query, head_dim], and twice with keys."""
-    return (project_queries(attn, queries), *project_keys_values(attn, keys))
+    return (project_queries(attn, queries, ropes[0]), *project_keys_values(attn, keys, ropes[1]))
 
 
-def project_queries(attn: Attention, tokens: Tensor) -> Tensor:
+def project_queries(attn: nn.Module, tokens: Tensor, rope: Tensor | None = None) -> Tensor:
     """[batch, query, channel] -> [batch, head, query, head_dim]."""
-    weight, bias = attn.qkv.weight[: attn.attn_dim], attn.qkv.bias
-    query = F.linear(tokens, weight, None if bias is None else bias[: attn.attn_dim])
-    return attn.q_norm(query.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2))
+    query = projected(attn, tokens, "q").unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+    return _turned(attn, attn.q_norm(query), rope)
 
 
-def project_keys_values(attn: Attention, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def project_keys_values(attn: nn.Module, tokens: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """[batch, key, channel] -> keys and values, each [batch, head, key, head_dim]."""
-    weight, bias = attn.qkv.weight[attn.attn_dim :], attn.qkv.bias
-    key_value = F.linear(tokens, weight, None if bias is None else bias[attn.attn_dim :])
-    key, value = key_value.unflatten(-1, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-    return attn.k_norm(key), value
+    return split_keys_values(attn, projected(attn, tokens, "kv"), rope)
+
+
+def split_keys_values(attn: nn.Module, projected: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same from what :func:`projected` gives for ``"kv"``."""
+    key, value = projected.unflatten(-1, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    return _turned(attn, attn.k_norm(key), rope), value
+
+
+def projected(attn: nn.Module, tokens: Tensor, parts: str) -> Tensor:
+    """[batch, token, channel] -> [batch, token, part * head * head_dim].
+
+    Args:
+        parts: Neighbours of ``"qkv"``.
+    """
+    if attn.qkv is None:
+        return torch.cat([getattr(attn, f"{part}_proj")(tokens) for part in parts], -1)
+    inner, bias = attn.num_heads * attn.head_dim, attn.qkv.bias
+    if getattr(attn, "q_bias", None) is not None:
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    first = "qkv".index(parts) * inner
+    rows = slice(first, first + len(parts) * inner)
+    return F.linear(tokens, attn.qkv.weight[rows], None if bias is None else bias[rows])
+
+
+def _turned(attn: nn.Module, heads: Tensor, rope: Tensor | None) -> Tensor:
+    """[batch, head, token, head_dim] -> the same, each token by its row of ``rope``."""
+    return heads if rope is None else apply_rot_embed_cat(heads, rope, half=attn.rotate_half).type_as(heads)

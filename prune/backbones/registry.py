@@ -12,7 +12,7 @@ from ...core.errors import UserError
 from ...core.plan import Geometry
 from ...core.progress import remark
 from ...core.text import command
-from . import vit
+from . import eva, vit
 from .adapter import Adapter
 
 
@@ -36,7 +36,10 @@ class Backbone:
 
 
 #: The first that detects a module takes it.
-BACKBONES = (Backbone(vit.NAME, vit.SUPPORTED, vit.detect, vit.read_geometry, vit.ViTAdapter),)
+BACKBONES = (
+    Backbone(vit.NAME, vit.SUPPORTED, vit.detect, vit.read_geometry, vit.ViTAdapter),
+    Backbone(eva.NAME, eva.SUPPORTED, eva.detect, eva.read_geometry, eva.EvaAdapter),
+)
 
 
 #: Makes an adapter of a module (its name, and the sizes [channel, height, width] of what it takes) that is none of

@@ -16,11 +16,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from timm.layers import AttentionPoolLatent, PatchEmbed
+from timm.layers import AttentionPoolLatent, PatchEmbed, RmsNorm
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -48,6 +49,10 @@ from .forms import (
 NAME = "timm VisionTransformer"
 SUPPORTED = f"{NAME} with standard blocks, such as deit_small_patch16_224"
 FORMS = ("masked", "gathered", "dead")
+#: Norms of each token alone.
+NORMS = (nn.LayerNorm, RmsNorm, nn.RMSNorm)
+#: Makes the error that says why a model cannot be pruned.
+Refuse: TypeAlias = Callable[[str], UserError]
 
 
 class ViTAdapter:
@@ -67,6 +72,7 @@ class ViTAdapter:
     """
 
     plans_together = True
+    plain = True
 
     def __init__(self, model: nn.Module, name: str, geometry: Geometry | None = None):
         self.model = model
@@ -94,9 +100,12 @@ class ViTAdapter:
             if form == "dead":
                 self._apply_steps(plan, undo)
             else:
-                for index, block in enumerate(self.model.blocks):
-                    whole = masked_forward if form == "masked" else gathered_forward
-                    replace_forward(block, whole(block, plan, index), undo)
+                for index, (block, rope) in enumerate(zip(self.model.blocks, self.ropes(), strict=True)):
+                    masked = form == "masked"
+                    forward = (
+                        masked_forward(block, plan, index) if masked else gathered_forward(block, plan, index, rope)
+                    )
+                    replace_forward(block, forward, undo)
                 left, last = leaving_positions(plan), self.model.blocks[-1]
                 if len(left) < plan.geometry.tokens and plan.geometry.head_patches:
                     # Pooling heads read what the plan says; the class token stays where it is.
@@ -108,9 +117,10 @@ class ViTAdapter:
         first = self.model.blocks[0]
         if not steps.keeps_order(plan.geometry.tokens):
             undo.callback(first.register_forward_pre_hook(_select_input(first, steps.entry)).remove)
-        for block, step in zip(self.model.blocks, steps.steps, strict=True):
-            if not computes_all(step):
-                replace_forward(block, step_forward(block, step), undo)
+        for block, step, rope in zip(self.model.blocks, steps.steps, self.ropes(), strict=True):
+            # The model's own rope belongs to all patches in their order.
+            if rope is not None or not computes_all(step):
+                replace_forward(block, step_forward(block, step, rope=rope), undo)
             elif step.gates is not None:
                 undo.callback(block.register_forward_pre_hook(_add_key_bias(log_gates(step)), with_kwargs=True).remove)
 
@@ -149,8 +159,10 @@ class ViTAdapter:
                 first, every = self.model.blocks[0], plan.geometry.tokens
                 if not steps.keeps_order(every):
                     undo.callback(first.register_forward_pre_hook(_select_input(first, steps.entry)).remove)
-                for index, (block, step) in enumerate(zip(self.model.blocks, steps.steps, strict=True)):
-                    replace_forward(block, step_forward(block, step, StepGates(gates, index, step, geometry)), undo)
+                for index, (block, rope) in enumerate(zip(self.model.blocks, self.ropes(), strict=True)):
+                    step = steps.steps[index]
+                    form = step_forward(block, step, StepGates(gates, index, step, geometry), rope)
+                    replace_forward(block, form, undo)
             yield gates
 
     # -- learning -------------------------------------------------------------------------------------------------
@@ -178,8 +190,15 @@ class ViTAdapter:
         options = dict(start=start, flip=flip, ram_bytes=ram_bytes, on_step=on_step)
         return refit_weights(self, plans, calibration, indices, **options)
 
+    def moved(self, where: Mapping[int, Tensor]) -> None:
+        """Nothing: a form is made for where the model is when it is applied."""
+
     def look_at(self, images: Tensor) -> None:
         """Nothing: logits and features are compared as they are."""
+
+    def ropes(self) -> Sequence[Tensor | None]:
+        """One for each block, see :mod:`~vpruner.prune.backbones.forms`."""
+        return [None] * self.geometry.depth
 
     @contextmanager
     def exclusive(self) -> Iterator[ExitStack]:
@@ -208,64 +227,88 @@ def detect(module: nn.Module) -> bool:
 
 def read_geometry(model: nn.Module, name: str) -> Geometry:
     """Read the shape of a timm ViT, or refuse it by name with the reason."""
-
-    def refuse(reason: str) -> UserError:
-        return UserError(
-            f"{name} cannot be pruned: {reason}",
-            f"models that can: {SUPPORTED}",
-        )
-
+    refuse = partial(refusal, name, SUPPORTED)
     if not detect(model):
         raise refuse(f"it is a {type(model).__name__}, not a {NAME}")
-    if type(model).forward_features is not VisionTransformer.forward_features:
-        raise refuse(f"{type(model).__name__} has its own forward_features")
     distilled = isinstance(model, VisionTransformerDistilled)
-    if type(model).forward_head is not VisionTransformer.forward_head and not distilled:
-        raise refuse(f"{type(model).__name__} has its own forward_head")
-    if type(model.patch_embed) is not PatchEmbed:
-        raise refuse(f"its patch embedding is a {type(model.patch_embed).__name__}, not a plain PatchEmbed")
-    if model.patch_embed.img_size is None or model.patch_embed.grid_size is None:
-        raise refuse("its image size is not fixed")
+    own = ("forward_features",) if distilled else ("forward_features", "forward_head")
+    check_own(model, VisionTransformer, own, refuse)
     if model.dynamic_img_size:
         raise refuse("dynamic_img_size lets the image size vary, and a plan is for one; build it without")
+    shape = block_shape(model, Block, (Attention,), refuse)
+    return geometry_of(model, shape, 1 + distilled, model.pool_include_prefix, refuse)
 
+
+def refusal(name: str, supported: str, reason: str) -> UserError:
+    return UserError(f"{name} cannot be pruned: {reason}", f"models that can: {supported}")
+
+
+def check_own(model: nn.Module, known: type, methods: Sequence[str], refuse: Refuse) -> None:
+    """Refuse a class made from ``known`` that runs otherwise."""
+    for method in methods:
+        if getattr(type(model), method) is not getattr(known, method):
+            raise refuse(f"{type(model).__name__} has its own {method}")
+
+
+def block_shape(
+    model: nn.Module, block_class: type, attentions: Sequence[type], refuse: Refuse
+) -> tuple[int, int, int]:
+    """(num_heads, head_dim, mlp_macs) of each block of ``model``, which are all of ``block_class``."""
     shapes = set()
     for index, block in enumerate(model.blocks):
-        if type(block) is not Block:
-            raise refuse(f"block {index} is a {type(block).__name__}, not the pre-norm Block")
-        if type(block.attn) is not Attention:
-            raise refuse(f"the attention of block {index} is a {type(block.attn).__name__}, not the plain Attention")
+        if type(block) is not block_class:
+            raise refuse(f"block {index} is a {type(block).__name__}, not the pre-norm {block_class.__name__}")
+        attention = type(block.attn)
+        if attention not in attentions:
+            plain = " or ".join(known.__name__ for known in attentions)
+            raise refuse(f"the attention of block {index} is a {attention.__name__}, not the plain {plain}")
         if block.attn.gate is not None:
             raise refuse(f"the attention of block {index} is gated")
         for part in ("norm1", "norm2"):
-            if not isinstance(getattr(block, part), nn.LayerNorm):
+            if not isinstance(getattr(block, part), NORMS):
                 kind = type(getattr(block, part)).__name__
-                raise refuse(f"{part} of block {index} is a {kind}, not a LayerNorm")
+                raise refuse(f"{part} of block {index} is a {kind}, not a LayerNorm or RMSNorm")
         mlp = sum(m.in_features * m.out_features for m in block.mlp.modules() if isinstance(m, nn.Linear))
         shapes.add((block.attn.num_heads, block.attn.head_dim, mlp))
     if not shapes:
         raise refuse("it has no blocks")
     if len(shapes) > 1:
         raise refuse("its blocks differ in shape")
-    ((num_heads, head_dim, mlp_macs),) = shapes
+    return shapes.pop()
 
+
+def geometry_of(
+    model: nn.Module, shape: tuple[int, int, int], class_tokens: int, pools_prefix: bool, refuse: Refuse
+) -> Geometry:
+    """The geometry of a model whose embedding, norm and head are as those of timm's ``VisionTransformer``.
+
+    Args:
+        shape: From :func:`block_shape`.
+        class_tokens: How many tokens a head reads that reads no patches.
+        pools_prefix: Whether pooling reads prefix tokens too.
+    """
+    if type(model.patch_embed) is not PatchEmbed:
+        raise refuse(f"its patch embedding is a {type(model.patch_embed).__name__}, not a plain PatchEmbed")
+    if model.patch_embed.img_size is None or model.patch_embed.grid_size is None:
+        raise refuse("its image size is not fixed")
     # timm puts the norm behind the pooling, or leaves it out, by an Identity here.
-    if not isinstance(model.norm, (nn.LayerNorm, nn.Identity)):
-        raise refuse(f"its final norm is a {type(model.norm).__name__}, not a LayerNorm")
+    if not isinstance(model.norm, (*NORMS, nn.Identity)):
+        raise refuse(f"its final norm is a {type(model.norm).__name__}, not a LayerNorm or RMSNorm")
 
     pool = "map" if model.attn_pool is not None else model.global_pool
     if pool not in ("token", "avg", "map"):
         reason = "it returns unpooled tokens, so dropping any changes the output's shape" if not pool else "not linear"
         raise refuse(f"global_pool is {model.global_pool!r} ({reason})")
-    pooled_prefix = model.num_prefix_tokens if model.pool_include_prefix else 0
     head_macs = head_macs_per_token = 0
     if pool == "map":
+        pooled_prefix = model.num_prefix_tokens if pools_prefix else 0
         head_macs, head_macs_per_token = _attention_pool_macs(model.attn_pool, pooled_prefix, refuse)
     for head in (model.head, getattr(model, "head_dist", None)):
         if isinstance(head, nn.Linear):
             head_macs += head.in_features * head.out_features
     classifies = isinstance(model.head, nn.Linear)
 
+    num_heads, head_dim, mlp_macs = shape
     patch_height, patch_width = model.patch_embed.patch_size
     grid = model.patch_embed.grid_size
     in_chans = model.patch_embed.proj.in_channels
@@ -282,14 +325,14 @@ def read_geometry(model: nn.Module, name: str) -> Geometry:
         stem_macs=grid[0] * grid[1] * in_chans * patch_height * patch_width * model.embed_dim,
         head_macs=head_macs,
         head_macs_per_token=head_macs_per_token,
-        head_prefix=(2 if distilled else 1) if pool == "token" else model.num_prefix_tokens,
+        head_prefix=class_tokens if pool == "token" else model.num_prefix_tokens,
         head_patches=pool != "token",
         outputs=model.head.out_features if classifies else model.head_hidden_size,
         output="logits" if classifies else "features",
     )
 
 
-def _attention_pool_macs(pool: nn.Module, prefix: int, refuse) -> tuple[int, int]:
+def _attention_pool_macs(pool: nn.Module, prefix: int, refuse: Refuse) -> tuple[int, int]:
     """MACs of attention pooling: the part that does not depend on the patch count, and the part per patch."""
     if type(pool) is not AttentionPoolLatent:
         raise refuse(f"its attention pooling is a {type(pool).__name__}")

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,10 +29,12 @@ from torch import Tensor
 from ...core.content_plan import ContentPlan, Ranking, is_chain, rankings
 from ...core.cost import MacsCost, dense_macs, plan_macs
 from ...core.plan import KINDS, Geometry, TokenPlan
+from .. import ranks
 from ..backbones.forms import embed_images
 from ..backbones.vit import ViTAdapter
+from ..batches import batch_size_for, images_at_once, in_batches
 from ..calibration import Calibration, Judgement, divergence
-from ..fisher import batch_size_for, gradients_of_images
+from ..fisher import gradients_of_images
 from ..rounds import choose_loss, round_sizes, search_in_rounds
 from ..search import check_target, minimum_cost
 from ..tune.ridge import NormalEquations
@@ -196,8 +199,9 @@ def fit_channels(
     geometry, model, chosen = adapter.geometry, adapter.model, rankings(plan)
     parameter = next(model.parameters())
     equations = [NormalEquations(geometry.embed_dim, 1, FOLDS, bias=False, device=parameter.device) for _ in chosen]
-    for number, images in enumerate(batches if chosen else ()):
-        (gradients,) = gradients_of_images(adapter, [(images, None)], loss, seed=seed + number)
+    world = ranks.world()
+    for number, images in islice(enumerate(batches if chosen else ()), world.rank, None, world.size):
+        gradients = np.concatenate(list(gradients_of_images(adapter, [(images, None)], loss, seed=seed + number)))
         # [image, kind, block, patch]; a patch that is not read does nothing any more.
         effects = np.square(np.stack([gradients.sum(1), gradients[:, 1], gradients[:, 2]], 1))
         later = torch.from_numpy(np.flip(np.flip(effects, 2).cumsum(2), 2).copy())
@@ -213,9 +217,16 @@ def fit_channels(
                         values = (closed + TINY * closed.mean() + TINIEST).log()
                         part.add(number % FOLDS, patches, (values - values.mean(1, keepdim=True)).flatten()[:, None])
                 x = block(x)
-    solved = [part.solve().coefficients for part in equations]
+    solved = [part.sum_up().solve().coefficients for part in equations]
     found = [np.zeros(geometry.embed_dim) if each is None else each[:, 0].cpu().numpy() for each in solved]
-    return np.array([[float(f"{value:.{DIGITS}g}") for value in row] for row in found]).reshape(len(chosen), -1)
+    return np.array([[float(f"{value:.{DIGITS}g}") for value in row] for row in found]).reshape(
+        len(chosen), geometry.embed_dim
+    )
+
+
+def _size_of_fold(geometry: Geometry) -> int:
+    """Images of a batch: of the model alone, not of the memory here, because batches are dealt to folds."""
+    return batch_size_for(geometry, backward=True)
 
 
 def best_prior_weight(
@@ -286,7 +297,7 @@ def choose_by_content(
             return calibration.divergence(adapter, reduction, on)
 
     before = divergences(plan, weights, calibration.held_out)
-    loss, size = choose_loss("auto", adapter.geometry.output, False), batch_size_for(adapter.geometry, backward=True)
+    loss, size = choose_loss("auto", adapter.geometry.output, False), _size_of_fold(adapter.geometry)
     batches = (part for part, _ in calibration.batches(calibration.fit[:SCORE_IMAGES], size))
     channels = fit_channels(adapter, plan, batches, loss, seed)
     on_step(1)
@@ -344,7 +355,7 @@ class Content(Method):
         geometry, parameter = adapter.geometry, next(adapter.model.parameters())
         check_target(geometry, target)
         images, plan = torch.cat(list(batches)), self.plan
-        loss, size = choose_loss("auto", geometry.output, False), batch_size_for(geometry, backward=True)
+        loss, size = choose_loss("auto", geometry.output, False), _size_of_fold(geometry)
         if plan is None:
             rounds = [
                 [(part, None) for part in images_of_round.split(size)]
@@ -352,11 +363,12 @@ class Content(Method):
             ]
             plan = search_in_rounds(adapter, rounds, loss, counts_target(geometry, target), seed=seed).plan
         channels = fit_channels(adapter, plan, images[:SCORE_IMAGES].split(size), loss, seed)
-        few = images[:CHOICE_IMAGES].split(batch_size_for(geometry))
+        few = images[:CHOICE_IMAGES].split(images_at_once(adapter))
 
         def outputs(model: Callable[[Tensor], Tensor]) -> Tensor:
             with torch.inference_mode():
-                return torch.cat([model(part.to(parameter)).float() for part in few])
+                found = in_batches(adapter.model, few, lambda part: model(part.to(parameter)).float())
+                return torch.cat(list(found))
 
         dense = outputs(adapter.model)
 

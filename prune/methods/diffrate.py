@@ -40,8 +40,9 @@ from ...core.plan import Geometry
 from ...core.text import option
 from ..backbones.forms import ALMOST_CLOSED, embed_images, query_key_value
 from ..backbones.vit import ViTAdapter
+from ..batches import images_at_once, in_batches
 from ..calibration import distance
-from ..fisher import batch_size_for, frozen
+from ..fisher import frozen
 from .method import BISECTIONS, Method, budget_macs, least_reduction, out_of_reach, register
 from .rule import BlockView, Keep, Merge, TokenRule, pooling_hooks, rank_descending, select_rows, top_rows, with_prefix
 
@@ -404,7 +405,7 @@ class DiffRate(Method):
         random, dense = np.random.default_rng(seed), {}
         order: list[int] = []
         unit: float | None = None
-        at_once = batch_size_for(geometry, backward=True)
+        at_once = images_at_once(adapter, backward=True)
         whole = dense_macs(geometry)
         acts = torch.from_numpy(acting).to(rates.logits)[:, None]
         with adapter.exclusive(), frozen(adapter.model), torch.enable_grad():
@@ -416,19 +417,25 @@ class DiffRate(Method):
                     with torch.no_grad():
                         dense[number] = adapter.model(images)
                 expected = rates.expected() * acts
-                rule = self._rule(adapter, expected.detach().double().cpu().numpy())
+                rule = self._rule(adapter, expected.detach().cpu().double().numpy())
                 over = expected_macs(geometry, expected) / whole - target
                 (penalty,) = torch.autograd.grad(self.penalty * over.square(), [rates.logits])
                 # As many images at once as fit; the update is that of all.
                 away, gradient = 0.0, torch.zeros_like(penalty)
-                for part, wanted in zip(images.split(at_once), dense[number].split(at_once), strict=True):
-                    outputs = masked_outputs(adapter, part, rule, rates.stays())
-                    loss = distance(wanted, outputs, geometry.output).sum() / len(images)
-                    gradient += torch.autograd.grad(loss, [rates.logits])[0]
-                    away += float(loss.detach())
+                parts = zip(images.split(at_once), dense[number].split(at_once), strict=True)
+                count = len(images)
+
+                def part_of(batch: tuple[Tensor, Tensor], rule: DiffRateRule = rule, count: int = count):
+                    outputs = masked_outputs(adapter, batch[0], rule, rates.stays())
+                    loss = distance(batch[1], outputs, geometry.output).sum() / count
+                    return torch.autograd.grad(loss, [rates.logits])[0], float(loss.detach())
+
+                for slope, lost in in_batches(adapter.model, parts, part_of, backward=True):
+                    gradient += slope
+                    away += lost
                 # In units of the first distance: no model's outputs are too small to count against the penalty.
                 unit = max(away, LEAST_DISTANCE) if unit is None else unit
                 rates.logits.grad = gradient / unit + penalty
                 adam.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.steps)
                 adam.step()
-        return (rates.expected() * acts).detach().double().cpu().numpy()
+        return (rates.expected() * acts).detach().cpu().double().numpy()

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from ...core.cost import block_macs, dense_macs
 from ...core.plan import Geometry
 from ..backbones.adapter import BlockAdapter, require_blocks
-from ..backbones.forms import attend, project_keys_values, project_queries
+from ..backbones.forms import attend, mlp_update, project_keys_values, project_queries, scaled
+from ..batches import in_batches
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,12 @@ class RuleRun:
     _recorded: list[list[tuple]] = field(default_factory=list, repr=False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return self.model(images)
+        before = len(self._recorded)
+        try:
+            return self.model(images)
+        except BaseException:
+            del self._recorded[before:]  # The images may come again, fewer at once.
+            raise
 
     @property
     def key_counts(self) -> np.ndarray:
@@ -380,12 +386,7 @@ def attention_update(block: Block, normed: Tensor, key: Tensor, value: Tensor, b
     """[batch, query, channel]: what attention adds to the tokens that are ``normed`` [batch, query, channel]."""
     query = project_queries(block.attn, normed)
     attended = block.attn.proj_drop(block.attn.proj(attend(block.attn, query, key, value, bias)))
-    return block.drop_path1(block.ls1(attended))
-
-
-def mlp_update(block: Block, x: Tensor) -> Tensor:
-    """What the MLP adds to ``x`` [batch, token, channel]."""
-    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return scaled(block, 1, attended)
 
 
 def with_first(x: Tensor, count: int, update: Callable[[Tensor], Tensor]) -> Tensor:
@@ -473,8 +474,8 @@ def run_batches(rule: TokenRule, adapter: BlockAdapter, batches: Iterable[Tensor
     """
     parameter = next(adapter.model.parameters())
     with rule.applied(adapter) as run:
-        for images in batches:
-            run(images.to(parameter))
+        for _ in in_batches(adapter.model, batches, lambda images: run(images.to(parameter))):
+            pass
     return run
 
 

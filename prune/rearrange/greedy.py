@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from ...core.plan import TokenPlan
+from .. import ranks
+from ..batches import images_at_once
 from ..calibration import Judgement
-from ..fisher import batch_size_for, gradients_of_images
+from ..fisher import gradients_of_images
 from ..methods.positions import exchanged
 from ..rounds import choose_loss
 from .settings import Rearranged
@@ -33,12 +36,15 @@ def greedy_exchanges(
     """
     chosen = np.sort(np.random.default_rng([seed, 4]).permutation(world.images)[:images])
     loss = choose_loss("auto", world.geometry.output, labelled=False)
-    size = batch_size_for(world.geometry, backward=True)
-    batches = gradients_of_images(world.adapter, world.calibration.batches(chosen, size), loss, seed=seed)
+    size = images_at_once(world.adapter, backward=True)
+    share, before = ranks.share(chosen), ranks.bounds(len(chosen))[0]
+    images_of_share = world.calibration.batches(share, size)
+    batches = gradients_of_images(world.adapter, images_of_share, loss, seed=seed, before=before)
     closed = (~plan.masks).reshape(-1, world.geometry.patches).astype(np.float32)
     # sums[image, patch i, patch j]: gradient of what would be closed for i if it had j's place in the plan.
     parts = (part.reshape(len(part), *closed.shape).transpose(0, 2, 1) @ closed for part in batches)
-    sums = np.concatenate(list(parts))
+    sums = np.concatenate(list(parts)) if len(share) else np.empty(0, np.float32)
+    sums = ranks.gathered(torch.from_numpy(sums)).numpy()
     patches, place = np.arange(world.geometry.patches), np.arange(world.geometry.patches)
     exchanges = 0
     while exchanges < most:

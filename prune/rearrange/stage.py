@@ -36,6 +36,7 @@ from ...core.files import atomic_path
 from ...core.json_file import json_sha256
 from ...core.plan import TokenPlan
 from ...core.text import counted, first_line, option
+from .. import ranks
 from ..calibration import Judgement
 from ..ppo import PPOSettings, update
 from .play import ACTIONS, Game, Policy, Potential
@@ -66,7 +67,7 @@ def game_around(
 def plans_around(game: Game, plan: TokenPlan, seed: int, count: int = STAND_IN_PLANS) -> list[TokenPlan]:
     """``count`` plans: the start, and first episodes around it."""
     tilts = _first_policy(plan, seed).play(count - 1, np.random.default_rng([seed, 5])).numpy()
-    return [plan, *map(game.plan, tilts)]
+    return [plan, *ranks.collected([game.plan(chosen) for chosen in ranks.share(tilts)])]
 
 
 def rearrange(
@@ -102,7 +103,8 @@ def rearrange(
     try:
         while run.played < settings.episodes and not ended:
             begun, before = time.monotonic(), run.played
-            if settings.time_limit and took and begun - started + took > settings.time_limit:
+            late = bool(settings.time_limit and took and begun - started + took > settings.time_limit)
+            if ranks.from_first(late):
                 ended = "its time limit ended it"
                 break
             run.batch()
@@ -112,6 +114,8 @@ def rearrange(
             took = time.monotonic() - begun
             ended = run.ended
     except KeyboardInterrupt:
+        if ranks.world().size > 1:  # One process cannot end the stage early for all.
+            raise
         ended = "it was interrupted"
     judgement = Judgement.of(run.held_out_start[1], run.held_out_best[1])
     if world.stand_in is not None:  # What is reported is of the model with its own weights.
@@ -160,7 +164,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
         return {**state, "identity": dict(state["identity"])}
     except Exception as error:
         raise UserError(
-            f"{path} is not a checkpoint of a rearrangement: {first_line(error, 120)}",
+            f"{path} is not a checkpoint of a rearrangement: {first_line(error, 120).partition('. ')[0]}",
             f"delete it, or leave out {option('resume')} to begin anew",
         ) from None
 
@@ -196,8 +200,8 @@ class _Run:
     def batch(self) -> None:
         """One batch of episodes: play, run, learn, and let the best challenge the incumbent."""
         count = min(self.settings.batch, self.settings.episodes - self.played)
-        tilts = self.policy.play(count, self.random)
-        plans = [self.game.plan(self.base + chosen) for chosen in tilts.numpy()]
+        tilts = ranks.from_first(self.policy.play(count, self.random))
+        plans = ranks.collected([self.game.plan(self.base + chosen) for chosen in ranks.share(tilts.numpy())])
         order = self.random.permutation(len(self.world.images))
         # Of few images half choose, and half judge what was chosen.
         size = min(self.settings.images, len(order) // 2)
@@ -301,6 +305,8 @@ class _Run:
         }
 
     def save(self, path: Path) -> None:
+        if not ranks.world().first:
+            return
         state = {
             "schema": CHECKPOINT_SCHEMA,
             "identity": self.identity,
@@ -321,9 +327,10 @@ class _Run:
             temporary.write_bytes(buffer.getbuffer())
 
     def resume(self, path: Path) -> None:
-        if not path.exists():
+        read = ranks.world().first and path.exists()
+        state = ranks.from_first(read_checkpoint(path) if read else None)
+        if state is None:
             return
-        state = read_checkpoint(path)
         different = [name for name, value in self.identity.items() if state["identity"].get(name) != value]
         if different:
             raise UserError(

@@ -6,13 +6,15 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ...core.plan import TokenPlan
+from .. import ranks
 from ..backbones.adapter import Adapter
 from ..backbones.vit import weights_sha256
+from ..batches import images_at_once, in_batches
 from ..calibration import Calibration, Judgement, distance, divergence
-from ..fisher import batch_size_for
 from ..tune.weights import with_weights
 
 #: Images that plans are judged on, mirror images included: with fewer, plans fit them; more cost time.
@@ -48,7 +50,7 @@ class World:
         self.images = calibration.mirrored(calibration.fit)[:REWARD_IMAGES]
         self.held_out = calibration.held_out
         # One chain of activations per level of the tree is alive at a time.
-        self._chunk = max(1, batch_size_for(self.geometry, backward=True))
+        self._chunk = images_at_once(adapter, backward=True)
 
     def foresee_tuning(self, plans: Sequence[TokenPlan], on_step: Callable[[int], None] = lambda count: None) -> bool:
         """Judge plans with weights refitted to ``plans`` together from now on.
@@ -93,25 +95,39 @@ class World:
         Args:
             foresee: False: with the model's own weights, whatever :attr:`stand_in` is.
         """
-        distances = np.empty((len(plans), len(indices)))
-        divergences = np.empty_like(distances)
-        count = len(plans) if self.adapter.plans_together else 1
+        together = self.adapter.plans_together
         # Before any weights are exchanged: the target is what the model as trained says.
         self.calibration.dense_outputs(self.adapter, indices)
+        # Processes share the images, or the plans where each costs something of its own.
+        axis = 2 if together or len(plans) < ranks.world().size else 1
+        plans, indices = (plans, ranks.share(indices)) if axis == 2 else (ranks.share(plans), indices)
+        # [distance and divergence, plan, image]
+        found = np.empty((2, len(plans), len(indices)))
+        count = len(plans) if together else 1
         with with_weights(self.adapter.model, self.stand_in if foresee else None):
             for first in range(0, len(plans), count):
-                for start in range(0, len(indices), self._chunk):
-                    some, places = slice(first, first + count), slice(start, start + self._chunk)
+                some = slice(first, first + count)
+
+                def step(places: np.ndarray, some: slice = some) -> None:
                     images = self.calibration.images(indices[places])
                     outputs = self.adapter.evaluate_plans(plans[some], images, len(indices))
                     dense = self.calibration.dense_outputs(self.adapter, indices[places]).expand_as(outputs)
-                    distances[some, places] = distance(dense, outputs, self.geometry.output).numpy()
-                    divergences[some, places] = divergence(dense, outputs, self.geometry.output).numpy()
+                    for kind, measure in enumerate((distance, divergence)):
+                        found[kind][some, places] = measure(dense, outputs, self.geometry.output).numpy()
+
+                places = np.arange(len(indices))
+                parts = (places[start : start + self._chunk] for start in range(0, len(indices), self._chunk))
+                for _ in in_batches(self.adapter.model, parts, step):
+                    pass
+        every = ranks.gathered(torch.from_numpy(found).transpose(0, axis)).transpose(0, axis)
+        distances, divergences = every.contiguous().numpy()
         return distances, divergences
 
     @property
     def digest(self) -> str:
         """Identity of the images and the weights: a checkpoint goes with both."""
-        pixels = hashlib.sha256(memoryview(np.ascontiguousarray(self.calibration.pixels))).hexdigest()
+        digest, pixels = hashlib.sha256(), self.calibration.pixels
+        for start in range(0, len(pixels), 256):
+            digest.update(np.ascontiguousarray(pixels[np.arange(start, min(start + 256, len(pixels)))]).data)
         weights = weights_sha256(self.adapter.model)[:16]
-        return f"{pixels[:16]}-{len(self.held_out)}-{weights}{'-tuned' if self.stand_in else ''}"
+        return f"{digest.hexdigest()[:16]}-{len(self.held_out)}-{weights}{'-tuned' if self.stand_in else ''}"

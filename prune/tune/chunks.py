@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import ranks
+from ..batches import batch_size_for, images_at_once
 from ..calibration import Calibration
-from ..fisher import batch_size_for
 from .importance import IMPORTANCE_IMAGES
 from .ridge import FOLDS, WIDE, WIDE_FOLDS
 from .store import ActivationStore
@@ -25,7 +26,8 @@ FLIP_BELOW = 4096
 class Chunks:
     """Images in chunks, dealt to folds and plans. A context manager.
 
-    Memory does not grow with the number of images: a chunk of them is read, advanced and written back.
+    Memory does not grow with the number of images: a chunk of them is read, advanced and written back. Of several
+    processes each has its share of the images; an image is in the same chunk, fold and plan however many there are.
 
     Args:
         adapter: The model, and its geometry.
@@ -34,7 +36,7 @@ class Chunks:
     Attributes:
         images: How many.
         flip: Whether each chunk holds the mirror images too; they share the fold of the originals.
-        chunks: int [chunk].
+        chunks: int [chunk]: those of which this process has images.
         plans: Chunks take them in turns; each plan (or rule) meets all folds.
         folds: How many folds the chunks are dealt to.
     """
@@ -52,14 +54,18 @@ class Chunks:
         self.model, self.plans, self.geometry = adapter.model, tuple(plans), adapter.geometry
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self._adapter = adapter
         self._calibration, self._indices = calibration, np.asarray(indices)
         self.images = len(self._indices)
         self.flip = self.images < FLIP_BELOW if flip is None else flip
         self.folds = min(self.images, WIDE_FOLDS if widest > WIDE else FOLDS)
+        # Of the model alone, not of the memory here: folds are made of chunks.
         size = batch_size_for(self.geometry, memory_bytes=1 << 29) // (1 + self.flip)
         self._size = max(1, min(size, math.ceil(self.images / max(1, self.folds * len(self.plans)))))
-        self.chunks = range(math.ceil(self.images / self._size))
-        self.folds = min(self.folds, len(self.chunks))
+        self.folds = min(self.folds, math.ceil(self.images / self._size))
+        self._start, self._stop = ranks.bounds(self.images)
+        ends = math.ceil(self._stop / self._size) if self._start < self._stop else 0
+        self.chunks = range(self._start // self._size, ends)
         self._store = ActivationStore(ram_bytes)
 
     def __exit__(self, *error: object) -> None:
@@ -86,15 +92,20 @@ class Chunks:
 
     def pixels(self, chunk: int) -> Tensor:
         """[image, channel, height, width]: the model's inputs, mirror images last."""
-        chosen = self._indices[chunk * self._size : (chunk + 1) * self._size]
+        first = chunk * self._size
+        chosen = self._indices[max(self._start, first) : min(self._stop, first + self._size)]
         images = self._calibration.images(chosen).to(self.device, self.dtype)
         return torch.cat([images, images.flip(-1)]) if self.flip else images
 
-    def on_few(self, measure: Callable[[Iterator[Tensor]], T], multiple: int = 1) -> T:
-        """What ``measure`` finds on :meth:`few`; of fits that begin with the same images, the first measures it."""
+    def on_few(self, measure: Callable[..., T], multiple: int = 1) -> T:
+        """What ``measure`` finds on :meth:`few`; of fits that begin with the same images, the first measures it.
+
+        Args:
+            measure: Called with the batches, and with ``before``: how many images other processes have before them.
+        """
         few = self._indices[:IMPORTANCE_IMAGES]
         what = ("importance", self.model, self.dtype, few.tobytes())
-        return self._calibration.once(what, lambda: measure(self.few(multiple)))
+        return self._calibration.once(what, lambda: measure(self.few(multiple), before=self.before_few(multiple)))
 
     def few(self, multiple: int = 1) -> Iterator[Tensor]:
         """Batches of the images by which the importance of tokens is measured.
@@ -103,6 +114,12 @@ class Chunks:
             multiple: Of which the size of each batch is one; images come again to fill the last.
         """
         few = self._indices[:IMPORTANCE_IMAGES]
-        few = np.resize(few, math.ceil(len(few) / multiple) * multiple)
-        size = math.ceil(batch_size_for(self.geometry, backward=True) / multiple) * multiple
-        return (self._calibration.images(few[start : start + size]) for start in range(0, len(few), size))
+        groups = ranks.share(np.resize(few, (math.ceil(len(few) / multiple), multiple)))
+        size = math.ceil(images_at_once(self._adapter, backward=True) / multiple)
+        return (
+            self._calibration.images(groups[start : start + size].flatten()) for start in range(0, len(groups), size)
+        )
+
+    def before_few(self, multiple: int = 1) -> int:
+        """How many of the images of :meth:`few` other processes have before this one."""
+        return ranks.bounds(math.ceil(min(self.images, IMPORTANCE_IMAGES) / multiple))[0] * multiple

@@ -14,10 +14,13 @@ from torch.nn import functional as F
 
 from ...core.plan import TokenPlan
 from ...core.schedule import schedule
+from .. import ranks
 from ..backbones.adapter import BlockAdapter
 from ..backbones.forms import Step, embed_images
+from ..batches import batch_size_for
 from ..calibration import Calibration, divergence
-from ..fisher import batch_size_for, frozen
+from ..device import same_gradients
+from ..fisher import frozen
 from .ridge import FIRST_RIDGE, NormalEquations
 from .store import RAM_BYTES
 from .streams import Streams
@@ -75,7 +78,7 @@ def tune_gates_least_squares(
                 equations = NormalEquations(len(best), 1, streams.folds, bias=False, device=streams.device)
                 for chunk in streams.chunks:
                     streams.add_gate_equations(equations, chunk, index, bias, with_jacobian=not last)
-                error = float(equations.squares.sum())
+                error = float(equations.sum_up().squares.sum())
                 blocks[-1]["errors"].append(error)
                 if not error < least:
                     log_gates[index] = best
@@ -129,24 +132,35 @@ def tune_gates_by_distillation(
     best = plan
     history = [float(calibration.divergence(adapter, plan, calibration.held_out).mean())]
     steps = schedule(replace(plan, gates=None))
-    forms = [Step(step).to(parameter.device) for step in steps.steps]
+    pairs = zip(steps.steps, adapter.ropes(), strict=True)
+    forms = [Step.at(step, parameter.device, rope) for step, rope in pairs]
     entry = torch.from_numpy(steps.entry).to(parameter.device)
     size = min(DISTILL_BATCH, batch_size_for(geometry, backward=True))
+
+    def gradients(batch: np.ndarray) -> Sequence[Tensor | None]:
+        """Of the mean over the images of ``batch``, of which this process runs its share."""
+        chosen, found = ranks.share(batch), [None] * len(log_gates)
+        if len(chosen):
+            with torch.no_grad():
+                x = embed_images(model, calibration.images(chosen).to(parameter)).index_select(1, entry)
+            with torch.enable_grad(), same_gradients(parameter.device):
+                for block, form, gates in zip(model.blocks, forms, log_gates, strict=True):
+                    x = form(block, x, _KeyGates(gates, geometry.prefix_tokens))
+                output = model.forward_head(model.norm(x))
+                target = calibration.dense_outputs(adapter, chosen).to(output.device)
+                loss = divergence(target, output, geometry.output).mean() * (len(chosen) / len(batch))
+                found = torch.autograd.grad(loss, log_gates, allow_unused=True)
+        if ranks.world().size == 1:
+            return found
+        return ranks.summed(
+            *(torch.zeros_like(gates) if one is None else one for gates, one in zip(log_gates, found, strict=True))
+        )
+
     with frozen(model):
         for _ in range(epochs):
             order = random.permutation(calibration.fit)
             for start in range(0, len(order), size):
-                chosen = order[start : start + size]
-                with torch.no_grad():
-                    x = embed_images(model, calibration.images(chosen).to(parameter)).index_select(1, entry)
-                with torch.enable_grad():
-                    for block, form, gates in zip(model.blocks, forms, log_gates, strict=True):
-                        x = form(block, x, _KeyGates(gates, geometry.prefix_tokens))
-                    output = model.forward_head(model.norm(x))
-                    target = calibration.dense_outputs(adapter, chosen).to(output.device)
-                    loss = divergence(target, output, geometry.output).mean()
-                    gradients = torch.autograd.grad(loss, log_gates, allow_unused=True)
-                for gates, gradient in zip(log_gates, gradients, strict=True):
+                for gates, gradient in zip(log_gates, gradients(order[start : start + size]), strict=True):
                     gates.grad = gradient
                 optimizer.step()
                 with torch.no_grad():
@@ -192,5 +206,5 @@ def _with_log_gates(plan: TokenPlan, log_gates: Sequence[Tensor]) -> TokenPlan:
     prefix, gates = plan.geometry.prefix_tokens, []
     for step, values in zip(schedule(plan).steps, log_gates, strict=True):
         order = np.argsort(step.entering[step.keys][prefix:])
-        gates.append(tuple(values.double().exp().cpu().numpy()[order].tolist()))
+        gates.append(tuple(values.cpu().double().exp().numpy()[order].tolist()))
     return replace(plan, gates=tuple(gates))

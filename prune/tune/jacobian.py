@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..backbones.forms import query_key_value
+from ..backbones.forms import Ropes, query_key_value
 
 #: Jacobians are made for so many bytes at a time.
 JACOBIAN_BYTES = 64 << 20
 
 
-def gate_jacobian(attn: nn.Module, queries: Tensor, keys: Tensor, bias: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+def gate_jacobian(
+    attn: nn.Module, queries: Tensor, keys: Tensor, bias: Tensor, prefix: int, ropes: Ropes = (None, None)
+) -> tuple[Tensor, Tensor]:
     """Attended values and their derivative with respect to the log-gate of each patch.
 
     With attention a and values v, out_q = sum over j of a_qj v_j and log-gates added to the logits,
@@ -26,7 +28,7 @@ def gate_jacobian(attn: nn.Module, queries: Tensor, keys: Tensor, bias: Tensor, 
         (out [batch, query, inner], jacobian [batch, query, patch, inner]), before the attention's norm and projection;
         inner = head * head_dim.
     """
-    query, key, value = query_key_value(attn, queries, keys)
+    query, key, value = query_key_value(attn, queries, keys, ropes)
     attention = ((query * attn.scale) @ key.transpose(-2, -1) + bias.to(query)).softmax(-1)
     out = attention @ value
     # [batch, head, query, patch, head_dim]

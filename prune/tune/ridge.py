@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
+
 #: Ridges to choose from, relative to the mean square of an input: half decades.
 RIDGES = tuple(10 ** (power / 2) for power in range(-8, 5))
 #: Where the first search for a ridge starts.
@@ -100,6 +102,11 @@ class NormalEquations:
         for gram in self.grams:
             gram.copy_(gram.triu() + gram.triu(1).T)
 
+    def sum_up(self) -> NormalEquations:
+        """Add the rows of the other processes, once all have added their own."""
+        self.grams, self.crosses, self.squares = ranks.summed(self.grams, self.crosses, self.squares)
+        return self
+
     def solve(self, start: float = FIRST_RIDGE) -> RidgeSolution:
         """Walk downhill through :data:`RIDGES` from ``start``: the error over the ridge has one valley."""
         if len(self.grams) < 2:
@@ -128,11 +135,15 @@ class NormalEquations:
 
     def _cross_validated_error(self, gram: Tensor, cross: Tensor, ridge: float) -> float:
         error = 0.0
-        for fold_gram, fold_cross, squares in zip(self.grams, self.crosses, self.squares, strict=True):
+        # Processes share the folds: else every one would solve them all.
+        folds = map(ranks.share, (self.grams, self.crosses, self.squares))
+        for fold_gram, fold_cross, squares in zip(*folds, strict=True):
             coefficients = self._solved(gram - fold_gram, cross - fold_cross, ridge)
             if coefficients is None:
-                return math.inf
+                error = math.inf
+                break
             error += float(squares + (coefficients * (fold_gram @ coefficients - 2 * fold_cross)).sum())
+        error = float(ranks.summed(torch.tensor(error, dtype=torch.float64))[0])
         return error if math.isfinite(error) else math.inf
 
     def _solved(self, gram: Tensor, cross: Tensor, ridge: float) -> Tensor | None:

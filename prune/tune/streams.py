@@ -15,8 +15,19 @@ from torch.nn import functional as F
 
 from ...core.plan import TokenPlan
 from ...core.schedule import BlockStep, schedule
+from .. import ranks
 from ..backbones.adapter import BlockAdapter
-from ..backbones.forms import attended_values, embed_images, log_gates, project_keys_values, step_forward
+from ..backbones.forms import (
+    Ropes,
+    attended_values,
+    embed_images,
+    gathered_rope,
+    log_gates,
+    mlp_update,
+    project_keys_values,
+    scaled,
+    step_forward,
+)
 from ..calibration import Calibration
 from ..methods.rule import BlockView, Keep, TokenRule, enter, select_rows, with_prefix
 from .chunks import Chunks
@@ -96,7 +107,8 @@ class Streams(Chunks):
                 raise ValueError(f"the rule {plan.name} does not keep a fixed number of tokens in every block")
         widest = max(m.in_features for m in adapter.model.blocks.modules() if isinstance(m, nn.Linear))
         super().__init__(adapter, plans, calibration, indices, flip, ram_bytes, widest)
-        self._adapter, self._importance = adapter, {}
+        self._adapter, self._ropes = adapter, adapter.ropes()
+        self._importance: dict[str, Tensor] = {}
         self.diverged = False
         self._pooled = False
         # The block that was last chosen for, its rows by chunk, and of rules where the tokens that enter it lie.
@@ -173,10 +185,8 @@ class Streams(Chunks):
         """Of the block that was last chosen for."""
         return self._rows[chunk]
 
-    def equations(self, linear: nn.Linear) -> NormalEquations:
-        return NormalEquations(
-            linear.in_features, linear.out_features, self.folds, bias=linear.bias is not None, device=self.device
-        )
+    def equations(self, inputs: int, outputs: int, bias: bool) -> NormalEquations:
+        return NormalEquations(inputs, outputs, self.folds, bias=bias, device=self.device)
 
     def row_weights(self, name: str, block: int, positions: Tensor) -> Tensor:
         """How much rows at ``positions`` count in a fit: shape of the positions.
@@ -190,7 +200,8 @@ class Streams(Chunks):
 
     def exact_so_far(self, block: int) -> bool:
         """Whether the pruned stream after ``block`` equals the dense one at its positions, up to rounding."""
-        return not self.diverged and all(self.rows(chunk).exact(self.geometry.tokens) for chunk in self.chunks)
+        exact = all(self.rows(chunk).exact(self.geometry.tokens) for chunk in self.chunks)
+        return not self.diverged and ranks.everywhere(exact)
 
     def advance_dense(self, block: int) -> None:
         """Take the dense stream through the block.
@@ -201,10 +212,13 @@ class Streams(Chunks):
         """
         module = self.model.blocks[block]
         self._pooled = self.geometry.head_patches and block == self.geometry.depth - 1
+        rope = self._ropes[block]
         for chunk in self.chunks:
             tokens, rows = self.get("dense", chunk), self.rows(chunk)
-            middle = tokens + module.ls1(module.attn(module.norm1(tokens)))
-            tokens = middle + module.ls2(module.mlp(module.norm2(middle)))
+            normed = module.norm1(tokens)
+            heads = attended_values(module.attn, normed, normed, None, (rope, rope))
+            middle = tokens + scaled(module, 1, module.attn.proj(heads))
+            tokens = middle + mlp_update(module, middle)
             self.put("dense", chunk, tokens)
             self.put("middle", chunk, selected(middle, rows.query_positions))
             self.put("target", chunk, selected(tokens, rows.mlp_positions))
@@ -243,6 +257,11 @@ class Streams(Chunks):
         shift = torch.where(share > 0, missing / share, 0)
         return torch.cat([wanted[:, :prefix], wanted[:, prefix:] + shift], 1)
 
+    def ropes(self, chunk: int, block: int) -> Ropes:
+        """Of the queries and the keys of ``block``."""
+        rope, rows = self._ropes[block], self.rows(chunk)
+        return gathered_rope(rope, rows.query_positions), gathered_rope(rope, rows.key_positions)
+
     def read(self, chunk: int, block: int) -> tuple[Tensor, Tensor]:
         """[batch, key, channel], twice: what ``block`` reads, in the dense stream and in the pruned one, normed.
 
@@ -264,15 +283,17 @@ class Streams(Chunks):
         tokens = self.get("pruned", chunk)
         normed = module.norm1(tokens)
         bias = None if rows.bias is None else rows.bias.to(tokens)
-        heads = attended_values(module.attn, selected(normed, rows.queries), selected(normed, rows.keys), bias)
+        queries, keys = selected(normed, rows.queries), selected(normed, rows.keys)
+        heads = attended_values(module.attn, queries, keys, bias, self.ropes(chunk, block))
         return selected(tokens, rows.queries), selected(tokens, rows.passed), heads
 
     def advance_pruned(self, block: int, log_gates: Tensor) -> None:
         """Take the pruned stream through the block with its own weights and these gates [patch] of its keys."""
-        gates = F.pad(log_gates.double().cpu(), (self.geometry.prefix_tokens, 0)).exp().numpy()
+        gates = F.pad(log_gates.cpu().double(), (self.geometry.prefix_tokens, 0)).exp().numpy()
         for chunk in self.chunks:
             step = replace(self._steps[id(self.plan(chunk))].steps[block], gates=gates)
-            self.put("pruned", chunk, step_forward(self.model.blocks[block], step)(self.get("pruned", chunk)))
+            form = step_forward(self.model.blocks[block], step, rope=self._ropes[block])
+            self.put("pruned", chunk, form(self.get("pruned", chunk)))
 
     def add_gate_equations(
         self, equations: NormalEquations, chunk: int, block: int, bias: Tensor, *, with_jacobian: bool
@@ -285,17 +306,18 @@ class Streams(Chunks):
         queries, keys = selected(normed, rows.queries), selected(normed, rows.keys)
         passed = selected(tokens, rows.passed)
         targets = self.wanted("middle", chunk, passed) - selected(tokens, rows.queries)
+        of_queries, of_keys = self.ropes(chunk, block)
 
         def project(out: Tensor) -> Tensor:
-            return module.ls1(attn.proj(attn.norm(out)))
+            return scaled(module, 1, attn.proj(attn.norm(out)))
 
         if not with_jacobian:
-            out = attended_values(attn, queries, keys, bias.to(normed))
-            error = (targets - module.ls1(attn.proj(out))).square()
+            out = attended_values(attn, queries, keys, bias.to(normed), (of_queries, of_keys))
+            error = (targets - scaled(module, 1, attn.proj(out))).square()
             error = error * weights.to(error)[..., None]
             equations.squares[self.fold(chunk)] += error.sum().to(equations.squares)
             return
-        patches, inner = keys.shape[1] - prefix, attn.attn_dim
+        patches, inner = keys.shape[1] - prefix, attn.num_heads * attn.head_dim
         queries_at_once = max(1, min(len(rows.queries), JACOBIAN_BYTES // (4 * patches * inner)))
         images_at_once = max(1, JACOBIAN_BYTES // (4 * patches * inner * queries_at_once))
         for asking, read, target in zip(
@@ -303,7 +325,8 @@ class Streams(Chunks):
         ):
             for start in range(0, len(rows.queries), queries_at_once):
                 part = slice(start, start + queries_at_once)
-                out, jacobian = gate_jacobian(attn, asking[:, part], read, bias, prefix)
+                ropes = None if of_queries is None else of_queries[..., part, :], of_keys
+                out, jacobian = gate_jacobian(attn, asking[:, part], read, bias, prefix, ropes)
                 residual = target[:, part] - project(out)
                 # Through norm, projection and LayerScale, patch by patch: [patch, batch, query, channel].
                 with warnings.catch_warnings():
@@ -331,8 +354,9 @@ def pooling_weights(model: nn.Module, tokens: Tensor) -> Tensor:
     Args:
         tokens: [batch, token, channel], as the last block leaves them.
     """
-    first = 0 if model.pool_include_prefix else model.num_prefix_tokens
     pool = model.attn_pool
+    # Attention pooling of an Eva reads all tokens.
+    first = 0 if getattr(model, "pool_include_prefix", pool is not None) else model.num_prefix_tokens
     if pool is None:
         shares = tokens.new_ones(tokens.shape[:2])[:, first:]
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from ...core.plan import TokenPlan
 from ..backbones.adapter import BlockAdapter
+from ..backbones.forms import layer_scale, projected, scaled
 from ..calibration import Calibration
 from ..methods.rule import TokenRule
 from .ridge import FIRST_RIDGE, NormalEquations, added, unscaled
@@ -102,7 +104,7 @@ def refit_weights(
             if streams.diverged:
                 refit.keys_values(index, block)
                 # Rules may choose by keys.
-                with with_weights(block.attn.qkv, refit.changed(f"blocks.{index}.attn.qkv")):
+                with with_weights(block.attn, refit.changed(f"blocks.{index}.attn")):
                     streams.choose(index)
             streams.advance_dense(index)
             if streams.exact_so_far(index) and not any(name.startswith(f"blocks.{index}.") for name in refit.weights):
@@ -117,6 +119,47 @@ def refit_weights(
     return refit.weights, details
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of a block, or some of its outputs.
+
+    Attributes:
+        name: What reports call it.
+        weight, bias: Names of its parameters within the block; no bias: None. A bias is that of the whole layer, or of
+            these outputs alone.
+        first: The first row of the weight that is part of it.
+        outputs: How many rows are.
+    """
+
+    name: str
+    weight: str
+    bias: str | None
+    first: int
+    outputs: int
+
+    @classmethod
+    def of(cls, block: nn.Module, name: str) -> Layer:
+        linear = block.get_submodule(name)
+        bias = None if linear.bias is None else f"{name}.bias"
+        return cls(name, f"{name}.weight", bias, 0, linear.out_features)
+
+    @classmethod
+    def of_keys_values(cls, block: nn.Module) -> list[Layer]:
+        """What makes the keys and the values of a block, in that order, or both at once."""
+        attn = block.attn
+        inner = attn.num_heads * attn.head_dim
+        if attn.qkv is None:
+            return [cls.of(block, "attn.k_proj"), cls.of(block, "attn.v_proj")]
+        if getattr(attn, "q_bias", None) is None:
+            bias = None if attn.qkv.bias is None else "attn.qkv.bias"
+            return [cls("attn.qkv", "attn.qkv.weight", bias, inner, 2 * inner)]
+        # Keys have no bias there that could be written back.
+        parts = (("k", None), ("v", "attn.v_bias"))
+        return [
+            cls(f"attn.qkv.{part}", "attn.qkv.weight", bias, "qkv".index(part) * inner, inner) for part, bias in parts
+        ]
+
+
 class _Refit:
     """The layers of one model, refitted block by block.
 
@@ -128,47 +171,54 @@ class _Refit:
     def __init__(self, streams: Streams, weights: dict[str, Tensor]):
         self.streams, self.weights = streams, weights
         self.blocks: list[dict[str, Any]] = []
-        self._ridges = {"attn.qkv": FIRST_RIDGE, "attn.proj": FIRST_RIDGE, "mlp.fc2": FIRST_RIDGE}
+        self._ridges: dict[str, float] = {}
 
     def keys_values(self, index: int, block: nn.Module) -> None:
         """Refit the projections to keys and values; that to queries stays."""
-        streams, qkv, inner = self.streams, block.attn.qkv, block.attn.attn_dim
-        equations = NormalEquations(
-            qkv.in_features, 2 * inner, streams.folds, bias=qkv.bias is not None, device=streams.device
-        )
+        streams, layers = self.streams, Layer.of_keys_values(block)
+        equations = [self._equations(block, layer) for layer in layers]
         for chunk in streams.chunks:
             dense, pruned = streams.read(chunk, index)
-            if self.changed(f"blocks.{index}.attn.qkv"):
-                target = F.linear(dense, qkv.weight[inner:], None if qkv.bias is None else qkv.bias[inner:])
-                target -= self._output(index, "attn.qkv", qkv, pruned, inner)
-            else:
-                target = F.linear(dense - pruned, qkv.weight[inner:])
+            target = self._missing(index, block, dense, pruned)
             rows = streams.row_weights("keys", index, streams.rows(chunk).key_positions)
-            equations.add(streams.fold(chunk), pruned, target, rows)
-        self._solve(index, "attn.qkv", qkv, nn.Identity(), equations)
+            for part, columns in zip(equations, target.chunk(len(layers), -1), strict=True):
+                part.add(streams.fold(chunk), pruned, columns, rows)
+        for layer, part in zip(layers, equations, strict=True):
+            self._solve(index, block, layer, None, part)
+
+    def _missing(self, index: int, block: nn.Module, dense: Tensor, pruned: Tensor) -> Tensor:
+        """What keys and values, as they are by now, lack of the dense model's."""
+        changed = self.changed(f"blocks.{index}.attn")
+        if not changed:  # One product for both; less what it adds to nothing, the bias.
+            nothing = torch.zeros_like(dense[:1, :1])
+            return projected(block.attn, dense - pruned, "kv") - projected(block.attn, nothing, "kv")
+        target = projected(block.attn, dense, "kv")
+        with with_weights(block.attn, changed):
+            return target - projected(block.attn, pruned, "kv")
 
     def attention(self, index: int, block: nn.Module) -> None:
         """Refit the projection, and leave the stream behind the attention in "pruned"."""
         streams, proj = self.streams, block.attn.proj
-        equations = streams.equations(proj)
+        layer = Layer.of(block, "attn.proj")
+        equations = self._equations(block, layer)
         for chunk in streams.chunks:
             if not streams.rows(chunk).queries.shape[-1]:
                 streams.put("passed", chunk, selected(streams.get("pruned", chunk), streams.rows(chunk).passed))
                 continue
-            with with_weights(block.attn.qkv, self.changed(f"blocks.{index}.attn.qkv")):
+            with with_weights(block.attn, self.changed(f"blocks.{index}.attn")):
                 inputs, passed, heads = streams.attend(chunk, index)
             output = self._output(index, "attn.proj", proj, heads)
             target = streams.wanted("middle", chunk, passed) - inputs
             rows = streams.row_weights("middle", index, streams.rows(chunk).query_positions)
-            equations.add(streams.fold(chunk), heads, target - block.ls1(output), rows)
+            equations.add(streams.fold(chunk), heads, target - scaled(block, 1, output), rows)
             for name, value in (("heads", heads), ("pruned", inputs), ("passed", passed)):
                 streams.put(name, chunk, value)
-        self._solve(index, "attn.proj", proj, block.ls1, equations)
+        self._solve(index, block, layer, layer_scale(block, 1), equations)
         for chunk in streams.chunks:
             passed = streams.get("passed", chunk)
             if streams.rows(chunk).queries.shape[-1]:
                 output = self._output(index, "attn.proj", proj, streams.get("heads", chunk))
-                passed = torch.cat([streams.get("pruned", chunk) + block.ls1(output), passed], 1)
+                passed = torch.cat([streams.get("pruned", chunk) + scaled(block, 1, output), passed], 1)
             streams.put("pruned", chunk, passed)
 
     def mlp(self, index: int, block: nn.Module) -> None:
@@ -176,7 +226,8 @@ class _Refit:
         streams, fc2 = self.streams, getattr(block.mlp, "fc2", None)
         linear = isinstance(fc2, nn.Linear)
         if linear:
-            equations = streams.equations(fc2)
+            layer = Layer.of(block, "mlp.fc2")
+            equations = self._equations(block, layer)
             for chunk in streams.chunks:
                 rows, middle = streams.rows(chunk), streams.get("pruned", chunk)
                 entering, passed = (selected(middle, part) for part in (rows.mlps, rows.mlp_passed))
@@ -186,8 +237,8 @@ class _Refit:
                 output = self._output(index, "mlp.fc2", fc2, hidden)
                 target = streams.wanted("target", chunk, passed) - entering
                 weights = streams.row_weights("target", index, rows.mlp_positions)
-                equations.add(streams.fold(chunk), hidden, target - block.ls2(output), weights)
-            self._solve(index, "mlp.fc2", fc2, block.ls2, equations)
+                equations.add(streams.fold(chunk), hidden, target - scaled(block, 2, output), weights)
+            self._solve(index, block, layer, layer_scale(block, 2), equations)
         for chunk in streams.chunks:
             rows, middle = streams.rows(chunk), streams.get("pruned", chunk)
             entering, passed = (selected(middle, part) for part in (rows.mlps, rows.mlp_passed))
@@ -199,34 +250,47 @@ class _Refit:
                 output = self._output(index, "mlp.fc2", fc2, hidden)
             else:
                 output = block.mlp(block.norm2(entering))
-            streams.put("pruned", chunk, torch.cat([entering + block.ls2(output), passed], 1))
+            streams.put("pruned", chunk, torch.cat([entering + scaled(block, 2, output), passed], 1))
 
-    def _solve(self, index: int, name: str, linear: nn.Linear, scale: nn.Module, equations: NormalEquations) -> None:
-        solution = equations.solve(self._ridges[name])
-        self.blocks[-1][name] = solution.to_json()
+    def _solve(
+        self, index: int, block: nn.Module, layer: Layer, scale: Tensor | None, equations: NormalEquations
+    ) -> None:
+        solution = equations.sum_up().solve(self._ridges.get(layer.name, FIRST_RIDGE))
+        self.blocks[-1][layer.name] = solution.to_json()
         if solution.coefficients is None:
             return
-        self._ridges[name] = solution.ridge
-        update = unscaled(solution.coefficients, getattr(scale, "gamma", None))
-        # Keys and values are the last of the rows.
-        update = F.pad(update, (linear.out_features - update.shape[1], 0))
-        full_name = f"blocks.{index}.{name}"
-        weight = self.weights.get(f"{full_name}.weight", linear.weight)
-        self.weights[f"{full_name}.weight"] = added(weight, update[: linear.in_features].T)
-        if linear.bias is not None:
-            bias = self.weights.get(f"{full_name}.bias", linear.bias)
-            self.weights[f"{full_name}.bias"] = added(bias, update[-1])
+        self._ridges[layer.name] = solution.ridge
+        update = unscaled(solution.coefficients, scale)
+        inputs = block.get_parameter(layer.weight).shape[1]
+        self._add(index, block, layer.weight, update[:inputs], layer.first)
+        if layer.bias is not None:
+            # A bias may be that of these outputs alone: they are its last.
+            self._add(index, block, layer.bias, update[-1], len(block.get_parameter(layer.bias)) - layer.outputs)
+
+    def _add(self, index: int, block: nn.Module, name: str, update: Tensor, first: int) -> None:
+        """Add ``update`` [..., output] to a parameter [output, ...] from its row ``first`` on."""
+        full_name, own = f"blocks.{index}.{name}", block.get_parameter(name)
+        update = F.pad(update, (first, len(own) - first - update.shape[-1])).movedim(-1, 0)
+        self.weights[full_name] = added(self.weights.get(full_name, own), update)
+
+    def _equations(self, block: nn.Module, layer: Layer) -> NormalEquations:
+        inputs = block.get_parameter(layer.weight).shape[1]
+        return self.streams.equations(inputs, layer.outputs, layer.bias is not None)
 
     def changed(self, name: str) -> dict[str, Tensor]:
-        """Of one layer: name within it -> tensor."""
-        return {leaf: self.weights[f"{name}.{leaf}"] for leaf in ("weight", "bias") if f"{name}.{leaf}" in self.weights}
+        """Of one module: name within it -> tensor."""
+        start = f"{name}."
+        return {full.removeprefix(start): value for full, value in self.weights.items() if full.startswith(start)}
 
-    def _output(self, index: int, name: str, linear: nn.Linear, inputs: Tensor, first: int = 0) -> Tensor:
-        """Of the layer as it is by now, from its output ``first`` on."""
+    def _output(self, index: int, name: str, linear: nn.Linear, inputs: Tensor) -> Tensor:
+        """Of the layer as it is by now."""
         full_name = f"blocks.{index}.{name}"
-        weight = self.weights.get(f"{full_name}.weight", linear.weight).to(linear.weight)
-        bias = self.weights.get(f"{full_name}.bias", linear.bias)
-        return F.linear(inputs, weight[first:], None if bias is None else bias.to(weight)[first:])
+        weight, bias = self.weights.get(f"{full_name}.weight"), self.weights.get(f"{full_name}.bias")
+        return F.linear(
+            inputs,
+            linear.weight if weight is None else weight.to(linear.weight),
+            linear.bias if bias is None else bias.to(linear.weight),
+        )
 
 
 def _input_of(linear: nn.Linear, module: nn.Module, x: Tensor) -> Tensor:

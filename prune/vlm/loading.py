@@ -16,6 +16,7 @@ from torch import nn
 from ...core.errors import UserError
 from ...core.extras import require
 from ...core.text import first_line
+from ..device import resolve
 from ..weights_file import tensors_only
 from .folder import check_settings
 from .parts import find_parts
@@ -102,18 +103,18 @@ class LoadedVLM:
         return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
 
 
-def open_vlm(spec: str, *, device: str | None = None, dtype: str = "auto") -> LoadedVLM:
+def open_vlm(spec: str, *, device: str = "auto", dtype: str = "auto") -> LoadedVLM:
     """Open a vision-language model through ``from_pretrained``.
 
     Args:
         spec: A local folder, or a name on the hub.
-        device: Such as "cpu" or "cuda"; None: the GPU where there is one.
+        device: As of :attr:`~vpruner.core.specs.ModelSpec.device`.
         dtype: One of :data:`~vpruner.core.choices.VLM_DTYPES`.
 
     Raises:
         UserError: It cannot be loaded, or is no model whose visual tokens can be pruned; the message names what it is.
     """
-    transformers = require("transformers")
+    transformers, place = require("transformers"), resolve(device)
     folder = Path(spec)
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(
@@ -124,7 +125,6 @@ def open_vlm(spec: str, *, device: str | None = None, dtype: str = "auto") -> Lo
         raise UserError(
             f"there is no folder {spec}", "give a folder that save_pretrained wrote, or a name on the hub (OWNER/NAME)"
         )
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         with quiet_transformers():
             # A folder's settings are data: they may not make transformers run code or fetch it, nor ask the user to.
@@ -141,7 +141,7 @@ def open_vlm(spec: str, *, device: str | None = None, dtype: str = "auto") -> Lo
                 model = transformers.AutoModelForImageTextToText.from_pretrained(
                     spec, dtype=dtype, local_files_only=local, trust_remote_code=False
                 )
-            model = model.to(device).eval()
+            model = model.to(place).eval()
             processor = transformers.AutoProcessor.from_pretrained(
                 spec, local_files_only=local, trust_remote_code=False
             )

@@ -1,4 +1,4 @@
-"""benchmarks/accuracy.py from end to end, on a few of the bundled images."""
+"""benchmarks/accuracy.py from end to end, on a tiny model and a few images."""
 
 import pytest
 
@@ -10,9 +10,14 @@ def accuracy(script):
     return script("accuracy")
 
 
-def test_rows_of_all_methods(accuracy, tmp_path, capsys):
+@pytest.fixture
+def given(card, images):
+    return ["--model", str(card), "--data", str(images), "--eval-data", str(images)]
+
+
+def test_rows_of_all_methods(accuracy, given, images, tmp_path, capsys):
     output = tmp_path / "accuracy.jsonl"
-    options = ["--targets", "0.5", "--seeds", "3", "--images", "16", "--eval-images", "8", "--episodes", "8"]
+    options = [*given, "--targets", "0.5", "--seeds", "3", "--images", "16", "--eval-images", "8", "--episodes", "8"]
     some, others = list(accuracy.METHODS)[:5], list(accuracy.METHODS)[5:]
     accuracy.main([*options, "--methods", *some, "-o", str(output)])
     before = read_rows(output)
@@ -25,10 +30,10 @@ def test_rows_of_all_methods(accuracy, tmp_path, capsys):
 
     by_method = {row["method"]: row for row in rows}
     for row in rows:
-        assert row["benchmark"] == "accuracy" and row["model"] == "reference"
+        assert row["benchmark"] == "accuracy" and row["model"] == "tiny"
         assert (row["target"], row["seed"], row["images"], row["count"]) == (0.5, 3, 16, 8)
         assert row["episodes"] == (8 if "ppo" in row["method"] else None)
-        assert (row["data"], row["eval_data"]) == ("calibration", "evaluation")
+        assert row["data"] == row["eval_data"] == images.name
         assert 0.48 < row["macs_ratio"] <= 0.5 and row["seconds"] > 0 and row["environment"]["packages"]["torch"]
         assert "/" not in str({key: value for key, value in row.items() if key != "environment"})
     assert [row["metric"] for row in rows[:4]] == ["top1", "top1_difference", "agreement", "kl"]
@@ -40,10 +45,10 @@ def test_rows_of_all_methods(accuracy, tmp_path, capsys):
     assert by_method["random"]["value"] != by_method["fisher"]["value"]
 
 
-def test_a_budget_that_drops_nothing(accuracy, tmp_path):
+def test_a_budget_that_drops_nothing(accuracy, given, tmp_path):
     output = tmp_path / "accuracy.jsonl"
     methods = ["random", "fisher", "fisher + greedy", "fisher + ppo + gates", "fisher + ppo + weights"]
-    options = ["--targets", "1", "--seeds", "0", "--images", "16", "--eval-images", "8", "--episodes", "16"]
+    options = [*given, "--targets", "1", "--seeds", "0", "--images", "16", "--eval-images", "8", "--episodes", "8"]
     accuracy.main([*options, "--methods", *methods, "-o", str(output)])
     rows = read_rows(output)
     assert [row["method"] for row in rows[::4]] == methods

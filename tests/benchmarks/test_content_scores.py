@@ -16,6 +16,7 @@ def content_scores(script):
     return script("content_scores")
 
 
+@pytest.mark.nightly
 def test_rows_of_scores_with_and_without_refit(content_scores, tmp_path, monkeypatch):
     output = tmp_path / "content_scores.jsonl"
     options = ["--targets", "0.5", "--images", "64", "--eval-images", "32", "-o", str(output)]

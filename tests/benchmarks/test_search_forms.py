@@ -11,6 +11,7 @@ def search_forms(script):
     return script("search_forms")
 
 
+@pytest.mark.nightly
 def test_rows_of_all_forms(search_forms, tmp_path, capsys):
     output = tmp_path / "search_forms.jsonl"
     options = ["--targets", "0.5", "--seeds", "3", "--images", "16", "--eval-images", "8", "-o", str(output)]

@@ -79,7 +79,7 @@ def test_the_table_is_printed_and_written(measured):
     for text in ("attention: all attend", "MLP", "plans that the table was not fitted to", "all end", str(path)):
         assert text in result.stdout
     assert "Measuring blocks of tiny" in result.stderr
-    assert len(table.validation) == 4 and table.measured["dense_ms"] > 0
+    assert len(table.validation) == 4 and table.measured["dense_ms"] > 0 and table.head_token_ms == 0
 
 
 def test_a_dense_file_will_do_and_json_is_the_table(card, tmp_path):

@@ -204,7 +204,7 @@ def test_a_file_in_a_scratch_folder_is_named_as_what_it_becomes(no_room, tmp_pat
     output = tmp_path / "runs" / "a.onnx"
     with pytest.raises(UserError, match=f"^cannot write {output}: {no_room}"), scratch_beside(output) as folder:
         write_text(folder / "files" / "dense.onnx", "x" * 100_000)
-    assert not list((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
     with pytest.raises(GraphError) as found, scratch_beside(output) as folder:
         raise GraphError(f"{folder / 'a.onnx'} has no nodes", f"look at {folder}/b.onnx")
     assert str(found.value) == f"{output} has no nodes; look at {output}"
@@ -309,3 +309,12 @@ def test_every_call_of_the_python_api_lies_in_the_boundary():
                 if public and "job" not in calls:
                     outside.append(f"{module.__name__}.{node.name}")
     assert not outside
+
+
+def test_folders_that_were_made_for_nothing_go(tmp_path):
+    with pytest.raises(ZeroDivisionError), scratch_beside(tmp_path / "runs" / "mine" / "out", folder=True):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with scratch_beside(tmp_path / "runs" / "mine" / "out", folder=True) as folder:
+        folder.rename(tmp_path / "runs" / "mine" / "out")
+    assert (tmp_path / "runs" / "mine" / "out").is_dir()

@@ -100,7 +100,7 @@ def test_slopes_of_a_staircase_are_those_of_the_ramp_under_it():
         assert slopes[kind] == pytest.approx([ramp] * 4, rel=0.3)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.booleans())
 def test_slopes_are_positive_for_any_table(seed, pooled):
     """At no price may a gate seem free, or no price would close it."""

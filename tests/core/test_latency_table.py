@@ -30,7 +30,7 @@ def random_tables(draw):
     return make_table(geometry(), lambda k, q: values[k, q], lambda m: values[m, 9], tokens=[*inner, 37])
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(random_tables())
 def test_interpolation_is_monotone_and_meets_the_grid(table):
     for index, keys in enumerate(table.tokens):
@@ -97,7 +97,7 @@ def summed(table: LatencyTable, plan: TokenPlan) -> float:
     return total
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.booleans(), st.integers(0, 2))
 def test_predictions_add_up(seed, pooled, prefix):
     random = np.random.default_rng(seed)

@@ -359,7 +359,7 @@ def places(value, path=()):
         yield from places(item, (*path, key))
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=100)
 @given(plans(max_depth=3), st.data())
 def test_a_damaged_plan_is_refused_or_valid(plan, data):
     """Nothing that an editor may leave in a plan ends in another error than ours, there or in first use."""

@@ -48,7 +48,7 @@ def timm_pixels(preprocessing: Preprocessing, image: Image.Image) -> np.ndarray:
 sides = st.integers(1, 150)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     height=sides,
     width=sides,

@@ -48,7 +48,7 @@ SHARES = [
 ]
 
 
-@pytest.mark.parametrize("kind, share", each_with_some(KINDS, SHARES, 3))
+@pytest.mark.parametrize("kind, share", each_with_some(KINDS, SHARES, 2))
 def test_a_chain_has_the_shapes_it_says_and_computes_what_its_blocks_do(exported, kind, share):
     dense = exported(kind)
     shape = dense.geometry
@@ -128,9 +128,9 @@ def test_only_dense_files(exported, tmp_path):
         OrtGraphs(tmp_path / "nothing.onnx", tmp_path, threads=1)
 
 
-@pytest.mark.parametrize("kind", ["registers", "attention pooling"])
-def test_a_table_of_real_graphs(exported, tmp_path, kind):
-    dense = exported(kind)
+def test_a_table_of_real_graphs(exported, tmp_path):
+    """Of a model whose head reads patches; tests/cli measures one whose head does not."""
+    dense = exported("attention pooling")
     table = measure_table(OrtGraphs(dense.path, tmp_path, threads=1), "tiny", dense.geometry, seconds=0.05)
     assert table.tokens[-1] == dense.geometry.tokens and table.dense_ms > 0 and len(table.validation) == 4
-    assert (table.head_token_ms > 0) == (kind == "attention pooling")
+    assert table.head_token_ms > 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from covered import EXPORTERS, SIMPLIFIERS
 from export_tools import FORM, exported_form, gathered_reference, random_plan, relative_difference
-from foreign_graphs import Foreign, tiny_model, write_module
+from foreign_graphs import DYNAMO_KINDS, FAST, MATRIX, ONCE, PAIRS, TORCHSCRIPT, Foreign, tiny_model, write_module
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from products import sampled
@@ -25,38 +25,6 @@ from vpruner.export.parity import check_fold, run_all_outputs, run_onnx
 from vpruner.export.passes.edit import add_constant
 from vpruner.prune.backbones.forms import embed_images
 from vpruner.prune.backbones.vit import ViTAdapter, read_geometry
-
-DYNAMO = [
-    Foreign(exporter="dynamo", opset=opset, dynamic=dynamic, fused=fused)
-    for opset in (18, 20, 23)
-    for dynamic in (False, True)
-    for fused in (False, True)
-]
-DYNAMO_KINDS = [
-    Foreign(kind, "dynamo", opset, dynamic=True)
-    for kind, opset in (
-        ("registers", 18),
-        ("average pooling", 20),
-        ("attention pooling over the class token too", 20),
-        ("qk-norm", 23),
-        ("distilled", 20),
-        ("layer scale", 22),
-    )
-]
-TORCHSCRIPT = [
-    Foreign(kind, "torchscript", 17, dynamic=dynamic, fused=fused)
-    for kind in KINDS
-    for dynamic, fused in ((False, True), (True, "attention pooling" in kind))
-]
-MATRIX = DYNAMO + DYNAMO_KINDS + TORCHSCRIPT
-#: Any two of opset, batch and attention meet in these four and DYNAMO_KINDS, whose batch is open and attention fused.
-PAIRS = [
-    Foreign(exporter="dynamo", opset=opset, dynamic=dynamic, fused=fused)
-    for opset, dynamic, fused in ((18, False, False), (20, False, True), (20, True, False), (23, False, False))
-]
-#: Each kind once, in turns with a fixed batch and with an open one.
-ONCE = [foreign for index, foreign in enumerate(TORCHSCRIPT) if index % 4 in (0, 3)]
-FAST = PAIRS + DYNAMO_KINDS + ONCE
 
 
 def test_the_matrix_holds_the_opsets_that_the_page_of_models_lists():
@@ -204,8 +172,12 @@ def test_a_quantized_graph_is_refused_with_the_advice_to_fold_first(written, tmp
 
 
 def test_an_old_opset_is_refused(written, tmp_path):
-    with pytest.raises(GraphError, match="opset 14, expected 17"):
-        fold_file(written(Foreign(opset=14)), random_plan(tiny_model("class token")[1], 0), tmp_path / "pruned.onnx")
+    with pytest.raises(GraphError, match="opset 12, expected 13"):
+        fold_file(
+            written(Foreign(opset=12, fused=False)),
+            random_plan(tiny_model("class token")[1], 0),
+            tmp_path / "pruned.onnx",
+        )
 
 
 def test_an_open_image_size_is_taken_from_the_plan(written, tmp_path):

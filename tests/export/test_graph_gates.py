@@ -206,8 +206,8 @@ def _gradient(path, images, direction, closed):
 def test_the_search_finds_the_sets_that_it_finds_on_the_timm_model():
     loaded, gates = open_model(), gates_of(written_reference("torchscript", 17, True))
     adapter, source = loaded.adapter, ImageSource(bundled.calibration_data())
-    images = ImageSet(source, choose_indices(source, 64, 0), None)
-    rounds = [[(batch, None)] for batch, _ in images.batches(loaded.preprocessing, 32)]
+    images = ImageSet(source, choose_indices(source, 32, 0), None)
+    rounds = [[(batch, None)] for batch, _ in images.batches(loaded.preprocessing, 16)]
     graph = SimpleNamespace(model=gates.model, gated=gates.gated, name=adapter.name, geometry=adapter.geometry)
     found = [search_in_rounds(path, rounds, "self", 0.65, seed=0).plan.masks for path in (adapter, graph)]
     assert 0.2 < found[0].mean() < 0.9

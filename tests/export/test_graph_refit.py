@@ -256,7 +256,7 @@ def test_weights_are_those_of_the_timm_model(name, flip):
 def test_the_bundled_model_is_refitted_as_in_pytorch():
     loaded, graph = open_model(), adapter_of(written_reference("torchscript", 17, False))
     source, timm = ImageSource(bundled.calibration_data()), loaded.adapter
-    calibration = Calibration.load(ImageSet(source, choose_indices(source, 128, 0), None), loaded.preprocessing)
+    calibration = Calibration.load(ImageSet(source, choose_indices(source, 48, 0), None), loaded.preprocessing)
     plan = random_plan(timm)
     dense = {name: value.detach() for name, value in timm.model.named_parameters()}
     expected, _ = refit_weights(timm, plan, calibration, calibration.fit)

@@ -18,6 +18,7 @@ import torch
 from click.testing import CliRunner
 from export_tools import random_plan, relative_difference
 from foreign_graphs import write_module
+from store import stored
 from tiny_vits import tiny
 
 from vpruner.cli import main
@@ -38,7 +39,7 @@ BASES = {
     "dynamo 23, dynamic": ("distilled", "dynamo", 23, True),
 }
 #: Fold or refusal of so many graphs that run; each base begins at mutations of its own.
-FEW, MANY = 15, 60
+FEW, MANY = 6, 60
 #: Pairs of operators of the same number of inputs.
 RENAMED = {
     "Add": ("Sub", "Mul", "Max"), "Mul": ("Add", "Div"), "Softmax": ("LogSoftmax", "Hardmax"), "Erf": ("Tanh", "Neg"),
@@ -49,15 +50,16 @@ RENAMED = {
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    folder, made = tmp_path_factory.mktemp("bases"), {}
-    for name, (kind, exporter, opset, dynamic) in BASES.items():
-        model = tiny(kind, **SMALL)
-        geometry = read_geometry(model, "tiny")
-        path = folder / f"{len(made)}.onnx"
-        write_module(model, torch.zeros(2 if dynamic else 1, 3, 16, 24), path, exporter, opset, dynamic)
-        made[name] = path, geometry
-    return made
+def bases():
+    return {
+        name: (stored(write_base, *base) / "base.onnx", read_geometry(tiny(base[0], **SMALL), "tiny"))
+        for name, base in BASES.items()
+    }
+
+
+def write_base(folder, kind, exporter, opset, dynamic):
+    images = torch.zeros(2 if dynamic else 1, 3, 16, 24)
+    write_module(tiny(kind, **SMALL), images, folder / "base.onnx", exporter, opset, dynamic)
 
 
 # -- mutations: each changes the model in place, and says whether it found something to change ------------------------
@@ -373,7 +375,8 @@ def test_no_mutation_gives_a_wrong_graph(bases, base, wanted, tmp_path):
     path, geometry = bases[base]
     counts = {"refused": 0, "folded": 0}
     first = seed = 0 if wanted == MANY else 100 * list(BASES).index(base)
-    while sum(counts.values()) < wanted:
+    # Both happen, or the test would say little about the other.
+    while sum(counts.values()) < wanted or not all(counts.values()):
         mutate = MUTATIONS[seed % len(MUTATIONS)]
         try:
             result = outcome(path, geometry, mutate, tmp_path, seed)
@@ -383,8 +386,7 @@ def test_no_mutation_gives_a_wrong_graph(bases, base, wanted, tmp_path):
             counts[result] += 1
         seed += 1
         assert seed < first + 20 * wanted
-    # Both happen, or the test would say little about the other.
-    assert counts["refused"] >= 1 and counts["folded"] >= max(1, wanted // 10), counts
+    assert counts["folded"] >= wanted // 10, counts
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -1,5 +1,10 @@
 """Calibration images, the split, the dense model's outputs, and the measures that every stage is judged by."""
 
+import errno
+import io
+import tempfile
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +18,9 @@ from vpruner.core.plan import TokenPlan
 from vpruner.core.preprocess import Preprocessing
 from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.calibration import MOST_HELD_OUT, Calibration, Judgement, distance, divergence
+from vpruner.prune.crops import CropFile
 from vpruner.prune.data import ImageSet, ImageSource
+from vpruner.prune.rearrange.world import World
 
 PREPROCESSING = Preprocessing(
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size=(32, 48), crop_pct=0.9, interpolation="bicubic"
@@ -101,6 +108,45 @@ def test_loading_holds_out_a_share_and_skips_what_cannot_be_read(folder, tmp_pat
 def test_a_large_set_holds_out_no_more_than_is_needed(folder, monkeypatch):
     monkeypatch.setattr("vpruner.prune.calibration.MOST_HELD_OUT", 2)
     assert load(folder).held_out.tolist() == [10, 11]
+
+
+def test_many_crops_lie_in_a_file_and_are_the_same(folder, monkeypatch, tmp_path):
+    in_memory = load(folder)
+    monkeypatch.setattr("vpruner.prune.calibration.RAM_BYTES", 12 * 32 * 48 * 3 - 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    in_file = load(folder)
+    assert isinstance(in_memory.pixels, np.ndarray) and isinstance(in_file.pixels, CropFile)
+    order = np.array([3, 4, 5, 23, 0, 11, 10, 10])
+    assert torch.equal(in_file.images(order), in_memory.images(order))
+    assert torch.equal(in_file.images(np.array([], int)), in_memory.images(np.array([], int)))
+    assert in_file.held_out.tolist() == in_memory.held_out.tolist()
+    adapter = ViTAdapter(tiny("class token"), "tiny")
+    assert World(adapter, in_file).digest == World(adapter, in_memory).digest
+    with pytest.raises(IndexError):
+        in_file.pixels[np.array([12])]
+    assert list(tmp_path.iterdir()) == []  # Nothing would be left of it.
+
+
+def test_a_disk_that_is_too_small_is_said_at_once(folder, monkeypatch):
+    monkeypatch.setattr("vpruner.prune.calibration.RAM_BYTES", 0)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=12 * 32 * 48 * 3 - 1))
+    with pytest.raises(
+        UserError, match=r"the crops of 12 images take 0\.0 GiB, and .* has 0\.0 GiB left; use fewer"
+    ) as e:
+        load(folder)
+    assert str(e.value).endswith("set TMPDIR to a folder on another disk")
+
+
+def test_a_disk_that_becomes_full_is_said(folder, monkeypatch):
+    monkeypatch.setattr("vpruner.prune.calibration.RAM_BYTES", 0)
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+    with pytest.raises(UserError, match="cannot write temporary files in .*: No space left on device; free some space"):
+        load(folder)
 
 
 # -- outputs ----------------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 import io
 import sys
 import tarfile
+import threading
 import warnings
 
 import numpy as np
 import pytest
 import timm
+import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
@@ -14,6 +16,7 @@ from vpruner.core.preprocess import Preprocessing
 from vpruner.core.specs import eval_sets
 from vpruner.prune.choose_images import choose_images, choose_indices, map_labels, overlap
 from vpruner.prune.data import ImageSet, ImageSource
+from vpruner.prune.memory import MemorySource
 
 PREPROCESSING = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, size=(16, 16))
 
@@ -228,7 +231,7 @@ def test_hashes_come_with_the_first_pass(tmp_path, monkeypatch):
     stream = images.images()
     for _ in range(8):  # as the rounds of the search do: exactly as many as there are
         next(stream)
-    monkeypatch.setattr(images, "_raw", lambda: pytest.fail("a second pass"))
+    monkeypatch.setattr(images, "_read", lambda *_: pytest.fail("a second pass"))
     assert len(images.image_hashes) == 8 and images.sha256
 
 
@@ -387,3 +390,110 @@ def test_a_stream_is_read_from_its_start(tmp_path):
     wrong = ImageSet(source, choose_indices(source, 4, 0), {0: 0})
     with pytest.raises(UserError, match=r"an image with label 1, the model's classes are 0\.\.0"):
         list(wrong.images())
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+def mixed_folder(root):
+    """Photos of many sizes, one of them turned, one of 16 bits, some that cannot be read, and a float image."""
+    random = np.random.default_rng(3)
+    for index in range(24):
+        name = root / ("cat", "dog")[index % 2] / f"{index:02}.png"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        size = tuple(random.integers(8, 60, 2))
+        exif = Image.Exif()
+        if index == 5:
+            exif[0x0112] = 6
+        Image.fromarray(random.integers(0, 255, (*size, 3), np.uint8)).save(name, exif=exif)
+    Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(root / "cat" / "10.png")
+    (root / "dog" / "03.png").write_bytes(b"broken")
+    (root / "dog" / "17.png").write_bytes((root / "dog" / "19.png").read_bytes()[:90])
+    Image.new("F", (8, 8), 0.5).save(root / "dog" / "24.tiff")
+    return root
+
+
+def everything(source, workers) -> tuple:
+    """What two passes over a source give, and all that is noted about it."""
+    images = ImageSet(source, range(25), {0: 1, 1: 0, -1: 0}, workers=workers)
+    first = [(image.tobytes(), label) for image, label in images.images()]
+    noted = dict(images.skipped), set(images.turned), images.count, images.sha256, images.image_hashes
+    batches = list(images.batches(PREPROCESSING, 4))
+    pixels, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    strict = ImageSet(source, range(25), strict=True, workers=workers)
+    seen = []
+    with pytest.raises(UserError) as caught:
+        seen.extend(image.size for image, _ in strict.images())
+    wrong = ImageSet(source, range(25), {0: 0}, workers=workers)
+    with pytest.raises(UserError) as unknown:
+        list(wrong.images())
+    return first, noted, pixels.numpy().tobytes(), labels.tolist(), images.remark("x"), seen, str(caught.value), str(
+        unknown.value
+    )  # fmt: skip
+
+
+def test_threads_change_nothing(tmp_path):
+    folder = mixed_folder(tmp_path / "images")
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(folder, ".")
+    paths = [(path, int(path.parent.name == "dog")) for path in sorted(folder.rglob("*.*"), key=lambda p: p.name)]
+
+    readers = set()
+
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(paths)
+
+        def __getitem__(self, index):
+            readers.add(threading.current_thread().name)
+            return paths[index]
+
+    def items():
+        for path, label in paths:
+            yield {"bytes": path.read_bytes(), "path": None}, label
+
+    sources = [ImageSource(folder), ImageSource(tmp_path / "images.tar"), MemorySource(paths), MemorySource(Pictures())]
+    sources.append(stream_source(tmp_path / "other", items))
+    assert [source.shared for source in sources[:4]] == [True, True, True, False]
+    for source in sources:
+        expected = everything(source, 0)
+        assert len(expected[1][0]) == 3 and expected[1][1] and expected[1][2] == 22
+        assert everything(source, 3 if source.shared else None) == expected, source.spec
+    # A program's own data set is read by the thread that asks, unless it says that several may.
+    assert readers == {threading.current_thread().name}
+    everything(sources[3], 4)
+    assert "vpruner-ahead" in readers
+
+
+def test_few_images_are_read_by_the_caller_and_many_by_threads(tmp_path, monkeypatch):
+    source = ImageSource(make_folder(tmp_path, per_class=4))
+    who = set()
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda index: who.add(threading.current_thread().name) or read(index))
+    assert len(list(ImageSet(source, range(8)).images())) == 8 and who == {threading.current_thread().name}
+    who.clear()
+    monkeypatch.setattr("vpruner.prune.data.FEW_IMAGES", 8)
+    assert len(list(ImageSet(source, range(8)).images())) == 8 and who == {"vpruner-ahead"}
+
+
+def test_who_looks_at_the_first_image_reads_few(tmp_path, monkeypatch):
+    source = ImageSource(make_folder(tmp_path, per_class=30))
+    count, read = [], source.read
+    monkeypatch.setattr(source, "read", lambda index: count.append(index) or read(index))
+    images = ImageSet(source, range(60), workers=4)
+    next(images.images())
+    assert len(count) <= 4
+
+
+def test_threads_leave_the_warnings_of_the_program_as_they_are(tmp_path, monkeypatch):
+    source = ImageSource(make_folder(tmp_path, per_class=16))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 * 24 - 1)  # Pillow warns of each.
+    before = list(warnings.filters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in ImageSet(source, range(32), workers=4).images():
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                warnings.warn("of the program", UserWarning, stacklevel=1)
+            assert [str(one.message) for one in caught] == ["of the program"]
+    assert warnings.filters == before

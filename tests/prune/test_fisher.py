@@ -6,10 +6,9 @@ from torch.nn import functional as F
 
 from vpruner.core.plan import TokenPlan
 from vpruner.prune.backbones.vit import ViTAdapter
+from vpruner.prune.batches import activation_bytes, batch_size_for
 from vpruner.prune.fisher import (
     GateGradients,
-    activation_bytes,
-    batch_size_for,
     gate_gradients,
     gradients_of_images,
 )

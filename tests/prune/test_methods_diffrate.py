@@ -194,7 +194,7 @@ def test_learning_repeats_itself_and_leaves_the_model_as_it_was(monkeypatch):
     assert DiffRate(steps=4, batch_size=1).make(adapter, [images], 0.8, seed=3) == found
     together = DiffRate(steps=4, batch_size=2).make(adapter, [images], 0.8)
     # What does not fit at once is summed up.
-    monkeypatch.setattr(diffrate, "batch_size_for", lambda geometry, backward: 1)
+    monkeypatch.setattr(diffrate, "images_at_once", lambda adapter, backward: 1)
     assert DiffRate(steps=4, batch_size=2).make(adapter, [images], 0.8) == together
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert torch.equal(model(images), expected)

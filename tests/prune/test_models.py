@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from many_vits import timm_eva
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
@@ -479,7 +480,7 @@ def test_a_module_that_states_no_preprocessing_is_asked_for_it():
 @pytest.mark.parametrize(
     "module, given, reason",
     [
-        (lambda: torch.nn.Linear(2, 3), {}, "it is a Linear, not a timm VisionTransformer; .*models that can"),
+        (lambda: torch.nn.Linear(2, 3), {}, "it is a Linear, not a timm VisionT.* or a timm Eva; .*models that can"),
         (lambda: timm.create_model("resnet18"), {}, "resnet18 cannot be pruned: it is a ResNet"),
         (lambda: bare(dynamic_img_size=True), {}, "dynamic_img_size lets the image size vary"),
         (lambda: bare(in_chans=1), {"preprocessing": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}, "takes 1 channels"),
@@ -505,7 +506,7 @@ def test_options_of_files_do_not_go_with_a_module(small_model):
         ("swin_tiny_patch4_window7_224", "SwinTransformer, not a .*its attention works in windows"),
         ("beit_base_patch16_224", "a bias by relative position"),
         ("vit_relpos_small_patch16_224", "a bias by relative position"),
-        ("eva02_tiny_patch14_224", "RoPE"),
+        ("deepseek_vit_412m_enc", "RoPE"),
         ("naflexvit_base_patch16_gap", "two inputs, patches and where they are"),
         ("mixer_s16_224", "no attention over tokens"),
         ("levit_128", "merges tokens from stage to stage"),
@@ -527,8 +528,9 @@ def test_a_model_of_transformers_in_memory_is_asked_for_as_a_folder():
 
 
 def test_every_backbone_takes_what_it_detects(small_model):
-    (backbone,) = BACKBONES
-    assert backbone.detect(small_model) and not backbone.detect(torch.nn.Linear(2, 3))
-    adapter = adapter_for(small_model, "mine")
-    assert isinstance(adapter, backbone.adapter) and adapter.name == "mine"
-    assert adapter.geometry == backbone.read_geometry(small_model, "mine")
+    for backbone, model in zip(BACKBONES, (small_model, timm_eva()), strict=True):
+        assert [one for one in BACKBONES if one.detect(model)] == [backbone]
+        assert not backbone.detect(torch.nn.Linear(2, 3))
+        adapter = adapter_for(model, "mine")
+        assert type(adapter) is backbone.adapter and adapter.name == "mine"
+        assert adapter.geometry == backbone.read_geometry(model, "mine")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latency_tables import macs_table, make_table, stairs
+from products import each_with_some
 
 from vpruner.core.cost import Cost, LatencyCost, MacsCost, dense_macs, plan_macs
 from vpruner.core.errors import UserError
@@ -47,7 +48,7 @@ def floor(shape: Geometry, form: str) -> float:
 # -- what a result is -------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     st.integers(0, 10**6), st.floats(0.1, 0.95), st.integers(1, 8), st.integers(4, 9), st.booleans(), st.integers(0, 5),
     st.sampled_from(sorted(FORMS)),
@@ -107,10 +108,13 @@ def every_plan(cost: Cost, losses: np.ndarray, form: str) -> tuple[np.ndarray, n
 SMALL = {"exits": (3, 4), "two-exits": (3, 5), "drop": (4, 6), "free": (2, 3)}
 
 
-@pytest.mark.parametrize("kind", ["macs", "latency"])
-@pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("form", SMALL)
-def test_close_to_the_best_plan_found_by_brute_force(form, pooled, kind):
+#: Any two of form, pooling and cost meet in the two cases of each form.
+PRICED = [(False, "macs"), (True, "latency"), (False, "latency"), (True, "macs")]
+
+
+@pytest.mark.parametrize("form, priced", each_with_some(list(SMALL), PRICED, 2))
+def test_close_to_the_best_plan_found_by_brute_force(form, priced):
+    pooled, kind = priced
     depth, patches = SMALL[form]
     shape, drops = geometry(depth, (1, patches), pooled), form == "drop"
     table = make_table(shape, lambda k, q: 0.1 + 0.01 * (k + q), lambda m: 0.02 * (m + m % 2), fixed_ms=0.1)
@@ -262,7 +266,7 @@ def longer(plan: TokenPlan):
             yield TokenPlan.from_exits("m", shape, more)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(st.integers(0, 10**6), st.floats(0.3, 0.95), st.integers(1, 16), st.booleans())
 def test_measured_budgets_are_met_from_below_and_nothing_free_is_left_lying(seed, target, step, pooled):
     shape = geometry(depth=4, grid=(5, 5), pooled=pooled)
@@ -276,8 +280,7 @@ def test_measured_budgets_are_met_from_below_and_nothing_free_is_left_lying(seed
         assert cost.of(other) > result.cost * (1 + 1e-12) or (other.masks == plan.masks).all()
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("target", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("seed, target", each_with_some(range(3), [0.5, 0.7, 0.9], 1))
 def test_on_a_staircase_every_block_ends_at_the_edge_of_a_step(seed, target):
     shape = geometry(depth=8, grid=(9, 9), pooled=True)
     cost = LatencyCost(make_table(shape, **stairs(8)), shape)

@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import timm
 import torch
-from covered import TIMM_MODELS
+from covered import EVA_MODELS, TIMM_MODELS
 from flops import flop_counter
-from timm.layers import LayerNormFp32, RmsNorm
+from timm.layers import LayerNormFp32
 from tiny_vits import KINDS, tiny
+from torch.nn import BatchNorm1d
 
 from vpruner.core.cost import cost_ratio, dense_macs, plan_macs
 from vpruner.core.errors import PlanError, UserError
 from vpruner.core.plan import TokenPlan
+from vpruner.prune.backbones.registry import adapter_for
 from vpruner.prune.backbones.vit import FORMS, ViTAdapter, weights_sha256
 
 TOLERANCE = 1e-10
@@ -222,7 +224,7 @@ def test_a_plan_of_another_geometry_is_refused(adapter):
         ("vit_tiny_r_s16_p8_224", {}, "its patch embedding is a HybridEmbed"),
         ("swin_tiny_patch4_window7_224", {}, "it is a SwinTransformer"),
         ("vit_tiny_patch16_224", {"depth": 2, "dynamic_img_size": True}, "dynamic_img_size lets the image size vary"),
-        ("vit_tiny_patch16_224", {"depth": 2, "norm_layer": RmsNorm}, "norm1 of block 0 is a RmsNorm, not a LayerNorm"),
+        ("vit_tiny_patch16_224", {"depth": 2, "norm_layer": BatchNorm1d}, "norm1 of block 0 is a BatchNorm1d, not a"),
     ],
 )
 def test_a_model_it_cannot_handle_is_refused_by_name(name, arguments, reason):
@@ -233,21 +235,21 @@ def test_a_model_it_cannot_handle_is_refused_by_name(name, arguments, reason):
 @pytest.mark.parametrize(
     ("part", "reason"),
     [
-        ("blocks.1.norm1", "norm1 of block 1 is a RmsNorm"),
+        ("blocks.1.norm1", "norm1 of block 1 is a BatchNorm1d"),
         ("blocks.1.norm2", "norm2 of block 1 is a Identity"),
-        ("norm", "its final norm is a RmsNorm"),
+        ("norm", "its final norm is a BatchNorm1d"),
     ],
 )
 def test_other_norms_are_refused_where_they_stand(part, reason):
     model = tiny("class token")
-    model.set_submodule(part, torch.nn.Identity() if "Identity" in reason else RmsNorm(32))
+    model.set_submodule(part, torch.nn.Identity() if "Identity" in reason else BatchNorm1d(32))
     with pytest.raises(UserError, match=f"tiny cannot be pruned: {reason}, not a LayerNorm"):
         ViTAdapter(model, "tiny")
 
 
-@pytest.mark.parametrize("name", TIMM_MODELS)
+@pytest.mark.parametrize("name", [*TIMM_MODELS, *EVA_MODELS])
 def test_well_known_models_are_handled(name):
-    geometry = ViTAdapter(timm.create_model(name, depth=2), name).geometry
+    geometry = adapter_for(timm.create_model(name, depth=2), name).geometry
     assert geometry.depth == 2 and geometry.patches == geometry.grid[0] * geometry.grid[1] > 100
 
 

@@ -48,6 +48,8 @@ FOLLOWED = {
     "l = MatMul(x, flat) t = Add(l, table) p = Softmax<axis=-1>(t) y = MatMul(p, x)": [ALL],
     'y = Einsum<equation="bqc,bkc->bqk">(x, x)': [ALL, ALL],
     'y = Einsum<equation="btc,cd->bdt">(x, m)': [ALL],
+    'y = Einsum<equation="...qc, ...kc -> ...qk">(x, x)': [ALL, ALL],
+    'y = Einsum<equation="...tc,cd->d...t">(x, m)': [ALL],
     "y = Attention<q_num_heads=2, kv_num_heads=2>(x, x, x)": [ALL],
     "s = Constant<value_ints=[1, 6, 2, 2]>() h = Reshape(x, s) q = Transpose<perm=[0, 2, 1, 3]>(h) "
     "y = Attention(q, q, q, table)": [ALL],
@@ -93,6 +95,7 @@ LOST = {
     "y = Concat<axis=1>(x, x)": "beside itself",
     "s = Constant<value_ints=[1, 2, 1]>() y = Tile(x, s)": "repeated",
     "y = Attention<q_num_heads=2, kv_num_heads=2, is_causal=1>(x, x, x)": "causal",
+    'l = MatMul(x, wide) y = Einsum<equation="...tt->...t">(l)': "named once",
     "y = CumSum(x, i)": "CumSum",
     "n = Constant<value_ints=[0, 1, 0, 0, -1, 0]>() y = Pad(x, n)": "padded",
     "t = Transpose<perm=[0, 1, 3, 2]>(grid) y = MatMul(grid, t)": "windows",

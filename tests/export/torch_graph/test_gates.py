@@ -2,27 +2,26 @@
 
 import contextlib
 
+import follow_tools
 import onnx_ir as ir
 import pytest
 import torch
-from store import stored
 from torch.nn import functional as F
-from vit_zoo import write_model
 
 from vpruner.export.torch_graph import GraphModule, logits_name
 from vpruner.prune.models import open_model
 
-WAYS = [("torchscript", 17, True), ("torchscript", 18, False), ("dynamo", 20, False), ("dynamo", 23, True)]
-
-
-def _write(folder, exporter, opset, dynamic):
-    model = open_model().adapter.model.double()
-    write_model(model, (torch.zeros(2 if dynamic else 1, 3, 32, 32).double(),), folder, exporter, opset, dynamic)
+WAYS = [
+    ("torchscript", 17, True),
+    ("torchscript", 18, False),
+    pytest.param("dynamo", 20, False, marks=pytest.mark.nightly),
+    ("dynamo", 23, True),
+]
 
 
 def reference_file(exporter, opset, dynamic):
     """The bundled model with float64 weights: what a float32 file rounds (the scale of the logits) is not rounded."""
-    return stored(_write, exporter, opset, dynamic) / "model.onnx"
+    return follow_tools.reference_file(exporter, opset, dynamic, double=True)
 
 
 def branches(graph: ir.Graph) -> list[str]:

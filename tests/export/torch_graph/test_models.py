@@ -4,23 +4,36 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from vit_zoo import ZOO, zoo_file, zoo_inputs, zoo_model
+from foreign_graphs import FAST
+from vit_zoo import MANY, OTHERS, ZOO
 
 from vpruner.export.torch_graph import GraphModule
 
 WAYS = {
-    "torchscript": [(17, True), (18, False), (20, True), (17, False)],
-    "dynamo": [(23, True), (18, False), (20, False), (20, True), (23, False), (18, True)],
+    "torchscript": [(17, True), (17, False), (18, False), (20, True)],
+    "dynamo": [(23, True), (18, False), (20, False), (20, True), (22, True), (23, False), (18, True)],
 }
-EVERY = [(name, exporter, *way) for name in ZOO for exporter in ZOO[name].exporters for way in WAYS[exporter]]
-#: Each model once by TorchScript, and some by dynamo, which takes longer; each in another way than the one before.
+EVERY = [
+    (name, exporter, *way, fused)
+    for name, member in ZOO.items()
+    for exporter in member.exporters
+    for way in WAYS[exporter]
+    for fused in ((True, False) if name.startswith("timm ") else (True,))
+]
+#: Each model once, in turns with an open batch and a fixed one. Files of dynamo, which is slow, are of other tests.
 SAMPLE = [
-    (name, exporter, *WAYS[exporter][index % len(WAYS[exporter])])
-    for exporter, names in (
-        ("torchscript", [name for name in ZOO if "torchscript" in ZOO[name].exporters]),
-        ("dynamo", [name for i, name in enumerate(ZOO) if i % 4 == 0 or ZOO[name].exporters == ("dynamo",)]),
-    )
-    for index, name in enumerate(names)
+    *(
+        (f"timm {one.kind}", one.exporter, one.opset, one.dynamic, one.fused)
+        for one in FAST
+        if (one.opset, one.dynamic) in WAYS[one.exporter]
+    ),
+    *(
+        (name, "torchscript", 17, index % 2 == 0, True)
+        if "torchscript" in ZOO[name].exporters
+        else (name, "dynamo", 20, True, True)
+        for index, name in enumerate(MANY)
+    ),
+    *((name, "torchscript", *WAYS["torchscript"][2 + index % 2], True) for index, name in enumerate(OTHERS)),
 ]
 
 
@@ -48,23 +61,24 @@ def difference(ours, theirs, *, to_spread=False):
 
 
 @pytest.mark.parametrize(
-    "name, exporter, opset, dynamic",
+    "name, exporter, opset, dynamic, fused",
     [pytest.param(*case, marks=[] if case in SAMPLE else pytest.mark.nightly) for case in EVERY],
 )
 @torch.no_grad()
-def test_a_graph_computes_what_its_model_does(name, exporter, opset, dynamic):
-    path = zoo_file(name, exporter, opset, dynamic)
+def test_a_graph_computes_what_its_model_does(name, exporter, opset, dynamic, fused):
+    member = ZOO[name]
+    path = member.file(exporter, opset, dynamic, fused)
     module = GraphModule(path)
     for batch in (1, 3) if dynamic else (1,):
-        inputs = zoo_inputs(name, batch, batch)
+        inputs = member.feeds(batch, batch)
         assert difference(as_tuple(module(*inputs)), run_onnx(path, inputs)) < 1e-5
     if not dynamic:  # Three images by one vectorised pass of a graph for one.
-        inputs = zoo_inputs(name, 3)
+        inputs = member.feeds(3)
         alone = [as_tuple(module(*(x[i : i + 1] for x in inputs))) for i in range(3)]
         assert difference(as_tuple(module(*inputs)), [torch.cat(parts) for parts in zip(*alone, strict=True)]) < 1e-5
     module.double()
-    inputs = tuple(x.double() if x.is_floating_point() else x for x in zoo_inputs(name, 1))
-    model = zoo_model(name).double()
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in member.feeds(1))
+    model = member.model().double()
     try:
         wanted = as_tuple(model(*inputs))
     finally:
@@ -77,5 +91,5 @@ def test_a_graph_computes_what_its_model_does(name, exporter, opset, dynamic):
 
 
 def test_every_way_and_every_model_is_sampled():
-    assert {(case[1], case[2:]) for case in SAMPLE} == {(by, way) for by, ways in WAYS.items() for way in ways}
+    assert {(case[1], case[2:4]) for case in SAMPLE} == {(by, way) for by, ways in WAYS.items() for way in ways}
     assert {case[0] for case in SAMPLE} == set(ZOO)
