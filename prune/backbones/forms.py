@@ -334,20 +334,22 @@ def split_keys_values(attn: nn.Module, projected: Tensor, rope: Tensor | None = 
     return _turned(attn, attn.k_norm(key), rope), value
 
 
-def projected(attn: nn.Module, tokens: Tensor, parts: str) -> Tensor:
+def projected(attn: nn.Module, tokens: Tensor, parts: str, *, bias: bool = True) -> Tensor:
     """[batch, token, channel] -> [batch, token, part * head * head_dim].
 
     Args:
         parts: Neighbours of ``"qkv"``.
+        bias: False: without it, as the difference of two streams is projected.
     """
     if attn.qkv is None:
-        return torch.cat([getattr(attn, f"{part}_proj")(tokens) for part in parts], -1)
-    inner, bias = attn.num_heads * attn.head_dim, attn.qkv.bias
-    if getattr(attn, "q_bias", None) is not None:
-        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        layers = [getattr(attn, f"{part}_proj") for part in parts]
+        return torch.cat([F.linear(tokens, layer.weight, layer.bias if bias else None) for layer in layers], -1)
+    inner, every = attn.num_heads * attn.head_dim, attn.qkv.bias if bias else None
+    if bias and getattr(attn, "q_bias", None) is not None:
+        every = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
     first = "qkv".index(parts) * inner
     rows = slice(first, first + len(parts) * inner)
-    return F.linear(tokens, attn.qkv.weight[rows], None if bias is None else bias[rows])
+    return F.linear(tokens, attn.qkv.weight[rows], None if every is None else every[rows])
 
 
 def _turned(attn: nn.Module, heads: Tensor, rope: Tensor | None) -> Tensor:

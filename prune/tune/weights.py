@@ -189,9 +189,8 @@ class _Refit:
     def _missing(self, index: int, block: nn.Module, dense: Tensor, pruned: Tensor) -> Tensor:
         """What keys and values, as they are by now, lack of the dense model's."""
         changed = self.changed(f"blocks.{index}.attn")
-        if not changed:  # One product for both; less what it adds to nothing, the bias.
-            nothing = torch.zeros_like(dense[:1, :1])
-            return projected(block.attn, dense - pruned, "kv") - projected(block.attn, nothing, "kv")
+        if not changed:  # One product for both.
+            return projected(block.attn, dense - pruned, "kv", bias=False)
         target = projected(block.attn, dense, "kv")
         with with_weights(block.attn, changed):
             return target - projected(block.attn, pruned, "kv")
