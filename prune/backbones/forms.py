@@ -295,18 +295,21 @@ def attended_values(
 
 def attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
     """The same from queries [batch, head, query, head_dim], and keys and values [batch, head, key, head_dim]."""
-    if attn.fused_attn and bias is not None and bias.requires_grad and bias.device.type == "cpu":
+    biased = bias is not None and bias.requires_grad
+    # On CPUs the backward pass of the fast attention is slow in bfloat16.
+    slow = key.dtype == torch.bfloat16 and key.device.type == "cpu" and (biased or key.requires_grad)
+    if attn.fused_attn and biased and key.device.type == "cpu" and not slow:
         # PyTorch's fast attention on CPUs gives no gradient of a mask. One more channel gives it: 1 of each query, the
         # bias of each key. Both passes together take two thirds of the time.
         rows, width = key.shape[:-1], key.shape[-1]
         channel = (bias / attn.scale).expand(rows[0], rows[1], 1, rows[2]).transpose(2, 3)
         query, key = F.pad(query, (0, 1), value=1.0), torch.cat([key, channel], -1)
         out = F.scaled_dot_product_attention(query, key, F.pad(value, (0, 1)), scale=attn.scale)[..., :width]
-    elif attn.fused_attn:
+    elif attn.fused_attn and not slow:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     else:
         logits = (query * attn.scale) @ key.transpose(-2, -1)
-        out = (logits if bias is None else logits + bias).softmax(-1) @ value
+        out = (logits if bias is None else logits + bias.to(logits)).softmax(-1) @ value
     return attn.norm(out.transpose(1, 2).flatten(2))
 
 

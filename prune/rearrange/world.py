@@ -13,7 +13,7 @@ from ...core.plan import TokenPlan
 from .. import ranks
 from ..backbones.adapter import Adapter
 from ..backbones.vit import weights_sha256
-from ..batches import images_at_once, in_batches
+from ..batches import halved, images_at_once, in_batches
 from ..calibration import Calibration, Judgement, distance, divergence
 from ..tune.weights import with_weights
 
@@ -24,7 +24,7 @@ REWARD_IMAGES = 1536
 STAND_IN_IMAGES = 256
 #: Rows of a stand-in's normal equations at most, an image or its mirror image giving one per token: with more tokens to
 #: an image fewer images do, and no mirror images, and a model of DeiT's size is refitted in minutes.
-STAND_IN_ROWS = 75_000
+STAND_IN_ROWS = 150_000
 #: How many of those plans say whether the refit helped: on so many held-out images, and on twice as many, up to
 #: :data:`STAND_IN_IMAGES`, until the difference is so many standard errors.
 STAND_IN_JUDGES, STAND_IN_JUDGED, STAND_IN_CLEAR = 4, 64, 4
@@ -96,8 +96,10 @@ class World:
             foresee: False: with the model's own weights, whatever :attr:`stand_in` is.
         """
         together = self.adapter.plans_together
+        # Of rewards the differences count. What is reported, and decides what is kept, is judged as the model computes.
+        half = not np.isin(indices, self.held_out).any()
         # Before any weights are exchanged: the target is what the model as trained says.
-        self.calibration.dense_outputs(self.adapter, indices)
+        self.calibration.dense_outputs(self.adapter, indices, half=half)
         # Processes share the images, or the plans where each costs something of its own.
         axis = 2 if together or len(plans) < ranks.world().size else 1
         plans, indices = (plans, ranks.share(indices)) if axis == 2 else (ranks.share(plans), indices)
@@ -110,8 +112,9 @@ class World:
 
                 def step(places: np.ndarray, some: slice = some) -> None:
                     images = self.calibration.images(indices[places])
-                    outputs = self.adapter.evaluate_plans(plans[some], images, len(indices))
-                    dense = self.calibration.dense_outputs(self.adapter, indices[places]).expand_as(outputs)
+                    with halved(self.adapter, half):
+                        outputs = self.adapter.evaluate_plans(plans[some], images, len(indices))
+                    dense = self.calibration.dense_outputs(self.adapter, indices[places], half=half).expand_as(outputs)
                     for kind, measure in enumerate((distance, divergence)):
                         found[kind][some, places] = measure(dense, outputs, self.geometry.output).numpy()
 

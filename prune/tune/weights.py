@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ...core.plan import TokenPlan
 from ..backbones.adapter import BlockAdapter
 from ..backbones.forms import layer_scale, projected, scaled
 from ..calibration import Calibration
+from ..device import half_forward
 from ..methods.rule import TokenRule
 from .ridge import FIRST_RIDGE, NormalEquations, added, unscaled
 from .store import RAM_BYTES
@@ -96,7 +97,9 @@ def refit_weights(
         error that it explains in cross-validation.
     """
     plans = [plan] if isinstance(plan, (TokenPlan, TokenRule)) else plan
-    with Streams(adapter, plans, calibration, indices, flip, ram_bytes) as streams:
+    streams = Streams(adapter, plans, calibration, indices, flip, ram_bytes)
+    half = half_forward(streams.device, adapter.geometry.embed_dim) if streams.half else nullcontext()
+    with half, streams:
         refit = _Refit(streams, dict(start or {}))
         for index, block in enumerate(adapter.model.blocks):
             refit.blocks.append({})
@@ -256,9 +259,10 @@ class _Refit:
     ) -> None:
         solution = equations.sum_up().solve(self._ridges.get(layer.name, FIRST_RIDGE))
         self.blocks[-1][layer.name] = solution.to_json()
+        # The next block's is likely to be near.
+        self._ridges[layer.name] = solution.nearest or FIRST_RIDGE
         if solution.coefficients is None:
             return
-        self._ridges[layer.name] = solution.ridge
         update = unscaled(solution.coefficients, scale)
         inputs = block.get_parameter(layer.weight).shape[1]
         self._add(index, block, layer.weight, update[:inputs], layer.first)
