@@ -215,7 +215,10 @@ class _Run:
         report = update(lambda: self.policy.score(tilts), self.optimizer, old_log_probs, ends, self.ppo)
         self.batches += 1
         self.played += count
-        self._challenge(plans, tilts.numpy(), rewards, others)
+        best = int(rewards.argmax())
+        found = np.full(len(order), np.nan)
+        found[chosen] = distances[best]
+        self._challenge(plans[best], tilts[best].numpy(), found, others)
         self.history.append(
             {
                 "episodes": self.played,
@@ -241,32 +244,34 @@ class _Run:
         rewards = (before - distances.mean(1)) / max(abs(before), 1e-9) - OVER_BUDGET_WEIGHT * np.maximum(over, 0)
         return np.nan_to_num(rewards, nan=-1.0, posinf=-1.0, neginf=-1.0)
 
-    def _challenge(
-        self, plans: Sequence[TokenPlan], tilts: np.ndarray, rewards: np.ndarray, others: np.ndarray
-    ) -> None:
+    def _challenge(self, plan: TokenPlan, tilts: np.ndarray, found: np.ndarray, others: np.ndarray) -> None:
         """Judge the best episode on the images that did not choose it, until they show that it gains too little.
 
         The images of one batch tell good episodes from bad ones, not a gain of 3 % from luck. Most best episodes are
         worse than the incumbent, which a few hundred images show; only one that may be better is judged on all.
+
+        Args:
+            plan, tilts: Of the episode; tilts [block, action].
+            found: float64 [image]: its distances on ``world.images`` where they are known, to which these are added.
+            others: int64 [image]: places of those that did not choose it.
         """
-        row, distances, least = int(rewards.argmax()), np.empty(0), self.settings.images
-        while len(distances) < len(others):
-            more = others[len(distances) : max(2 * len(distances), least)]
-            found, _ = self.world.judge([plans[row]], self.world.images[more])
-            distances = np.concatenate([distances, found[0]])
-            judged = Judgement.of(self._distances_before(others[: len(distances)]), distances)
+        count = 0
+        while count < len(others):
+            more = others[count : max(2 * count, self.settings.images)]
+            found[more] = self.world.judge([plan], self.world.images[more])[0][0]
+            count += len(more)
+            judged = Judgement.of(self._distances_before(others[:count]), found[others[:count]])
             scale = max(judged.before, 1e-9)
             gain, error = (judged.before - judged.after) / scale, judged.error / scale
             if gain + 2 * error < self.settings.worth:
                 break
         self.potential.add(gain, error)
-        if not judged.better or len(distances) < len(others):
+        if not judged.better or count < len(others):
             return
-        # Ctrl-C while it is judged leaves the last one whole.
-        reference = self.world.judge([plans[row]], self.world.images)[0][0]
         if not self.incumbents:  # The batch has looked at every image.
             self.start = float(self.reference.mean())
-        self.incumbent, self.base, self.reference = plans[row], self.base + tilts[row], reference
+        # In one line: Ctrl-C leaves the last one whole.
+        self.incumbent, self.base, self.reference = plan, self.base + tilts, found
         self.incumbents += 1
         held_out = self._on_held_out(self.incumbent)
         if held_out[0].mean() < self.held_out_best[0].mean():

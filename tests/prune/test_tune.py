@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from vpruner.core.errors import UserError
 from vpruner.core.plan import TokenPlan
+from vpruner.prune import device
 from vpruner.prune.backbones.forms import attended_values, embed_images
 from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
 from vpruner.prune.calibration import Calibration
@@ -19,7 +20,7 @@ from vpruner.prune.tune import chunks, gates, ridge, streams
 from vpruner.prune.tune.gates import tune_gates_by_distillation, tune_gates_least_squares
 from vpruner.prune.tune.importance import token_importance
 from vpruner.prune.tune.jacobian import gate_jacobian
-from vpruner.prune.tune.ridge import RIDGES, NormalEquations
+from vpruner.prune.tune.ridge import FIRST_RIDGE, RIDGES, NormalEquations
 from vpruner.prune.tune.stage import TUNINGS, tune, tuning_steps
 from vpruner.prune.tune.store import ActivationStore
 from vpruner.prune.tune.streams import Streams, pooling_weights
@@ -100,6 +101,34 @@ def test_gram_matrices_made_of_blocks_are_whole(monkeypatch):
     torch.testing.assert_close(blocks.grams, whole.grams)
     torch.testing.assert_close(blocks.grams[0], blocks.grams[0].T)
     assert found.ridge == expected.ridge
+
+
+def test_rounded_factors_give_nearly_the_same_equations_and_none_with_a_negative_eigenvalue():
+    torch.manual_seed(0)
+    whole, half = NormalEquations(32, 3, 2), NormalEquations(32, 3, 2, half=device._has_amx())
+    rows = torch.randn(2, 40, 32)
+    targets, counts = rows[..., :3] + 0.1 * torch.randn(2, 40, 3), torch.rand(40)
+    for equations in (whole, half):
+        for fold in range(2):
+            equations.add(fold, rows[fold], targets[fold], counts)
+    found, expected = half.solve(), whole.solve()
+    assert found.ridge == expected.ridge and found.explained == pytest.approx(expected.explained, abs=0.02)
+    torch.testing.assert_close(found.coefficients, expected.coefficients, rtol=0, atol=0.02)
+    assert torch.linalg.eigvalsh(half.grams).min() > -1e-4
+
+
+def test_a_ridge_that_does_not_help_says_where_the_next_search_starts():
+    torch.manual_seed(0)
+    equations = NormalEquations(20, 3, 4, bias=False)
+    for fold in range(4):
+        equations.add(fold, torch.randn(8, 20), torch.randn(8, 3))
+    solution = equations.solve()
+    assert solution.coefficients is None and solution.nearest > FIRST_RIDGE
+    tried = []
+    counted = lambda *args, solve=equations._solved: tried.append(args[-1]) or solve(*args)  # noqa: E731
+    equations._solved = counted
+    assert equations.solve(solution.nearest) == solution
+    assert len(set(tried)) <= 3
 
 
 @pytest.mark.parametrize("gate", [False, True])
