@@ -30,7 +30,7 @@ from ..core.errors import GraphError
 from .follow import Followed
 from .follow.demand import Plan, sets_of
 from .follow.layout import Layout, Part, plain
-from .follow.mask import along
+from .follow.mask import along, apart
 from .torch_graph import GraphModule, logits_name
 
 #: Kinds of gates, in the order of :data:`~vpruner.core.plan.KINDS`.
@@ -187,9 +187,13 @@ class GraphGates:
         """A context with the same numbers [id] for all images; with none where they change nothing."""
         if (numbers[place.ids] == (place.function is torch.mul)).all():
             return ExitStack()
-        array, like = along(place.layout, place.group, numbers), next(self.model.parameters())
-        tensor = torch.tensor(array).to(like)
-        return self.model.at(place.value, lambda x: place.function(x, tensor), reader=place.reader)
+        layout, wide, _ = apart(place.layout, place.group, self.followed)
+        tensor = torch.tensor(along(layout, place.group, numbers)).to(next(self.model.parameters()))
+
+        def change(x: Tensor) -> Tensor:
+            return place.function(x.reshape(wide) if wide else x, tensor).reshape(x.shape)
+
+        return self.model.at(place.value, change, reader=place.reader)
 
     def _spread(self, place: Place):
         """``function(value, rows [image, patch], ids=)`` of a place: rows are laid along the axes of the value.

@@ -140,6 +140,8 @@ def _stages_played(task: Task, saved: SavedState | None, identity: Mapping[str, 
 
 def _begun(saved: SavedState, identity: Mapping[str, Any], like: Mapping[str, Tensor]) -> State | None:
     """The state to go on from; None to begin anew."""
+    if saved.folder.is_dir():
+        saved.take()
     if not saved.resume:
         if saved.files():
             found = f"{saved.folder} holds the state of a run that was not finished, and will be replaced"

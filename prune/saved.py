@@ -1,16 +1,17 @@
 """The state of a learning that may be killed: what every finished stage came to, in a folder of its own.
 
-The folder holds ``stages.safetensors``, written whole after every stage, and ``rearrange.pt``, the checkpoint of a
-rearrangement between its batches of episodes. A learning that was killed goes on after the last stage that it had
-finished, and comes to what it would have come to: every stage is a function of the state before it, the images and the
-seed. What the state goes with is written into it, and compared before anything is taken from it.
+The folder holds ``stages.safetensors``, written whole after every stage, ``rearrange.pt``, the checkpoint of a
+rearrangement between its batches of episodes, and the lock of the process that writes them. A learning that was killed
+goes on after the last stage that it had finished, and comes to what it would have come to: every stage is a function of
+the state before it, the images and the seed. What the state goes with is written into it, and compared before anything
+is taken from it.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,14 @@ from .stages import State
 #: Version of the state, and under what name it stands in the metadata of its file.
 SCHEMA, KEY = 1, f"{PREFIX}learning"
 #: The files of the folder.
-STAGES, REARRANGEMENT = "stages.safetensors", "rearrange.pt"
+STAGES, REARRANGEMENT, LOCK = "stages.safetensors", "rearrange.pt", ".lock"
 
 
 class StateError(UserError):
     """A state that cannot be gone on from."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SavedState:
     """Where a learning keeps its state, and whether it goes on from what is there.
 
@@ -53,6 +54,7 @@ class SavedState:
 
     folder: Path
     resume: bool = False
+    _lock: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
@@ -74,6 +76,24 @@ class SavedState:
     def rearrangement(self) -> Path:
         return self.folder / REARRANGEMENT
 
+    def take(self) -> None:
+        """Keep other processes off the folder until the context is left or this process ends.
+
+        Raises:
+            UserError: Another process has it.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.folder / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"{self.folder} is the state of a run that another process is busy with",
+                "wait until that run has ended, or choose another output",
+            ) from None
+        self._lock = lock
+
     def begin(self) -> None:
         """Forget what an earlier learning left of a rearrangement, which would be taken for this one's."""
         self.rearrangement.unlink(missing_ok=True)
@@ -82,8 +102,9 @@ class SavedState:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if not launched().first or not self.folder.is_dir():
+        if not launched().first or self._lock is None:
             return
+        self._lock.release()
         if error is None:
             shutil.rmtree(self.folder)
         elif self.files() and not isinstance(error, StateError):
@@ -135,6 +156,8 @@ class SavedState:
         if state.moments is not None:
             tensors["moments"] = torch.from_numpy(state.moments)
         with atomic_path(self.folder / STAGES) as temporary:
+            if self._lock is None:
+                self.take()
             contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
             save_file(contiguous, temporary, {KEY: json_text(said)})
 

@@ -189,7 +189,8 @@ def _described(model, tokens: Tokens, flows, lost, chain: list[tuple[ir.Node, in
         if node not in inside and any(value in tokens.layouts for value in used_by(node))
         and (node in lost or flows[node].ends or (flows[node].is_end and flows[node].how != "start"))
     ]  # fmt: skip
-    mixing = [index for index, branch in enumerate(branches) if branch.mixers]
+    mixed = [add.inputs[position] in tokens.mixed for add, position in chain]
+    mixing = [index for index, branch in enumerate(branches) if branch.mixers or mixed[index]]
     # What a convolution adds to the patches ahead of the first attention belongs to the stem.
     ahead = [
         index for index, one in enumerate(branches) if one.reason and not one.mixers and index < min(mixing, default=0)

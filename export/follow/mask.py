@@ -99,24 +99,37 @@ def _combine(
     followed: Followed, op_type: str, node: ir.Node, position: int, layout: Layout, group: int, values: np.ndarray,
     what: str,
 ) -> None:  # fmt: skip
-    """:func:`combine` with ``values`` [id]; an axis that holds tokens of the group beside an open batch, of which no
-    constant has the size, is taken apart for it."""
-    is_open = followed.tokens.known.is_open
+    """:func:`combine` with ``values`` [id], taken apart for it as :func:`apart` says."""
 
-    def reshape(layout: Layout) -> None:
-        dims = [-1 if any(is_open(factor) for factor in axis if not isinstance(factor, Part)) else size
-                for axis, size in zip(layout.axes, layout.shape, strict=True)]  # fmt: skip
+    def reshape(dims: list[int]) -> None:
         name = f"vpruner.{node.outputs[0].name}.{what}.{len(dims)}"
         shaped = add_node(node, "Reshape", [node.inputs[position], add_shape(node.graph, dims)], name)
         node.replace_input_with(position, shaped.outputs[0])
 
+    taken, wide, whole = apart(layout, group, followed)
+    if wide:
+        reshape(wide)
+    combine(op_type, node, position, along(taken, group, values), what)
+    if wide:
+        reshape(whole)
+
+
+def apart(layout: Layout, group: int, followed: Followed) -> tuple[Layout, list[int], list[int]]:
+    """A layout that gives each factor an axis, where an axis holds tokens of ``group`` beside an open batch: no
+    constant has its size.
+
+    Returns:
+        The layout, and the shapes with which a reshape goes there and back, empty where the layout stays as it is.
+    """
+    is_open = followed.tokens.known.is_open
     if not any(group in layout.groups_of(axis) and is_open(layout.shape[axis]) for axis in range(len(layout.axes))):
-        combine(op_type, node, position, along(layout, group, values), what)
-        return
-    apart = Layout(tuple((factor,) for axis in layout.axes for factor in axis), layout.ids)
-    reshape(apart)
-    combine(op_type, node, position, along(apart, group, values), what)
-    reshape(layout)
+        return layout, [], []
+    taken = Layout(tuple((factor,) for axis in layout.axes for factor in axis), layout.ids)
+    wide, whole = (
+        [-1 if any(is_open(factor) for factor in axis if not isinstance(factor, Part)) else size
+         for axis, size in zip(one.axes, one.shape, strict=True)] for one in (taken, layout)
+    )  # fmt: skip
+    return taken, wide, whole
 
 
 def combine(op_type: str, node: ir.Node, position: int, array: np.ndarray, what: str) -> None:

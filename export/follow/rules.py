@@ -462,16 +462,17 @@ def concat(node: ir.Node, tokens: Tokens) -> Flow:
     names = [[("own", i) if a == axis else a for a in range(len(shape))] for i in range(len(layouts))]
     if not any(layout is not None and layout.groups_of(axis) for layout in layouts):
         return contract(node, tokens, names, range(len(shape)))
+    rows = [layout for layout in layouts if layout and any(layout.ids[g].ndim > 1 for g in layout.groups_of(axis))]
+    if rows:
+        if any(len(layout.axes[axis]) > 1 for layout in rows):
+            raise Lost("rows of the grid are put beside something else")
+        return _rolled(node, layouts, axis) if rows == layouts else _beside_rows(node, tokens, layouts, rows, axis)
     joined, own = [], []
     for value, layout in zip(node.inputs, layouts, strict=True):
         if layout is not None and [isinstance(factor, Part) for factor in layout.axes[axis]] != [True]:
             raise Lost("tokens are put beside something else")
         own.append(None if layout is None else layout.axes[axis][0].group)
         joined.append(tokens.new(tokens.shape(value)[axis]) if layout is None else layout.ids[own[-1]])
-    if all(layouts) and all(ids.ndim > 1 for ids in joined):
-        return _rolled(node, layouts, axis)
-    if any(ids.ndim > 1 for ids in joined):
-        raise Lost("rows of the grid are put beside something else")
     flow, ids = contract(node, tokens, names, range(len(shape))), np.concatenate(joined)
     if len(np.unique(ids)) < len(ids):
         raise Lost("a token is put beside itself")
@@ -499,6 +500,21 @@ def _rolled(node: ir.Node, layouts: list[Layout], axis: int) -> Flow:
         raise Lost("rows of the grid are put beside something else")
     axes[0][axis] = (Part(group, ids[group].shape[dimension]),)
     return Flow((Layout(tuple(axes[0]), tuple(ids)),), ((ENDED,),) * len(layouts), how="roll", axis=axis)
+
+
+def _beside_rows(node: ir.Node, tokens: Tokens, layouts: list[Layout | None], rows: list[Layout], axis: int) -> Flow:
+    """Something of its own put beside each row of a grid, as a copy of the class token in each window."""
+    (grid, *more), dimension, parts = rows, dimension_of(rows[0], axis), []
+    if more or len(grid.ids) > 1:
+        raise Lost("rows of the grid are put beside something else")
+    for value, layout in zip(node.inputs, layouts, strict=True):
+        sizes = list(grid.ids[0].shape)
+        sizes[dimension] = tokens.shape(value)[axis]
+        parts.append(grid.ids[0] if layout is grid else tokens.new(math.prod(sizes)).reshape(sizes))
+    ids = np.concatenate(parts, dimension)
+    axes = (*grid.axes[:axis], (Part(0, ids.shape[dimension]),), *grid.axes[axis + 1 :])
+    links = tuple((ENDED,) * (len(layout.ids) if layout else 0) for layout in layouts)
+    return Flow((Layout(axes, (ids,)),), links, how="roll", axis=axis)
 
 
 # -- where tokens begin -----------------------------------------------------------------------------------------------

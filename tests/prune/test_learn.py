@@ -1,5 +1,7 @@
 import importlib
+import sys
 from dataclasses import replace
+from subprocess import PIPE, Popen
 
 import numpy as np
 import pytest
@@ -368,6 +370,28 @@ def test_a_place_that_something_else_has_is_no_place_for_a_state(tmp_path):
         with pytest.raises(UserError, match="move that away"):
             SavedState(tmp_path / name)
     assert (tmp_path / "folder" / "thesis.txt").exists()
+
+
+def test_a_state_that_another_process_writes_is_left_alone(images, tmp_path):
+    folder, quick = tmp_path / "out.state", {"rearrange": "none", "tune": "none", "select": "static"}
+    learn_with_all_stages(images, folder, **quick)
+    program = f"""
+from pathlib import Path
+from vpruner.prune.saved import SavedState
+state = SavedState(Path({str(folder)!r}))
+state.take()
+print("taken", flush=True)
+input()
+"""
+    with Popen([sys.executable, "-c", program], stdin=PIPE, stdout=PIPE, text=True) as other:
+        assert other.stdout.readline() == "taken\n"
+        with pytest.raises(UserError, match="another process is busy with"), SavedState(folder) as saved:
+            learn_all(images, saved=saved, **quick)
+        assert (folder / "stages.safetensors").exists()
+        other.kill()
+    with SavedState(folder) as saved:
+        learn_all(images, saved=saved, **quick)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("kept", [True, False])

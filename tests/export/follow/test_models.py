@@ -14,6 +14,8 @@ from vpruner.core.errors import GraphError, PlanError
 from vpruner.export.files import load_model
 from vpruner.export.follow import counts, fold, follow, mask
 from vpruner.export.follow.restrict import check_result
+from vpruner.export.graph_gates import GraphGates
+from vpruner.export.torch_graph import GraphModule
 
 #: What is masked of each block of kinds of which not everything is; the others: keys, queries and MLPs.
 PARTS = {"parallel, one product": ["kq"] * 2, "Swin": ["m"] * 2, "SAM": ["m", "kqm", "m"], "CaiT": ["qm"] * 2,
@@ -186,7 +188,7 @@ def test_only_what_the_plan_leaves_is_computed():
 
 def test_what_cannot_be_masked_is_named_and_not_pruned():
     followed = follow(written("Swin", "torchscript", 17, False))
-    assert followed.reasons and all(reason.startswith("block 1: windows: ") for reason in followed.reasons)
+    assert len(followed.reasons) == len(followed.blocks) == 2 and all(": windows: " in one for one in followed.reasons)
     for kind in ("keys", "queries"):
         plan = identity_plan(followed)
         setattr(plan, kind, [tuple(range(1, followed.patches))] * len(followed.blocks))
@@ -234,6 +236,54 @@ def test_tokens_on_the_axis_of_an_open_batch_are_masked(tmp_path):
     assert difference(run(mask(followed, plan), images.numpy()), expected) < 1e-5
     assert difference(run(fold(followed, plan), images.numpy()), expected) < 1e-5
     assert difference(run(followed.model, images.numpy()), expected) > 1e-3
+    with GraphGates(followed, GraphModule(followed.model)).closed(plan) as closed:
+        assert difference([closed(images).detach().numpy()], expected) < 1e-5
+
+
+class ClassTokenOfEachWindow(torch.nn.Module):
+    """As RF-DETR does: four windows of 2 x 2 patches, each with a copy of the class token; attention in windows, and
+    then over all."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.stem, self.norm, self.head = torch.nn.Conv2d(3, 32, 8, 8), torch.nn.LayerNorm(32), torch.nn.Linear(32, 5)
+        self.token = torch.nn.Parameter(torch.randn(1, 1, 32))
+        self.mlps = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(),
+                                                            torch.nn.Linear(64, 32)) for _ in range(2))  # fmt: skip
+
+    def forward(self, pixels):
+        x = self.stem(pixels).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        x = tokens[:, 1:].reshape(-1, 2, 2, 2, 2, 32).transpose(2, 3).reshape(-1, 4, 32)
+        x = torch.cat([tokens[:, :1].repeat_interleave(4, 0), x], 1)
+        for shape, mlp in zip(((-1, 5, 32), (-1, 20, 32)), self.mlps, strict=True):
+            own = self.norm(x).reshape(shape)
+            x = x + (torch.softmax(own @ own.transpose(1, 2), -1) @ own).reshape(-1, 5, 32)
+            x = x + mlp(self.norm(x))
+        return self.head(self.norm(x)).reshape(-1, 20, 5).mean(1)
+
+
+@pytest.mark.parametrize("open_batch", [False, True])
+def test_a_class_token_in_each_window_leaves_mlps_and_global_attention(open_batch, tmp_path):
+    module, images = ClassTokenOfEachWindow().eval(), torch.rand(3 if open_batch else 1, 3, 32, 32)
+    write_module(module, images, tmp_path / "windows.onnx", "torchscript", 17, open_batch)
+    followed = follow(load_model(tmp_path / "windows.onnx"))
+    able = [(block.keys, block.queries, block.mlps) for block in followed.blocks]
+    assert able == [(False, False, True), (True, True, True)] and "windows" in followed.reasons[0]
+    plan = random_plan(followed, np.random.default_rng(0))
+    masked = run(mask(followed, plan), images.numpy())
+    assert difference(run(fold(followed, plan), images.numpy()), masked) < 1e-5
+    plan.keys = plan.queries = [tuple(range(16))] * 2
+    order = np.arange(16).reshape(2, 2, 2, 2).transpose(0, 2, 1, 3).reshape(4, 4)
+    for mlp, patches in zip(module.mlps, plan.mlps, strict=True):
+        keep = torch.from_numpy(np.pad(np.isin(order, patches), ((0, 0), (1, 0)), constant_values=True)).float()
+        keep = keep.repeat(len(images), 1)[..., None]
+        mlp.register_forward_hook(lambda _module, _inputs, update, keep=keep: update * keep)
+    expected = [module(images).detach().numpy()]
+    assert difference(run(followed.model, images.numpy()), expected) > 1e-3
+    assert difference(run(mask(followed, plan), images.numpy()), expected) < 1e-5
+    assert difference(run(fold(followed, plan), images.numpy()), expected) < 1e-5
 
 
 def test_a_graph_without_tokens_is_refused():

@@ -77,6 +77,8 @@ FOLLOWED = {
     "y = Concat<axis=1>(classes, x)": [[6, 7, *ALL]],
     "y = Concat<axis=-1>(x, x)": [ALL],
     "a = Slice(grid, zero, one, two) b = Slice(grid, one, two, two) y = Concat<axis=2>(b, a)": [[[3, 4, 5], [0, 1, 2]]],
+    "s = Constant<value_ints=[1, 1, 2, 4]>() c = Expand(w, s) e = Transpose<perm=[0, 3, 2, 1]>(c) "
+    "g = Gelu(grid) y = Concat<axis=3>(e, g)": [[[6, 0, 1, 2], [7, 3, 4, 5]]],
     "y = Cast<to=1>(x)": [ALL],
     "n = Constant<value_ints=[0, 0, 0, 0, 0, 0]>() y = Pad(x, n)": [ALL],
     "n = Constant<value_ints=[0, 0, 1, 0, 0, 2]>() y = Pad(x, n)": [ALL],
