@@ -110,7 +110,7 @@ class NormalEquations:
     def _complete(self) -> None:
         """Fill in what :meth:`add` leaves out below the diagonal."""
         for gram in self.grams:
-            gram.copy_(gram.triu() + gram.triu(1).T)
+            gram.triu_().add_(gram.triu(1).T)
 
     def sum_up(self) -> NormalEquations:
         """Add the rows of the other processes, once all have added their own."""
