@@ -1,32 +1,33 @@
-"""Does bfloat16 change the plan more than another seed does, where it computes the gradients of the gates?
+"""Does bfloat16 change what is learned more than another seed does, where it computes what is learned from?
 
-    python benchmarks/half_statistics.py -o benchmarks/results/half_statistics.jsonl
+    python benchmarks/half_statistics.py
+    python benchmarks/half_statistics.py --whole --images 512
 
-Bundled reference and images (or ``--model`` and data of your own): the search alone, in float32 and under bfloat16
-autocast, at several budgets and seeds. A row a plan: its divergence from the dense model on the evaluation images, and
-the share of the entries of its sets that are as in the float32 plan of the same seed (``same``). Another seed is
-another choice of images: the shares between float32 plans of two seeds (``same_seeds``) say how much that changes.
+Bundled reference and images (or ``--model`` and data of your own): the search alone, or with ``--whole`` all stages, in
+float32 and with products of bfloat16 where a wide model has them, at several budgets and seeds. A row a plan: its
+divergence from the dense model on the evaluation images, and the share of the entries of its sets that are as in the
+float32 plan of the same seed (``same``). Another seed is another choice of images: the shares between float32 plans of
+two seeds (``same_seeds``) say how much that changes.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from contextlib import nullcontext
 from pathlib import Path
-
-import torch
 
 from vpruner.core import bundled
 from vpruner.core.environment import environment
 from vpruner.core.plan import TokenPlan
 from vpruner.core.rows import append_rows
 from vpruner.core.specs import LearnSpec
+from vpruner.prune import device as devices
 from vpruner.prune.calibration import Calibration
 from vpruner.prune.choose_images import choose_indices, map_labels
 from vpruner.prune.data import ImageSet, ImageSource
-from vpruner.prune.learn import learn_plan
+from vpruner.prune.learn import learn
 from vpruner.prune.models import open_model
+from vpruner.prune.tune.weights import with_weights
 
 
 def same(one: TokenPlan, other: TokenPlan) -> float:
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--model", help="model card; default: the bundled reference")
     parser.add_argument("--data", default=str(bundled.calibration_data()))
     parser.add_argument("--eval-data", default=str(bundled.evaluation_data()))
+    parser.add_argument("--whole", action="store_true", help="rearrange and tune too")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--eval-images", type=int, default=1000)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.65, 0.5])
@@ -57,10 +59,14 @@ def main() -> None:
         plans: dict[tuple[str, int], TokenPlan] = {}
         for seed, kind in itertools.product(args.seeds, ("float32", "bfloat16")):
             images = ImageSet(source, choose_indices(source, args.images, seed), label_map)
-            half = torch.autocast(device.type, torch.bfloat16) if kind == "bfloat16" else nullcontext()
-            with half:
-                plan = plans[kind, seed] = learn_plan(loaded, images, LearnSpec(target=target, seed=seed))
-            divergence = evaluation.divergence(adapter, plan, evaluation.fit)
+            # The reference is too narrow to gain time, and a CPU that cannot multiply so rounds all the same.
+            devices.HALF_FROM, devices._has_amx = 0, lambda half=kind == "bfloat16": half
+            stages = {} if args.whole else {"rearrange": "none", "tune": "none"}
+            learned = learn(loaded, images, LearnSpec(target=target, seed=seed, **stages))
+            plan = plans[kind, seed] = learned.plan
+            evaluation.dense_outputs(adapter, evaluation.fit)
+            with with_weights(adapter.model, learned.weights):
+                divergence = evaluation.divergence(adapter, plan, evaluation.fit)
             others = [plans["float32", other] for other in args.seeds if ("float32", other) in plans and other != seed]
             row = {
                 "benchmark": "half_statistics",
@@ -69,6 +75,7 @@ def main() -> None:
                 "target": target,
                 "seed": seed,
                 "statistics": kind,
+                "stages": "all" if args.whole else "search",
                 "images": images.count,
                 "divergence": round(float(divergence.mean()), 6),
                 "same": same(plan, plans["float32", seed]),

@@ -464,20 +464,24 @@ def stage_costs(rows: list[dict]) -> str:
 def half_statistics(rows: list[dict]) -> str:
     """What bfloat16 changes of a plan, beside what another seed does; a row a budget."""
     lines = [
-        "| MACs | KL, float32, by seed | KL, bfloat16, by seed | entries of the sets that differ | between two seeds |",
-        "| ---: | --- | --- | ---: | ---: |",
+        "| stages | images | MACs | KL, float32, by seed | KL, bfloat16, by seed | entries of the sets that differ "
+        "| between two seeds |",
+        "| --- | ---: | ---: | --- | --- | ---: | ---: |",
     ]
-    for target in dict.fromkeys(row["target"] for row in rows):
+
+    def setting(row: dict) -> tuple[str, int, float]:
+        return row.get("stages", "search"), row["images"], row["target"]
+
+    for stages, images, target in dict.fromkeys(map(setting, rows)):
         full, half = (
-            [row for row in rows if row["target"] == target and row["statistics"] == kind]
+            [row for row in rows if setting(row) == (stages, images, target) and row["statistics"] == kind]
             for kind in ("float32", "bfloat16")
         )
         kl = [", ".join(f"{row['divergence']:.4f}" for row in some) for some in (full, half)]
         changed = [1 - row["same"] for row in half], [1 - share for row in full for share in row["same_seeds"]]
         shares = [f"{min(some):.1%} to {max(some):.1%}" for some in changed]
-        lines.append(f"| {target:g} | {' | '.join((*kl, *shares))} |")
-    of = f"{rows[-1]['model']}, {rows[-1]['images']} images"
-    return "\n".join([*lines, "", f"{of}, the search alone; on the CPU, which rounds to bfloat16 as a GPU does."])
+        lines.append(f"| {stages} | {images:,} | {target:g} | {' | '.join((*kl, *shares))} |")
+    return "\n".join([*lines, "", f"{rows[-1]['model']}; on the CPU, which rounds to bfloat16 as a GPU does."])
 
 
 def fold_memory(rows: list[dict]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -130,8 +130,7 @@ class GraphStreams(Chunks):
         self.names = {name: names[id(parameter)] for name, parameter in self.model.weights().items()}
 
     def __enter__(self) -> GraphStreams:
-        few, before = self.few(self.batch), self.before_few(self.batch)
-        self.importance = token_importance(self._adapter, self.steps, few, before=before)
+        self.importance = self.on_few(partial(token_importance, self._adapter, self.steps), self.batch)
         first = dict.fromkeys((self.followed.stream, *(value for step in self.steps for value in step.sides)))
         try:
             for chunk in self.chunks:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -17,8 +18,8 @@ from ..core.environment import available_memory
 from ..core.geometry import Geometry
 from ..core.progress import remark
 from ..core.text import counted
-from .backbones.adapter import Adapter
-from .device import described, device_of, is_out_of_memory, out_of_memory
+from .backbones.adapter import Adapter, BlockAdapter
+from .device import described, device_of, half_forward, is_out_of_memory, out_of_memory
 
 #: Activations of a batch on the CPU, in bytes: larger batches only cost memory.
 CPU_BYTES = 3 << 29
@@ -98,6 +99,13 @@ def in_batches(
                 continue
             # Out of the handler: the error holds the frames that hold the memory.
             _halve(model, size, backward)
+
+
+def halved(adapter: Adapter, wanted: bool = True) -> AbstractContextManager[None]:
+    """Forward passes of timm blocks with products of bfloat16, if ``wanted`` and where they save time."""
+    if not (wanted and isinstance(adapter, BlockAdapter)):
+        return nullcontext()
+    return half_forward(device_of(adapter.model), adapter.geometry.embed_dim)
 
 
 def outputs_of(

@@ -7,8 +7,9 @@ everywhere: a lower :func:`divergence` from the dense model, which needs no labe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +21,12 @@ from ..core.plan import TokenPlan
 from ..core.preprocess import Preprocessing
 from . import ranks
 from .backbones.adapter import Adapter
-from .batches import images_at_once, outputs_of
+from .batches import halved, images_at_once, outputs_of
 from .crops import RAM_BYTES, CropFile
 from .data import ImageSet
 from .methods.rule import TokenRule
+
+T = TypeVar("T")
 
 #: Share of the calibration images that no stage fits to, and the most of them: 512 tell apart plans whose divergence
 #: differs by a few per cent, because both are judged on the same images.
@@ -45,7 +48,8 @@ class Calibration:
     labels: Tensor | None
     preprocessing: Preprocessing
     held_out_count: int = 0
-    _dense: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _dense: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False)
+    _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(
@@ -123,19 +127,35 @@ class Calibration:
         adapter: Adapter,
         indices: Sequence[int] | np.ndarray,
         on_batch: Callable[[int], None] = lambda count: None,
+        *,
+        half: bool = False,
     ) -> Tensor:
         """float32 [image, output] of the dense model; each image (and mirror image) is run once and remembered.
+
+        Args:
+            half: As of :meth:`outputs`.
 
         Raises:
             UserError: They are not finite.
         """
         indices = np.asarray(indices)
-        missing = np.unique(np.array([index for index in indices.tolist() if index not in self._dense], np.int64))
+        wanted = [(index, half) for index in indices.tolist()]
+        missing = np.unique(np.array([index for index, _ in wanted if (index, half) not in self._dense], np.int64))
         if len(missing):
-            outputs = ranks.gathered(self.outputs(adapter, None, ranks.share(missing), on_batch))
+            outputs = ranks.gathered(self.outputs(adapter, None, ranks.share(missing), on_batch, half=half))
             check_finite(outputs.numpy(), adapter.name)
-            self._dense.update(zip(missing.tolist(), outputs, strict=True))
-        return torch.stack([self._dense[index] for index in indices.tolist()]) if len(indices) else torch.empty(0, 0)
+            self._dense.update(zip([(index, half) for index in missing.tolist()], outputs, strict=True))
+        return torch.stack([self._dense[one] for one in wanted]) if wanted else torch.empty(0, 0)
+
+    def once(self, what: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` finds out about the dense model on these images, the first time; then the same again.
+
+        Args:
+            what: Its name, and all that it depends on but model and pixels.
+        """
+        if what not in self._kept:
+            self._kept[what] = make()
+        return self._kept[what]
 
     def outputs(
         self,
@@ -143,12 +163,18 @@ class Calibration:
         plan: TokenPlan | TokenRule | None,
         indices: Sequence[int] | np.ndarray,
         on_batch: Callable[[int], None] = lambda count: None,
+        *,
+        half: bool = False,
     ) -> Tensor:
-        """float32 [image, output] on the CPU: the model under ``plan`` (None: dense) on those images."""
+        """float32 [image, output] on the CPU: the model under ``plan`` (None: dense) on those images.
+
+        Args:
+            half: As :func:`~vpruner.prune.batches.halved` has it.
+        """
         plan = TokenPlan.identity(adapter.name, adapter.geometry) if plan is None else plan
         rows = []
         form = plan.applied(adapter) if isinstance(plan, TokenRule) else adapter.applied(plan, "dead")
-        with form, torch.inference_mode():
+        with form, torch.inference_mode(), halved(adapter, half):
             batches = (images for images, _ in self.batches(indices, images_at_once(adapter)))
             for found in outputs_of(adapter.model, batches):
                 rows.append(found)

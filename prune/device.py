@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache
 from itertools import chain
 from typing import Protocol
 
@@ -25,6 +26,8 @@ from .ranks import launched
 
 #: What cuBLAS needs to give the same bits each time; it is read when cuBLAS is used for the first time.
 _CUBLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+#: Channels of a model from which products of bfloat16 save time on a CPU that has them.
+HALF_FROM = 192
 
 
 def resolve(name: str) -> torch.device:
@@ -240,12 +243,54 @@ def same_gradients(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
-def half_statistics(device: torch.device) -> AbstractContextManager[None]:
+def half_statistics(device: torch.device, width: int) -> AbstractContextManager[None]:
     """bfloat16 for the products of a forward pass whose gradients are summed up over many images.
 
-    Only where a GPU computes it itself. What it changes of a plan is at most a quarter of what another choice of images
-    does (``benchmarks/half_statistics.py``, in docs/scale.md).
+    Only where a GPU computes it itself, and as :func:`half_forward` has it. What it changes of a plan is at most a
+    quarter of what another choice of images does (``benchmarks/half_statistics.py``, in docs/scale.md).
     """
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.autocast("cuda", torch.bfloat16)
-    return nullcontext()
+    return half_forward(device, width)
+
+
+def half_forward(device: torch.device, width: int) -> AbstractContextManager[None]:
+    """bfloat16 for the products of forward passes that plans are only learned from: on CPUs that save time so.
+
+    Args:
+        width: Channels of the model's stream.
+    """
+    if not saves_time(device, width):
+        return nullcontext()
+    # Weights are exchanged meanwhile: a cache would keep those of before.
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+
+
+@contextmanager
+def half_sums(saves: bool) -> Iterator[None]:
+    """Products of float32 whose factors are rounded to bfloat16, and which are added up in float32.
+
+    Args:
+        saves: What :func:`saves_time` says; where it does not, within autocast too, products are of float32.
+    """
+    products = torch.backends.mkldnn.matmul if saves else None
+    before = products and products.fp32_precision
+    try:
+        if saves:
+            products.fp32_precision = "bf16"
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        if saves:
+            products.fp32_precision = before
+
+
+def saves_time(device: torch.device, width: int) -> bool:
+    """Whether products of bfloat16 take a third of the time or less: on CPUs with AMX, those of wide models."""
+    return device.type == "cpu" and width >= HALF_FROM and _has_amx()
+
+
+@cache
+def _has_amx() -> bool:
+    # PyTorch before 2.11 does not say.
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))

@@ -121,7 +121,7 @@ def gradients_of_images(
     directions = Directions(seed, before)
     device = device_of(adapter.model)
     # Of a graph that is no timm model, nobody has looked at what half precision does.
-    half = half_statistics(device) if isinstance(adapter, BlockAdapter) else nullcontext()
+    half = half_statistics(device, adapter.geometry.embed_dim) if isinstance(adapter, BlockAdapter) else nullcontext()
 
     def step(batch: tuple[Tensor, Tensor | None]) -> np.ndarray:
         images, labels = batch

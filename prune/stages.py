@@ -159,11 +159,9 @@ def _judged_against_dense(task: Task, plan: TokenPlan) -> Judgement | None:
     compared = calibration.held_out
     if not len(compared):
         return None
-    if task.spec.rearrange != "none":
-        compared = np.concatenate([World(adapter, calibration).images, compared])
     with progress.stage("Running the dense model for comparison", len(ranks.share(compared))) as advance:
         calibration.dense_outputs(adapter, compared, advance)
-    after = calibration.divergence(adapter, plan, calibration.held_out)
+    after = calibration.divergence(adapter, plan, compared)
     return Judgement.of(np.zeros_like(after), after)
 
 

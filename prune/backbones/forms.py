@@ -295,11 +295,21 @@ def attended_values(
 
 def attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
     """The same from queries [batch, head, query, head_dim], and keys and values [batch, head, key, head_dim]."""
-    if attn.fused_attn:
+    biased = bias is not None and bias.requires_grad
+    # On CPUs the backward pass of the fast attention is slow in bfloat16.
+    slow = key.dtype == torch.bfloat16 and key.device.type == "cpu" and (biased or key.requires_grad)
+    if attn.fused_attn and biased and key.device.type == "cpu" and not slow:
+        # PyTorch's fast attention on CPUs gives no gradient of a mask. One more channel gives it: 1 of each query, the
+        # bias of each key. Both passes together take two thirds of the time.
+        rows, width = key.shape[:-1], key.shape[-1]
+        channel = (bias / attn.scale).expand(rows[0], rows[1], 1, rows[2]).transpose(2, 3)
+        query, key = F.pad(query, (0, 1), value=1.0), torch.cat([key, channel], -1)
+        out = F.scaled_dot_product_attention(query, key, F.pad(value, (0, 1)), scale=attn.scale)[..., :width]
+    elif attn.fused_attn and not slow:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     else:
         logits = (query * attn.scale) @ key.transpose(-2, -1)
-        out = (logits if bias is None else logits + bias).softmax(-1) @ value
+        out = (logits if bias is None else logits + bias.to(logits)).softmax(-1) @ value
     return attn.norm(out.transpose(1, 2).flatten(2))
 
 
@@ -327,20 +337,22 @@ def split_keys_values(attn: nn.Module, projected: Tensor, rope: Tensor | None = 
     return _turned(attn, attn.k_norm(key), rope), value
 
 
-def projected(attn: nn.Module, tokens: Tensor, parts: str) -> Tensor:
+def projected(attn: nn.Module, tokens: Tensor, parts: str, *, bias: bool = True) -> Tensor:
     """[batch, token, channel] -> [batch, token, part * head * head_dim].
 
     Args:
         parts: Neighbours of ``"qkv"``.
+        bias: False: without it, as the difference of two streams is projected.
     """
     if attn.qkv is None:
-        return torch.cat([getattr(attn, f"{part}_proj")(tokens) for part in parts], -1)
-    inner, bias = attn.num_heads * attn.head_dim, attn.qkv.bias
-    if getattr(attn, "q_bias", None) is not None:
-        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        layers = [getattr(attn, f"{part}_proj") for part in parts]
+        return torch.cat([F.linear(tokens, layer.weight, layer.bias if bias else None) for layer in layers], -1)
+    inner, every = attn.num_heads * attn.head_dim, attn.qkv.bias if bias else None
+    if bias and getattr(attn, "q_bias", None) is not None:
+        every = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
     first = "qkv".index(parts) * inner
     rows = slice(first, first + len(parts) * inner)
-    return F.linear(tokens, attn.qkv.weight[rows], None if bias is None else bias[rows])
+    return F.linear(tokens, attn.qkv.weight[rows], None if every is None else every[rows])
 
 
 def _turned(attn: nn.Module, heads: Tensor, rope: Tensor | None) -> Tensor:

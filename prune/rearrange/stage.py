@@ -18,6 +18,7 @@ the same plan.
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -43,7 +44,7 @@ from .settings import Rearranged, RearrangeSettings
 from .world import World
 
 #: Version of the checkpoint file.
-CHECKPOINT_SCHEMA = 3
+CHECKPOINT_SCHEMA = 4
 #: A stage fed with noise keeps a plan one time in so many, at most: 2.6 standard errors for a single plan.
 LUCK = 200
 #: Plans around the start that stand-in weights are refitted to.
@@ -188,9 +189,10 @@ class _Run:
         self.base = np.zeros((plan.geometry.depth, ACTIONS), np.float32)
         #: (distances, divergences) on the held-out images, each float64 [image].
         self.held_out_start = self.held_out_best = self._on_held_out(plan)
-        #: float64 [image]: the incumbent's distance on ``world.images``, and the start's mean there.
-        self.reference = world.judge([plan], world.images)[0][0]
-        self.start = float(self.reference.mean())
+        #: float64 [image]: the incumbent's distance on ``world.images``, NaN where nobody has asked for it yet: most
+        #: stages end before they have looked at every image. The start's mean there, once there is an incumbent.
+        self.reference = np.full(len(world.images), np.nan)
+        self.start = math.nan
         self.policy = _first_policy(plan, seed)
         self.ppo = PPOSettings()
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=self.ppo.learning_rate)
@@ -205,7 +207,7 @@ class _Run:
         size = min(self.settings.images, len(order) // 2)
         chosen, others = np.sort(order[:size]), order[size:]
         distances, _ = self.world.judge(plans, self.world.images[chosen])
-        rewards = self._rewards(self.reference[chosen], distances, plans)
+        rewards = self._rewards(self._distances_before(chosen), distances, plans)
         with torch.no_grad():
             old_log_probs = self.policy.score(tilts)[0]
         ends = torch.zeros_like(old_log_probs)
@@ -213,7 +215,10 @@ class _Run:
         report = update(lambda: self.policy.score(tilts), self.optimizer, old_log_probs, ends, self.ppo)
         self.batches += 1
         self.played += count
-        self._challenge(plans, tilts.numpy(), rewards, others)
+        best = int(rewards.argmax())
+        found = np.full(len(order), np.nan)
+        found[chosen] = distances[best]
+        self._challenge(plans[best], tilts[best].numpy(), found, others)
         self.history.append(
             {
                 "episodes": self.played,
@@ -225,6 +230,13 @@ class _Run:
             }
         )
 
+    def _distances_before(self, places: np.ndarray) -> np.ndarray:
+        """float64 [place]: the incumbent's, on those of ``world.images``."""
+        new = places[np.isnan(self.reference[places])]
+        if len(new):
+            self.reference[new] = self.world.judge([self.incumbent], self.world.images[new])[0][0]
+        return self.reference[places]
+
     def _rewards(self, reference: np.ndarray, distances: np.ndarray, plans: Sequence[TokenPlan]) -> np.ndarray:
         """float64 [plan], from the incumbent's distances [image] and those of ``plans`` [plan, image]."""
         before, budget = float(reference.mean()), self.game.target * self.game.cost.dense
@@ -232,30 +244,34 @@ class _Run:
         rewards = (before - distances.mean(1)) / max(abs(before), 1e-9) - OVER_BUDGET_WEIGHT * np.maximum(over, 0)
         return np.nan_to_num(rewards, nan=-1.0, posinf=-1.0, neginf=-1.0)
 
-    def _challenge(
-        self, plans: Sequence[TokenPlan], tilts: np.ndarray, rewards: np.ndarray, others: np.ndarray
-    ) -> None:
+    def _challenge(self, plan: TokenPlan, tilts: np.ndarray, found: np.ndarray, others: np.ndarray) -> None:
         """Judge the best episode on the images that did not choose it, until they show that it gains too little.
 
         The images of one batch tell good episodes from bad ones, not a gain of 3 % from luck. Most best episodes are
         worse than the incumbent, which a few hundred images show; only one that may be better is judged on all.
+
+        Args:
+            plan, tilts: Of the episode; tilts [block, action].
+            found: float64 [image]: its distances on ``world.images`` where they are known, to which these are added.
+            others: int64 [image]: places of those that did not choose it.
         """
-        row, distances, least = int(rewards.argmax()), np.empty(0), self.settings.images
-        while len(distances) < len(others):
-            more = others[len(distances) : max(2 * len(distances), least)]
-            found, _ = self.world.judge([plans[row]], self.world.images[more])
-            distances = np.concatenate([distances, found[0]])
-            judged = Judgement.of(self.reference[others[: len(distances)]], distances)
+        count = 0
+        while count < len(others):
+            more = others[count : max(2 * count, self.settings.images)]
+            found[more] = self.world.judge([plan], self.world.images[more])[0][0]
+            count += len(more)
+            judged = Judgement.of(self._distances_before(others[:count]), found[others[:count]])
             scale = max(judged.before, 1e-9)
             gain, error = (judged.before - judged.after) / scale, judged.error / scale
             if gain + 2 * error < self.settings.worth:
                 break
         self.potential.add(gain, error)
-        if not judged.better or len(distances) < len(others):
+        if not judged.better or count < len(others):
             return
-        # Ctrl-C while it is judged leaves the last one whole.
-        reference = self.world.judge([plans[row]], self.world.images)[0][0]
-        self.incumbent, self.base, self.reference = plans[row], self.base + tilts[row], reference
+        if not self.incumbents:  # The batch has looked at every image.
+            self.start = float(self.reference.mean())
+        # In one line: Ctrl-C leaves the last one whole.
+        self.incumbent, self.base, self.reference = plan, self.base + tilts, found
         self.incumbents += 1
         held_out = self._on_held_out(self.incumbent)
         if held_out[0].mean() < self.held_out_best[0].mean():
@@ -277,7 +293,7 @@ class _Run:
     @property
     def improvement(self) -> float:
         """How much lower the incumbent's distance is than the start's, on the images of rewards."""
-        return 1 - float(self.reference.mean()) / max(self.start, 1e-12)
+        return 1 - float(self.reference.mean()) / max(self.start, 1e-12) if self.incumbents else 0.0
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -299,7 +315,7 @@ class _Run:
         state = {
             "schema": CHECKPOINT_SCHEMA,
             "identity": self.identity,
-            **{name: getattr(self, name) for name in ("played", "batches", "incumbents", "history")},
+            **{name: getattr(self, name) for name in ("played", "batches", "incumbents", "start", "history")},
             "bounds": self.potential.bounds,
             "reference": torch.from_numpy(self.reference),
             "base": torch.from_numpy(self.base),
@@ -327,7 +343,7 @@ class _Run:
                 f"{state['identity'].get(different[0])}, here it is {self.identity[different[0]]}",
                 f"delete it, or leave out {option('resume')} to begin anew",
             )
-        for name in ("played", "batches", "incumbents", "history"):
+        for name in ("played", "batches", "incumbents", "start", "history"):
             setattr(self, name, state[name])
         self.potential = Potential(list(state["bounds"]))
         self.reference, self.base = state["reference"].numpy(), state["base"].numpy()

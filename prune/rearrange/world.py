@@ -13,7 +13,7 @@ from ...core.plan import TokenPlan
 from .. import ranks
 from ..backbones.adapter import Adapter
 from ..backbones.vit import weights_sha256
-from ..batches import images_at_once, in_batches
+from ..batches import halved, images_at_once, in_batches
 from ..calibration import Calibration, Judgement, distance, divergence
 from ..tune.weights import with_weights
 
@@ -25,8 +25,9 @@ STAND_IN_IMAGES = 256
 #: Rows of a stand-in's normal equations at most, an image or its mirror image giving one per token: with more tokens to
 #: an image fewer images do, and no mirror images, and a model of DeiT's size is refitted in minutes.
 STAND_IN_ROWS = 150_000
-#: How many of those plans say, on as many held-out images, whether the refit helped.
-STAND_IN_JUDGES = 4
+#: How many of those plans say whether the refit helped: on so many held-out images, and on twice as many, up to
+#: :data:`STAND_IN_IMAGES`, until the difference is so many standard errors.
+STAND_IN_JUDGES, STAND_IN_JUDGED, STAND_IN_CLEAR = 4, 64, 4
 
 
 class World:
@@ -64,15 +65,24 @@ class World:
         tokens = self.geometry.tokens
         fit = self.calibration.fit[: min(STAND_IN_IMAGES, STAND_IN_ROWS // tokens)]
         flip = 2 * len(fit) * tokens <= STAND_IN_ROWS
-        # A refit that is worth having shows on a few images.
-        judges, few = plans[:: -(-len(plans) // STAND_IN_JUDGES)], self.held_out[:STAND_IN_IMAGES]
         self.stand_in = None
-        before = self.judge(judges, few)[1].mean(0)
         weights, _ = self.adapter.refit(plans, self.calibration, fit, flip=flip, on_step=on_step)
-        with with_weights(self.adapter.model, weights):
-            after = self.judge(judges, few)[1].mean(0)
-        self.stand_in = weights if weights and Judgement.of(before, after).better else None
+        if weights and self._helps(weights, plans[:: -(-len(plans) // STAND_IN_JUDGES)]):
+            self.stand_in = weights
         return self.stand_in is not None
+
+    def _helps(self, weights: Mapping[str, Tensor], plans: Sequence[TokenPlan]) -> bool:
+        """Whether ``weights`` are better for ``plans``: a refit that is worth having shows on a few images."""
+        before = after = np.empty(0)
+        while len(before) < len(few := self.held_out[:STAND_IN_IMAGES]):
+            more = few[len(before) : max(2 * len(before), STAND_IN_JUDGED)]
+            before = np.concatenate([before, self.judge(plans, more, foresee=False)[1].mean(0)])
+            with with_weights(self.adapter.model, weights):
+                after = np.concatenate([after, self.judge(plans, more, foresee=False)[1].mean(0)])
+            judgement = Judgement.of(before, after)
+            if abs(judgement.after - judgement.before) > STAND_IN_CLEAR * judgement.error:
+                break
+        return judgement.better
 
     def judge(
         self, plans: Sequence[TokenPlan], indices: np.ndarray, *, foresee: bool = True
@@ -86,8 +96,10 @@ class World:
             foresee: False: with the model's own weights, whatever :attr:`stand_in` is.
         """
         together = self.adapter.plans_together
+        # Of rewards the differences count. What is reported, and decides what is kept, is judged as the model computes.
+        half = not np.isin(indices, self.held_out).any()
         # Before any weights are exchanged: the target is what the model as trained says.
-        self.calibration.dense_outputs(self.adapter, indices)
+        self.calibration.dense_outputs(self.adapter, indices, half=half)
         # Processes share the images, or the plans where each costs something of its own.
         axis = 2 if together or len(plans) < ranks.world().size else 1
         plans, indices = (plans, ranks.share(indices)) if axis == 2 else (ranks.share(plans), indices)
@@ -100,8 +112,9 @@ class World:
 
                 def step(places: np.ndarray, some: slice = some) -> None:
                     images = self.calibration.images(indices[places])
-                    outputs = self.adapter.evaluate_plans(plans[some], images, len(indices))
-                    dense = self.calibration.dense_outputs(self.adapter, indices[places]).expand_as(outputs)
+                    with halved(self.adapter, half):
+                        outputs = self.adapter.evaluate_plans(plans[some], images, len(indices))
+                    dense = self.calibration.dense_outputs(self.adapter, indices[places], half=half).expand_as(outputs)
                     for kind, measure in enumerate((distance, divergence)):
                         found[kind][some, places] = measure(dense, outputs, self.geometry.output).numpy()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from ..calibration import Calibration
 from .importance import IMPORTANCE_IMAGES
 from .ridge import FOLDS, WIDE, WIDE_FOLDS
 from .store import ActivationStore
+
+T = TypeVar("T")
 
 #: Below this many images, their mirror images are fitted to as well.
 FLIP_BELOW = 4096
@@ -94,6 +96,16 @@ class Chunks:
         chosen = self._indices[max(self._start, first) : min(self._stop, first + self._size)]
         images = self._calibration.images(chosen).to(self.device, self.dtype)
         return torch.cat([images, images.flip(-1)]) if self.flip else images
+
+    def on_few(self, measure: Callable[..., T], multiple: int = 1) -> T:
+        """What ``measure`` finds on :meth:`few`; of fits that begin with the same images, the first measures it.
+
+        Args:
+            measure: Called with the batches, and with ``before``: how many images other processes have before them.
+        """
+        few = self._indices[:IMPORTANCE_IMAGES]
+        what = ("importance", self.model, self.dtype, few.tobytes())
+        return self._calibration.once(what, lambda: measure(self.few(multiple), before=self.before_few(multiple)))
 
     def few(self, multiple: int = 1) -> Iterator[Tensor]:
         """Batches of the images by which the importance of tokens is measured.

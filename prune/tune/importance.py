@@ -13,7 +13,7 @@ from .. import ranks
 from ..backbones.adapter import BlockAdapter
 from ..backbones.forms import attend, mlp_update, project_queries, projected, replace_forward, scaled, split_keys_values
 from ..batches import in_batches
-from ..device import same_gradients
+from ..device import half_forward, same_gradients
 from ..fisher import Directions, frozen
 
 #: Images that squared gradients are averaged over. Those of each image apart, as weights of its own rows, fit worse.
@@ -59,7 +59,7 @@ def token_importance(
         def step(images: Tensor) -> tuple[Tensor, ...]:
             seen.clear()
             try:
-                with same_gradients(parameter.device):
+                with same_gradients(parameter.device), half_forward(parameter.device, geometry.embed_dim):
                     output = model(images.to(parameter)).float()
                 order[:] = [(block, place) for block, place, _ in seen]
                 return torch.autograd.grad(directions.loss(output, geometry.output), [value for _, _, value in seen])

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from ..backbones.forms import (
     step_forward,
 )
 from ..calibration import Calibration
+from ..device import saves_time
 from ..methods.rule import BlockView, Keep, TokenRule, enter, select_rows, with_prefix
 from .chunks import Chunks
 from .importance import token_importance
@@ -90,6 +92,7 @@ class Streams(Chunks):
 
     Attributes:
         diverged: Whether pruned and dense stream differ by more than rounding from here on.
+        half: Whether products of bfloat16 will do, and save time. Rules choose by what they would round.
     """
 
     def __init__(
@@ -109,6 +112,8 @@ class Streams(Chunks):
         self._adapter, self._ropes = adapter, adapter.ropes()
         self._importance: dict[str, Tensor] = {}
         self.diverged = False
+        rules = any(isinstance(plan, TokenRule) for plan in plans)
+        self.half = saves_time(self.device, self.geometry.embed_dim) and not rules
         self._pooled = False
         # The block that was last chosen for, its rows by chunk, and of rules where the tokens that enter it lie.
         self._block, self._rows = 0, {}
@@ -116,7 +121,7 @@ class Streams(Chunks):
         self._steps = {id(plan): schedule(plan) for plan in self.plans if not isinstance(plan, TokenRule)}
 
     def __enter__(self) -> Streams:
-        importance = token_importance(self._adapter, self.few(), before=self.before_few())
+        importance = self.on_few(partial(token_importance, self._adapter))
         # Apple's GPUs have no float64.
         self._importance = {name: value.float().to(self.device) for name, value in importance.items()}
         try:
@@ -185,7 +190,7 @@ class Streams(Chunks):
         return self._rows[chunk]
 
     def equations(self, inputs: int, outputs: int, bias: bool) -> NormalEquations:
-        return NormalEquations(inputs, outputs, self.folds, bias=bias, device=self.device)
+        return NormalEquations(inputs, outputs, self.folds, bias=bias, device=self.device, half=self.half)
 
     def row_weights(self, name: str, block: int, positions: Tensor) -> Tensor:
         """How much rows at ``positions`` count in a fit: shape of the positions.

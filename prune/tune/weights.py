@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ...core.plan import TokenPlan
 from ..backbones.adapter import BlockAdapter
 from ..backbones.forms import layer_scale, projected, scaled
 from ..calibration import Calibration
+from ..device import half_forward
 from ..methods.rule import TokenRule
 from .ridge import FIRST_RIDGE, NormalEquations, added, unscaled
 from .store import RAM_BYTES
@@ -96,7 +97,9 @@ def refit_weights(
         error that it explains in cross-validation.
     """
     plans = [plan] if isinstance(plan, (TokenPlan, TokenRule)) else plan
-    with Streams(adapter, plans, calibration, indices, flip, ram_bytes) as streams:
+    streams = Streams(adapter, plans, calibration, indices, flip, ram_bytes)
+    half = half_forward(streams.device, adapter.geometry.embed_dim) if streams.half else nullcontext()
+    with half, streams:
         refit = _Refit(streams, dict(start or {}))
         for index, block in enumerate(adapter.model.blocks):
             refit.blocks.append({})
@@ -179,14 +182,21 @@ class _Refit:
         equations = [self._equations(block, layer) for layer in layers]
         for chunk in streams.chunks:
             dense, pruned = streams.read(chunk, index)
-            target = projected(block.attn, dense, "kv")
-            with with_weights(block.attn, self.changed(f"blocks.{index}.attn")):
-                target = target - projected(block.attn, pruned, "kv")
+            target = self._missing(index, block, dense, pruned)
             rows = streams.row_weights("keys", index, streams.rows(chunk).key_positions)
             for part, columns in zip(equations, target.chunk(len(layers), -1), strict=True):
                 part.add(streams.fold(chunk), pruned, columns, rows)
         for layer, part in zip(layers, equations, strict=True):
             self._solve(index, block, layer, None, part)
+
+    def _missing(self, index: int, block: nn.Module, dense: Tensor, pruned: Tensor) -> Tensor:
+        """What keys and values, as they are by now, lack of the dense model's."""
+        changed = self.changed(f"blocks.{index}.attn")
+        if not changed:  # One product for both.
+            return projected(block.attn, dense - pruned, "kv", bias=False)
+        target = projected(block.attn, dense, "kv")
+        with with_weights(block.attn, changed):
+            return target - projected(block.attn, pruned, "kv")
 
     def attention(self, index: int, block: nn.Module) -> None:
         """Refit the projection, and leave the stream behind the attention in "pruned"."""
@@ -249,9 +259,10 @@ class _Refit:
     ) -> None:
         solution = equations.sum_up().solve(self._ridges.get(layer.name, FIRST_RIDGE))
         self.blocks[-1][layer.name] = solution.to_json()
+        # The next block's is likely to be near.
+        self._ridges[layer.name] = solution.nearest or FIRST_RIDGE
         if solution.coefficients is None:
             return
-        self._ridges[layer.name] = solution.ridge
         update = unscaled(solution.coefficients, scale)
         inputs = block.get_parameter(layer.weight).shape[1]
         self._add(index, block, layer.weight, update[:inputs], layer.first)
@@ -288,9 +299,14 @@ class _Refit:
 def _input_of(linear: nn.Linear, module: nn.Module, x: Tensor) -> Tensor:
     """What ``linear`` gets inside ``module(x)``: so any MLP that ends in ``fc2`` will do, gated ones too."""
     caught = []
-    handle = linear.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+
+    def catch(x: Tensor) -> Tensor:
+        caught.append(x)
+        return x.new_zeros(()).expand(*x.shape[:-1], linear.out_features)  # Nobody reads it.
+
+    linear.forward = catch
     try:
         module(x)
     finally:
-        handle.remove()
+        del linear.forward
     return caught[0]

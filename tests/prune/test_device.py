@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from other_device import other_device
-from tiny_vits import calibration_for, tiny
+from tiny_vits import calibration_for, half_plan, tiny
 
 from vpruner.core.errors import UserError
 from vpruner.core.plan import TokenPlan
@@ -17,12 +17,15 @@ from vpruner.prune import device
 from vpruner.prune.analyze import analyze
 from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.data import ImageSet
-from vpruner.prune.device import computing, device_of, move, name_of, on_cpu, resolve
+from vpruner.prune.device import computing, device_of, half_forward, half_sums, move, name_of, on_cpu, resolve
+from vpruner.prune.fisher import gate_gradients
 from vpruner.prune.learn import learn
 from vpruner.prune.loaded import LoadedModel
 from vpruner.prune.memory import open_source
 from vpruner.prune.methods import methods
 from vpruner.prune.rearrange.settings import RearrangeSettings
+from vpruner.prune.rearrange.world import World
+from vpruner.prune.tune.stage import tune
 
 CPU = torch.device("cpu")
 
@@ -202,3 +205,70 @@ def test_methods_and_analysis_work_where_the_model_is(name, monkeypatch):
     form = adapter.applied(expected) if isinstance(expected, TokenPlan) else expected.applied(adapter)
     with form, torch.inference_mode():
         assert torch.equal(adapter.model(images), outputs)
+
+
+# -- bfloat16 on CPUs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def halves(monkeypatch):
+    """Products of bfloat16, however narrow the model and old the CPU."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        pytest.skip("this PyTorch does not say what the CPU can do")
+    monkeypatch.setattr(device, "HALF_FROM", 0)
+    monkeypatch.setattr(device, "_has_amx", lambda: True)
+
+
+def test_only_wide_models_on_cpus_that_say_so_have_products_of_bfloat16(monkeypatch):
+    def product(width: int) -> torch.dtype:
+        with half_forward(CPU, width):
+            return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+    for capabilities, expected in (({"amx_bf16": True}, torch.bfloat16), ({}, torch.float32)):
+        device._has_amx.cache_clear()
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda said=capabilities: said, raising=False)
+        assert product(device.HALF_FROM) == expected and product(device.HALF_FROM - 1) == torch.float32
+    device._has_amx.cache_clear()
+
+
+def test_sums_are_of_float32_within_autocast_and_settings_come_back(halves):
+    before, ones = torch.backends.mkldnn.matmul.fp32_precision, torch.ones(2, 2)
+    with half_forward(CPU, 8):
+        for saves in (False, True):
+            with half_sums(saves):
+                assert (ones @ ones).dtype == torch.float32
+        assert (ones @ ones).dtype == torch.bfloat16
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_gradients_of_gates_in_bfloat16_are_nearly_those_in_float32(monkeypatch, halves):
+    adapter = adapter_of()
+    images = calibration_for(adapter).images(range(8))
+    plan = half_plan(adapter)
+    half = gate_gradients(adapter, [(images, None)], "self", plan=plan).moments
+    monkeypatch.setattr(device, "HALF_FROM", 1 << 20)
+    full = gate_gradients(adapter, [(images, None)], "self", plan=plan).moments
+    assert not np.array_equal(half, full)
+    np.testing.assert_allclose(half, full, atol=0.05 * np.abs(full).max())
+
+
+def test_a_refit_in_bfloat16_helps_as_much_and_leaves_no_trace(monkeypatch, halves):
+    adapter = adapter_of()
+    calibration, plan = calibration_for(adapter), half_plan(adapter)
+    half = tune(adapter, plan, calibration).judgement
+    monkeypatch.setattr(device, "HALF_FROM", 1 << 20)
+    full = tune(adapter, plan, calibration).judgement
+    assert half.before == full.before
+    assert half.before - half.after == pytest.approx(full.before - full.after, rel=0.05)
+    assert half.after != full.after
+
+
+def test_rewards_are_in_bfloat16_and_what_is_reported_is_not(monkeypatch, halves):
+    adapter = adapter_of()
+    calibration, plan = calibration_for(adapter), half_plan(adapter)
+    world = World(adapter, calibration)
+    half = [world.judge([plan], places) for places in (world.images, world.held_out)]
+    monkeypatch.setattr(device, "HALF_FROM", 1 << 20)
+    full = [world.judge([plan], places) for places in (world.images, world.held_out)]
+    assert not np.array_equal(half[0], full[0])
+    np.testing.assert_array_equal(half[1], full[1])

@@ -169,6 +169,24 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
     assert parts.plan == whole.plan and parts.history == whole.history and parts.kept == whole.kept
 
 
+def test_images_that_no_batch_looks_at_are_not_judged():
+    world = PlantedWorld(2)
+    settings = RearrangeSettings(episodes=8, batch=8, images=16, worth=1.0)
+    start, _ = world.start()
+    found = play(world, settings=settings)
+    # Held-out images; 16 for 8 episodes and the start; 16 others for the best episode and the start, which end it.
+    assert world.judged == len(world.held_out) + 16 * (8 + 1) + 16 * 2
+    assert found.history[0]["improvement"] == 0 and found.plan.digest == start.digest
+
+
+def test_an_improvement_counts_from_the_start():
+    world, batches = PlantedWorld(2), []
+    start, _ = world.start()
+    found = play(world, on_batch=lambda episodes, improvement: batches.append(improvement))
+    last = world.judge([start, found.plan], world.images)[0].mean(1)
+    assert found.kept and batches[-1] == pytest.approx(1 - last[1] / last[0]) and batches[-1] > 0.1
+
+
 def test_a_run_that_ended_by_itself_plays_no_more_when_it_is_resumed(tmp_path):
     settings, path = RearrangeSettings(episodes=200, batch=8, worth=1.0), tmp_path / "run.pt"
     ended = play(PlantedWorld(2), settings=settings, checkpoint=path)
@@ -188,7 +206,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", {"schema": 2}, {"schema": 3}, [1]])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", {"schema": 3}, {"schema": 4}, [1]])
 def test_a_file_that_is_no_checkpoint_is_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "run.pt"
     if isinstance(content, bytes):

@@ -4,25 +4,27 @@ import tempfile
 import numpy as np
 import pytest
 import torch
+from timm.layers import Mlp, SwiGLU
 from timm.models.vision_transformer import VisionTransformer
 from tiny_vits import KINDS, calibration_for, frozen_plan, half_plan, tiny
 from torch.nn import functional as F
 
 from vpruner.core.errors import UserError
 from vpruner.core.plan import TokenPlan
+from vpruner.prune import device
 from vpruner.prune.backbones.forms import attended_values, embed_images
 from vpruner.prune.backbones.vit import ViTAdapter, weights_sha256
 from vpruner.prune.calibration import Calibration
 from vpruner.prune.fisher import direction_loss
-from vpruner.prune.tune import chunks, gates, streams
+from vpruner.prune.tune import chunks, gates, ridge, streams
 from vpruner.prune.tune.gates import tune_gates_by_distillation, tune_gates_least_squares
 from vpruner.prune.tune.importance import token_importance
 from vpruner.prune.tune.jacobian import gate_jacobian
-from vpruner.prune.tune.ridge import RIDGES, NormalEquations
+from vpruner.prune.tune.ridge import FIRST_RIDGE, RIDGES, NormalEquations
 from vpruner.prune.tune.stage import TUNINGS, tune, tuning_steps
 from vpruner.prune.tune.store import ActivationStore
 from vpruner.prune.tune.streams import Streams, pooling_weights
-from vpruner.prune.tune.weights import refit_weights, with_weights
+from vpruner.prune.tune.weights import _input_of, refit_weights, with_weights
 
 TUNED = [kind for kind in TUNINGS if kind != "none"]
 
@@ -83,6 +85,73 @@ def test_ridge_and_its_choice_equal_least_squares_on_the_rows(bias, weighted):
         torch.testing.assert_close(solution.coefficients, slow(everything, solution.ridge))
         total = float((y.flatten(0, 1) * root).square().sum())
         assert solution.explained == pytest.approx(1 - min(errors) / total)
+
+
+def test_gram_matrices_made_of_blocks_are_whole(monkeypatch):
+    torch.manual_seed(0)
+    rows, targets, counts = torch.randn(2, 9, 8).double(), torch.randn(2, 9, 3).double(), torch.rand(9).double()
+    whole, blocks = NormalEquations(8, 3, 2), NormalEquations(8, 3, 2)
+    whole.add(1, rows, targets, counts)
+    monkeypatch.setattr(ridge, "BLOCK", 3)
+    blocks.add(1, rows, targets, counts)
+    blocks.add(0, rows, targets, counts)
+    assert not blocks.grams[1, 3:, :3].any()
+    whole.add(0, rows, targets, counts)
+    found, expected = blocks.solve(), whole.solve()
+    torch.testing.assert_close(blocks.grams, whole.grams)
+    torch.testing.assert_close(blocks.grams[0], blocks.grams[0].T)
+    assert found.ridge == expected.ridge
+
+
+def test_rounded_factors_give_nearly_the_same_equations_and_none_with_a_negative_eigenvalue():
+    torch.manual_seed(0)
+    whole, half = NormalEquations(32, 3, 2), NormalEquations(32, 3, 2, half=device._has_amx())
+    rows = torch.randn(2, 40, 32)
+    targets, counts = rows[..., :3] + 0.1 * torch.randn(2, 40, 3), torch.rand(40)
+    for equations in (whole, half):
+        for fold in range(2):
+            equations.add(fold, rows[fold], targets[fold], counts)
+    found, expected = half.solve(), whole.solve()
+    assert found.ridge == expected.ridge and found.explained == pytest.approx(expected.explained, abs=0.02)
+    torch.testing.assert_close(found.coefficients, expected.coefficients, rtol=0, atol=0.02)
+    assert torch.linalg.eigvalsh(half.grams).min() > -1e-4
+
+
+def test_a_ridge_that_does_not_help_says_where_the_next_search_starts():
+    torch.manual_seed(0)
+    equations = NormalEquations(20, 3, 4, bias=False)
+    for fold in range(4):
+        equations.add(fold, torch.randn(8, 20), torch.randn(8, 3))
+    solution = equations.solve()
+    assert solution.coefficients is None and solution.nearest > FIRST_RIDGE
+    tried = []
+    counted = lambda *args, solve=equations._solved: tried.append(args[-1]) or solve(*args)  # noqa: E731
+    equations._solved = counted
+    assert equations.solve(solution.nearest) == solution
+    assert len(set(tried)) <= 3
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_what_an_mlp_ends_in_is_caught_and_left_as_it_was(gate):
+    mlp = (SwiGLU if gate else Mlp)(8, 12)
+    x, whole = torch.randn(2, 5, 8), mlp(torch.zeros(1, 8))
+    inputs = _input_of(mlp.fc2, mlp, x)
+    torch.testing.assert_close(mlp.fc2(inputs), mlp(x))
+    assert torch.equal(mlp(torch.zeros(1, 8)), whole)
+
+
+def test_fits_that_begin_with_the_same_images_measure_importance_once(monkeypatch):
+    adapter, measured = ViTAdapter(tiny("class token"), "tiny"), []
+    calibration = calibration_for(adapter)
+    monkeypatch.setattr(
+        streams, "token_importance", lambda *args, **given: measured.append(1) or token_importance(*args, **given)
+    )
+    plan = half_plan(adapter)
+    first, _ = refit_weights(adapter, plan, calibration, calibration.fit)
+    again, _ = refit_weights(adapter, plan, calibration, calibration.fit)
+    assert len(measured) == 1 and equal(first, again)
+    refit_weights(adapter, plan, calibration, calibration.fit[1:])
+    assert len(measured) == 2
 
 
 def test_what_cannot_be_predicted_is_left_alone():
