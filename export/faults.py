@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from .emulate import HALF, MOVERS
+from .emulate import MOVERS
 from .norms import Norm, written_norms
 from .twins import NO_TWIN, Twin
 from .unfit import constant_of
@@ -362,7 +362,3 @@ def first_wrong(nodes: Sequence[ir.Node], deviations: Mapping[str, Deviation], t
             if of(node, key) > limit >= above(node, key):
                 return node
     return max(nodes, key=lambda node: of(node, error) / (above(node, error) + tolerance / 10), default=None)
-
-
-def is_half(precision: str) -> bool:
-    return precision in HALF
