@@ -141,7 +141,7 @@ def test_a_comparison_is_not_made_again():
 
 def test_a_checkpoint_of_an_earlier_release_is_refused_and_left_alone():
     before = Path("state.pt").read_bytes()
-    with pytest.raises(UserError, match="schema 2, expected 3; delete it"):
+    with pytest.raises(UserError, match="schema 2, expected 4; delete it"):
         read_checkpoint("state.pt")
     assert Path("state.pt").read_bytes() == before
 
