@@ -141,7 +141,8 @@ def test_deployment_targets_take_it(exported, target, opset, tmp_path):
         paths = tmp_path / "rule.onnx", tmp_path / "decisions.onnx"
         for source, path in zip((ruled.path, ruled.decisions_path), paths, strict=True):
             assert deploy_file(source, target, path).opset == opset
-        assert not [finding for finding in check(paths[0], target) if finding.severity in ("error", "warning")]
+        serious = [finding.rule for finding in check(paths[0], target) if finding.severity in ("error", "warning")]
+        assert serious == (["written-norm"] if target == "trt8.5" else [])  # it has no LayerNormalization
         parity = compare_rule(
             ruled.adapter, ruled.rule, *paths, ruled.images(4), optimized=False, what=f" for {target}"
         )
