@@ -80,6 +80,7 @@ def test_a_table_is_of_its_runtime(tmp_path):
     assert not [one for one in table.remarks(runtime="openvino", threads=1) if "runtime" in one]
 
 
+@pytest.mark.nightly
 def test_a_run_and_a_comparison(tmp_path):
     dense = RECORDED / "onnx" / "dense.onnx"
     data = ("--data", RECORDED / "train.tar", "--eval-data", RECORDED / "val.tar", *IN_OPENVINO, "--seconds", 0.1, "-q")

@@ -150,6 +150,7 @@ def test_what_is_learned_is_what_the_graph_learns(name, tmp_path):
     assert (plans[0].masks == plans[1].masks).mean() > 0.99 and not plans[0].is_identity
 
 
+@pytest.mark.nightly
 def test_a_pruned_eva_is_written_with_its_refitted_weights(tmp_path):
     """The file equals the gathered module, and every form before it the one before that: the checks of an export."""
     model = vp.open_model(deeper("EVA-02, sub-norms").model, preprocessing={"mean": (0.5,) * 3, "std": (0.5,) * 3})
