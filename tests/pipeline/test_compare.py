@@ -400,6 +400,7 @@ def test_an_interrupted_rearrangement_is_no_result(card, images, monkeypatch):
         contender.make(None, None, None, 0.5, 0)
 
 
+@pytest.mark.nightly
 def test_a_plan_by_content_is_saved_with_its_score_and_exported(card, images, tmp_path, monkeypatch):
     geometry = open_model(card).adapter.geometry
     plan = TokenPlan("tiny", geometry, [range(16), range(16), range(12)], [range(14), range(9), ()], [range(9), (), ()])

@@ -24,7 +24,7 @@ from vpruner.prune.rearrange.settings import RearrangeSettings
 from vpruner.prune.rearrange.stage import STAND_IN_PLANS
 from vpruner.prune.rearrange.world import World
 from vpruner.prune.rounds import choose_loss, round_sizes
-from vpruner.prune.saved import SavedState
+from vpruner.prune.saved import LOCK, SavedState
 
 
 @pytest.fixture(scope="module")
@@ -374,12 +374,12 @@ def test_a_place_that_something_else_has_is_no_place_for_a_state(tmp_path):
 
 def test_a_state_that_another_process_writes_is_left_alone(images, tmp_path):
     folder, quick = tmp_path / "out.state", {"rearrange": "none", "tune": "none", "select": "static"}
-    learn_with_all_stages(images, folder, **quick)
+    folder.mkdir()
+    (folder / "stages.safetensors").write_bytes(b"the other's")
     program = f"""
-from pathlib import Path
-from vpruner.prune.saved import SavedState
-state = SavedState(Path({str(folder)!r}))
-state.take()
+from filelock import FileLock
+lock = FileLock({str(folder / LOCK)!r})
+lock.acquire()
 print("taken", flush=True)
 input()
 """
@@ -390,7 +390,7 @@ input()
         assert (folder / "stages.safetensors").exists()
         other.kill()
     with SavedState(folder) as saved:
-        learn_all(images, saved=saved, **quick)
+        saved.take()
     assert not folder.exists()
 
 
