@@ -38,6 +38,7 @@ from rich.table import Table
 
 from vpruner.core.cost import cost_ratio
 from vpruner.core.environment import environment
+from vpruner.core.extras import require
 from vpruner.core.geometry import Geometry
 from vpruner.core.plan import KINDS, TokenPlan
 from vpruner.core.rows import append_rows
@@ -123,12 +124,14 @@ def onnxruntime_runner(path: Path, image: np.ndarray) -> Callable[[], object]:
     return lambda: session.run(None, feeds)
 
 
-def openvino_runner(path: Path, image: np.ndarray) -> Callable[[], object]:
-    import openvino
+def openvino_compiled(path: Path, **more: object):
+    """The graph as OpenVINO runs it: in float32, on one thread."""
+    options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, **more}
+    return require("openvino").Core().compile_model(str(path), "CPU", options)
 
-    options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
-    compiled = openvino.Core().compile_model(str(path), "CPU", options)
-    request = compiled.create_infer_request()
+
+def openvino_runner(path: Path, image: np.ndarray) -> Callable[[], object]:
+    request = openvino_compiled(path).create_infer_request()
     return lambda: request.infer([image])
 
 

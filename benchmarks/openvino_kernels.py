@@ -29,7 +29,7 @@ from pathlib import Path
 import click
 import numpy as np
 import onnx_ir as ir
-from fold_order import KINDS, MODELS, STORED, chain, open_dense, openvino_runner, stretch
+from fold_order import KINDS, MODELS, STORED, chain, open_dense, openvino_compiled, openvino_runner, stretch
 from kernel_tables import ATTENTION, PRODUCTS, REST
 from rich.console import Console
 from rich.table import Table
@@ -44,7 +44,7 @@ from vpruner.export.deploy import prepare_for
 from vpruner.export.files import load_model, save_model
 from vpruner.export.fold import fold_graph
 from vpruner.export.graph import open_graph
-from vpruner.export.passes.edit import add_node, number_like
+from vpruner.export.passes.edit import add_constant, add_node, number_like
 
 RESULTS = Path("benchmarks/results/openvino_kernels.jsonl")
 #: Rounds in which counters are read; the median of each node counts.
@@ -84,7 +84,7 @@ def join_products(model: ir.Model) -> ir.Model:
         biases = [next(v for v in add.inputs if v.const_value is not None) for add in adds]
         first, name = nodes[0], f"{value.name}.joined"
         weight, bias, sizes = (
-            constant(model, f"{name}.{kind}", array)
+            add_constant(model.graph, f"{name}.{kind}", array)
             for kind, array in (
                 ("weight", np.concatenate([node.inputs[1].const_value.numpy() for node in nodes], 1)),
                 ("bias", np.concatenate([one.const_value.numpy() for one in biases])),
@@ -100,12 +100,6 @@ def join_products(model: ir.Model) -> ir.Model:
             ir.convenience.replace_all_uses_with(add.outputs[0], split.outputs[index])
             model.graph.remove([add, node], safe=True)
     return model
-
-
-def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
-    model.graph.initializers[name] = value
-    return value
 
 
 def write_forms(dense: Path, plan: TokenPlan, folder: Path) -> dict[str, Path]:
@@ -130,10 +124,7 @@ class Counted:
     """
 
     def __init__(self, path: Path):
-        import openvino
-
-        options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, "PERF_COUNT": True}
-        compiled = openvino.Core().compile_model(str(path), "CPU", options)
+        compiled = openvino_compiled(path, PERF_COUNT=True)
         self.request = compiled.create_infer_request()
         self.shapes = {
             node.get_friendly_name(): [[int(str(size)) for size in one.get_partial_shape()]
