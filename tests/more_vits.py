@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from many_vits import HF, SIZE, Call, Kind, _hf, _vit, hf, sam, timm_vit
+from many_vits import HF, KINDS, SIZE, Call, Kind, _hf, _vit, hf, sam, timm_vit
 from torch import nn
 from torch.nn import functional as F
 
@@ -184,3 +184,15 @@ MORE: dict[str, Kind] = {
                   lambda: hf("VitDetModel", "VitDetConfig", "last_hidden_state", attention="eager",
                              pretrain_image_size=32, use_relative_position_embeddings=True), prefix=0),
 }  # fmt: skip
+
+#: What the fast run takes of both: the rest differs from one of these in what does not concern the token axis.
+ONE_OF_EACH = [
+    name
+    for name in {**KINDS, **MORE}
+    if name
+    not in (
+        "ViT, average", "ViT, registers", "ViT, qk-norm", "BEiT, shared bias", "EVA-02", "PE", "RoPE, mixed",
+        "parallel, one residual", "hf ViT", "hf DINOv2", "hf DINOv3", "hf BEiT", "hf Data2Vec", "hf SigLIP", "hf AIMv2",
+        "hf DeiT", "ViTPose", "distilled", "SAM, global",
+    )
+]  # fmt: skip

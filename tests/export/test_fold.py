@@ -110,7 +110,7 @@ def test_other_block_contents(exported, changes):
         assert_folds(dense, random_plan(dense.geometry, seed, enter=0.7), dense.images())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_any_plan(data):
     """Against the reference, and against the masked graph."""

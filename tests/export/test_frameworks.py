@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from follow_tools import difference, identity_plan, misplaced, run
+from products import sampled
 from tiny_vits import calibration_for
 
 from vpruner.core.plan import TokenPlan
@@ -49,7 +50,7 @@ def outputs_of(model: ir.Model, images: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", sampled(FILES, LEARNED))
 def test_masks_do_what_they_do_in_the_framework(name):
     model, known = model_of(name), recorded(name)
     images = known.images.astype(np.float32) / 256
@@ -67,9 +68,7 @@ def test_masks_do_what_they_do_in_the_framework(name):
     assert misplaced(followed, images[:1]) == []
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in LEARNED else pytest.mark.nightly) for name in FILES]
-)
+@pytest.mark.parametrize("name", sampled(FILES, LEARNED))
 def test_learning_runs_the_file_and_puts_weights_back(name):
     """NHWC images are given as [image, channel, row, column], as to any model."""
     model, known = model_of(name), recorded(name)

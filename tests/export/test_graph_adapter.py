@@ -172,7 +172,10 @@ def _write_images(folder, size) -> None:
         colours.resize(size[::-1], Image.Resampling.BILINEAR).save(folder / f"{index}.png")
 
 
-@pytest.mark.parametrize("name, exporter, opset, dynamic", PRUNED)
+@pytest.mark.parametrize(
+    "name, exporter, opset, dynamic",
+    [pytest.param(*case, marks=[pytest.mark.nightly] if case[0] == "Depth Anything" else []) for case in PRUNED],
+)
 def test_a_plan_is_learned_folds_and_is_what_was_judged(name, exporter, opset, dynamic):
     if name.startswith(("CLIP", "Depth")):
         pytest.importorskip("transformers")

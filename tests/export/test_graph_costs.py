@@ -24,7 +24,10 @@ def closed_form(geometry) -> tuple[BlockMacs, ...]:
     return (BlockMacs(key, query, block_macs(geometry, 1, 1, 0) - key - query, mlp),) * geometry.depth
 
 
-@pytest.mark.parametrize("exporter, opset, dynamic", [("torchscript", 17, True), ("dynamo", 23, True)])
+@pytest.mark.parametrize(
+    "exporter, opset, dynamic",
+    [("torchscript", 17, True), pytest.param("dynamo", 23, True, marks=pytest.mark.nightly)],
+)
 def test_of_the_bundled_model(exporter, opset, dynamic):
     followed = follow(written_reference(exporter, opset, dynamic, double=True))
     assert costs(followed) == closed_form(open_model().adapter.geometry)

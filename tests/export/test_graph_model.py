@@ -13,6 +13,7 @@ from export_tools import gathered_reference, random_plan, relative_difference
 from foreign_graphs import Foreign, tiny_model, write_module
 from many_vits import KINDS as MANY
 from many_vits import model_of, write_kind
+from products import sampled
 from store import stored
 from tiny_vits import KINDS, tiny
 from torch import nn
@@ -52,13 +53,23 @@ def parameters_like(model: nn.Module, tensor: torch.Tensor) -> list[nn.Parameter
     return [own for own in model.parameters() if any(own.shape == f.shape and torch.equal(own, f) for f in forms)]
 
 
+#: One of each way to pool, of each output, and of each exporter.
+OPENED = [
+    *(Foreign(kind) for kind in ("registers", "average pooling beside a class token", "features", "distilled")),
+    Foreign("attention pooling over the class token too"),
+    Foreign("qk-norm", dynamic=True, fused=False),
+    Foreign("class token", "dynamo", 20),
+]
+
 # -- what is opened ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "foreign",
-    [Foreign(kind) for kind in KINDS if kind not in ("patch 14", "patch 32", "average pooling before the norm")]
-    + [Foreign("qk-norm", dynamic=True, fused=False), Foreign("class token", "dynamo", 20)],
+    sampled(
+        [*OPENED, *(Foreign(kind) for kind in KINDS if Foreign(kind) not in OPENED)],
+        OPENED,
+    ),
     ids=str,
 )
 def test_the_graph_gives_what_the_exported_model_does(written, foreign):

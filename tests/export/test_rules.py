@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from export_tools import dims, nodes, run
+from products import sampled
 from tiny_vits import tiny
 from token_rules import images_for
 
@@ -81,9 +82,9 @@ CASES = {
     "content, pooling": (
         "average pooling",
         lambda g: content_rule(g, ((24, 20), (18, 9), (9, 9))),
-        {"dynamic_batch": True},
+        {},
     ),
-    "diffrate": ("average pooling", lambda g: DiffRateRule(g, (2, 3), (5, 2), class_token=False), {"batch_size": 2}),
+    "diffrate": ("average pooling", lambda g: DiffRateRule(g, (2, 3), (5, 2), class_token=False), {}),
 }
 
 
@@ -105,7 +106,7 @@ def exported(tmp_path_factory):
     return export
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sampled(list(CASES), [name for name in CASES if name != "content"]))
 def test_the_file_computes_what_the_rule_does(exported, name):
     ruled = exported(name)
     checks = check_rule(ruled.adapter, ruled.rule, ruled.path, ruled.decisions_path, ruled.images(9))
@@ -115,7 +116,7 @@ def test_the_file_computes_what_the_rule_does(exported, name):
     assert checks[-1].compared == 9 and checks[-1].top1_changed == 0 and checks[-1].near_ties == 0
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sampled(list(CASES), [name for name in CASES if name != "content"]))
 def test_the_graph_is_static_and_scatters_nothing(exported, name):
     ruled = exported(name)
     graph = ir.load(ruled.path)

@@ -18,7 +18,7 @@ from vpruner.export.nodes import copy_model
 from vpruner.export.passes.edit import add_constant, add_node
 
 BASES = [("ViT", "torchscript", 17, False), ("ViT, attention pooling", "torchscript", 17, True),
-         ("BEiT", "torchscript", 17, True), ("RoPE, mixed", "dynamo", 20, True), ("SAM", "torchscript", 17, False),
+         ("BEiT", "torchscript", 17, True), ("DINOv3", "dynamo", 20, True), ("SAM", "torchscript", 17, False),
          ("ViT", "dynamo", 23, False)]  # fmt: skip
 FEW, MANY = 8, 60
 
