@@ -11,6 +11,8 @@ The plans are those of fold_order.py. These forms of the folded graph run in tur
 * ``slices``: other patches with the same counts, which slices pick and no gather;
 * ``joined``: queries, keys and values of a block in one product where each is computed for the same tokens.
 
+The dense graph is opened last, and once more first: see runtimes.py.
+
 A second set of sessions asks OpenVINO's performance counters for the time of each node. Nodes are put together by what
 they do: products by how many tokens they compute, attention, and everything else.
 """
@@ -47,6 +49,8 @@ from vpruner.export.graph import open_graph
 from vpruner.export.passes.edit import add_constant, add_node, number_like
 
 RESULTS = Path("benchmarks/results/openvino_kernels.jsonl")
+#: The dense graph, opened ahead of all others.
+CONTROL = "opened first"
 #: Rounds in which counters are read; the median of each node counts.
 COUNTED = 60
 
@@ -166,8 +170,10 @@ def measure_model(spec: str, target: str, seconds: float, seed: int) -> list[dic
         )  # fmt: skip
         files = {"dense": path, **write_forms(path, plan, Path(folder))}
         image = random_images(1, (geometry.in_chans, *geometry.image_size), loaded.preprocessing, seed)
-        runners = {label: openvino_runner(file, image) for label, file in files.items()}
-        outputs = {label: next(iter(run().values())) for label, run in runners.items() if label != "slices"}
+        control = openvino_runner(path, image)
+        runners = {label: openvino_runner(file, image) for label, file in reversed(files.items())}
+        runners = {**{label: runners[label] for label in files}, CONTROL: control}
+        outputs = {label: next(iter(runners[label]().values())) for label in files if label != "slices"}
         for label, output in outputs.items():  # the same model, but for the dense one
             if label != "dense" and not np.allclose(output, outputs["folded"], rtol=1e-4, atol=1e-5):
                 raise click.ClickException(f"{label} does not give what folded gives")
@@ -175,7 +181,7 @@ def measure_model(spec: str, target: str, seconds: float, seed: int) -> list[dic
             runners, seconds=seconds, batch=1, seed=seed, clock=time.process_time, settle=SETTLE_SECONDS,
             protocol={"clock": "time.process_time around one run", "threads": 1},
         )  # fmt: skip
-        del runners
+        del runners, control
         counters = {label: Counted(file) for label, file in files.items()}
         for _ in range(COUNTED):
             for counter in counters.values():
@@ -189,6 +195,7 @@ def measure_model(spec: str, target: str, seconds: float, seed: int) -> list[dic
             {
                 "schema": 1, "kind": "openvino_kernels", "model": spec, "label": label, "target": float(target),
                 "runtime": "openvino", "threads": 1, "macs_ratio": ratio, "over": found.ratios[label].ratio - ratio,
+                "opened_first": found.ratios[CONTROL].ratio,
                 **found.row(label), "node_ms": {name: round(ms, 4) for name, ms in spent.items()},
                 "node_macs": {name: count / whole for name, count in macs.items()}, "kernels": used,
                 "protocol": found.protocol, "environment": before,

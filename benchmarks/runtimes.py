@@ -8,6 +8,10 @@ in float32 and with ``--int8`` as static INT8. The bundled model has its weights
 run in all runtimes on one thread, and all take turns. The clock is the CPU time of that thread, which other programs on
 the machine disturb least. Each ratio is of paired rounds: to the dense float32 graph in the same runtime, and to
 onnxruntime with the same file. Rows are appended to ``-o``.
+
+Where free memory lies in small pieces, the sessions that are opened first are the slower ones. So the dense graphs are
+opened last, and once more first; ``opened_first`` is the time of that over the other. Where it is above 1.02, let the
+kernel move its memory together (as root: ``echo 1 > /proc/sys/vm/compact_memory``) and measure again.
 """
 
 from __future__ import annotations
@@ -45,6 +49,8 @@ from vpruner.runtime.opening import open_timed
 #: The bundled model by the name that its rows have.
 BUNDLED = "reference"
 MODELS = (BUNDLED, "deit_small_patch16_224", "vit_base_patch16_224")
+#: The dense graph, opened ahead of all others.
+CONTROL = "opened first"
 #: Random images that static INT8 is calibrated on, so that a whole batch of 8 fits: only times count here.
 CALIBRATION = 8
 
@@ -94,23 +100,28 @@ def measure_model(
     before = environment()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         graphs = write_graphs(spec, batch, targets, int8, Path(folder), seed)
+        keys = [(runtime, *graph) for graph in graphs for runtime in runtimes]
+        controls = [(runtime, CONTROL, "fp32") for runtime in runtimes]
+        files = {**graphs, (CONTROL, "fp32"): graphs["dense", "fp32"]}
         sessions = {
-            (runtime, *graph): stack.enter_context(open_timed(path, runtime, threads=1))
-            for graph, (path, _) in graphs.items()
-            for runtime in runtimes
+            (runtime, target, precision): stack.enter_context(
+                open_timed(files[target, precision][0], runtime, threads=1)
+            )
+            for runtime, target, precision in (*controls, *reversed(keys))
         }
-        first = next(iter(sessions.values()))
+        first = sessions[keys[0]]
         image = random_images(batch, first.inputs[0].shape[1:], first.preprocessing, seed)
-        calls = {" ".join(key): session.caller(image_feeds(session, image)) for key, session in sessions.items()}
+        calls = {" ".join(key): sessions[key].caller(image_feeds(sessions[key], image)) for key in (*keys, *controls)}
         found = measure(
             calls, batch=batch, seed=seed, clock=time.thread_time, settle=SETTLING, **limits,
             protocol={"input": f"smooth random images, seed {seed}, the same for all"},
         )  # fmt: skip
-        protocols = {key: {**session.protocol, **found.protocol} for key, session in sessions.items()}
+        protocols = {key: {**sessions[key].protocol, **found.protocol} for key in keys}
     rows = []
     for (runtime, target, precision), protocol in protocols.items():
-        name = " ".join((runtime, target, precision))
-        to_dense = Ratio.from_seconds(found.seconds[name], found.seconds[f"{runtime} dense fp32"])
+        name, dense = " ".join((runtime, target, precision)), found.seconds[f"{runtime} dense fp32"]
+        to_dense = Ratio.from_seconds(found.seconds[name], dense)
+        control = Ratio.from_seconds(found.seconds[f"{runtime} {CONTROL} fp32"], dense)
         to_first = Ratio.from_seconds(found.seconds[name], found.seconds[f"{runtimes[0]} {target} {precision}"])
         rows.append(
             {
@@ -118,6 +129,7 @@ def measure_model(
                 "runtime": RUNTIMES[runtime], "batch": batch, "threads": 1, "macs_ratio": graphs[target, precision][1],
                 **found.latencies[name].to_json(), **to_dense.to_json(),
                 "to_runtime": RUNTIMES[runtimes[0]], "to_runtime_ratio": to_first.to_json(),
+                "opened_first": control.ratio,
                 "protocol": {**protocol, "clock": "time.thread_time around one run"}, "environment": before,
             }
         )  # fmt: skip

@@ -149,6 +149,8 @@ def runtimes(rows: list[dict]) -> str:
         f"{row['threads']} thread."
         for row in every
     }
+    most = max(row["opened_first"] for row in every)
+    about.add(f"The dense graph opened first in place of last: at most {ratio(most)} of its time.")
     return "\n".join([*lines, "", *sorted(about)])
 
 

@@ -25,7 +25,8 @@ def test_rows_of_each_graph_in_each_runtime(script, card, tmp_path, monkeypatch)
         assert row["macs_ratio"] == 1 if label == "dense" else row["macs_ratio"] < 1
         assert (row["ratio"] == 1) == ((label, precision) == ("dense", "fp32"))
         assert (row["to_runtime_ratio"]["ratio"] == 1) == (runtime == "onnxruntime") and row["count"] >= 10
-        assert row["protocol"]["clock"].startswith("time.thread_time") and len(row["protocol"]["interleaved_with"]) == 8
+        assert row["protocol"]["clock"].startswith("time.thread_time") and row["opened_first"] > 0
+        assert len(row["protocol"]["interleaved_with"]) == 8 + 2
     lines = tables.runtimes(rows).splitlines()
-    assert lines[0].endswith("| openvino / onnxruntime |") and len(lines) == 2 + 4 + 1 + 2
+    assert lines[0].endswith("| openvino / onnxruntime |") and len(lines) == 2 + 4 + 1 + 3
     assert lines[3].startswith("| toy | 2 | 0.5 fp32 | 0.") and tables.runtimes([]) == "Not measured yet."

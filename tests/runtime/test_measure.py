@@ -5,7 +5,9 @@ import json
 import pytest
 
 from vpruner.core.errors import UserError
+from vpruner.runtime import measure as measuring
 from vpruner.runtime.measure import profile_onnx
+from vpruner.runtime.opening import open_timed
 
 
 def test_profile_rows(make_onnx):
@@ -27,6 +29,21 @@ def test_profile_rows(make_onnx):
         assert len(row["file_sha256"]) == 64 and row["environment"]["packages"]["onnxruntime"]
         assert row["protocol"]["intra_op_threads"] == 1
     json.dumps(rows)
+
+
+def test_the_baseline_is_opened_last(make_onnx, monkeypatch):
+    """Later sessions are the faster ones where memory is in pieces: a saving must not come from that."""
+    opened = []
+
+    def open_and_note(path, *how, **more):
+        opened.append(path)
+        return open_timed(path, *how, **more)
+
+    monkeypatch.setattr(measuring, "open_timed", open_and_note)
+    paths = {name: make_onnx(f"{name}.onnx") for name in ("dense", "half", "third")}
+    rows = profile_onnx(paths, rounds=2, warmup=0, warmup_limit=0)
+    assert opened == [paths["third"], paths["half"], paths["dense"]]
+    assert [(row["label"], row["ratio_to"]) for row in rows] == [(label, "dense") for label in paths]
 
 
 def test_profile_makes_threads_explicit(make_onnx):
