@@ -115,7 +115,7 @@ def assert_same_bits(first, other):
 
 
 def assert_near(found, alone):
-    assert found.keys() <= alone.keys() and len(found) > 20
+    assert found.keys() <= alone.keys() and len(found) > 15
     for name, value in ((name, alone[name]) for name in found):
         kind, _, what = name.partition(": ")
         if what == "masks":
