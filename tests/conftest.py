@@ -101,6 +101,26 @@ def settles_soon(request):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread(request):
+    """Of onnxruntime, where a command is not told how many: threads that wait for each other on a busy machine take a
+    hundred times as long as tiny graphs do.
+    """
+    if not (runs_commands(request.path) or request.path.stem == "test_api"):
+        yield
+        return
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Options(onnxruntime.SessionOptions):
+        def __init__(self):
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", Options)
+        yield
+
+
 def pytest_sessionstart(session):
     if not hasattr(session.config, "workerinput"):
         store.sweep()
