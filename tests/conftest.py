@@ -1,7 +1,9 @@
 """What every test shares: where the repository is, files made once, and which tests this machine cannot run."""
 
+import contextlib
 import functools
 import gc
+import importlib
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,9 @@ from pathlib import Path
 import pytest
 import store
 from fail_over import pytest_addoption, pytest_configure  # noqa: F401
+
+#: The module in which torch's exporter keeps them.
+REGISTRY = "torch.onnx._internal.exporter._registration"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -84,6 +89,10 @@ def exports_once(request):
     torch = pytest.importorskip("torch")
     from exports import remembering
 
+    with contextlib.suppress(ImportError):
+        importlib.import_module(REGISTRY)
+        read_operators_once()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", remembering(torch.onnx.export))
         yield
@@ -140,8 +149,12 @@ def pytest_collection_finish():
 
 
 def pytest_runtest_setup():
+    read_operators_once()
+
+
+def read_operators_once():
     """Let torch read the operators that it exports to once: a third of every export is parsing their source anew."""
-    module = sys.modules.get("torch.onnx._internal.exporter._registration")
+    module = sys.modules.get(REGISTRY)
     registry = getattr(module, "ONNXRegistry", None)
     if registry and not hasattr(registry, "read_again"):
         registry.read_again = registry.from_torchlib

@@ -293,7 +293,7 @@ def test_measured_budgets_are_met_from_below_and_nothing_free_is_left_lying(exam
 
 @pytest.mark.parametrize("seed, target", each_with_some(range(3), [0.5, 0.7, 0.9], 1))
 def test_on_a_staircase_every_block_ends_at_the_edge_of_a_step(seed, target):
-    shape = geometry(depth=8, grid=(9, 9), pooled=True)
+    shape = geometry(depth=6, grid=(7, 7), pooled=True)
     cost = LatencyCost(make_table(shape, **stairs(8)), shape)
     losses = random_losses(shape, seed, related=False)
     result = search_mask(losses, shape, target, cost=cost)
@@ -324,7 +324,7 @@ def test_a_plateau_is_filled_with_the_patches_that_gain_most():
 
 
 def test_where_passing_a_block_costs_extra_fewer_blocks_are_passed(monkeypatch):
-    shape = geometry(depth=8, grid=(6, 6))
+    shape = geometry(depth=6, grid=(6, 6))
     table = make_table(shape, lambda k, q: 0.01 * k + 0.02 * q, lambda m: 0.03 * m, pass_ms=0.2, fixed_ms=0.1)
     cost = LatencyCost(table, shape)
     passed, lost = {}, {}
@@ -333,7 +333,7 @@ def test_where_passing_a_block_costs_extra_fewer_blocks_are_passed(monkeypatch):
             monkeypatch.setattr(search._Search, "_open_blocks", lambda self, states, limit: states)
         else:
             monkeypatch.undo()
-        results = [search_mask(random_losses(shape, seed, related=False), shape, 0.8, cost=cost) for seed in range(4)]
+        results = [search_mask(random_losses(shape, seed, related=False), shape, 0.8, cost=cost) for seed in range(3)]
         assert all(result.cost <= result.budget for result in results)
         passed[reckons] = sum((~result.masks[1:, :-1]).any((0, 2)).sum() for result in results)
         lost[reckons] = np.array([result.importance_lost for result in results])
