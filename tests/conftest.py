@@ -1,7 +1,10 @@
 """What every test shares: where the repository is, files made once, and which tests this machine cannot run."""
 
+import contextlib
 import functools
 import gc
+import importlib
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -10,6 +13,9 @@ from pathlib import Path
 import pytest
 import store
 from fail_over import pytest_addoption, pytest_configure  # noqa: F401
+
+#: The module in which torch's exporter keeps them.
+REGISTRY = "torch.onnx._internal.exporter._registration"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -68,7 +74,8 @@ def written():
 
 
 def runs_commands(module: Path) -> bool:
-    return module.parent.name in ("cli", "pipeline", "benchmarks") or module.stem in ("test_docs", "test_golden")
+    alone = ("test_docs", "test_golden", "test_recorded")
+    return module.parent.name in ("cli", "pipeline", "benchmarks") or module.stem in alone
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,11 +84,15 @@ def exports_once(request):
 
     What the exporter does is tested in tests/export, where it is always asked.
     """
-    if not runs_commands(request.path):
+    if not (runs_commands(request.path) or request.path.stem == "test_ort_torch"):
         yield
         return
     torch = pytest.importorskip("torch")
     from exports import remembering
+
+    with contextlib.suppress(ImportError):
+        importlib.import_module(REGISTRY)
+        read_operators_once()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", remembering(torch.onnx.export))
@@ -97,6 +108,27 @@ def settles_soon(request):
     with pytest.MonkeyPatch.context() as patch:
         if runs_commands(request.path) or request.path.parent.name == "runtime":
             patch.setattr("vpruner.core.timing.MOST_SETTLING_RUNS", 1)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_onnxruntime_thread(request):
+    """Of onnxruntime, where a command is not told how many: threads that wait for each other on a busy machine take a
+    hundred times as long as tiny graphs do.
+    """
+    wanted = runs_commands(request.path) or request.path.stem == "test_api"
+    if not (wanted and importlib.util.find_spec("onnxruntime")):
+        yield
+        return
+    import onnxruntime
+
+    class Options(onnxruntime.SessionOptions):
+        def __init__(self):
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", Options)
         yield
 
 
@@ -119,8 +151,12 @@ def pytest_collection_finish():
 
 
 def pytest_runtest_setup():
+    read_operators_once()
+
+
+def read_operators_once():
     """Let torch read the operators that it exports to once: a third of every export is parsing their source anew."""
-    module = sys.modules.get("torch.onnx._internal.exporter._registration")
+    module = sys.modules.get(REGISTRY)
     registry = getattr(module, "ONNXRegistry", None)
     if registry and not hasattr(registry, "read_again"):
         registry.read_again = registry.from_torchlib

@@ -74,7 +74,7 @@ COPIES = {
     "pruned.onnx": "pruned.onnx",
     "plan.json": "plan.json",
 }
-LEARN = ("--rounds", "1", "--episodes", "8")
+LEARN = ("--rounds", "1")
 #: What makes a command of a page quick; it learns and measures little then.
 QUICK = {"run": (*LEARN, "--seconds", "0.2", "--force"), "prune": LEARN, "profile": ("--seconds", "0.2")}
 
@@ -82,14 +82,15 @@ QUICK = {"run": (*LEARN, "--seconds", "0.2", "--force"), "prune": LEARN, "profil
 def make_workplace(folder: Path, patch) -> None:
     """Fill ``folder`` with tiny files under the names that the pages use; the run of the first page makes some of them.
 
-    As long as ``patch`` (a ``pytest.MonkeyPatch``) lasts, the bundled model and images are tiny, and so is timm's
-    deit_small_patch16_224.
+    As long as ``patch`` (a ``pytest.MonkeyPatch``) lasts, the bundled model and images are tiny, so is timm's
+    deit_small_patch16_224, and a rearrangement plays two episodes.
     """
     import timm
     from commands import call
     from tiny_cards import CLASSES, TINY, write_card, write_images
 
     from vpruner.core import bundled
+    from vpruner.prune.rearrange.settings import RearrangeSettings
 
     for name in IMAGE_FOLDERS:
         (folder / name).mkdir()
@@ -116,6 +117,9 @@ def make_workplace(folder: Path, patch) -> None:
 
     patch.setattr(timm, "create_model", create_model)
     patch.setattr(bundled, "ASSETS", assets)
+    # Whatever number of episodes a page has.
+    few = RearrangeSettings(episodes=2, images=8)
+    patch.setattr(RearrangeSettings, "for_tuning", lambda tuning, **given: few)
     commands = [words for block in shell_blocks("README.md") for words in block.commands]
     (run,) = (words for words in commands if words[:2] == ["vpruner", "run"])
     patch.chdir(folder)

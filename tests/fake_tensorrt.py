@@ -258,7 +258,10 @@ def make_tensorrt(release: str, cuda: FakeCuda) -> ModuleType:
             import onnxruntime
 
             self._header, self._logger = header, logger
-            self._session = onnxruntime.InferenceSession(onnx)
+            # One thread: those that wait for each other on a busy machine make a run a hundred times longer.
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = 1
+            self._session = onnxruntime.InferenceSession(onnx, options)
             kinds = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64"}
             self._io = {}
             for mode, values in (("INPUT", self._session.get_inputs()), ("OUTPUT", self._session.get_outputs())):

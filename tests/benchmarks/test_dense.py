@@ -169,6 +169,7 @@ def test_compare_writes_a_row_for_each_graph(dense_script, toy, tmp_path):
     assert len(read_rows(output)) == 2 * len(rows)
 
 
+@pytest.mark.nightly
 def test_rows_of_patch_tokens(dense_script, toy, tmp_path):
     tokens, output = dense_script("tokens"), tmp_path / "tokens.jsonl"
     arguments = ["--model", str(toy / "tiny.json"), "--data", str(toy / "images"), "--eval-data", str(toy / "images")]

@@ -278,7 +278,7 @@ def test_the_stored_model_answers(accuracy, mosaic, repository, monkeypatch):
     assert sum(file.stat().st_size for file in folder.iterdir()) < 12e6
     vlm = open_vlm(str(folder), device="cpu")
     assert vlm.dtype == "float32"
-    asked = accuracy.Asked.draw(mosaic.load_cells(str(bundled.evaluation_data())), 40, 0)
+    asked = accuracy.Asked.draw(mosaic.load_cells(str(bundled.evaluation_data())), 24, 0)
     half = partial(accuracy.Pruning("llm", 0.5).prepare(vlm.model), positions="original")
     with torch.inference_mode():
         for opened in (nullcontext, half):

@@ -50,7 +50,7 @@ def images(tmp_path_factory):
 def measured(card, tmp_path_factory):
     """One measured table, and what the command printed."""
     path = tmp_path_factory.mktemp("table") / "table.json"
-    result = call("table", card, "--threads", 1, "--seconds", 0.2, "-o", path)
+    result = call("table", card, "--threads", 1, "--seconds", 0.1, "-o", path)
     assert [p.name for p in path.parent.iterdir()] == ["table.json"]
     return path, result
 

@@ -25,7 +25,7 @@ from vpruner.pipeline.inputs import open_prunable
 from vpruner.prune import stages
 from vpruner.prune.backbones.vit import ViTAdapter
 from vpruner.prune.calibration import Calibration, Judgement
-from vpruner.prune.choose_images import choose_indices, map_labels
+from vpruner.prune.choose_images import choose_indices
 from vpruner.prune.data import ImageSet, ImageSource
 from vpruner.prune.fisher import gate_gradients
 from vpruner.prune.learn import learn_plan
@@ -83,9 +83,9 @@ def tuning_helps(model, monkeypatch):
 # -- the same plan ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return open_model()
+@pytest.fixture(scope="module", params=["tiny", pytest.param("bundled", marks=pytest.mark.nightly)])
+def reference(request, card):
+    return open_model(card if request.param == "tiny" else None)
 
 
 @pytest.fixture(scope="module", params=["ours", "torchscript"])
@@ -99,15 +99,14 @@ def reference_graph(request, reference, tmp_path_factory):
     return path
 
 
-def test_the_plan_from_the_graph_is_the_one_from_pytorch(reference, reference_graph, tmp_path):
+def test_the_plan_from_the_graph_is_the_one_from_pytorch(reference, reference_graph, images, tmp_path):
     given = {name: value for name, value in reference.preprocessing.to_json().items() if name != "size"}
     opened = open_graph_model(reference_graph, preprocessing=given)
-    source = ImageSource(str(bundled.calibration_data()))
-    label_map = map_labels(source, reference.classes, 10, [])
-    chosen = ImageSet(source, choose_indices(source, 32, 0), label_map)
+    source = ImageSource(images if reference.name == "tiny" else bundled.calibration_data())
+    chosen = ImageSet(source, choose_indices(source, 24, 0), None)
     scores, plans = [], []
     for loaded in (reference, opened):
-        batches = Calibration.load(chosen, loaded.preprocessing, held_out=0).batches(np.arange(32), 32)
+        batches = Calibration.load(chosen, loaded.preprocessing, held_out=0).batches(np.arange(24), 24)
         scores.append(gate_gradients(loaded.adapter, batches, "self").losses())
         plans.append(learn_plan(loaded, chosen, LearnSpec(target=0.6, loss="self", rounds=2, seed=1)))
     assert np.abs(scores[1] - scores[0]).max() <= 1e-4 * scores[0].max()

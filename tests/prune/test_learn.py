@@ -133,7 +133,7 @@ def test_choice_of_loss():
 
 # -- all stages -------------------------------------------------------------------------------------------------------
 
-QUICK = RearrangeSettings(episodes=16, batch=4, images=8)
+QUICK = RearrangeSettings(episodes=8, batch=4, images=8)
 
 
 def learn_all(images, model=None, count=24, saved=None, **options):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from flops import flop_counter
+from products import each_with_some
 from tiny_vits import KINDS, tiny
 from token_rules import NoRule, images_for
 from torch.nn import functional as F
@@ -209,8 +210,7 @@ def test_every_method_is_listed_under_its_name():
     assert all(found[name].fixed_counts for name in offered.removeprefix("choose one of ").split(", "))
 
 
-@pytest.mark.parametrize("name", sorted(methods()))
-@pytest.mark.parametrize("target", [0.85, 0.7])
+@pytest.mark.parametrize("name, target", each_with_some(sorted(methods()), [0.85, 0.7], 1))
 def test_methods_meet_the_target_and_use_it(name, target):
     adapter = ViTAdapter(tiny("class token", depth=6, img_size=(64, 64)).requires_grad_(False), "tiny")
     images = images_for(adapter, 16, dtype=torch.float32)

@@ -84,27 +84,38 @@ def ended(folder, graph) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="module", params=ranks_worker.SIZES)
-def together(request, ended, folder) -> list[tuple[dict[str, np.ndarray], dict]]:
+def together(folder, size) -> list[tuple[dict[str, np.ndarray], dict]]:
     """(what it found, facts) of each of so many processes."""
-    names = [f"{rank} of {request.param}" for rank in range(request.param)]
+    names = [f"{rank} of {size}" for rank in range(size)]
     return [
         (dict(np.load(folder / f"found {name}.npz")), json.loads((folder / f"facts {name}.json").read_text()))
         for name in names
     ]
 
 
-def test_every_process_finds_the_same_bits(together):
-    (first, _), *others = together
-    for other, _ in others:
-        assert other.keys() == first.keys()
-        for name, value in first.items():
-            assert np.array_equal(other[name], value), name
+def test_processes_find_what_one_finds(alone, ended, folder):
+    """One test for all of it, so that the processes are started once, however tests are shared out."""
+    for size in ranks_worker.SIZES:
+        (first, _), *others = results = together(folder, size)
+        for other, _ in others:
+            assert_same_bits(first, other)
+        assert_near(first, alone)
+        assert_they_end_together([facts for _, facts in results])
+    # There is something to agree on.
+    assert (alone["ppo, weights: episodes"], alone["graph: episodes"]) == (10, 5)
+    for way in ranks_worker.WAYS:
+        assert 0.2 < alone[f"{way}: masks"].mean() < 0.95
+    assert alone["ppo, weights: weights"].size and alone["graph: weights"].size and "greedy, gates: gates" in alone
 
 
-def test_processes_find_what_one_finds(alone, together):
-    found = together[0][0]
-    assert found.keys() <= alone.keys() and len(found) > 20
+def assert_same_bits(first, other):
+    assert other.keys() == first.keys()
+    for name, value in first.items():
+        assert np.array_equal(other[name], value), name
+
+
+def assert_near(found, alone):
+    assert found.keys() <= alone.keys() and len(found) > 15
     for name, value in ((name, alone[name]) for name in found):
         kind, _, what = name.partition(": ")
         if what == "masks":
@@ -115,15 +126,10 @@ def test_processes_find_what_one_finds(alone, together):
             np.testing.assert_allclose(found[name], value, **close, err_msg=name)
         else:
             np.testing.assert_array_equal(found[name], value, err_msg=name)
-    # There is something to agree on.
-    assert (alone["ppo, weights: episodes"], alone["graph: episodes"]) == (10, 5)
-    for way in ranks_worker.WAYS:
-        assert 0.2 < alone[f"{way}: masks"].mean() < 0.95
-    assert alone["ppo, weights: weights"].size and alone["graph: weights"].size and "greedy, gates: gates" in alone
 
 
-def test_they_end_together_and_one_says_why(together):
-    facts = [facts for _, facts in together]
+def assert_they_end_together(facts):
+    """And one says why."""
     assert sum(one["speaks"] for one in facts) == 1
     assert all("things: images" in one["different"] for one in facts)
     assert all("has ended" in one["lost"] for one in facts[:-1])

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from planted import PlantedWorld
-from products import each_with_some
+from planted import PlantedWorld, SmallWorld
+from products import each_with_some, sampled
 from tiny_vits import calibration_for, half_plan, tiny
 
 from vpruner.core.errors import UserError
@@ -35,7 +35,7 @@ def gain(world, plan: TokenPlan, start: TokenPlan) -> float:
 # -- what it finds ----------------------------------------------------------------------------------------------------
 
 
-def finds(seed: int) -> bool:
+def finds(seed: int, settings: RearrangeSettings | None = None) -> bool:
     """Whether a plan at least 15 % better is found, in a world that holds one."""
     world = PlantedWorld(seed)
     start, game = world.start()
@@ -43,12 +43,12 @@ def finds(seed: int) -> bool:
         seed += 100
         world = PlantedWorld(seed)
         start, game = world.start()
-    found = rearrange(world, start, game, seed=seed)
+    found = rearrange(world, start, game, seed=seed, settings=settings)
     return found.kept and gain(world, found.plan, start) >= 0.15
 
 
 def test_a_much_better_plan_is_found():
-    assert finds(2)
+    assert finds(3, RearrangeSettings(episodes=48))
 
 
 @pytest.mark.nightly
@@ -59,7 +59,7 @@ def test_a_much_better_plan_is_found_in_nine_of_ten_worlds():
 
 @pytest.mark.parametrize("form, pooled", each_with_some(["exits", "drop", "free"], [True, False], 1))
 def test_never_over_budget_and_never_worse_on_held_out_images(form, pooled):
-    world = PlantedWorld(3, pooled=pooled)
+    world = SmallWorld(3, pooled=pooled)
     start, game = world.start(form=form)
     found = play(world, form=form)
     assert game.cost.of(found.plan) <= game.target * game.cost.dense + 1e-6
@@ -68,7 +68,7 @@ def test_never_over_budget_and_never_worse_on_held_out_images(form, pooled):
     assert (found.plan.kept is not None) == (form == "drop")
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", sampled(range(5), [1]))
 def test_noise_leaves_the_plan(seed):
     """Where all plans are equally good, none is kept, and the stage ends by itself."""
 
@@ -86,7 +86,7 @@ def test_noise_leaves_the_plan(seed):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, 1.0])
 def test_rewards_that_say_nothing_leave_the_plan(value):
-    world = PlantedWorld()
+    world = SmallWorld()
 
     def judge(plans, indices, *, foresee=True):
         return (np.full((len(plans), len(indices)), value),) * 2
@@ -111,7 +111,7 @@ def test_the_potential_is_what_the_last_batches_can_have_gained_at_most():
 
 @pytest.mark.parametrize("episodes", [1, 8, 13])
 def test_no_more_episodes_are_played_than_asked_for(episodes):
-    world, batches = PlantedWorld(), []
+    world, batches = SmallWorld(), []
     settings = RearrangeSettings(episodes=episodes, batch=8, worth=0.0)
     found = play(world, settings=settings, on_batch=lambda count, best: batches.append(count))
     assert sum(batches) == episodes == found.details["episodes"] and len(found.history) == len(batches)
@@ -129,14 +129,14 @@ def test_no_batch_begins_that_would_outlast_the_time_limit(monkeypatch, limit, b
         real(self)
 
     monkeypatch.setattr(module._Run, "batch", batch)
-    found = play(PlantedWorld(), settings=RearrangeSettings(episodes=32, batch=8, worth=0.0, time_limit=limit))
-    assert found.details["episodes"] == 8 * batches
+    found = play(SmallWorld(), settings=RearrangeSettings(episodes=16, batch=4, worth=0.0, time_limit=limit))
+    assert found.details["episodes"] == 4 * batches
     assert ("its time limit ended it" in found.note) == (limit is not None)
 
 
 @pytest.mark.parametrize("calls", [3, 6, 9])
 def test_an_interrupt_keeps_the_best_so_far(calls):
-    class Interrupted(PlantedWorld):
+    class Interrupted(SmallWorld):
         count = 0
 
         def judge(self, plans, indices, **options):
@@ -145,8 +145,8 @@ def test_an_interrupt_keeps_the_best_so_far(calls):
                 raise KeyboardInterrupt
             return super().judge(plans, indices, **options)
 
-    found = play(Interrupted(0), settings=RearrangeSettings(episodes=32, batch=8, worth=0.0))
-    assert "it was interrupted" in found.note and found.details["episodes"] < 32
+    found = play(Interrupted(0), settings=RearrangeSettings(episodes=16, batch=4, worth=0.0))
+    assert "it was interrupted" in found.note and found.details["episodes"] < 16
 
 
 # -- seeds and checkpoints --------------------------------------------------------------------------------------------
@@ -154,23 +154,23 @@ def test_an_interrupt_keeps_the_best_so_far(calls):
 
 def test_equal_seeds_give_equal_runs_whatever_the_global_state():
     torch.manual_seed(1)
-    one = play(PlantedWorld(1))
+    one = play(SmallWorld(1))
     torch.manual_seed(2)
-    again, other = play(PlantedWorld(1)), play(PlantedWorld(1), seed=1)
+    again, other = play(SmallWorld(1)), play(SmallWorld(1), seed=1)
     assert one.plan == again.plan and one.history == again.history != other.history
 
 
 def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
-    whole = play(PlantedWorld(2), settings=RearrangeSettings(episodes=24, batch=8, worth=0.0))
+    whole = play(SmallWorld(2), settings=RearrangeSettings(episodes=24, batch=8, worth=0.0))
     path = tmp_path / "run.pt"
     for episodes in (8, 24):
         settings = RearrangeSettings(episodes=episodes, batch=8, worth=0.0)
-        parts = play(PlantedWorld(2), settings=settings, checkpoint=path)
+        parts = play(SmallWorld(2), settings=settings, checkpoint=path)
     assert parts.plan == whole.plan and parts.history == whole.history and parts.kept == whole.kept
 
 
 def test_images_that_no_batch_looks_at_are_not_judged():
-    world = PlantedWorld(2)
+    world = SmallWorld(2)
     settings = RearrangeSettings(episodes=8, batch=8, images=16, worth=1.0)
     start, _ = world.start()
     found = play(world, settings=settings)
@@ -189,20 +189,20 @@ def test_an_improvement_counts_from_the_start():
 
 def test_a_run_that_ended_by_itself_plays_no_more_when_it_is_resumed(tmp_path):
     settings, path = RearrangeSettings(episodes=200, batch=8, worth=1.0), tmp_path / "run.pt"
-    ended = play(PlantedWorld(2), settings=settings, checkpoint=path)
+    ended = play(SmallWorld(2), settings=settings, checkpoint=path)
     assert ended.details["episodes"] == 16 and "the last 16 can have gained less than 100%" in ended.note
-    again = play(PlantedWorld(2), settings=settings, checkpoint=path)
+    again = play(SmallWorld(2), settings=settings, checkpoint=path)
     assert again.details["episodes"] == 16 and again.note == ended.note and again.plan.digest == ended.plan.digest
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
     path = tmp_path / "run.pt"
-    play(PlantedWorld(0), checkpoint=path)
+    play(SmallWorld(0), checkpoint=path)
     before = path.read_bytes()
     with pytest.raises(UserError, match="the checkpoint of another run: its seed is 0, here it is 1"):
-        play(PlantedWorld(0), seed=1, checkpoint=path)
+        play(SmallWorld(0), seed=1, checkpoint=path)
     with pytest.raises(UserError, match="its plan is"):
-        play(PlantedWorld(1), checkpoint=path)
+        play(SmallWorld(1), checkpoint=path)
     assert path.read_bytes() == before
 
 
@@ -215,7 +215,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_left_alone(tmp_path, conten
         torch.save(content, path)
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"run\.pt is not a checkpoint of a rearrangement"):
-        play(PlantedWorld(), checkpoint=path)
+        play(SmallWorld(), checkpoint=path)
     with pytest.raises(UserError):
         read_checkpoint(path)
     assert path.read_bytes() == before
@@ -223,7 +223,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_left_alone(tmp_path, conten
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
-    play(PlantedWorld(), checkpoint=path, settings=RearrangeSettings(episodes=8, batch=8))
+    play(SmallWorld(), checkpoint=path, settings=RearrangeSettings(episodes=8, batch=8))
     before, written = path.read_bytes(), Path.write_bytes
 
     def half(target, data):
@@ -232,7 +232,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="disk full"):
-        play(PlantedWorld(), checkpoint=path)
+        play(SmallWorld(), checkpoint=path)
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["run.pt"]
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from products import each_with_some
 from tiny_vits import calibration_for, half_plan, tiny
 
 from vpruner.core.cost import cost_ratio
@@ -16,7 +17,7 @@ from vpruner.prune.tune.weights import refit_weights, with_weights
 
 def world_and_plans(kind="class token"):
     adapter = ViTAdapter(tiny(kind), "tiny")
-    world = World(adapter, calibration_for(adapter, 160, 64))
+    world = World(adapter, calibration_for(adapter, 96, 32))
     return world, [half_plan(adapter, seed=seed) for seed in range(3)]
 
 
@@ -67,8 +68,7 @@ def test_own_weights_are_back_after_an_exception(monkeypatch):
     assert weights_sha256(world.adapter.model) == before
 
 
-@pytest.mark.parametrize("form", ["exits", "drop", "free"])
-@pytest.mark.parametrize("kind", ["class token", "average pooling"])
+@pytest.mark.parametrize("form, kind", each_with_some(["exits", "drop", "free"], ["class token", "average pooling"], 1))
 def test_plans_around_are_within_the_budget_and_differ(kind, form):
     world, _ = world_and_plans(kind)
     batches = world.calibration.batches(world.calibration.fit[:16], 8)

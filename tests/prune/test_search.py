@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latency_tables import macs_table, make_table, stairs
-from products import each_with_some
+from products import each_with_some, sampled
 
 from vpruner.core.cost import Cost, LatencyCost, MacsCost, dense_macs, plan_macs
 from vpruner.core.errors import UserError
@@ -48,21 +49,25 @@ def floor(shape: Geometry, form: str) -> float:
 # -- what a result is -------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=25)
-@given(
-    st.integers(0, 10**6), st.floats(0.1, 0.95), st.integers(1, 8), st.integers(4, 9), st.booleans(), st.integers(0, 5),
-    st.sampled_from(sorted(FORMS)),
-)  # fmt: skip
-def test_budget_is_met_from_below_within_one_percent(seed, target, depth, side, pooled, prefix, form):
-    shape = geometry(depth, (side, side), pooled, prefix if pooled else max(1, prefix))
-    result = search_mask(random_losses(shape, seed), shape, max(target, floor(shape, form)), form=form)
-    plan = result.plan("m", shape, seed=seed)
-    assert plan_macs(plan) == result.cost <= result.budget and plan.provenance["seed"] == seed
-    assert (plan.masks == result.masks).all()
-    # With 16 patches one gate may be more than 1 %; whenever it misses, it says so.
-    assert (result.cost >= result.budget - BUDGET_TOLERANCE * dense_macs(shape)) != bool(result.note)
-    if side > 6 and depth > 4:
-        assert not result.note or "nothing had to be closed" in result.note
+@pytest.mark.parametrize("examples", sampled([10, 100], [10]))
+def test_budget_is_met_from_below_within_one_percent(examples):
+    @settings(deadline=None, max_examples=examples)
+    @given(
+        st.integers(0, 10**6), st.floats(0.1, 0.95), st.integers(1, 8), st.integers(4, 9), st.booleans(),
+        st.integers(0, 5), st.sampled_from(sorted(FORMS)),
+    )  # fmt: skip
+    def holds(seed, target, depth, side, pooled, prefix, form):
+        shape = geometry(depth, (side, side), pooled, prefix if pooled else max(1, prefix))
+        result = search_mask(random_losses(shape, seed), shape, max(target, floor(shape, form)), form=form)
+        plan = result.plan("m", shape, seed=seed)
+        assert plan_macs(plan) == result.cost <= result.budget and plan.provenance["seed"] == seed
+        assert (plan.masks == result.masks).all()
+        # With 16 patches one gate may be more than 1 %; whenever it misses, it says so.
+        assert (result.cost >= result.budget - BUDGET_TOLERANCE * dense_macs(shape)) != bool(result.note)
+        if side > 6 and depth > 4:
+            assert not result.note or "nothing had to be closed" in result.note
+
+    holds()
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -80,8 +85,8 @@ def test_plans_are_of_the_form_that_was_asked_for(form, pooled):
     assert len(plan.reads) == (0 if not pooled else len(plan.keys[-1]) if form == "drop" else shape.patches)
 
 
-def every_plan(cost: Cost, losses: np.ndarray, form: str) -> tuple[np.ndarray, np.ndarray]:
-    """(cost, loss) of all plans of a form that see the image, float64 [plan]."""
+def every_plan(cost: Cost, every_loss: Sequence[np.ndarray], form: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(cost, loss by each of ``every_loss``) of all plans of a form that see the image, float64 [plan]."""
     shape = cost.geometry
     states, ordered = np.array(FORMS[form] or range(STATES)), FORMS[form] is not None
     every = itertools.product(range(len(states)), repeat=shape.depth)
@@ -93,16 +98,19 @@ def every_plan(cost: Cost, losses: np.ndarray, form: str) -> tuple[np.ndarray, n
     reads = np.flatnonzero(masks[0, -1]).tolist() if form == "drop" and shape.head_patches else None
     columns = live_masks(alone, masks, reads)
     blocks = np.arange(shape.depth)[:, None]
-    counts, loss, read = cost.prefix[..., None], np.zeros(1), np.zeros(1, int)
+    counts, lost, read = cost.prefix[..., None], [np.zeros(1)] * len(every_loss), np.zeros(1, int)
     for patch in range(shape.patches):
         counts = (counts[..., None] + columns[:, :, None]).reshape(*cost.prefix.shape, -1)
-        loss = (loss[:, None] + losses[blocks, closed, patch].sum(0)).ravel()
+        lost = [
+            (loss[:, None] + own[blocks, closed, patch].sum(0)).ravel()
+            for loss, own in zip(lost, every_loss, strict=True)
+        ]
         read = (read[:, None] + masks[0, -1]).ravel()
     reads = read if form == "drop" else np.full(len(read), shape.patches)
     price = cost.totals(np.moveaxis(counts, -1, 0), reads)
     sees = read > 0 if shape.head_patches and form == "drop" else (counts[0] > shape.prefix_tokens).any(0)
     sees |= shape.head_patches and form != "drop"
-    return price[sees], loss[sees]
+    return price[sees], [loss[sees] for loss in lost]
 
 
 SMALL = {"exits": (3, 4), "two-exits": (3, 5), "drop": (4, 6), "free": (2, 3)}
@@ -119,11 +127,10 @@ def test_close_to_the_best_plan_found_by_brute_force(form, priced):
     shape, drops = geometry(depth, (1, patches), pooled), form == "drop"
     table = make_table(shape, lambda k, q: 0.1 + 0.01 * (k + q), lambda m: 0.02 * (m + m % 2), fixed_ms=0.1)
     cost: Cost = MacsCost(shape) if kind == "macs" else LatencyCost(table, shape)
-    ratios = []
-    for seed in range(4):
-        losses = random_losses(shape, seed)
-        prices, lost = every_plan(cost, losses, form)
-        assert prices.min() == pytest.approx(minimum_cost(cost, drops=drops))
+    ratios, every_loss = [], [random_losses(shape, seed) for seed in range(4)]
+    prices, lost_by = every_plan(cost, every_loss, form)
+    assert prices.min() == pytest.approx(minimum_cost(cost, drops=drops))
+    for losses, lost in zip(every_loss, lost_by, strict=True):
         for target in (0.55, 0.8):
             budget = cost.budget(max(target, 1.0001 * minimum_cost(cost, drops=drops) / cost.dense))
             best = lost[prices <= budget * (1 + 1e-12)].min()
@@ -168,9 +175,9 @@ def test_a_budget_above_the_identity_plan_closes_nothing():
 
 
 def test_all_equal_losses_still_use_the_budget():
-    shape = geometry(depth=12, grid=(14, 14))
+    shape = geometry(depth=8, grid=(9, 9))
     for form in FORMS:
-        result = search_mask(np.zeros((12, STATES, 196)), shape, 0.6, form=form)
+        result = search_mask(np.zeros((8, STATES, 81)), shape, 0.6, form=form)
         assert not result.note and result.cost > result.budget - 0.01 * dense_macs(shape)
 
 
@@ -266,23 +273,27 @@ def longer(plan: TokenPlan):
             yield TokenPlan.from_exits("m", shape, more)
 
 
-@settings(deadline=None, max_examples=12)
-@given(st.integers(0, 10**6), st.floats(0.3, 0.95), st.integers(1, 16), st.booleans())
-def test_measured_budgets_are_met_from_below_and_nothing_free_is_left_lying(seed, target, step, pooled):
-    shape = geometry(depth=4, grid=(5, 5), pooled=pooled)
-    cost = LatencyCost(make_table(shape, **stairs(step)), shape)
-    target = max(target, 1.0001 * minimum_cost(cost) / cost.dense)
-    result = search_mask(random_losses(shape, seed, related=False), shape, target, cost=cost)
-    plan = result.plan("m", shape)
-    assert cost.of(plan) == pytest.approx(result.cost, rel=1e-12) and result.cost <= result.budget
-    assert (result.cost < result.budget - BUDGET_TOLERANCE * cost.dense) == bool(result.note)
-    for other in longer(plan):
-        assert cost.of(other) > result.cost * (1 + 1e-12) or (other.masks == plan.masks).all()
+@pytest.mark.parametrize("examples", sampled([6, 50], [6]))
+def test_measured_budgets_are_met_from_below_and_nothing_free_is_left_lying(examples):
+    @settings(deadline=None, max_examples=examples)
+    @given(st.integers(0, 10**6), st.floats(0.3, 0.95), st.integers(1, 16), st.booleans())
+    def holds(seed, target, step, pooled):
+        shape = geometry(depth=4, grid=(5, 5), pooled=pooled)
+        cost = LatencyCost(make_table(shape, **stairs(step)), shape)
+        target = max(target, 1.0001 * minimum_cost(cost) / cost.dense)
+        result = search_mask(random_losses(shape, seed, related=False), shape, target, cost=cost)
+        plan = result.plan("m", shape)
+        assert cost.of(plan) == pytest.approx(result.cost, rel=1e-12) and result.cost <= result.budget
+        assert (result.cost < result.budget - BUDGET_TOLERANCE * cost.dense) == bool(result.note)
+        for other in longer(plan):
+            assert cost.of(other) > result.cost * (1 + 1e-12) or (other.masks == plan.masks).all()
+
+    holds()
 
 
 @pytest.mark.parametrize("seed, target", each_with_some(range(3), [0.5, 0.7, 0.9], 1))
 def test_on_a_staircase_every_block_ends_at_the_edge_of_a_step(seed, target):
-    shape = geometry(depth=8, grid=(9, 9), pooled=True)
+    shape = geometry(depth=6, grid=(7, 7), pooled=True)
     cost = LatencyCost(make_table(shape, **stairs(8)), shape)
     losses = random_losses(shape, seed, related=False)
     result = search_mask(losses, shape, target, cost=cost)
@@ -313,7 +324,7 @@ def test_a_plateau_is_filled_with_the_patches_that_gain_most():
 
 
 def test_where_passing_a_block_costs_extra_fewer_blocks_are_passed(monkeypatch):
-    shape = geometry(depth=8, grid=(6, 6))
+    shape = geometry(depth=6, grid=(6, 6))
     table = make_table(shape, lambda k, q: 0.01 * k + 0.02 * q, lambda m: 0.03 * m, pass_ms=0.2, fixed_ms=0.1)
     cost = LatencyCost(table, shape)
     passed, lost = {}, {}
@@ -322,7 +333,7 @@ def test_where_passing_a_block_costs_extra_fewer_blocks_are_passed(monkeypatch):
             monkeypatch.setattr(search._Search, "_open_blocks", lambda self, states, limit: states)
         else:
             monkeypatch.undo()
-        results = [search_mask(random_losses(shape, seed, related=False), shape, 0.8, cost=cost) for seed in range(4)]
+        results = [search_mask(random_losses(shape, seed, related=False), shape, 0.8, cost=cost) for seed in range(3)]
         assert all(result.cost <= result.budget for result in results)
         passed[reckons] = sum((~result.masks[1:, :-1]).any((0, 2)).sum() for result in results)
         lost[reckons] = np.array([result.importance_lost for result in results])

@@ -4,6 +4,7 @@ import tempfile
 import numpy as np
 import pytest
 import torch
+from products import each_with_some
 from timm.layers import Mlp, SwiGLU
 from timm.models.vision_transformer import VisionTransformer
 from tiny_vits import KINDS, calibration_for, frozen_plan, half_plan, tiny
@@ -254,8 +255,7 @@ def test_disk_and_memory_give_the_same(fit, tmp_path, monkeypatch):
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [half_plan, frozen_plan])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, make", each_with_some(KINDS, [half_plan, frozen_plan], 1))
 def test_refitted_weights_bring_every_kind_closer_to_the_dense_model(kind, make):
     adapter = ViTAdapter(tiny(kind), "tiny")
     plan, calibration = make(adapter), calibration_for(adapter, 96)
