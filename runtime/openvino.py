@@ -7,6 +7,7 @@ with vpruner.runtime.open("pruned.onnx", runtime="openvino") as session:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -19,12 +20,14 @@ from ..core.errors import UserError
 from ..core.external import check_data
 from ..core.extras import require
 from ..core.metadata import ModelMetadata
-from ..core.text import command, openvino_says
+from ..core.text import command, openvino_says, option
 from .onnx_file import OnnxFile, read_onnx
 from .session import Session, TensorSpec, check_threads
 
 __all__ = ["OvSession"]
 
+#: Kinds of devices, and OpenVINO's own ways to choose among several.
+_DEVICES, _CHOOSERS = ("CPU", "GPU", "NPU"), ("AUTO", "MULTI", "HETERO", "BATCH")
 #: Names of ``openvino.Type`` -> numpy's. It says float16 of bfloat16 itself.
 _DTYPES = {
     "f32": "float32",
@@ -80,7 +83,10 @@ class OvSession(Session):
     ):
         check_threads(threads)
         if precision is not None and precision not in OV_PRECISIONS:
-            raise UserError(f"precision is {precision!r}, expected one of {', '.join(OV_PRECISIONS)}, or None")
+            raise UserError(
+                f"{option('precision')} is {precision!r}, expected one of {', '.join(OV_PRECISIONS)}",
+                "leave it out to compute in what the file has, INT8 too",
+            )
         if not isinstance(device, str):
             raise UserError(f"device is {device!r}", "expected a name, such as cpu or gpu")
         self.device, self.threads, self.counters = device, threads, counters
@@ -120,14 +126,24 @@ class OvSession(Session):
 
     def _choose_precision(self, core: Any, device: str, file: OnnxFile) -> str:
         """What of :data:`OV_PRECISIONS` is computed in; refused where the device is not there, or cannot."""
+        kind, there = re.split("[.:]", device)[0], core.available_devices
+        if kind not in (*_DEVICES, *_CHOOSERS):
+            raise UserError(
+                f"OpenVINO has no device {self.device!r}: {option('runtime', 'openvino')} takes cpu, gpu and npu",
+                f"for a provider of onnxruntime leave out {option('runtime')}",
+            )
+        # Some tell of what they could do where they are not there.
+        here = kind in _CHOOSERS or kind in (name.partition(".")[0] for name in there)
+        said = "" if here else "there is none in this machine, or it has no driver"
         try:
             able = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
         except RuntimeError as error:
-            known = ", ".join(name.lower() for name in core.available_devices)
+            said = openvino_says(error)
+        if said:
             raise UserError(
-                f"OpenVINO has no device {self.device!r} here, only {known}: {openvino_says(error)}",
+                f"OpenVINO has no device {self.device!r} here, only {', '.join(map(str.lower, there))}: {said}",
                 "install its driver, or run it on the cpu",
-            ) from None
+            )
         if self._asked is None:
             return file.rest if file.rest.upper() in able else "fp32"
         if self._asked != "fp32" and self._asked.upper() not in able:

@@ -8,8 +8,10 @@ with vpruner.runtime.ort.OrtSession("pruned.onnx") as session:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,10 @@ from ..core.metadata import ModelMetadata
 from ..core.text import command, onnxruntime_says, option
 from .opening import open
 from .providers import (
+    Provider,
     add_plugins,
     found_providers,
+    logged_by,
     missing_libraries,
     provider_name,
     refuse_unused,
@@ -46,10 +50,6 @@ _DTYPES = {
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
-# onnxruntime's scale: 0 verbose, 1 info, 2 warning, 3 error, 4 fatal. What is an error arrives as an exception, and
-# becomes one line; on a CPU the log would say it a second time. For the other providers the log is the only place
-# that says why a library did not load, so there errors stay.
-_LOG_FATAL, _LOG_ERROR = 4, 3
 
 
 class OrtSession(Session):
@@ -116,46 +116,25 @@ class OrtSession(Session):
     def _open(self) -> None:
         ort = require("onnxruntime")
         asked = found_providers(ort, self._asked)
-        first = asked[0]
-        settings = ort.SessionOptions()
-        settings.log_severity_level = _LOG_FATAL if first.full == PROVIDERS["cpu"] else _LOG_ERROR
-        if self.threads is not None:
-            settings.intra_op_num_threads = self.threads
-            settings.inter_op_num_threads = 1
-        if self.spinning is False:
-            settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        elif self.spinning == "run":
-            settings.add_session_config_entry("session.force_spinning_stop", "1")
-        if not self.optimized:
-            settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        path = check_data(self.path)
-        if plugins := [provider for provider in asked if provider.device is not None]:
-            add_plugins(settings, asked, self.threads)
-            names = {}
-        else:
-            names = dict(
-                providers=[provider.full for provider in asked],
-                provider_options=[provider.options for provider in asked],
-            )
-        # enable_fallback=0: onnxruntime's Python layer would print, drop the provider and try again.
+        first, path = asked[0], check_data(self.path)
         try:
-            session = ort.InferenceSession(str(path), settings, enable_fallback=0, **names)
+            session = self._start(ort, path, asked)
         except Exception as error:
-            raise UserError(
-                f"{self.path}: onnxruntime cannot open it: {onnxruntime_says(error)}",
-                f"see what is wrong with it, with: {command('check', self.path)}",
-            ) from None
+            raise self._refused(ort, path, asked, onnxruntime_says(error)) from None
         obtained = session.get_providers()
         if lost := [provider for provider in asked if provider.full not in obtained]:
             raise UserError(
                 f"{lost[0].name} was asked for, onnxruntime runs on {', '.join(map(short_provider, obtained))}",
                 missing_libraries(lost[0]),
             )
-        for provider in plugins:
-            refuse_unused(session, provider, self.path)
+        for provider in asked:
+            if provider.device is not None:
+                refuse_unused(session, provider, self.path)
         #: What results call the first of them.
         self.provider: str = first.name
         self.providers: tuple[str, ...] = tuple(obtained)
+        # The user chose the name of one that a library brings; this is the library's own.
+        self._brought = {} if first.device is None else {"execution_provider": first.full}
         self.inputs = tuple(map(_spec, session.get_inputs()))
         self.outputs = tuple(map(_spec, session.get_outputs()))
         self.metadata = ModelMetadata.from_props(session.get_modelmeta().custom_metadata_map, str(self.path))
@@ -171,6 +150,44 @@ class OrtSession(Session):
                 )
         self._session = session
 
+    def _start(self, ort: Any, path: Path, asked: Sequence[Provider]) -> Any:
+        """A session of onnxruntime's own."""
+        settings = ort.SessionOptions()
+        if self.threads is not None:
+            settings.intra_op_num_threads = self.threads
+            settings.inter_op_num_threads = 1
+        if self.spinning is False:
+            settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        elif self.spinning == "run":
+            settings.add_session_config_entry("session.force_spinning_stop", "1")
+        if not self.optimized:
+            settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        names: dict[str, Any] = {}
+        if any(provider.device is not None for provider in asked):
+            add_plugins(settings, asked, self.threads)
+        else:
+            names.update(
+                providers=[provider.full for provider in asked],
+                provider_options=[provider.options for provider in asked],
+            )
+        with logged_by(ort, asked[0]) as severity:
+            settings.log_severity_level = severity
+            # enable_fallback=0: onnxruntime's Python layer would print, drop the provider and try again.
+            return ort.InferenceSession(str(path), settings, enable_fallback=0, **names)
+
+    def _refused(self, ort: Any, path: Path, asked: Sequence[Provider], said: str) -> UserError:
+        """What to raise where onnxruntime does not open a file: it is an option's fault if it opens without."""
+        given = next((provider for provider in asked if provider.options), None)
+        if given is not None:
+            with suppress(Exception):
+                self._start(ort, path, [replace(provider, options={}) for provider in asked])
+                options = ", ".join(f"{name}={value}" for name, value in given.options.items())
+                return UserError(f"{given.name} does not take {options}: {said}", "correct it, or leave it out")
+        return UserError(
+            f"{self.path}: onnxruntime cannot open it: {said}",
+            f"see what is wrong with it, with: {command('check', self.path)}",
+        )
+
     @property
     def protocol(self) -> dict[str, Any]:
         return {
@@ -179,6 +196,7 @@ class OrtSession(Session):
             "inter_op_threads": 1,
             "spinning": {False: "off", True: "on", "run": "within a run only"}[self.spinning],
             "graph_optimization": "all" if self.optimized else "none",
+            **self._brought,
         }
 
     def caller(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]:

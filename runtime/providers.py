@@ -10,9 +10,10 @@ import importlib
 import importlib.util
 import io
 import os
+import re
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +38,9 @@ _INSTALL = {
 #: Kinds of devices that a provider may offer, in onnxruntime's words.
 _DEVICES = ("cpu", "gpu", "npu")
 _LIBRARY_SUFFIXES = (".so", ".dll", ".dylib")
+_BUILT_IN = {name: full for name, full in PROVIDERS.items() if name not in PLUGINS}
+#: How systems say that a library needs another one, which is not there.
+_NEEDS_ANOTHER = re.compile("cannot open shared object|Library not loaded|LoadLibrary failed with error 126")
 #: Resolved path of a library that this process registered -> names of the providers in it.
 _registered: dict[Path, tuple[str, ...]] = {}
 #: Name that the user gave -> what it stood for: later sessions may leave the library out.
@@ -97,11 +101,14 @@ def wanted_providers(providers: Any) -> list[Provider]:
         providers = ["cpu"]
     elif isinstance(providers, str) or _is_pair(providers):
         providers = [providers]
+    expected = "expected a name such as 'cpu', (name, options), or a list of these"
+    if not isinstance(providers, Iterable):
+        raise UserError(f"providers is {providers!r}", expected)
     result: dict[str, Provider] = {}
     for item in providers:
         name, options = item if _is_pair(item) else (item, {})
         if not isinstance(name, str):
-            raise UserError(f"a provider is {item!r}", "expected a name such as 'cpu', or (name, options)")
+            raise UserError(f"a provider is {item!r}", expected)
         provider = _wanted(name, dict(options))
         result[provider.full] = provider
     result.setdefault(PROVIDERS["cpu"], Provider("cpu", PROVIDERS["cpu"]))
@@ -120,10 +127,8 @@ def short_name(provider: str | tuple[str, Mapping[str, Any]]) -> str:
 def _wanted(text: str, options: dict[str, Any]) -> Provider:
     label, given, source = text.partition("=")
     name, colon, kind = label.partition(":")
-    if given and not (name and source):
-        raise UserError(
-            f"a provider is {text!r}", "expected NAME=LIBRARY, such as openvino=onnxruntime_ep_openvino, or NAME alone"
-        )
+    if given:
+        _check_given(text, name, source)
     if colon and kind not in _DEVICES:
         raise UserError(f"the provider {label!r} names the device {kind!r}", f"expected one of {', '.join(_DEVICES)}")
     source = source or _sources.get(name.lower(), "")
@@ -131,7 +136,25 @@ def _wanted(text: str, options: dict[str, Any]) -> Provider:
         full = provider_name(name)
     elif (full := PROVIDERS.get(name.lower(), name)) == name and not _is_full(name):
         full = name.lower()
+    if full == PROVIDERS["cpu"] and options:
+        raise UserError(
+            f"the provider cpu takes no options, found {', '.join(options)}", "leave them out, or name another provider"
+        )
     return Provider(f"{short_provider(full)}{colon}{kind}", full, options, source or None, kind or None)
+
+
+def _check_given(text: str, name: str, source: str) -> None:
+    """Refuse a NAME=LIBRARY under whose name rows would be taken for those of another provider."""
+    expected = "expected NAME=LIBRARY, such as openvino=onnxruntime_ep_openvino, or NAME alone"
+    if not (name and source):
+        raise UserError(f"{option('provider', text)} has no {'library' if name else 'name'}", expected)
+    if not re.fullmatch(r"[A-Za-z][\w.-]*", name):
+        raise UserError(f"{option('provider', text)}: {name!r} is not one word of letters, digits and _.-", expected)
+    if name.lower() in _BUILT_IN or name in _BUILT_IN.values():
+        raise UserError(
+            f"{option('provider', text)}: {name} is a provider of onnxruntime's own",
+            "choose another name for the one in this library, which results will carry",
+        )
 
 
 def found_providers(ort: ModuleType, wanted: Sequence[Provider]) -> list[Provider]:
@@ -166,7 +189,7 @@ def found_providers(ort: ModuleType, wanted: Sequence[Provider]) -> list[Provide
 def missing_libraries(provider: Provider) -> str:
     """What to do where onnxruntime has a provider and does not run on it."""
     if provider.device is not None:
-        return "see the messages above; or pass providers='cpu'"
+        return "check what the library needs; or pass providers='cpu'"
     install = _INSTALL.get(short_provider(provider.full), "install its libraries")
     return f"check the driver and libraries; {install}; or pass providers='cpu'"
 
@@ -195,6 +218,8 @@ def _plugin(ort: ModuleType, provider: Provider) -> Provider:
             "check that the device is in this machine, with its driver and what the package asks for; or pass "
             "providers='cpu'",
         )
+    if _is_full(provider.full) and provider.full not in names:
+        raise UserError(f"{library} has no {provider.full}, only {', '.join(names)}", "give what it has another name")
     full = next((name for name in (provider.full, preferred) if name in names), names[0])
     kinds = [device for device in devices if device.ep_name == full and provider.kind in (None, _kind(device))]
     if not kinds:
@@ -230,8 +255,12 @@ def _library(source: str) -> tuple[Path, str | None]:
         raise UserError(f"{source}: no such file", "expected the shared library of an execution provider")
     module = _module(source)
     if module is None:
+        known = source.replace("-", "_") in PLUGINS.values()
         raise UserError(
-            f"{source} is neither a file nor an installed package", f"pip install {source.replace('_', '-')}"
+            f"{source} is neither a file nor an installed package",
+            f"pip install {source.replace('_', '-')}"
+            if known
+            else "give the path of the library, or the name of an installed package",
         )
     try:
         package = importlib.import_module(module)
@@ -270,7 +299,9 @@ def _register(ort: ModuleType, library: Path, name: str) -> tuple[str, ...]:
         said = onnxruntime_says(error).replace(f"Failed to load library {library} with error: ", "")
         raise UserError(
             f"onnxruntime {ort.__version__} cannot load {library}: {said}",
-            "install what it names, and versions of onnxruntime and of the library that go together",
+            "install what it names"
+            if _NEEDS_ANOTHER.search(said)
+            else "it is no shared library of an execution provider, or it was built for another onnxruntime",
         ) from None
     return tuple(device.ep_name for device in ort.get_ep_devices() if device.ep_name not in before)
 
@@ -291,6 +322,24 @@ def _kind(device: Any) -> str:
 def _listed(devices: Sequence[Any]) -> str:
     names = (f"{short_provider(one.ep_name)} on {_kind(one)} ({one.device.vendor or 'unknown'})" for one in devices)
     return ", ".join(names) or "no device"
+
+
+@contextmanager
+def logged_by(ort: ModuleType, provider: Provider) -> Iterator[int]:
+    """How severe a message has to be for the log of a session, on onnxruntime's scale: 2 warning, 3 error, 4 fatal.
+
+    What is an error arrives as an exception, and becomes one line; the log would say it a second time. But of the
+    providers that onnxruntime was built with, the log is the only place that says why a library did not load. A plugin
+    writes to the log of the process, whose level cannot be asked for: afterwards it is onnxruntime's own again.
+    """
+    if provider.device is None:
+        yield 4 if provider.full == PROVIDERS["cpu"] else 3
+        return
+    ort.set_default_logger_severity(4)
+    try:
+        yield 4
+    finally:
+        ort.set_default_logger_severity(2)
 
 
 def add_plugins(settings: Any, providers: Sequence[Provider], threads: int | None) -> None:

@@ -242,11 +242,11 @@ def test_a_failed_run_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"device": "xyz"}, "OpenVINO has no device 'xyz' here, only cpu"),
+        ({"device": "xyz"}, "OpenVINO has no device 'xyz': runtime=\"openvino\" takes cpu, gpu and npu; for a"),
         ({"device": 3}, "device is 3; expected a name"),
         ({"threads": 0}, "threads is 0, expected a whole number of at least 1"),
         ({"threads": 10**6}, "usable cores; expected 1 to"),
-        ({"precision": "int8"}, "precision is 'int8', expected one of fp32, fp16, bf16"),
+        ({"precision": "int8"}, "'precision' is 'int8', expected one of fp32, fp16, bf16; leave it out"),
         ({"spinning": False}, "spinning is no option for runtime=\"openvino\"; expected some of device, threads"),
     ],
 )  # fmt: skip

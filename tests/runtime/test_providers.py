@@ -75,6 +75,7 @@ class Fake(types.ModuleType):
                 return getattr(self._session, name)
 
         self.SessionOptions, self.InferenceSession = Options, Session
+        self.set_default_logger_severity = lambda level: None
         self.knows_libraries = knows_libraries
 
     def get_available_providers(self):
@@ -125,6 +126,7 @@ def ort(request, monkeypatch, tmp_path):
 def test_a_package_is_registered_once_and_its_device_used(ort, make_onnx, tmp_path):
     file = make_onnx()
     with OrtSession(file, "openvino=ep_openvino", threads=1) as session:
+        assert session.protocol["execution_provider"] == "OpenVINOExecutionProvider"
         assert (session.provider, session.providers[0]) == ("openvino", "OpenVINOExecutionProvider")
     library = str(tmp_path / "libep_openvino.so")
     assert ort.registered == [("OpenVINOExecutionProvider", library)]
@@ -185,10 +187,19 @@ def test_what_the_program_registered_itself(ort, make_onnx, tmp_path):
         ("openvino", r"no provider 'openvino', only .*pip install onnxruntime-ep-openvino, then: "
          r"provider=\"openvino=onnxruntime_ep_openvino\""),
         ("x=lib/libx.so", "lib/libx.so: no such file"),
-        ("x=no-such-package", "neither a file nor an installed package; pip install no-such-package"),
+        ("x=no-such-package", "neither a file nor an installed package; give the path of the library, or the name of"),
+        ("x=onnxruntime-ep-nv-tensorrt-rtx", "an installed package; pip install onnxruntime-ep-nv-tensorrt-rtx$"),
         ("x=json", "package json does not say which execution provider it carries"),
-        ("x=", "expected NAME=LIBRARY"),
-        ("=x", "expected NAME=LIBRARY"),
+        ("x=", 'provider="x=" has no library; expected NAME=LIBRARY'),
+        ("=x", 'provider="=x" has no name; expected NAME=LIBRARY'),
+        ("my ep=ep_openvino", "'my ep' is not one word of letters, digits and _.-; expected NAME=LIBRARY"),
+        ("cpu=ep_openvino", "cpu is a provider of onnxruntime's own; choose another name"),
+        ("CUDA:gpu=ep_openvino", "CUDA is a provider of onnxruntime's own; choose another name"),
+        ("TensorrtExecutionProvider=ep_openvino", "is a provider of onnxruntime's own"),
+        ("trt-rtx=ep_openvino", r"libep_openvino\.so has no NvTensorRTRTXExecutionProvider, only OpenVINOExecution"),
+        (("cpu", {"nosuch": 1}), "the provider cpu takes no options, found nosuch; leave them out"),
+        (3, r"providers is 3; expected a name such as 'cpu', \(name, options\), or a list of these"),
+        (["cpu", 3], "a provider is 3; expected a name"),
         ("x:tpu=ep_webgpu", "names the device 'tpu'; expected one of cpu, gpu, npu"),
     ],
 )  # fmt: skip
@@ -197,6 +208,15 @@ def test_what_cannot_be_used_is_one_line(ort, make_onnx, provider, says):
         with pytest.raises(UserError, match=says) as caught:
             OrtSession(make_onnx(), provider)
         assert "\n" not in str(caught.value) and not ort.used
+
+
+def test_a_file_that_is_no_library(ort, make_onnx, monkeypatch):
+    def refuse(name, path):
+        raise RuntimeError(f"Failed to load library {path} with error: {path}: file too short")
+
+    monkeypatch.setattr(ort, "register_execution_provider_library", refuse)
+    with pytest.raises(UserError, match="file too short; it is no shared library of an execution provider, or it was"):
+        OrtSession(make_onnx(), "x=ep_openvino")
 
 
 def test_a_package_that_fails(ort, make_onnx, tmp_path):
@@ -210,6 +230,21 @@ def test_an_onnxruntime_that_loads_none(ort, make_onnx, monkeypatch):
     monkeypatch.delattr(Fake, "register_execution_provider_library")
     with pytest.raises(UserError, match=r"onnxruntime 1\.32\.0 loads no providers of other packages; pip install -U"):
         OrtSession(make_onnx(), "openvino=ep_openvino")
+
+
+def test_an_option_is_named_where_the_file_opens_without_it(ort, make_onnx, monkeypatch):
+    levels, start = [], ort.InferenceSession.__init__
+    ort.set_default_logger_severity = levels.append
+
+    def refuse(self, path, settings, **more):
+        if ort.used[-1][1].get("nosuch"):
+            raise RuntimeError("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : what is that")
+        start(self, path, settings, **more)
+
+    monkeypatch.setattr(ort.InferenceSession, "__init__", refuse)
+    with pytest.raises(UserError, match="^openvino does not take nosuch=1: what is that; correct it, or leave it out$"):
+        OrtSession(make_onnx(), ("openvino=ep_openvino", {"nosuch": 1}))
+    assert levels == [4, 2, 4, 2]  # What is said in the exception is not logged, too.
 
 
 def test_a_provider_that_takes_no_node(ort, make_onnx):
@@ -230,9 +265,11 @@ def test_openvino_computes_the_same(make_onnx):
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     (row,) = profile_onnx({"it": file}, provider=asked, threads=1, rounds=2, seconds=None)
     assert row["provider"] == "openvino"
+    assert row["protocol"]["execution_provider"] == "OpenVINOExecutionProvider"
 
 
 @needs_openvino
-def test_openvino_says_what_is_wrong(make_onnx):
-    with pytest.raises(UserError, match="cannot open it: JSON parsing error"):
+def test_openvino_says_what_is_wrong(make_onnx, capfd):
+    with pytest.raises(UserError, match="^openvino does not take load_config=nonsense: JSON parsing error.*; correct"):
         OrtSession(make_onnx(), ("openvino=onnxruntime_ep_openvino", {"load_config": "nonsense"}))
+    assert capfd.readouterr().err == ""
