@@ -16,6 +16,7 @@ from ..core.external import check_data
 from ..core.files import file_sha256, what_is_there, write_text
 from ..core.json_file import read_json, write_json
 from ..core.text import command, counted, option
+from ..core.timing import Ratio
 from ..runtime.device_script import (
     DEVICE,
     RECORD,
@@ -133,9 +134,9 @@ def _checked(path: Path, target: str) -> list[Finding]:
     errors = [one for one in findings if one.severity == "error"]
     if errors:
         first, more = errors[0], f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        where = " ".join(filter(None, (first.op_type, first.node)))
         raise UserError(
-            f"{path} is not for {target}: {' '.join(filter(None, (first.op_type, first.node)))}: {first.found}; "
-            f"{first.why}{more}",
+            f"{path} is not for {target}: {': '.join(filter(None, (where, first.found)))}; {first.why}{more}",
             f"{first.todo}; all of it: {command('check', path, target=target)}",
         )
     return findings
@@ -215,9 +216,19 @@ def rows_from_bundle(folder: Path) -> list[dict[str, Any]]:
         raise UserError(f"{folder / RECORD} has no {error}", "bundle the file again") from None
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}", f"copy all of {RESULTS} here") from None
+    _compare(rows)
     for row in rows:
         progress.remark(_drift(row))
     return rows
+
+
+def _compare(rows: Sequence[dict[str, Any]]) -> None:
+    """Put the ratio to the first file's time into rows of times: of the medians of paired turns, with their range."""
+    timed = [row for row in rows if row["kind"] == "latency"]
+    turns = [row["protocol"]["turns_p50_ms"] for row in timed]
+    for row, times in zip(timed, turns, strict=True):
+        row.update(ratio_to=timed[0]["label"], **Ratio.from_seconds(times, turns[0]).to_json())
+        row["protocol"]["ratio"] = "mean and range of the ratios of paired turns, by their medians"
 
 
 def _board(device: dict[str, str]) -> str | None:

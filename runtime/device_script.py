@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import __version__
+from ..core.choices import BUNDLE_TARGETS
 from ..core.errors import UserError
 from .trtexec import JETSON_PATH, RELEASES, Command
 
@@ -80,7 +81,7 @@ case $0 in */*) cd "${{0%/*}}" || stop "cannot enter its folder" ;; esac
 
 trtexec=${{1:-${{TRTEXEC:-}}}}
 if [ -n "$trtexec" ]; then
-    command -v "$trtexec" >/dev/null 2>&1 || stop "$trtexec is no program, expected the path of trtexec"
+    command -v "$trtexec" >/dev/null 2>&1 || stop "there is no program $trtexec; give the path of trtexec"
 elif command -v trtexec >/dev/null 2>&1; then
     trtexec=trtexec
 elif [ -x {JETSON_PATH}/trtexec ]; then
@@ -107,6 +108,15 @@ version=${{TENSORRT:-}}
         ;;
     esac
 done <version.log
+# 8502 is 8.5.2, 100300 is 10.3.0.
+case $version in
+*[!0-9]*) unit= ;;
+????) unit=1000 ;;
+????? | ??????) unit=10000 ;;
+*) unit= ;;
+esac
+release=$version
+[ -z "$unit" ] || release=$((version / unit)).$((version % unit / 100)).$((version % 100))
 """
 
 _TAIL = f"""
@@ -129,18 +139,26 @@ def device_script(commands: Mapping[str, Sequence[Command]]) -> str:
     """
     releases = [one for one in RELEASES if any(one == each.release for each in next(iter(commands.values())))]
     known = " and ".join(filter(None, [", ".join(releases[:-1]), releases[-1]]))
-    lines = [f'say "TensorRT $version"\nsay "$version" >{VERSION}', "facts before >" + DEVICE, "case $version in"]
+    lines = [f'say "TensorRT $release"\nsay "$version" >{VERSION}', "facts before >" + DEVICE, "case $version in"]
     for release in releases:
         lines.append(f"{_PATTERNS[release]})")
         lines += [f"    {line}" for line in _steps(commands, release)]
         lines.append("    ;;")
+    found = f"$trtexec is of TensorRT $release, and this script is for {known}"
+    for target, (oldest, *_) in BUNDLE_TARGETS.items():
+        if oldest not in releases:
+            lines += [
+                f"{_PATTERNS[oldest]})",
+                f'    stop "{found}; write another bundle with: vpruner bundle --for {target}"',
+                "    ;;",
+            ]
     lines += [
         "*)",
-        f"    stop \"$trtexec says that it is of TensorRT '$version', and this script is for {known}:\" \\",
-        f"        \"make another bundle, or say the version: TENSORRT=10 sh {SCRIPT}\"",
+        f"    stop \"$trtexec says that it is of TensorRT '$release', and this script is for {known};\" \\",
+        f'        "if it is of one of these, say so: TENSORRT={releases[0]} sh {SCRIPT}"',
         "    ;;",
         "esac",
-    ]  # fmt: skip
+    ]
     return _HEAD + "\n".join(lines) + "\n" + _TAIL
 
 

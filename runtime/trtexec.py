@@ -92,10 +92,12 @@ def trtexec_commands(
     file = read_onnx(path)
     wanted = precision or file.precision
     if file.precision not in ("fp32", wanted) or (file.precision == "fp32" and wanted == "int8"):
+        images = {"data": "DIR"} if wanted == "int8" else {}
+        converted = command("convert", path, precision=wanted, **images, output=f"{wanted}.onnx")
         raise UserError(
             f"{path} is {file.precision}, {wanted} was asked for",
-            f"leave out {option('precision')}, or: "
-            f"{command('convert', path, precision=wanted, output=f'{wanted}.onnx')}",
+            f"leave out {option('precision')}, or "
+            + (f"convert it first: {converted}" if file.precision == "fp32" else "give the float32 file"),
         )
     shape = _open_shape(path, batch)
     commands = []
@@ -276,7 +278,7 @@ def rows_from_trtexec(
         model: The ONNX file that was built, or the engine: for its name, plan and blocks.
         files: Times, profile and layers, None for those that there are not.
         batch: Images per run, which no file says.
-        precision: Of the engine, where it is known; None: of the file.
+        precision: Of the engine, where it was built in another than that of the ONNX file; None: that.
         more_times: Times of further turns.
         environment: What is known of the device.
 
@@ -288,6 +290,8 @@ def rows_from_trtexec(
     if texts["times"] is None and texts["profile"] is None:
         raise UserError("neither times nor a profile is given", "pass what --exportTimes or --exportProfile wrote")
     metadata, own, onnx, version, engine = _about(model)
+    if engine and precision not in (None, own):
+        raise UserError(f"{model} was built in {own}, {precision} was asked for", f"leave out {option('precision')}")
     about = {
         "label": label or ("pruned" if metadata.plan else model.stem),
         "runtime": "tensorrt",

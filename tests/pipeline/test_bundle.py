@@ -19,7 +19,10 @@ from linear_onnx import make_onnx  # noqa: F401  (fixture)
 
 from vpruner.core.errors import UserError
 from vpruner.core.progress import reporting
+from vpruner.export.precision import convert
 from vpruner.pipeline.bundle import BundleSpec, rows_from_bundle, write_bundle
+from vpruner.report.profile import profile_sections
+from vpruner.report.tables.latency import profile_tables
 
 SHELLS = [path for name in ("sh", "dash", "busybox", "bash") if (path := shutil.which(name))]
 TOOLS = ("mkdir", "rm", "mv", "cat")
@@ -97,7 +100,7 @@ def test_a_bundle_is_measured_and_read(files, device, tmp_path, shell):
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = done.stdout.splitlines()
     assert lines[:7] == [
-        "TensorRT 100300", "Building dense", "Building pruned", "Timing dense, turn 1 of 2",
+        "TensorRT 10.3.0", "Building dense", "Building pruned", "Timing dense, turn 1 of 2",
         "Timing pruned, turn 1 of 2", "Timing pruned, turn 2 of 2", "Timing dense, turn 2 of 2",
     ]  # fmt: skip
     assert (bundle / "dense.engine").is_file() and (bundle / "it's pruned.engine").is_file()
@@ -110,6 +113,7 @@ def test_a_bundle_is_measured_and_read(files, device, tmp_path, shell):
         ("latency", "dense"), ("blocks", "dense"), ("latency", "pruned"), ("blocks", "pruned"),
     ]  # fmt: skip
     assert rows[0]["p50_ms"] == 2.0 and rows[0]["count"] == 8 and rows[0]["precision"] == "fp16"
+    assert rows[2]["ratio"] == 1.0 and rows[2]["ratio_to"] == rows[0]["ratio_to"] == "dense"
     assert rows[0]["environment"]["tensorrt"] == "10.3.0" and rows[0]["protocol"]["turns_p50_ms"] == [2.0, 2.0]
     # A second try takes nothing away.
     again = run(bundle, place, shell)
@@ -141,13 +145,20 @@ def test_what_is_missing_is_said(files, device, tmp_path):
     done = run(bundle, place)
     assert done.returncode == 2 and "there is no trtexec on the PATH, nor in /usr/src/tensorrt/bin" in done.stderr
     assert "libnvinfer-bin" in done.stderr and not (bundle / "results.part").exists()
-    assert "gone is no program" in run(bundle, place, "sh", "./gone").stderr
+    assert "there is no program ./gone; give the path of trtexec" in run(bundle, place, "sh", "./gone").stderr
     (tmp_path / "trtexec").rename(trtexec)
     trtexec.write_text(trtexec.read_text().replace("v100300", "v70100"))
     done = run(bundle, place)
-    assert (
-        done.returncode == 2 and "says that it is of TensorRT '70100', and this script is for 10 and 11" in done.stderr
+    says = (
+        "says that it is of TensorRT '7.1.0', and this script is for 10 and 11; if it is of one of these, say so: TEN"
     )
+    assert done.returncode == 2 and says in done.stderr
+    trtexec.write_text(trtexec.read_text().replace("v70100", "v8503"))
+    done = run(bundle, place)
+    says = (
+        "is of TensorRT 8.5.3, and this script is for 10 and 11; write another bundle with: vpruner bundle --for trt8.5"
+    )
+    assert done.returncode == 2 and says in done.stderr
     # By its path, with the version said by hand.
     assert run(bundle, place, "sh", os.path.relpath(trtexec, bundle.parent), TENSORRT="10").returncode == 2
     assert run(bundle, place, "sh", str(trtexec), TENSORRT="10").returncode == 0
@@ -191,6 +202,19 @@ def test_clocks_that_were_not_fixed(files, device, tmp_path):
             rows_from_bundle(bundle)
 
 
+def test_turns_are_paired_with_those_of_the_baseline(files, device, tmp_path):
+    bundle = tmp_path / "bundle"
+    write_bundle(files[0], bundle, files[1])
+    assert run(bundle, device()).returncode == 0
+    for name, ms in (("dense.times", 4.0), ("dense.times2", 8.0), ("it's pruned.times2", 6.0)):
+        (bundle / "results" / f"{name}.json").write_text(json.dumps(times(ms)))
+    rows = rows_from_bundle(bundle)
+    dense, pruned = (row for row in rows if row["kind"] == "latency")
+    assert (pruned["ratio"], pruned["ratio_low"], pruned["ratio_high"]) == (0.625, 0.5, 0.75) and dense["ratio"] == 1
+    assert "time / dense" in profile_tables(rows)[0].header
+    assert profile_sections(rows)[1].startswith("pruned takes 0.625× the time of dense (tensorrt cuda fp32")
+
+
 def test_a_file_that_was_changed(files, device, tmp_path):
     bundle = tmp_path / "bundle"
     write_bundle(files[0], bundle)
@@ -213,6 +237,10 @@ def test_what_cannot_be_bundled(files, tmp_path):
     other = tmp_path / "other"
     with pytest.raises(UserError, match=r"float32, and TensorRT 11 takes fp16 from the file alone; convert it first"):
         write_bundle(model, other, None, BundleSpec("trt11", precision="fp16"))
+    half = tmp_path / "half.onnx"
+    convert(model, half, "fp16", io="same")
+    with pytest.raises(UserError, match="is fp16, bf16 was asked for; leave out 'precision', or give the float32 file"):
+        write_bundle(half, other, None, BundleSpec(precision="bf16"))
     with pytest.raises(UserError, match="no such file|cannot read"):
         write_bundle(tmp_path / "gone.onnx", other)
     with pytest.raises(UserError, match="cannot read the record of the bundle"):
