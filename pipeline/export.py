@@ -241,7 +241,8 @@ def export_reduced(
         folder.mkdir()
         graphs.mkdir()
         written = write_graphs(reduced, spec, folder, graphs, parity_images, tokens=tokens, name=output.name)
-        checks = list(written.checks)
+        # The graph lies in a scratch folder under another name.
+        checks = [replace(one, name=one.name.replace(written.last.name, output.name)) for one in written.checks]
         converted, conversions = [], []
         for name in precision.precisions:
             path = beside(folder / output.name, name)

@@ -70,7 +70,7 @@ def fold_checked(
             checks = check_fold(plan, opened, written, images, yardstick=yardstick, name=output.name)
         if deploy_for is not None:
             with progress.stage(f"Writing it for {deploy_for}"):
-                options = dict(top1=top1, yardstick=yardstick)
+                options = dict(top1=top1, yardstick=yardstick, name=output.name)
                 deployed, found = deploy_checked(record.graph, deploy_for, written, images, **options)
             checks += found
         move_model(written, output)

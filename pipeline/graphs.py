@@ -310,6 +310,7 @@ def deploy_checked(
     top1: bool,
     opset: int | None = None,
     yardstick: Yardstick | None = None,
+    name: str = "",
 ) -> tuple[Deployment, list[ParityCheck]]:
     """Write a plain graph in the form that a deployment target takes, and compare the two in onnxruntime.
 
@@ -319,6 +320,7 @@ def deploy_checked(
         top1: Whether the output is logits, whose largest has to stay.
         opset: As in :func:`~vpruner.export.deploy.prepare_for`.
         yardstick: Of the model that the graph holds; None: of the graph in PyTorch.
+        name: What checks call the file; empty: as ``output``.
 
     Raises:
         UserError: The target does not take the opset, or something in the graph.
@@ -331,11 +333,11 @@ def deploy_checked(
     plain = open_graph(plain)
     reference = run_graph(plain, images)
     deployed = deploy_file(plain, target, output, opset=opset)
-    name = f"{output.name} for {target} equals the plain graph"
+    what = f"{name or output.name} for {target} equals the plain graph"
     # Unoptimized: onnxruntime would fuse again what was taken apart, and run the graph that it is compared with.
     found = run_all_outputs(output, images, optimized=False)
     names = [value.name for value in plain.model.graph.outputs]
-    checks = compare_outputs(name, names, reference, found, yardstick or file_yardstick(plain, images), top1=top1)
+    checks = compare_outputs(what, names, reference, found, yardstick or file_yardstick(plain, images), top1=top1)
     return deployed, checks
 
 

@@ -309,7 +309,7 @@ def test_fold_for_a_target(exported, tmp_path):
     result = call("fold", dense.path, "--identity", "--for", "trt8.5", "-o", tmp_path / "out.onnx", "-q")
     assert result.exit_code == 0, result.output
     assert "trt8.5: opset 16, 0 errors" in result.output
-    assert "out.onnx" in result.output and "pruned.onnx for trt8.5 equals the plain graph" in result.output
+    assert "out.onnx for trt8.5 equals the plain graph" in result.output and "pruned.onnx" not in result.output
     result = call("check", tmp_path / "out.onnx", "--for", "trt8.5")
     assert result.exit_code == 0
     result = call("fold", dense.path, "--identity", "--for", "trt10", "-o", tmp_path / "out.onnx", "--json", "-q")
@@ -344,7 +344,8 @@ def test_export_for_a_target(tmp_path):
     options = ["--batch-size", 2, "--for", "generic", "-o", tmp_path / "out.onnx", "-q"]
     result = call("export", *options)
     assert result.exit_code == 0, result.output
-    assert "dense.onnx for generic equals the plain graph" in result.output
+    assert "out.onnx equals the timm model" in result.output and "dense.onnx" not in result.output
+    assert "out.onnx for generic equals the plain graph" in result.output
     assert "generic: opset 17, 0 errors, 0 warnings, 0 remarks" in result.output
     model = load_model(tmp_path / "out.onnx")
     assert model.opset_imports[""] == 17 and model.graph.inputs[0].shape[0] == 2
