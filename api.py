@@ -270,6 +270,7 @@ def evaluate(
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     device: str | None = None,
     runtime: str = "auto",
+    provider: str | tuple[str, Mapping[str, Any]] = "cpu",
     progress: Sink | None = None,
 ) -> Measurements:
     """Accuracy with confidence intervals.
@@ -283,7 +284,7 @@ def evaluate(
         weights: A file with weights of a model.
         preprocessing: Of an ONNX file that does not state it: how an image becomes its input.
         device: Of a model: as for :func:`open_model`.
-        runtime: Of an ONNX file: what runs it, as for :func:`~vpruner.runtime.opening.open`.
+        runtime, provider: Of an ONNX file: what runs it, as for :func:`profile`.
 
     Raises:
         UserError: Options do not go together, or there is nothing to measure.
@@ -293,6 +294,7 @@ def evaluate(
         from .report.tables.run import evaluation_table
 
         data = evaluation_of(images)
+        how: dict[str, Any] = dict(runtime=runtime, provider=provider)
         if is_onnx(model):
             model = os.fspath(model)
             if weights is not None or plan is not None:
@@ -301,7 +303,7 @@ def evaluate(
             dense, said = _baseline(against)
             stated = mapping_of(fields_of(preprocessing or said), "preprocessing")
             spec = ModelSpec(model, preprocessing=stated, device=device or "auto")
-            rows = measure(spec, data, against=dense, runtime=runtime)
+            rows = measure(spec, data, against=dense, **how)
             return Measurements(rows, [evaluation_table(rows)])
         if against is not None:
             raise UserError(f"{option('against')} goes with an ONNX file", f"for a model give {option('plan')}")
@@ -315,7 +317,7 @@ def evaluate(
         else:
             opened = open_model(model, weights=weights, preprocessing=preprocessing, device=device)
             loaded, pruned = opened.loaded, None if plan is None else opened.with_plan(plan)
-        rows = measure(ModelSpec(loaded), data, runtime=runtime, **({} if pruned is None else pruned.reduction))
+        rows = measure(ModelSpec(loaded), data, **how, **({} if pruned is None else pruned.reduction))
         return Measurements(rows, [evaluation_table(rows)])
 
 

@@ -16,6 +16,7 @@ from .options import (
     json_option,
     model_options,
     preprocessing_options,
+    provider_choice,
     quiet_option,
     reading_options,
     runtime_option,
@@ -34,6 +35,7 @@ from .options import (
 )
 @click.option("--against", metavar="DENSE.ONNX", help="For an ONNX file: the dense file to compare it with.")
 @runtime_option
+@provider_choice
 @preprocessing_options
 @eval_data_option
 @eval_images_option
@@ -45,7 +47,7 @@ from .options import (
 @json_option
 @quiet_option
 @specs(model=ModelSpec, data=DataSpec)
-def evaluate(model, data, plan_path, against, runtime, as_json, quiet, results) -> None:
+def evaluate(model, data, plan_path, against, runtime, provider, as_json, quiet, results) -> None:
     """MODEL is an ONNX file, or a PyTorch model that vpruner prune takes, with --plan. Models without classes are
     compared by the cosine of their features. Other outputs are compared by their
     relative squared error.
@@ -62,7 +64,8 @@ def evaluate(model, data, plan_path, against, runtime, as_json, quiet, results) 
     report_progress(quiet)
     if results:
         check_output(results, ".jsonl", name="results", known=True)
-    rows = evaluate_model(model, data, plan_path=plan_path, against=against, runtime=runtime)
+    how = dict(runtime=runtime, provider=provider)
+    rows = evaluate_model(model, data, plan_path=plan_path, against=against, **how)
     if emit_rows(rows, results, as_json):
         return
     print_table(evaluation_table(rows))

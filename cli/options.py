@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..core.choices import (
     CROP_MODES,
@@ -55,6 +56,29 @@ def specs(**kinds: type) -> Callable:
         return gathering
 
     return decorate
+
+
+def refuse_given(what: str, *takes: str) -> None:
+    """Refuse options of the running command that were typed and have no effect.
+
+    Args:
+        what: Has no use for them: an option that was typed, or what is read.
+        takes: Names of the arguments of those that it uses, besides itself and what every command has.
+    """
+    context = click.get_current_context()
+    useful = {*takes, what.lstrip("-").replace("-", "_"), "as_json", "quiet"}
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if isinstance(parameter, click.Option) and parameter.name not in useful
+        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]  # fmt: skip
+    if given:
+        one = len(given) == 1
+        raise UserError(
+            f"{', '.join(given)} {'has' if one else 'have'} no effect with {what}",
+            f"leave {'it' if one else 'them'} out",
+        )
 
 
 def stacked(*decorators: Callable) -> Callable:
@@ -316,7 +340,7 @@ def _gathered_provider(command: Callable) -> Callable:
     return gathering
 
 
-runtime_options = stacked(
+provider_choice = stacked(
     click.option(
         "--provider",
         default="cpu",
@@ -334,8 +358,10 @@ runtime_options = stacked(
         callback=provider_options,
         help="Option of the onnxruntime provider, as its documentation names it; may be repeated.",
     ),
-    click.option("--threads", type=click.IntRange(1), help="Threads  [default: one per core]"),
     _gathered_provider,
+)
+runtime_options = stacked(
+    provider_choice, click.option("--threads", type=click.IntRange(1), help="Threads  [default: one per core]")
 )
 trust_option = click.option(
     "--trust",

@@ -10,7 +10,7 @@ from ..core import progress
 from ..core.errors import UserError
 from .catalogue import command
 from .console import emit_rows, print_json, print_table, report_progress
-from .options import json_option, quiet_option, runtime_option, runtime_options, trust_option
+from .options import json_option, quiet_option, refuse_given, runtime_option, runtime_options, trust_option
 from .types import Seconds
 
 
@@ -45,8 +45,8 @@ from .types import Seconds
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
-    help="With --print-trtexec: precision of the engine. With --runtime openvino: what it computes in  [default: the "
-    "file's]",
+    help="With --print-trtexec and --from-trtexec: precision of the engine. With --runtime openvino: what it computes "
+    "in  [default: the file's]",
 )
 @click.option(
     "--from-trtexec",
@@ -70,7 +70,7 @@ def profile(
       vpruner profile runs/demo/pruned.onnx --against runs/demo/dense.onnx --threads 1 --runtime openvino
       vpruner profile pruned.engine --against dense.engine --batch-size 1 --batch-size 8 --power --results results.jsonl
       vpruner profile pruned.onnx --print-trtexec --precision fp16
-      vpruner profile pruned.onnx --from-trtexec pruned.times.json pruned.profile.json pruned.layers.json
+      vpruner profile pruned.onnx --precision fp16 --from-trtexec times.json profile.json layers.json
     """
     from ..pipeline.folders import check_output
     from ..pipeline.profile import check_baseline
@@ -79,21 +79,24 @@ def profile(
 
     report_progress(quiet)
     if print_trtexec:
+        refuse_given("--print-trtexec", "against", "batches", "precision", "cuda_graph", "seconds")
         _print_trtexec(model, against, batches, precision, options["cuda_graph"], options["seconds"], as_json)
         return
-    if precision and options["runtime"] != "openvino":
-        hint = "build the engine in it: vpruner build --precision"
-        raise UserError("--precision goes with --print-trtexec and --runtime openvino", hint)
+    if from_trtexec:
+        refuse_given("--from-trtexec", "batches", "precision", "results")
+    elif model.is_dir():
+        refuse_given("a bundle, whose results are read", "results")
+    elif precision and options["runtime"] != "openvino":
+        hint = "write a file in it with vpruner convert --precision, or an engine with vpruner build --precision"
+        raise UserError("--precision goes with --print-trtexec, --from-trtexec and --runtime openvino", hint)
     if results:
         check_output(results, ".jsonl", model, against, name="results", known=True)
     if from_trtexec:
         files = [None if name == "-" else name for name in from_trtexec]
         if len(batches) > 1:
             raise UserError("--from-trtexec takes one --batch-size", "read the files of each batch size by themselves")
-        rows = rows_from_trtexec(model, files, batch=batches[0])
+        rows = rows_from_trtexec(model, files, batch=batches[0], precision=precision)
     elif model.is_dir():
-        if against:
-            raise UserError(f"{model} is a folder, --against goes with a file", "a bundle holds its baseline")
         from ..pipeline.bundle import rows_from_bundle
 
         rows = rows_from_bundle(model)

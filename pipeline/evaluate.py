@@ -133,6 +133,7 @@ def evaluate(
     weights: Mapping[str, Tensor] | None = None,
     against: str | Path | LoadedModel | None = None,
     runtime: str = "auto",
+    provider: str | tuple[str, Mapping[str, Any]] = "cpu",
 ) -> list[dict[str, Any]]:
     """Accuracy rows of ONNX files through the application's session, or of a PyTorch model.
 
@@ -143,7 +144,7 @@ def evaluate(
         plan_path: Where to read that plan, or where it was read.
         weights: State-dict name -> tensor, where the pruned model has other weights.
         against: Of an ONNX file: the dense file, or the dense model in memory, to compare it with.
-        runtime: Of ONNX files: as for :func:`~vpruner.runtime.opening.open`.
+        runtime, provider: Of ONNX files: as for :func:`~vpruner.runtime.opening.open_timed`.
 
     Raises:
         UserError: Options do not go together, a file cannot be used, or there is nothing to measure.
@@ -155,12 +156,14 @@ def evaluate(
                 f"{model.what} is an ONNX file: {named} and such go with a PyTorch model", f"use {option('against')}"
             )
         dense = Path(against) if isinstance(against, str) else against
-        estimates, sets, runtimes = _evaluate_onnx(model, data, dense, runtime)
+        estimates, sets, runtimes = _evaluate_onnx(model, data, dense, runtime=runtime, provider=provider)
     else:
         if against is not None:
             raise UserError(f"{option('against')} goes with an ONNX file", f"for a PyTorch model give {option('plan')}")
         if runtime != "auto":
             raise UserError(f"{option('runtime', runtime)} goes with an ONNX file", "a PyTorch model runs in PyTorch")
+        if provider != "cpu":
+            raise UserError(f"{option('provider')} goes with an ONNX file", f"leave it out, or use {option('device')}")
         refuse_preprocessing(model.preprocessing)
         if plan is None and plan_path:
             plan = load_plan(plan_path)
@@ -188,9 +191,9 @@ def _sets_for(
 
 
 def _evaluate_onnx(
-    model: ModelSpec, data: DataSpec, against: Path | LoadedModel | None, runtime: str
+    model: ModelSpec, data: DataSpec, against: Path | LoadedModel | None, **how: Any
 ) -> tuple[_Estimates, tuple[ImageSet, ...], dict[str, str]]:
-    """Estimates, sets, and what ran each of the models."""
+    """Estimates, sets, and what ran each of the models; ``how`` as for :func:`~vpruner.runtime.opening.open_timed`."""
     from ..core.preprocess import resolve_preprocessing
 
     path = Path(model.what)
@@ -198,7 +201,7 @@ def _evaluate_onnx(
     if isinstance(against, Path):
         refuse_same(path, against)
         paths = {"dense": against, "pruned": path}
-    with open_graphs(paths, runtime=runtime) as opened:
+    with open_graphs(paths, **how) as opened:
         sessions: dict[str, Any] = dict(opened)
         if against is not None and not isinstance(against, Path):
             sessions = {"dense": InPyTorch(against), "pruned": opened["model"]}
@@ -225,7 +228,13 @@ def _evaluate_onnx(
                 images.name: evaluate_graphs(sessions, images, metadata.geometry, advance, metadata.classes)[0]
                 for images in sets
             }
-        return estimates, sets, {label: session.runtime for label, session in sessions.items()}
+        return estimates, sets, {label: _ran_in(session) for label, session in sessions.items()}
+
+
+def _ran_in(session: Session | InPyTorch) -> str:
+    """``"onnxruntime"``, or ``"onnxruntime openvino"`` for another provider than the CPU's."""
+    provider = getattr(session, "provider", "cpu")
+    return session.runtime if provider == "cpu" else f"{session.runtime} {provider}"
 
 
 class InPyTorch:

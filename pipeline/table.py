@@ -45,9 +45,12 @@ class TableSpec:
 
     def __post_init__(self) -> None:
         engines = option("runtime", "trt")
-        if not self.engines and (self.step or (self.precision and self.runtime == "ort")):
+        if self.step and not self.engines:
+            raise UserError(f"{option('step')} goes with {engines}", f"leave it out, or add {engines}")
+        if self.precision and self.runtime == "ort":
             raise UserError(
-                f"{option('precision')} and {option('step')} go with {engines}", f"leave them out, or add {engines}"
+                f"{option('precision')} goes with {option('runtime', 'openvino')} and {engines}",
+                "leave it out: onnxruntime computes in what the graph has",
             )
         if self.engines and (self.provider != "cpu" or self.threads):
             raise UserError(

@@ -81,6 +81,10 @@ def profile_files(
         )
     if engines and precision is not None:
         raise UserError(f"{option('precision')} is no option of engines", "they compute in what they were built for")
+    if engines and (provider != "cpu" or threads is not None):
+        raise UserError(f"{option('provider')} and {option('threads')} go with ONNX files", "leave them out")
+    if trust and not engines:
+        raise UserError(f"{option('trust', True)} goes with engines", "leave it out for ONNX files")
     name = {runtime_of(path, runtime) for path in paths.values()}.pop()
     how = dict(runtime=name, provider=provider, precision=precision)
     rows = []

@@ -177,7 +177,7 @@ _AROUND_BLOCKS = {
 def _blocks_line(name: str, tokens: Sequence[str], times: Sequence[float | None]) -> tuple[str, ...]:
     cells = [cell for count, time in zip(tokens, times, strict=True) for cell in (count, milliseconds(time))]
     if len(times) == 2:
-        cells.append(ratio(times[1] / times[0]) if None not in times and times[0] else "")
+        cells.append(ratio(times[1] / times[0]) if all(times) else "")
     return (name, *cells)
 
 
@@ -226,7 +226,7 @@ def block_times_table(table: LatencyTable) -> Table:
         for tokens, whole in zip(table.tokens, table.whole, strict=True)
     ]
     passes = table.pass_ms + table.pass_token_ms * table.geometry.tokens
-    around = {"tokens pass a block by": passes, "outside the blocks": table.fixed_ms, "dense model": table.dense_ms}
+    around = {"tokens that skip a block": passes, "outside the blocks": table.fixed_ms, "dense model": table.dense_ms}
     lines += [(name, "", milliseconds(ms), "", "", "") for name, ms in around.items()]
     where = (
         f"{table.runtime} {table.provider} {table.precision}, batch {table.batch}, {counted(table.threads, 'thread')}"

@@ -200,9 +200,9 @@ MISTAKES = {
     ),
     "pipeline, a table": (
         ("table", "CARD", "--precision", "fp16", "-o", "FOLDER/t.json"),
-        "--precision and --step go with --runtime trt; leave them out, or add --runtime trt",
+        "--precision goes with --runtime openvino and --runtime trt; leave it out",
         lambda card, folder, graph: table_spec(precision="fp16"),
-        "'precision' and 'step' go with runtime=\"trt\"; leave them out, or add runtime=\"trt\"",
+        '\'precision\' goes with runtime="openvino" and runtime="trt"; leave it out',
     ),
     "pipeline, against": (
         ("evaluate", "CARD", "--against", "GRAPH"),

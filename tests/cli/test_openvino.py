@@ -105,14 +105,25 @@ def test_a_run_and_a_comparison(tmp_path):
 
 def test_mistakes(tmp_path, monkeypatch):
     image = tmp_path / "a.png"
-    fails("profile", PRUNED, *IN_OPENVINO, "--provider", "xyz", says="OpenVINO has no device 'xyz' here, only cpu")
+    says = "OpenVINO has no device {!r}: --runtime openvino takes cpu, gpu and npu; for a provider of onnxruntime leave"
+    for provider in ("cuda", "openvino=onnxruntime_ep_openvino"):
+        fails("profile", PRUNED, *IN_OPENVINO, "--provider", provider, says=says.format(provider))
+    for provider in ("npu", "gpu"):
+        says = f"OpenVINO has no device {provider!r} here, only"
+        fails("profile", PRUNED, *IN_OPENVINO, "--provider", provider, says=says)
+    says = "--precision is 'int8', expected one of fp32, fp16, bf16; leave it out to compute in what the file has"
+    fails("profile", PRUNED, *IN_OPENVINO, "--precision", "int8", says=says)
     fails("profile", PRUNED, *IN_OPENVINO, "--cuda-graph", says="openvino's cpu has no CUDA graphs; leave out --cuda-g")
     fails(
         "profile", PRUNED, "--runtime", "trt", says="--runtime trt does not run .onnx files; expected --runtime ort or"
     )
     fails("predict", PRUNED, image, *IN_OPENVINO, "--trust", says="trust is no option for --runtime openvino")
     fails("evaluate", RECORDED / "model.json", *IN_OPENVINO, says="--runtime openvino goes with an ONNX file")
-    fails("table", DENSE, *IN_OPENVINO, "--step", 8, "-o", tmp_path / "t.json", says="--step go with --runtime trt")
+    fails("evaluate", RECORDED / "model.json", "--provider", "cuda", says="--provider goes with an ONNX file")
+    fails(
+        "evaluate", PRUNED, "--against", DENSE, "--provider", "x=gone", says="gone is neither a file nor an installed"
+    )
+    fails("table", DENSE, *IN_OPENVINO, "--step", 8, "-o", tmp_path / "t.json", says="--step goes with --runtime trt")
     monkeypatch.setitem(sys.modules, "openvino", None)
     for command in (("profile", PRUNED), ("predict", PRUNED, image), ("evaluate", PRUNED, "--against", DENSE),
                     ("table", DENSE, "-o", tmp_path / "t.json"), ("run", "-o", tmp_path / "run")):  # fmt: skip

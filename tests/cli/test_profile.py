@@ -106,7 +106,10 @@ def test_commands_for_a_device_without_python(model):
     rows = json.loads(call("profile", path, "--print-trtexec", "--json", "--against", model("d.onnx")).stdout)
     assert {row["file"] for row in rows} == {str(path), str(path.with_name("d.onnx"))}
     fails("profile", path, "--print-trtexec", "--batch-size", 1, "--batch-size", 2, says="takes one --batch-size")
-    fails("profile", path, "--precision", "fp16", says="goes with --print-trtexec")
+    says = "--precision goes with --print-trtexec, --from-trtexec and --runtime openvino; write a file in it with"
+    fails("profile", path, "--precision", "fp16", says=says)
+    says = "--provider, --threads have no effect with --print-trtexec; leave them out"
+    fails("profile", path, "--print-trtexec", "--threads", 2, "--provider", "cpu", says=says)
 
 
 def test_what_trtexec_wrote_becomes_rows(model, tmp_path):
@@ -118,9 +121,23 @@ def test_what_trtexec_wrote_becomes_rows(model, tmp_path):
     assert "1.50 ms" in found.stdout and "with copies" in found.stdout and "1.70 ms" in found.stdout
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["latency", "blocks"] and rows[0]["batch"] == 4
+    assert {row["precision"] for row in rows} == {"fp32"}
+    rows = json.loads(call("profile", path, *files, "--precision", "fp16", "--json", "-q").stdout)
+    assert [row["precision"] for row in rows] == ["fp16", "fp16"]
+    fails("profile", path, *files, "--against", path, says="--against has no effect with --from-trtexec; leave it out")
     fails("profile", path, "--from-trtexec", "-", "-", "-", says="neither times nor a profile")
     fails("profile", path, "--from-trtexec", tmp_path / "t.json", path, "-", says="is not JSON")
     fails("profile", path, *files, "--batch-size", 1, "--batch-size", 2, says="takes one --batch-size")
+
+
+def test_options_without_effect_are_refused(model, tmp_path):
+    given = ("--runtime", "openvino", "--provider", "foo", "--threads", 3, "--batch-size", 4)
+    says = "--batch-size, --runtime, --provider, --threads have no effect with a bundle, whose results are read"
+    fails("profile", tmp_path, *given, says=says)
+    fails("profile", tmp_path, "--against", model(), says="--against has no effect with a bundle")
+    fails("profile", model(), "--provider-option", "nosuch=1", says="the provider cpu takes no options, found nosuch")
+    fails("profile", model(), "--trust", says="--trust goes with engines; leave it out for ONNX files")
+    fails("profile", tmp_path / "a.engine", "--threads", 3, says="--provider and --threads go with ONNX files")
 
 
 def test_help_has_examples_for_both():

@@ -59,7 +59,7 @@ def test_a_table_is_measured_on_engines(dense, machine, tmp_path):
 def test_mistakes_are_found_before_anything_is_built(dense, machine, tmp_path, monkeypatch):
     end = ("-o", tmp_path / "t.json", "-q")
     fails("table", dense, "--runtime", "trt", "--threads", 2, *end, says="go with onnxruntime")
-    fails("table", dense, "--step", 8, *end, says="--precision and --step go with --runtime trt")
+    fails("table", dense, "--step", 8, *end, says="--step goes with --runtime trt")
     machine.cuda.driver = 0
     fails("table", dense, "--runtime", "trt", *end, says="no CUDA driver is installed")
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)

@@ -2,7 +2,7 @@
 
 from vpruner.report.profile import profile_sections
 from vpruner.report.results import by_setting
-from vpruner.report.tables.latency import throughput_table, timing_remarks
+from vpruner.report.tables.latency import profile_tables, throughput_table, timing_remarks
 
 
 def latency(label, batch=1, **changes):
@@ -40,6 +40,17 @@ def test_of_rows_for_the_same_thing_the_newest_counts():
     groups = by_setting([latency("a", p50_ms=1.0), latency("a", p50_ms=2.0), latency("a", batch=2)])
     assert [group["a"]["p50_ms"] for group in groups.values()] == [2.0, 1.0]
     assert throughput_table([latency("a")]) is None
+
+
+def test_times_of_nothing_have_no_ratio():
+    rows = [
+        {"kind": "blocks", "label": label, "blocks": [{"ms": 0.0}, {"ms": ms}], "total_ms": ms}
+        for label, ms in (("dense", 2.0), ("pruned", 1.0))
+    ]
+    rows[1]["blocks"].append({"ms": 0.0})
+    rows[0]["blocks"].append({"ms": 0.1})
+    (table,) = profile_tables(rows)
+    assert [line[-1] for line in table.rows] == ["", "0.500×", "", "0.500×"]
 
 
 def test_blocks_without_latency_and_tokens_are_a_report_too():

@@ -149,7 +149,7 @@ def test_a_latency_table_in_words():
     table = latency.block_times_table(made)
     assert table.header == ("tokens", "patches", "attention: all attend", "half of all attend", "one attends", "MLP")
     assert table.rows[1] == ("9", "8", "0.540 ms", "0.534 ms", "0.460 ms", "0.240 ms")
-    assert [line[0] for line in table.rows[3:]] == ["tokens pass a block by", "outside the blocks", "dense model"]
+    assert [line[0] for line in table.rows[3:]] == ["tokens that skip a block", "outside the blocks", "dense model"]
     assert [line[2] for line in table.rows[3:]] == ["0.180 ms", "0.250 ms", "4.65 ms"]
     assert "1 thread" in table.title and "tiny" in table.title
     assert latency.predictions_table(made).rows == (("a", "2.10 ms", "2.00 ms", "+5.0 %"),)
