@@ -40,7 +40,7 @@ from vpruner.core.cost import cost_ratio, dense_macs
 from vpruner.core.environment import environment
 from vpruner.core.plan import TokenPlan
 from vpruner.core.rows import append_rows
-from vpruner.core.timing import SETTLE_SECONDS, measure, random_images
+from vpruner.core.timing import measure, random_images
 from vpruner.export.dense import export_dense
 from vpruner.export.deploy import prepare_for
 from vpruner.export.files import load_model, save_model
@@ -51,6 +51,8 @@ from vpruner.export.passes.edit import add_constant, add_node, number_like
 RESULTS = Path("benchmarks/results/openvino_kernels.jsonl")
 #: The dense graph, opened ahead of all others.
 CONTROL = "opened first"
+#: Seconds of untimed runs before each timed one: at least one of each graph of ViT-B.
+SETTLING = 0.2
 #: Rounds in which counters are read; the median of each node counts.
 COUNTED = 60
 
@@ -178,7 +180,7 @@ def measure_model(spec: str, target: str, seconds: float, seed: int) -> list[dic
             if label != "dense" and not np.allclose(output, outputs["folded"], rtol=1e-4, atol=1e-5):
                 raise click.ClickException(f"{label} does not give what folded gives")
         found = measure(
-            runners, seconds=seconds, batch=1, seed=seed, clock=time.process_time, settle=SETTLE_SECONDS,
+            runners, seconds=seconds, batch=1, seed=seed, clock=time.process_time, settle=SETTLING,
             protocol={"clock": "time.process_time around one run", "threads": 1},
         )  # fmt: skip
         del runners, control

@@ -18,8 +18,8 @@ What the numbers mean:
 
 Candidates that take turns sweep each other out of the caches, and the more of them there are the more; a deployed model
 runs alone. A model of 6 MB at 0.27 of the multiply-adds took 0.49 of the dense time among 43 graphs, 0.44 among three,
-and 0.38 where each had run a few times before its turn counted; of one of 88 MB the caches keep nothing anyway. So a
-turn may begin with untimed runs of the same candidate (``settle``).
+and 0.38 where each had run a few times before its turn counted. So a turn may begin with untimed runs of the same
+candidate (``settle``).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import numpy as np
 from .preprocess import Preprocessing
 
 #: How long a candidate runs untimed before each timed run. More than four runs of a model of 3 ms, or ten of one of
-#: 1 ms, change nothing; what takes longer than this fills the caches itself.
+#: 1 ms, change nothing. Where everything takes longer than this, nothing runs untimed.
 SETTLE_SECONDS = 0.015
 #: More runs than this never are needed, however short.
 MOST_SETTLING_RUNS = 20
@@ -176,7 +176,7 @@ def measure(
         own_time: A call returns its time itself, in seconds: what events on a GPU say, for example. The clock then only
             keeps the time limit.
         settle: Seconds of untimed runs of the same candidate before each timed one: as many as fit, by the median of
-            the warm-up, so none of a candidate that takes longer; see the module.
+            the warm-up, and one at least unless all take longer; see the module.
         protocol: What the caller knows (precision, threads, what is inside the clock); recorded as it is.
 
     Raises:
@@ -189,7 +189,10 @@ def measure(
     turns = _Turns(candidates, seed, clock, own_time)
     with _no_garbage_collection():
         warm = turns.warm_up(warmup, warmup_limit, seconds)
-        turns.untimed = {name: settling_runs(values, settle) for name, values in warm.items()}
+        untimed = {name: settling_runs(values, settle) for name, values in warm.items()}
+        # One for all where there is one for any: the quicker would otherwise find their weights in the caches, and the
+        # slower would not.
+        turns.untimed = {name: max(count, min(1, max(untimed.values()))) for name, count in untimed.items()}
         samples = turns.repeat(rounds, seconds)
     names = list(candidates)
     times = {name: np.asarray(values, np.float64) for name, values in samples.items()}

@@ -209,6 +209,10 @@ def test_candidates_settle_before_their_turn_counts():
     assert measure({"a": clock.candidate("a", 0.02)}, rounds=10, clock=clock, settle=0.015).protocol[
         "untimed_before_each"
     ] == {"a": 0}
+    # Either all find their weights in the caches, or none does.
+    pair = {"slow": clock.candidate("slow", 0.02), "quick": clock.candidate("quick", 0.01)}
+    found = measure(pair, rounds=10, clock=clock, settle=0.015)
+    assert found.protocol["untimed_before_each"] == {"slow": 1, "quick": 1}
 
 
 def test_a_candidate_is_fast_only_after_itself():
