@@ -6,7 +6,7 @@ branch. A branch that sums over tokens is attention, one that does not is an MLP
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -33,8 +33,12 @@ _KEEP_ZEROS = frozenset(
 )  # fmt: skip
 
 
-def follow(model: ir.Model) -> Followed:
+def follow(model: ir.Model, *, joined: bool = False) -> Followed:
     """Follow the tokens of a Vision Transformer from where they begin to where they end; ``model`` stays as it is.
+
+    Args:
+        joined: Whether the stream may also pass a ``Concat`` of tokens that a block updates and tokens that it leaves,
+            as in a graph with a plan in it.
 
     Raises:
         GraphError: No tokens begin in the graph, no block adds to them, or the image size is open.
@@ -52,12 +56,12 @@ def follow(model: ir.Model) -> Followed:
                 break
             skip |= clash
             model, known = prepare(given, skip)
-        chain = _longest_chain(model.graph, tokens)
+        chain = _longest_chain(model.graph, tokens, joined)
         if chain:
             followed = _described(model, tokens, flows, lost, chain)
             if add_apart(followed):
                 tokens, flows, lost = follow_tokens(model, known, frozenset(starts))
-                followed = _described(model, tokens, flows, lost, _longest_chain(model.graph, tokens))
+                followed = _described(model, tokens, flows, lost, _longest_chain(model.graph, tokens, joined))
             return followed
     raise GraphError(
         "no tokens were found that blocks add to, expected a Vision Transformer",
@@ -104,13 +108,20 @@ def follow_node(node: ir.Node, tokens: Tokens, flows: dict[ir.Node, Flow], lost:
 # -- the stream -------------------------------------------------------------------------------------------------------
 
 
-def _carried(value: ir.Value, tokens: Tokens, adds: Collection[ir.Node]) -> ir.Value:
+#: Add -> the longest chain that ends there, and the bit of what it begins with.
+_Chains = dict[ir.Node, tuple[tuple[tuple[ir.Node, int], ...], int]]
+
+
+def _carried(value: ir.Value, tokens: Tokens, chains: _Chains, joined: bool) -> ir.Value:
     """The value that ``value`` is but for what the stream may pass between two blocks."""
     while True:
         node = value.producer()
-        if node is None or node in adds or node.op_type not in _CARRIERS:
+        if node is None or node in chains or node.op_type not in _CARRIERS:
             return value
         carrying = [one for one in node.inputs if one is not None and one in tokens.layouts]
+        if joined and node.op_type == "Concat" and len(carrying) > 1:
+            pieces = [_carried(one, tokens, chains, joined) for one in carrying]
+            return max(pieces, key=lambda piece: len(chains.get(piece.producer(), ((), 0))[0]))
         if len(carrying) != 1 or any(
             one in tokens.mixed for one in node.inputs if one is not None and one not in carrying
         ):
@@ -118,12 +129,11 @@ def _carried(value: ir.Value, tokens: Tokens, adds: Collection[ir.Node]) -> ir.V
         value = carrying[0]
 
 
-def _longest_chain(graph: ir.Graph, tokens: Tokens) -> tuple[tuple[ir.Node, int], ...]:
+def _longest_chain(graph: ir.Graph, tokens: Tokens, joined: bool) -> tuple[tuple[ir.Node, int], ...]:
     """(Add, which of its inputs is the branch) of the residual stream, in order."""
     bits = {node: 1 << place for place, node in enumerate(graph)}
     reached: dict[ir.Value, int] = {}  # bits of the nodes that a value is computed by
-    # Add -> the longest chain that ends there, and the bit of what it begins with.
-    chains: dict[ir.Node, tuple[tuple[tuple[ir.Node, int], ...], int]] = {}
+    chains: _Chains = {}
     for node in graph:
         found = bits[node]
         for value in used_by(node):
@@ -136,7 +146,7 @@ def _longest_chain(graph: ir.Graph, tokens: Tokens) -> tuple[tuple[ir.Node, int]
             value, update = node.inputs[stream], node.inputs[branch]
             if value not in tokens.layouts or not tokens.layouts[value].same_as(layout):
                 continue
-            source = _carried(value, tokens, chains).producer()
+            source = _carried(value, tokens, chains, joined).producer()
             before, root = chains.get(source, ((), bits.get(source, 0)))
             longest, _ = chains.get(node, ((), 0))
             if update is not value and reached.get(update, 0) & root and len(before) >= len(longest):
