@@ -47,7 +47,7 @@ def follow(model: ir.Model, *, joined: bool = False) -> Followed:
     model, known = prepare(given)
     for starts in (("Conv",), ("MatMul", "Gemm")):
         for _ in range(4):
-            tokens, flows, lost = follow_tokens(model, known, frozenset(starts))
+            tokens, flows, lost = follow_tokens(model, known, frozenset(starts), joined)
             sizes = {
                 size for layout in tokens.layouts.values() for ids in layout.ids for size in (*ids.shape, ids.size)
             }
@@ -56,12 +56,12 @@ def follow(model: ir.Model, *, joined: bool = False) -> Followed:
                 break
             skip |= clash
             model, known = prepare(given, skip)
-        chain = _longest_chain(model.graph, tokens, joined)
+        chain = _longest_chain(model.graph, tokens)
         if chain:
             followed = _described(model, tokens, flows, lost, chain)
             if add_apart(followed):
-                tokens, flows, lost = follow_tokens(model, known, frozenset(starts))
-                followed = _described(model, tokens, flows, lost, _longest_chain(model.graph, tokens, joined))
+                tokens, flows, lost = follow_tokens(model, known, frozenset(starts), joined)
+                followed = _described(model, tokens, flows, lost, _longest_chain(model.graph, tokens))
             return followed
     raise GraphError(
         "no tokens were found that blocks add to, expected a Vision Transformer",
@@ -70,10 +70,10 @@ def follow(model: ir.Model, *, joined: bool = False) -> Followed:
 
 
 def follow_tokens(
-    model: ir.Model, known: Known, starts: frozenset[str]
+    model: ir.Model, known: Known, starts: frozenset[str], joined: bool = False
 ) -> tuple[Tokens, dict[ir.Node, Flow], dict[ir.Node, str]]:
     """Where the tokens of all values are, what the nodes do to them, and behind which nodes they are lost."""
-    tokens, flows, lost = Tokens(known, starts), {}, {}
+    tokens, flows, lost = Tokens(known, starts, joined=joined), {}, {}
     # Ids of patches come first; those of other tokens follow the largest grid that may begin.
     sizes = [np.prod(grid) for node in model.graph if (grid := grid_of(node, tokens)) is not None]
     tokens.count = int(max(sizes, default=0))
@@ -112,15 +112,15 @@ def follow_node(node: ir.Node, tokens: Tokens, flows: dict[ir.Node, Flow], lost:
 _Chains = dict[ir.Node, tuple[tuple[tuple[ir.Node, int], ...], int]]
 
 
-def _carried(value: ir.Value, tokens: Tokens, chains: _Chains, joined: bool) -> ir.Value:
+def _carried(value: ir.Value, tokens: Tokens, chains: _Chains) -> ir.Value:
     """The value that ``value`` is but for what the stream may pass between two blocks."""
     while True:
         node = value.producer()
         if node is None or node in chains or node.op_type not in _CARRIERS:
             return value
         carrying = [one for one in node.inputs if one is not None and one in tokens.layouts]
-        if joined and node.op_type == "Concat" and len(carrying) > 1:
-            pieces = [_carried(one, tokens, chains, joined) for one in carrying]
+        if tokens.joined and node.op_type == "Concat" and len(carrying) > 1:
+            pieces = [_carried(one, tokens, chains) for one in carrying]
             return max(pieces, key=lambda piece: len(chains.get(piece.producer(), ((), 0))[0]))
         if len(carrying) != 1 or any(
             one in tokens.mixed for one in node.inputs if one is not None and one not in carrying
@@ -129,7 +129,7 @@ def _carried(value: ir.Value, tokens: Tokens, chains: _Chains, joined: bool) -> 
         value = carrying[0]
 
 
-def _longest_chain(graph: ir.Graph, tokens: Tokens, joined: bool) -> tuple[tuple[ir.Node, int], ...]:
+def _longest_chain(graph: ir.Graph, tokens: Tokens) -> tuple[tuple[ir.Node, int], ...]:
     """(Add, which of its inputs is the branch) of the residual stream, in order."""
     bits = {node: 1 << place for place, node in enumerate(graph)}
     reached: dict[ir.Value, int] = {}  # bits of the nodes that a value is computed by
@@ -146,7 +146,7 @@ def _longest_chain(graph: ir.Graph, tokens: Tokens, joined: bool) -> tuple[tuple
             value, update = node.inputs[stream], node.inputs[branch]
             if value not in tokens.layouts or not tokens.layouts[value].same_as(layout):
                 continue
-            source = _carried(value, tokens, chains, joined).producer()
+            source = _carried(value, tokens, chains).producer()
             before, root = chains.get(source, ((), bits.get(source, 0)))
             longest, _ = chains.get(node, ((), 0))
             if update is not value and reached.get(update, 0) & root and len(before) >= len(longest):

@@ -40,7 +40,8 @@ def named(*names: str) -> list[Planted]:
 
 
 #: Found in other tests here, or as some other fault is.
-LIKE_OTHERS = named("overflow_in_one_channel", "weights_of_another_block", "zeroed_bias", "logits_beyond_the_range")
+LIKE_OTHERS = named("overflow_in_one_channel", "weights_of_another_block", "zeroed_bias", "logits_beyond_the_range",
+                    "overflow_ahead_of_the_bias", "logits_with_too_few_digits")  # fmt: skip
 
 
 @pytest.mark.parametrize(
