@@ -10,7 +10,7 @@ import click
 from ..core.choices import DIAGNOSE_IMAGES, HALF_PRECISIONS
 from .catalogue import command
 from .console import print_json, print_table, report_progress
-from .options import json_option, preprocessing_options, quiet_option, runtime_option
+from .options import json_option, preprocessing_options, quiet_option, runtime_option, trust_option
 
 
 @command
@@ -42,13 +42,15 @@ from .options import json_option, preprocessing_options, quiet_option, runtime_o
     type=click.Path(path_type=Path),
     help="Write the reference in half precision, with what goes wrong in float32, and compare that file too.",
 )
+@trust_option
 @json_option
 @quiet_option
 def diagnose(candidate, against, fix, as_json, quiet, **options) -> None:
     """CANDIDATE is an ONNX file in any precision, or a TensorRT engine. It is compared with the float32 file tensor by
     tensor along the residual stream: each section is run on right inputs, and those that are wrong are looked into
     operator by operator. onnxruntime computes FP16 in float32 on a CPU, so there each result is rounded as a GPU leaves
-    it. The exit code is 1 if a fault is found, also in what --fix writes, else 0.
+    it. The exit code is 1 if a fault is found, else 0. With --fix, the exit code says whether the written file is
+    right: 0 if it is, 1 if a fault is left in it or nothing was written.
 
     \b
     Example:
@@ -62,7 +64,7 @@ def diagnose(candidate, against, fix, as_json, quiet, **options) -> None:
 
     report_progress(quiet)
     if fix is not None:
-        check_output(fix, ".onnx", candidate, against)
+        check_output(fix, ".onnx", candidate, against, name="fix")
     done = diagnose_file(candidate, against, fix=fix, **options)
     if as_json:
         print_json(done.to_json())
@@ -72,7 +74,7 @@ def diagnose(candidate, against, fix, as_json, quiet, **options) -> None:
                 print_table(diagnosis_table(one.to_json()))
                 for text in faults_of(one.to_json()):
                     click.echo(text)
-        if fix is not None and done.fixed is not None:
+        if done.fixed is not None:
             click.echo(fix)
-    if (done.fixed or done).faults:
+    if (done.fixed or done).faults or (fix is not None and done.fixed is None):
         sys.exit(1)

@@ -21,6 +21,7 @@ _MARK = re.compile(rf'([{_OPTION}{_COMMAND}])(\["[^{_OPTION}{_COMMAND}{_END}]*\]
 #: Words that stand for a value.
 STAND_INS = frozenset(
     {"DENSE", "DIR", "FILE", "FOLDER", "IMAGES", "MAX", "MIN", "MODEL", "MODEL_FOLDER", "N", "OPT", "PLAN"}
+    | {"FLOAT32_FILE_OF_THE_SAME_PLAN"}
 )
 #: What is called in Python for a command.
 IN_PYTHON = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Deviation:
 
     Attributes:
         error: Root mean square of the difference, relative to what the values are judged by; the largest over images.
-        lost: Numbers that are not finite and should be.
+        lost: Numbers that are not finite and should be, of all ``numbers``.
         largest: Magnitude of what they should be.
         image: The one of the largest error.
     """
@@ -45,10 +45,11 @@ class Deviation:
     lost: int
     largest: float
     image: int = 0
+    numbers: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {"error": self.error if np.isfinite(self.error) else None, "not_finite": self.lost,
-                "largest": self.largest}  # fmt: skip
+                "numbers": self.numbers, "largest": self.largest}  # fmt: skip
 
 
 def deviation(right: np.ndarray, found: np.ndarray, precision: str, before: np.ndarray | None = None) -> Deviation:
@@ -71,7 +72,8 @@ def deviation(right: np.ndarray, found: np.ndarray, precision: str, before: np.n
     errors = np.where(gap == 0, 0, gap / np.where(scale == 0, np.finfo(np.float32).tiny, scale))
     errors = np.where(lost.any(1), np.inf, errors)
     finite = right[np.isfinite(right)]
-    return Deviation(float(errors.max()), int(lost.sum()), float(np.abs(finite).max(initial=0)), int(errors.argmax()))
+    largest = float(np.abs(finite).max(initial=0))
+    return Deviation(float(errors.max()), int(lost.sum()), largest, int(errors.argmax()), right.size)
 
 
 def _rms(values: np.ndarray) -> np.ndarray:
@@ -93,6 +95,7 @@ class Evidence:
         graph: Whether the error is in the graph, whatever runs it.
         norm: A written-out normalisation that the node belongs to.
         twin: What differs from the node's counterpart in the reference.
+        beyond: Names of values that the precision cannot hold.
     """
 
     node: ir.Node
@@ -105,6 +108,7 @@ class Evidence:
     graph: bool
     norm: Norm | None = None
     twin: Twin = NO_TWIN
+    beyond: Collection[str] = ()
 
     @property
     def is_logits(self) -> bool:
@@ -145,7 +149,8 @@ def _spill(evidence: Evidence) -> str | None:
     if evidence.graph or largest is None:
         return None
     beyond = np.abs(evidence.right) > largest
-    if not beyond.any() or np.array_equal(evidence.found[beyond], evidence.right[beyond]):
+    held = np.isfinite(evidence.found) & (np.abs(evidence.found) > largest)
+    if held[beyond].all():  # Kept in float32, or none.
         return None
     shape = evidence.shape
     width = shape[-1] if shape is not None and len(shape) > 1 and isinstance(shape[-1], int) else 0
@@ -185,8 +190,11 @@ def _vanished(evidence: Evidence) -> str | None:
         if tiny.sum() > _MANY * np.count_nonzero(array):
             return f"{tiny.mean():.0%} of the numbers of {value.name!r} are 0 in {evidence.precision.upper()}"
     there = (evidence.right != 0) & np.isfinite(evidence.right)
-    gone = (there & (evidence.found == 0)).sum() / max(there.sum(), 1)
-    if gone < _MANY:
+    gone = there & (evidence.found == 0) & (np.abs(evidence.right) <= smallest)
+    # Of a softmax most numbers may be as good as 0.
+    harm = np.linalg.norm(evidence.right[gone]) / (np.linalg.norm(evidence.right[there]) or 1)
+    gone = gone.sum() / max(there.sum(), 1)
+    if gone < _MANY or harm < TOLERANCES[evidence.precision]:
         return None
     return f"{gone:.0%} of its numbers are below {smallest:.1g}, which {evidence.precision.upper()} rounds to 0"
 
@@ -241,13 +249,13 @@ CAUSES = (
         lambda evidence: _spill(evidence) if evidence.is_logits else None,
         "accumulate attention in FP32: keep the product of queries and keys and the softmax in float32 (TensorRT 11.3 "
         "fuses that if q and k are cast ahead of it), scale the queries before the product, or use BF16",
-        lambda evidence: carrying(evidence.node),
+        lambda evidence: carrying(evidence),
     ),
     Cause(
         "overflow",
         _spill,
         "keep it in float32 with what reads it, or use BF16, which has the range of float32",
-        lambda evidence: carrying(evidence.node),
+        lambda evidence: carrying(evidence),
         back=True,
     ),
     Cause(
@@ -262,20 +270,20 @@ CAUSES = (
         "lost precision",
         _vanished,
         "keep it in float32 with what reads it, or use BF16, which has the range of float32",
-        lambda evidence: evidence.norm.nodes if evidence.norm else carrying(evidence.node),
+        lambda evidence: evidence.norm.nodes if evidence.norm else carrying(evidence),
         back=True,
     ),
     Cause(
         "lost precision",
         _cancelled,
         "keep it in float32 with what makes its inputs and what reads it",
-        lambda evidence: [*(evidence.norm.nodes if evidence.norm else carrying(evidence.node)), *makers(evidence.node)],
+        lambda evidence: [*(evidence.norm.nodes if evidence.norm else carrying(evidence)), *makers(evidence.node)],
     ),
     Cause(
         "lost precision",
         lambda evidence: f"rounding to {evidence.precision.upper()} explains the error" if evidence.rounded else None,
         "keep it in float32 with what reads it",
-        lambda evidence: evidence.norm.nodes if evidence.norm else carrying(evidence.node),
+        lambda evidence: evidence.norm.nodes if evidence.norm else carrying(evidence),
     ),
     Cause(
         "lost precision",
@@ -284,7 +292,7 @@ CAUSES = (
             if evidence.graph and evidence.twin.rounded
             else None
         ),
-        "keep it in float32: numbers below 6e-5 have fewer digits in FP16",
+        "keep it in float32",
         lambda evidence: (evidence.node,),
     ),
     Cause("INT8 scale", _saturated, "calibrate on images like those that are used, or leave this layer in float32"),
@@ -315,14 +323,15 @@ def explain(evidence: Evidence) -> tuple[Cause, str]:
     return next((cause, found) for cause in CAUSES if (found := cause.found(evidence)))
 
 
-def carrying(node: ir.Node) -> list[ir.Node]:
-    """A node, what reads its result, and what reads it behind nodes that only move numbers."""
-    found, waiting = {node: None}, list(node.outputs)
+def carrying(evidence: Evidence) -> list[ir.Node]:
+    """The node, what reads its result, and what reads it behind nodes that only move numbers, or whose own result is
+    beyond the range too."""
+    found, waiting = {evidence.node: None}, list(evidence.node.outputs)
     while waiting:
         for usage in waiting.pop().uses():
             if usage.node not in found:
                 found[usage.node] = None
-                if usage.node.op_type in (*MOVERS, "Cast"):
+                if usage.node.op_type in (*MOVERS, "Cast") or usage.node.outputs[0].name in evidence.beyond:
                     waiting += usage.node.outputs
     return list(found)
 

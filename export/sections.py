@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ..core.errors import GraphError
+from ..core.metadata import ModelMetadata
 from .emulate import HALF
 from .follow import follow
 from .graph import OpenedGraph
@@ -32,12 +33,14 @@ class Point:
         block: That ends in it or is half done; None ahead of the first.
         part: ``"stem"``, ``"attention"`` or ``"mlp"``.
         numbers: In it, for one batch.
+        before: The value that the Add adds to, as many numbers; None at the stem.
     """
 
     name: str
     block: int | None
     part: str
     numbers: int
+    before: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +48,20 @@ class Traced:
     """A graph whose residual stream is known.
 
     Attributes:
+        source: Its name, for messages.
         model: A copy without functions, with one fixed batch, in which all shapes are numbers and all nodes have names.
         image: Its input that holds the images.
         points: In order; none where the stream could not be followed.
         problem: Why.
+        lacking: (block, part) of what the plan in a file leaves something to do, and which is no section of its own.
     """
 
+    source: str
     model: ir.Model
     image: ir.Value
     points: tuple[Point, ...]
     problem: str | None = None
+    lacking: tuple[tuple[int, str], ...] = ()
 
     @property
     def batch(self) -> int:
@@ -106,19 +113,40 @@ def trace(opened: OpenedGraph) -> Traced:
         if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):
             value.shape = ir.Shape([1, *value.shape[1:]])
     infer_shapes_anew(model)
-    found = Traced(model, image, ())
+    found = Traced(opened.source, model, image, ())
     try:
-        followed = follow(_dequantized(copy_model(model)))
+        followed = follow(_dequantized(copy_model(model)), joined=True)
     except GraphError as error:
-        return Traced(model, image, (), error.problem)
-    values, names = found.values(), [(followed.stream.name, None, "stem")]
-    for block in followed.blocks:
-        names += [(branch.add.outputs[0].name, block.index, "attention") for branch in block.attention]
-        names += [(branch.add.outputs[0].name, block.index, "mlp") for branch in block.mlp]
-    sized = [(name, values[name].shape, *rest) for name, *rest in names if name in values]
-    points = [Point(name, block, part, _count(shape)) for name, shape, block, part in sized if _count(shape)]
+        return Traced(opened.source, model, image, (), error.problem)
+    values, found_at = found.values(), [(followed.stream.name, None, "stem", None)]
+    halves = [
+        (block.index, part, branches)
+        for block in followed.blocks
+        for part, branches in (("attention", block.attention), ("mlp", block.mlp))
+        if branches
+    ]
+    planned = _planned(opened)
+    if [part for _, part in planned] == [part for _, part, _ in halves]:
+        halves = [(number, *half[1:]) for (number, _), half in zip(planned, halves, strict=True)]
+    for number, part, branches in halves:
+        adds = [(branch.add, branch.add.inputs[1 - branch.update].name) for branch in branches]
+        found_at += [(add.outputs[0].name, number, part, before) for add, before in adds]
+    points = [
+        Point(name, number, part, _count(values[name].shape), before if before in values else None)
+        for name, number, part, before in found_at
+        if name in values and _count(values[name].shape)
+    ]
     order = {value.name: index for index, value in enumerate(values.values())}
-    return Traced(model, image, tuple(sorted(points, key=lambda point: order[point.name])))
+    lacking = [place for place in planned if place not in {(point.block, point.part) for point in points}]
+    points.sort(key=lambda point: order[point.name])
+    return Traced(opened.source, model, image, tuple(points), None, tuple(lacking))
+
+
+def _planned(opened: OpenedGraph) -> list[tuple[int, str]]:
+    """Block and part of what the plan in a file leaves something to do: it may leave a block out."""
+    counts = ModelMetadata.from_props(opened.model.metadata_props, opened.source).token_counts or ((), (), ())
+    return [(block, part) for block, (_, *updated) in enumerate(zip(*counts, strict=True))
+            for part, tokens in zip(("attention", "mlp"), updated, strict=True) if tokens]  # fmt: skip
 
 
 def _count(shape: ir.Shape | None) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from .emulate import HALF
 from .nodes import called
 from .unfit import constant_of
 
@@ -77,15 +78,31 @@ def compare_nodes(
             if how and not found[kind]:
                 found[kind] = f"{value.name!r} {how}"
             if own.dtype != theirs.dtype and own.shape == theirs.shape and theirs.dtype == np.float32:
-                with np.errstate(over="ignore"):
-                    # onnxruntime's converter makes numbers that would be 0 the smallest one.
-                    gap = np.abs(own.astype("f4") - theirs.astype(own.dtype).astype("f4"))
-                rounded.append(bool((gap <= 2.0**-24).all()))
+                rounded.append(_is_rounded(own, theirs))
         elif (own is None) != (theirs is None):
             found["form"] = found["form"] or f"one reads a constant for {getattr(right, 'name', None)!r}, one does not"
     if len(node.inputs) != len(other.inputs) and not found["form"]:
         found["form"] = f"it has {len(node.inputs)} inputs, the reference {len(other.inputs)}"
     return Twin(**found, saturated=saturated, rounded=bool(rounded) and all(rounded))
+
+
+def unrounded(model: ir.Model, reference: ir.Model) -> dict[str, np.ndarray]:
+    """Weights in half precision by name -> weights of the reference that are the same but for rounding."""
+    wide = {name: value.const_value.numpy() for name, value in reference.graph.initializers.items()
+            if value.dtype == ir.DataType.FLOAT and value.const_value is not None}  # fmt: skip
+    found = {}
+    for name, value in model.graph.initializers.items():
+        if value.dtype in HALF.values() and value.const_value is not None:
+            own = value.const_value.numpy()
+            others = [wide[name]] if name in wide else [one for one in wide.values() if one.shape == own.shape]
+            found.update((name, one) for one in others[::-1] if one.shape == own.shape and _is_rounded(own, one))
+    return found
+
+
+def _is_rounded(own: np.ndarray, right: np.ndarray) -> bool:
+    with np.errstate(over="ignore"):
+        # onnxruntime's converter makes numbers that would be 0 the smallest one.
+        return bool((np.abs(own.astype("f4") - right.astype(own.dtype).astype("f4")) <= 2.0**-24).all())
 
 
 def _made(value: ir.Value) -> str:

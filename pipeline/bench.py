@@ -6,6 +6,7 @@ mends; and of what the runtime makes of the candidate's graph.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ import onnx_ir as ir
 
 from ..core import progress
 from ..core.choices import HALF_PRECISIONS
+from ..core.errors import UserError
 from ..core.metadata import PRECISION
 from ..core.scratch import temporary_folder
 from ..export.emulate import emulate
 from ..export.faults import (
+    LARGEST,
     TOLERANCES,
     Deviation,
     Evidence,
@@ -33,7 +36,7 @@ from ..export.files import save_model
 from ..export.graph_costs import is_channels_last
 from ..export.nodes import copy_model
 from ..export.sections import GIVEN, SEEN, Traced, cut, pair_points, show
-from ..export.twins import compare_nodes, twin_of
+from ..export.twins import compare_nodes, twin_of, unrounded
 from ..runtime.opening import open as open_session
 from ..runtime.session import Session
 
@@ -113,8 +116,12 @@ class Program:
         """
         with temporary_folder() as folder:
             path = save_model(model, Path(folder) / "graph.onnx")
-            with self.open(path) as session:
-                found = _run(session, traced.image.name, images, traced.batch, given)
+            try:
+                with self.open(path) as session:
+                    found = _run(session, traced.image.name, images, traced.batch, given)
+            except UserError as error:
+                error.rename(re.escape(str(path.with_suffix(""))) + r"\.\w+", traced.source)
+                raise
         return {name.removesuffix(SEEN): array for name, array in found.items()}
 
 
@@ -171,10 +178,12 @@ def programs(runtime: str, stored: str, precision: str | None) -> tuple[Program,
     if runtime == "ort" and emulated is not None:
         return emulated, emulated, computes, f"onnxruntime, {computes.upper()} by rounding every result"
     if runtime == "trt":
-        return Program(_same, lambda path: _engine(path, precision), costly=True), emulated, computes, "TensorRT"
-    options = {"precision": precision} if precision is not None and runtime == "openvino" else {}
-    real = Program(_same, lambda path: open_session(path, runtime=runtime, **options))
-    return real, emulated, computes, {"ort": "onnxruntime", "openvino": "OpenVINO"}[runtime]
+        real = Program(_same, lambda path: _engine(path, precision), costly=True)
+    else:
+        options = {"precision": precision} if precision is not None and runtime == "openvino" else {}
+        real = Program(_same, lambda path: open_session(path, runtime=runtime, **options))
+    name = {"ort": "onnxruntime", "openvino": "OpenVINO", "trt": "TensorRT"}[runtime]
+    return real, emulated, computes, name if precision is None else f"{name}, {precision.upper()}"
 
 
 def _engine(path: Path, precision: str | None) -> Session:
@@ -219,10 +228,16 @@ class Bench:
     def __post_init__(self) -> None:
         self.pairs = pair_points(self.reference, self.candidate)
         names = [one.name for one, _ in self.pairs]
+        #: End of a section -> the value of the reference that its Add adds to.
+        self.before = {one.name: one.before for one, _ in self.pairs if one.before is not None}
+        names = list(dict.fromkeys([*names, *self.before.values()]))
         self.right = WIDE.run(self.reference, show(self.reference.model, names), self.images, {})
         #: Points of the candidate -> what the reference has there.
         self.given = {other.name: self.right[one.name] for one, other in self.pairs}
         self.ends = [(other.name, one.name, one.block, one.part) for one, other in self.pairs]
+        #: Weights of the candidate -> those of the reference that they are but for rounding, which is no fault of the
+        #: graph.
+        self.exact = unrounded(self.candidate.model, self.reference.model)
         outputs = zip(self.candidate.outputs, self.reference.outputs, strict=False)
         self.outputs = [(own, theirs, None, "head") for own, theirs in outputs if theirs in self.right]
 
@@ -234,6 +249,8 @@ class Bench:
             whole: Run it as it is, and give its outputs.
         """
         model = program.rewrite(copy_model(self.candidate.model))
+        for name, array in self.exact.items() if program is WIDE else ():
+            model.graph.initializers[name].const_value = ir.tensor(array, name=name)
         if not whole:
             model = cut(model, list(self.given), inner)
         given = {f"{name}{GIVEN}": array[images] for name, array in self.given.items()}
@@ -244,18 +261,17 @@ class Bench:
             wide = self.run(WIDE)
         with progress.stage("Computing the candidate"):
             real = self.run(self.real)
-        found, before = [], None
+        found = []
         for own, theirs, block, part in (*self.ends, *self.outputs):
             right = self.right[theirs]
             # A stem and a head add nothing to the stream: they are judged by all that they give.
-            ahead = before if part in ("attention", "mlp") else None
+            ahead = self.right.get(self.before.get(theirs))
             graph = deviation(right, wide[own], self.stored, ahead)
             computed = deviation(wide[own], real[own], self.computes, ahead)
             wrong = "graph" if graph.error > TOLERANCES[self.stored] else None
             if wrong is None and computed.error > TOLERANCES[self.computes]:
                 wrong = "runtime"
             found.append(Section(block, part, own, graph, computed, wrong))
-            before = right
         return found
 
     def faults(self, sections: Sequence[Section]) -> Iterator[Fault]:
@@ -308,6 +324,8 @@ class Bench:
         wide, found = (self.run(one, names, images) for one in (WIDE, program))
         wide.update({name: self.given[name][images] for name in self.given if name not in names})
         deviations = {name: deviation(wide[name], found[name], self.computes) for name in names if name in found}
+        largest = LARGEST.get(self.computes, np.inf)
+        beyond = {name for name in names if name in deviations and deviations[name].largest > largest}
         node = first_wrong(nodes, deviations, TOLERANCES[self.computes])
         made = [deviations[value.name].error for value in node.outputs if value.name in deviations] if node else []
         if not any(made):
@@ -317,8 +335,10 @@ class Bench:
             inside = [value for value in node.outputs if value.name in deviations]
             output = max(inside, key=lambda value: deviations[value.name].error)
             inputs = tuple(wide[value.name] for value in node.inputs if value is not None and value.name in wide)
-            return Evidence(node, self.computes, output.shape, wide[output.name], found[output.name], inputs,
-                            rounded=program is self.emulated, graph=False, norm=norm_around(node))  # fmt: skip
+            return Evidence(
+                node, self.computes, output.shape, wide[output.name], found[output.name], inputs,
+                rounded=program is self.emulated, graph=False, norm=norm_around(node), beyond=beyond,
+            )  # fmt: skip
 
         evidence = evidence_of(node)
         cause, _ = explain(evidence)
@@ -427,7 +447,9 @@ def _suspect(nodes: Sequence[ir.Node], end: str, equals: Mapping[str, str], name
     suspects = [node for node in nodes if node in seen]
     if suspects[0].op_type.endswith("QuantizeLinear"):
         return suspects[0]
-    return next((node for node in suspects if any(value.name in named for value in node.outputs)), suspects[0])
+    found = next((node for node in suspects if any(value.name in named for value in node.outputs)), suspects[0])
+    # A converter gives the name of a value to the Cast behind it.
+    return makers[found.inputs[0].name] if found.op_type == "Cast" and found.inputs[0].name in makers else found
 
 
 def _fault(section: Section, evidence: Evidence, place: tuple[int | None, str] | None = None) -> Fault:

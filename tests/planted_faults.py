@@ -22,32 +22,39 @@ class Planted:
     """One fault.
 
     Attributes:
-        plant: (reference, candidate) -> the candidate.
+        change: (reference, candidate) -> the candidate.
         block, part: Where it is.
         node: Name of its operator; None where the section says enough.
         kind: What it is to be called.
         precision: That the candidate is computed in; None: its own.
+        prepare: What is done to either of them first.
     """
 
-    plant: Callable[[ir.Model, ir.Model], ir.Model]
+    change: Callable[[ir.Model, ir.Model], ir.Model]
     block: int | None
     part: str
     node: str | None
     kind: str
     precision: str | None = None
+    prepare: Callable[[ir.Model], object] = lambda model: None
 
     @property
     def name(self) -> str:
-        return self.plant.__name__
+        return self.change.__name__
+
+    def plant(self, reference: ir.Model, candidate: ir.Model) -> ir.Model:
+        for model in (reference, candidate):
+            self.prepare(model)
+        return self.change(reference, candidate)
 
 
 FAULTS: list[Planted] = []
 
 
-def fault(block: int | None, part: str, node: str | None, kind: str, precision: str | None = None):
-    def put(plant):
-        FAULTS.append(Planted(plant, block, part, node, kind, precision))
-        return plant
+def fault(block: int | None, part: str, node: str | None, kind: str, *more, **others):
+    def put(change):
+        FAULTS.append(Planted(change, block, part, node, kind, *more, **others))
+        return change
 
     return put
 
@@ -123,9 +130,13 @@ def transposed_weight(reference, candidate):
     return candidate
 
 
-@fault(1, "attention", "node_matmul_2", "wrong graph")
+def sharpen(model: ir.Model) -> None:
+    """Otherwise attention is nearly even."""
+    put(model, "node_MatMul_45", weights(model, "node_MatMul_45") * 2)
+
+
+@fault(1, "attention", "node_matmul_2", "wrong graph", prepare=sharpen)
 def missing_scale_of_attention(reference, candidate):
-    both(reference, candidate, "node_MatMul_45", lambda array: array * 2)  # Otherwise attention is nearly even.
     scale = node(candidate, "node_mul_3")
     scale.outputs[0].replace_all_uses_with(scale.inputs[0])
     candidate.graph.remove(scale, safe=True)
@@ -190,6 +201,25 @@ def squares_of_a_written_norm(reference, candidate):
 @fault(1, "attention", "node_matmul_2", "overflow", "fp16")
 def logits_beyond_the_range(reference, candidate):
     both(reference, candidate, "node_MatMul_45", lambda array: array * np.repeat([3000, 3000, 1], 32))
+    return candidate
+
+
+@fault(1, "attention", "node_softmax_1", "lost precision", "fp16")
+def logits_with_too_few_digits(reference, candidate):
+    """One channel of queries and keys adds a large number to all logits, which no softmax shows."""
+    channel = np.isin(np.arange(96), (0, 16, 32, 48))
+    both(reference, candidate, "node_MatMul_45",
+         lambda array: np.where(channel, 0, array * np.repeat([8, 8, 1], 32)))  # fmt: skip
+    both(reference, candidate, "node_linear_4", lambda array: np.where(channel, 300, array))
+    return candidate
+
+
+@fault(1, "mlp", "node_MatMul_73", "overflow", "fp16")
+def overflow_ahead_of_the_bias(reference, candidate):
+    """What reads the number gives it on: the bias, and the GELU."""
+    channel = np.arange(128) == 3
+    both(reference, candidate, "node_MatMul_73", lambda array: np.where(channel, array * 5e5, array))
+    both(reference, candidate, "node_MatMul_75", lambda array: np.where(channel[:, None], array * 1e-3, array))
     return candidate
 
 

@@ -6,7 +6,7 @@ branch. A branch that sums over tokens is attention, one that does not is an MLP
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -33,8 +33,12 @@ _KEEP_ZEROS = frozenset(
 )  # fmt: skip
 
 
-def follow(model: ir.Model) -> Followed:
+def follow(model: ir.Model, *, joined: bool = False) -> Followed:
     """Follow the tokens of a Vision Transformer from where they begin to where they end; ``model`` stays as it is.
+
+    Args:
+        joined: Whether the stream may also pass a ``Concat`` of tokens that a block updates and tokens that it leaves,
+            as in a graph with a plan in it.
 
     Raises:
         GraphError: No tokens begin in the graph, no block adds to them, or the image size is open.
@@ -43,7 +47,7 @@ def follow(model: ir.Model) -> Followed:
     model, known = prepare(given)
     for starts in (("Conv",), ("MatMul", "Gemm")):
         for _ in range(4):
-            tokens, flows, lost = follow_tokens(model, known, frozenset(starts))
+            tokens, flows, lost = follow_tokens(model, known, frozenset(starts), joined)
             sizes = {
                 size for layout in tokens.layouts.values() for ids in layout.ids for size in (*ids.shape, ids.size)
             }
@@ -56,7 +60,7 @@ def follow(model: ir.Model) -> Followed:
         if chain:
             followed = _described(model, tokens, flows, lost, chain)
             if add_apart(followed):
-                tokens, flows, lost = follow_tokens(model, known, frozenset(starts))
+                tokens, flows, lost = follow_tokens(model, known, frozenset(starts), joined)
                 followed = _described(model, tokens, flows, lost, _longest_chain(model.graph, tokens))
             return followed
     raise GraphError(
@@ -66,10 +70,10 @@ def follow(model: ir.Model) -> Followed:
 
 
 def follow_tokens(
-    model: ir.Model, known: Known, starts: frozenset[str]
+    model: ir.Model, known: Known, starts: frozenset[str], joined: bool = False
 ) -> tuple[Tokens, dict[ir.Node, Flow], dict[ir.Node, str]]:
     """Where the tokens of all values are, what the nodes do to them, and behind which nodes they are lost."""
-    tokens, flows, lost = Tokens(known, starts), {}, {}
+    tokens, flows, lost = Tokens(known, starts, joined=joined), {}, {}
     # Ids of patches come first; those of other tokens follow the largest grid that may begin.
     sizes = [np.prod(grid) for node in model.graph if (grid := grid_of(node, tokens)) is not None]
     tokens.count = int(max(sizes, default=0))
@@ -104,13 +108,20 @@ def follow_node(node: ir.Node, tokens: Tokens, flows: dict[ir.Node, Flow], lost:
 # -- the stream -------------------------------------------------------------------------------------------------------
 
 
-def _carried(value: ir.Value, tokens: Tokens, adds: Collection[ir.Node]) -> ir.Value:
+#: Add -> the longest chain that ends there, and the bit of what it begins with.
+_Chains = dict[ir.Node, tuple[tuple[tuple[ir.Node, int], ...], int]]
+
+
+def _carried(value: ir.Value, tokens: Tokens, chains: _Chains) -> ir.Value:
     """The value that ``value`` is but for what the stream may pass between two blocks."""
     while True:
         node = value.producer()
-        if node is None or node in adds or node.op_type not in _CARRIERS:
+        if node is None or node in chains or node.op_type not in _CARRIERS:
             return value
         carrying = [one for one in node.inputs if one is not None and one in tokens.layouts]
+        if tokens.joined and node.op_type == "Concat" and len(carrying) > 1:
+            pieces = [_carried(one, tokens, chains) for one in carrying]
+            return max(pieces, key=lambda piece: len(chains.get(piece.producer(), ((), 0))[0]))
         if len(carrying) != 1 or any(
             one in tokens.mixed for one in node.inputs if one is not None and one not in carrying
         ):
@@ -122,8 +133,7 @@ def _longest_chain(graph: ir.Graph, tokens: Tokens) -> tuple[tuple[ir.Node, int]
     """(Add, which of its inputs is the branch) of the residual stream, in order."""
     bits = {node: 1 << place for place, node in enumerate(graph)}
     reached: dict[ir.Value, int] = {}  # bits of the nodes that a value is computed by
-    # Add -> the longest chain that ends there, and the bit of what it begins with.
-    chains: dict[ir.Node, tuple[tuple[tuple[ir.Node, int], ...], int]] = {}
+    chains: _Chains = {}
     for node in graph:
         found = bits[node]
         for value in used_by(node):

@@ -122,19 +122,26 @@ def tidy(axes: Sequence[Sequence[Factor]], ids: Sequence[np.ndarray]) -> Layout:
     return Layout(tuple(joined), tuple(array.reshape(dims) for array, dims in zip(ids, sizes, strict=True)))
 
 
-def regroup(layout: Layout, shape: Sequence[int]) -> Layout:
+def regroup(layout: Layout, shape: Sequence[int], *, stays: bool = False) -> Layout:
     """What ``Reshape`` to ``shape`` does.
+
+    Args:
+        stays: Whether one token stays on its axis, also if one image stands on an axis of size 1 ahead of it.
 
     Raises:
         Lost: A new axis would cut a factor in a way that is none of its parts.
     """
     whole = tidy([[factor for axis in layout.axes for factor in axis]], layout.ids)
     queue = list(whole.axes[0])
+    alone = {group: axis for axis in range(len(layout.axes)) for group in layout.groups_of(axis)
+             if stays and layout.ids[group].size == 1}  # fmt: skip
     axes: list[list[Factor]] = []
     for size in shape:
         axis, left = [], size
         if size == 1 and queue and size_of(queue[0]) == 1:
-            axis.append(queue.pop(0))
+            home = alone.get(group_of(queue[0]), 0)
+            if home <= len(axes) or any(one != 1 for one in shape[len(axes) : home + 1]):
+                axis.append(queue.pop(0))
         while left > 1:
             if not queue:
                 raise Lost(f"the token axis is cut by a reshape to {list(shape)}")

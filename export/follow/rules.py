@@ -99,6 +99,7 @@ class Tokens:
         grids: Node at which tokens begin -> sizes of its grid.
         mixed: Values that depend on tokens having been mixed; tokens do not begin behind that.
         count: Ids that were given away.
+        joined: Whether a plan may be in the graph, so that one token may be left.
     """
 
     known: Known
@@ -107,6 +108,7 @@ class Tokens:
     grids: dict[ir.Node, tuple[int, ...]] = field(default_factory=dict)
     mixed: set[ir.Value] = field(default_factory=set)
     count: int = 0
+    joined: bool = False
 
     def shape(self, value: ir.Value) -> tuple[int, ...]:
         if value not in self.known.shapes:
@@ -365,7 +367,7 @@ def normalisation(node: ir.Node, tokens: Tokens) -> Flow:
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def reshape(node: ir.Node, tokens: Tokens) -> Flow:
     layout = sole_layout(node, tokens)
-    result = regroup(layout, tokens.shape(node.outputs[0]))
+    result = regroup(layout, tokens.shape(node.outputs[0]), stays=tokens.joined)
     return as_flow(node, layout, result, how="reshape" if node.op_type == "Reshape" else "along")
 
 

@@ -121,11 +121,11 @@ METADATA = Rule(
 #: Said of squares in half precision, whatever the target: :mod:`vpruner.export.norms` says of which.
 NORM_IN_HALF = Rule(
     "warning",
-    "FP16 ends at 65504, so the square of what is 256 from the mean is infinite and the result 0; ViTs with massive "
-    "activations give wrong classes then",
+    "FP16 ends at 65504. If a number is more than 256 away from the mean, its square becomes infinite, and the norm "
+    "returns 0: ViTs with massive activations give wrong classes then",
     f"convert the float32 file with {command('convert', 'MODEL', precision='fp16')}, which keeps these nodes in "
     "float32, or write the operator LayerNormalization (opset 17 and newer), which squares in float32; see where it "
-    f"goes wrong with {command('diagnose', 'MODEL', against='DENSE')}",
+    f"goes wrong with {command('diagnose', 'MODEL', against='FLOAT32_FILE_OF_THE_SAME_PLAN', data='images/')}",
     "onnxsim issue 1742: ViT-B in raw FP16 on TensorRT 10.3, 19 % top-1",
 )
 #: Said of an operand that is neither an input of the graph, nor a weight, nor another node's output.

@@ -113,11 +113,11 @@ _TRT_SCATTER = dict(
 #: Releases that take FP16 from a flag: it holds for every layer, Casts of the file included.
 _NORM_UNDER_A_FLAG = Rule(
     "warning",
-    "an engine that is built with the flag FP16 may square in FP16, which ends at 65504: what is 256 from the mean "
-    "makes the result 0",
+    "an engine that is built with the flag FP16 may square in FP16, which ends at 65504. If a number is more than 256 "
+    "away from the mean, its square becomes infinite, and the norm returns 0",
     "build in float32 where activations are large, or use TensorRT 8.6 or newer and write the operator "
     f"LayerNormalization: {WRITERS.format('trt10')}; see whether it happens with "
-    f"{command('diagnose', 'MODEL', against='MODEL', precision='fp16')}",
+    f"{command('diagnose', 'MODEL', against='MODEL', precision='fp16', data='images/')}",
     "onnxsim issue 1742; NVIDIA/TensorRT issue 4723",
 )
 TRT_IF = "both branches of If must give outputs of equal rank, and a Loop's carried shapes must not change"
@@ -259,7 +259,7 @@ TRT85 = Target(
     int64=Rule(
         "remark",
         "TensorRT 8.5 casts int64 to int32",
-        "nothing, as long as all numbers fit; for a graph input, feed int32",
+        "nothing has to be done if all numbers fit; for a graph input, feed int32",
         OPERATORS_85,
     ),
 )
@@ -305,6 +305,7 @@ TRT10 = Target(
         ),
     },
     **_TRT_NEW,
+    written_norm=_NORM_UNDER_A_FLAG,
 )
 
 TRT11 = Target(

@@ -28,11 +28,14 @@ def diagnosis_table(row: Row) -> Table | None:
         )
         for section in row["sections"]
     )
-    title = (
-        f"{row['candidate']} in {row['computed']}: error of the outputs {_error(row['output'])} on "
-        f"{counted(row['images'], 'image')}, at most {row['tolerance']:g} expected"
+    output, images = row["output"], counted(row["images"], "image")
+    found = (
+        f"{output['not_finite']:,} of the {output['numbers']:,} outputs are NaN or infinite ({images})"
+        if output["not_finite"]
+        else f"error of the outputs {_error(output)} on {images}, at most {row['tolerance']:g} expected"
     )
-    header = ("section", "ends in", "largest number", "error of the graph", "error as computed", "")
+    title = f"{row['candidate']} in {row['computed']}: {found}"
+    header = ("section", "ends in", "largest number at its end", "error of the graph", "error as computed", "")
     return Table(header, lines, title) if lines else None
 
 
@@ -59,6 +62,4 @@ def _place(fault: Row) -> str:
 
 def _error(deviation: dict[str, Any]) -> str:
     lost = deviation["not_finite"]
-    return (
-        f"{counted(lost, 'number')} lost" if lost else "-" if deviation["error"] is None else error(deviation["error"])
-    )
+    return f"{lost:,} NaN or infinite" if lost else "-" if deviation["error"] is None else error(deviation["error"])
