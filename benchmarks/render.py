@@ -60,7 +60,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "vlm_prefill": (tables.vlm_prefill, ("vlm_prefill",)),
 }
 #: Tables that say that nothing was measured yet.
-EXPECTED = ("gpu", "openvino_kernels", "runtimes")
+EXPECTED = ("gpu",)
 MARKED = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 #: A link from the repository's root, as the tables write them.
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)]+)\)")

@@ -21,6 +21,7 @@ from ..core.preprocess import Preprocessing
 from ..core.text import command
 from .files import check_tensors, load_model
 from .follow import Followed, follow
+from .follow.fold import not_valid
 from .graph_costs import geometry_of, image_of
 from .nodes import HINT, copy_model
 from .streaming import StoredTensor
@@ -140,13 +141,25 @@ class OpenedGraph:
 
     @contextmanager
     def naming(self) -> Iterator[None]:
-        """Put the file's name before what is said of its graph."""
+        """Put the file's name before what is said of its graph.
+
+        Raises:
+            GraphError: Also in the place of any other error, if the graph is not valid ONNX: what follows tokens relies
+                on that, and to check it ahead would take as long as the work.
+        """
         try:
             yield
         except GraphError as error:
             if self.path is None or self.source in error.marked_problem:
                 raise
             raise GraphError(f"{self.source}: {error.marked_problem}", error.marked_hint or HINT) from error
+        except UserError:
+            raise
+        except Exception as error:
+            if not (said := not_valid(self.model)):
+                raise
+            hint = f"see what is wrong with it, with: {command('check', self.source)}"
+            raise GraphError(f"{self.source}: the graph is not valid ONNX: {said}", hint) from error
 
 
 def _with_image_size(model: ir.Model, expected: Geometry | None) -> ir.Model:

@@ -58,12 +58,9 @@ def check_result(model: ir.Model, outputs: Sequence[ir.Shape | None]) -> None:
     Raises:
         GraphError: ONNX does not accept it.
     """
-    try:
-        passes.CheckerPass(full_check=True)(model)
-    except Exception as error:  # onnx's checker and shape inference raise different types
-        found = first_line(error.__cause__ or error)
+    if found := not_valid(model):
         hint = f"see what is wrong with the dense graph, with: {command('check', 'FILE')}"
-        raise GraphError(f"the graph is not valid ONNX once the plan is folded in: {found}", hint) from error
+        raise GraphError(f"the graph is not valid ONNX once the plan is folded in: {found}", hint)
     for value, before in zip(model.graph.outputs, outputs, strict=True):
         changed = before is not None and (
             value.shape is None
@@ -72,6 +69,15 @@ def check_result(model: ir.Model, outputs: Sequence[ir.Shape | None]) -> None:
         )
         if changed:
             raise AssertionError(f"folding changed output {value.name!r} from {before} to {value.shape}")
+
+
+def not_valid(model: ir.Model) -> str:
+    """What ONNX's checker or its shape inference says against a graph; empty: nothing."""
+    try:
+        passes.CheckerPass(full_check=True)(model)
+    except Exception as error:  # the two raise different types
+        return first_line(error.__cause__ or error)
+    return ""
 
 
 def with_columns_apart(followed: Followed) -> Followed:

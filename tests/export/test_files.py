@@ -11,6 +11,7 @@ from vpruner.cli import main
 from vpruner.core.errors import UserError
 from vpruner.export import files
 from vpruner.export.fold import fold_file
+from vpruner.export.graph import open_graph
 
 
 @pytest.fixture
@@ -193,3 +194,16 @@ def test_every_command_names_what_is_not_whole(command, exported, tmp_path, smal
     assert "large.onnx needs initializer" in line and f"{data.name}, which has 1000 bytes of" in line
     data.unlink()
     assert f"large.onnx needs its weights file {data.name}" in refused(command, path, tmp_path)
+
+
+def test_an_initializer_of_another_type_than_declared_is_refused(exported, tmp_path):
+    """ONNX's checker is given the declaration alone where the numbers are many."""
+    model = onnx.load(exported("class token").path)
+    name = next(one.name for one in model.graph.initializer if list(one.dims) == [32, 96])
+    tensor = next(one for one in model.graph.initializer if one.name == name)
+    tensor.data_type = onnx.TensorProto.INT32
+    declared = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [32, 96])
+    model.graph.value_info.append(declared)
+    onnx.save(model, tmp_path / "odd.onnx")
+    with pytest.raises(UserError, match=f"odd.onnx is damaged: .*'{name}' holds INT32, and is declared as FLOAT"):
+        open_graph(tmp_path / "odd.onnx")

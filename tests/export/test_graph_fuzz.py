@@ -233,3 +233,14 @@ def test_any_graph_is_read_and_folded_or_refused(dense, seeds, tmp_path, monkeyp
         process.join()
     assert not failed, "\n".join(failed)
     assert found is None, f"the process ended or hung at seed {last}"
+
+
+def test_what_is_not_valid_is_said_wherever_it_is_noticed(dense, tmp_path):
+    """A Transpose that names an axis twice, seen by nothing before the tokens are followed through it."""
+    model = onnx.load(dense[0])
+    node = next(node for node in model.graph.node if node.op_type == "Transpose")
+    node.attribute[0].ints[0] = node.attribute[0].ints[1]
+    path = tmp_path / "twice.onnx"
+    onnx.save(model, path)
+    with pytest.raises(UserError, match=r"twice\.onnx: the graph is not valid ONNX: .*repeated"):
+        open_graph(path).followed()

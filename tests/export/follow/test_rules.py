@@ -51,6 +51,7 @@ FOLLOWED = {
     'y = Einsum<equation="...qc, ...kc -> ...qk">(x, x)': [ALL, ALL],
     'y = Einsum<equation="...tc,cd->d...t">(x, m)': [ALL],
     "y = Attention<q_num_heads=2, kv_num_heads=2>(x, x, x)": [ALL],
+    "y = Attention<q_num_heads=2, kv_num_heads=2>(x, classes, classes)": [ALL],
     "s = Constant<value_ints=[1, 6, 2, 2]>() h = Reshape(x, s) q = Transpose<perm=[0, 2, 1, 3]>(h) "
     "y = Attention(q, q, q, table)": [ALL],
     "y = ReduceMean<keepdims=0>(x, two)": [ALL],
