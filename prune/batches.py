@@ -18,6 +18,7 @@ from ..core.environment import available_memory
 from ..core.geometry import Geometry
 from ..core.progress import remark
 from ..core.text import counted
+from . import ranks
 from .backbones.adapter import Adapter, BlockAdapter
 from .device import described, device_of, half_forward, is_out_of_memory, out_of_memory
 
@@ -29,8 +30,12 @@ FREE_SHARE = 0.5
 MOST = 128
 
 _Found = TypeVar("_Found")
-#: Model -> whether gradients are taken -> images of a batch at most, where more did not fit.
-_FITTED: WeakKeyDictionary[nn.Module, dict[bool, int]] = WeakKeyDictionary()
+#: Key of the chunks of a refit, beside whether gradients are taken.
+_REFIT = "refit"
+#: Model -> whether gradients are taken, or a refit -> images of a batch at most, where more did not fit.
+_FITTED: WeakKeyDictionary[nn.Module, dict[bool | str, int]] = WeakKeyDictionary()
+#: Model -> images of a chunk of the refit that is going on.
+_CHUNKS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def activation_bytes(geometry: Geometry, *, backward: bool = False) -> int:
@@ -101,6 +106,46 @@ def in_batches(
             _halve(model, size, backward)
 
 
+def chunk_of(model: nn.Module, size: int) -> int:
+    """``size`` images for a chunk of a refit, or as many as fitted into memory before."""
+    _CHUNKS[model] = size = min(size, _FITTED.get(model, {}).get(_REFIT, size))
+    return size
+
+
+def refitted(
+    model: nn.Module, refit: Callable[[Callable[[int], None]], _Found], on_step: Callable[[int], None]
+) -> _Found:
+    """What ``refit`` finds. Where it does not fit into memory, it begins again with chunks of half as many images, and
+    so do those that follow. Chunks are dealt to folds, so that ridges may come out differently then. Of several
+    processes all would have to begin again: there it is an error.
+
+    Args:
+        refit: Called with what to call after each step.
+        on_step: Called with 1 after each step that no refit before had reached.
+
+    Raises:
+        UserError: Not even one image fits.
+    """
+    reached = 0
+    while True:
+        done = 0
+
+        def step(count: int) -> None:
+            nonlocal done, reached
+            done += count
+            if done > reached:
+                on_step(done - reached)
+                reached = done
+
+        try:
+            return refit(step)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or ranks.world().size > 1:
+                raise
+        # Out of the handler: the error holds the frames that hold the memory.
+        _halve(model, _CHUNKS[model], _REFIT)
+
+
 def halved(adapter: Adapter, wanted: bool = True) -> AbstractContextManager[None]:
     """Forward passes of timm blocks with products of bfloat16, if ``wanted`` and where they save time."""
     if not (wanted and isinstance(adapter, BlockAdapter)):
@@ -126,17 +171,17 @@ def _part(batch: Any, part: slice) -> Any:
     return batch[part]
 
 
-def _halve(model: nn.Module, size: int, backward: bool) -> None:
+def _halve(model: nn.Module, size: int, key: bool | str) -> None:
     device = device_of(model)
     if size == 1:
         raise out_of_memory("one image and the model do not fit into memory", device)
     fitted = _FITTED.setdefault(model, {})
-    fitted[backward] = (size + 1) // 2
+    fitted[key] = (size + 1) // 2
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    what = "with gradients" if backward else "without gradients"
+    what = {True: "with gradients", False: "without gradients", _REFIT: "in the refit"}[key]
     remark(
         f"{counted(size, 'image')} at once did not fit into the memory of {described(device)}: "
-        f"{fitted[backward]} are run {what} from now on"
+        f"{fitted[key]} are run {what} from now on"
     )

@@ -13,7 +13,7 @@ from ...core.plan import TokenPlan
 from .. import ranks
 from ..backbones.adapter import Adapter
 from ..backbones.vit import weights_sha256
-from ..batches import halved, images_at_once, in_batches
+from ..batches import halved, images_at_once, in_batches, refitted
 from ..calibration import Calibration, Judgement, distance, divergence
 from ..tune.weights import with_weights
 
@@ -66,7 +66,11 @@ class World:
         fit = self.calibration.fit[: min(STAND_IN_IMAGES, STAND_IN_ROWS // tokens)]
         flip = 2 * len(fit) * tokens <= STAND_IN_ROWS
         self.stand_in = None
-        weights, _ = self.adapter.refit(plans, self.calibration, fit, flip=flip, on_step=on_step)
+        weights, _ = refitted(
+            self.adapter.model,
+            lambda step: self.adapter.refit(plans, self.calibration, fit, flip=flip, on_step=step),
+            on_step,
+        )
         if weights and self._helps(weights, plans[:: -(-len(plans) // STAND_IN_JUDGES)]):
             self.stand_in = weights
         return self.stand_in is not None

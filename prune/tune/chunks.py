@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ranks
-from ..batches import batch_size_for, images_at_once
+from ..batches import batch_size_for, chunk_of, images_at_once
 from ..calibration import Calibration
 from .importance import IMPORTANCE_IMAGES
 from .ridge import FOLDS, WIDE, WIDE_FOLDS
@@ -59,9 +59,10 @@ class Chunks:
         self.images = len(self._indices)
         self.flip = self.images < FLIP_BELOW if flip is None else flip
         self.folds = min(self.images, WIDE_FOLDS if widest > WIDE else FOLDS)
-        # Of the model alone, not of the memory here: folds are made of chunks.
+        # Of the model alone, not of the memory here unless it did not fit: folds are made of chunks.
         size = batch_size_for(self.geometry, memory_bytes=1 << 29) // (1 + self.flip)
-        self._size = max(1, min(size, math.ceil(self.images / max(1, self.folds * len(self.plans)))))
+        most = max(1, min(size, math.ceil(self.images / max(1, self.folds * len(self.plans)))))
+        self._size = chunk_of(self.model, most)
         self.folds = min(self.folds, math.ceil(self.images / self._size))
         self._start, self._stop = ranks.bounds(self.images)
         ends = math.ceil(self._stop / self._size) if self._start < self._stop else 0

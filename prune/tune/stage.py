@@ -22,6 +22,7 @@ from torch import Tensor
 from ...core.choices import TUNINGS
 from ...core.plan import TokenPlan
 from ..backbones.adapter import Adapter
+from ..batches import refitted
 from ..calibration import Calibration, Judgement
 from ..methods.rule import TokenRule
 from .gates import EPOCHS, tune_gates_by_distillation, tune_gates_least_squares
@@ -104,9 +105,17 @@ def tune(
         calibration.dense_outputs(adapter, calibration.held_out)
         tuned, weights = plan, {}
         if kind == "weights":
-            weights, details = adapter.refit(plan, calibration, calibration.fit, on_step=on_step)
+            weights, details = refitted(
+                adapter.model,
+                lambda step: adapter.refit(plan, calibration, calibration.fit, on_step=step),
+                on_step,
+            )
         elif kind == "gates":
-            tuned, details = tune_gates_least_squares(adapter, plan, calibration, calibration.fit, on_step=on_step)
+            tuned, details = refitted(
+                adapter.model,
+                lambda step: tune_gates_least_squares(adapter, plan, calibration, calibration.fit, on_step=step),
+                on_step,
+            )
         else:
             tuned, details = tune_gates_by_distillation(adapter, plan, calibration, seed=seed, on_step=on_step)
         details = {"kind": kind, **details}

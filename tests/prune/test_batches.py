@@ -17,6 +17,8 @@ from vpruner.prune.methods.rule import run_batches
 from vpruner.prune.methods.saint import Saint
 from vpruner.prune.rearrange.world import World
 from vpruner.prune.tune.importance import token_importance
+from vpruner.prune.tune.stage import tune
+from vpruner.prune.tune.streams import Streams
 
 #: As PyTorch says it.
 SAID = [
@@ -135,3 +137,24 @@ def test_available_memory_is_cut_by_the_limit_of_a_container(monkeypatch):
     assert environment.available_memory() == 4300
     files.clear()
     assert environment.available_memory() is None
+
+
+def test_a_refit_that_does_not_fit_begins_again_with_smaller_chunks(adapter, reported, monkeypatch):
+    calibration, plan, advance = calibration_for(adapter, 24, 6), half_plan(adapter), Streams.advance_dense
+    sizes, steps = [], []
+
+    def refuse(streams, index):
+        sizes.append(streams._size)
+        if index and streams._size > 2:
+            raise SAID[0]
+        return advance(streams, index)
+
+    monkeypatch.setattr(Streams, "advance_dense", refuse)
+    tuned = tune(adapter, plan, calibration, "weights", on_step=steps.append)
+    assert tuned.details["images"] == 18 and len(tuned.details["blocks"]) == 2
+    # The first block was fitted before memory ran out; it is not shown twice.
+    assert sizes[0] > 2 >= sizes[-1] and sum(steps) == 2 and len(reported.remarks) == len(set(sizes)) - 1
+    assert f"{sizes[0]} images at once did not fit" in reported.remarks[0] and "in the refit" in reported.remarks[0]
+    sizes.clear()
+    tune(adapter, plan, calibration, "weights")
+    assert set(sizes) == {2}
