@@ -61,6 +61,11 @@ def load_model(path: str | os.PathLike) -> ir.Model:
     path = Path(path)
     model = read_model(path)
     check_tensors(model, path)
+    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is not None and value.dtype not in (None, tensor.dtype):
+            found = f"initializer {value.name!r} holds {tensor.dtype.name}, and is declared as {value.dtype.name}"
+            raise UserError(f"{path} is damaged: {found}", HINT)
     return model
 
 
@@ -85,11 +90,6 @@ def check_tensors(model: ir.Model, source: str | os.PathLike, *, external: bool 
                 raise UserError(found, "load it with its external data")
         elif problem := _inline_problem(tensor):
             raise UserError(f"{source} is damaged: {name} {problem}", HINT)
-    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
-        tensor = value.const_value
-        if tensor is not None and value.dtype not in (None, tensor.dtype):
-            found = f"initializer {value.name!r} holds {tensor.dtype.name}, and is declared as {value.dtype.name}"
-            raise UserError(f"{source} is damaged: {found}", HINT)
 
 
 def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
