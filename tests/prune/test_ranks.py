@@ -93,6 +93,7 @@ def together(folder, size) -> list[tuple[dict[str, np.ndarray], dict]]:
     ]
 
 
+@pytest.mark.slow
 def test_processes_find_what_one_finds(alone, ended, folder):
     """One test for all of it, so that the processes are started once, however tests are shared out."""
     for size in ranks_worker.SIZES:
