@@ -374,7 +374,11 @@ def reshape(node: ir.Node, tokens: Tokens) -> Flow:
 @rule("Transpose")
 def transpose(node: ir.Node, tokens: Tokens) -> Flow:
     layout = sole_layout(node, tokens)
-    return as_flow(node, layout, permute(layout, attribute(node, "perm", range(len(layout.axes))[::-1])))
+    rank = len(layout.axes)
+    order = attribute(node, "perm", range(rank)[::-1])
+    if sorted(order) != list(range(rank)):
+        raise Lost("a Transpose that does not name each axis once")
+    return as_flow(node, layout, permute(layout, order))
 
 
 @rule("Expand")

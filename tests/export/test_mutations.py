@@ -352,6 +352,7 @@ def outcome(path, geometry, mutate, folder, seed):
         assert (
             any(f"'{name}'" in refused or f"node {name} (" in refused for name in known)
             or "onnxruntime cannot run the graph" in refused
+            or "the graph is not valid ONNX" in refused
             or re.search(r"another model: \w+ .* != |no tokens were found that blocks add to", refused)
         ), refused
         return "refused" if dense is not None else None
