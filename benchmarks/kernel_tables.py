@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tables import ratio, ratio_of
+from tables import opened_first, ratio, ratio_of
 
 #: What nodes do: products by how many tokens they compute, at most; and what else there is.
 PRODUCTS = {"one token": 1, "2 to 99 tokens": 99, "100 tokens or more": math.inf}
@@ -41,12 +41,7 @@ def openvino_kernels(rows: list[dict]) -> str:
             )
             cells = [model, name, ratio(row["macs_ratio"]), ratio_of(row), f"{row['over']:+.3f}", *shares]
             lines.append(f"| {' | '.join(cells)} |")
-    about = {
-        (row["environment"]["cpu"], row["environment"]["packages"]["openvino"], row["threads"])
-        for measured in newest.values()
-        for row in measured.values()
-    }
-    most = max(row["opened_first"] for measured in newest.values() for row in measured.values())
-    notes = [f"{cpu}, openvino {version}, {threads} thread." for cpu, version, threads in sorted(about)]
-    notes.append(f"The dense graph opened first in place of last: at most {ratio(most)} of its time.")
-    return "\n".join([*lines, "", *notes])
+    every = [row for measured in newest.values() for row in measured.values()]
+    about = {(row["environment"]["cpu"], row["environment"]["packages"]["openvino"], row["threads"]) for row in every}
+    notes = (f"{cpu}, openvino {version}, {threads} thread." for cpu, version, threads in sorted(about))
+    return "\n".join([*lines, "", *notes, opened_first(every)])

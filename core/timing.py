@@ -192,7 +192,8 @@ def measure(
         untimed = {name: settling_runs(values, settle) for name, values in warm.items()}
         # One for all where there is one for any: the quicker would otherwise find their weights in the caches, and the
         # slower would not.
-        turns.untimed = {name: max(count, min(1, max(untimed.values()))) for name, count in untimed.items()}
+        least = min(1, max(untimed.values()))
+        turns.untimed = {name: max(count, least) for name, count in untimed.items()}
         samples = turns.repeat(rounds, seconds)
     names = list(candidates)
     times = {name: np.asarray(values, np.float64) for name, values in samples.items()}

@@ -61,10 +61,10 @@ def load_model(path: str | os.PathLike) -> ir.Model:
     path = Path(path)
     model = read_model(path)
     check_tensors(model, path)
-    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
-        tensor = value.const_value
-        if tensor is not None and value.dtype not in (None, tensor.dtype):
-            found = f"initializer {value.name!r} holds {tensor.dtype.name}, and is declared as {value.dtype.name}"
+    for value in _initializers(model):
+        held = value.const_value.dtype
+        if value.dtype not in (None, held):
+            found = f"initializer {value.name!r} holds {held.name}, and is declared as {value.dtype.name}"
             raise UserError(f"{path} is damaged: {found}", HINT)
     return model
 
@@ -92,10 +92,14 @@ def check_tensors(model: ir.Model, source: str | os.PathLike, *, external: bool 
             raise UserError(f"{source} is damaged: {name} {problem}", HINT)
 
 
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    values = (value for graph in model.graphs() for value in graph.initializers.values())
+    return (value for value in values if value.const_value is not None)
+
+
 def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
-    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
-        if value.const_value is not None:
-            yield f"initializer {value.name!r}", value.const_value
+    for value in _initializers(model):
+        yield f"initializer {value.name!r}", value.const_value
     for graph in (model.graph, *model.functions.values()):
         for node in graph.all_nodes():
             for attribute in node.attributes.values():
